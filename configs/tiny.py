@@ -1,0 +1,99 @@
+"""Learn to reason on a laptop: a prior of imperfect demonstrations, then RL on right answers. Nothing is downloaded.
+
+    python -m jaxreason.main --config=configs/tiny.py[:prior=none][,reward=random][,task=inverse_chain|countdown][,smoke]
+"""
+
+from ml_collections import ConfigDict
+
+from jaxreason.options import parse
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    options = parse(
+        arg,
+        task="chain",
+        prior="corpus",
+        reward="verdict",
+        smoke=False,
+        choices={"task": TASKS, "prior": ("corpus", "none"), "reward": ("verdict", "random")},
+    )
+    train, demonstrated, held_out, verifier = TASKS[options.task]
+    config = ConfigDict()
+    config.seed = 0
+    config.model = {"name": "tiny"}
+    config.text = {"tokenizer": "characters", "format": "plain"}
+    config.sampler = {"slots": 128, "max_prompt_tokens": 24, "max_tokens": 72, "chunk_tokens": 8, "prompts_per_insert": 16}
+    config.verifier = verifier
+    config.mesh = {"data": -1, "fsdp": 1}
+
+    config.phases = ("prior", "rl") if options.prior == "corpus" else ("rl",)
+    config.prior = {
+        "source": {"name": "corpus", "task": demonstrated, "rows": 32, "length": 64},
+        "objective": {"name": "lm"},
+        "optimizer": {
+            "lr": 2e-3,
+            "schedule_kind": "cosine",
+            "final_share": 0.1,
+            "warmup_steps": 100,
+            "b2": 0.98,
+            "weight_decay": 0.01,
+        },
+        "steps": 1800,
+        "microbatches": 2,
+        "log_every": 20,
+    }
+    config.rl = {
+        "source": {
+            "name": "rollouts",
+            "task": train,
+            "problems": 32,
+            "group": 8,
+            "temperature": 1.0,
+            "max_tokens": 32,
+            "reward": options.reward,
+        },
+        "objective": {"name": "rloo", "weigh": "per_token"},
+        "optimizer": {"lr": 3e-4, "warmup_steps": 10},
+        "steps": 100,
+        "microbatches": 8,
+        "evaluate_every": 25,
+    }
+    config.evaluate = {"n": 128, "final_n": 512, "temperatures": (0.0, 1.0), "suites": held_out}
+    config.checkpoint = {"every_steps": 500, "keep": 2}
+    config.log = {"rollouts_kept": 16}
+
+    if options.smoke:
+        config.prior.steps, config.prior.optimizer.warmup_steps, config.prior.source.task["size"] = 4, 2, 200
+        config.rl.steps, config.rl.optimizer.warmup_steps, config.rl.source.task["size"] = 2, 1, 64
+        config.rl.source.problems = 4
+        config.evaluate.n = config.evaluate.final_n = 8
+    return config
+
+
+# What RL trains on, what the prior imitates, what is held out, and what judges it.
+TASKS = {
+    "chain": (
+        {"name": "chain", "ops": (2, 5), "size": 4096},
+        {
+            "name": "chain",
+            "ops": (1, 8),
+            "ops_weights": (0.12, 0.18, 0.20, 0.15, 0.12, 0.09, 0.08, 0.06),
+            "size": 20_000,
+            "demonstrations": "human",
+        },
+        {"chain": {"name": "chain", "ops": 5}, "chain_ood": {"name": "chain", "ops": 8}},
+        {"name": "exact", "marker": ";A"},
+    ),
+    "inverse_chain": (
+        {"name": "inverse_chain", "size": 4096},
+        {"name": "inverse_chain", "size": 20_000, "demonstrations": "human"},
+        {"inverse_chain": {"name": "inverse_chain"}},
+        {"name": "exact", "marker": "A"},
+    ),
+    "countdown": (
+        {"name": "countdown", "size": 4096},
+        {"name": "countdown", "size": 20_000, "demonstrations": "human"},
+        {"countdown": {"name": "countdown"}},
+        {"name": "countdown"},
+    ),
+}

@@ -1,0 +1,401 @@
+"""From a config to a run: the only reader of ConfigDict.
+
+Each section of a config is the keyword arguments of one function here or below, so a key that nothing reads cannot exist: it is
+refused by name. Everything that can be wrong with a config is found here, before anything is compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxreason import batching, data, sharding, sources, tasks, text, verify
+from jaxreason import evaluate as evaluation
+from jaxreason import objectives as objectives_
+from jaxreason import optimizer as optimizer_
+from jaxreason.environment import single_turn
+from jaxreason.model import ModelConfig, transformer
+from jaxreason.model import config as model_config
+from jaxreason.model import weights as weights_
+from jaxreason.options import unknown
+from jaxreason.rollout import Roller
+from jaxreason.sampler import compile_sampler
+from jaxreason.tasks.procedural import ALPHABET
+from jaxreason.train import Phase, Run
+
+SECTIONS = ("seed", "model", "text", "sampler", "verifier", "phases", "evaluate", "mesh", "checkpoint", "log")
+
+
+def call(function: Callable, section: dict, where: str, /, **given):
+    """Call `function(**section, **given)`; a field that it does not have, or lacks, is a one-line ValueError."""
+    parameters = inspect.signature(function).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    allowed = [n for n, p in parameters.items() if n not in given and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    for key in section:
+        if key not in allowed and not open_ended:
+            raise ValueError(unknown(f"field of config.{where}", key, allowed))
+    for key in allowed:
+        if parameters[key].default is inspect.Parameter.empty and key not in section:
+            raise ValueError(f"config.{where} lacks {key!r}; set config.{where}.{key}")
+    return function(**section, **given)
+
+
+class Parts(NamedTuple):
+    """What the phases of a run share."""
+
+    seed: int
+    tokenizer: text.Tokenizer
+    format: text.Format
+    roller: Roller
+    verifier: dict
+    devices: int  # that rows are split over
+    say: Callable[[str], None]
+
+
+def build(config, *, say: Callable[[str], None] = print) -> Run:
+    """Make a run from a ConfigDict.
+
+    Raises:
+      ValueError, FileNotFoundError: anything wrong with it, in one line.
+    """
+    config = config.to_dict()
+    phase_names = config.get("phases") or ()
+    if not isinstance(phase_names, (tuple, list)) or not phase_names:
+        raise ValueError(f"config.phases got {phase_names!r}; allowed: a tuple of one or more names, each a section of its own")
+    for key in SECTIONS:
+        if key not in config:
+            raise ValueError(f"the config lacks {key!r}; it has: {', '.join(sorted(config))}")
+    for name in phase_names:
+        if name not in config or name in SECTIONS:
+            raise ValueError(unknown("phase", name, set(config) - set(SECTIONS)))
+    for key in set(config) - set(SECTIONS) - set(phase_names):
+        # A phase that is defined but not run is fine (that is how phases are left out); anything else would be read by nobody.
+        if not isinstance(config[key], dict) or "source" not in config[key]:
+            raise ValueError(unknown("field of the config", key, {*SECTIONS, *phase_names}))
+
+    mesh = call(sharding.make_mesh, config["mesh"], "mesh")
+    folder = find_folder(**{key: config["model"][key] for key in ("name", "weights") if key in config["model"]})
+    tokenizer, format = call(make_text, config["text"], "text", folder=folder)
+    shape, load = call(make_model, config["model"], "model", folder=folder, tokenizer=tokenizer)
+    text.check_vocabulary(tokenizer, shape)
+    model = transformer(shape)
+    roller = call(make_roller, config["sampler"], "sampler", model=model, tokenizer=tokenizer, format=format, mesh=mesh)
+    parts = Parts(config["seed"], tokenizer, format, roller, config["verifier"], sharding.row_devices(mesh), say)
+    phases = [call(make_phase, config[name], name, name=name, parts=parts) for name in phase_names]
+    evaluate = call(make_evaluate, config["evaluate"], "evaluate", parts=parts)
+    kept, _ = call(make_log, config["log"], "log")
+
+    return Run(
+        model=model,
+        init=functools.partial(init_params, model, load, config["seed"], mesh),
+        phases=phases,
+        evaluate=evaluate,
+        mesh=mesh,
+        seed=config["seed"],
+        decode=lambda ids: tokenizer.decode([int(i) for i in ids]),
+        rollouts_kept=kept,
+        description={"config": config, "parameters": model_config.count_parameters(shape)},
+    )
+
+
+# --- model and text ---
+
+
+WEIGHTS = ("random", "pretrained")
+
+
+def find_folder(name: str = "tiny", weights: str = "random") -> Path | None:
+    """Where a pretrained model lies; None for random weights."""
+    if weights not in WEIGHTS:
+        raise ValueError(unknown("value of config.model.weights", weights, WEIGHTS))
+    return weights_.resolve(name) if weights == "pretrained" else None
+
+
+def make_model(
+    *, folder: Path | None, tokenizer: text.Tokenizer, name: str, weights: str = "random", scan_layers: bool | None = None, **fields
+) -> tuple[ModelConfig, Callable | None]:
+    """Give the shape of a named size, folder or hub id, and what loads its weights (None for random ones).
+
+    `scan_layers` None means: scan on accelerators, unroll on a CPU. `fields` replace fields of the ModelConfig.
+    """
+    for key in fields:
+        if key not in ModelConfig.__dataclass_fields__:
+            raise ValueError(unknown("field of config.model", key, {"name", "weights", *ModelConfig.__dataclass_fields__}))
+    fields["scan_layers"] = jax.default_backend() != "cpu" if scan_layers is None else scan_layers
+    if folder is None:
+        if name not in model_config.SIZES:
+            raise ValueError(unknown("model", name, model_config.SIZES) + "; or weights='pretrained' with a folder or hub id")
+        if name == "tiny":
+            fields.setdefault("vocab_size", tokenizer.vocab_size)
+        return model_config.sized(name, **fields), None
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json; pass the folder of a Hugging Face checkpoint")
+    shape = model_config.from_hf(json.loads((folder / "config.json").read_text()), **fields)
+    return shape, functools.partial(weights_.load, folder, **fields)
+
+
+def init_params(model, load: Callable | None, seed: int, mesh):
+    """Make or load the params of a run, each leaf straight onto its devices."""
+    key = jax.random.fold_in(jax.random.key(seed), INITIALISATION)
+    placed = sharding.shardings(jax.eval_shape(model.init, key), mesh)
+    if load is None:
+        return jax.jit(model.init, out_shardings=placed)(key)
+    init = None
+    if model.value is not None:  # no checkpoint has one
+        init = {"value": jax.jit(lambda key: model.init(key)["value"], out_shardings=placed["value"])(key)}
+    return load(sharding=placed, init=init)[1]
+
+
+INITIALISATION = 2**31 + 1  # folded into the seed's key for random weights; training folds in the number of the phase
+
+
+def make_text(
+    *,
+    folder: Path | None,
+    tokenizer: str = "characters",
+    format: str = "plain",
+    alphabet: str = ALPHABET,
+    system: str = "",
+    instruction: str = "{question}",
+) -> tuple[text.Tokenizer, text.Format]:
+    """Make the tokenizer and how tasks are put to the model."""
+    if tokenizer == "pretrained":
+        if folder is None:
+            raise ValueError("text.tokenizer is 'pretrained' but model.weights is 'random'; choose characters or byte_level")
+        made = text.load(folder)
+    else:
+        made = text.make(tokenizer, **({"alphabet": alphabet} if tokenizer == "characters" else {}))
+    if format not in text.FORMATS:
+        raise ValueError(unknown("format", format, text.FORMATS))
+    if format == "plain":
+        return made, text.plain(made)
+    if folder is None:
+        raise ValueError("text.format is 'chat' but model.weights is 'random', so there is no chat template; choose plain")
+    return made, text.chat(made, text.load_template(folder), system=system, instruction=instruction)
+
+
+def make_roller(
+    *,
+    model,
+    tokenizer: text.Tokenizer,
+    format: text.Format,
+    mesh,
+    slots: int,
+    max_prompt_tokens: int,
+    max_tokens: int,
+    chunk_tokens: int = 16,
+    cache_dtype: str | None = None,
+    prompts_per_insert: int = 8,
+) -> Roller:
+    """Compile-to-be sampler of `slots` sequences of at most `max_prompt_tokens` + `max_tokens` tokens, and the text around it."""
+    for name, value in (("slots", slots), ("max_prompt_tokens", max_prompt_tokens), ("max_tokens", max_tokens)):
+        if value < 1:
+            raise ValueError(f"config.sampler.{name} got {value}; allowed: 1 or more")
+    sampler = compile_sampler(
+        model,
+        slots=slots,
+        length=max_prompt_tokens + max_tokens,
+        eos_ids=tokenizer.eos_ids,
+        chunk_tokens=chunk_tokens,
+        cache_dtype=cache_dtype,
+        mesh=mesh,
+    )
+    return Roller(
+        sampler=sampler,
+        encode=format.forced,
+        decode=functools.partial(tokenizer.decode, skip_special=False),
+        eos_ids=tokenizer.eos_ids,
+        prompt_buckets=batching.length_buckets(max_prompt_tokens, count=2),
+        row_buckets=tuple(sorted({min(prompts_per_insert, slots), slots})),
+        max_tokens=max_tokens,
+    )
+
+
+# --- phases ---
+
+
+def make_phase(
+    *,
+    name: str,
+    parts: Parts,
+    source: dict,
+    objective: dict,
+    optimizer: dict,
+    steps: int,
+    microbatches: int = 1,
+    updates_per_batch: int = 1,
+    evaluate_every: int = 0,
+    log_every: int = 1,
+) -> Phase:
+    """One phase: `Source x Objective x steps`."""
+    for key, value in (("steps", steps), ("microbatches", microbatches), ("updates_per_batch", updates_per_batch)):
+        if value < 1:
+            raise ValueError(f"config.{name}.{key} got {value}; allowed: 1 or more")
+    made_objective = call(objectives_.make, objective, f"{name}.objective")
+    made_optimizer = call(optimizer_.make, optimizer, f"{name}.optimizer", steps=steps * updates_per_batch)
+    kind, section = source.get("name"), {k: v for k, v in source.items() if k != "name"}
+    if kind not in SOURCES:
+        raise ValueError(unknown("source", kind, SOURCES))
+    if made_objective.needs_group and (kind != "rollouts" or section.get("group", 1) < 2):
+        raise ValueError(
+            f"config.{name}: objective {objective['name']!r} compares the attempts at a problem, but there is "
+            f"{section.get('group', 1)} of each; set {name}.source.group to 2 or more, or choose reinforce, lm or sft"
+        )
+    made_source = call(SOURCES[kind], section, f"{name}.source", parts=parts, objective=made_objective)
+    if made_source.rows % (parts.devices * microbatches):
+        raise ValueError(
+            f"config.{name} has {made_source.rows} rows a batch, which do not divide over {parts.devices} devices x "
+            f"{microbatches} micro-batches; change rows, problems x group or microbatches"
+        )
+    return Phase(
+        name, made_source, made_objective, made_optimizer, steps, microbatches, updates_per_batch, evaluate_every, log_every
+    )
+
+
+def load_tasks(section: dict, **defaults) -> Sequence:
+    """Load tasks from their section; `defaults` fill in fields that the family has and the section leaves open."""
+    section = dict(section)
+    name = section.pop("name", None)
+    if name in tasks.TASKS:
+        known = inspect.signature(tasks.TASKS[name]).parameters
+        section = {k: v for k, v in defaults.items() if k in known} | section
+    return tasks.load(name, **section)
+
+
+def endless(items: Sequence, seed: int):
+    """An endless shuffled sequence over this process's share of the items."""
+    return data.shuffled(items, seed=seed, process_index=jax.process_index(), process_count=jax.process_count())
+
+
+def fitting(items: Sequence, prompt: Callable, limit: int, what: str, say: Callable[[str], None]) -> list:
+    """The tasks whose prompts have at most `limit` tokens; says how many were dropped, refuses if all were."""
+    if not len(items):
+        raise ValueError(f"{what} has no tasks; check its split and limit")
+    kept = [task for task in items if len(prompt(task)) <= limit]
+    if not kept:
+        raise ValueError(
+            f"all {len(items)} prompts of {what} are longer than sampler.max_prompt_tokens={limit} (the first has "
+            f"{len(prompt(items[0]))} tokens); raise it"
+        )
+    if len(kept) < len(items):
+        say(f"{what}: dropped {len(items) - len(kept)} of {len(items)} tasks with prompts over {limit} tokens")
+    return kept
+
+
+def corpus(*, parts: Parts, objective, task: dict, rows: int, length: int) -> sources.Source:
+    """Windows of `length` tokens from the packed stream of a text corpus or of a family's worked solutions."""
+    documents = load_tasks(task, seed=parts.seed)
+    tokenizer = parts.tokenizer
+    if isinstance(documents[0], str):
+        start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        ids = [[*start, *tokenizer.encode(d, special=False), tokenizer.eos_ids[0]] for d in documents]
+    else:
+        ids = [parts.format.demonstration(d)[0] for d in check_solutions(documents, task)]
+    windows = data.token_windows(ids, length)
+    return sources.corpus(data.batches(endless(windows, parts.seed), rows // jax.process_count()), objective, rows=rows)
+
+
+def demonstrations(*, parts: Parts, objective, task: dict, rows: int, max_tokens: int) -> sources.Source:
+    """Worked solutions, one a row of at most `max_tokens` tokens, prompt included; longer ones are cut."""
+    items = check_solutions(load_tasks(task, seed=parts.seed), task)
+    buckets = batching.length_buckets(max_tokens)
+    return sources.demonstrations(
+        endless(items, parts.seed), parts.format.demonstration, objective, rows=rows, buckets=buckets
+    )
+
+
+def check_solutions(items: Sequence, task: dict) -> Sequence:
+    if not items[0].solution:
+        raise ValueError(f"tasks of {task['name']!r} have no worked solutions; set task.demonstrations or task.solution")
+    return items
+
+
+def rollouts(
+    *,
+    parts: Parts,
+    objective,
+    task: dict,
+    problems: int,
+    group: int,
+    temperature: float = 1.0,
+    max_tokens: int | None = None,
+    reward: str = "verdict",
+) -> sources.Source:
+    """`group` verified attempts at each of `problems` tasks a step, sampled from the params at hand."""
+    if temperature <= 0:
+        raise ValueError(f"source.temperature got {temperature}; allowed: above 0 (greedy attempts are all alike)")
+    prompt, roller = parts.format.prompt, parts.roller
+    if max_tokens is not None:
+        if not 1 <= max_tokens <= roller.max_tokens:
+            raise ValueError(f"source.max_tokens got {max_tokens}; allowed: 1 to sampler.max_tokens={roller.max_tokens}")
+        roller = roller._replace(max_tokens=max_tokens)
+    longest_prompt = roller.sampler.length - parts.roller.max_tokens
+    items = fitting(load_tasks(task, seed=parts.seed), prompt, longest_prompt, f"task {task['name']!r}", parts.say)
+    return sources.rollouts(
+        endless(items, parts.seed),
+        prompt,
+        single_turn(make_verifier(parts.verifier)),
+        roller,
+        objective,
+        problems=problems,
+        group=group,
+        temperature=temperature,
+        buckets=batching.length_buckets(longest_prompt + roller.max_tokens),
+        reward=reward,
+    )
+
+
+SOURCES = {"corpus": corpus, "demonstrations": demonstrations, "rollouts": rollouts}
+
+
+def make_verifier(section: dict) -> Callable:
+    return verify.make(**{"name": None, **section})
+
+
+# --- evaluation and logs ---
+
+
+def make_evaluate(
+    *, parts: Parts, suites: dict, temperatures: Sequence[float] = (0.0, 1.0), n: int = 200, final_n: int | None = None
+) -> Callable:
+    """Return `evaluate(params, phase, step, final)`: n tasks of each suite, `final_n` at the start and the end of a phase.
+
+    A suite's section is that of its tasks, and may have a `verifier` of its own.
+    """
+    prompt, roller = parts.format.prompt, parts.roller
+    longest_prompt = roller.sampler.length - roller.max_tokens
+    made = []
+    for name, section in suites.items():
+        judge = make_verifier(section.get("verifier", parts.verifier))
+        items = load_tasks({k: v for k, v in section.items() if k != "verifier"}, split="test", size=max(n, final_n or n))
+        items = fitting(items, prompt, longest_prompt, f"suite {name!r}", parts.say)
+        made.append(evaluation.Suite(name, items, single_turn(judge)))
+
+    def evaluate(params, *, phase: str, step: int, final: bool):
+        whole = final or phase == "start"
+        return evaluation.evaluate(
+            roller,
+            params,
+            made,
+            prompt=prompt,
+            temperatures=temperatures,
+            n=final_n if whole and final_n else n,
+            seed=0,
+            phase=phase,
+            step=step,
+        )
+
+    return evaluate
+
+
+def make_log(
+    *, rollouts_kept: int = 64, tensorboard: bool = True, live: bool = True, wandb: dict | None = None
+) -> tuple[int, dict]:
+    """How many rollouts of a step are written, and the options of the log."""
+    return rollouts_kept, {"tensorboard": tensorboard, "live": live, "wandb": wandb}

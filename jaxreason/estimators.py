@@ -1,0 +1,201 @@
+"""Estimates from samples: pass@k, majority@k, intervals, and paired tests of two runs on the same problems.
+
+All on the host in NumPy and exact integers; nothing here is traced. An interval is a pair `(low, high)`. Accuracy over problems
+has a Wilson interval, a mean over seeds has a t-interval, a difference of two runs has a paired bootstrap; they answer different
+questions (new problems, new seeds, new problems for both), and none stands in for another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+
+def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the Wilson score interval of a proportion (Wilson, 1927); (0, 1) where n is 0.
+
+    Unlike the normal interval it stays within 0..1 and has a width at 0 and n correct.
+    """
+    _check_confidence(confidence)
+    if not 0 <= correct <= n:
+        raise ValueError(f"{correct} correct of {n}; allowed: 0 <= correct <= n")
+    if n == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    p = correct / n
+    centre = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    # At the ends the formula gives 0 and 1 but for rounding.
+    low = 0.0 if correct == 0 else (centre - half) / scale
+    high = 1.0 if correct == n else (centre + half) / scale
+    return low, high
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Return the unbiased estimate of pass@k for one problem from n samples, c of them correct.
+
+    The share of the k-subsets of the samples that hold a correct one: 1 - C(n-c, k) / C(n, k) (Chen et al., 2021,
+    arXiv 2107.03374, eq. 1). Average it over problems.
+    """
+    if not 0 <= c <= n:
+        raise ValueError(f"{c} correct of {n} samples; allowed: 0 <= c <= n")
+    _check_k(k, n)
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def majority_at_k(
+    answers: Sequence[Hashable | None],
+    correct: Sequence[bool],
+    k: int | None = None,
+    *,
+    same: Callable[[Any, Any], bool] | None = None,
+) -> float:
+    """Return the chance that the most frequent answer among k of the n samples of one problem is correct.
+
+    Exact, over all k-subsets of the samples and over all ways to break ties; k defaults to n, a plain vote. None (no answer
+    was found) uses up a sample but never wins, and if it is all there is, the vote is lost. Answers are one class if equal, or,
+    given `same`, if `same(first of the class, answer)`. Should a class mix right and wrong, its winner is one of them at random.
+    Needs n below about 1000 where k < n (binomials are held in float64).
+    """
+    if len(answers) != len(correct):
+        raise ValueError(f"{len(answers)} answers but {len(correct)} verdicts; allowed: one verdict for each answer")
+    n = len(answers)
+    k = n if k is None else k
+    _check_k(k, n)
+    classes: list[tuple[Hashable, list[bool]]] = []
+    position: dict[Hashable, int] = {}  # of equal answers, where no `same` is given
+    blanks = 0
+    for answer, right in zip(answers, correct):
+        if answer is None:
+            blanks += 1
+            continue
+        if same is None:
+            i = position.setdefault(answer, len(classes))
+        else:
+            i = next((i for i, (first, _) in enumerate(classes) if same(first, answer)), len(classes))
+        if i == len(classes):
+            classes.append((answer, []))
+        classes[i][1].append(bool(right))
+    sizes = [len(members) for _, members in classes]
+    win = {size: _win_chance(size, sizes, blanks, k) for size in set(sizes)}  # classes of one size have equal chances
+    return sum(win[len(members)] * sum(members) / len(members) for _, members in classes)
+
+
+def _win_chance(size: int, sizes: Sequence[int], blanks: int, k: int) -> float:
+    """Return the chance that one class of `size` wins a vote of k samples among classes of `sizes` (itself included)."""
+    n = sum(sizes) + blanks
+    if k == n:
+        return (size == max(sizes)) / sizes.count(max(sizes))
+    others = list(sizes)
+    others.remove(size)
+    chance = 0.0
+    for votes in range(1, min(size, k) + 1):
+        # ways_TK[t, j]: ways to draw j samples of the rest such that t other classes tie at `votes` and none has more.
+        T = min(len(others), k // votes)
+        ways_TK = np.zeros((T + 1, k + 1))
+        ways_TK[0] = [float(math.comb(blanks, j)) for j in range(k + 1)]
+        for other in others:
+            drawn_TK = np.zeros_like(ways_TK)
+            for j in range(min(other, votes - 1) + 1):
+                drawn_TK[:, j:] += math.comb(other, j) * ways_TK[:, : k + 1 - j]
+            if other >= votes:
+                drawn_TK[1:, votes:] += math.comb(other, votes) * ways_TK[:-1, : k + 1 - votes]
+            ways_TK = drawn_TK
+        fair = ways_TK[:, k - votes] / np.arange(1, T + 2)
+        chance += math.comb(size, votes) * float(fair.sum())
+    return chance / math.comb(n, k)
+
+
+def mcnemar(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> float:
+    """Return the exact two-sided p-value of McNemar's test: is either run right more often where the two differ?
+
+    Problems that both or neither solved say nothing; under equality the rest are fair coins (McNemar, 1947). One sample a
+    problem: with several, use `paired_bootstrap` on each problem's mean.
+    """
+    a, b = _paired(correct_a, correct_b)
+    if not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
+        raise ValueError("McNemar's test got values other than 0 and 1; for a mean over samples use paired_bootstrap")
+    only_a, only_b = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
+    n = only_a + only_b
+    tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def paired_bootstrap(
+    a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95, draws: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Return the mean of b - a over problems, and a percentile bootstrap interval of it: (difference, low, high).
+
+    Entry i of both is the accuracy on problem i. Problems are drawn, each with both runs' values, so what makes a problem hard
+    for both cancels; samples of one problem are averaged first, never counted as problems.
+    """
+    _check_confidence(confidence)
+    a, b = _paired(a, b)
+    if len(a) == 0:
+        raise ValueError("paired_bootstrap got no problems; allowed: at least 1")
+    difference = b - a
+    n = len(difference)
+    rng = np.random.default_rng(seed)
+    means = np.array([difference[rng.integers(n, size=n)].mean() for _ in range(draws)])
+    low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return float(difference.mean()), float(low), float(high)
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Return the mean over seeds with its t-interval: (mean, low, high); of a single value, unbounded."""
+    _check_confidence(confidence)
+    values = np.asarray(values, np.float64)
+    n = len(values)
+    if n == 0:
+        raise ValueError("mean_interval got no values; allowed: at least 1")
+    mean = float(values.mean())
+    if n == 1:
+        return mean, -math.inf, math.inf
+    half = _t_quantile(0.5 + confidence / 2, n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
+    return mean, mean - half, mean + half
+
+
+def _t_quantile(p: float, freedom: int) -> float:
+    """Return Student's t quantile, p > 0.5, by bisection on the angle atan(t / sqrt(freedom))."""
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        if 0.5 + _t_mass(middle, freedom) / 2 < p:
+            low = middle
+        else:
+            high = middle
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def _t_mass(angle: float, freedom: int) -> float:
+    """Return P(|T| <= sqrt(freedom) tan(angle)): Abramowitz and Stegun (1964), 26.7.3 (odd) and 26.7.4 (even)."""
+    odd = freedom % 2
+    term = math.cos(angle) if odd else 1.0
+    total = term if freedom > 1 else 0.0
+    for i in range(2 + odd, freedom - 1, 2):
+        term *= (i - 1) / i * math.cos(angle) ** 2
+        total += term
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if odd else total
+
+
+def _paired(a: Sequence[float], b: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.ndim != 1 or a.shape != b.shape:
+        raise ValueError(f"runs of shapes {a.shape} and {b.shape} can't be paired; allowed: one value a problem, same problems")
+    return a, b
+
+
+def _check_k(k: int, n: int) -> None:
+    if not 1 <= k <= n:
+        raise ValueError(f"k = {k} of {n} samples; allowed: 1 <= k <= {n}; draw more samples or lower k")
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence {confidence}; allowed: between 0 and 1, such as 0.95")

@@ -1,0 +1,56 @@
+"""Held-out accuracy: suites of tasks are attempted once a temperature and judged, with a 95 % Wilson interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+
+from jaxreason.environment import Environment
+from jaxreason.estimators import wilson
+from jaxreason.rollout import Request, Roller, collect
+from jaxreason.types import Evaluation, Rollout, Task
+
+EVALUATION = 2**31  # folded into the seed's key here; training folds in the number of the phase
+
+
+class Suite(NamedTuple):
+    """A named set of held-out tasks and what judges them."""
+
+    name: str
+    tasks: Sequence[Task]
+    environment: Environment
+
+
+def evaluate(
+    roller: Roller,
+    params,
+    suites: Sequence[Suite],
+    *,
+    prompt: Callable[[Task], list[int]],
+    temperatures: Sequence[float],
+    n: int,
+    seed: int,
+    phase: str,
+    step: int,
+) -> tuple[list[Evaluation], list[Rollout]]:
+    """Attempt the first n tasks of each suite at each temperature; also return the rollouts of the last temperature.
+
+    The same tasks and the same random keys at every call: two evaluations differ by their params alone.
+    """
+    evaluations, kept = [], []
+    layout = roller.sampler.prepare(params)
+    for i, suite in enumerate(suites):
+        tasks = [suite.tasks[j] for j in range(min(n, len(suite.tasks)))]
+        requests = [Request(task, j, 0, prompt(task)) for j, task in enumerate(tasks)]
+        for temperature in temperatures:
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), EVALUATION), i)
+            rollouts, _ = collect(roller, layout, requests, suite.environment, key=key, temperature=temperature)
+            correct = sum(r.verdict.correct for r in rollouts)
+            low, high = wilson(correct, len(rollouts))
+            accuracy = correct / len(rollouts)
+            evaluations.append(Evaluation(phase, step, suite.name, accuracy, low, high, len(rollouts), temperature))
+        kept += rollouts
+    return evaluations, kept
+

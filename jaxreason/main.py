@@ -1,0 +1,111 @@
+"""The door: `python -m jaxreason.main --config=configs/tiny.py [--workdir=runs/mine] [--config.rl.steps=10]`.
+
+Reads flags, checks the config and the folder, builds the run and trains it. A run that was stopped goes on when the same command
+is given again: without `--workdir` its folder is named after the config, its options and a hash of all its fields.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file and options, as configs/tiny.py:task=countdown,smoke; --config.rl.steps=10 changes a field."
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; a run in it goes on. Default: runs/<config>-<hash of its fields>."
+)
+
+
+def config_text(config) -> str:
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True, default=list)
+
+
+def default_workdir(config_flag: str, text: str) -> Path:
+    """A folder for this very config: the one of an unfinished run if there is one, else one that is free."""
+    path, _, options = config_flag.partition(":")
+    stem = Path(path).stem + ("-" + re.sub(r"[^\w.=-]+", "_", options)[-60:] if options else "")
+    stem = f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    for number in itertools.count(1):
+        folder = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
+        if not is_done(folder):
+            return folder
+
+
+def is_done(folder: Path) -> bool:
+    summary = folder / "summary.json"
+    return summary.is_file() and json.loads(summary.read_text())["done"]
+
+
+def check_same_config(folder: Path, text: str) -> None:
+    """Raise ValueError if `folder` holds a run of another config."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    there, here = flat(json.loads(path.read_text())), flat(json.loads(text))
+    differ = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+    if differ:
+        shown = "; ".join(f"{key}: {there.get(key, 'absent')} there, {here.get(key, 'absent')} here" for key in differ[:3])
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise ValueError(f"{folder} holds a run of another config ({shown}{more}); choose another --workdir")
+
+
+def flat(tree, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {key: value for name, branch in tree.items() for key, value in flat(branch, f"{prefix}{name}.").items()}
+
+
+def fail(error: Exception) -> None:
+    """Bad input: one line, no traceback."""
+    message = " ".join(str(error.args[0] if error.args else error).split())
+    sys.exit(f"error: {message}")
+
+
+def parse_flags(argv):
+    try:
+        rest = flags.FLAGS(argv)
+        if CONFIG.value is None:
+            raise ValueError("no --config given; for example --config=configs/tiny.py")
+        return rest
+    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
+        fail(error)
+
+
+def main(argv) -> None:
+    logging.set_verbosity(logging.WARNING)  # jax tells at INFO which backends it did not find
+    if len(argv) > 1:
+        fail(ValueError(f"got the words {' '.join(argv[1:])!r}; options of a config follow a colon: configs/tiny.py:smoke"))
+    # Here and not above: `--help` and mistyped flags should not wait for jax.
+    from jaxreason.build import build, call, make_log
+    from jaxreason.checkpoint import check_writable, open_checkpoints
+    from jaxreason.train import train
+
+    text = config_text(CONFIG.value)
+    workdir = Path(WORKDIR.value) if WORKDIR.value else default_workdir(flags.FLAGS["config"].config_filename, text)
+    try:
+        check_same_config(workdir, text)
+        if is_done(workdir):
+            raise ValueError(f"the run in {workdir} is finished; choose another --workdir")
+        run = build(CONFIG.value)
+        check_writable(workdir)
+        checkpoints = call(open_checkpoints, CONFIG.value.checkpoint.to_dict(), "checkpoint", folder=workdir / "checkpoints")
+    except (ValueError, FileNotFoundError) as error:
+        fail(error)
+    (workdir / "config.json").write_text(text)
+    print(f"workdir: {workdir}", flush=True)
+    train(run, workdir, checkpoints, log_options=make_log(**CONFIG.value.log.to_dict())[1])
+    checkpoints.close()
+    print(f"written: {workdir / 'summary.json'}, {workdir / 'rollouts.jsonl'}, {workdir / 'metrics.jsonl'}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,403 @@
+"""Metrics, from (sum, count) pairs to the files of a run and its terminal.
+
+While they accumulate, metrics are dictionaries name -> (sum, count): `merge` adds them, over micro-batches, steps or groups, and
+`divide` turns them into numbers, once. A `RunLog` writes these to `metrics.jsonl`, TensorBoard and (optionally) W&B, and shows
+the latest on one live line. Beside it are the other files and tables of a run: rollouts, evaluations, the summary.
+
+Every line of every file is strict ASCII JSON: what is not finite becomes null. What a model wrote is data: its control characters
+and markup are shown, never obeyed. Only one process of a run writes (`write`); reading the files back is left to `report`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import math
+import os
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from jaxreason.types import Evaluation, Rollout
+
+PLAIN_EVERY_S = 10.0  # without a terminal, at most one line of progress in this time
+
+SHOWN = (  # (metric, label, format): the live line, in this order
+    ("rollout/reward", "reward", "{:.3f}"),
+    ("rollout/correct", "accuracy", "{:.3f}"),
+    ("rollout/length", "length", "{:.0f}"),
+    ("train/loss", "loss", "{:.4f}"),
+    ("train/entropy", "entropy", "{:.3f}"),
+    ("perf/tokens_per_s", "tokens/s", "{:,.0f}"),
+)
+SHARES = (("time/sample_s", "sampling"), ("time/verify_s", "verifying"), ("time/learn_s", "learning"))
+
+
+def merge(*metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+    """Add up (sum, count) pairs by name; a name may be missing from some."""
+    merged: dict[str, tuple[Any, Any]] = {}
+    for pairs in metrics:
+        for name, (total, count) in pairs.items():
+            seen_total, seen_count = merged.get(name, (0, 0))
+            merged[name] = (seen_total + total, seen_count + count)
+    return merged
+
+
+def divide(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
+    """Return sum / count by name, NaN where nothing was counted; waits for the devices, in a single transfer."""
+    return {
+        name: float(total) / float(count) if count != 0 else math.nan
+        for name, (total, count) in jax.device_get(dict(metrics)).items()
+    }
+
+
+class Pace(NamedTuple):
+    """How long a step takes: an exponential average that starts anew in each phase."""
+
+    phase: str = ""
+    steps: int = 0
+    step_s: float = math.nan
+
+    def after(self, phase: str, step_s: float) -> Pace:
+        if phase != self.phase:
+            return Pace(phase, 1, step_s)
+        if self.steps == 1:  # the first step of a phase compiled, and says nothing of the next
+            return Pace(phase, 2, step_s)
+        return Pace(phase, self.steps + 1, 0.9 * self.step_s + 0.1 * step_s)
+
+
+class RunLog:
+    """The open log of a run; see `open_log`. Use as a context manager, or call `close`."""
+
+    def __init__(self, file, board, wandb_run, console: Console | None, *, total_steps: int, start_s: float):
+        self._file, self._board, self._wandb_run, self._console = file, board, wandb_run, console
+        self._total_steps, self._start_s = total_steps, start_s
+        self._pace, self._latest, self._printed_s = Pace(), {}, -math.inf
+        self._live = None
+        if console is not None and console.is_terminal:
+            # Redirecting a stdout that is no terminal would send to the terminal what was meant for a file.
+            self._live = Live(Text("starting"), console=console, refresh_per_second=4, redirect_stdout=sys.stdout.isatty())
+            self._live.start()
+        atexit.register(self.close)  # a run that ends in an error must give the cursor back
+
+    def write(
+        self,
+        step: int,
+        phase: str,
+        values: Mapping[str, float],
+        *,
+        phase_step: int | None = None,
+        phase_steps: int | None = None,
+    ) -> None:
+        """Log `values` of the global `step`, which never decreases over a run; `phase_step` counts from the phase's start."""
+        if self._file is None:
+            return
+        time_s = round(time.time() - self._start_s, 3)
+        record = {"step": step, "phase": phase, "phase_step": phase_step, "time_s": time_s}
+        if clash := record.keys() & values.keys():
+            raise ValueError(
+                f"metrics named {', '.join(sorted(clash))}; these are fields of the log; use a name such as train/loss"
+            )
+        values = {name: float(value) for name, value in values.items()}
+        self._file.write(_json_line(record | values))
+        self._file.flush()
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        if self._board is not None:
+            for name, value in finite.items():  # tensorboardX warns at each NaN
+                self._board.add_scalar(name, value, step)
+        if self._wandb_run is not None:
+            self._wandb_run.log(values, step=step)
+        if "time/step_s" in finite:
+            self._pace = self._pace.after(phase, finite["time/step_s"])
+        self._latest = (self._latest if self._latest.get("phase") == phase else {}) | {"phase": phase} | values
+        self._show(step, phase_step, phase_steps, now=any(name.startswith("eval/") for name in values))
+
+    def _show(self, step: int, phase_step: int | None, phase_steps: int | None, now: bool) -> None:
+        if self._console is None:
+            return
+        step_s = self._pace.step_s if self._pace.phase == self._latest["phase"] else math.nan
+        line = progress(self._latest, step, self._total_steps, phase_step, phase_steps, step_s)
+        if self._live is not None:
+            self._live.update(Text(line))
+        elif now or step >= self._total_steps or time.monotonic() - self._printed_s >= PLAIN_EVERY_S:
+            self._printed_s = time.monotonic()
+            self._console.print(Text(line), soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """Print a line above the live one."""
+        if self._console is not None:
+            self._console.print(Text(visible(text)), soft_wrap=True)
+
+    def close(self) -> None:
+        """Close the files and leave the terminal as it was; again does nothing."""
+        atexit.unregister(self.close)
+        if self._live is not None:
+            self._live.stop()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb_run is not None:
+            self._wandb_run.finish()
+        if self._file is not None:
+            self._file.close()
+        self._file = self._board = self._wandb_run = self._console = self._live = None
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def open_log(
+    workdir: str | os.PathLike,
+    *,
+    total_steps: int,
+    resume_step: int | None = None,
+    tensorboard: bool = True,
+    wandb: Mapping[str, Any] | None = None,
+    live: bool = True,
+    write: bool = True,
+) -> RunLog:
+    """Open the log of a run in `workdir`: `metrics.jsonl`, and TensorBoard events in `tensorboard/`.
+
+    `wandb` is the keyword arguments of `wandb.init`, or None. `live` shows progress on stderr: one live line on a terminal, else
+    a plain line every ten seconds. `resume_step`, if given, is the step of the checkpoint a run goes on from: what was logged
+    after it is cut, and `time_s` goes on from what was kept. With `write` False nothing is opened and every method does nothing.
+
+    Raises:
+      ValueError: W&B is asked for but not installed.
+    """
+    if not write:
+        return RunLog(None, None, None, None, total_steps=total_steps, start_s=time.time())
+    wandb_run = None if wandb is None else _import_wandb().init(**{"dir": os.fspath(workdir), **wandb})
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "metrics.jsonl"
+    last = None if resume_step is None else truncate(path, resume_step)
+    board = None
+    if tensorboard:
+        from tensorboardX import SummaryWriter
+
+        purge_step = None if resume_step is None else resume_step + 1
+        board = SummaryWriter(logdir=str(workdir / "tensorboard"), purge_step=purge_step, flush_secs=10)
+    return RunLog(
+        path.open("a", encoding="ascii"),
+        board,
+        wandb_run,
+        Console(stderr=True, highlight=False) if live else None,
+        total_steps=total_steps,
+        start_s=time.time() - (last["time_s"] if last else 0.0),
+    )
+
+
+def progress(
+    values: Mapping[str, Any],
+    step: int,
+    total_steps: int,
+    phase_step: int | None = None,
+    phase_steps: int | None = None,
+    step_s: float = math.nan,
+) -> str:
+    """Return the line of progress: what is among `values`, and no word of what is not.
+
+    The time left of the phase is for its own steps; that of the run supposes that later phases keep this pace, and says so.
+    """
+    phase = f"{values['phase']} {phase_step}/{phase_steps}" if phase_steps else str(values["phase"])
+    parts = [phase, f"step {step}/{total_steps}"]
+    left = phase_steps - phase_step if phase_steps and phase_step is not None else total_steps - step
+    if math.isfinite(step_s):
+        parts.append(f"eta {_duration(left * step_s)}")
+        if total_steps - step > left:
+            parts.append(f"run {_duration((total_steps - step) * step_s)} at this pace")
+    parts += [f"{label} {form.format(values[name])}" for name, label, form in SHOWN if name in values]
+    parts += [
+        f"{name.removeprefix('eval/').removesuffix('/accuracy')} {value:.3f}"
+        for name, value in values.items()
+        if name.startswith("eval/") and name.endswith("/accuracy")
+    ]
+    times = {label: values[name] for name, label in SHARES if name in values}
+    if (total_s := sum(times.values())) > 0:
+        parts.append(" ".join(f"{label} {value / total_s:.0%}" for label, value in times.items()))
+    return "  ".join(parts)
+
+
+def truncate(path: str | os.PathLike, step: int) -> dict[str, Any] | None:
+    """Drop the lines of a JSONL file whose `step` is above the given one, and a torn last line; return the last line kept.
+
+    For `metrics.jsonl` and `rollouts.jsonl` when a run goes on from a checkpoint older than its log. Atomic; a missing file is
+    an empty one.
+    """
+    path = Path(path)
+    if not path.exists():
+        return None
+    last = None
+    with path.open(encoding="ascii", errors="replace") as lines, _replacing(path) as kept:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # torn: the process was killed while it wrote
+            if record["step"] <= step:
+                kept.write(line if line.endswith("\n") else line + "\n")
+                last = record
+    return last
+
+
+def write_summary(path: str | os.PathLike, summary: Mapping[str, Any], *, write: bool = True) -> None:
+    """Write `summary` as JSON, atomically: a reader finds the old file or the new one, whole."""
+    if write:
+        with _replacing(Path(path)) as file:
+            file.write(json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n")
+
+
+def write_rollouts(
+    path: str | os.PathLike,
+    rollouts: Iterable[Rollout],
+    step: int,
+    phase: str,
+    *,
+    decode: Callable[[np.ndarray], str] | None = None,
+    write: bool = True,
+) -> None:
+    """Append rollouts as JSONL; `decode` turns the prompt's token ids into text, and without it they are written as they are."""
+    if not write:
+        return
+    with Path(path).open("a", encoding="ascii") as file:
+        for rollout in rollouts:
+            record = {
+                "step": step,
+                "phase": phase,
+                "problem": rollout.problem,
+                "attempt": rollout.attempt,
+                "question": rollout.task.question,
+                "prompt": rollout.prompt if decode is None else decode(rollout.prompt),
+                "text": rollout.text,
+                "answer": rollout.task.answer,
+                "reward": rollout.verdict.reward,
+                "correct": rollout.verdict.correct,
+                "parsed": rollout.verdict.parsed,
+                "reason": rollout.verdict.reason,
+                "stop": rollout.stop,
+                "logp_sum": float(np.sum(rollout.logp, dtype=np.float64)),
+                "length": len(rollout.tokens),
+                "temperature": rollout.temperature,
+            }
+            file.write(_json_line(record))
+
+
+def print_rollouts(
+    rollouts: Sequence[Rollout],
+    n: int = 3,
+    *,
+    decode: Callable[[np.ndarray], str] | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print the first n rollouts in full, each with its verdict; the question stands for the prompt unless `decode` is given."""
+    console = console or Console(highlight=False)
+    for rollout in rollouts[:n]:
+        verdict = rollout.verdict
+        heading = f"problem {rollout.problem}, attempt {rollout.attempt}: {'correct' if verdict.correct else 'wrong'}"
+        heading += f", reward {verdict.reward:g}, {len(rollout.tokens)} tokens, stopped by {rollout.stop}"
+        console.rule(Text(heading, style="green" if verdict.correct else "red"), align="left")
+        prompt = rollout.task.question if decode is None else decode(rollout.prompt)
+        for text, style in ((prompt, "dim"), (rollout.text, "")):
+            console.print(Text(visible(text, console.encoding), style=style), soft_wrap=True)
+        parsed = "no answer found" if verdict.parsed is None else f"answered {verdict.parsed}"
+        ending = f"{parsed}, expected {rollout.task.answer}" + (f" ({verdict.reason})" if verdict.reason else "")
+        console.print(Text(visible(ending, console.encoding), style="bold"), soft_wrap=True)
+
+
+def print_evaluations(evaluations: Iterable[Evaluation], *, console: Console | None = None) -> None:
+    """Print accuracy before and after: a row a suite and temperature, a column a phase (its last evaluation), and the change."""
+    cells: dict[tuple[str, float], dict[str, Evaluation]] = {}
+    phases: list[str] = []
+    for evaluation in evaluations:
+        cells.setdefault((evaluation.suite, evaluation.temperature), {})[evaluation.phase] = evaluation
+        if evaluation.phase not in phases:
+            phases.append(evaluation.phase)
+    table = Table("suite", "temperature")
+    for phase in phases:
+        table.add_column(Text(visible("start" if phase == "start" else f"after {phase}")), no_wrap=True)
+    if len(phases) > 1:
+        table.add_column("change", justify="right", no_wrap=True)
+    for (suite, temperature), row in cells.items():
+        accuracy = [f"{e.accuracy:.3f} [{e.low:.2f}, {e.high:.2f}]" if e else "-" for e in map(row.get, phases)]
+        seen = [row[phase].accuracy for phase in phases if phase in row]
+        change = [f"{seen[-1] - seen[0]:+.3f}" if len(seen) > 1 else "-"] if len(phases) > 1 else []
+        # Text, since in a plain string rich would take "[0.47, 0.56]" for markup if it could.
+        table.add_row(*(Text(visible(cell)) for cell in (suite, f"{temperature:g}", *accuracy, *change)))
+    (console or Console()).print(table)
+
+
+def visible(text: str, encoding: str = "utf-8") -> str:
+    r"""Return text that a terminal shows and never obeys: what is not printable, a newline or a tab becomes `\x1b` or the like.
+
+    That covers ANSI escapes, carriage returns, bidirectional overrides, zero-width characters, lone surrogates, and what
+    `encoding` lacks. Markup is no concern of it: give rich a `Text`.
+    """
+    hidden = ("C", "Zl", "Zp")  # control, format, surrogate, private, unassigned; line and paragraph separators
+    escaped = "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char).startswith(hidden) and char not in "\n\t" else char
+        for char in text
+    )
+    return escaped.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` as what JSON has: arrays as lists, named tuples as dictionaries, numbers that are not finite as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if hasattr(value, "_asdict"):
+        return _plain(value._asdict())
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        return _plain(np.asarray(value).tolist())
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _json_line(record: Mapping[str, Any]) -> str:
+    return json.dumps(_plain(record), allow_nan=False) + "\n"
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[str]]:
+    """Yield a text file that takes the place of `path` once it is complete, and is removed if writing fails."""
+    unfinished = path.with_name(f".{path.name}.tmp")  # in the same folder, so that the replacement is a rename
+    try:
+        with unfinished.open("w", encoding="ascii", errors="replace") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _import_wandb():
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("logging to W&B is asked for but wandb is not installed; pip install 'jaxreason[wandb]'") from None
+    return wandb

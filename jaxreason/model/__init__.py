@@ -1,0 +1,7 @@
+"""Models: the only folder that imports flax. `transformer(ModelConfig) -> Model`; weights in and out of Hugging Face folders."""
+
+from jaxreason.model.config import ModelConfig
+from jaxreason.model.seam import Model
+from jaxreason.model.transformer import transformer
+
+__all__ = ["Model", "ModelConfig", "transformer"]

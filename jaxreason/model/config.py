@@ -1,0 +1,388 @@
+"""The numbers of a model: `ModelConfig`, its named sizes, and both directions of a Hugging Face `config.json`.
+
+Three dense families share one block and differ in two switches: Llama 3 (neither), Qwen2.5 (`qkv_bias`) and Qwen3
+(`qk_norm`). `from_hf` refuses what the block cannot do (sliding windows, output biases, quantised weights) instead of
+computing something else. RoPE frequencies live here because they are a function of these numbers alone. No jax needed.
+Left out: mixtures of experts, multimodal models, RoPE kinds whose frequencies depend on the length at hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from jaxreason.options import unknown
+
+DTYPES = ("float32", "bfloat16")
+REMAT = ("none", "full", "dots")
+ROPE_KINDS = ("linear", "llama3", "yarn")
+
+
+def _positive(owner, *names: str) -> None:
+    for name in names:
+        if not getattr(owner, name) > 0:
+            raise ValueError(f"{name} got {getattr(owner, name)!r}; allowed: a positive number")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How RoPE frequencies are stretched beyond the context a model was pretrained on. Hashable, like ModelConfig."""
+
+    kind: str  # "linear", "llama3" or "yarn"
+    factor: float
+    original_max_position: int = 8192  # llama3 and yarn: the context before stretching, in tokens
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn, in rotations over the original context, as the next
+    beta_slow: float = 1.0  # yarn
+    truncate: bool = True  # yarn: round the ends of the ramp to whole dimensions
+    attention_factor: float | None = None  # yarn: None derives it from factor and the two mscales
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+
+    def __post_init__(self):
+        if self.kind not in ROPE_KINDS:
+            raise ValueError(unknown("rope scaling", self.kind, ROPE_KINDS))
+        _positive(self, "factor", "original_max_position", "low_freq_factor", "beta_fast", "beta_slow")
+        if not self.high_freq_factor > self.low_freq_factor:
+            raise ValueError(f"high_freq_factor got {self.high_freq_factor}; allowed: above {self.low_freq_factor=}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder-only transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU."""
+
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    feed_forward: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False  # Qwen2.5
+    qk_norm: bool = False  # Qwen3
+    tied_embeddings: bool = False
+    value_head: bool = False
+    dtype: str = "float32"  # of the computation
+    param_dtype: str = "float32"  # of the parameters at rest
+    scan_layers: bool = False  # lax.scan over the stacked layers: compile time flat in depth, slower on a CPU
+    remat: str = "none"  # recompute in the backward pass: nothing, whole layers, or all but the matrix products
+
+    def __post_init__(self):
+        _positive(self, "vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "feed_forward")
+        _positive(self, "rope_theta", "norm_eps")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads got {self.heads}; allowed: a multiple of kv_heads ({self.kv_heads})")
+        if self.head_size % 2:
+            raise ValueError(f"head_size got {self.head_size}; allowed: even numbers, as RoPE turns pairs")
+        for name, allowed in (("dtype", DTYPES), ("param_dtype", DTYPES), ("remat", REMAT)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(unknown(name, getattr(self, name), allowed))
+        if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
+            raise ValueError(f"rope_scaling got {type(self.rope_scaling).__name__}; allowed: None or a RopeScaling")
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Count the parameters of the policy as Hugging Face does: tied embeddings once, the value head not at all."""
+    c = config
+    attention = c.width * c.head_size * (2 * c.heads + 2 * c.kv_heads)
+    attention += c.qkv_bias * c.head_size * (c.heads + 2 * c.kv_heads) + c.qk_norm * 2 * c.head_size
+    layer = attention + 3 * c.width * c.feed_forward + 2 * c.width
+    return c.layers * layer + c.width + (1 if c.tied_embeddings else 2) * c.vocab_size * c.width
+
+
+# ---------------------------------------------------------------------------------------------------------- RoPE
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
+    """Compute RoPE's inverse frequencies, float32 [H/2], and the factor that its sines and cosines are multiplied by.
+
+    The same numbers as transformers' `ROPE_INIT_FUNCTIONS`: llama3 from Llama 3.1's reference code, yarn from
+    Peng et al. 2023 (arXiv 2309.00071).
+    """
+    scaling, H = config.rope_scaling, config.head_size
+    frequency = config.rope_theta ** -(np.arange(0, H, 2, dtype=np.float64) / H)
+    factor = 1.0
+    if scaling is not None and scaling.kind == "linear":
+        frequency = frequency / scaling.factor
+    elif scaling is not None and scaling.kind == "llama3":
+        frequency = _llama3_frequencies(frequency, scaling)
+    elif scaling is not None:
+        frequency, factor = _yarn_frequencies(frequency, scaling, config.rope_theta)
+    return frequency.astype(np.float32), factor
+
+
+def _llama3_frequencies(frequency: np.ndarray, s: RopeScaling) -> np.ndarray:
+    """Keep short wavelengths, divide long ones by the factor, and blend in between."""
+    rotations = s.original_max_position * frequency / (2 * math.pi)
+    keep = np.clip((rotations - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
+    return keep * frequency + (1 - keep) * frequency / s.factor
+
+
+def _yarn_frequencies(frequency: np.ndarray, s: RopeScaling, theta: float) -> tuple[np.ndarray, float]:
+    """Blend over dimensions (not rotations) from kept to divided, and sharpen attention by the returned factor."""
+    pairs = len(frequency)
+
+    def dimension(rotations):
+        return pairs * math.log(s.original_max_position / (rotations * 2 * math.pi)) / math.log(theta)
+
+    low, high = dimension(s.beta_fast), dimension(s.beta_slow)
+    if s.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    # The upper limit is over all H dimensions although the ramp runs over H/2 pairs: so it is in every implementation.
+    low, high = max(low, 0), min(high, 2 * pairs - 1)
+    divide = np.clip((np.arange(pairs) - low) / (high - low if high != low else 0.001), 0, 1)
+
+    def magnitude(scale=1.0):
+        return 1.0 if s.factor <= 1 else 0.1 * scale * math.log(s.factor) + 1.0
+
+    factor = s.attention_factor
+    if factor is None:
+        both = s.mscale and s.mscale_all_dim
+        factor = magnitude(s.mscale) / magnitude(s.mscale_all_dim) if both else magnitude()
+    return (1 - divide) * frequency + divide * frequency / s.factor, factor
+
+
+# ------------------------------------------------------------------------------------------- Hugging Face's config.json
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+def from_hf(config_json: Mapping[str, Any], **overrides) -> ModelConfig:
+    """Read a Hugging Face `config.json`, then replace the fields named in `overrides`.
+
+    A missing key gets the default of that family in transformers. The stored dtype is not read: the dtypes here are
+    choices of a run, not properties of a checkpoint.
+
+    Raises:
+      ValueError: a model type, or a variant of one, that this code base does not compute.
+    """
+    c = config_json
+    family = c.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(unknown("model_type", family, FAMILIES))
+    _refuse_variants(c, family)
+    missing = [
+        k for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size") if k not in c
+    ]
+    if missing:
+        raise ValueError(f"config.json of a {family} model lacks {', '.join(missing)}; is it the right config.json?")
+    width, heads = c["hidden_size"], c["num_attention_heads"]
+    rope_theta, rope_scaling = _rope_from_hf(c)
+    fields = {
+        "vocab_size": c["vocab_size"],
+        "width": width,
+        "layers": c["num_hidden_layers"],
+        "heads": heads,
+        "kv_heads": _given(c, "num_key_value_heads", heads),
+        "head_size": _given(c, "head_dim", 128 if family == "qwen3" and "head_dim" not in c else width // heads),
+        "feed_forward": c["intermediate_size"],
+        "rope_theta": rope_theta,
+        "rope_scaling": rope_scaling,
+        "norm_eps": _given(c, "rms_norm_eps", 1e-6),
+        "qkv_bias": family == "qwen2",
+        "qk_norm": family == "qwen3",
+        "tied_embeddings": _given(c, "tie_word_embeddings", False),
+    }
+    for name in overrides:
+        if name not in ModelConfig.__dataclass_fields__:
+            raise ValueError(unknown("field of ModelConfig", name, ModelConfig.__dataclass_fields__))
+    return ModelConfig(**fields | overrides)
+
+
+def _given(c: Mapping[str, Any], key: str, default):
+    """A key of config.json; null means unset there."""
+    return default if c.get(key) is None else c[key]
+
+
+def _refuse_variants(c: Mapping[str, Any], family: str) -> None:
+    """Raise for settings that change the computation and that the block does not have."""
+    refused = {
+        "hidden_act": c.get("hidden_act", "silu") not in ("silu", "swish"),
+        "attention_bias": family != "qwen2" and bool(c.get("attention_bias")),  # biases the output projection too
+        "mlp_bias": bool(c.get("mlp_bias")),
+        "use_sliding_window": bool(c.get("use_sliding_window")),
+        "layer_types": any(kind != "full_attention" for kind in c.get("layer_types") or ()),
+        "quantization_config": c.get("quantization_config") is not None,
+    }
+    for key, bad in refused.items():
+        if bad:
+            got = "a quantised checkpoint" if key == "quantization_config" else repr(c[key])
+            raise ValueError(f"config.json: {key} got {got}; not supported for {family}: choose a checkpoint without it")
+
+
+def _rope_from_hf(c: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Read both forms: `rope_theta` beside `rope_scaling`, and transformers 5's `rope_parameters` that holds all."""
+    rope = {**(c.get("rope_parameters") or {}), **(c.get("rope_scaling") or {})}
+    theta = float(_given(rope, "rope_theta", _given(c, "rope_theta", 10000.0)))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    partial_rotary = _given(rope, "partial_rotary_factor", _given(c, "partial_rotary_factor", 1.0))
+    if partial_rotary != 1:
+        raise ValueError(f"config.json: partial_rotary_factor got {partial_rotary}; allowed: 1")
+    if kind == "default":
+        return theta, None
+    if kind not in ROPE_KINDS:
+        raise ValueError(unknown("rope_type in config.json", kind, ("default", *ROPE_KINDS)))
+    original = _given(rope, "original_max_position_embeddings", c.get("max_position_embeddings"))
+    factor = rope.get("factor")
+    if factor is None and kind == "yarn" and original:
+        factor = c.get("max_position_embeddings", original) / original
+    needed = {"factor": factor}
+    if kind == "llama3":
+        needed |= {k: rope.get(k) for k in ("low_freq_factor", "high_freq_factor")}
+    if kind != "linear":
+        needed["original_max_position_embeddings"] = original
+    for key, value in needed.items():
+        if value is None:
+            raise ValueError(f"config.json: rope_type {kind!r} lacks {key}")
+    names = ["low_freq_factor", "high_freq_factor"] if kind == "llama3" else []
+    if kind == "yarn":
+        names = ["beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"]
+    more = {k: rope[k] for k in names if rope.get(k) is not None}
+    if kind != "linear":
+        more["original_max_position"] = original
+    return theta, RopeScaling(kind=kind, factor=factor, **more)
+
+
+def to_hf(config: ModelConfig, **tokens) -> dict[str, Any]:
+    """Write the `config.json` that transformers (4 and 5) and vLLM read back as the same model.
+
+    Args:
+      config: its switches choose the family.
+      **tokens: further entries, such as `eos_token_id` or `max_position_embeddings`; those that are None are left out.
+
+    Raises:
+      ValueError: no family of transformers has this combination of switches.
+    """
+    if config.qkv_bias and config.qk_norm:
+        raise ValueError("no Hugging Face family has qkv_bias and qk_norm; export needs at most one of them")
+    family = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
+    if family == "llama" and config.width % config.heads:
+        raise ValueError(f"width {config.width} is no multiple of heads {config.heads}: transformers refuses such a llama")
+    scaling = config.rope_scaling
+    stretched = int(scaling.factor * scaling.original_max_position) if scaling and scaling.kind != "linear" else 32768
+    out = {
+        "architectures": [f"{family.capitalize()}ForCausalLM"],
+        "model_type": family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "intermediate_size": config.feed_forward,
+        "hidden_act": "silu",
+        "max_position_embeddings": stretched,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": _rope_to_hf(scaling),
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied_embeddings,
+        "attention_dropout": 0.0,
+    }
+    out |= {"attention_bias": False, "mlp_bias": False} if family == "llama" else {"use_sliding_window": False}
+    if family == "qwen3":
+        out["attention_bias"] = False
+    return out | {k: v for k, v in tokens.items() if v is not None}
+
+
+def _rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    out: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind != "linear":
+        out["original_max_position_embeddings"] = scaling.original_max_position
+    if scaling.kind == "llama3":
+        out |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    if scaling.kind == "yarn":
+        names = ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")
+        out |= {k: getattr(scaling, k) for k in names if getattr(scaling, k) is not None}
+    return out
+
+
+# -------------------------------------------------------------------------------------------------------- named sizes
+
+
+def _shape(width: int, layers: int, heads: int, kv_heads: int, head_size: int, feed_forward: int, **more):
+    return partial(
+        ModelConfig,
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        feed_forward=feed_forward,
+        **more,
+    )
+
+
+_smollm2 = partial(_shape, vocab_size=49152, head_size=64, rope_theta=1e5, norm_eps=1e-5, tied_embeddings=True)
+_llama3 = partial(_shape, vocab_size=128256, kv_heads=8, rope_theta=5e5, norm_eps=1e-5)
+_qwen2 = partial(_shape, vocab_size=151936, rope_theta=1e6, qkv_bias=True, tied_embeddings=True)
+_qwen3 = partial(_shape, vocab_size=151936, kv_heads=8, head_size=128, rope_theta=1e6, qk_norm=True)
+
+# Each is a maker that takes further fields: `SIZES["tiny"](vocab_size=32)`, `SIZES["qwen3_8b"](dtype="bfloat16")`.
+SIZES: dict[str, Callable[..., ModelConfig]] = {
+    "tiny": _shape(64, 3, 4, 2, 16, 192),
+    "smollm2_135m": _smollm2(576, 30, 9, 3, feed_forward=1536),
+    "smollm2_360m": _smollm2(960, 32, 15, 5, feed_forward=2560),
+    "smollm2_1b7": _smollm2(2048, 24, 32, 32, feed_forward=8192, rope_theta=1.3e5),
+    "llama3.2_1b": _llama3(
+        2048, 16, 32, head_size=64, feed_forward=8192, tied_embeddings=True, rope_scaling=RopeScaling("llama3", 32.0)
+    ),
+    "llama3.2_3b": _llama3(
+        3072, 28, 24, head_size=128, feed_forward=8192, tied_embeddings=True, rope_scaling=RopeScaling("llama3", 32.0)
+    ),
+    "llama3.1_8b": _llama3(4096, 32, 32, head_size=128, feed_forward=14336, rope_scaling=RopeScaling("llama3", 8.0)),
+    "qwen2.5_0.5b": _qwen2(896, 24, 14, 2, 64, 4864),
+    "qwen2.5_1.5b": _qwen2(1536, 28, 12, 2, 128, 8960),
+    "qwen2.5_3b": _qwen2(2048, 36, 16, 2, 128, 11008),
+    "qwen2.5_7b": _qwen2(3584, 28, 28, 4, 128, 18944, vocab_size=152064, tied_embeddings=False),
+    "qwen3_0.6b": _qwen3(1024, 28, 16, feed_forward=3072, tied_embeddings=True),
+    "qwen3_1.7b": _qwen3(2048, 28, 16, feed_forward=6144, tied_embeddings=True),
+    "qwen3_4b": _qwen3(2560, 36, 32, feed_forward=9728, tied_embeddings=True),
+    "qwen3_8b": _qwen3(4096, 36, 32, feed_forward=12288),
+    "qwen3_14b": _qwen3(5120, 40, 40, feed_forward=17408),
+    "qwen3_32b": _qwen3(5120, 64, 64, feed_forward=25600),
+}
+
+# Where the trained weights of a size are. Loading them reads their own config.json, never the numbers above.
+HUB_IDS = {
+    "smollm2_135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm2_360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "smollm2_1b7": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+    "llama3.2_1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama3.2_3b": "meta-llama/Llama-3.2-3B-Instruct",
+    "llama3.1_8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "qwen2.5_0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen2.5_1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
+    "qwen2.5_3b": "Qwen/Qwen2.5-3B-Instruct",
+    "qwen2.5_7b": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen3_0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3_1.7b": "Qwen/Qwen3-1.7B",
+    "qwen3_4b": "Qwen/Qwen3-4B",
+    "qwen3_8b": "Qwen/Qwen3-8B",
+    "qwen3_14b": "Qwen/Qwen3-14B",
+    "qwen3_32b": "Qwen/Qwen3-32B",
+}
+
+
+def sized(name: str, **fields) -> ModelConfig:
+    """Make the config of a named size; `fields` replace or add to its numbers.
+
+    Raises:
+      ValueError: an unknown name or field, or `tiny` without a `vocab_size`.
+    """
+    if name not in SIZES:
+        raise ValueError(unknown("model size", name, SIZES))
+    try:
+        return SIZES[name](**fields)
+    except TypeError as error:
+        raise ValueError(f"model size {name!r}: {error}".replace("ModelConfig.__init__() ", "")) from None

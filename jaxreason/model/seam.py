@@ -1,0 +1,30 @@
+"""What the rest of jaxreason knows of a model: a NamedTuple of pure functions over nested dicts of arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxreason.model.config import ModelConfig
+
+
+class Model(NamedTuple):
+    """Behaviour of a model; its state is `params`, a nested dict of arrays with the layers stacked on axis 0."""
+
+    config: ModelConfig
+    init: Callable
+    """`init(key) -> params`."""
+    apply: Callable
+    """`apply(params, tokens_BT, position_BT, segment_BT=None, cache=None) -> (hidden_BTD, cache)`.
+
+    Without a cache it trains; with one it prefills (T > 1) or decodes (T = 1). Positions alone say where keys go and what
+    may be seen; a position outside the cache is written nowhere.
+    """
+    unembed: Callable
+    """`unembed(params, hidden) -> logits`, float32: apart from `apply`, so that `[B, T, V]` need never exist."""
+    value: Callable | None
+    """`value(params, hidden_BTD) -> value_BT`, float32; None without a value head."""
+    init_cache: Callable
+    """`init_cache(batch, length, cache_dtype=None) -> cache`, empty."""
+    decode_layout: Callable
+    """`decode_layout(params) -> params` as decoding reads them fastest; `apply` and `unembed` take either layout."""

@@ -1,0 +1,371 @@
+"""Weights in and out of Hugging Face folders: safetensors <-> the nested dict of stacked arrays that a `Model` takes.
+
+`table(config)` is the one list of (their name, our path, how to reshape) and drives both directions. Loading fills each
+stacked array layer by layer, straight from the file, and hands it to the devices before the next is begun: host memory
+stays near one copy of the model. Whatever does not fit (a tensor missing, left over or misshapen) is an error that names it.
+Left out: the value head, which no Hugging Face checkpoint has; pickled and quantised checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxreason.model.config import HUB_IDS, ModelConfig, from_hf, to_hf
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "generation_config.json",
+)
+
+
+class Row(NamedTuple):
+    """One kind of tensor. Ours (of one layer) is `theirs.reshape(split).transpose(axes)`; both are views."""
+
+    name: str  # theirs; {} stands for the layer
+    path: tuple[str, ...]  # ours; under "layers" it is stacked on axis 0
+    shape: tuple[int, ...]  # theirs
+    split: tuple[int, ...]  # theirs, with heads and head size apart
+    axes: tuple[int, ...]  # where the axes of split go: theirs are (out, in), ours (in, out)
+
+    @property
+    def ours(self) -> tuple[int, ...]:
+        """Shape of ours, without the layer axis."""
+        return tuple(self.split[a] for a in self.axes)
+
+    @property
+    def stacked(self) -> bool:
+        return self.path[0] == "layers"
+
+    def names(self, config: ModelConfig) -> list[str]:
+        """Their names, one a layer or just one."""
+        return [self.name.format(i) for i in range(config.layers if self.stacked else 1)]
+
+    def from_theirs(self, array: np.ndarray) -> np.ndarray:
+        return array.reshape(self.split).transpose(self.axes)
+
+    def to_theirs(self, array: np.ndarray) -> np.ndarray:
+        return array.transpose(np.argsort(self.axes)).reshape(self.shape)
+
+
+def table(config: ModelConfig) -> list[Row]:
+    """List every tensor of a Llama, Qwen2 or Qwen3 checkpoint of this shape."""
+    c = config
+    D, F, V, N, K, H = c.width, c.feed_forward, c.vocab_size, c.heads, c.kv_heads, c.head_size
+
+    def row(name, path, *split, axes=None, merged=0):
+        """`merged` axes, from the first on (from the last if negative), are one axis in their shape."""
+        shape = split
+        if merged > 0:
+            shape = (math.prod(split[:merged]), *split[merged:])
+        if merged < 0:
+            shape = (*split[:merged], math.prod(split[merged:]))
+        return Row(name, path, shape, split, axes or tuple(range(len(split))))
+
+    def layer(name, *path):
+        return f"model.layers.{{}}.{name}", ("layers", *path)
+
+    rows = [
+        row("model.embed_tokens.weight", ("embed", "embedding"), V, D),
+        row(*layer("input_layernorm.weight", "attention_norm", "scale"), D),
+        row(*layer("self_attn.q_proj.weight", "attention", "q", "kernel"), N, H, D, axes=(2, 0, 1), merged=2),
+        row(*layer("self_attn.k_proj.weight", "attention", "k", "kernel"), K, H, D, axes=(2, 0, 1), merged=2),
+        row(*layer("self_attn.v_proj.weight", "attention", "v", "kernel"), K, H, D, axes=(2, 0, 1), merged=2),
+        row(*layer("self_attn.o_proj.weight", "attention", "o", "kernel"), D, N, H, axes=(1, 2, 0), merged=-2),
+        row(*layer("post_attention_layernorm.weight", "mlp_norm", "scale"), D),
+        row(*layer("mlp.gate_proj.weight", "mlp", "gate", "kernel"), F, D, axes=(1, 0)),
+        row(*layer("mlp.up_proj.weight", "mlp", "up", "kernel"), F, D, axes=(1, 0)),
+        row(*layer("mlp.down_proj.weight", "mlp", "down", "kernel"), D, F, axes=(1, 0)),
+        row("model.norm.weight", ("final_norm", "scale"), D),
+    ]
+    if c.qkv_bias:
+        rows += [
+            row(*layer(f"self_attn.{x}_proj.bias", "attention", x, "bias"), heads, H, merged=2)
+            for x, heads in (("q", N), ("k", K), ("v", K))
+        ]
+    if c.qk_norm:
+        rows += [row(*layer(f"self_attn.{x}.weight", "attention", x, "scale"), H) for x in ("q_norm", "k_norm")]
+    if not c.tied_embeddings:
+        rows += [row("lm_head.weight", ("unembed", "kernel"), V, D, axes=(1, 0))]
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------ finding
+
+
+def resolve(path_or_hub_id: str | Path) -> Path:
+    """Find the folder of a checkpoint: a folder, a named size, or a Hugging Face id, from the local cache if it is there.
+
+    Raises:
+      FileNotFoundError: neither a folder nor in the cache, and the hub cannot be reached or does not have it.
+    """
+    name = HUB_IDS.get(str(path_or_hub_id), str(path_or_hub_id))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise FileNotFoundError(f"no folder {name!r}, and it is not a Hugging Face id either (owner/name)")
+    from huggingface_hub import snapshot_download  # here: a local folder must not need it
+
+    wanted = {"allow_patterns": ["*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model"]}
+    # The cache first: no request at all for what is there. A snapshot without weights (someone fetched just the tokenizer,
+    # or a download was cut off) is completed below.
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True, **wanted))
+        if _is_complete(folder):
+            return folder
+    except (OSError, ValueError):
+        pass
+    try:
+        return Path(snapshot_download(name, etag_timeout=10, **wanted))
+    except Exception as error:  # the hub's client raises OSError, ValueError and its HTTP library's own errors
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise FileNotFoundError(
+            f"cannot get {name!r} from the Hugging Face hub ({reason}). Either pass a folder that holds it; or run "
+            f"`hf download {name}` once where there is network (after `hf auth login` if it is gated); or set HF_HOME to "
+            "a cache that has it"
+        ) from None
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a snapshot has its config and all its weights."""
+    if not (folder / "config.json").is_file():
+        return False
+    if (folder / INDEX).is_file():
+        return all((folder / file).is_file() for file in _read_json(folder / INDEX)["weight_map"].values())
+    return (folder / SINGLE).is_file()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); download it again") from None
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="numpy")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no file {path}; the checkpoint is incomplete: download it again") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); download it again") from None
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Which file holds which tensor."""
+    if (folder / SINGLE).is_file():
+        with _open(folder / SINGLE) as file:
+            return dict.fromkeys(file.keys(), folder / SINGLE)
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}; pickled weights (.bin) are not read")
+    files = {name: folder / file for name, file in _read_json(folder / INDEX)["weight_map"].items()}
+    for path in sorted(set(files.values())):
+        with _open(path) as file:
+            for name in {n for n, p in files.items() if p == path} - set(file.keys()):
+                raise ValueError(f"{INDEX} puts {name} into {path.name}, which lacks it; download both again")
+    return files
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def load(
+    path_or_hub_id: str | Path,
+    *,
+    dtype: str = "float32",
+    param_dtype: str = "float32",
+    sharding: Any = None,
+    value_head: bool = False,
+    init: Mapping[str, Any] | None = None,
+    **overrides,
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Load a checkpoint as `(config, params)`.
+
+    Args:
+      path_or_hub_id: as in `resolve`.
+      dtype: of the computation; goes into the config.
+      param_dtype: of the arrays returned; goes into the config.
+      sharding: one `jax.sharding.Sharding` for all arrays, or a tree of them shaped like params. Every process reads the
+        files and keeps its own shards.
+      value_head: whether the config has one. Its weights come from `init`; without that they are left out of params.
+      init: params to take what no checkpoint has from.
+      **overrides: further fields of ModelConfig, such as `remat`.
+
+    Raises:
+      FileNotFoundError: no such checkpoint, or a file of it is missing.
+      ValueError: a file is damaged, or a tensor is missing, left over or misshapen: the message names it.
+    """
+    folder = resolve(path_or_hub_id)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json; pass the folder of a Hugging Face checkpoint")
+    config = from_hf(_read_json(folder / "config.json"), dtype=dtype, param_dtype=param_dtype, value_head=value_head, **overrides)
+    rows, files = table(config), _files(folder)
+    _check_names(config, rows, files, folder)
+    params: dict[str, Any] = {}
+    for row in rows:
+        stack = np.empty((*([config.layers] if row.stacked else []), *row.ours), np.dtype(param_dtype))
+        for i, name in enumerate(row.names(config)):
+            (stack[i] if row.stacked else stack)[...] = row.from_theirs(_read(files[name], name, row.shape))
+        _put(params, row.path, _to_devices(stack, _at(sharding, row.path)))
+    if value_head and init is not None:
+        params["value"] = init["value"]
+    return config, params
+
+
+def _check_names(config: ModelConfig, rows: list[Row], files: Mapping[str, Path], folder: Path) -> None:
+    wanted = {name: row.shape for row in rows for name in row.names(config)}
+    missing = [name for name in wanted if name not in files]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(
+            f"{folder} lacks tensor {missing[0]} of shape {wanted[missing[0]]}{more}; does config.json belong to it?"
+        )
+    # Old checkpoints store the RoPE frequencies, which config.json determines; some store a tied head twice.
+    extra = sorted(n for n in files if n not in wanted and not n.endswith("rotary_emb.inv_freq") and n != "lm_head.weight")
+    if extra:
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        raise ValueError(
+            f"{folder} has tensor {extra[0]}{more}, which this config has no place for; is it another kind of model?"
+        )
+
+
+def _read(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Read one tensor. The file is opened anew for each: its mapped pages would count as our memory until it is closed."""
+    with _open(path) as file:
+        lazy = file.get_slice(name)
+        got, kind = tuple(lazy.get_shape()), lazy.get_dtype()
+        if got != shape:
+            raise ValueError(f"tensor {name} in {path} got shape {got}; config.json asks for {shape}")
+        if kind not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(f"tensor {name} in {path} got dtype {kind}; allowed: F64, F32, F16, BF16 (no quantised weights)")
+        return file.get_tensor(name)
+
+
+def _to_devices(array: np.ndarray, sharding) -> jax.Array:
+    if sharding is None:
+        return jax.device_put(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _at(tree, path: tuple[str, ...]):
+    """The leaf at a path; a tree that is no mapping stands for all its leaves."""
+    for key in path:
+        if not isinstance(tree, Mapping):
+            return tree
+        tree = tree[key]
+    return tree
+
+
+def _put(tree: dict[str, Any], path: tuple[str, ...], leaf) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = leaf
+
+
+# ------------------------------------------------------------------------------------------------------------- saving
+
+
+def save(
+    folder: str | Path,
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    *,
+    tokenizer_folder: str | Path | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    **tokens,
+) -> None:
+    """Write a folder that transformers, vLLM and `load` read. A value head is left out.
+
+    Args:
+      folder: made if need be; model files of an earlier save in it are replaced.
+      config: of the params.
+      params: layers stacked; every array addressable from this process.
+      tokenizer_folder: the tokenizer's files are copied from it, and from its config.json the token ids and context length.
+      dtype: of the weights written; None keeps that of the params.
+      max_shard_bytes: begin a new file where the next tensor would go past this.
+      **tokens: entries for config.json, such as `eos_token_id`, which is also written to generation_config.json.
+    """
+    folder = Path(folder)
+    rows = table(config)
+    for row in rows:  # all of them before anything is written
+        leaf, shape = _at(params, row.path), (*([config.layers] if row.stacked else []), *row.ours)
+        if not getattr(leaf, "is_fully_addressable", True):
+            raise ValueError("save got arrays of other processes; gather them first: multihost_utils.process_allgather")
+        if np.shape(leaf) != shape:
+            raise ValueError(f"params {'.'.join(row.path)} got shape {np.shape(leaf)}; the config asks for {shape}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer_folder is not None:
+        tokens = _copy_tokenizer(Path(tokenizer_folder), folder) | tokens
+    for old in [folder / SINGLE, folder / INDEX, *folder.glob("model-*-of-*.safetensors")]:
+        old.unlink(missing_ok=True)
+    stored = np.dtype(dtype or params["embed"]["embedding"].dtype)
+    _write_json(folder / "config.json", to_hf(config, torch_dtype=str(stored), **tokens))
+    _write_shards(folder, config, rows, params, stored, max_shard_bytes)
+    ids = {k: tokens[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if tokens.get(k) is not None}
+    if "eos_token_id" in ids and not (folder / "generation_config.json").is_file():
+        _write_json(folder / "generation_config.json", ids)
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
+    """Copy a tokenizer's files; return the entries of its config.json that belong to the text, not to the weights."""
+    if not (source / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"tokenizer_folder {source} has no tokenizer.json; leave it out to save weights alone")
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file() and source.resolve() != folder.resolve():
+            shutil.copyfile(source / name, folder / name)
+    config_json = _read_json(source / "config.json") if (source / "config.json").is_file() else {}
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+    return {key: config_json[key] for key in keys if key in config_json}
+
+
+def _write_shards(folder: Path, config: ModelConfig, rows: list[Row], params, stored: np.dtype, max_bytes: int) -> None:
+    shards: list[list[str]] = [[]]
+    room, total = max_bytes, 0
+    for row in rows:
+        size = math.prod(row.shape) * stored.itemsize
+        for name in row.names(config):
+            if size > room and shards[-1]:
+                shards.append([])
+                room = max_bytes
+            shards[-1].append(name)
+            room, total = room - size, total + size
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    files = [SINGLE] if len(shards) == 1 else names
+    at_end = {shard[-1]: file for shard, file in zip(shards, files, strict=True)}
+    tensors: dict[str, np.ndarray] = {}
+    for row in rows:  # one stacked array and one shard in host memory at a time
+        stack = np.asarray(_at(params, row.path))
+        for i, name in enumerate(row.names(config)):
+            theirs = row.to_theirs(stack[i] if row.stacked else stack)
+            tensors[name] = np.ascontiguousarray(theirs, dtype=stored)
+            if name in at_end:  # transformers wants the file to say whose layout it has
+                save_file(tensors, folder / at_end[name], metadata={"format": "pt"})
+                shutil.copymode(folder / "config.json", folder / at_end[name])  # save_file makes it unreadable to others
+                tensors = {}
+    if len(shards) > 1:
+        weight_map = {name: file for shard, file in zip(shards, files, strict=True) for name in shard}
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

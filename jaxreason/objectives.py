@@ -1,0 +1,268 @@
+"""Objectives: what a batch is trained towards, as three small pure functions that never see the model.
+
+    advantage(reward_PG)                     how good was each attempt beside its group        } used once by `batching`, over the
+    weigh(length_R, advantage_R, limit)      the weight of each token of each rollout          } whole batch, before any split
+    token_loss(outputs, batch)               loss of each token, and what to report of it
+
+The loss of a batch is `sum(weight_BT * loss_BT)`. No denominator is left for a micro-batch, a shard or a packed row to get
+wrong. A named algorithm is one line: an entry of three short lists, so an ablation is their cross product.
+`with_kl` and `with_entropy` wrap any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxreason.options import unknown
+
+# A group whose rewards differ by less than this is a group of equal rewards: float residue must not be blown up by 1/std.
+EQUAL_REWARDS = 1e-6
+
+
+class Objective(NamedTuple):
+    """Three pure functions. `needs_reference`: the batch must carry log-probs of a reference policy. `needs_group`: attempts
+    at one problem are compared, so there must be at least two."""
+
+    advantage: Callable  # reward_PG -> advantage_PG, numpy
+    weigh: Callable  # (length_R, advantage_R, limit) -> weight_R of one token, numpy
+    token_loss: Callable  # (Outputs, Batch) -> (loss_BT, {name: value_BT})
+    needs_reference: bool = False
+    needs_group: bool = False
+
+
+# --- advantages: numpy, [P, G] -> [P, G] ---
+
+
+def ones(reward_PG):
+    """Every token counts alike: imitation."""
+    return np.ones_like(reward_PG)
+
+
+def centre_batch(reward_PG):
+    """Reward less the mean over the batch (Williams 1992, with a baseline)."""
+    return reward_PG - reward_PG.mean()
+
+
+def centre_group(reward_PG):
+    """Reward less the mean of its group (Liu et al. 2025, arXiv 2503.20783, Dr. GRPO)."""
+    advantage_PG = reward_PG - reward_PG.mean(axis=1, keepdims=True)
+    return np.where(np.ptp(reward_PG, axis=1, keepdims=True) < EQUAL_REWARDS, 0.0, advantage_PG)
+
+
+def leave_one_out(reward_PG):
+    """Reward less the mean of the *other* attempts (Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740, RLOO)."""
+    G = reward_PG.shape[1]
+    return centre_group(reward_PG) * G / (G - 1)
+
+
+def zscore_group(reward_PG, eps: float = 1e-6):
+    """Reward less the mean of its group, over its (population) standard deviation (Shao et al. 2024, arXiv 2402.03300)."""
+    return centre_group(reward_PG) / (reward_PG.std(axis=1, keepdims=True) + eps)
+
+
+def keep_correct(reward_PG):
+    """1 for a positive reward, 0 otherwise: what is kept is imitated (Anthony et al. 2017, arXiv 1705.08439)."""
+    return (reward_PG > 0).astype(reward_PG.dtype)
+
+
+# --- weightings: numpy, [R] -> weight of one token of each rollout ---
+
+
+def per_sequence(length_R, advantage_R, limit):
+    """Every rollout weighs the same: mean over its tokens, then over rollouts."""
+    return 1.0 / (len(length_R) * np.maximum(length_R, 1))
+
+
+def per_token(length_R, advantage_R, limit):
+    """Every token weighs the same: mean over all tokens of the batch (Yu et al. 2025, arXiv 2503.14476, DAPO)."""
+    return np.full(len(length_R), 1.0 / max(length_R.sum(), 1))
+
+
+def per_kept_token(length_R, advantage_R, limit):
+    """Mean over the tokens of the rollouts that were kept; the others weigh nothing."""
+    kept_R = advantage_R != 0
+    return kept_R / max((length_R * kept_R).sum(), 1)
+
+
+def per_slot(length_R, advantage_R, limit):
+    """Sum over tokens over a constant, the longest length allowed: no length bias (arXiv 2503.20783)."""
+    return np.full(len(length_R), 1.0 / (len(length_R) * limit))
+
+
+# --- token losses ---
+
+
+def nll(outputs, batch):
+    """Negative log-likelihood, of what the advantage keeps."""
+    return -batch.advantage_BT * outputs.logp_BT, {}
+
+
+def reinforce(outputs, batch):
+    """Score-function gradient (Williams 1992). On-policy only: no importance ratio."""
+    return -batch.advantage_BT * outputs.logp_BT, {}
+
+
+def clipped(lo: float = 0.2, hi: float = 0.2):
+    """Pessimistic clipped importance ratio (Schulman et al. 2017, arXiv 1707.06347, eq. 7), with its two sides apart."""
+
+    def token_loss(outputs, batch):
+        ratio = jnp.exp(outputs.logp_BT - batch.behaviour_logp_BT)
+        bounded = jnp.clip(ratio, 1 - lo, 1 + hi)
+        gain = jnp.minimum(ratio * batch.advantage_BT, bounded * batch.advantage_BT)
+        return -gain, {"ratio": ratio, "clip_fraction": gain < ratio * batch.advantage_BT}
+
+    return token_loss
+
+
+# --- wrappers ---
+
+
+def kl_k1(logp, reference_logp):
+    """log p - log q: unbiased as a value. Through a loss its own gradient has expectation zero, so the score term is put
+    in: the value is k1 and the gradient is that of the KL in expectation on-policy."""
+    difference = logp - reference_logp
+    return jax.lax.stop_gradient(difference) * (1.0 + logp - jax.lax.stop_gradient(logp))
+
+
+def kl_k2(logp, reference_logp):
+    """(log p - log q)^2 / 2 (Schulman 2020, http://joschu.net/blog/kl-approx.html): a biased value, the exact KL gradient."""
+    return 0.5 * (logp - reference_logp) ** 2
+
+
+def kl_k3(logp, reference_logp):
+    """q/p - 1 - log q/p, the estimator of GRPO (arXiv 2402.03300, eq. 4): an unbiased value, never negative; its gradient
+    on-policy is that of the *reverse* direction, KL(q || p)."""
+    log_ratio = reference_logp - logp
+    return jnp.exp(log_ratio) - 1.0 - log_ratio
+
+
+KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+
+
+def with_kl(objective: Objective, coefficient: float, estimator: str = "k3") -> Objective:
+    """Add `coefficient` times the KL divergence to the reference policy, token by token."""
+    if estimator not in KL_ESTIMATORS:
+        raise ValueError(unknown("KL estimator", estimator, KL_ESTIMATORS))
+    kl = KL_ESTIMATORS[estimator]
+
+    def token_loss(outputs, batch):
+        loss_BT, stats = objective.token_loss(outputs, batch)
+        kl_BT = kl(outputs.logp_BT, batch.reference_logp_BT)
+        return loss_BT + coefficient * kl_BT, {**stats, "kl": kl_BT}
+
+    return objective._replace(token_loss=token_loss, needs_reference=True)
+
+
+def with_entropy(objective: Objective, coefficient: float) -> Objective:
+    """Reward entropy with `coefficient` a nat (Williams and Peng 1991)."""
+
+    def token_loss(outputs, batch):
+        loss_BT, stats = objective.token_loss(outputs, batch)
+        return loss_BT - coefficient * outputs.entropy_BT, stats
+
+    return objective._replace(token_loss=token_loss)
+
+
+# --- the named algorithms ---
+
+
+def lm():
+    return Objective(ones, per_token, nll)
+
+
+def sft():
+    return Objective(ones, per_token, nll)
+
+
+def reinforce_batch():
+    return Objective(centre_batch, per_sequence, reinforce)
+
+
+def rloo():
+    return Objective(leave_one_out, per_sequence, reinforce, needs_group=True)
+
+
+def grpo(clip: float = 0.2):
+    return Objective(zscore_group, per_sequence, clipped(clip, clip), needs_group=True)
+
+
+def dr_grpo(clip: float = 0.2):
+    return Objective(centre_group, per_slot, clipped(clip, clip), needs_group=True)
+
+
+def dapo(lo: float = 0.2, hi: float = 0.28):
+    return Objective(zscore_group, per_token, clipped(lo, hi), needs_group=True)
+
+
+def expert_iteration():
+    return Objective(keep_correct, per_kept_token, nll)
+
+
+OBJECTIVES = {
+    "lm": lm,
+    "sft": sft,
+    "reinforce": reinforce_batch,
+    "rloo": rloo,
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "dapo": dapo,
+    "expert_iteration": expert_iteration,
+}
+ADVANTAGES = {
+    "ones": ones,
+    "centre_batch": centre_batch,
+    "centre_group": centre_group,
+    "leave_one_out": leave_one_out,
+    "zscore_group": zscore_group,
+    "keep_correct": keep_correct,
+}
+WEIGHTINGS = {
+    "per_sequence": per_sequence,
+    "per_token": per_token,
+    "per_kept_token": per_kept_token,
+    "per_slot": per_slot,
+}
+GROUP_BASELINES = (centre_group, leave_one_out, zscore_group)
+
+
+def make(
+    name: str,
+    *,
+    advantage: str | None = None,
+    weigh: str | None = None,
+    kl_coefficient: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy_coefficient: float = 0.0,
+    **kwargs,
+) -> Objective:
+    """Make a named objective; `advantage` and `weigh` replace its own by name; `kwargs` are the algorithm's own numbers.
+
+    Raises:
+      ValueError: an unknown name or number.
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(unknown("objective", name, OBJECTIVES))
+    known = OBJECTIVES[name].__code__.co_varnames[: OBJECTIVES[name].__code__.co_argcount]
+    for key in kwargs:
+        if key not in known:
+            raise ValueError(unknown(f"field of objective {name!r}", key, known))
+    objective = OBJECTIVES[name](**kwargs)
+    if advantage is not None:
+        if advantage not in ADVANTAGES:
+            raise ValueError(unknown("advantage", advantage, ADVANTAGES))
+        chosen = ADVANTAGES[advantage]
+        objective = objective._replace(advantage=chosen, needs_group=chosen in GROUP_BASELINES)
+    if weigh is not None:
+        if weigh not in WEIGHTINGS:
+            raise ValueError(unknown("weighting", weigh, WEIGHTINGS))
+        objective = objective._replace(weigh=WEIGHTINGS[weigh])
+    if entropy_coefficient:
+        objective = with_entropy(objective, entropy_coefficient)
+    if kl_coefficient:
+        objective = with_kl(objective, kl_coefficient, kl_estimator)
+    return objective

@@ -1,0 +1,89 @@
+"""Problems from a JSON-lines file of your own, one object a line."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxreason.options import unknown
+from jaxreason.tasks import splits
+from jaxreason.types import Task
+
+
+def jsonl(
+    path: str,
+    question: str = "question",
+    answer: str = "answer",
+    solution: str | None = None,
+    marker: str | None = None,
+    split: str | None = None,
+    held_out: float = 0.1,
+    limit: int | None = None,
+) -> Sequence[Task]:
+    """Load tasks from the named fields of each line; `question="Body+Question"` joins several with a space.
+
+    Numbers lose a zero fraction (145.0 -> "145"). With `marker`, the answer is what follows its last occurrence in the
+    answer field, and without a `solution` field the whole answer field is the solution (GSM8K's own files: marker="####").
+    `split` "train" or "test" takes the part of the questions whose hash says so (a share `held_out` is test); None takes all.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a bad line (named as file:line), a missing field, or nothing left.
+    """
+    if split not in (None, *splits.SPLITS):
+        raise ValueError(unknown("split of task 'jsonl'", split, splits.SPLITS))
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"task 'jsonl': no file {str(file)!r}")
+    tasks = []
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if limit is not None and len(tasks) >= limit:
+                break
+            if not line.strip():
+                continue
+            where = f"{file}:{number}"
+            task = _task(_row(line, where), where, question, answer, solution, marker, id=f"{file.stem}/{number}")
+            if split is None or splits.split_of(task.question, held_out) == split:
+                tasks.append(task)
+    if not tasks:
+        raise ValueError(f"{file} has no tasks{'' if split is None else f' in split {split!r}'}")
+    return tasks
+
+
+def _task(row: dict, where: str, question: str, answer: str, solution: str | None, marker: str | None, id: str) -> Task:
+    asked = " ".join(_text(row, name.strip(), where) for name in question.split("+"))
+    answered = _text(row, answer, where)
+    worked = "" if solution is None else _text(row, solution, where)
+    if marker is not None:
+        before, found, last = answered.rpartition(marker)
+        if not found:
+            raise ValueError(f"{where}: no marker {marker!r} in field {answer!r}")
+        answered, worked = last.strip(), worked or answered
+    return Task(asked, answered, worked, id)
+
+
+def _row(line: bytes, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError too
+        raise ValueError(f"{where}: not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(
+            f"{where}: got a JSON {type(row).__name__}; allowed: an object such as {{'question': ..., 'answer': ...}}"
+        )
+    return row
+
+
+def _text(row: dict, name: str, where: str) -> str:
+    if name not in row:
+        raise ValueError(f"{where}: {unknown('field', name, row)}")
+    value: Any = row[name]
+    if isinstance(value, float) and not math.isfinite(value) or not isinstance(value, str | int | float):
+        raise ValueError(f"{where}: field {name!r} got {value!r}; allowed: text or a finite number")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip()

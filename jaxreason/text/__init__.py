@@ -1,0 +1,23 @@
+"""Text to token ids and back: tokenizers, chat templates, and the prompt formats that training and sampling share."""
+
+from jaxreason.text.chat import Format, chat, encode_chat, load_template, plain, render
+from jaxreason.text.tokenizer import TOKENIZERS, Tokenizer, byte_level, characters, check_vocabulary, load, make
+
+FORMATS = {"plain": plain, "chat": chat}
+
+__all__ = [
+    "FORMATS",
+    "TOKENIZERS",
+    "Format",
+    "Tokenizer",
+    "byte_level",
+    "characters",
+    "chat",
+    "check_vocabulary",
+    "encode_chat",
+    "load",
+    "load_template",
+    "make",
+    "plain",
+    "render",
+]

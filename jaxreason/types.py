@@ -1,0 +1,118 @@
+"""The nouns of jaxreason, one word per idea, and the legend of shape letters.
+
+A *task* is a problem. A *rollout* is one attempt at it; the attempts at one task are its *group*. A *verdict* says whether
+an answer is right and what it earns. A *batch* is what one train step consumes, whatever the paradigm.
+
+Shape letters, used as suffixes (`tokens_BT`) and in einsums:
+    B rows  T tokens in a row  P problems  G rollouts per problem  R rollouts  S slots  C cache length  L layers
+    D width  N query heads  K key/value heads  H head size  F feed-forward  V vocabulary
+
+Position t of every `_BT` array is about token t, given the tokens before it: all arrays align, and column 0 is unused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str  # "system", "user", "assistant" or "tool"
+    content: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One problem with a checkable answer."""
+
+    question: str
+    answer: str
+    solution: str = ""  # a worked solution, ending in the answer: what imitation trains on
+    id: str = ""  # unique in its data set
+    data: Mapping[str, Any] = field(default_factory=dict)  # what a verifier needs beyond the answer
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verifier says of one answer."""
+
+    reward: float
+    correct: bool
+    parsed: str | None = None  # the answer as it was understood; None if none was found
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One attempt at one task. `tokens`, `logp` and `sampled` are about the completion and have one entry per token."""
+
+    task: Task
+    problem: int  # position of the task in the stream of its source
+    attempt: int  # 0..G-1
+    prompt: np.ndarray  # int32 token ids
+    tokens: np.ndarray  # int32 token ids, the end-of-sequence token included where there was one
+    logp: np.ndarray  # float32, natural log, under the distribution sampled from; 0 for forced tokens
+    sampled: np.ndarray  # bool; False for tokens that were forced (tool output)
+    stop: str  # "eos" or "limit"
+    text: str  # the completion decoded, without the end-of-sequence token
+    verdict: Verdict
+    temperature: float = 1.0
+
+
+def _registered(cls):
+    """A frozen dataclass that is a pytree of its fields."""
+    return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
+
+
+@_registered
+class Batch:
+    """What one train step consumes. The loss is `sum(weight_BT * token_loss_BT)`: every normalisation is in the weights."""
+
+    tokens_BT: jax.Array  # int32
+    position_BT: jax.Array  # int32, restarts at 0 in each segment
+    segment_BT: jax.Array  # int32, 0 is padding; attention never crosses a segment
+    weight_BT: jax.Array  # float32, 0 where a token is not trained on
+    advantage_BT: jax.Array  # float32
+    behaviour_logp_BT: jax.Array  # float32, log-prob under the policy that sampled the token
+    temperature_BT: jax.Array  # float32, at which the token was sampled; the learner's log-probs are taken at the same
+    reference_logp_BT: jax.Array | None = None  # float32; None where no objective asks for a reference policy
+
+
+@_registered
+class TrainState:
+    """All that a train step changes."""
+
+    params: Any
+    opt_state: Any
+    step: jax.Array  # int32, updates done in this phase
+
+
+class Outputs(NamedTuple):
+    """What an objective sees of the model."""
+
+    logp_BT: jax.Array  # of token t given the tokens before it, at the batch's temperature; 0 in column 0
+    entropy_BT: jax.Array  # of the distribution of token t, nats
+    value_BT: jax.Array | None = None  # None without a value head
+
+
+class Evaluation(NamedTuple):
+    """Accuracy of one suite at one temperature, with a 95 % Wilson interval."""
+
+    phase: str
+    step: int
+    suite: str
+    accuracy: float
+    low: float
+    high: float
+    n: int
+    temperature: float
+
+
+Tasks = Sequence[Task]  # random access: `len(tasks)`, `tasks[i]`

@@ -1,0 +1,38 @@
+"""Verifiers by name: `verify(answer_text, task) -> Verdict`, with a reward of 1.0 for a right answer and 0.0 for any other.
+
+Total in the text: whatever a model wrote, a verdict comes back in bounded time, with one of a few words as its `reason`.
+What can hang (computer algebra, patterns) runs in killable child processes: see `pool`. A task that lacks what its verifier
+needs is our own mistake, and raises. To add a verifier, write a file with one maker and name it here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from jaxreason.options import unknown
+from jaxreason.types import Task, Verdict
+from jaxreason.verify import countdown, exact, format, math, number
+
+VERIFIERS = {
+    "exact": exact.exact,
+    "number": number.number,
+    "countdown": countdown.countdown,
+    "math": math.math,
+    "format": format.format,
+}
+
+
+def make(name: str, **kwargs) -> Callable[[str, Task], Verdict]:
+    """Make the verifier of that name; the keywords are those of its maker.
+
+    Raises:
+      ValueError: an unknown name or keyword, or a missing optional dependency.
+    """
+    if name not in VERIFIERS:
+        raise ValueError(unknown("verifier", name, VERIFIERS))
+    parameters = inspect.signature(VERIFIERS[name]).parameters
+    for given in kwargs:
+        if given not in parameters:
+            raise ValueError(unknown(f"keyword of verifier {name!r}", given, parameters))
+    return VERIFIERS[name](**kwargs)

@@ -1,0 +1,73 @@
+"""The program that a pool's child runs: questions in and answers out, one at a time, until the pipe closes.
+
+Run by its path, so it must import nothing of jaxreason. See `pool`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import signal
+import sys
+from multiprocessing.connection import Connection
+
+
+def math(text: str, keys: list[str]) -> tuple[bool, str | None, str]:
+    """Return (correct, parsed, reason); an empty reason is for the caller to fill in."""
+    from math_verify import parse, verify
+
+    gold = [parsed for key in keys if (parsed := parse("$" + key.strip().strip("$") + "$", parsing_timeout=None))]
+    if not gold:
+        return False, None, "bad key"
+    answer = parse(text, parsing_timeout=None)
+    if not answer:
+        return False, None, "no answer"
+    correct = any(verify(key, answer, timeout_seconds=None) for key in gold)
+    shown = [part for part in answer if isinstance(part, str)]  # str() of the rest may take for ever
+    return correct, shown[-1] if shown else None, ""
+
+
+def match(pattern: str, text: str) -> bool:
+    """Tell whether a pattern occurs in a text; the dot matches newlines too."""
+    return re.search(pattern, text, re.DOTALL) is not None
+
+
+KINDS = {"math": math, "match": match}
+
+
+def answer(serve, question: list) -> tuple[str, object]:
+    """Return (failure, answer)."""
+    try:
+        return "", serve(*question)
+    except MemoryError:
+        return "out of memory", None
+    except Exception:
+        return "crashed", None
+
+
+def main(fd: str, kind: str, timeout_s: str, memory_mb: str) -> None:
+    pipe, serve = Connection(int(fd)), KINDS[kind]
+    limit = int(memory_mb) << 20
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        if kind == "math":
+            math("$1/2$", ["0.5"])  # imports, and builds the parser's tables
+    except Exception as error:
+        pipe.send_bytes(f"{type(error).__name__}: {error}".encode(errors="replace"))
+        return
+    pipe.send_bytes(b"")
+    while True:
+        try:
+            question = json.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        # The alarm's default action ends the process even inside C code, should the parent be gone and unable to kill us.
+        signal.setitimer(signal.ITIMER_REAL, float(timeout_s) + 1)
+        reply = json.dumps(answer(serve, question)).encode()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        pipe.send_bytes(reply)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

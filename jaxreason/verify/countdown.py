@@ -1,0 +1,93 @@
+"""The answer is an expression that makes the target from the numbers: `3,7,5=26` -> `3*7+5`.
+
+A small parser of its own (numbers, + - * /, parentheses; no sign, no power), on stacks and exact fractions: no `eval`,
+and no input that recurses or grows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from fractions import Fraction
+
+from jaxreason.types import Task, Verdict
+from jaxreason.verify.exact import answer_after, verdict
+
+LONGEST = 256  # characters of an expression
+_TOKENS = re.compile(r"[0-9]{1,9}(?![0-9])|[-+*/()]")
+_BINDS = {"+": 1, "-": 1, "*": 2, "/": 2}
+
+
+def countdown(marker: str = "A", end: str = "", use_all: bool = True) -> Callable[[str, Task], Verdict]:
+    """Check the expression after the last `marker` against `task.data["numbers"]` and `task.data["target"]`.
+
+    Each number is used exactly once, or at most once without `use_all`. Reasons: right, wrong, no answer, not an
+    expression, wrong numbers.
+
+    Raises:
+      ValueError: the task has no numbers and target.
+    """
+
+    def verify(text: str, task: Task) -> Verdict:
+        if "numbers" not in task.data or "target" not in task.data:
+            raise ValueError(f"verifier 'countdown' needs data 'numbers' and 'target'; task {task.id!r} has {sorted(task.data)}")
+        answer = answer_after(text, marker, end)
+        if not answer:
+            return verdict(False, None, "no answer")
+        try:
+            value, used = evaluate(answer)
+        except (ValueError, ZeroDivisionError):
+            return verdict(False, answer, "not an expression")
+        used, given = Counter(used), Counter(task.data["numbers"])
+        if used != given if use_all else used - given:
+            return verdict(False, answer, "wrong numbers")
+        return verdict(value == task.data["target"], answer)
+
+    return verify
+
+
+def evaluate(expression: str) -> tuple[Fraction, list[int]]:
+    """Return the exact value of an expression and the numbers in it.
+
+    Raises:
+      ValueError: it is not an expression, or longer than 256 characters.
+      ZeroDivisionError: it divides by zero.
+    """
+    expression = expression.replace("×", "*").replace("÷", "/") if len(expression) <= LONGEST else "?"
+    if _TOKENS.sub("", expression).strip(" "):
+        raise ValueError("not an expression")
+    values: list[Fraction] = []
+    pending: list[str] = []
+    used: list[int] = []
+
+    def apply_down_to(binding: int) -> None:
+        while pending and pending[-1] != "(" and _BINDS[pending[-1]] >= binding:
+            op, right, left = pending.pop(), values.pop(), values.pop()
+            values.append(
+                left + right if op == "+" else left - right if op == "-" else left * right if op == "*" else left / right
+            )
+
+    wants_value = True
+    for token in _TOKENS.findall(expression):
+        if wants_value != (token == "(" or token.isdigit()):
+            raise ValueError("not an expression")
+        if token == "(":
+            pending.append(token)
+        elif token == ")":
+            apply_down_to(0)
+            if not pending:
+                raise ValueError("not an expression")
+            pending.pop()
+        elif token.isdigit():
+            values.append(Fraction(int(token)))
+            used.append(int(token))
+            wants_value = False
+        else:
+            apply_down_to(_BINDS[token])
+            pending.append(token)
+            wants_value = True
+    apply_down_to(0)
+    if wants_value or pending:
+        raise ValueError("not an expression")
+    return values[0], used

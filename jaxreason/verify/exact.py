@@ -1,0 +1,39 @@
+"""The answer is a text: equal or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxreason.types import Task, Verdict
+
+SHOWN = 200  # characters of an answer that a verdict keeps
+
+
+def answer_after(text: str, marker: str = "", end: str = "") -> str | None:
+    """Return what follows the last `marker`, up to `end` if that is there, stripped; None without the marker."""
+    start = text.rfind(marker) if marker else 0
+    if start < 0:
+        return None
+    stop = text.find(end, start + len(marker)) if end else -1
+    return text[start + len(marker) : stop if stop >= 0 else None].strip()
+
+
+def verdict(correct: bool, parsed: str | None, reason: str = "") -> Verdict:
+    """Reward correctness and nothing else."""
+    shown = None if parsed is None else parsed[:SHOWN]
+    return Verdict(1.0 if correct else 0.0, correct, shown, reason or ("right" if correct else "wrong"))
+
+
+def exact(marker: str = "", end: str = "") -> Callable[[str, Task], Verdict]:
+    """Compare the text after the last `marker` with `task.answer` and, where a task has several, `task.data["answers"]`.
+
+    Reasons: right, wrong, no answer.
+    """
+
+    def verify(text: str, task: Task) -> Verdict:
+        answer = answer_after(text, marker, end)
+        if not answer:
+            return verdict(False, None, "no answer")
+        return verdict(answer in (task.answer, *task.data.get("answers", ())), answer)
+
+    return verify

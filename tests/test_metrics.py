@@ -1,0 +1,300 @@
+"""Metrics: sums and counts, the files of a run, its live line and tables."""
+
+import dataclasses
+import io
+import json
+import math
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from jaxreason import metrics
+from jaxreason.types import Evaluation, Rollout, Task, Verdict
+
+
+def strict(line):
+    """Parse strict JSON: no NaN, no Infinity."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def lines(path):
+    return [strict(line) for line in path.read_bytes().decode("ascii").splitlines()]
+
+
+def on_paper(terminal=False, encoding="utf-8", width=200):
+    """A console that writes to bytes, as a file or a terminal of that encoding would."""
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding=encoding, newline="\n")
+    console = Console(file=file, force_terminal=terminal, width=width, highlight=False, legacy_windows=False)
+
+    def printed():
+        file.flush()
+        return raw.getvalue().decode(encoding)
+
+    return console, printed
+
+
+ROLLOUT = Rollout(
+    task=Task("1 + 1?", "2"),
+    problem=4,
+    attempt=1,
+    prompt=np.array([5, 6], np.int32),
+    tokens=np.array([1, 2, 3], np.int32),
+    logp=np.array([-0.5, -0.25, -1.0], np.float32),
+    sampled=np.ones(3, bool),
+    stop="eos",
+    text="so 2",
+    verdict=Verdict(1.0, True, "2", "equal"),
+    temperature=0.7,
+)
+# Markup, ANSI, carriage return, bell, bidirectional override, zero width, lone surrogate, C1 control sequence introducer.
+NASTY = "[red]x[/red] [/] \x1b[2J \r \x07 \u202e \u200b \ud800 \x9b31m"
+
+
+def test_means_weigh_by_count_and_divide_once():
+    a = {"train/loss": (6.0, 3), "rollout/reward": (1.0, 2)}
+    b = {"train/loss": (jnp.float32(2.0), jnp.int32(1)), "eval/x": (0.0, 0)}
+    merged = metrics.merge(a, b, {})
+    values = metrics.divide(merged)
+    assert values["train/loss"] == 2.0
+    assert metrics.divide(metrics.merge({"m": (30.0, 3)}, {"m": (0.0, 1)})) == {"m": 7.5}  # the mean of means is 5
+    assert values["rollout/reward"] == 0.5
+    assert math.isnan(values["eval/x"])
+    assert all(type(value) is float for value in values.values())
+    assert a == {"train/loss": (6.0, 3), "rollout/reward": (1.0, 2)}
+
+
+def test_lines_are_flat_strict_and_flushed(tmp_path):
+    with metrics.open_log(tmp_path / "run", total_steps=2, tensorboard=False, live=False) as log:
+        log.write(0, "prior", {"train/loss": np.float32(0.5), "train/grad_norm": math.nan}, phase_step=0, phase_steps=2)
+        log.write(1, "rl", {"train/loss": jnp.float32(-math.inf)})
+        first, second = lines(tmp_path / "run" / "metrics.jsonl")  # before it is closed
+        assert first.pop("time_s") >= 0
+        assert first == {"step": 0, "phase": "prior", "phase_step": 0, "train/loss": 0.5, "train/grad_norm": None}
+        assert second["train/loss"] is None
+        with pytest.raises(ValueError, match="metrics named step"):
+            log.write(2, "rl", {"step": 1.0})
+
+
+def test_tensorboard_has_the_values_without_tensorflow(tmp_path):
+    with metrics.open_log(tmp_path, total_steps=2, live=False) as log:
+        log.write(7, "rl", {"train/loss": 0.25, "train/grad_norm": math.nan})
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    from tensorboardX.proto.event_pb2 import Event
+
+    data, seen = events.read_bytes(), []
+    while data:  # a record: length, checksum of it, event, checksum
+        length = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + length])
+        seen += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+        data = data[16 + length :]
+    assert seen == [(7, "train/loss", 0.25)]
+    assert "tensorflow" not in sys.modules
+
+
+def test_resume_cuts_what_came_after_and_time_goes_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    records = [{"step": step, "phase": "rl", "time_s": 100.0 * step} for step in (1, 2, 3)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 2, "pha')
+    with metrics.open_log(tmp_path, total_steps=9, resume_step=2, tensorboard=False, live=False) as log:
+        log.write(3, "rl", {"train/loss": 1.0})
+    seen = lines(path)
+    assert [line["step"] for line in seen] == [1, 2, 3]
+    assert 200 <= seen[2]["time_s"] < 300
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_truncate(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    assert metrics.truncate(path, 3) is None
+    path.write_text('{"step": 1}\n{"step": 1, "b": 2}\n{"step": 2}\n{"step": 3}')
+    assert metrics.truncate(path, 3) == {"step": 3}
+    assert path.read_text().endswith('{"step": 3}\n')  # a whole last line is kept, and ended
+    assert metrics.truncate(path, 1) == {"step": 1, "b": 2}
+    assert path.read_text() == '{"step": 1}\n{"step": 1, "b": 2}\n'
+    assert metrics.truncate(path, 0) is None
+    assert path.read_text() == ""
+
+
+def test_a_process_that_does_not_write_leaves_no_trace(tmp_path):
+    with metrics.open_log(tmp_path / "run", total_steps=2, wandb={"project": "x"}, write=False) as log:
+        log.write(1, "rl", {"train/loss": 1.0})
+        log.say("hello")
+    metrics.write_summary(tmp_path / "summary.json", {}, write=False)
+    metrics.write_rollouts(tmp_path / "rollouts.jsonl", [ROLLOUT], 1, "rl", write=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wandb_missing_names_the_install_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"pip install 'jaxreason\[wandb\]'"):
+        metrics.open_log(tmp_path, total_steps=1, wandb={})
+
+
+def test_progress_shows_what_is_there():
+    values = {
+        "phase": "rl",
+        "rollout/reward": 0.5,
+        "rollout/correct": 0.25,
+        "rollout/length": 88.4,
+        "train/entropy": 0.7,
+        "perf/tokens_per_s": 12345.0,
+        "time/sample_s": 6.0,
+        "time/verify_s": 1.0,
+        "time/learn_s": 3.0,
+        "eval/countdown/accuracy": 0.125,
+    }
+    assert metrics.progress(values, 40, 200, 10, 50, step_s=2.0) == (
+        "rl 10/50  step 40/200  eta 1m20s  run 5m20s at this pace  reward 0.500  accuracy 0.250  length 88  entropy 0.700  "
+        "tokens/s 12,345  countdown 0.125  sampling 60% verifying 10% learning 30%"
+    )
+    assert metrics.progress({"phase": "prior"}, 40, 200) == "prior  step 40/200"
+    assert (
+        metrics.progress({"phase": "rl"}, 150, 200, 0, 50, step_s=144.0) == "rl 0/50  step 150/200  eta 2h00m"
+    )  # the last phase
+
+
+def test_pace_forgets_the_compiling_step_and_the_last_phase():
+    pace = metrics.Pace()
+    for step_s in (60.0, 1.0, 2.0):
+        pace = pace.after("prior", step_s)
+    assert pace.step_s == pytest.approx(1.1)
+    assert pace.after("rl", 30.0).step_s == 30.0
+
+
+def test_without_a_terminal_lines_are_plain_and_rare(monkeypatch):
+    console, printed = on_paper()
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    log = metrics.RunLog(io.StringIO(), None, None, console, total_steps=100, start_s=0.0)
+    for step in range(1, 101):
+        now[0] = 0.5 * step
+        log.write(step, "rl", {"train/loss": float(step)} | ({"eval/x/accuracy": 0.5} if step == 50 else {}))
+    log.say("done \x1b[2J")
+    log.close()
+    steps = [line.split("step ")[1].split("/")[0] for line in printed().splitlines()[:-1]]
+    assert steps == ["1", "21", "41", "50", "70", "90", "100"]  # every ten seconds, at an evaluation, and at the end
+    assert printed().endswith("done \\x1b[2J\n")
+    assert "\r" not in printed()
+    assert "\x1b" not in printed()
+
+
+def test_on_a_terminal_there_is_one_live_line():
+    console, printed = on_paper(terminal=True)
+    log = metrics.RunLog(io.StringIO(), None, None, console, total_steps=100, start_s=0.0)
+    log.write(1, "rl", {"rollout/reward": 0.5, "time/step_s": 2.0}, phase_step=1, phase_steps=10)
+    log.write(2, "rl", {"train/loss": 0.125}, phase_step=2, phase_steps=10)
+    log.close()
+    log.close()
+    assert "rl 2/10  step 2/100  eta 16s  run 3m16s at this pace  reward 0.500  loss 0.1250" in printed()
+    assert printed().rstrip("\n").endswith("\x1b[?25h")  # the cursor is back
+
+
+def test_evaluations_before_and_after():
+    console, printed = on_paper()
+    evaluations = [
+        Evaluation("start", 0, "[b]arith", 0.1, 0.05, 0.2, 100, 0.0),
+        Evaluation("prior", 5, "[b]arith", 0.2, 0.1, 0.3, 100, 0.0),
+        Evaluation("prior", 10, "[b]arith", 0.3, 0.2, 0.4, 100, 0.0),
+        Evaluation("prior", 10, "words", 0.5, 0.4, 0.6, 100, 1.0),
+        Evaluation("rl", 20, "[b]arith", 0.512, 0.47, 0.56, 100, 0.0),
+    ]
+    metrics.print_evaluations(evaluations, console=console)
+    rows = [
+        [cell.strip() for cell in line.strip("┃│").replace("┃", "│").split("│")]
+        for line in printed().splitlines()
+        if "0." in line
+    ]
+    assert rows == [
+        ["[b]arith", "0", "0.100 [0.05, 0.20]", "0.300 [0.20, 0.40]", "0.512 [0.47, 0.56]", "+0.412"],
+        ["words", "1", "-", "0.500 [0.40, 0.60]", "-", "-"],
+    ]
+    for title in ("start", "after prior", "after rl", "change"):
+        assert title in printed()
+    alone, printed = on_paper()
+    metrics.print_evaluations(evaluations[:1], console=alone)
+    assert "change" not in printed()
+
+
+def test_print_rollouts_shows_but_never_obeys():
+    nasty = dataclasses.replace(ROLLOUT, text=NASTY + "\nnext", verdict=Verdict(0.0, False, NASTY, NASTY))
+    console, printed = on_paper(width=60)
+    metrics.print_rollouts([ROLLOUT, nasty, ROLLOUT], 2, console=console)
+    shown = printed()
+    assert "problem 4, attempt 1: correct, reward 1, 3 tokens" in shown
+    assert shown.count("1 + 1?") == 2
+    assert r"[red]x[/red] [/] \x1b[2J \r \x07 \u202e \u200b \ud800 \x9b31m" + "\nnext" in shown
+    assert not any(char in shown for char in "\x1b\r\x07\u202e\u200b\x9b")
+    ascii_console, printed = on_paper(encoding="ascii")
+    metrics.print_rollouts(
+        [dataclasses.replace(ROLLOUT, text="π é")], console=ascii_console, decode=lambda ids: f"<{ids.tolist()}>"
+    )
+    assert r"\u03c0 \xe9" in printed()
+    assert "<[5, 6]>" in printed()
+
+
+def test_visible_keeps_ordinary_text():
+    text = "x² ≥ π\tü 数\nend 🙂"
+    assert metrics.visible(text) == text
+
+
+def test_write_rollouts(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    nasty = dataclasses.replace(ROLLOUT, text=NASTY, verdict=Verdict(math.nan, np.bool_(False), NASTY), logp=np.full(3, -np.inf))
+    metrics.write_rollouts(path, [ROLLOUT], 3, "rl", decode=lambda ids: " ".join(map(str, ids)))
+    metrics.write_rollouts(path, [nasty], 4, "rl")
+    first, second = lines(path)
+    assert first == {
+        "step": 3,
+        "phase": "rl",
+        "problem": 4,
+        "attempt": 1,
+        "question": "1 + 1?",
+        "prompt": "5 6",
+        "text": "so 2",
+        "answer": "2",
+        "reward": 1.0,
+        "correct": True,
+        "parsed": "2",
+        "reason": "equal",
+        "stop": "eos",
+        "logp_sum": -1.75,
+        "length": 3,
+        "temperature": 0.7,
+    }
+    assert second["text"] == second["parsed"] == NASTY
+    assert (second["prompt"], second["reward"], second["logp_sum"], second["correct"]) == ([5, 6], None, None, False)
+
+
+def test_summary_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "summary.json"
+    evaluation = Evaluation("rl", np.int64(3), "arith", jnp.float32(0.5), math.nan, math.inf, 8, 1.0)
+    metrics.write_summary(path, {"final": [evaluation], "workdir": tmp_path, "curve": np.arange(2)})
+    written = strict(path.read_text())
+    assert written["final"][0] == evaluation._asdict() | {"accuracy": 0.5, "step": 3, "low": None, "high": None}
+    assert (written["curve"], written["workdir"]) == ([0, 1], str(tmp_path))
+    before = path.read_text()
+    with pytest.raises(TypeError):
+        metrics.write_summary(path, {"bad": object()})
+    assert path.read_text() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_run_that_fails_gives_the_terminal_back(tmp_path):
+    code = (
+        "import io\nfrom rich.console import Console\nfrom jaxreason import metrics\nimport sys\n"
+        "console = Console(file=sys.stdout, force_terminal=True)\n"
+        "log = metrics.RunLog(io.StringIO(), None, None, console, total_steps=1, start_s=0.0)\n"
+        "log.write(1, 'rl', {})\nraise RuntimeError('stop')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "RuntimeError: stop" in run.stderr + run.stdout
+    assert run.stdout.count("\x1b[?25l") == run.stdout.count("\x1b[?25h") == 1
