@@ -24,6 +24,7 @@ from typing import IO, Any, NamedTuple
 
 import jax
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -326,16 +327,18 @@ def print_evaluations(evaluations: Iterable[Evaluation], *, console: Console | N
         cells.setdefault((evaluation.suite, evaluation.temperature), {})[evaluation.phase] = evaluation
         if evaluation.phase not in phases:
             phases.append(evaluation.phase)
-    table = Table("suite", "temperature")
+    table = Table(box=box.SIMPLE_HEAD)  # narrow enough for two phases on 80 columns
+    table.add_column("suite", no_wrap=True)
+    table.add_column("T", no_wrap=True)
     for phase in phases:
-        table.add_column(Text(visible("start" if phase == "start" else f"after {phase}")), no_wrap=True)
+        table.add_column(Text(visible("start" if phase == "start" else f"after {phase}")))
     if len(phases) > 1:
         table.add_column("change", justify="right", no_wrap=True)
     for (suite, temperature), row in cells.items():
-        accuracy = [f"{e.accuracy:.3f} [{e.low:.2f}, {e.high:.2f}]" if e else "-" for e in map(row.get, phases)]
+        accuracy = [f"{e.accuracy:.3f} {e.low:.2f}-{e.high:.2f}" if e else "-" for e in map(row.get, phases)]
         seen = [row[phase].accuracy for phase in phases if phase in row]
         change = [f"{seen[-1] - seen[0]:+.3f}" if len(seen) > 1 else "-"] if len(phases) > 1 else []
-        # Text, since in a plain string rich would take "[0.47, 0.56]" for markup if it could.
+        # Text, since in a plain string rich would take brackets for markup.
         table.add_row(*(Text(visible(cell)) for cell in (suite, f"{temperature:g}", *accuracy, *change)))
     (console or Console()).print(table)
 

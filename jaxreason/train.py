@@ -176,11 +176,13 @@ def train(run: Run, workdir: str | os.PathLike, checkpoints: Checkpoints, *, log
                         write=jax.process_index() == 0,
                     )
                 due = phase.evaluate_every and (step + 1) % phase.evaluate_every == 0
+                saved = last or checkpoints.due(total)
+                if due or saved:
+                    flush()  # before it is saved: a log may not lack a step that a checkpoint has
                 if last or due:
-                    flush()
                     evaluate(state.params, phase.name, total, final=last)
                     step_started_s = time.perf_counter()
-                if last or checkpoints.due(total):
+                if saved:
                     host = {
                         "phase": index,
                         "phase_step": step + 1,

@@ -96,6 +96,7 @@ def test_share_of_right_human_demonstrations():
     """The recipe says 44 %; what its words leave open (where part-way is) moves that by two or three points."""
     weights = PRIOR_OPS["ops_weights"][:5]
     assert share_right("chain", ops=(1, 5), ops_weights=weights) == pytest.approx(0.44, abs=0.03)
+    assert share_right("chain", guess=1.0) == pytest.approx(0.25, abs=0.025)
     assert share_right("calculator") == pytest.approx(0.25 * (0.4 + 0.6 * 0.3) + 0.75 * 0.4, abs=0.025)
 
 

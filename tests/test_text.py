@@ -83,7 +83,7 @@ def test_decoding_is_total(make):
 def test_special_tokens_written_in_text(make):
     tokenizer = make()
     end = tokenizer.token_text(tokenizer.eos_ids[0])
-    s = f"{end}s" if len(tokenizer.special) == 3 and tokenizer.vocab_size < 20 else f"x{end}x"
+    s = f"x{end}x"
     recognised, plain = tokenizer.encode(s), tokenizer.encode(s, special=False)
     assert recognised.count(tokenizer.eos_ids[0]) == 1
     assert not set(plain) & set(tokenizer.special.values())
@@ -120,7 +120,7 @@ def test_missing_and_broken_files_are_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a tokenizer"):
         text.load(tmp_path)
-    with pytest.raises(ValueError, match="unknown tokenizer 'character' .did you mean 'characters'"):
+    with pytest.raises(ValueError, match=r"unknown tokenizer 'character' \(did you mean 'characters'\?\)"):
         text.make("character")
     assert text.make("characters", alphabet="ab").encode("b") == [4]
 

@@ -59,7 +59,7 @@ def _task(row: dict, where: str, question: str, answer: str, solution: str | Non
     answered = _text(row, answer, where)
     worked = "" if solution is None else _text(row, solution, where)
     if marker is not None:
-        before, found, last = answered.rpartition(marker)
+        _, found, last = answered.rpartition(marker)
         if not found:
             raise ValueError(f"{where}: no marker {marker!r} in field {answer!r}")
         answered, worked = last.strip(), worked or answered
@@ -82,7 +82,7 @@ def _text(row: dict, name: str, where: str) -> str:
     if name not in row:
         raise ValueError(f"{where}: {unknown('field', name, row)}")
     value: Any = row[name]
-    if isinstance(value, float) and not math.isfinite(value) or not isinstance(value, str | int | float):
+    if (isinstance(value, float) and not math.isfinite(value)) or not isinstance(value, str | int | float):
         raise ValueError(f"{where}: field {name!r} got {value!r}; allowed: text or a finite number")
     if isinstance(value, float) and value.is_integer():
         value = int(value)

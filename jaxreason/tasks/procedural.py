@@ -482,7 +482,7 @@ def _trace(dice: Dice, value: int, steps: list[tuple[str, int]], slip: float) ->
 def _misremember(dice: Dice, number: str) -> str:
     """Change one digit, so that the number is wrong and has as many digits."""
     at, digit = dice.below(len(number)), 0
-    while digit == 0 and at == 0 or str(digit) == number[at]:
+    while (digit == 0 and at == 0) or str(digit) == number[at]:
         digit = dice.below(10)
     return f"{number[:at]}{digit}{number[at + 1 :]}"
 

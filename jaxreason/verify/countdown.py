@@ -87,7 +87,9 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]]:
             apply_down_to(_BINDS[token])
             pending.append(token)
             wants_value = True
+    if wants_value:
+        raise ValueError("not an expression")
     apply_down_to(0)
-    if wants_value or pending:
+    if pending:
         raise ValueError("not an expression")
     return values[0], used

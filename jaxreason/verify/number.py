@@ -7,6 +7,7 @@ Numbers are compared exactly, as fractions. Only the end of a long text is read,
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -32,7 +33,7 @@ def number(strict: bool = False, fractions: bool = True) -> Callable[[str, Task]
     """Compare the number that the text gives as its answer with that of `task.answer`.
 
     `strict` accepts a box or a `####` only. With `fractions=False`, `3/4` is two numbers. Currency signs, thousands commas,
-    percent signs and units are ignored: "50%" is 50. Reasons: right, wrong, no answer, bad key (the task's answer is not one number).
+    percent signs and units are ignored: "50%" is 50. Reasons: right, wrong, no answer, bad key (`task.answer` is not one number).
     """
 
     def verify(text: str, task: Task) -> Verdict:
@@ -53,7 +54,7 @@ def read_number(text: str, strict: bool = False, fractions: bool = True) -> Frac
     box = _last_box(text)
     if box is not None:
         return _only(_right_side(box), fractions)
-    before, found, after = text.rpartition("####")
+    _, found, after = text.rpartition("####")
     if found:
         return _first(_right_side(_line(after)), fractions)
     if strict:
@@ -117,10 +118,7 @@ def _first(text: str, fractions: bool) -> Fraction | None:
 
 
 def _last(text: str, fractions: bool) -> Fraction | None:
-    value = None
-    for value in _values(text, fractions):
-        pass
-    return value
+    return next(iter(deque(_values(text, fractions), maxlen=1)), None)
 
 
 def _only(text: str, fractions: bool) -> Fraction | None:

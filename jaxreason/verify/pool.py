@@ -1,9 +1,9 @@
 """Child processes for what may hang, blow up or crash: each question has a time limit, each child a memory limit.
 
 The child is the script `child.py`, run by its path: it imports neither this package (hence not jax) nor the program's main
-module, as multiprocessing's spawn would, and shares no lock with our threads, as its fork would. A pipe carries JSON both ways. No
-signal is used on this side, so any thread may ask. A child that fails is killed and another takes its place at the next
-question; a child whose parent is gone ends by itself.
+module, as multiprocessing's spawn would, and shares no lock with our threads, as its fork would. A pipe carries JSON both
+ways. No signal is used on this side, so any thread may ask. A child that fails is killed and another takes its place at the
+next question; a child whose parent is gone ends by itself.
 """
 
 from __future__ import annotations

@@ -1,0 +1,69 @@
+"""GSM8K by RL from a pretrained checkpoint: the model's own attempts, paid for right answers alone.
+
+    TFDS_DATA_DIR=... python -m jaxreason.main --config=configs/gsm8k.py[:model=NAME][,smoke]
+
+`model` is a named size (smollm2_135m, qwen2.5_1.5b, qwen3_8b, ...), a Hugging Face id or a folder. GSM8K: Cobbe et al. 2021, arXiv
+2110.14168, read through TFDS. Sized for one accelerator of 16 GB or more with the default model; for a slice add
+`--config.mesh.fsdp=N`. Not yet run on an accelerator; see README for a run on a CPU.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+from jaxreason.options import parse
+
+INSTRUCTION = "{question}\n\nThink step by step, and end with the answer alone after ####, as in: #### 42"
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    options = parse(arg, model="qwen2.5_0.5b", smoke=False)
+    config = ConfigDict()
+    config.seed = 0
+    config.model = {
+        "name": options.model,
+        "weights": "pretrained",
+        "dtype": "bfloat16",
+        "param_dtype": "float32",
+        "remat": "full",
+        "scan_layers": config_dict.placeholder(bool),
+    }
+    config.text = {"tokenizer": "pretrained", "format": "chat", "instruction": INSTRUCTION, "system": ""}
+    config.sampler = {
+        "slots": 128,
+        "max_prompt_tokens": 256,
+        "max_tokens": 512,
+        "chunk_tokens": 32,
+        "cache_dtype": config_dict.placeholder(str),
+    }
+    config.verifier = {"name": "number"}
+    config.mesh = {"data": -1, "fsdp": 1}
+    config.phases = ("rl",)
+    config.rl = {
+        "source": {
+            "name": "rollouts",
+            "task": {"name": "gsm8k", "split": "train"},
+            "problems": 32,
+            "group": 8,
+            "temperature": 1.0,
+        },
+        "objective": {"name": "dr_grpo", "kl_coefficient": 0.0},
+        "optimizer": {"lr": 1e-6, "warmup_steps": 10, "b2": 0.95},
+        "steps": 200,
+        "microbatches": 32,
+        "evaluate_every": 50,
+    }
+    config.evaluate = {
+        "n": 200,
+        "final_n": 1319,
+        "temperatures": (0.0, 1.0),
+        "suites": {"gsm8k": {"name": "gsm8k", "split": "test"}},
+    }
+    config.checkpoint = {"every_steps": 20, "keep": 2}
+    config.log = {"rollouts_kept": 64}
+
+    if options.smoke:
+        config.sampler.slots, config.sampler.max_tokens, config.sampler.chunk_tokens = 8, 16, 8
+        config.rl.source.problems, config.rl.source.group, config.rl.microbatches = 2, 4, 1
+        config.rl.source.task["limit"] = 16
+        config.rl.steps, config.rl.evaluate_every, config.rl.optimizer.warmup_steps = 2, 0, 0
+        config.evaluate.n = config.evaluate.final_n = 8
+    return config

@@ -1,0 +1,44 @@
+"""Predict the next byte of a text corpus: the old paradigm, on the same loop.
+
+    python -m jaxreason.main --config=configs/pretrain.py:path=FOLDER_OR_GLOB[,smoke]
+
+Without `path` it reads the licence and documentation texts of this repository, which every checkout has.
+"""
+
+from ml_collections import ConfigDict
+
+from jaxreason.options import parse
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    options = parse(arg, path="jaxreason/**/*.py", smoke=False)
+    config = ConfigDict()
+    config.seed = 0
+    config.model = {"name": "tiny", "width": 128, "layers": 4, "head_size": 32, "feed_forward": 384}
+    config.text = {"tokenizer": "byte_level", "format": "plain"}
+    config.sampler = {"slots": 16, "max_prompt_tokens": 32, "max_tokens": 96, "chunk_tokens": 16}
+    config.verifier = {"name": "exact"}
+    config.mesh = {"data": -1, "fsdp": 1}
+    config.phases = ("pretrain",)
+    config.pretrain = {
+        "source": {"name": "corpus", "task": {"name": "corpus", "path": options.path}, "rows": 32, "length": 128},
+        "objective": {"name": "lm"},
+        "optimizer": {
+            "lr": 2e-3,
+            "schedule_kind": "cosine",
+            "final_share": 0.1,
+            "warmup_steps": 50,
+            "b2": 0.98,
+            "weight_decay": 0.01,
+        },
+        "steps": 600,
+        "microbatches": 4,
+        "log_every": 10,
+    }
+    config.evaluate = {"suites": {}}
+    config.checkpoint = {"every_steps": 200, "keep": 2}
+    config.log = {}
+
+    if options.smoke:
+        config.pretrain.steps, config.pretrain.optimizer.warmup_steps, config.pretrain.source.rows = 3, 1, 8
+    return config
