@@ -2,7 +2,8 @@
 
     python -m jaxreason.main --config=configs/pretrain.py:path=FOLDER_OR_GLOB[,smoke]
 
-Without `path` it reads the licence and documentation texts of this repository, which every checkout has.
+Without `path` it reads this repository's own Python files, which every checkout has (run it from there). The loss on held-out
+paragraphs, in nats a byte, is `eval/held_out/nll`.
 """
 
 from ml_collections import ConfigDict
@@ -33,12 +34,15 @@ def get_config(arg: str = "") -> ConfigDict:
         },
         "steps": 600,
         "microbatches": 4,
+        "evaluate_every": 200,
         "log_every": 10,
     }
-    config.evaluate = {"suites": {}}
+    held_out = {"task": {"name": "corpus", "path": options.path}, "length": 128, "rows": 64}
+    config.evaluate = {"suites": {}, "texts": {"held_out": held_out}}
     config.checkpoint = {"every_steps": 200, "keep": 2}
     config.log = {}
 
     if options.smoke:
+        config.evaluate.texts.held_out.rows = 8
         config.pretrain.steps, config.pretrain.optimizer.warmup_steps, config.pretrain.source.rows = 3, 1, 8
     return config

@@ -1,6 +1,6 @@
 """Learn to reason on a laptop: a prior of imperfect demonstrations, then RL on right answers. Nothing is downloaded.
 
-    python -m jaxreason.main --config=configs/tiny.py[:prior=none][,reward=random][,task=inverse_chain|countdown][,smoke]
+python -m jaxreason.main --config=configs/tiny.py[:prior=none][,reward=random][,task=inverse_chain|countdown][,smoke]
 """
 
 from ml_collections import ConfigDict
@@ -52,11 +52,11 @@ def get_config(arg: str = "") -> ConfigDict:
             "max_tokens": 32,
             "reward": options.reward,
         },
-        "objective": {"name": "rloo", "weigh": "per_token"},
-        "optimizer": {"lr": 3e-4, "warmup_steps": 10},
-        "steps": 100,
+        "objective": {"name": "rloo", "weigh": "per_token", "kl_coefficient": 0.0, "entropy_coefficient": 0.0},
+        "optimizer": {"lr": 3e-4, "schedule_kind": "linear", "final_share": 0.1, "warmup_steps": 10, "weight_decay": 0.0},
+        "steps": 140,
         "microbatches": 8,
-        "evaluate_every": 25,
+        "evaluate_every": 35,
     }
     config.evaluate = {"n": 128, "final_n": 512, "temperatures": (0.0, 1.0), "suites": held_out}
     config.checkpoint = {"every_steps": 500, "keep": 2}

@@ -11,7 +11,7 @@ import inspect
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -20,7 +20,8 @@ from jaxreason import evaluate as evaluation
 from jaxreason import objectives as objectives_
 from jaxreason import optimizer as optimizer_
 from jaxreason.environment import single_turn
-from jaxreason.model import ModelConfig, transformer
+from jaxreason.learner import compile_token_logp
+from jaxreason.model import Model, ModelConfig, transformer
 from jaxreason.model import config as model_config
 from jaxreason.model import weights as weights_
 from jaxreason.options import unknown
@@ -50,6 +51,7 @@ class Parts(NamedTuple):
     """What the phases of a run share."""
 
     seed: int
+    model: Model
     tokenizer: text.Tokenizer
     format: text.Format
     roller: Roller
@@ -86,7 +88,7 @@ def build(config, *, say: Callable[[str], None] = print) -> Run:
     text.check_vocabulary(tokenizer, shape)
     model = transformer(shape)
     roller = call(make_roller, config["sampler"], "sampler", model=model, tokenizer=tokenizer, format=format, mesh=mesh)
-    parts = Parts(config["seed"], tokenizer, format, roller, config["verifier"], sharding.row_devices(mesh), say)
+    parts = Parts(config["seed"], model, tokenizer, format, roller, config["verifier"], sharding.row_devices(mesh), say)
     phases = [call(make_phase, config[name], name, name=name, parts=parts) for name in phase_names]
     evaluate = call(make_evaluate, config["evaluate"], "evaluate", parts=parts)
     kept, _ = call(make_log, config["log"], "log")
@@ -114,11 +116,22 @@ def find_folder(name: str = "tiny", weights: str = "random") -> Path | None:
     """Where a pretrained model lies; None for random weights."""
     if weights not in WEIGHTS:
         raise ValueError(unknown("value of config.model.weights", weights, WEIGHTS))
-    return weights_.resolve(name) if weights == "pretrained" else None
+    if weights == "random":
+        return None
+    folder = weights_.resolve(name)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json; pass the folder of a Hugging Face checkpoint")
+    return folder
 
 
 def make_model(
-    *, folder: Path | None, tokenizer: text.Tokenizer, name: str, weights: str = "random", scan_layers: bool | None = None, **fields
+    *,
+    folder: Path | None,
+    tokenizer: text.Tokenizer,
+    name: str,
+    weights: str = "random",
+    scan_layers: bool | None = None,
+    **fields,
 ) -> tuple[ModelConfig, Callable | None]:
     """Give the shape of a named size, folder or hub id, and what loads its weights (None for random ones).
 
@@ -134,8 +147,6 @@ def make_model(
         if name == "tiny":
             fields.setdefault("vocab_size", tokenizer.vocab_size)
         return model_config.sized(name, **fields), None
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json; pass the folder of a Hugging Face checkpoint")
     shape = model_config.from_hf(json.loads((folder / "config.json").read_text()), **fields)
     return shape, functools.partial(weights_.load, folder, **fields)
 
@@ -290,24 +301,24 @@ def fitting(items: Sequence, prompt: Callable, limit: int, what: str, say: Calla
 
 def corpus(*, parts: Parts, objective, task: dict, rows: int, length: int) -> sources.Source:
     """Windows of `length` tokens from the packed stream of a text corpus or of a family's worked solutions."""
-    documents = load_tasks(task, seed=parts.seed)
-    tokenizer = parts.tokenizer
-    if isinstance(documents[0], str):
-        start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        ids = [[*start, *tokenizer.encode(d, special=False), tokenizer.eos_ids[0]] for d in documents]
-    else:
-        ids = [parts.format.demonstration(d)[0] for d in check_solutions(documents, task)]
-    windows = data.token_windows(ids, length)
+    windows = data.token_windows(encode_documents(load_tasks(task, seed=parts.seed), parts, task), length)
     return sources.corpus(data.batches(endless(windows, parts.seed), rows // jax.process_count()), objective, rows=rows)
+
+
+def encode_documents(documents: Sequence, parts: Parts, task: dict) -> list[list[int]]:
+    """Token ids of texts, or of tasks with their worked solutions, each from beginning to end of sequence."""
+    tokenizer = parts.tokenizer
+    if not isinstance(documents[0], str):
+        return [parts.format.demonstration(d)[0] for d in check_solutions(documents, task)]
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return [[*start, *tokenizer.encode(d, special=False), tokenizer.eos_ids[0]] for d in documents]
 
 
 def demonstrations(*, parts: Parts, objective, task: dict, rows: int, max_tokens: int) -> sources.Source:
     """Worked solutions, one a row of at most `max_tokens` tokens, prompt included; longer ones are cut."""
     items = check_solutions(load_tasks(task, seed=parts.seed), task)
     buckets = batching.length_buckets(max_tokens)
-    return sources.demonstrations(
-        endless(items, parts.seed), parts.format.demonstration, objective, rows=rows, buckets=buckets
-    )
+    return sources.demonstrations(endless(items, parts.seed), parts.format.demonstration, objective, rows=rows, buckets=buckets)
 
 
 def check_solutions(items: Sequence, task: dict) -> Sequence:
@@ -362,11 +373,18 @@ def make_verifier(section: dict) -> Callable:
 
 
 def make_evaluate(
-    *, parts: Parts, suites: dict, temperatures: Sequence[float] = (0.0, 1.0), n: int = 200, final_n: int | None = None
+    *,
+    parts: Parts,
+    suites: dict,
+    texts: dict | None = None,
+    temperatures: Sequence[float] = (0.0, 1.0),
+    n: int = 200,
+    final_n: int | None = None,
 ) -> Callable:
     """Return `evaluate(params, phase, step, final)`: n tasks of each suite, `final_n` at the start and the end of a phase.
 
-    A suite's section is that of its tasks, and may have a `verifier` of its own.
+    A suite's section is that of its tasks, and may have a `verifier` of its own. A text's section is that of its documents, with
+    the `length` and the number of `rows` of its windows.
     """
     prompt, roller = parts.format.prompt, parts.roller
     longest_prompt = roller.sampler.length - roller.max_tokens
@@ -377,9 +395,15 @@ def make_evaluate(
         items = fitting(items, prompt, longest_prompt, f"suite {name!r}", parts.say)
         made.append(evaluation.Suite(name, items, single_turn(judge)))
 
+    made_texts = [
+        call(held_out_text, section, f"evaluate.texts.{name}", name=name, parts=parts) for name, section in (texts or {}).items()
+    ]
+    token_logp = compile_token_logp(parts.model)
+
     def evaluate(params, *, phase: str, step: int, final: bool):
         whole = final or phase == "start"
-        return evaluation.evaluate(
+        nll = evaluation.score(token_logp, params, made_texts)
+        evaluations, rollouts = evaluation.evaluate(
             roller,
             params,
             made,
@@ -390,8 +414,21 @@ def make_evaluate(
             phase=phase,
             step=step,
         )
+        return evaluation.Result(evaluations, rollouts, nll)
 
     return evaluate
+
+
+def held_out_text(*, name: str, parts: Parts, task: dict, length: int, rows: int = 64) -> evaluation.Text:
+    """The first `rows` windows of held-out documents, in batches of eight rows."""
+    windows = data.token_windows(encode_documents(load_tasks(task, split="test"), parts, task), length)[:rows]
+    each = min(8 * parts.devices, len(windows) // parts.devices * parts.devices)
+    if not each:
+        raise ValueError(
+            f"config.evaluate.texts.{name}: {len(windows)} windows of {length} tokens; give more text or shorter windows"
+        )
+    whole = range(0, len(windows) // each * each, each)
+    return evaluation.Text(name, [batching.from_windows(windows[i : i + each], objectives_.lm()) for i in whole])
 
 
 def make_log(

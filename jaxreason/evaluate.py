@@ -1,4 +1,8 @@
-"""Held-out accuracy: suites of tasks are attempted once a temperature and judged, with a 95 % Wilson interval."""
+"""Held-out accuracy and held-out text.
+
+Suites of tasks are attempted once a temperature and judged, with a 95 % Wilson interval. Windows of text are scored token by
+token: the old paradigm's measure.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from jaxreason.environment import Environment
 from jaxreason.estimators import wilson
 from jaxreason.rollout import Request, Roller, collect
-from jaxreason.types import Evaluation, Rollout, Task
+from jaxreason.types import Batch, Evaluation, Rollout, Task
 
 EVALUATION = 2**31  # folded into the seed's key here; training folds in the number of the phase
 
@@ -21,6 +26,33 @@ class Suite(NamedTuple):
     name: str
     tasks: Sequence[Task]
     environment: Environment
+
+
+class Text(NamedTuple):
+    """A named set of held-out windows of text."""
+
+    name: str
+    batches: Sequence[Batch]  # all of one shape
+
+
+class Result(NamedTuple):
+    """What an evaluation found: of suites, and of texts the mean negative log-likelihood in nats a token."""
+
+    evaluations: list[Evaluation]
+    rollouts: list[Rollout]
+    nll: dict[str, float]
+
+
+def score(token_logp: Callable, params, texts: Sequence[Text]) -> dict[str, float]:
+    """Mean negative log-likelihood of each text, over the tokens with a weight; `token_logp(params, batch) -> logp_BT`."""
+    found = {}
+    for text in texts:
+        sums = [
+            (np.sum(np.asarray(token_logp(params, batch)), where=batch.weight_BT != 0), np.count_nonzero(batch.weight_BT))
+            for batch in text.batches
+        ]
+        found[text.name] = -float(sum(s for s, _ in sums)) / sum(n for _, n in sums)
+    return found
 
 
 def evaluate(
@@ -53,4 +85,3 @@ def evaluate(
             evaluations.append(Evaluation(phase, step, suite.name, accuracy, low, high, len(rollouts), temperature))
         kept += rollouts
     return evaluations, kept
-

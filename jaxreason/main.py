@@ -10,11 +10,14 @@ import hashlib
 import itertools
 import json
 import re
+import runpy
 import sys
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+from jaxreason.options import unknown
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file and options, as configs/tiny.py:task=countdown,smoke; --config.rl.steps=10 changes a field."
@@ -71,13 +74,39 @@ def fail(error: Exception) -> None:
 
 
 def parse_flags(argv):
+    if (path := config_path(argv)[0]) and not Path(path).is_file():
+        fail(ValueError(f"no config file {path!r}; configs are in configs/, options follow a colon: configs/tiny.py:smoke"))
     try:
         rest = flags.FLAGS(argv)
         if CONFIG.value is None:
             raise ValueError("no --config given; for example --config=configs/tiny.py")
         return rest
     except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
+        try:
+            check_fields(argv)
+        except ValueError as better:
+            error = better
         fail(error)
+
+
+def config_path(argv) -> tuple[str, str]:
+    """The file and the options of `--config=file:options`."""
+    path, _, options = next((a.split("=", 1)[1] for a in argv if re.match("--?config=", a)), "").partition(":")
+    return path, options
+
+
+def check_fields(argv) -> None:
+    """Raise ValueError naming the first `--config.a.b=` whose field the config does not have; ml_collections names the last word only."""
+    path, arg = config_path(argv)
+    config = runpy.run_path(path)["get_config"](arg)
+    for word in argv:
+        match = re.match(r"--?config\.([\w.]+)", word)
+        at, where = config, "config"
+        for name in match[1].split(".") if match else ():
+            if not hasattr(at, "keys") or name not in at:
+                fields = at.keys() if hasattr(at, "keys") else ()
+                raise ValueError(unknown(f"field of {where}", name, fields))
+            at, where = at[name], f"{where}.{name}"
 
 
 def main(argv) -> None:

@@ -41,9 +41,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
         raise ValueError(f"mesh got {sizes}, which needs a multiple of {known} devices; there are {len(devices)}")
     sizes = {axis: len(devices) // known if n == -1 else n for axis, n in sizes.items()}
     count = math.prod(sizes.values())
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), devices=devices[:count], axis_types=(AxisType.Auto,) * len(sizes)
-    )
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices[:count], axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def shardings(tree, mesh: Mesh):

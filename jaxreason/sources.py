@@ -108,9 +108,7 @@ def rollouts(
         wanted = [tasks[start + p] for p in range(problems)]
         prompts = [prompt(task) for task in wanted]
         requests = [Request(wanted[p], start + p, g, prompts[p]) for p in range(problems) for g in range(group)]
-        drawn, spent = collect(
-            roller, roller.sampler.prepare(params), requests, environment, key=key, temperature=temperature
-        )
+        drawn, spent = collect(roller, roller.sampler.prepare(params), requests, environment, key=key, temperature=temperature)
         if reward == "random":
             drawn = shuffle_rewards(drawn, key)
         batch = batching.from_rollouts(drawn, objective, group=group, buckets=buckets, limit=roller.max_tokens)
@@ -130,7 +128,8 @@ def shuffle_rewards(drawn: Sequence[Rollout], key) -> list[Rollout]:
     order = np.asarray(jax.random.permutation(jax.random.fold_in(key, 2**32 - 1), len(drawn)))
     dealt = [drawn[i].verdict.reward for i in order]
     return [
-        dataclasses.replace(r, verdict=dataclasses.replace(r.verdict, reward=reward)) for r, reward in zip(drawn, dealt, strict=True)
+        dataclasses.replace(r, verdict=dataclasses.replace(r.verdict, reward=reward))
+        for r, reward in zip(drawn, dealt, strict=True)
     ]
 
 

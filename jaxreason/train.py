@@ -22,6 +22,7 @@ import optax
 from jaxreason import metrics as m
 from jaxreason import sharding
 from jaxreason.checkpoint import Checkpoints
+from jaxreason.evaluate import Result
 from jaxreason.learner import compile_token_logp, compile_train_step
 from jaxreason.model import Model
 from jaxreason.objectives import Objective
@@ -49,7 +50,7 @@ class Run(NamedTuple):
     model: Model
     init: Callable[[], Any]  # () -> params, on the mesh
     phases: Sequence[Phase]
-    evaluate: Callable[..., tuple[list[Evaluation], list[Rollout]]]  # (params, phase, step, final)
+    evaluate: Callable[..., Result]  # (params, phase, step, final)
     mesh: jax.sharding.Mesh
     seed: int
     decode: Callable[[Any], str]  # token ids -> text, to show prompts
@@ -62,6 +63,7 @@ def train(run: Run, workdir: str | os.PathLike, checkpoints: Checkpoints, *, log
     workdir, started_s = Path(workdir), time.time()
     first = [0, *np.cumsum([phase.steps for phase in run.phases]).tolist()]  # global step at which each phase starts
     evaluations: list[Evaluation] = []
+    losses: list[dict] = []
     shown: list[Rollout] = []
     earlier_s, at, phase_start, resumed = 0.0, 0, 0, None
     params = reference = source_state = None
@@ -70,7 +72,7 @@ def train(run: Run, workdir: str | os.PathLike, checkpoints: Checkpoints, *, log
     if latest is not None:
         resumed = checkpoints.peek(latest)
         earlier_s, at, phase_start = resumed["wall_s"], resumed["phase"], resumed["phase_step"]
-        evaluations = [Evaluation(**e) for e in resumed["evaluations"]]
+        evaluations, losses = [Evaluation(**e) for e in resumed["evaluations"]], resumed["losses"]
         source_state = resumed["source"]
         m.truncate(workdir / "rollouts.jsonl", latest)
     else:
@@ -78,13 +80,18 @@ def train(run: Run, workdir: str | os.PathLike, checkpoints: Checkpoints, *, log
         params = run.init()
 
     log = m.open_log(
-        workdir, total_steps=first[-1], resume_step=latest if resumed else -1, write=jax.process_index() == 0, **(log_options or {})
+        workdir,
+        total_steps=first[-1],
+        resume_step=latest if resumed else -1,
+        write=jax.process_index() == 0,
+        **(log_options or {}),
     )
 
     def summarise(done: bool) -> dict:
         summary = {
             "done": done,
             "evaluations": [e._asdict() for e in evaluations],
+            "losses": losses,
             "wall_s": earlier_s + time.time() - started_s,
             "steps": first[-1] if done else None,
             **run.description,
@@ -93,10 +100,13 @@ def train(run: Run, workdir: str | os.PathLike, checkpoints: Checkpoints, *, log
         return summary
 
     def evaluate(params, phase: str, step: int, final: bool = False):
-        new, rollouts = run.evaluate(params, phase=phase, step=step, final=final)
-        evaluations.extend(new)
-        shown[:] = rollouts
-        values = {f"eval/{e.suite}/{'greedy' if e.temperature == 0 else f't{e.temperature:g}'}/accuracy": e.accuracy for e in new}
+        result = run.evaluate(params, phase=phase, step=step, final=final)
+        evaluations.extend(result.evaluations)
+        losses.extend({"phase": phase, "step": step, "text": name, "nll": nll} for name, nll in result.nll.items())
+        shown[:] = result.rollouts
+        values = {f"eval/{name}/nll": nll for name, nll in result.nll.items()}
+        for e in result.evaluations:
+            values[f"eval/{e.suite}/{'greedy' if e.temperature == 0 else f't{e.temperature:g}'}/accuracy"] = e.accuracy
         log.write(step, phase, values)
         return summarise(False)
 
@@ -188,6 +198,7 @@ def train(run: Run, workdir: str | os.PathLike, checkpoints: Checkpoints, *, log
                         "phase_step": step + 1,
                         "source": source_state,
                         "evaluations": [e._asdict() for e in evaluations],
+                        "losses": losses,
                         "wall_s": earlier_s + time.time() - started_s,
                     }
                     checkpoints.save(total, state, host, reference if phase.objective.needs_reference else None)
@@ -196,7 +207,10 @@ def train(run: Run, workdir: str | os.PathLike, checkpoints: Checkpoints, *, log
     checkpoints.wait()
     summary = summarise(True)
     if jax.process_index() == 0:
-        m.print_evaluations(evaluations)
+        if evaluations:
+            m.print_evaluations(evaluations)
+        for loss in losses:
+            print(f"{loss['text']}: {loss['nll']:.4f} nats a token at step {loss['step']} ({loss['phase']})")
         m.print_rollouts(shown, 3, decode=run.decode)
     return summary
 

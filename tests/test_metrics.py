@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -209,13 +210,13 @@ def test_evaluations_before_and_after():
     ]
     metrics.print_evaluations(evaluations, console=console)
     rows = [
-        [cell.strip() for cell in line.strip("┃│").replace("┃", "│").split("│")]
+        re.split(r"\s{2,}", line.strip())
         for line in printed().splitlines()
         if "0." in line
     ]
     assert rows == [
-        ["[b]arith", "0", "0.100 [0.05, 0.20]", "0.300 [0.20, 0.40]", "0.512 [0.47, 0.56]", "+0.412"],
-        ["words", "1", "-", "0.500 [0.40, 0.60]", "-", "-"],
+        ["[b]arith", "0", "0.100 0.05-0.20", "0.300 0.20-0.40", "0.512 0.47-0.56", "+0.412"],
+        ["words", "1", "-", "0.500 0.40-0.60", "-", "-"],
     ]
     for title in ("start", "after prior", "after rl", "change"):
         assert title in printed()

@@ -158,7 +158,7 @@ def _guarded(message: dict[str, Any], special: Mapping[str, int]) -> dict[str, A
     """Put marks around special tokens in what a message says."""
     if not isinstance(message["content"], str):
         raise ValueError(f"a message's content got {type(message['content']).__name__}; allowed: str (text only)")
-    text = message["content"].replace(OPEN, "").replace(CLOSE, "")
+    text = message["content"]
     if special:
         longest_first = sorted(special, key=len, reverse=True)
         text = re.sub("|".join(map(re.escape, longest_first)), lambda m: f"{OPEN}{m[0]}{CLOSE}", text)

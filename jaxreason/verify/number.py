@@ -23,7 +23,7 @@ _NUMBER = re.compile(
     rf"(?P<digits>{_DIGITS})(?:[eE](?P<exponent>[+-]?[0-9]{{1,3}})(?![0-9.]))?"
     r"(?:\s?/\s?(?P<below>[0-9]{1,32})(?![0-9]|[.,][0-9]))?"
 )
-_FRACTION = re.compile(r"\\[dt]?frac\s?(?:\{\s?(-?[0-9]{1,32})\s?\}\s?\{\s?([0-9]{1,32})\s?\}|([0-9])([0-9]))")
+_FRACTION = re.compile(r"(-?)\\[dt]?frac\s?(?:\{\s?(-?[0-9]{1,32})\s?\}\s?\{\s?([0-9]{1,32})\s?\}|([0-9])([0-9]))")
 _SAYS = re.compile(r"answer\s?(?:is|:|=)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?]\s")
 _LATEX = (("\\$", "$"), ("{,}", ","), ("\\,", ""), ("\\!", ""), ("\\%", "%"), ("−", "-"), ("\\left", ""), ("\\right", ""))
@@ -70,7 +70,7 @@ def read_number(text: str, strict: bool = False, fractions: bool = True) -> Frac
 def _clean(text: str) -> str:
     for latex, plain in _LATEX:
         text = text.replace(latex, plain)
-    return _FRACTION.sub(lambda m: f" {m[1] or m[3]}/{m[2] or m[4]} ", text)
+    return _FRACTION.sub(lambda m: f" {m[1]}{m[2] or m[4]}/{m[3] or m[5]} ", text)
 
 
 def _line(text: str) -> str:
