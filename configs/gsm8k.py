@@ -2,8 +2,8 @@
 
     TFDS_DATA_DIR=... python -m jaxreason.main --config=configs/gsm8k.py[:model=NAME][,smoke]
 
-`model` is a named size (smollm2_135m, qwen2.5_1.5b, qwen3_8b, ...), a Hugging Face id or a folder. GSM8K: Cobbe et al. 2021, arXiv
-2110.14168, read through TFDS. Sized for one accelerator of 16 GB or more with the default model; for a slice add
+`model` is a named size (smollm2_135m, qwen2.5_1.5b, qwen3_8b, ...), a Hugging Face id or a folder. GSM8K: Cobbe et al. 2021,
+arXiv 2110.14168, read through TFDS. Sized for one accelerator of 16 GB or more with the default model; for a slice add
 `--config.mesh.fsdp=N`. Not yet run on an accelerator; see README for a run on a CPU.
 """
 

@@ -24,27 +24,13 @@ from jaxreason.learner import compile_token_logp
 from jaxreason.model import Model, ModelConfig, transformer
 from jaxreason.model import config as model_config
 from jaxreason.model import weights as weights_
-from jaxreason.options import unknown
+from jaxreason.options import call, unknown
 from jaxreason.rollout import Roller
 from jaxreason.sampler import compile_sampler
 from jaxreason.tasks.procedural import ALPHABET
 from jaxreason.train import Phase, Run
 
 SECTIONS = ("seed", "model", "text", "sampler", "verifier", "phases", "evaluate", "mesh", "checkpoint", "log")
-
-
-def call(function: Callable, section: dict, where: str, /, **given):
-    """Call `function(**section, **given)`; a field that it does not have, or lacks, is a one-line ValueError."""
-    parameters = inspect.signature(function).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    allowed = [n for n, p in parameters.items() if n not in given and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    for key in section:
-        if key not in allowed and not open_ended:
-            raise ValueError(unknown(f"field of config.{where}", key, allowed))
-    for key in allowed:
-        if parameters[key].default is inspect.Parameter.empty and key not in section:
-            raise ValueError(f"config.{where} lacks {key!r}; set config.{where}.{key}")
-    return function(**section, **given)
 
 
 class Parts(NamedTuple):
@@ -81,17 +67,17 @@ def build(config, *, say: Callable[[str], None] = print) -> Run:
         if not isinstance(config[key], dict) or "source" not in config[key]:
             raise ValueError(unknown("field of the config", key, {*SECTIONS, *phase_names}))
 
-    mesh = call(sharding.make_mesh, config["mesh"], "mesh")
+    mesh = call(sharding.make_mesh, config["mesh"], "config.mesh")
     folder = find_folder(**{key: config["model"][key] for key in ("name", "weights") if key in config["model"]})
-    tokenizer, format = call(make_text, config["text"], "text", folder=folder)
-    shape, load = call(make_model, config["model"], "model", folder=folder, tokenizer=tokenizer)
+    tokenizer, format = call(make_text, config["text"], "config.text", folder=folder)
+    shape, load = call(make_model, config["model"], "config.model", folder=folder, tokenizer=tokenizer)
     text.check_vocabulary(tokenizer, shape)
     model = transformer(shape)
-    roller = call(make_roller, config["sampler"], "sampler", model=model, tokenizer=tokenizer, format=format, mesh=mesh)
+    roller = call(make_roller, config["sampler"], "config.sampler", model=model, tokenizer=tokenizer, format=format, mesh=mesh)
     parts = Parts(config["seed"], model, tokenizer, format, roller, config["verifier"], sharding.row_devices(mesh), say)
-    phases = [call(make_phase, config[name], name, name=name, parts=parts) for name in phase_names]
-    evaluate = call(make_evaluate, config["evaluate"], "evaluate", parts=parts)
-    kept, _ = call(make_log, config["log"], "log")
+    phases = [call(make_phase, config[name], f"config.{name}", name=name, parts=parts) for name in phase_names]
+    evaluate = call(make_evaluate, config["evaluate"], "config.evaluate", parts=parts)
+    kept, _ = call(make_log, config["log"], "config.log")
 
     return Run(
         model=model,
@@ -248,8 +234,8 @@ def make_phase(
     for key, value in (("steps", steps), ("microbatches", microbatches), ("updates_per_batch", updates_per_batch)):
         if value < 1:
             raise ValueError(f"config.{name}.{key} got {value}; allowed: 1 or more")
-    made_objective = call(objectives_.make, objective, f"{name}.objective")
-    made_optimizer = call(optimizer_.make, optimizer, f"{name}.optimizer", steps=steps * updates_per_batch)
+    made_objective = call(objectives_.make, objective, f"config.{name}.objective")
+    made_optimizer = call(optimizer_.make, optimizer, f"config.{name}.optimizer", steps=steps * updates_per_batch)
     kind, section = source.get("name"), {k: v for k, v in source.items() if k != "name"}
     if kind not in SOURCES:
         raise ValueError(unknown("source", kind, SOURCES))
@@ -258,7 +244,7 @@ def make_phase(
             f"config.{name}: objective {objective['name']!r} compares the attempts at a problem, but there is "
             f"{section.get('group', 1)} of each; set {name}.source.group to 2 or more, or choose reinforce, lm or sft"
         )
-    made_source = call(SOURCES[kind], section, f"{name}.source", parts=parts, objective=made_objective)
+    made_source = call(SOURCES[kind], section, f"config.{name}.source", parts=parts, objective=made_objective)
     if made_source.rows % (parts.devices * microbatches):
         raise ValueError(
             f"config.{name} has {made_source.rows} rows a batch, which do not divide over {parts.devices} devices x "
@@ -396,12 +382,12 @@ def make_evaluate(
         made.append(evaluation.Suite(name, items, single_turn(judge)))
 
     made_texts = [
-        call(held_out_text, section, f"evaluate.texts.{name}", name=name, parts=parts) for name, section in (texts or {}).items()
+        call(held_out_text, section, f"config.evaluate.texts.{name}", name=name, parts=parts)
+        for name, section in (texts or {}).items()
     ]
     token_logp = compile_token_logp(parts.model)
 
     def evaluate(params, *, phase: str, step: int, final: bool):
-        whole = final or phase == "start"
         nll = evaluation.score(token_logp, params, made_texts)
         evaluations, rollouts = evaluation.evaluate(
             roller,
@@ -409,7 +395,7 @@ def make_evaluate(
             made,
             prompt=prompt,
             temperatures=temperatures,
-            n=final_n if whole and final_n else n,
+            n=final_n if final and final_n else n,
             seed=0,
             phase=phase,
             step=step,

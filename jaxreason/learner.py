@@ -1,7 +1,8 @@
-"""The learner: log-probs of tokens, the one train step, and its compilation. The same function pretrains, imitates and reinforces.
+"""The learner: log-probs of tokens, the one train step, and its compilation.
 
-`train_step` knows no random key, no config, no mesh and no pad id; what it optimises is `sum(weight_BT * loss_BT)`, so its
-gradient is the same under any number of micro-batches and any sharding, up to the rounding of a sum.
+The same function pretrains, imitates and reinforces. `train_step` knows no random key, no config, no mesh and no pad id; what it
+optimises is `sum(weight_BT * loss_BT)`, so its gradient is the same under any number of micro-batches and any sharding, up to
+the rounding of a sum.
 """
 
 from __future__ import annotations

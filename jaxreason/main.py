@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jaxreason.options import unknown
+from jaxreason.options import call, unknown
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file and options, as configs/tiny.py:task=countdown,smoke; --config.rl.steps=10 changes a field."
@@ -81,7 +81,7 @@ def parse_flags(argv):
         if CONFIG.value is None:
             raise ValueError("no --config given; for example --config=configs/tiny.py")
         return rest
-    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
+    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError):
         try:
             check_fields(argv)
         except ValueError as better:
@@ -96,7 +96,7 @@ def config_path(argv) -> tuple[str, str]:
 
 
 def check_fields(argv) -> None:
-    """Raise ValueError naming the first `--config.a.b=` whose field the config does not have; ml_collections names the last word only."""
+    """Raise ValueError naming the first `--config.a.b=` that the config lacks; ml_collections names its last word only."""
     path, arg = config_path(argv)
     config = runpy.run_path(path)["get_config"](arg)
     for word in argv:
@@ -114,7 +114,7 @@ def main(argv) -> None:
     if len(argv) > 1:
         fail(ValueError(f"got the words {' '.join(argv[1:])!r}; options of a config follow a colon: configs/tiny.py:smoke"))
     # Here and not above: `--help` and mistyped flags should not wait for jax.
-    from jaxreason.build import build, call, make_log
+    from jaxreason.build import build, make_log
     from jaxreason.checkpoint import check_writable, open_checkpoints
     from jaxreason.train import train
 
@@ -126,7 +126,9 @@ def main(argv) -> None:
             raise ValueError(f"the run in {workdir} is finished; choose another --workdir")
         run = build(CONFIG.value)
         check_writable(workdir)
-        checkpoints = call(open_checkpoints, CONFIG.value.checkpoint.to_dict(), "checkpoint", folder=workdir / "checkpoints")
+        checkpoints = call(
+            open_checkpoints, CONFIG.value.checkpoint.to_dict(), "config.checkpoint", folder=workdir / "checkpoints"
+        )
     except (ValueError, FileNotFoundError) as error:
         fail(error)
     (workdir / "config.json").write_text(text)

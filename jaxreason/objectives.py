@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreason.options import unknown
+from jaxreason.options import call, unknown
 
 # A group whose rewards differ by less than this is a group of equal rewards: float residue must not be blown up by 1/std.
 EQUAL_REWARDS = 1e-6
@@ -247,11 +247,7 @@ def make(
     """
     if name not in OBJECTIVES:
         raise ValueError(unknown("objective", name, OBJECTIVES))
-    known = OBJECTIVES[name].__code__.co_varnames[: OBJECTIVES[name].__code__.co_argcount]
-    for key in kwargs:
-        if key not in known:
-            raise ValueError(unknown(f"field of objective {name!r}", key, known))
-    objective = OBJECTIVES[name](**kwargs)
+    objective = call(OBJECTIVES[name], kwargs, f"objective {name!r}")
     if advantage is not None:
         if advantage not in ADVANTAGES:
             raise ValueError(unknown("advantage", advantage, ADVANTAGES))

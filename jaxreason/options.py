@@ -1,9 +1,13 @@
-"""Options of a config file: the part after the colon of `--config=configs/tiny.py:task=countdown,smoke`."""
+"""Names and numbers that a user gives, checked: options of a config file, fields of a section, names of a family.
+
+Options are the part after the colon of `--config=configs/tiny.py:task=countdown,smoke`.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,3 +48,21 @@ def parse(arg: str, *, choices: dict[str, Iterable[Any]] | None = None, **defaul
         if choices and name in choices and values[name] not in choices[name]:
             raise ValueError(unknown(f"value of config option {name}", text, choices[name]))
     return SimpleNamespace(**values)
+
+
+def call(function: Callable, section: Mapping[str, Any], where: str, /, **given):
+    """Call `function(**section, **given)`, where `section` is a user's and `where` is what to call it.
+
+    Raises:
+      ValueError: a field that the function does not have, or one missing that it needs.
+    """
+    parameters = inspect.signature(function).parameters
+    allowed = [n for n, p in parameters.items() if n not in given and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for name in section:
+            if name not in allowed:
+                raise ValueError(unknown(f"field of {where}", name, allowed))
+    for name in allowed:
+        if parameters[name].default is inspect.Parameter.empty and name not in section:
+            raise ValueError(f"{where} needs {name}=...")
+    return function(**section, **given)

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxreason import metrics as m
@@ -58,161 +57,148 @@ class Run(NamedTuple):
     description: dict = {}  # goes into the summary  # noqa: RUF012
 
 
-def train(run: Run, workdir: str | os.PathLike, checkpoints: Checkpoints, *, log_options: dict | None = None) -> dict:
-    """Train all phases in `workdir`, from its newest checkpoint if there is one; return the summary that is also written."""
-    workdir, started_s = Path(workdir), time.time()
-    first = [0, *np.cumsum([phase.steps for phase in run.phases]).tolist()]  # global step at which each phase starts
-    evaluations: list[Evaluation] = []
-    losses: list[dict] = []
-    shown: list[Rollout] = []
-    earlier_s, at, phase_start, resumed = 0.0, 0, 0, None
-    params = reference = source_state = None
+class History:
+    """What a run has found so far. Its `host()` goes into every checkpoint, its `summary()` into the folder."""
 
-    latest = checkpoints.latest()
-    if latest is not None:
-        resumed = checkpoints.peek(latest)
-        earlier_s, at, phase_start = resumed["wall_s"], resumed["phase"], resumed["phase_step"]
-        evaluations, losses = [Evaluation(**e) for e in resumed["evaluations"]], resumed["losses"]
-        source_state = resumed["source"]
-        m.truncate(workdir / "rollouts.jsonl", latest)
-    else:
-        (workdir / "rollouts.jsonl").unlink(missing_ok=True)
-        params = run.init()
+    def __init__(self, workdir: Path, description: dict, saved: dict | None = None):
+        saved = saved or {"evaluations": [], "losses": [], "wall_s": 0.0}
+        self.path, self.description = workdir / "summary.json", description
+        self.evaluations = [Evaluation(**e) for e in saved["evaluations"]]
+        self.losses: list[dict] = saved["losses"]
+        self.rollouts: list[Rollout] = []  # of the last evaluation, to be shown
+        self.started_s = time.time() - saved["wall_s"]
 
-    log = m.open_log(
-        workdir,
-        total_steps=first[-1],
-        resume_step=latest if resumed else -1,
-        write=jax.process_index() == 0,
-        **(log_options or {}),
-    )
+    def host(self) -> dict:
+        evaluations = [e._asdict() for e in self.evaluations]
+        return {"evaluations": evaluations, "losses": self.losses, "wall_s": time.time() - self.started_s}
 
-    def summarise(done: bool) -> dict:
-        summary = {
-            "done": done,
-            "evaluations": [e._asdict() for e in evaluations],
-            "losses": losses,
-            "wall_s": earlier_s + time.time() - started_s,
-            "steps": first[-1] if done else None,
-            **run.description,
-        }
-        m.write_summary(workdir / "summary.json", summary, write=jax.process_index() == 0)
+    def summarise(self, step: int, done: bool) -> dict:
+        summary = {"done": done, "steps": step, **self.host(), **self.description}
+        m.write_summary(self.path, summary, write=jax.process_index() == 0)
         return summary
 
-    def evaluate(params, phase: str, step: int, final: bool = False):
-        result = run.evaluate(params, phase=phase, step=step, final=final)
-        evaluations.extend(result.evaluations)
-        losses.extend({"phase": phase, "step": step, "text": name, "nll": nll} for name, nll in result.nll.items())
-        shown[:] = result.rollouts
-        values = {f"eval/{name}/nll": nll for name, nll in result.nll.items()}
-        for e in result.evaluations:
-            values[f"eval/{e.suite}/{'greedy' if e.temperature == 0 else f't{e.temperature:g}'}/accuracy"] = e.accuracy
-        log.write(step, phase, values)
-        return summarise(False)
 
+def train(run: Run, workdir: str | os.PathLike, checkpoints: Checkpoints, *, log_options: dict | None = None) -> dict:
+    """Train all phases in `workdir`, from its newest checkpoint if there is one; return the summary that is also written."""
+    workdir = Path(workdir)
+    latest = checkpoints.latest()
+    saved = None if latest is None else checkpoints.peek(latest)
+    history = History(workdir, run.description, saved)
+    m.truncate(workdir / "rollouts.jsonl", -1 if saved is None else latest)
+    total_steps = sum(phase.steps for phase in run.phases)
+    writes = jax.process_index() == 0
+    log = m.open_log(
+        workdir, total_steps=total_steps, resume_step=-1 if saved is None else latest, write=writes, **(log_options or {})
+    )
     with log:
-        if resumed:
-            log.say(f"going on from step {latest} ({run.phases[at].name} {phase_start}/{run.phases[at].steps})")
+        if saved is None:
+            params = run.init()
+            evaluate(run, log, history, params, "start", 0, final=True)
         else:
-            evaluate(params, "start", 0)
-        for index in range(at, len(run.phases)):
-            phase = run.phases[index]
-            abstract = jax.eval_shape(lambda p=phase: new_state(run.model.init(jax.random.key(0)), p.optimizer))
-            placed = sharding.shardings(abstract, run.mesh)
-            if resumed:
-                specs = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
-                state, _ = checkpoints.restore(latest, specs)
-                if phase.objective.needs_reference:
-                    reference = checkpoints.restore_reference(latest, specs.params)
-            else:
-                if phase.objective.needs_reference:
-                    reference = jax.tree.map(jnp.copy, params)
-                state = jax.jit(new_state, static_argnums=1, donate_argnums=0, out_shardings=placed)(params, phase.optimizer)
-                source_state, phase_start = phase.source.init(), 0
-            params, resumed = None, None  # the state owns them now: donated at each step
-
-            step_fn = compile_train_step(
-                run.model, phase.objective, phase.optimizer, microbatches=phase.microbatches, state_shardings=placed
-            )
-            reference_logp = compile_token_logp(run.model) if phase.objective.needs_reference else None
-            phase_key = jax.random.fold_in(jax.random.key(run.seed), index)
-            waiting, step_started_s = [], time.perf_counter()
-
-            def flush(phase=phase, index=index):
-                """Log the steps that wait: reading a metric waits for the device, so this comes one step late."""
-                done = waiting[-1][0]
-                values = m.divide(m.merge(*jax.device_get([metrics for _, metrics in waiting])))
-                values["perf/tokens_per_s"] = values["train/tokens"] / values["time/step_s"]
-                log.write(first[index] + done, phase.name, values, phase_step=done, phase_steps=phase.steps)
-                waiting.clear()
-
-            for step in range(phase_start, phase.steps):
-                draw_started_s = time.perf_counter()
-                source_state, drawn = phase.source.next(source_state, state.params, jax.random.fold_in(phase_key, step))
-                batch = sharding.put_rows(drawn.batch, run.mesh)
-                if reference_logp is not None:
-                    batch = dataclasses.replace(batch, reference_logp_BT=reference_logp(reference, batch))
-                if len(waiting) >= phase.log_every:
-                    flush()
-                learn_started_s = time.perf_counter()
-                learned = {}
-                for update in range(phase.updates_per_batch):
-                    state, new = step_fn(state, batch)
-                    learned = m.merge(learned, new) if update else new
-                if phase.source.samples:
-                    jax.block_until_ready(state)  # the next draw would wait anyway; so the time is booked where it belongs
-                now_s = time.perf_counter()
-                waiting.append(
-                    (
-                        step + 1,
-                        {
-                            **name_learned(learned, sampled=phase.source.samples),
-                            "time/draw_s": (learn_started_s - draw_started_s, 1.0),
-                            "time/learn_s": (now_s - learn_started_s, 1.0),
-                            "time/step_s": (now_s - step_started_s, 1.0),
-                            **drawn.metrics,
-                        },
-                    )
-                )
-                step_started_s = now_s
-                total, last = first[index] + step + 1, step + 1 == phase.steps
-                if drawn.rollouts:
-                    m.write_rollouts(
-                        workdir / "rollouts.jsonl",
-                        drawn.rollouts[: run.rollouts_kept],
-                        total,
-                        phase.name,
-                        decode=run.decode,
-                        write=jax.process_index() == 0,
-                    )
-                due = phase.evaluate_every and (step + 1) % phase.evaluate_every == 0
-                saved = last or checkpoints.due(total)
-                if due or saved:
-                    flush()  # before it is saved: a log may not lack a step that a checkpoint has
-                if last or due:
-                    evaluate(state.params, phase.name, total, final=last)
-                    step_started_s = time.perf_counter()
-                if saved:
-                    host = {
-                        "phase": index,
-                        "phase_step": step + 1,
-                        "source": source_state,
-                        "evaluations": [e._asdict() for e in evaluations],
-                        "losses": losses,
-                        "wall_s": earlier_s + time.time() - started_s,
-                    }
-                    checkpoints.save(total, state, host, reference if phase.objective.needs_reference else None)
-                    step_started_s = time.perf_counter()
-            params, reference = state.params, None
+            params = None
+            log.say(f"going on from step {latest} of {total_steps}, in phase {run.phases[saved['phase']].name}")
+        for index in range(0 if saved is None else saved["phase"], len(run.phases)):
+            params = train_phase(run, index, params, workdir, checkpoints, log, history, saved)
+            saved = None
     checkpoints.wait()
-    summary = summarise(True)
-    if jax.process_index() == 0:
-        if evaluations:
-            m.print_evaluations(evaluations)
-        for loss in losses:
-            print(f"{loss['text']}: {loss['nll']:.4f} nats a token at step {loss['step']} ({loss['phase']})")
-        m.print_rollouts(shown, 3, decode=run.decode)
+    summary = history.summarise(total_steps, done=True)
+    if writes:
+        report(run, history)
     return summary
+
+
+def train_phase(
+    run: Run, index: int, params, workdir: Path, checkpoints: Checkpoints, log: m.RunLog, history: History, saved: dict | None
+):
+    """Train one phase, from `params` (donated), or from the newest checkpoint if `saved` is its host state; return the params."""
+    phase = run.phases[index]
+    before = sum(earlier.steps for earlier in run.phases[:index])  # global step at which the phase starts
+    key = jax.random.fold_in(jax.random.key(run.seed), index)
+    needs_reference = phase.objective.needs_reference
+    abstract = jax.eval_shape(lambda: new_state(run.model.init(key), phase.optimizer))
+    placed = sharding.shardings(abstract, run.mesh)
+    reference = None
+    if saved is None:
+        source_state, start = phase.source.init(), 0
+        reference = jax.tree.map(jnp.copy, params) if needs_reference else None
+        state = jax.jit(new_state, static_argnums=1, donate_argnums=0, out_shardings=placed)(params, phase.optimizer)
+    else:
+        source_state, start = saved["source"], saved["phase_step"]
+        wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
+        state, _ = checkpoints.restore(before + start, wanted)
+        reference = checkpoints.restore_reference(before + start, wanted.params) if needs_reference else None
+
+    step_fn = compile_train_step(
+        run.model, phase.objective, phase.optimizer, microbatches=phase.microbatches, state_shardings=placed
+    )
+    reference_logp = compile_token_logp(run.model)
+    waiting: list[dict] = []  # metrics of steps that are not logged yet
+
+    for step in range(start + 1, phase.steps + 1):
+        started_s = time.perf_counter()
+        source_state, drawn = phase.source.next(source_state, state.params, jax.random.fold_in(key, step))
+        batch = sharding.put_rows(drawn.batch, run.mesh)
+        if needs_reference:
+            batch = dataclasses.replace(batch, reference_logp_BT=reference_logp(reference, batch))
+        if len(waiting) >= phase.log_every:  # one step late, since reading a metric waits for the device
+            write_metrics(log, phase, before, step - 1, waiting)
+        learn_started_s = time.perf_counter()
+        learned = {}
+        for _ in range(phase.updates_per_batch):
+            state, new = step_fn(state, batch)
+            learned = m.merge(learned, new)
+        if phase.source.samples:
+            jax.block_until_ready(state)  # the next draw would wait anyway: so the time is booked where it was spent
+        ended_s = time.perf_counter()
+        times = {"time/learn_s": (ended_s - learn_started_s, 1.0), "time/step_s": (ended_s - started_s, 1.0)}
+        waiting.append(name_learned(learned, sampled=phase.source.samples) | drawn.metrics | times)
+        kept = drawn.rollouts[: run.rollouts_kept]
+        m.write_rollouts(
+            workdir / "rollouts.jsonl", kept, before + step, phase.name, decode=run.decode, write=jax.process_index() == 0
+        )
+
+        last = step == phase.steps
+        save_now = last or checkpoints.due(before + step)
+        evaluate_now = last or (phase.evaluate_every and step % phase.evaluate_every == 0)
+        if save_now or evaluate_now:
+            write_metrics(log, phase, before, step, waiting)  # a log may not lack a step that a checkpoint has
+        if evaluate_now:
+            evaluate(run, log, history, state.params, phase.name, before + step, final=last)
+        if save_now:
+            host = {"phase": index, "phase_step": step, "source": source_state, **history.host()}
+            checkpoints.save(before + step, state, host, reference)
+    return state.params
+
+
+def write_metrics(log: m.RunLog, phase: Phase, before: int, step: int, waiting: list[dict]) -> None:
+    """Log the sum of the metrics that wait, under the last of their steps."""
+    values = m.divide(m.merge(*jax.device_get(waiting)))
+    values["perf/tokens_per_s"] = values["train/tokens"] / values["time/step_s"]
+    log.write(before + step, phase.name, values, phase_step=step, phase_steps=phase.steps)
+    waiting.clear()
+
+
+def evaluate(run: Run, log: m.RunLog, history: History, params, phase: str, step: int, *, final: bool) -> None:
+    """Evaluate, log, and write the summary so far; `final` uses the full number of tasks."""
+    result = run.evaluate(params, phase=phase, step=step, final=final)
+    history.evaluations += result.evaluations
+    history.losses += [{"phase": phase, "step": step, "text": name, "nll": nll} for name, nll in result.nll.items()]
+    history.rollouts = result.rollouts
+    values = {f"eval/{name}/nll": nll for name, nll in result.nll.items()}
+    for e in result.evaluations:
+        mode = "greedy" if e.temperature == 0 else f"t{e.temperature:g}"
+        values[f"eval/{e.suite}/{mode}/accuracy"] = e.accuracy
+    log.write(step, phase, values)
+    history.summarise(step, done=False)
+
+
+def report(run: Run, history: History) -> None:
+    """Print what a person wants to see at the end: before and after, and three rollouts in full."""
+    if history.evaluations:
+        m.print_evaluations(history.evaluations)
+    for loss in history.losses:
+        print(f"{loss['text']}: {loss['nll']:.4f} nats a token at step {loss['step']} ({loss['phase']})")
+    m.print_rollouts(history.rollouts, 3, decode=run.decode)
 
 
 def new_state(params, optimizer: optax.GradientTransformation) -> TrainState:

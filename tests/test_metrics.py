@@ -209,11 +209,7 @@ def test_evaluations_before_and_after():
         Evaluation("rl", 20, "[b]arith", 0.512, 0.47, 0.56, 100, 0.0),
     ]
     metrics.print_evaluations(evaluations, console=console)
-    rows = [
-        re.split(r"\s{2,}", line.strip())
-        for line in printed().splitlines()
-        if "0." in line
-    ]
+    rows = [re.split(r"\s{2,}", line.strip()) for line in printed().splitlines() if "0." in line]
     assert rows == [
         ["[b]arith", "0", "0.100 0.05-0.20", "0.300 0.20-0.40", "0.512 0.47-0.56", "+0.412"],
         ["words", "1", "-", "0.500 0.40-0.60", "-", "-"],

@@ -190,7 +190,7 @@ def test_countdown_answer_and_attempts_are_sound():
     ("name", "kwargs", "message"),
     [
         ("chian", {}, "unknown task 'chian' (did you mean 'chain'?)"),
-        ("chain", {"op": 3}, "unknown keyword of task 'chain' 'op' (did you mean 'ops'?)"),
+        ("chain", {"op": 3}, "unknown field of task 'chain' 'op' (did you mean 'ops'?)"),
         ("chain", {"split": "tset"}, "did you mean 'test'?"),
         ("chain", {"demonstrations": "humans"}, "did you mean 'human'?"),
         ("chain", {"ops": (5, 2)}, "ops got (5, 2)"),

@@ -193,7 +193,7 @@ def test_format_pattern_that_backtracks_for_ever_is_killed():
     ("name", "kwargs", "message"),
     [
         ("nubmer", {}, "unknown verifier 'nubmer' (did you mean 'number'?)"),
-        ("number", {"stric": True}, "unknown keyword of verifier 'number' 'stric' (did you mean 'strict'?)"),
+        ("number", {"stric": True}, "unknown field of verifier 'number' 'stric' (did you mean 'strict'?)"),
         ("format", {"pattern": "("}, "not a regular expression"),
         ("math", {"timeout_s": 0}, "timeout_s=0"),
     ],

@@ -117,7 +117,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One pre-norm decoder layer. Its two outputs are scaled by 1/sqrt(2 L) at the start (GPT-2), so that depth adds no variance."""
+    """One pre-norm decoder layer. At the start its two outputs are scaled by 1/sqrt(2 L) (GPT-2), so depth adds no variance."""
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
         self.attention_norm = Norm(c.width, c.norm_eps)

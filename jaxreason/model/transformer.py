@@ -98,7 +98,7 @@ def transformer(config: ModelConfig) -> Model:
 
 def unstack(layers, count: int) -> tuple:
     """Split stacked layers into a tuple of one tree a layer."""
-    return tuple(jax.tree.map(lambda x: x[i], layers) for i in range(count))
+    return tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count))
 
 
 def rotation(config: ModelConfig, position_BT):

@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 
-from jaxreason.options import unknown
+from jaxreason.options import call, unknown
 from jaxreason.tasks import corpus, gsm8k, jsonl, procedural
 from jaxreason.types import Task
 
@@ -33,11 +32,4 @@ def load(name: str, **kwargs) -> Sequence[Task]:
     """
     if name not in TASKS:
         raise ValueError(unknown("task", name, TASKS))
-    parameters = inspect.signature(TASKS[name]).parameters
-    for given in kwargs:
-        if given not in parameters:
-            raise ValueError(unknown(f"keyword of task {name!r}", given, parameters))
-    for parameter in parameters.values():
-        if parameter.default is parameter.empty and parameter.name not in kwargs:
-            raise ValueError(f"task {name!r} needs {parameter.name}=...")
-    return TASKS[name](**kwargs)
+    return call(TASKS[name], kwargs, f"task {name!r}")

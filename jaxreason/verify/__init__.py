@@ -7,10 +7,9 @@ needs is our own mistake, and raises. To add a verifier, write a file with one m
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 
-from jaxreason.options import unknown
+from jaxreason.options import call, unknown
 from jaxreason.types import Task, Verdict
 from jaxreason.verify import countdown, exact, format, math, number
 
@@ -31,8 +30,4 @@ def make(name: str, **kwargs) -> Callable[[str, Task], Verdict]:
     """
     if name not in VERIFIERS:
         raise ValueError(unknown("verifier", name, VERIFIERS))
-    parameters = inspect.signature(VERIFIERS[name]).parameters
-    for given in kwargs:
-        if given not in parameters:
-            raise ValueError(unknown(f"keyword of verifier {name!r}", given, parameters))
-    return VERIFIERS[name](**kwargs)
+    return call(VERIFIERS[name], kwargs, f"verifier {name!r}")
