@@ -45,4 +45,5 @@ def get_config(arg: str = "") -> ConfigDict:
     if options.smoke:
         config.evaluate.texts.held_out.rows = 8
         config.pretrain.steps, config.pretrain.optimizer.warmup_steps, config.pretrain.source.rows = 3, 1, 8
+        config.pretrain.microbatches, config.model.layers = 1, 1
     return config

@@ -17,10 +17,10 @@ def get_config(arg: str = "") -> ConfigDict:
         smoke=False,
         choices={"task": TASKS, "prior": ("corpus", "none"), "reward": ("verdict", "random")},
     )
-    train, demonstrated, held_out, verifier = TASKS[options.task]
+    train, max_tokens, demonstrated, held_out, verifier = TASKS[options.task]
     config = ConfigDict()
     config.seed = 0
-    config.model = {"name": "tiny"}
+    config.model = {"name": "tiny", "layers": 3}
     config.text = {"tokenizer": "characters", "format": "plain"}
     config.sampler = {"slots": 128, "max_prompt_tokens": 24, "max_tokens": 72, "chunk_tokens": 8, "prompts_per_insert": 16}
     config.verifier = verifier
@@ -49,7 +49,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "problems": 32,
             "group": 8,
             "temperature": 1.0,
-            "max_tokens": 32,
+            "max_tokens": max_tokens,
             "reward": options.reward,
         },
         "objective": {"name": "rloo", "weigh": "per_token", "kl_coefficient": 0.0, "entropy_coefficient": 0.0},
@@ -63,17 +63,20 @@ def get_config(arg: str = "") -> ConfigDict:
     config.log = {"rollouts_kept": 16}
 
     if options.smoke:
+        config.model.layers, config.sampler.slots, config.sampler.max_tokens = 1, 16, 32
+        config.rl.source.max_tokens = 32
         config.prior.steps, config.prior.optimizer.warmup_steps, config.prior.source.task["size"] = 4, 2, 200
         config.rl.steps, config.rl.optimizer.warmup_steps, config.rl.source.task["size"] = 2, 1, 64
-        config.rl.source.problems = 4
+        config.rl.source.problems, config.rl.microbatches = 4, 2
         config.evaluate.n = config.evaluate.final_n = 8
     return config
 
 
-# What RL trains on, what the prior imitates, what is held out, and what judges it.
+# What RL trains on and how long its attempts may be, what the prior imitates, what is held out, and what judges it.
 TASKS = {
     "chain": (
         {"name": "chain", "ops": (2, 5), "size": 4096},
+        32,
         {
             "name": "chain",
             "ops": (1, 8),
@@ -86,12 +89,14 @@ TASKS = {
     ),
     "inverse_chain": (
         {"name": "inverse_chain", "size": 4096},
+        72,
         {"name": "inverse_chain", "size": 20_000, "demonstrations": "human"},
         {"inverse_chain": {"name": "inverse_chain"}},
         {"name": "exact", "marker": "A"},
     ),
     "countdown": (
         {"name": "countdown", "size": 4096},
+        72,
         {"name": "countdown", "size": 20_000, "demonstrations": "human"},
         {"countdown": {"name": "countdown"}},
         {"name": "countdown"},

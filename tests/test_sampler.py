@@ -1,0 +1,226 @@
+"""The sampler against the learner, against the distribution it states, and against its own leftovers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_roller as t
+from scipy import stats
+
+from jaxreason.environment import single_turn
+from jaxreason.rollout import Request
+from jaxreason.sampler import EMPTY, LIMIT, RUNNING, attempt_keys, compile_sampler, sample
+from jaxreason.sharding import make_mesh
+from jaxreason.types import Task
+
+JUDGE = single_turn(t.verify)
+make_roller = functools.cache(t.make_roller)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["unrolled", "scan"])
+def made(request):
+    model, params = t.make_model(scan_layers=request.param)
+    return model, t.biased(params, _=-0.5)
+
+
+# --- the learner takes the same log-probs ---
+
+
+@pytest.mark.parametrize(("slots", "length"), [(3, 20), (16, 33)])
+def test_decoded_logp_is_teacher_forced_logp(made, slots, length):
+    model, params = made
+    requests = t.make_requests(8, 2)
+    assert {len(r.prompt) for r in requests} == set(range(1, 9))
+    roller = make_roller(model, slots=slots, length=length)
+    for temperature in (1.0, 0.7):
+        rollouts = t.roll(roller, params, requests, JUDGE, temperature=temperature)
+        assert len({len(r.tokens) for r in rollouts}) > 5
+        assert {r.stop for r in rollouts} == {"eos", "limit"}
+        assert t.largest_gap(model, params, rollouts) < 1e-5
+
+
+def test_a_bfloat16_cache_costs_little_and_not_nothing(made):
+    model, params = made
+    roller = t.make_roller(model, slots=16, cache_dtype=jnp.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves(roller.sampler.empty().cache)} == {jnp.dtype(jnp.bfloat16)}
+    rollouts = t.roll(roller, params, t.make_requests(8, 2), JUDGE)
+    assert 1e-5 < t.largest_gap(model, params, rollouts) < 0.02
+
+
+# --- the distribution ---
+
+LOGITS = np.array([0.0, 1.0, -1.0, 0.5, 2.0, -2.0, 0.3, 1.5, -0.5, 0.1], np.float32)
+
+
+def tempered(logits, temperature):
+    scaled = np.exp(np.asarray(logits, np.float64) / temperature)
+    return scaled / scaled.sum()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_samples_follow_the_tempered_softmax(temperature):
+    draws = 4000
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(1), i))(jnp.arange(draws))
+    tokens, logp = jax.jit(sample)(jnp.tile(LOGITS, (draws, 1)), keys, temperature)
+    expected = tempered(LOGITS, temperature)
+    observed = np.bincount(tokens, minlength=len(LOGITS))
+    assert stats.chisquare(observed, draws * expected).pvalue > 0.01
+    # The test would notice the other temperature.
+    assert stats.chisquare(observed, draws * tempered(LOGITS, 1.7 - temperature)).pvalue < 1e-6
+    np.testing.assert_allclose(logp, np.log(expected)[tokens], atol=1e-5)
+
+
+def test_temperature_zero_takes_the_most_likely_token(made):
+    model, params = made
+    rollouts = t.roll(make_roller(model, slots=16, length=33), params, t.make_requests(8, 2), JUDGE, temperature=0.0)
+    tokens_BT = np.zeros((len(rollouts), 20), np.int32)
+    for row, r in zip(tokens_BT, rollouts, strict=True):
+        row[: len(r.prompt) + len(r.tokens)] = [*r.prompt, *r.tokens]
+    logp_BTV = jax.nn.log_softmax(t.logits(model)(params, tokens_BT))
+    for r, logp_TV in zip(rollouts, np.asarray(logp_BTV), strict=True):
+        logp_TV = logp_TV[len(r.prompt) - 1 :][: len(r.tokens)]
+        np.testing.assert_array_equal(r.tokens, logp_TV.argmax(axis=1))
+        np.testing.assert_allclose(r.logp, logp_TV.max(axis=1), atol=1e-5)  # that of temperature 1
+    assert len({r.tokens.tobytes() for r in rollouts}) > 4
+
+
+def test_attempts_at_a_problem_follow_the_model():
+    model, params = t.make_model()
+    prompt = [3, 1, 4]
+    requests = [Request(Task("", "a"), 5, g, prompt) for g in range(2048)]
+    roller = t.make_roller(model, slots=256, length=8, chunk_tokens=1, max_tokens=1)
+    logits = t.logits(model)(params, np.array([prompt]))[0, -1]
+    for temperature in (1.0, 0.7):
+        rollouts = t.roll(roller, params, requests, JUDGE, temperature=temperature)
+        tokens, logp = (np.array([getattr(r, name)[0] for r in rollouts]) for name in ("tokens", "logp"))
+        expected = tempered(logits, temperature)
+        assert stats.chisquare(np.bincount(tokens, minlength=len(t.ALPHABET)), 2048 * expected).pvalue > 0.01
+        np.testing.assert_allclose(logp, np.log(expected)[tokens], atol=1e-5)
+
+
+# --- the noise ---
+
+
+def test_attempt_keys_are_distinct_over_seeds_phases_steps_problems_and_attempts():
+    fold, seen = jax.random.fold_in, set()
+    problem_R, attempt_R = (x.ravel().astype(np.uint32) for x in np.meshgrid(np.arange(24), np.arange(8)))
+    keys = [fold(fold(jax.random.key(seed), phase), step) for seed in (0, 1) for phase in (0, 1, 2**31) for step in range(8)]
+    for key in keys:
+        seen |= {row.tobytes() for row in np.asarray(attempt_keys(key, problem_R, attempt_R))}
+    assert len(seen) == len(keys) * len(problem_R)
+
+
+def test_noise_is_never_shared_and_comes_back_with_its_key():
+    # A model that has no preference among very many tokens: a token is a fingerprint of the noise that chose it.
+    model, params = t.make_model(vocab_size=2**18, width=2, layers=1, heads=1, kv_heads=1, head_size=2, feed_forward=2)
+    params = jax.tree.map(jnp.zeros_like, params)
+    requests = [Request(Task("", ""), p, g, [1]) for p in range(3) for g in range(3)]
+    roller = t.make_roller(model, slots=5, length=8, eos_ids=(2**18,), max_tokens=6)._replace(decode=str)
+
+    def fingerprints(key, requests=requests):
+        return {(r.problem, r.attempt): tuple(r.tokens.tolist()) for r in t.roll(roller, params, requests, JUDGE, key=key)}
+
+    first, second = fingerprints(1), fingerprints(2)
+    tokens = [token for found in (first, second) for row in found.values() for token in row]
+    assert len(tokens) == 2 * 9 * 6
+    assert len(set(tokens)) == len(tokens)
+    assert fingerprints(1) == first
+    assert fingerprints(1, requests[4:5]) == {(1, 1): first[1, 1]}
+
+
+# --- the state ---
+
+
+@pytest.fixture(scope="module")
+def small(made):
+    """A model, a compiled sampler of four slots and params that never end a sequence."""
+    model, params = made
+    compiled = compile_sampler(model, slots=4, length=12, eos_ids=(t.EOS,), chunk_tokens=2)
+    return model, compiled, compiled.prepare(t.biased(params, _=-1e9))
+
+
+PROMPTS = np.array([[5, 6, 7, 0], [8, 9, 0, 0]], np.int32)
+LENGTHS = np.array([3, 2], np.int32)
+KEYS = np.asarray(attempt_keys(jax.random.key(0), np.arange(4, dtype=np.uint32), np.zeros(4, np.uint32)))
+
+
+def insert(compiled, params, slots, rows, places, limits):
+    """Put prompt `rows[i]` into slot `places[i]`; what is left of the four entries is put nowhere."""
+    spare = 4 - len(rows)
+    rows, limits = (np.array([*x, *[0] * spare], np.int32) for x in (rows, limits))
+    return compiled.insert(params, slots, PROMPTS, LENGTHS, rows, np.array([*places, *[4] * spare], np.int32), KEYS, limits)
+
+
+def decode(compiled, params, slots, times=1):
+    for _ in range(times):
+        slots = compiled.decode(params, slots, np.float32(1))
+    return slots
+
+
+def test_insert_fills_the_slots_it_is_told_to(small):
+    model, compiled, params = small
+    slots = compiled.empty()
+    assert slots.stop_S.tolist() == [EMPTY] * 4
+    slots = insert(compiled, params, slots, [1, 0, 0, 0], [2, 0, 4, 9], [7, 3, 9, 9])  # 4 and 9 are nowhere
+    assert slots.stop_S.tolist() == [LIMIT, EMPTY, RUNNING, EMPTY]  # slot 0 is full with its prompt
+    assert slots.length_S[jnp.array([0, 2])].tolist() == [3, 2]
+    assert slots.tokens_SC[jnp.array([0, 2]), :4].tolist() == [[5, 6, 7, 0], [8, 9, 0, 0]]
+    np.testing.assert_array_equal(slots.key_S[2], KEYS[0])
+    before = jax.device_get(slots)
+    after = jax.device_get(decode(compiled, params, slots))
+    assert after.length_S[[0, 2]].tolist() == [3, 4]  # chunk_tokens more in the one that runs
+    assert after.sampled_SC[2].tolist() == [False, False, True, True] + [False] * 8
+    idle, axis = [0, 1, 3], 1 if model.config.scan_layers else 0
+    np.testing.assert_array_equal(before.tokens_SC[idle], after.tokens_SC[idle])
+    for old, new in zip(jax.tree.leaves(before.cache), jax.tree.leaves(after.cache), strict=True):
+        np.testing.assert_array_equal(old.take(idle, axis), new.take(idle, axis))
+        assert (old.take(2, axis) != new.take(2, axis)).any()
+
+
+def test_a_refilled_slot_sees_nothing_of_its_last_tenant(small):
+    _, compiled, params = small
+
+    def second(slots):
+        slots = decode(compiled, params, insert(compiled, params, slots, [1], [1], [12]), 5)
+        return jax.device_get((slots.tokens_SC[1], slots.logp_SC[1], slots.sampled_SC[1]))
+
+    used = decode(compiled, params, insert(compiled, params, compiled.empty(), [0], [1], [12]), 5)
+    assert int(used.length_S[1]) == 12
+    for got, expected in zip(second(used), second(compiled.empty()), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_force_appends_up_to_the_limit_and_lets_run_on(small):
+    model, compiled, params = small
+    slots = insert(compiled, params, compiled.empty(), [0, 0, 1], [0, 1, 2], [12, 6, 12])
+    before = jax.device_get(decode(compiled, params, slots))
+    tokens_SF = np.array([[3, 4, 0, 0], [3, 4, 2, 2], [5] * 4, [5] * 4], np.int32)
+    slots = compiled.force(params, jax.device_put(before), tokens_SF, np.array([2, 4, 0, 0], np.int32))
+    assert slots.length_S[:3].tolist() == [7, 6, 4]
+    assert slots.stop_S.tolist() == [RUNNING, LIMIT, RUNNING, EMPTY]
+    assert slots.tokens_SC[:2, 5:8].tolist() == [[3, 4, 0], [3, 0, 0]]
+    np.testing.assert_array_equal(slots.tokens_SC[2:], before.tokens_SC[2:])
+    np.testing.assert_array_equal(slots.logp_SC, before.logp_SC)
+    np.testing.assert_array_equal(slots.sampled_SC, before.sampled_SC)
+
+    slots = jax.device_get(decode(compiled, params, slots, 4))
+    assert slots.length_S[:3].tolist() == [12, 6, 12]
+    assert slots.sampled_SC[0].tolist() == [False] * 3 + [True] * 2 + [False] * 2 + [True] * 5
+    logp_STV = jax.nn.log_softmax(t.logits(model)(params, slots.tokens_SC))
+    expected = np.take_along_axis(np.asarray(logp_STV)[:, :-1], slots.tokens_SC[:, 1:, None], axis=2)[..., 0]
+    np.testing.assert_allclose(slots.logp_SC[:, 1:], np.where(slots.sampled_SC[:, 1:], expected, 0), atol=1e-5)
+
+
+def test_what_has_stopped_stays_as_it_is(small):
+    _, compiled, params = small
+    slots = jax.device_get(decode(compiled, params, insert(compiled, params, compiled.empty(), [0], [0], [4])))
+    assert (slots.length_S[0], slots.stop_S[0]) == (4, LIMIT)  # though a chunk is of two tokens
+    again = jax.device_get(decode(compiled, params, jax.device_put(slots)))
+    jax.tree.map(np.testing.assert_array_equal, slots, again)
+
+
+def test_slots_must_divide_over_the_mesh():
+    with pytest.raises(ValueError, match="12 slots, which do not divide over 8 devices"):
+        compile_sampler(t.make_model()[0], slots=12, length=8, eos_ids=(0,), mesh=make_mesh(data=4, fsdp=2))

@@ -1,0 +1,129 @@
+"""Meshes that cannot be made, and that the rules place every parameter of every kind of model, and its optimizer state."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxreason import batching, optimizer, sharding
+from jaxreason.model import ModelConfig, transformer
+from jaxreason.model.config import SIZES
+from jaxreason.types import TrainState
+
+VARIANTS = {
+    "plain": {},
+    "qkv_bias": {"qkv_bias": True},
+    "qk_norm": {"qk_norm": True},
+    "tied": {"tied_embeddings": True},
+    "value_head": {"value_head": True},
+    "scan": {"scan_layers": True},
+}
+
+
+def shapes(**fields):
+    shape = {"vocab_size": 24, "width": 16, "layers": 2, "heads": 8, "kv_heads": 8, "head_size": 8, "feed_forward": 32}
+    return jax.eval_shape(transformer(ModelConfig(**shape | fields)).init, jax.random.key(0))
+
+
+def named(tree):
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+# --- meshes ---
+
+
+@pytest.mark.parametrize(
+    ("axes", "expected"),
+    [({}, (8, 1)), ({"data": 2, "fsdp": -1}, (2, 4)), ({"fsdp": 8}, (1, 8)), ({"data": 2, "fsdp": 2}, (2, 2))],
+)
+def test_mesh_has_the_axes_asked_for(axes, expected):
+    mesh = sharding.make_mesh(**axes)
+    assert tuple(mesh.shape.items()) == (("data", expected[0]), ("fsdp", expected[1]))
+    assert sharding.row_devices(mesh) == expected[0] * expected[1]
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"data": -1, "fsdp": -1}, r"'data': -1, 'fsdp': -1.*at most one of them -1"),
+        ({"data": 16}, r"'data': 16.*16 devices; there are 8"),
+        ({"data": 4, "fsdp": 4}, r"16 devices; there are 8"),
+        ({"data": -1, "fsdp": 3}, r"'fsdp': 3.*multiple of 3 devices; there are 8"),
+        ({"data": 0}, r"'data': 0.*positive"),
+        ({"fsdp": -2}, r"'fsdp': -2.*positive"),
+    ],
+)
+def test_impossible_meshes_are_refused(axes, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(**axes)
+
+
+def test_an_axis_that_does_not_divide_is_named_with_a_fix():
+    mesh = sharding.make_mesh(data=1, fsdp=8)
+    with pytest.raises(ValueError, match=r"size 20 in axis 1.*does not divide over fsdp=8; choose a divisor, or fsdp=1") as error:
+        sharding.shardings(shapes(width=20), mesh)
+    assert str(error.value).startswith("embed/embedding")
+
+
+# --- rules ---
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_large_parameter_is_replicated(variant):
+    mesh, params = sharding.make_mesh(data=2, fsdp=4), shapes(**VARIANTS[variant])
+    placed, sizes = named(sharding.shardings(params, mesh)), named(params)
+    for name, x in sizes.items():
+        split = "fsdp" in placed[name].spec
+        small = name.rpartition("/")[2] in ("scale", "bias") or name == "value/kernel"  # a width at most, and a few heads
+        assert split != small, f"{name} {x.shape} got {placed[name].spec}: give it a row in sharding.RULES"
+        if split:
+            assert np.prod(placed[name].shard_shape(x.shape)) == np.prod(x.shape) / 4, name
+        if name.startswith("layers/") and split:
+            assert placed[name].spec[0] is None, f"{name}: layers are stacked on axis 0, which is not to be split"
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_named_sizes_divide_over_eight(name):
+    fields = {"vocab_size": 64} if name == "tiny" else {}
+    params = jax.eval_shape(transformer(SIZES[name](**fields)).init, jax.random.key(0))
+    sharding.shardings(params, sharding.make_mesh(data=1, fsdp=8))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam"])
+def test_optimizer_moments_lie_where_their_parameter_lies(name):
+    mesh = sharding.make_mesh(data=1, fsdp=8)
+    params = shapes(qkv_bias=True, value_head=True)
+    made = optimizer.make(10, name=name, lr=1e-3, schedule_kind="cosine", weight_decay=0.1)
+    state = jax.eval_shape(lambda p: TrainState(p, made.init(p), jnp.int32(0)), params)
+    placed = sharding.shardings(state, mesh)
+    (moments,) = (x for x in jax.tree.leaves(placed.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(x, "mu"))
+    assert moments.mu == placed.params
+    assert moments.nu == placed.params
+    assert moments.count.spec == P()
+    assert placed.step.spec == P()
+    assert named(placed.params)["layers/mlp/down/kernel"].spec == P(None, None, "fsdp")
+
+
+def test_state_comes_to_lie_in_its_shardings(tiny):
+    _, params = tiny()
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    made = optax.adam(1e-3)
+    state = TrainState(params, made.init(params), jnp.int32(0))
+    put = jax.device_put(state, sharding.shardings(state, mesh))
+    kernel = put.params["layers"]["mlp"]["up"]["kernel"]
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 4, 32)}
+    jax.tree.map(np.testing.assert_array_equal, put, state)
+
+
+def test_rows_are_split_over_both_axes():
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    batch = batching.empty(16, 8)
+    batch.tokens_BT[:] = np.arange(128).reshape(16, 8)
+    put = sharding.put_rows(batch, mesh)
+    shards = sorted(put.tokens_BT.addressable_shards, key=lambda s: s.index[0].start)
+    assert [s.data.shape for s in shards] == [(2, 8)] * 8
+    assert put.reference_logp_BT is None
+    np.testing.assert_array_equal(np.concatenate([s.data for s in shards]), batch.tokens_BT)
+    assert sharding.replicated(mesh).is_fully_replicated

@@ -1,0 +1,132 @@
+"""The loop: a run that is cut off and started again ends as if it had not been; what it writes; controls."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from runs import load_config, read_lines, run_config
+
+from jaxreason import checkpoint
+
+FEW = {
+    "mesh.data": 1,
+    "prior.steps": 3,
+    "rl.steps": 4,
+    "rl.evaluate_every": 2,
+    "checkpoint.every_steps": 2,
+    "rl.objective.kl_coefficient": 0.1,
+}
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_after(monkeypatch, saves: int):
+    """Let the process die right after its n-th checkpoint; later steps were logged but not saved."""
+    open_checkpoints = checkpoint.open_checkpoints
+
+    def opened(*args, **kwargs):
+        made, count = open_checkpoints(*args, **kwargs), [0]
+
+        def save(*args, **kwargs):
+            if count[0] == saves:
+                made.wait()
+                raise Killed
+            count[0] += 1
+            made.save(*args, **kwargs)
+
+        return made._replace(save=save)
+
+    monkeypatch.setattr(checkpoint, "open_checkpoints", opened)
+
+
+def params_of(workdir):
+    made = checkpoint.open_checkpoints(workdir / "checkpoints", read_only=True)
+    step = made.latest()
+    import orbax.checkpoint as ocp
+
+    tree = ocp.PyTreeCheckpointer().restore(workdir / "checkpoints" / str(step) / "state")
+    made.close()
+    return step, tree
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nothing interrupts."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, run_config(load_config("tiny", "smoke", **FEW), workdir)
+
+
+@pytest.mark.parametrize("saves", [1, 2, 3])  # in the first phase, at its end, in the second with its reference policy
+def test_cut_off_and_started_again_is_uninterrupted(tmp_path, monkeypatch, whole, saves):
+    with monkeypatch.context() as patch:
+        killed_after(patch, saves)
+        with pytest.raises(Killed):
+            run_config(load_config("tiny", "smoke", **FEW), tmp_path)
+    lines_when_killed = len(read_lines(tmp_path / "metrics.jsonl"))
+    summary = run_config(load_config("tiny", "smoke", **FEW), tmp_path)
+
+    workdir, expected = whole
+    assert summary["evaluations"] == expected["evaluations"]
+    (step, params), (whole_step, whole_params) = params_of(tmp_path), params_of(workdir)
+    assert step == whole_step == 7
+    jax.tree.map(np.testing.assert_array_equal, params, whole_params)
+    assert read_lines(tmp_path / "rollouts.jsonl") == read_lines(workdir / "rollouts.jsonl")
+
+    def maths(line):
+        return {k: v for k, v in line.items() if not k.startswith(("time", "perf"))}
+
+    lines, whole_lines = ([maths(line) for line in read_lines(d / "metrics.jsonl")] for d in (tmp_path, workdir))
+    assert lines == whole_lines
+    assert lines_when_killed <= len(lines)
+
+
+def test_a_finished_run_keeps_its_files_in_order(whole):
+    workdir, summary = whole
+    assert summary["steps"] == 7
+    assert summary["wall_s"] > 0
+    assert summary["config"]["rl"]["steps"] == 4
+    phases = [(e["phase"], e["step"]) for e in summary["evaluations"] if e["suite"] == "chain" and e["temperature"] == 0]
+    assert phases == [("start", 0), ("prior", 3), ("rl", 5), ("rl", 7)]
+    on_policy = [line for line in read_lines(workdir / "metrics.jsonl") if "rollout/logp_gap" in line]
+    assert len(on_policy) == 4
+    for line in on_policy:  # sampler and learner agree on what was sampled, and the ratio of the on-policy update is one
+        assert line["rollout/logp_gap"] < 1e-5
+        assert line["rollout/kl_sampler_learner"] < 1e-8
+    assert on_policy[0]["train/kl"] == pytest.approx(0, abs=1e-7)  # the reference is the policy at the phase's start
+    assert json.loads((workdir / "summary.json").read_text())["done"]
+
+
+@pytest.mark.parametrize("mesh", [{"data": 8, "fsdp": 1}, {"data": 2, "fsdp": 4}])
+def test_a_whole_run_on_eight_devices_is_the_run_on_one(tmp_path, mesh):
+    fields = {"prior.steps": 2, "rl.steps": 2, "rl.microbatches": 1, "prior.microbatches": 1, "evaluate.suites": {}}
+    meshes = ({"data": 1, "fsdp": 1}, mesh)
+    runs = []
+    for i, sizes in enumerate(meshes):
+        config = load_config("tiny", "smoke", **{f"mesh.{axis}": n for axis, n in sizes.items()})
+        config.evaluate.suites = {}
+        config.update_from_flattened_dict({k: v for k, v in fields.items() if k != "evaluate.suites"})
+        run_config(config, tmp_path / str(i))
+        runs.append((read_lines(tmp_path / str(i) / "rollouts.jsonl"), params_of(tmp_path / str(i))[1]["params"]))
+    (one, one_params), (many, many_params) = runs
+    assert [r["text"] for r in one] == [r["text"] for r in many]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one_params, many_params)
+
+
+def test_random_reward_control_pays_as_many_but_not_the_right_ones(tmp_path):
+    from jaxreason.sources import shuffle_rewards
+    from jaxreason.types import Rollout, Task, Verdict
+
+    task, none = Task("q", "a"), np.zeros(0, np.int32)
+    drawn = [
+        Rollout(task, i, 0, none, none, none.astype(np.float32), none.astype(bool), "eos", "", Verdict(float(i < 8), i < 8))
+        for i in range(32)
+    ]
+    dealt = shuffle_rewards(drawn, jax.random.key(0))
+    assert sum(r.verdict.reward for r in dealt) == 8
+    assert [r.verdict.correct for r in dealt] == [r.verdict.correct for r in drawn]
+    assert [dataclasses.replace(r, verdict=None) for r in dealt][0].problem == 0
+    assert 0 < sum(r.verdict.reward for r in dealt if r.verdict.correct) < 8
