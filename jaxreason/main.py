@@ -81,12 +81,8 @@ def parse_flags(argv):
         if CONFIG.value is None:
             raise ValueError("no --config given; for example --config=configs/tiny.py")
         return rest
-    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError):
-        try:
-            check_fields(argv)
-        except ValueError as better:
-            error = better
-        fail(error)
+    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
+        fail(unknown_field(argv) or error)
 
 
 def config_path(argv) -> tuple[str, str]:
@@ -95,18 +91,22 @@ def config_path(argv) -> tuple[str, str]:
     return path, options
 
 
-def check_fields(argv) -> None:
-    """Raise ValueError naming the first `--config.a.b=` that the config lacks; ml_collections names its last word only."""
-    path, arg = config_path(argv)
-    config = runpy.run_path(path)["get_config"](arg)
+def unknown_field(argv) -> ValueError | None:
+    """The error of the first `--config.a.b=` that the config lacks, if there is one; ml_collections names its last word only."""
+    path, options = config_path(argv)
+    try:
+        config = runpy.run_path(path)["get_config"](options)
+    except Exception:  # then that is the error to show
+        return None
     for word in argv:
         match = re.match(r"--?config\.([\w.]+)", word)
         at, where = config, "config"
         for name in match[1].split(".") if match else ():
-            if not hasattr(at, "keys") or name not in at:
-                fields = at.keys() if hasattr(at, "keys") else ()
-                raise ValueError(unknown(f"field of {where}", name, fields))
+            fields = at.keys() if hasattr(at, "keys") else ()
+            if name not in fields:
+                return ValueError(unknown(f"field of {where}", name, fields))
             at, where = at[name], f"{where}.{name}"
+    return None
 
 
 def main(argv) -> None:

@@ -50,7 +50,7 @@ def test_tiny(tmp_path, options):
     fields = {"mesh.data": 1} if options else {}  # else all eight devices
     summary = run_config(load_config("tiny", f"{options},smoke", **fields), tmp_path)
     check_run(tmp_path, summary, ["rl"] if "none" in options else ["prior", "rl"])
-    assert [e["phase"] for e in summary["evaluations"]][0] == "start"
+    assert summary["evaluations"][0]["phase"] == "start"
     assert {e["temperature"] for e in summary["evaluations"]} == {0.0, 1.0}
     rollouts = read_lines(tmp_path / "rollouts.jsonl")
     assert {"prompt", "text", "reward", "correct", "parsed", "reason", "stop", "logp_sum", "length"} <= rollouts[0].keys()

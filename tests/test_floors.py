@@ -1,4 +1,4 @@
-"""The house stands: imports go down a floor or along it, never up or in a circle, and heavy or rare ones stay where they belong."""
+"""The house stands: imports go down a floor or along it, never up or in a circle; heavy or rare ones stay where they belong."""
 
 import ast
 import re

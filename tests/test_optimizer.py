@@ -41,7 +41,7 @@ def test_unknown_names_and_impossible_numbers_are_refused():
 
 
 def updates(made, params, grads):
-    return made.update(grads, made.init(params), params)[0]
+    return jax.jit(lambda params, grads: made.update(grads, made.init(params), params)[0])(params, grads)
 
 
 def test_decay_spares_norms_and_biases():

@@ -1,6 +1,5 @@
 """The loop: a run that is cut off and started again ends as if it had not been; what it writes; controls."""
 
-import dataclasses
 import json
 
 import jax
@@ -128,5 +127,4 @@ def test_random_reward_control_pays_as_many_but_not_the_right_ones(tmp_path):
     dealt = shuffle_rewards(drawn, jax.random.key(0))
     assert sum(r.verdict.reward for r in dealt) == 8
     assert [r.verdict.correct for r in dealt] == [r.verdict.correct for r in drawn]
-    assert [dataclasses.replace(r, verdict=None) for r in dealt][0].problem == 0
     assert 0 < sum(r.verdict.reward for r in dealt if r.verdict.correct) < 8

@@ -29,6 +29,7 @@ def encode(text: str) -> list[int]:
     return [ALPHABET.index(c) for c in text]
 
 
+@functools.cache
 def make_model(**fields):
     """`(model, params)`; `params["bias"]` is added to the logits, so that a test says how likely a token is."""
     shape = {"vocab_size": len(ALPHABET), "width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_size": 8, "feed_forward": 32}

@@ -1,0 +1,167 @@
+"""The door: bad input is one clear line before anything is compiled, help is quick, and the real command runs and resumes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from runs import ROOT, load_config
+
+SMOKE = "configs/tiny.py:smoke"
+
+
+def main(*arguments, cwd=ROOT, timeout=300, **environment):
+    """Run the real command on one device; return (exit code, stdout, stderr)."""
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT), **environment}
+    got = subprocess.run(
+        [sys.executable, "-m", "jaxreason.main", *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
+    )
+    return got.returncode, got.stdout, got.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([f"--config={SMOKE.replace('smoke', 'smoek')}"], ["config option 'smoek'", "did you mean 'smoke'", "prior, reward"]),
+        (["--config=configs/tiny.py:task=chian"], ["'chian'", "did you mean 'chain'", "countdown"]),
+        (["--config=configs/nope.py"], ["no config file 'configs/nope.py'"]),
+        ([], ["no --config given"]),
+        ([f"--config={SMOKE}", "--config.rl.stepz=3"], ["field of config.rl 'stepz'", "did you mean 'steps'"]),
+        ([f"--config={SMOKE}", "--config.rl.steps=three"], ["config.rl.steps", "three"]),
+        ([f"--config={SMOKE}", "--wrkdir=x"], ["wrkdir", "workdir"]),
+        ([f"--config={SMOKE}", "loose"], ["loose"]),
+    ],
+)
+def test_a_mistyped_command_is_one_line(arguments, words):
+    code, _, err = main(*arguments)
+    assert code != 0
+    assert len(err.strip().splitlines()) == 1, err
+    assert err.startswith("error: ")
+    for word in words:
+        assert word in err
+
+
+def changed(changes):
+    config = load_config("tiny", "smoke")
+    with config.unlocked():
+        for path, value in changes.items():
+            *sections, last = path.split(".")
+            at = config
+            for section in sections:
+                at = at[section]
+            at[last] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rl.stepz": 3}, r"unknown field of config.rl 'stepz' \(did you mean 'steps'\?\)"),
+        ({"rl.source.task.name": "chian"}, r"unknown task 'chian' \(did you mean 'chain'\?\); one of: calculator"),
+        ({"rl.source.task.opz": 3}, r"unknown field of task 'chain' 'opz' \(did you mean 'ops'\?\)"),
+        ({"rl.source.name": "rollout"}, r"unknown source 'rollout' \(did you mean 'rollouts'\?\)"),
+        ({"rl.objective.name": "grop"}, r"unknown objective 'grop' \(did you mean 'grpo'\?\); one of: dapo"),
+        ({"rl.objective.clip": 0.1}, r"unknown field of objective 'rloo' 'clip'"),
+        ({"rl.optimizer.name": "adm"}, r"unknown optimizer 'adm'"),
+        ({"rl.optimizer.warmup_steps": 99}, r"warmup_steps got 99; allowed: 0 to the 2 steps"),
+        ({"verifier.name": "exakt"}, r"unknown verifier 'exakt' \(did you mean 'exact'\?\)"),
+        ({"model.name": "tinny"}, r"unknown model 'tinny' \(did you mean 'tiny'\?\)"),
+        ({"model.widht": 3}, r"unknown field of config.model 'widht' \(did you mean 'width'\?\)"),
+        ({"model.heads": 3}, r"heads got 3; allowed: a multiple of kv_heads"),
+        ({"model.vocab_size": 8}, r"the tokenizer has 32 tokens and the model vocab_size=8"),
+        ({"text.tokenizer": "characterz"}, r"unknown tokenizer 'characterz'"),
+        ({"text.format": "chat"}, r"no chat template; choose plain"),
+        ({"text.alphabet": "0123456789"}, r"is not in the alphabet"),
+        ({"rl.source.group": 1}, r"compares the attempts at a problem, but there is 1 of each"),
+        ({"rl.source.problems": 3}, r"24 rows a batch, which do not divide over 8 devices x 2 micro-batches"),
+        ({"rl.source.temperature": 0.0}, r"source.temperature got 0.0; allowed: above 0"),
+        ({"rl.source.reward": "rnd"}, r"unknown reward 'rnd'"),
+        ({"rl.source.max_tokens": 1000}, r"source.max_tokens got 1000; allowed: 1 to sampler.max_tokens=32"),
+        ({"prior.objective.name": "grpo"}, r"config.prior: objective 'grpo' compares the attempts"),
+        ({"prior.source.task.demonstrations": "none"}, r"no worked solutions"),
+        ({"sampler.max_prompt_tokens": 4}, r"all 64 prompts of task 'chain' are longer than sampler.max_prompt_tokens=4"),
+        ({"sampler.slots": 12}, r"12 slots, which do not divide over 8 devices"),
+        ({"phases": ("prior", "lr")}, r"unknown phase 'lr'"),
+        ({"phases": ()}, r"config.phases got \(\)"),
+        ({"extra": 1}, r"unknown field of the config 'extra'"),
+        ({"mesh.data": 3}, r"mesh got"),
+        ({"mesh.fsdp": 16}, r"mesh got"),
+    ],
+)
+def test_a_bad_config_is_one_line(changes, message):
+    from jaxreason.build import build
+
+    with pytest.raises(ValueError, match=message) as caught:
+        build(changed(changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_prompts_that_are_too_long_are_dropped_and_counted():
+    from jaxreason.build import build
+
+    said = []
+    shorter = {"sampler.max_prompt_tokens": 12, "evaluate.suites": {"chain": {"name": "chain", "ops": 2}}}
+    build(changed(shorter), say=said.append)
+    dropped = [line for line in said if line.startswith("task 'chain': dropped")]
+    assert len(dropped) == 1
+    assert "of 64 tasks with prompts over 12 tokens" in dropped[0]
+
+
+@pytest.mark.parametrize("family", ["jsonl", "corpus"])
+def test_an_empty_data_set_is_refused(tmp_path, family):
+    from jaxreason.build import build
+
+    (tmp_path / "nothing").write_text("")
+    section = {"name": family, "path": str(tmp_path / "nothing")}
+    where = "rl.source.task" if family == "jsonl" else "prior.source.task"
+    with pytest.raises(ValueError, match="nothing"):
+        build(changed({where: section}))
+
+
+def test_a_folder_without_config_is_refused(tmp_path):
+    from jaxreason.build import build
+
+    with pytest.raises(ValueError, match=r"has no config\.json; pass the folder of a Hugging Face checkpoint"):
+        build(changed({"model": {"name": str(tmp_path), "weights": "pretrained"}}))
+
+
+def test_help_is_quick_and_does_not_import_jax():
+    started_s = time.perf_counter()
+    code, out, _ = main("--help")
+    assert code in (0, 1)  # absl exits with 1
+    assert "--workdir" in out
+    assert time.perf_counter() - started_s < 30  # a hang; the time itself is measured elsewhere
+    probe = "import sys, jaxreason.main; print([m for m in ('jax', 'flax', 'orbax', 'grain') if m in sys.modules])"
+    got = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert got.stdout.strip() == "[]"
+
+
+def test_the_command_runs_refuses_another_config_and_finishes_once(tmp_path):
+    config = ROOT / SMOKE.partition(":")[0]
+    command = [f"--config={config}:smoke", "--config.phases=('prior',)"]
+    code, out, err = main(*command, cwd=tmp_path)
+    assert code == 0, err
+    (workdir,) = (tmp_path / "runs").iterdir()
+    assert workdir.name.startswith("tiny-smoke-")
+    assert f"workdir: runs/{workdir.name}" in out
+    assert "after prior" in out  # the table
+    assert json.loads((workdir / "config.json").read_text())["seed"] == 0
+    assert json.loads((workdir / "summary.json").read_text())["done"]
+
+    code, _, err = main(*command, "--config.seed=1", f"--workdir={workdir}")
+    assert code != 0
+    assert err.startswith("error: ")
+    assert "another config (seed: 0 there, 1 here)" in err
+    code, _, err = main(*command, f"--workdir={workdir}")
+    assert code != 0
+    assert "is finished" in err
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = main(f"--config={SMOKE}", f"--workdir={tmp_path / 'file' / 'run'}")
+    assert code != 0
+    assert len(err.strip().splitlines()) == 1, err
+    assert "can't write" in err
