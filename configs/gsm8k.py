@@ -11,7 +11,7 @@ from ml_collections import ConfigDict, config_dict
 
 from jaxreason.options import parse
 
-INSTRUCTION = "{question}\n\nThink step by step, and end with the answer alone after ####, as in: #### 42"
+INSTRUCTION = "{question}\n\nThink step by step. Write the final answer, a number, on the last line after ####."
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -15,8 +15,8 @@ from jaxreason.types import Batch, Rollout
 
 
 def length_buckets(longest: int, count: int = 4, multiple: int = 8) -> tuple[int, ...]:
-    """Lengths, evenly spaced and rounded up to `multiple`, of which the last holds `longest` tokens."""
-    return tuple(sorted({-(-longest * i // (count * multiple)) * multiple for i in range(1, count + 1)}))
+    """Up to `count` lengths, evenly spaced and rounded up to `multiple`, of which the last is `longest`."""
+    return tuple(sorted({min(longest, -(-longest * i // (count * multiple)) * multiple) for i in range(1, count + 1)}))
 
 
 def from_rollouts(rollouts: Sequence[Rollout], objective: Objective, *, group: int, buckets: Sequence[int], limit: int) -> Batch:

@@ -53,8 +53,8 @@ class Run(NamedTuple):
     mesh: jax.sharding.Mesh
     seed: int
     decode: Callable[[Any], str]  # token ids -> text, to show prompts
+    description: dict  # goes into the summary: the config, the number of parameters
     rollouts_kept: int = 64  # of each step, in rollouts.jsonl
-    description: dict = {}  # goes into the summary  # noqa: RUF012
 
 
 class History:
