@@ -1,6 +1,7 @@
 """Check that the embedded default learned what it says: python .ci/check_tiny.py summary.json."""
 
 import json
+import pathlib
 import sys
 
 LIMITS = {  # (phase, temperature): what the accuracy on suite `chain` must be
@@ -10,7 +11,7 @@ LIMITS = {  # (phase, temperature): what the accuracy on suite `chain` must be
     ("rl", 1.0): lambda a: a >= 0.8,
 }
 
-summary = json.load(open(sys.argv[1]))
+summary = json.loads(pathlib.Path(sys.argv[1]).read_text())
 last = {(e["phase"], e["temperature"]): e for e in summary["evaluations"] if e["suite"] == "chain"}
 failed = [key for key, holds in LIMITS.items() if not holds(last[key]["accuracy"]) or last[key]["n"] < 500]
 for (phase, temperature), e in last.items():

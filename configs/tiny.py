@@ -38,7 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "b2": 0.98,
             "weight_decay": 0.01,
         },
-        "steps": 1800,
+        "steps": 2000,
         "microbatches": 2,
         "log_every": 20,
     }
@@ -54,9 +54,9 @@ def get_config(arg: str = "") -> ConfigDict:
         },
         "objective": {"name": "rloo", "weigh": "per_token", "kl_coefficient": 0.0, "entropy_coefficient": 0.0},
         "optimizer": {"lr": 3e-4, "schedule_kind": "linear", "final_share": 0.1, "warmup_steps": 10, "weight_decay": 0.0},
-        "steps": 140,
+        "steps": 160,
         "microbatches": 8,
-        "evaluate_every": 35,
+        "evaluate_every": 40,
     }
     config.evaluate = {"n": 128, "final_n": 512, "temperatures": (0.0, 1.0), "suites": held_out}
     config.checkpoint = {"every_steps": 500, "keep": 2}
@@ -84,8 +84,9 @@ TASKS = {
             "size": 20_000,
             "demonstrations": "human",
             # Guesses prevail, so the prior's greedy answer is a guess; at one half, seeds decided by a hair whether it thinks.
-            "guess": 0.6,
-            "stop_early": 0.1,
+            "guess": 0.55,
+            "stop_early": 0.15,
+            "slip": 0.1,
         },
         {"chain": {"name": "chain", "ops": 5}, "chain_ood": {"name": "chain", "ops": 8}},
         {"name": "exact", "marker": ";A"},

@@ -39,18 +39,19 @@ def token_outputs(model: Model, params, batch: Batch) -> Outputs:
 
     N, V = B * T, model.config.vocab_size
     flat = hidden_BTD.reshape(N, -1), target_BT.reshape(N), temperature_BT.reshape(N)
-    chunks = next(c for c in range(max(1, N * V // LOGITS_PER_CHUNK), N + 1) if N % c == 0)
+    chunks = next(c for c in range(-(-N * V // LOGITS_PER_CHUNK), N + 1) if N % c == 0)
     if chunks == 1:
         logp, entropy = score(*flat)
     else:
-        split = jax.tree.map(lambda x: x.reshape(chunks, N // chunks, *x.shape[1:]), flat)
-        logp, entropy = jax.lax.map(lambda x: jax.checkpoint(score)(*x), split)
+        split = jax.tree.map(lambda x: split_rows(x, chunks), flat)
+        scored = jax.lax.map(lambda x: jax.checkpoint(score)(*x), split)
+        logp, entropy = (x.swapaxes(0, 1) for x in scored)
 
     def align(x):
         return jnp.roll(x.reshape(B, T), 1, axis=1).at[:, 0].set(0.0)
 
-    value_BT = None if model.value is None else model.value(params, hidden_BTD)
-    return Outputs(align(logp), align(entropy), value_BT)
+    value = None if model.value is None else align(model.value(params, hidden_BTD))
+    return Outputs(align(logp), align(entropy), value)
 
 
 def loss(params, batch: Batch, *, model: Model, objective: Objective):
@@ -97,6 +98,8 @@ def train_step(
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (value, metrics, grads))
         (value, metrics, grads), _ = jax.lax.scan(accumulate, zeros, parts)
 
+    # The optimizer's state keeps the dtype of the params, which it was made from.
+    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     one = jnp.float32(1)

@@ -257,6 +257,8 @@ def make(
         if weigh not in WEIGHTINGS:
             raise ValueError(unknown("weighting", weigh, WEIGHTINGS))
         objective = objective._replace(weigh=WEIGHTINGS[weigh])
+    if kl_estimator not in KL_ESTIMATORS:
+        raise ValueError(unknown("KL estimator", kl_estimator, KL_ESTIMATORS))
     if entropy_coefficient:
         objective = with_entropy(objective, entropy_coefficient)
     if kl_coefficient:

@@ -99,7 +99,7 @@ class Outputs(NamedTuple):
 
     logp_BT: jax.Array  # of token t given the tokens before it, at the batch's temperature; 0 in column 0
     entropy_BT: jax.Array  # of the distribution of token t, nats
-    value_BT: jax.Array | None = None  # None without a value head
+    value_BT: jax.Array | None = None  # of what stands before token t; None without a value head
 
 
 class Evaluation(NamedTuple):

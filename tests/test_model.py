@@ -181,7 +181,7 @@ def test_decoding_is_teacher_forcing(tiny, variant):
     model, params = tiny(**VARIANTS[variant])
     params = lively(params)
     expected = forward(model, params)
-    for length in (T, T + 7):
+    for length in (T, T + 7) if variant == "plain" else (T + 7,):
         logp_BTV, _, _ = decode(model, model.decode_layout(params), prompts=PROMPTS, length=length)
         np.testing.assert_allclose(logp_BTV, expected, atol=1e-5)
 

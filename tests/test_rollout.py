@@ -1,7 +1,6 @@
 """The host loop: rollouts depend on their requests alone; where they stop; forced tokens; what is compiled and when."""
 
 import dataclasses
-import functools
 import logging
 
 import jax
@@ -16,7 +15,6 @@ from jaxreason.types import Task, Verdict
 
 JUDGE = single_turn(t.verify)
 NEVER, ALWAYS = -1e9, 1e9
-make_roller = functools.cache(t.make_roller)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +35,7 @@ def requests():
 @pytest.fixture(scope="module")
 def expected(made, requests):
     """What all variants must give, with twice as many requests as slots."""
-    rollouts = t.roll(make_roller(made[0], slots=12), made[1], requests, JUDGE, temperature=0.9)
+    rollouts = t.roll(t.make_roller(made[0]), made[1], requests, JUDGE, temperature=0.9)
     assert [(r.problem, r.attempt) for r in rollouts] == [(r.problem, r.attempt) for r in requests]
     assert len({len(r.tokens) for r in rollouts}) > 6
     assert len({r.tokens.tobytes() for r in rollouts}) > 20
@@ -46,30 +44,23 @@ def expected(made, requests):
 
 VARIANTS = {
     "one slot": {"slots": 1},
-    "three slots": {"slots": 3},
-    "more slots than requests": {"slots": 32},
-    "chunks of one token": {"chunk_tokens": 1},
-    "chunks longer than rollouts": {"chunk_tokens": 16},
-    "longer cache": {"length": 40},
-    "wider prompt bucket": {"prompt_buckets": (16,)},
-    "several prompt buckets": {"slots": 3, "prompt_buckets": (2, 5, 8)},
-    "several row buckets": {"row_buckets": (1, 3, 8)},
-    "scan": {"scan_layers": True},
+    "three slots, chunks of one token": {"slots": 3, "chunk_tokens": 1},
+    "more slots than requests, chunks longer than rollouts": {"slots": 32, "chunk_tokens": 16},
+    "longer cache, wider prompt bucket": {"length": 40, "prompt_buckets": (16,)},
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rollouts_do_not_depend_on_the_sampler(made, requests, expected, variant):
-    more = dict(VARIANTS[variant])
-    model = t.make_model(scan_layers=more.pop("scan_layers", False))[0]
-    got = t.roll(make_roller(model, **{"slots": 8, **more}), made[1], requests, JUDGE, temperature=0.9)
+    roller = t.make_roller(made[0], **{"slots": 8, **VARIANTS[variant]})
+    got = t.roll(roller, made[1], requests, JUDGE, temperature=0.9)
     assert [(r.problem, r.attempt) for r in got] == [(r.problem, r.attempt) for r in requests]
     t.assert_same(got, expected)
 
 
 def test_rollouts_do_not_depend_on_order_or_neighbours(made, requests, expected):
     model, params = made
-    roller = make_roller(model, slots=12)
+    roller = t.make_roller(model, slots=12)
     order = np.random.default_rng(1).permutation(len(requests))
     got = t.roll(roller, params, [requests[i] for i in order], JUDGE, temperature=0.9)
     assert [(r.problem, r.attempt) for r in got] == [(requests[i].problem, requests[i].attempt) for i in order]
@@ -86,7 +77,7 @@ def test_rollouts_do_not_depend_on_order_or_neighbours(made, requests, expected)
 def test_rollouts_do_not_depend_on_the_mesh(made, requests, expected, axes, scan):
     mesh, model = make_mesh(**axes), t.make_model(scan_layers=scan)[0]
     params = jax.device_put(made[1], shardings(made[1], mesh))
-    roller = t.make_roller(model, slots=16, mesh=mesh)
+    roller = t.new_roller(model, slots=16, mesh=mesh)
     t.assert_same(t.roll(roller, params, requests, JUDGE, temperature=0.9), expected)
     slots = roller.sampler.empty()
     assert {len(x.sharding.device_set) for x in jax.tree.leaves(slots)} == {8}
@@ -96,28 +87,28 @@ def test_rollouts_do_not_depend_on_the_mesh(made, requests, expected, axes, scan
 
 
 def test_another_key_gives_other_rollouts(made, requests, expected):
-    roller = make_roller(made[0], slots=12)
+    roller = t.make_roller(made[0])
     got = t.roll(roller, made[1], requests, JUDGE, temperature=0.9, key=1)
     same = [g.tokens.tolist() == e.tokens.tolist() for g, e in zip(got, expected, strict=True)]
     assert sum(same) < 5  # some consist of the end alone
 
 
 def test_nothing_is_wanted(made):
-    assert t.roll(make_roller(made[0], slots=12), made[1], [], JUDGE) == []
+    assert t.roll(t.make_roller(made[0]), made[1], [], JUDGE) == []
 
 
 # --- where rollouts stop ---
 
 
 def test_immediate_end(made, requests):
-    for r in t.roll(make_roller(made[0], slots=12), t.biased(made[1], _=ALWAYS), requests, JUDGE):
+    for r in t.roll(t.make_roller(made[0]), t.biased(made[1], _=ALWAYS), requests, JUDGE):
         assert (r.tokens.tolist(), r.sampled.tolist(), r.stop, r.text) == ([t.EOS], [True], "eos", "")
         assert r.verdict.parsed == ""
         assert r.logp == pytest.approx(0, abs=1e-6)
 
 
 def test_no_end_before_the_limit(made, requests):
-    roller = make_roller(made[0], slots=12)
+    roller = t.make_roller(made[0])
     for r in t.roll(roller, t.biased(made[1], _=NEVER), requests, JUDGE):
         assert (len(r.tokens), len(r.text), r.stop, r.sampled.all()) == (12, 12, "limit", True)
     # A limit of each roller, over the same compiled sampler.
@@ -127,14 +118,14 @@ def test_no_end_before_the_limit(made, requests):
 
 def test_padding_is_not_the_end(made, requests):
     # Token 0 pads prompts and rows; a sampler that has another end samples it like any other.
-    roller = make_roller(made[0], slots=12, eos_ids=(4,))
+    roller = t.make_roller(made[0], eos_ids=(4,))
     for r in t.roll(roller, t.biased(made[1], _=ALWAYS), requests, JUDGE):
         assert (r.text, r.stop) == ("_" * 12, "limit")
 
 
 def test_any_of_several_ends_stops_and_is_left_out_of_the_text(made, requests):
     eos_ids = (t.EOS, 4, 7)
-    rollouts = t.roll(make_roller(made[0], slots=12, eos_ids=eos_ids), made[1], requests, JUDGE)
+    rollouts = t.roll(t.make_roller(made[0], eos_ids=eos_ids), made[1], requests, JUDGE)
     ends = [int(r.tokens[-1]) for r in rollouts if r.stop == "eos"]
     assert set(ends) == set(eos_ids)
     for r in rollouts:
@@ -145,7 +136,7 @@ def test_any_of_several_ends_stops_and_is_left_out_of_the_text(made, requests):
 
 
 def test_the_end_in_the_last_place_is_an_end(made, requests, expected):
-    roller = make_roller(made[0], slots=12)
+    roller = t.make_roller(made[0])
     ended = [r for r in expected if r.stop == "eos" and len(r.tokens) > 2]
     for n in {len(r.tokens) for r in ended}:
         same = [r for r in ended if len(r.tokens) == n]
@@ -156,16 +147,18 @@ def test_the_end_in_the_last_place_is_an_end(made, requests, expected):
 
 
 def test_a_completion_ends_with_the_cache(made):
-    roller = make_roller(made[0], slots=3, length=8)
-    lengths = [1, 2, 5, 7, 8]
-    wanted = [Request(Task("", "a"), n, 0, [1] * n) for n in lengths]
-    rollouts = t.roll(roller._replace(max_tokens=4), t.biased(made[1], _=NEVER), wanted, JUDGE)
-    assert [len(r.tokens) for r in rollouts] == [min(4, 8 - n) for n in lengths]
-    assert {r.stop for r in rollouts} == {"limit"}
+    roller = t.make_roller(made[0], slots=3, length=8)
+    wanted = [Request(Task("", "a"), n, g, [1] * n) for n in (1, 2, 5, 7, 8) for g in range(6)]
+    rollouts = t.roll(roller._replace(max_tokens=4), made[1], wanted, JUDGE)
+    for r in rollouts:
+        ended = len(r.tokens) > 0 and r.tokens[-1] == t.EOS
+        assert r.stop == ("eos" if ended else "limit")
+        assert ended or len(r.tokens) == min(4, 8 - len(r.prompt))
+    assert {len(r.tokens) for r in rollouts if r.stop == "limit"} == {0, 1, 3, 4}
 
 
 def test_a_prompt_must_be_neither_empty_nor_too_long(made):
-    roller = make_roller(made[0], slots=12)
+    roller = t.make_roller(made[0])
     with pytest.raises(ValueError, match="prompt of problem 7 has 0 tokens; allowed: 1 to 8"):
         t.roll(roller, made[1], [Request(Task("", ""), 7, 0, [])], JUDGE)
     with pytest.raises(ValueError, match=r"prompt of problem 7 has 9 tokens; allowed: 1 to 8; raise sampler.max_prompt_tokens"):
@@ -192,7 +185,7 @@ def scripted(observations, heard=None):
 
 
 def several(task):
-    return ["kk", "ijk", "bcdbc"][: int(task.id) % 4]
+    return ["kk", "ijk", "bcdb"][: int(task.id) % 4]
 
 
 def turns(r) -> list[str]:
@@ -213,13 +206,14 @@ def turns(r) -> list[str]:
 def conversations(made):
     """Rollouts with up to three observations, and what their environments heard."""
     heard = {}
+    params = t.biased(made[1], _=2.0)
     wanted = [r._replace(task=dataclasses.replace(r.task, id=f"{r.problem * 3 + r.attempt}")) for r in t.make_requests(8, 3)]
-    roller = make_roller(made[0], slots=5, length=32, max_tokens=24)
-    return wanted, t.roll(roller, made[1], wanted, scripted(several, heard)), heard
+    roller = t.make_roller(made[0], slots=5, length=36, max_tokens=28)
+    return params, wanted, t.roll(roller, params, wanted, scripted(several, heard)), heard
 
 
 def test_forced_tokens_are_appended_and_not_sampled(conversations):
-    _, rollouts, _ = conversations
+    _, _, rollouts, _ = conversations
     complete = [r for r in rollouts if r.stop == "eos"]
     assert {len(several(r.task)) for r in complete} == {0, 1, 2, 3}
     for r in complete:
@@ -234,8 +228,7 @@ def test_forced_tokens_are_appended_and_not_sampled(conversations):
 
 
 def test_after_forced_tokens_sampler_and_learner_agree(made, conversations):
-    model, params = made
-    _, rollouts, _ = conversations
+    model, (params, _, rollouts, _) = made[0], conversations
     assert t.largest_gap(model, params, [r for r in rollouts if not r.sampled.all()]) < 1e-5
     batch, _ = t.rescore(model, params, rollouts)
     for i, r in enumerate(rollouts):
@@ -245,7 +238,7 @@ def test_after_forced_tokens_sampler_and_learner_agree(made, conversations):
 
 
 def test_the_environment_hears_what_was_written_since_it_spoke(conversations):
-    _, rollouts, heard = conversations
+    _, _, rollouts, heard = conversations
     for r in rollouts:
         said = heard[r.task.id]
         assert [text for text, _ in said] == turns(r)
@@ -254,14 +247,14 @@ def test_the_environment_hears_what_was_written_since_it_spoke(conversations):
 
 
 def test_conversations_do_not_depend_on_the_sampler(made, conversations):
-    wanted, rollouts, _ = conversations
-    roller = make_roller(made[0], slots=16, length=40, max_tokens=24, chunk_tokens=3)
-    t.assert_same(t.roll(roller, made[1], wanted, scripted(several)), rollouts)
+    params, wanted, rollouts, _ = conversations
+    roller = t.make_roller(made[0], slots=16, length=44, max_tokens=28, chunk_tokens=3)
+    t.assert_same(t.roll(roller, params, wanted, scripted(several)), rollouts)
 
 
 def test_forced_tokens_are_cut_at_the_limit_and_the_rollout_judged(made, requests):
     heard = {}
-    roller = make_roller(made[0], slots=12)
+    roller = t.make_roller(made[0])
     wanted = [r for r in requests if r.attempt == 0]
     rollouts = t.roll(roller, t.biased(made[1], _=ALWAYS), wanted, scripted(lambda task: ["bcdefghijkbcdefghijk"], heard))
     for r in rollouts:
@@ -275,7 +268,7 @@ def test_forced_tokens_are_cut_at_the_limit_and_the_rollout_judged(made, request
 def test_an_empty_observation_ends_the_rollout(made, requests):
     heard = {}
     wanted = [r for r in requests if r.attempt == 0]
-    roller = make_roller(made[0], slots=12)
+    roller = t.make_roller(made[0])
     alone = t.roll(roller, made[1], wanted, JUDGE)
     for r, lone in zip(t.roll(roller, made[1], wanted, scripted(lambda task: [""] * 5, heard)), alone, strict=True):
         np.testing.assert_array_equal(r.tokens, lone.tokens)
@@ -290,7 +283,7 @@ def test_an_end_in_the_last_place_leaves_no_room_for_an_observation(made, reques
     ended = next(r for r in expected if r.stop == "eos" and len(r.tokens) > 2)
     wanted = [q for q in requests if (q.problem, q.attempt) == (ended.problem, ended.attempt)]
     heard = {}
-    roller = make_roller(made[0], slots=12)._replace(max_tokens=len(ended.tokens))
+    roller = t.make_roller(made[0])._replace(max_tokens=len(ended.tokens))
     (r,) = t.roll(roller, made[1], wanted, scripted(lambda task: ["bc"] * 20, heard), temperature=0.9)
     np.testing.assert_array_equal(r.tokens, ended.tokens)
     assert heard[r.task.id][-1][1], "the step that judges must be told that it is the last"
@@ -306,7 +299,7 @@ def test_a_verifier_that_raises_costs_a_wrong_verdict(made, requests):
             raise KeyError("no such thing")
         return t.verify(text, task)
 
-    rollouts = t.roll(make_roller(made[0], slots=12), made[1], requests, single_turn(brittle))
+    rollouts = t.roll(t.make_roller(made[0]), made[1], requests, single_turn(brittle))
     for r in rollouts:
         if r.problem == 3:
             assert (r.verdict.reward, r.verdict.correct, r.verdict.parsed) == (0.0, False, None)
@@ -319,7 +312,7 @@ def test_a_verifier_that_raises_costs_a_wrong_verdict(made, requests):
 
 
 def test_what_was_spent(made, requests):
-    roller = make_roller(made[0], slots=12)
+    roller = t.make_roller(made[0])
     layout = roller.sampler.prepare(made[1])
     rollouts, spent = collect(roller, layout, requests, JUDGE, key=jax.random.key(0), temperature=1.0)
     assert spent.tokens == sum(len(r.tokens) for r in rollouts)
@@ -327,30 +320,28 @@ def test_what_was_spent(made, requests):
     assert spent.verify_s > 0
 
 
-def test_each_shape_is_compiled_once(made, caplog):
+def test_each_shape_is_compiled_once(made, requests, expected, caplog):
     model, params = made
     prompt_buckets, row_buckets = (4, 8), (1, 4)
-    roller = t.make_roller(model, slots=4, prompt_buckets=prompt_buckets, row_buckets=row_buckets)
+    mixed = [requests[i] for i in np.random.default_rng(2).permutation(len(requests))]
+    roller = t.new_roller(model, slots=4, prompt_buckets=prompt_buckets, row_buckets=row_buckets)
     sampler = roller.sampler
 
-    def compiled(params, key, temperature):
+    def run(params, **more):
         caplog.clear()
         with jax.log_compiles(), caplog.at_level(logging.WARNING):
-            t.roll(roller, params, ragged, JUDGE, key=key, temperature=temperature)
-        return [r.getMessage() for r in caplog.records if "XLA compilation" in r.getMessage()]
+            rollouts = t.roll(roller, params, mixed, JUDGE, **more)
+        return rollouts, [r.getMessage() for r in caplog.records if "XLA compilation" in r.getMessage()]
 
-    ragged = t.make_requests(30, 2)
-    assert compiled(params, 0, 1.0)
+    rollouts, compiled = run(params, temperature=0.9)
+    t.assert_same(rollouts, expected)
+    assert compiled
     assert sampler.insert._cache_size() == len(prompt_buckets) * len(row_buckets)
-    assert sampler.decode._cache_size() == 1
-    assert sampler.empty._cache_size() == sampler.prepare._cache_size() == 1
-    assert compiled(jax.tree.map(lambda x: x + 0.01, params), 1, 0.7) == []
+    assert sampler.decode._cache_size() == sampler.empty._cache_size() == sampler.prepare._cache_size() == 1
+    assert run(jax.tree.map(lambda x: x + 0.01, params), key=1, temperature=0.7)[1] == []
 
 
-def test_forced_lengths_share_few_shapes(made):
-    model, params = made
-    roller = t.make_roller(model, slots=1, length=32, max_tokens=24)
-    lengths = {str(n): "b" * n for n in range(1, 9)}
-    wanted = [Request(Task("", "", id=name), int(name), 0, [1]) for name in lengths]
-    t.roll(roller, t.biased(params, _=ALWAYS), wanted, scripted(lambda task: [lengths[task.id]]))
-    assert roller.sampler.force._cache_size() == 4  # 1, 2, 4, 8
+def test_observations_of_many_lengths_share_few_shapes(made, conversations):
+    # They were of 2, 3 and 4 tokens. The roller is that of the conversations.
+    roller = t.make_roller(made[0], slots=5, length=36, max_tokens=28)
+    assert roller.sampler.force._cache_size() == 2

@@ -1,7 +1,5 @@
 """The sampler against the learner, against the distribution it states, and against its own leftovers."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,12 +9,11 @@ from scipy import stats
 
 from jaxreason.environment import single_turn
 from jaxreason.rollout import Request
-from jaxreason.sampler import EMPTY, LIMIT, RUNNING, attempt_keys, compile_sampler, sample
+from jaxreason.sampler import EMPTY, EOS, LIMIT, RUNNING, attempt_keys, compile_sampler, sample
 from jaxreason.sharding import make_mesh
 from jaxreason.types import Task
 
 JUDGE = single_turn(t.verify)
-make_roller = functools.cache(t.make_roller)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["unrolled", "scan"])
@@ -33,7 +30,7 @@ def test_decoded_logp_is_teacher_forced_logp(made, slots, length):
     model, params = made
     requests = t.make_requests(8, 2)
     assert {len(r.prompt) for r in requests} == set(range(1, 9))
-    roller = make_roller(model, slots=slots, length=length)
+    roller = t.make_roller(model, slots=slots, length=length)
     for temperature in (1.0, 0.7):
         rollouts = t.roll(roller, params, requests, JUDGE, temperature=temperature)
         assert len({len(r.tokens) for r in rollouts}) > 5
@@ -74,7 +71,7 @@ def test_samples_follow_the_tempered_softmax(temperature):
 
 def test_temperature_zero_takes_the_most_likely_token(made):
     model, params = made
-    rollouts = t.roll(make_roller(model, slots=16, length=33), params, t.make_requests(8, 2), JUDGE, temperature=0.0)
+    rollouts = t.roll(t.make_roller(model, slots=16, length=33), params, t.make_requests(8, 2), JUDGE, temperature=0.0)
     tokens_BT = np.zeros((len(rollouts), 20), np.int32)
     for row, r in zip(tokens_BT, rollouts, strict=True):
         row[: len(r.prompt) + len(r.tokens)] = [*r.prompt, *r.tokens]
@@ -183,10 +180,10 @@ def test_a_refilled_slot_sees_nothing_of_its_last_tenant(small):
     _, compiled, params = small
 
     def second(slots):
-        slots = decode(compiled, params, insert(compiled, params, slots, [1], [1], [12]), 5)
+        slots = decode(compiled, params, insert(compiled, params, slots, [0], [1], [12]), 5)
         return jax.device_get((slots.tokens_SC[1], slots.logp_SC[1], slots.sampled_SC[1]))
 
-    used = decode(compiled, params, insert(compiled, params, compiled.empty(), [0], [1], [12]), 5)
+    used = decode(compiled, params, insert(compiled, params, compiled.empty(), [1], [1], [12]), 5)
     assert int(used.length_S[1]) == 12
     for got, expected in zip(second(used), second(compiled.empty()), strict=True):
         np.testing.assert_array_equal(got, expected)
@@ -215,8 +212,11 @@ def test_force_appends_up_to_the_limit_and_lets_run_on(small):
 
 def test_what_has_stopped_stays_as_it_is(small):
     _, compiled, params = small
-    slots = jax.device_get(decode(compiled, params, insert(compiled, params, compiled.empty(), [0], [0], [4])))
-    assert (slots.length_S[0], slots.stop_S[0]) == (4, LIMIT)  # though a chunk is of two tokens
+    ending = t.biased(params, _=1e9)
+    slots = decode(compiled, ending, insert(compiled, ending, compiled.empty(), [1], [1], [12]))
+    slots = jax.device_get(decode(compiled, params, insert(compiled, params, slots, [0], [0], [4])))
+    assert slots.length_S[:2].tolist() == [4, 3]  # though a chunk is of two tokens
+    assert slots.stop_S.tolist() == [LIMIT, EOS, EMPTY, EMPTY]
     again = jax.device_get(decode(compiled, params, jax.device_put(slots)))
     jax.tree.map(np.testing.assert_array_equal, slots, again)
 

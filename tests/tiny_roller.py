@@ -50,8 +50,8 @@ def biased(params, **bias) -> dict:
     return {**params, "bias": jnp.zeros(len(ALPHABET)).at[np.array(encode("".join(bias)))].set(np.array([*bias.values()]))}
 
 
-def make_roller(
-    model, *, slots=4, length=24, chunk_tokens=4, prompt_buckets=(8,), row_buckets=None, max_tokens=12, eos_ids=(EOS,), **more
+def new_roller(
+    model, *, slots=12, length=24, chunk_tokens=4, prompt_buckets=(8,), row_buckets=None, max_tokens=12, eos_ids=(EOS,), **more
 ) -> Roller:
     return Roller(
         sampler=compile_sampler(model, slots=slots, length=length, eos_ids=eos_ids, chunk_tokens=chunk_tokens, **more),
@@ -62,6 +62,9 @@ def make_roller(
         row_buckets=row_buckets or (slots,),
         max_tokens=max_tokens,
     )
+
+
+make_roller = functools.cache(new_roller)  # shared by all tests: it has no state but what it has compiled
 
 
 def make_requests(problems: int, attempts: int, *, longest: int = 8) -> list[Request]:

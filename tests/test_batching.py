@@ -1,0 +1,203 @@
+"""Batches from hand-built rollouts, demonstrations and windows: what is trained on, how much, and what stands beside it."""
+
+import numpy as np
+import pytest
+
+from jaxreason import objectives
+from jaxreason.batching import from_demonstrations, from_rollouts, from_windows, length_buckets
+from jaxreason.types import Rollout, Task, Verdict
+
+EOS = 0  # and padding
+
+
+def rollout(prompt, tokens, reward=0.0, *, sampled=None, logp=None, temperature=1.0):
+    n = len(tokens)
+    return Rollout(
+        task=Task("", ""),
+        problem=0,
+        attempt=0,
+        prompt=np.array(prompt, np.int32),
+        tokens=np.array(tokens, np.int32),
+        logp=np.array(logp if logp is not None else -np.arange(1.0, n + 1), np.float32),
+        sampled=np.ones(n, bool) if sampled is None else np.array(sampled, bool),
+        stop="eos" if n and tokens[-1] == EOS else "limit",
+        text="",
+        verdict=Verdict(reward, reward > 0),
+        temperature=temperature,
+    )
+
+
+def batch_of(rollouts, objective=None, group=2, buckets=(8, 16), limit=10):
+    return from_rollouts(rollouts, objective or objectives.dr_grpo(), group=group, buckets=buckets, limit=limit)
+
+
+# --- rollouts ---
+
+
+def test_a_batch_by_hand():
+    rollouts = [
+        rollout([5, 6, 7], [1, 2, EOS], 1.0, logp=[-0.1, -0.2, -0.3], temperature=0.7),  # pad = EOS: the end is trained on
+        rollout([5, 6, 7], [EOS], 0.0, logp=[-0.4], temperature=0.7),  # immediate end
+        rollout([9], [1, 2, 3, 4], 1.0, logp=[-1, -2, -3, -4]),  # no end
+        rollout([9], [3, 8, 8, 2, EOS], 0.0, logp=[-5, 0, 0, -6, -7], sampled=[1, 0, 0, 1, 1]),  # a tool spoke
+    ]
+    batch = batch_of(rollouts)
+    assert batch.tokens_BT.tolist() == [
+        [5, 6, 7, 1, 2, EOS, 0, 0],
+        [5, 6, 7, EOS, 0, 0, 0, 0],
+        [9, 1, 2, 3, 4, 0, 0, 0],
+        [9, 3, 8, 8, 2, EOS, 0, 0],
+    ]
+    assert batch.segment_BT.tolist() == [[1] * n + [0] * (8 - n) for n in (6, 4, 5, 6)]
+    assert batch.position_BT.tolist() == [list(range(8))] * 4
+    w = 1 / (4 * 10)
+    np.testing.assert_allclose(
+        batch.weight_BT,
+        [[0, 0, 0, w, w, w, 0, 0], [0, 0, 0, w, 0, 0, 0, 0], [0, w, w, w, w, 0, 0, 0], [0, w, 0, 0, w, w, 0, 0]],
+    )
+    np.testing.assert_allclose(
+        batch.advantage_BT,
+        [
+            [0, 0, 0, 0.5, 0.5, 0.5, 0, 0],
+            [0, 0, 0, -0.5, 0, 0, 0, 0],
+            [0, 0.5, 0.5, 0.5, 0.5, 0, 0, 0],
+            [0, -0.5, -0.5, -0.5, -0.5, -0.5, 0, 0],
+        ],
+    )
+    np.testing.assert_allclose(
+        batch.behaviour_logp_BT,
+        [
+            [0, 0, 0, -0.1, -0.2, -0.3, 0, 0],
+            [0, 0, 0, -0.4, 0, 0, 0, 0],
+            [0, -1, -2, -3, -4, 0, 0, 0],
+            [0, -5, 0, 0, -6, -7, 0, 0],
+        ],
+    )
+    np.testing.assert_allclose(batch.temperature_BT[:, :4], np.repeat([[0.7], [0.7], [1], [1]], 4, axis=1))
+    assert (batch.temperature_BT > 0).all()  # the learner divides by it, in the padding too
+    assert batch.reference_logp_BT is None
+    assert {x.dtype for x in (batch.tokens_BT, batch.position_BT, batch.segment_BT)} == {np.dtype(np.int32)}
+    floats = (batch.weight_BT, batch.advantage_BT, batch.behaviour_logp_BT, batch.temperature_BT)
+    assert {x.dtype for x in floats} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "rloo"])
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1])
+def test_equal_rewards_teach_nothing(name, reward):
+    rollouts = [rollout([1, 2], [3] * n, reward) for n in range(1, 8)]
+    batch = batch_of(rollouts, objectives.make(name), group=7)
+    assert (batch.advantage_BT == 0).all()
+    # Beside a group with something to learn from, too.
+    rollouts += [rollout([1, 2], [3] * n, float(n > 3)) for n in range(1, 8)]
+    batch = batch_of(rollouts, objectives.make(name), group=7)
+    assert (batch.advantage_BT[:7] == 0).all()
+    assert (batch.advantage_BT[7:, 2] != 0).all()
+
+
+def test_groups_are_neighbours():
+    rewards = [0, 0, 1, 3, 5, 5]
+    batch = batch_of([rollout([1], [2, 3], r) for r in rewards], group=2)
+    np.testing.assert_allclose(batch.advantage_BT[:, 1], [0, 0, -1, 1, 0, 0])
+    batch = batch_of([rollout([1], [2, 3], r) for r in rewards], group=3)
+    np.testing.assert_allclose(batch.advantage_BT[:, 1], np.array([-1, -1, 2, -4, 2, 2]) / 3, rtol=1e-6)
+
+
+RAGGED = [
+    rollout([1, 2], [3] * 4, 1.0),
+    rollout([1, 2], [3, 3, 3, EOS], 0.0, sampled=[1, 0, 0, 1]),
+    rollout([1], [EOS], 1.0),
+    rollout([1], [2] * 9, 0.0),
+]
+TRAINED = np.array([4, 2, 1, 9])  # tokens of each that were sampled
+
+
+def test_weights_of_each_weighting():
+    def weights(name, advantage="centre_group"):
+        weight_BT = batch_of(RAGGED, objectives.make("reinforce", advantage=advantage, weigh=name)).weight_BT
+        assert (np.count_nonzero(weight_BT, axis=1) <= TRAINED).all()
+        return weight_BT.sum(axis=1)
+
+    np.testing.assert_allclose(weights("per_sequence"), [1 / 4] * 4, rtol=1e-6)
+    np.testing.assert_allclose(weights("per_token"), TRAINED / 16, rtol=1e-6)
+    np.testing.assert_allclose(weights("per_slot"), TRAINED / (4 * 10), rtol=1e-6)
+    np.testing.assert_allclose(weights("per_kept_token", "keep_correct"), np.array([4, 0, 1, 0]) / 5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "expert_iteration"])
+def test_nothing_is_divided_by_zero(name):
+    empty = [rollout([1, 2], []), rollout([1, 2], [])]  # prompts that leave no room
+    wrong = [rollout([1], [2, 3]), rollout([1], [4])]  # nothing that expert iteration keeps
+    with np.errstate(all="raise"):
+        batch = batch_of(empty, objectives.make(name))
+        advantage_weight_BT = np.multiply(
+            *(getattr(batch_of(wrong, objectives.make(name)), x) for x in ("advantage_BT", "weight_BT"))
+        )
+    assert batch.segment_BT.sum() == 4
+    assert (batch.weight_BT == 0).all()
+    assert (advantage_weight_BT == 0).all()
+
+
+@pytest.mark.parametrize(("longest", "T"), [(1, 4), (4, 4), (5, 8), (8, 8), (9, 16), (16, 16)])
+def test_rows_have_the_length_of_the_smallest_bucket_that_holds_them(longest, T):
+    batch = batch_of([rollout([1], [2] * (longest - 1)), rollout([1], [])], buckets=(4, 8, 16))
+    for x in (batch.tokens_BT, batch.weight_BT, batch.position_BT, batch.temperature_BT):
+        assert x.shape == (2, T)
+
+
+def test_length_buckets():
+    assert length_buckets(64) == (16, 32, 48, 64)
+    assert length_buckets(64, count=2) == (32, 64)
+    assert length_buckets(30, count=3, multiple=4) == (12, 20, 30)
+    for longest in range(1, 200):
+        for count in (1, 2, 4):
+            buckets = length_buckets(longest, count)
+            assert sorted(set(buckets)) == list(buckets)
+            assert 1 <= len(buckets) <= count
+            assert buckets[0] > 0
+            assert buckets[-1] == longest
+            assert all(b % 8 == 0 for b in buckets[:-1])
+
+
+# --- demonstrations ---
+
+
+def test_demonstrations_train_on_what_is_trainable():
+    prompt, solution = [5, 6, 7], [1, 2, EOS]
+    pairs = [(prompt + solution, [0, 0, 0, 1, 1, 1]), ([9, 1, EOS], [0, 1, 1]), ([4, 3, 2], [1, 1, 1])]
+    batch = from_demonstrations(pairs, objectives.sft(), buckets=(4, 8))
+    w = 1 / 7  # over all tokens that are trained on; the first of a row is not, whatever it is said to be
+    np.testing.assert_allclose(
+        batch.weight_BT,
+        [[0, 0, 0, w, w, w, 0, 0], [0, w, w, 0, 0, 0, 0, 0], [0, w, w, 0, 0, 0, 0, 0]],
+        rtol=1e-6,
+    )
+    assert batch.tokens_BT.tolist() == [[5, 6, 7, 1, 2, EOS, 0, 0], [9, 1, EOS, 0, 0, 0, 0, 0], [4, 3, 2, 0, 0, 0, 0, 0]]
+    assert batch.segment_BT.tolist() == [[1] * 6 + [0] * 2, [1] * 3 + [0] * 5, [1] * 3 + [0] * 5]
+    assert batch.position_BT.tolist() == [list(range(8))] * 3
+    assert (batch.advantage_BT == 1).all()
+    assert (batch.temperature_BT == 1).all()
+
+
+def test_long_demonstrations_are_cut_on_the_right():
+    pairs = [(list(range(1, 10)), [0] * 4 + [1] * 5), ([1, 2], [0, 1]), (list(range(1, 10)), [0] * 8 + [1])]
+    batch = from_demonstrations(pairs, objectives.sft(), buckets=(4, 6))
+    assert batch.tokens_BT.tolist() == [[1, 2, 3, 4, 5, 6], [1, 2, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6]]
+    assert (batch.weight_BT > 0).tolist() == [[0, 0, 0, 0, 1, 1], [0, 1, 0, 0, 0, 0], [0] * 6]
+    np.testing.assert_allclose(batch.weight_BT.sum(), 1, rtol=1e-6)  # what was cut is not counted
+
+
+def test_short_demonstrations_get_a_short_row():
+    assert from_demonstrations([([1, 2, 3], [0, 1, 1])], objectives.sft(), buckets=(4, 8)).tokens_BT.shape == (1, 4)
+
+
+# --- windows ---
+
+
+def test_windows_train_on_all_but_the_first_token():
+    tokens_BT = np.arange(12).reshape(3, 4)
+    batch = from_windows(tokens_BT, objectives.lm())
+    np.testing.assert_array_equal(batch.tokens_BT, tokens_BT)
+    np.testing.assert_allclose(batch.weight_BT, [[0, 1 / 9, 1 / 9, 1 / 9]] * 3, rtol=1e-6)
+    assert (batch.segment_BT == 1).all()
+    assert (batch.advantage_BT == 1).all()
+    assert batch.position_BT.tolist() == [[0, 1, 2, 3]] * 3

@@ -1,0 +1,217 @@
+"""Sources: the same state, params and key draw the same batch; what each draws, and what it says of it."""
+
+import collections
+
+import jax
+import numpy as np
+import pytest
+import tiny_roller as t
+
+from jaxreason import objectives, sources
+from jaxreason.environment import single_turn
+from jaxreason.types import Task
+
+PROBLEMS, GROUP = 4, 3
+
+
+class Stream:
+    """Endless tasks, which remembers what was read."""
+
+    def __init__(self):
+        self.read = []
+
+    def __getitem__(self, i):
+        self.read.append(i)
+        return Task(f"question {i}", "a", id=str(i))
+
+
+def prompt(task):
+    return [1 + (int(task.id) + k) % 11 for k in range(1 + int(task.id) % 5)]
+
+
+def judge(text, task):
+    if task.id == "2":
+        raise RuntimeError("a bug in a verifier")
+    return t.verify(text, task)
+
+
+@pytest.fixture(scope="module")
+def roller():
+    return t.make_roller(t.make_model()[0])
+
+
+@pytest.fixture(scope="module")
+def params():
+    return t.biased(t.make_model()[1], _=0.8)
+
+
+def make_rollouts(roller, tasks=None, **more):
+    return sources.rollouts(
+        Stream() if tasks is None else tasks,
+        prompt,
+        single_turn(judge),
+        roller,
+        objectives.grpo(),
+        problems=PROBLEMS,
+        group=GROUP,
+        temperature=0.9,
+        buckets=(8, 20),
+        **more,
+    )
+
+
+def sampled(roller):
+    return make_rollouts(roller)
+
+
+def windows(roller):
+    return sources.corpus([np.arange(i, i + 12).reshape(2, 6) for i in range(9)], objectives.lm(), rows=2)
+
+
+def solutions(roller):
+    def encode(task):
+        return [1, 2, int(task.id)] * (1 + int(task.id)), [False, True, True] * (1 + int(task.id))
+
+    return sources.demonstrations(Stream(), encode, objectives.sft(), rows=3, buckets=(6, 12))
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("make", [windows, solutions, sampled])
+def test_same_state_params_and_key_same_batch(make, roller, params):
+    source, key = make(roller), jax.random.key(3)
+    state = source.init()
+    assert state == make(roller).init()
+    after, first = source.next(state, params, key)
+    assert state == source.init() != after  # passed in, not changed
+    assert first.batch.tokens_BT.shape[0] == source.rows
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(first.batch))
+    for again in (source, make(roller)):
+        after_again, second = again.next(state, params, key)
+        assert after_again == after
+        assert_equal(second.batch, first.batch)
+    # A source has no memory: what was saved draws on where it stood.
+    expected = source.next(after, params, key)
+    got = make(roller).next(dict(after), params, key)
+    assert got[0] == expected[0] != after
+    assert_equal(got[1].batch, expected[1].batch)
+    assert expected[1].batch.tokens_BT.tolist() != first.batch.tokens_BT.tolist()
+    for name, (total, count) in first.metrics.items():
+        assert isinstance(total, float), name
+        assert count > 0, name
+
+
+def test_the_corpus_in_its_order(roller):
+    source = windows(roller)
+    state, seen = source.init(), []
+    for _ in range(3):
+        state, drawn = source.next(state, None, None)
+        seen.append(drawn.batch.tokens_BT[0, 0])
+    assert seen == [0, 1, 2]
+    assert state == {"position": 3}
+    assert drawn.metrics == {"train/tokens": (12.0, 1.0)}
+    assert not source.samples
+
+
+def test_demonstrations_in_their_order_cut_and_counted(roller):
+    source = solutions(roller)
+    state, drawn = source.next(source.init(), None, None)
+    assert state == {"position": 3}
+    assert drawn.batch.tokens_BT[:, 2].tolist() == [0, 1, 2]
+    assert drawn.metrics == {"train/tokens": (3.0 + 6 + 9, 1.0), "train/cut": (0.0, 3.0)}
+    state, drawn = source.next(state, None, None)
+    assert drawn.batch.tokens_BT[:, 2].tolist() == [3, 4, 5]
+    assert drawn.metrics == {"train/tokens": (3 * 12.0, 1.0), "train/cut": (2.0, 3.0)}
+
+
+# --- rollouts ---
+
+
+def test_groups_of_attempts_at_the_problems_of_the_stream(roller, params):
+    tasks = Stream()
+    source = make_rollouts(roller, tasks)
+    assert source.rows == PROBLEMS * GROUP
+    assert source.samples
+    state, drawn = source.next({"position": 40}, params, jax.random.key(0))
+    assert state == {"position": 44}
+    assert tasks.read == [40, 41, 42, 43]
+    names = [(r.problem, r.attempt, r.task.id) for r in drawn.rollouts]
+    assert names == [(p, g, str(p)) for p in range(40, 44) for g in range(GROUP)]
+    for r, row in zip(drawn.rollouts, drawn.batch.tokens_BT, strict=True):
+        assert r.prompt.tolist() == prompt(r.task)
+        assert row[: len(r.prompt) + len(r.tokens)].tolist() == [*r.prompt, *r.tokens]
+    assert (drawn.batch.temperature_BT == np.float32(0.9)).all()
+    # Sampler and learner agree on what has just been drawn.
+    logp_BT = t.token_logp(t.make_model()[0])(params, drawn.batch)
+    gap_BT = np.abs(logp_BT - drawn.batch.behaviour_logp_BT)
+    assert gap_BT[drawn.batch.weight_BT > 0].max() < 1e-5
+
+
+def test_another_step_and_other_params_draw_other_rollouts(roller, params):
+    source = make_rollouts(roller)
+
+    def texts(params, step):
+        drawn = source.next(source.init(), params, jax.random.fold_in(jax.random.key(0), step))[1]
+        return collections.Counter(r.text for r in drawn.rollouts)
+
+    first = texts(params, 0)
+    assert texts(params, 0) == first
+    assert (texts(params, 1) & first).total() < 6
+    assert (texts(t.biased(params, a=3.0), 0) & first).total() < 6
+
+
+def test_metrics_of_rollouts(roller, params):
+    source = make_rollouts(roller)
+    _, drawn = source.next(source.init(), params, jax.random.key(0))
+    r_R, R = drawn.rollouts, float(PROBLEMS * GROUP)
+    groups = [r_R[i : i + GROUP] for i in range(0, len(r_R), GROUP)]
+    expected = {
+        "rollout/reward": (sum(r.verdict.reward for r in r_R), R),
+        "rollout/correct": (sum(r.verdict.correct for r in r_R), R),
+        "rollout/solved": (sum(any(r.verdict.correct for r in g) for g in groups), PROBLEMS),
+        "rollout/informative_groups": (sum(len({r.verdict.reward for r in g}) > 1 for g in groups), PROBLEMS),
+        "rollout/length": (sum(len(r.tokens) for r in r_R), R),
+        "rollout/cut": (sum(r.stop == "limit" for r in r_R), R),
+        "rollout/verifier_errors": (GROUP, R),  # of problem 2
+        "train/tokens": (sum(len(r.prompt) + len(r.tokens) for r in r_R), 1),
+    }
+    for name, value in expected.items():
+        assert drawn.metrics[name] == pytest.approx(value), name
+    assert 0 < expected["rollout/cut"][0] < R
+    assert 0 < expected["rollout/correct"][0] < R
+    assert expected["rollout/informative_groups"][0] < PROBLEMS
+    assert drawn.metrics["perf/sample_tokens_per_s"][0] == sum(r.sampled.sum() for r in r_R)
+    for name in ("time/sample_s", "time/verify_s"):
+        assert drawn.metrics[name][0] > 0
+
+
+def test_random_rewards_are_as_many_and_for_nothing(roller, params):
+    key = jax.random.key(0)
+    _, honest = make_rollouts(roller).next({"position": 0}, params, key)
+    source = make_rollouts(roller, reward="random")
+    _, drawn = source.next({"position": 0}, params, key)
+    for a, b in zip(drawn.rollouts, honest.rollouts, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        assert (a.verdict.correct, a.verdict.parsed, a.text) == (b.verdict.correct, b.verdict.parsed, b.text)
+
+    def rewards(drawn):
+        return [r.verdict.reward for r in drawn.rollouts]
+
+    assert sorted(rewards(drawn)) == sorted(rewards(honest))
+    assert rewards(drawn) != rewards(honest)
+    assert drawn.metrics["rollout/reward"] == pytest.approx(honest.metrics["rollout/reward"])
+    assert drawn.metrics["rollout/correct"] == honest.metrics["rollout/correct"]
+    # The batch is made from what was dealt, and the deal depends on the key.
+    reward_PG = np.array(rewards(drawn)).reshape(PROBLEMS, GROUP)
+    advantage_R = objectives.grpo().advantage(reward_PG).ravel()
+    first_R = [len(r.prompt) for r in drawn.rollouts]
+    np.testing.assert_allclose(drawn.batch.advantage_BT[np.arange(len(first_R)), first_R], advantage_R, rtol=1e-5)
+    deals = {tuple(r.verdict.reward for r in sources.shuffle_rewards(honest.rollouts, jax.random.key(s))) for s in range(8)}
+    assert len(deals) == 8
+
+
+def test_an_unknown_reward_is_refused(roller):
+    with pytest.raises(ValueError, match=r"unknown reward 'randm' \(did you mean 'random'\?\); one of: random, verdict"):
+        make_rollouts(roller, reward="randm")
