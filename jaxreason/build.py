@@ -373,6 +373,8 @@ def make_evaluate(
     the `length` and the number of `rows` of its windows.
     """
     prompt, roller = parts.format.prompt, parts.roller
+    if suites and not temperatures:
+        raise ValueError("config.evaluate.temperatures is empty; allowed: one or more, 0 is greedy")
     longest_prompt = roller.sampler.length - roller.max_tokens
     made = []
     for name, section in suites.items():

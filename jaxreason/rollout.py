@@ -57,6 +57,8 @@ def collect(
     Raises:
       ValueError: a prompt is empty, or longer than the largest bucket.
     """
+    if roller.prompt_buckets[-1] > roller.sampler.length:
+        raise ValueError(f"prompts of {roller.prompt_buckets[-1]} tokens do not fit a sampler of length {roller.sampler.length}")
     for request in requests:
         if not 1 <= len(request.prompt) <= roller.prompt_buckets[-1]:
             raise ValueError(
@@ -66,7 +68,7 @@ def collect(
     sampler, started_s, verify_s = roller.sampler, time.perf_counter(), 0.0
     problem_R = np.array([r.problem for r in requests], np.uint32)
     attempt_R = np.array([r.attempt for r in requests], np.uint32)
-    key_R = np.asarray(attempt_keys(key, problem_R, attempt_R)) if requests else None
+    key_R = np.asarray(attempt_keys(key, problem_R, attempt_R))
     rollouts: list[Rollout | None] = [None] * len(requests)
     queue = collections.deque(range(len(requests)))
     occupant: list[int | None] = [None] * sampler.slots  # request in each slot
@@ -100,7 +102,8 @@ def collect(
             tokens, sampled = tokens_SC[s, completion].copy(), sampled_SC[s, completion].copy()
             stop = STOPS[int(stop_S[s])]
             turn = tokens[len(sampled) - _trailing(sampled) :]
-            state[r], step = environment.step(state[r], text_of(turn), stop == "limit")
+            full = length_S[s] >= _limit(roller, request)  # even if its last token ends a turn
+            state[r], step = environment.step(state[r], text_of(turn), bool(full))
             if step.observation is not None:
                 forced[s] = roller.encode(step.observation)
                 if forced[s]:
@@ -128,6 +131,11 @@ def collect(
     return rollouts, Spent(time.perf_counter() - started_s - verify_s, verify_s, tokens)
 
 
+def _limit(roller: Roller, request: Request) -> int:
+    """Length at which a request stops, its prompt included."""
+    return min(len(request.prompt) + roller.max_tokens, roller.sampler.length)
+
+
 def _trailing(sampled) -> int:
     """How many tokens were sampled since the last forced one."""
     forced = np.flatnonzero(~sampled)
@@ -150,7 +158,7 @@ def _insert(roller: Roller, params, slots, placed: dict[int, int], requests, key
     key_S = np.zeros((S, *key_R.shape[1:]), key_R.dtype)
     for i, (s, r) in enumerate(placed.items()):
         row_S[i], slot_S[i], key_S[i] = row_of[tuple(requests[r].prompt)], s, key_R[r]
-        limit_S[i] = min(len(requests[r].prompt) + roller.max_tokens, roller.sampler.length)
+        limit_S[i] = _limit(roller, requests[r])
     return roller.sampler.insert(params, slots, tokens_PT, length_P, row_S, slot_S, key_S, limit_S)
 
 
