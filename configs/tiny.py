@@ -2,7 +2,7 @@
 
 python -m jaxreason.main --config=configs/tiny.py[:prior=none][,reward=random][,task=inverse_chain|countdown][,smoke]
 
-2026-11-23, 2-core CPU (AMD EPYC), float32, 2,000 + 160 steps, seeds 0 to 4, accuracy on 512 held-out chains of five operations,
+2026-11-23, one core of an AMD EPYC a run, float32, 2,000 + 160 steps, seeds 0 to 4, on 512 held-out chains of five operations,
 worst and best seed: greedy 0.18 to 0.52 after the prior, 0.967 to 1.000 after RL; at temperature 1, 0.19 to 0.27 and 0.89 to 0.95
 (intervals: README). `prior=none` 0.000; `reward=random` falls to 0.148, both seed 0. Negative: on longer chains (`chain_ood`) it
 does not reliably improve. With `guess` at 0.5, 1,800 steps and a slip of 0.12, one prior of five had a greedy accuracy of 0.81
