@@ -5,7 +5,7 @@
 `model` is a named size (smollm2_135m, qwen2.5_1.5b, qwen3_8b, ...), a Hugging Face id or a folder. GSM8K: Cobbe et al. 2021,
 arXiv 2110.14168, read through TFDS. Sized for one accelerator of 16 GB or more with the default model; for a slice add
 `--config.mesh.fsdp=N`. Not yet run on an accelerator. On a 2-core CPU, 2026-11-23, SmolLM2-135M-Instruct
-(from 4-bit weights), float32, eight steps of 2 problems x 4 attempts of at most 128 tokens at temperature 0.7: 38 to 70 s a step
+(from 4-bit weights), float32, eight steps of 2 problems x 4 attempts of at most 128 tokens at temperature 0.7: 39 to 112 s a step
 while other jobs ran, mean |sampler - learner log-prob| at most 5e-6, no attempt right (64 in all): such a model is too weak for
 GSM8K, and nothing is learned from rewards that are all zero.
 """

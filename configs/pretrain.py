@@ -3,7 +3,8 @@
     python -m jaxreason.main --config=configs/pretrain.py:path=FOLDER_OR_GLOB[,smoke]
 
 Without `path` it reads this repository's own Python files, which every checkout has (run it from there). The loss on held-out
-paragraphs, in nats a byte, is `eval/held_out/nll`.
+paragraphs, in nats a byte, is `eval/held_out/nll`. 2026-11-23, 2-core CPU, seed 0, 237 k bytes of text: 1.40, 1.22, 1.29 at steps
+200, 400, 600 (it overfits after 400), where count models of the same text give 3.31 (unigram) and 2.58 (bigram, smoothed).
 """
 
 from ml_collections import ConfigDict
