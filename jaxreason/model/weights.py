@@ -262,8 +262,10 @@ def _read(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def _to_devices(array: np.ndarray, sharding) -> jax.Array:
     if sharding is None:
-        return jax.device_put(array)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+        placed = jax.device_put(array)
+    else:
+        placed = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    return jax.block_until_ready(placed)  # else copies that are under way hold several host arrays at a time
 
 
 def _at(tree, path: tuple[str, ...]):
