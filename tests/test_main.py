@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 from runs import ROOT, load_config
@@ -127,12 +126,10 @@ def test_a_folder_without_config_is_refused(tmp_path):
         build(changed({"model": {"name": str(tmp_path), "weights": "pretrained"}}))
 
 
-def test_help_is_quick_and_does_not_import_jax():
-    started_s = time.perf_counter()
+def test_help_does_not_import_jax():
     code, out, _ = main("--help")
     assert code in (0, 1)  # absl exits with 1
     assert "--workdir" in out
-    assert time.perf_counter() - started_s < 30  # a hang; the time itself is measured elsewhere
     probe = "import sys, jaxreason.main; print([m for m in ('jax', 'flax', 'orbax', 'grain') if m in sys.modules])"
     got = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
     assert got.stdout.strip() == "[]"

@@ -245,9 +245,9 @@ def test_total_and_bounded_whatever_the_text(name):
     pieces += ["\0", "\ud800", "٣", "\\frac{1}", "{,}", ".", "9" * 70]
     fuzz = ["".join(rng.choices(pieces, k=rng.randint(1, 12))) for _ in range(400)]
     for text in NASTY + fuzz:
-        start = time.perf_counter()
+        start_s = time.process_time()
         verdict = verify(text, task)
-        assert time.perf_counter() - start < 0.5, repr(text[:40])
+        assert time.process_time() - start_s < 5, repr(text[:40])  # quadratic or worse; it takes microseconds
         assert isinstance(verdict, Verdict)
         assert verdict.reward in (0.0, 1.0)
         assert verdict.reason
@@ -274,9 +274,7 @@ def test_math(math, text, key, reason):
 
 
 def test_math_child_that_hangs_is_killed_and_replaced(math):
-    start = time.perf_counter()
-    assert math("\\boxed{10^{10^{10}}}", one("3")).reason == "timeout"
-    assert time.perf_counter() - start < 6
+    assert math("\\boxed{10^{10^{10}}}", one("3")).reason == "timeout"  # without the kill it would not come back
     assert math("\\boxed{3}", one("3")).correct
 
 
