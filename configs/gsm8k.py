@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "chunk_tokens": 32,
         "cache_dtype": config_dict.placeholder(str),
     }
-    config.verifier = {"name": "number"}
+    config.verifier = {"name": "number", "must_finish": True}
     config.mesh = {"data": -1, "fsdp": 1}
     config.phases = ("rl",)
     config.rl = {

@@ -19,7 +19,7 @@ from jaxreason import batching, data, sharding, sources, tasks, text, verify
 from jaxreason import evaluate as evaluation
 from jaxreason import objectives as objectives_
 from jaxreason import optimizer as optimizer_
-from jaxreason.environment import single_turn
+from jaxreason.environment import Environment, single_turn
 from jaxreason.learner import compile_token_logp
 from jaxreason.model import Model, ModelConfig, transformer
 from jaxreason.model import config as model_config
@@ -337,7 +337,7 @@ def rollouts(
     return sources.rollouts(
         endless(items, parts.seed),
         prompt,
-        single_turn(make_verifier(parts.verifier)),
+        make_environment(parts.verifier),
         roller,
         objective,
         problems=problems,
@@ -351,8 +351,11 @@ def rollouts(
 SOURCES = {"corpus": corpus, "demonstrations": demonstrations, "rollouts": rollouts}
 
 
-def make_verifier(section: dict) -> Callable:
-    return verify.make(**{"name": None, **section})
+def make_environment(section: dict) -> Environment:
+    """Make the environment that a `verifier` section asks for: its name, its fields, and `must_finish` (see single_turn)."""
+    section = {"name": None, **section}
+    must_finish = section.pop("must_finish", False)
+    return single_turn(verify.make(**section), must_finish)
 
 
 # --- evaluation and logs ---
@@ -378,10 +381,10 @@ def make_evaluate(
     longest_prompt = roller.sampler.length - roller.max_tokens
     made = []
     for name, section in suites.items():
-        judge = make_verifier(section.get("verifier", parts.verifier))
+        environment = make_environment(section.get("verifier", parts.verifier))
         items = load_tasks({k: v for k, v in section.items() if k != "verifier"}, split="test", size=max(n, final_n or n))
         items = fitting(items, prompt, longest_prompt, f"suite {name!r}", parts.say)
-        made.append(evaluation.Suite(name, items, single_turn(judge)))
+        made.append(evaluation.Suite(name, items, environment))
 
     made_texts = [
         call(held_out_text, section, f"config.evaluate.texts.{name}", name=name, parts=parts)

@@ -1,8 +1,7 @@
 """Environments: what a model's text leads to. Text in and text out, no tokens, single-use.
 
-`Environment(reset, step)`: `reset(task) -> state`; `step(state, text, final) -> (state, Step)`, where `text` is what the model
-wrote since the last observation. A step either ends the rollout with a verdict or goes on with an observation, which the
-rollout loop appends as forced tokens; with `final` there is no room to go on, and the step must judge.
+`Environment(reset, step)`: `reset(task) -> state`; `step(state, turn) -> (state, Step)`. A step either ends the rollout with a
+verdict or goes on with an observation, which the rollout loop appends as forced tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +14,14 @@ from jaxreason.types import Task, Verdict
 VERIFIER_ERROR = "verifier error"
 
 
+class Turn(NamedTuple):
+    """What the model wrote since the last observation."""
+
+    text: str
+    stop: str  # why it stopped, one of sampler.STOPS
+    final: bool  # there is no room for an observation: the step must judge
+
+
 class Step(NamedTuple):
     """Exactly one of the two is set."""
 
@@ -24,15 +31,21 @@ class Step(NamedTuple):
 
 class Environment(NamedTuple):
     reset: Callable[[Task], Any]
-    step: Callable[[Any, str, bool], tuple[Any, Step]]
+    step: Callable[[Any, Turn], tuple[Any, Step]]
 
 
-def single_turn(verify: Callable[[str, Task], Verdict]) -> Environment:
-    """The model writes once and is judged. A verifier that raises, a bug of its author, costs a wrong verdict and not the run."""
+def single_turn(verify: Callable[[str, Task], Verdict], must_finish: bool = False) -> Environment:
+    """The model writes once and is judged. A verifier that raises, a bug of its author, costs a wrong verdict and not the run.
 
-    def step(task, text, final):
+    With `must_finish` an attempt that was cut off at its limit is wrong, whatever it says so far: a verifier that falls back on
+    the last number of a text would otherwise pay for whichever number the cut happened to leave there.
+    """
+
+    def step(task, turn):
+        if must_finish and turn.stop == "limit":
+            return task, Step(verdict=Verdict(0.0, False, None, "cut off"))
         try:
-            verdict = verify(text, task)
+            verdict = verify(turn.text, task)
         except Exception as error:
             verdict = Verdict(0.0, False, None, f"{VERIFIER_ERROR}: {type(error).__name__}: {error}")
         return task, Step(verdict=verdict)

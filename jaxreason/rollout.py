@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxreason.environment import Environment
+from jaxreason.environment import Environment, Turn
 from jaxreason.sampler import RUNNING, STOPS, Sampler, attempt_keys
 from jaxreason.types import Rollout, Task
 
@@ -103,13 +103,13 @@ def collect(
             stop = STOPS[int(stop_S[s])]
             turn = tokens[len(sampled) - _trailing(sampled) :]
             full = length_S[s] >= _limit(roller, request)  # even if its last token ends a turn
-            state[r], step = environment.step(state[r], text_of(turn), bool(full))
+            state[r], step = environment.step(state[r], Turn(text_of(turn), stop, bool(full)))
             if step.observation is not None:
                 forced[s] = roller.encode(step.observation)
                 if forced[s]:
                     continue
                 del forced[s]  # nothing to go on from
-                state[r], step = environment.step(state[r], "", True)
+                state[r], step = environment.step(state[r], Turn("", stop, final=True))
             rollouts[r] = Rollout(
                 task=request.task,
                 problem=request.problem,

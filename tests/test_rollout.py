@@ -171,15 +171,15 @@ def test_a_prompt_must_be_neither_empty_nor_too_long(made):
 def scripted(observations, heard=None):
     """Answer a turn of a task with the next of `observations(task)`; judge when there are none left, or no room."""
 
-    def step(state, text, final):
-        task, turn = state
-        assert turn < 9, "the loop does not get on"
+    def step(state, turn):
+        task, count = state
+        assert count < 9, "the loop does not get on"
         if heard is not None:
-            heard.setdefault(task.id, []).append((text, final))
-        left = observations(task)[turn:]
-        if final or not left:
-            return state, Step(verdict=Verdict(float(turn), final, text))
-        return (task, turn + 1), Step(observation=left[0])
+            heard.setdefault(task.id, []).append((turn.text, turn.final))
+        left = observations(task)[count:]
+        if turn.final or not left:
+            return state, Step(verdict=Verdict(float(count), turn.final, turn.text))
+        return (task, count + 1), Step(observation=left[0])
 
     return Environment(reset=lambda task: (task, 0), step=step)
 
@@ -345,3 +345,22 @@ def test_observations_of_many_lengths_share_few_shapes(made, conversations):
     # They were of 2, 3 and 4 tokens. The roller is that of the conversations.
     roller = t.make_roller(made[0], slots=5, length=36, max_tokens=28)
     assert roller.sampler.force._cache_size() == 2
+
+
+def test_must_finish_pays_nothing_for_what_was_cut_off(made, requests):
+    always = lambda text, task: Verdict(1.0, True, text)  # noqa: E731
+    params = t.biased(made[1], _=1.0)
+    judged = {m: t.roll(t.make_roller(made[0]), params, requests, single_turn(always, must_finish=m)) for m in (False, True)}
+    assert {r.stop for r in judged[True]} == {"eos", "limit"}
+    for free, r in zip(judged[False], judged[True], strict=True):
+        assert free.verdict == Verdict(1.0, True, r.text)
+        assert r.verdict == (Verdict(0.0, False, None, "cut off") if r.stop == "limit" else free.verdict)
+
+
+def test_must_finish_does_not_mind_an_end_at_the_very_limit(made, requests):
+    """The last token that there is room for may be the end of sequence: the attempt is whole."""
+    always = lambda text, task: Verdict(1.0, True, text)  # noqa: E731
+    roller = t.make_roller(made[0], max_tokens=1)
+    rollouts = t.roll(roller, t.biased(made[1], _=ALWAYS), requests, single_turn(always, must_finish=True))
+    assert {r.stop for r in rollouts} == {"eos"}
+    assert all(r.verdict.correct for r in rollouts)
