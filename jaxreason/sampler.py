@@ -115,9 +115,10 @@ def compile_sampler(
         _, prefilled = model.apply(params, tokens_PT, position_PT, cache=model.init_cache(P, T, cache_dtype))
 
         def copy(into, prompt):
+            *_, a, b = prompt.shape  # keys have their columns last, values last but one
             if stacked:
-                return into.at[:, slot_R, :, :T].set(prompt[:, row_R], mode="drop")
-            return into.at[slot_R, :, :T].set(prompt[row_R], mode="drop")
+                return into.at[:, slot_R, :, :a, :b].set(prompt[:, row_R], mode="drop")
+            return into.at[slot_R, :, :a, :b].set(prompt[row_R], mode="drop")
 
         def put(into_S, value_R):
             return into_S.at[slot_R].set(value_R, mode="drop")

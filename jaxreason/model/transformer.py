@@ -7,12 +7,15 @@ accelerators) and an unrolled loop (twice as fast on a CPU at 3 layers).
 
 from __future__ import annotations
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxreason.model.config import ModelConfig, rope_frequencies
-from jaxreason.model.layers import Block, Norm
+from jaxreason.model.layers import Block, Norm, Projection, from_left
 from jaxreason.model.seam import Model
 
 REMAT = {
@@ -27,6 +30,7 @@ def transformer(config: ModelConfig) -> Model:
     dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
     # Modules hold no arrays of their own here: only their structure is kept, to be merged with params inside `apply`.
     block = nnx.graphdef(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
+    decode_block = nnx.graphdef(transposed(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0)))))
     final_norm = nnx.graphdef(nnx.eval_shape(lambda: Norm(config.width, config.norm_eps)))
 
     def init(key):
@@ -46,9 +50,10 @@ def transformer(config: ModelConfig) -> Model:
             params["value"] = {"kernel": std * jax.random.normal(value_key, (config.width,))}
         return jax.tree.map(lambda x: x.astype(param_dtype), params)
 
-    def run_block(x_BTD, layer, rotations, visible_BTC, position_BT, cache):
+    def run(block, x_BTD, layer, rotations, visible_BTC, position_BT, cache):
         return nnx.merge(block, layer)(x_BTD, rotations, visible_BTC, position_BT, cache)
 
+    run_block = functools.partial(run, block)
     if config.remat != "none":
         run_block = jax.checkpoint(run_block, policy=REMAT[config.remat])
 
@@ -65,16 +70,20 @@ def transformer(config: ModelConfig) -> Model:
 
             x_BTD, cache = jax.lax.scan(step, x_BTD, (layers, cache))
         else:
-            layers = layers if isinstance(layers, tuple) else unstack(layers, config.layers)
+            run_layer = functools.partial(run, decode_block) if in_decode_layout(params) else run_block
+            layers = layers if in_decode_layout(params) else unstack(layers, config.layers)
             caches = cache or (None,) * config.layers
             new_caches = []
             for layer, layer_cache in zip(layers, caches, strict=True):
-                x_BTD, layer_cache = run_block(x_BTD, layer, rotations, visible_BTC, position_BT, layer_cache)
+                x_BTD, layer_cache = run_layer(x_BTD, layer, rotations, visible_BTC, position_BT, layer_cache)
                 new_caches.append(layer_cache)
             cache = None if cache is None else tuple(new_caches)
         return nnx.merge(final_norm, params["final_norm"])(x_BTD), cache
 
     def unembed(params, hidden):
+        if in_decode_layout(params):
+            kernel_VD = params["embed"]["embedding"] if config.tied_embeddings else params["unembed"]["kernel"]
+            return from_left(kernel_VD.astype(hidden.dtype), hidden, jnp.float32)
         kernel = params["embed"]["embedding"].T if config.tied_embeddings else params["unembed"]["kernel"]
         return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
@@ -82,18 +91,53 @@ def transformer(config: ModelConfig) -> Model:
         return hidden.astype(jnp.float32) @ params["value"]["kernel"].astype(jnp.float32)
 
     def init_cache(batch, length, cache_dtype=None):
-        shape = (batch, config.kv_heads, length, config.head_size)
-        empty = {name: jnp.zeros(shape, cache_dtype or dtype) for name in ("k", "v")}
-        if config.scan_layers:
-            return jax.tree.map(lambda x: jnp.zeros((config.layers, *x.shape), x.dtype), empty)
-        return tuple(jax.tree.map(jnp.copy, empty) for _ in range(config.layers))
+        shape = (config.layers,) if config.scan_layers else ()
+        shape = (*shape, batch, config.kv_heads)
+
+        def empty():
+            kind = cache_dtype or dtype
+            return {
+                "k": jnp.zeros((*shape, config.head_size, length), kind),
+                "v": jnp.zeros((*shape, length, config.head_size), kind),
+            }
+
+        return empty() if config.scan_layers else tuple(empty() for _ in range(config.layers))
 
     def decode_layout(params):
+        # Cast once what every step would cast. Norms and the value head are small, and not all of their use is in `dtype`.
+        def cast(path, x):
+            return x.astype(dtype) if path[-1].key in ("kernel", "embedding") and path[0].key != "value" else x
+
+        params = jax.tree_util.tree_map_with_path(cast, params)
         if config.scan_layers:
             return params
-        return {**params, "layers": unstack(params["layers"], config.layers)}
+
+        def turn(path, x):
+            if path[-1].key != "kernel":
+                return x
+            inputs = 2 if path[-2].key == "o" else 1  # attention's output reads heads x head size
+            return x.reshape(math.prod(x.shape[:inputs]), -1).T
+
+        layers = unstack(params["layers"], config.layers)
+        params = {**params, "layers": tuple(jax.tree_util.tree_map_with_path(turn, layer) for layer in layers)}
+        if not config.tied_embeddings:
+            params["unembed"] = {"kernel": params["unembed"]["kernel"].T}
+        return params
 
     return Model(config, init, apply, unembed, value if config.value_head else None, init_cache, decode_layout)
+
+
+def in_decode_layout(params) -> bool:
+    """Whether params are as `decode_layout` of an unrolled model gives them: one tree a layer, kernels transposed."""
+    return isinstance(params["layers"], tuple)
+
+
+def transposed(block: Block) -> Block:
+    """Make the projections of a block take their kernels as `decode_layout` lays them out."""
+    for _, module in nnx.iter_graph(block):
+        if isinstance(module, Projection):
+            module.transposed = True
+    return block
 
 
 def unstack(layers, count: int) -> tuple:
@@ -128,4 +172,4 @@ def written(position_BT, length: int):
 
 def cache_length(cache) -> int:
     """C of a cache, stacked or not."""
-    return jax.tree.leaves(cache)[0].shape[-2]
+    return (cache if isinstance(cache, dict) else cache[0])["v"].shape[-2]
