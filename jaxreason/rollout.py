@@ -33,6 +33,7 @@ class Spent(NamedTuple):
     sample_s: float
     verify_s: float
     tokens: int  # sampled
+    slot_steps: int  # tokens that could have been sampled: decode steps x slots
 
 
 class Roller(NamedTuple):
@@ -74,6 +75,7 @@ def collect(
     occupant: list[int | None] = [None] * sampler.slots  # request in each slot
     state = [environment.reset(r.task) for r in requests]
     slots = sampler.empty()
+    length_S, steps = np.zeros(sampler.slots, np.int32), 0
 
     def text_of(tokens):
         kept = tokens[:-1] if len(tokens) and tokens[-1] in roller.eos_ids else tokens
@@ -85,14 +87,15 @@ def collect(
         if placed:
             occupant = [placed.get(s, r) for s, r in enumerate(occupant)]
             slots = _insert(roller, params, slots, placed, requests, key_R)
+            length_S[[*placed]] = [len(requests[r].prompt) for r in placed.values()]
         slots = sampler.decode(params, slots, np.float32(temperature))
-        stop_S = np.asarray(slots.stop_S)
+        before_S, (stop_S, length_S) = length_S, jax.device_get((slots.stop_S, slots.length_S))
+        length_S = length_S.copy()
+        steps += int(max(length_S[s] - before_S[s] for s, r in enumerate(occupant) if r is not None))
         finished = [s for s, r in enumerate(occupant) if r is not None and stop_S[s] != RUNNING]
         if not finished:
             continue
-        length_S, tokens_SC, logp_SC, sampled_SC = jax.device_get(
-            (slots.length_S, slots.tokens_SC, slots.logp_SC, slots.sampled_SC)
-        )
+        tokens_SC, logp_SC, sampled_SC = jax.device_get((slots.tokens_SC, slots.logp_SC, slots.sampled_SC))
         verify_started_s = time.perf_counter()
         forced: dict[int, list[int]] = {}
         for s in finished:
@@ -127,8 +130,10 @@ def collect(
         verify_s += time.perf_counter() - verify_started_s
         if forced:
             slots = _force(roller, params, slots, forced)
+            for s, ids in forced.items():
+                length_S[s] = min(length_S[s] + len(ids), _limit(roller, requests[occupant[s]]))
     tokens = sum(int(r.sampled.sum()) for r in rollouts)
-    return rollouts, Spent(time.perf_counter() - started_s - verify_s, verify_s, tokens)
+    return rollouts, Spent(time.perf_counter() - started_s - verify_s, verify_s, tokens, steps * sampler.slots)
 
 
 def _limit(roller: Roller, request: Request) -> int:

@@ -117,6 +117,7 @@ def rollouts(
             "time/verify_s": (spent.verify_s, 1.0),
             "train/tokens": (float(sum(len(r.prompt) + len(r.tokens) for r in drawn)), 1.0),
             "perf/sample_tokens_per_s": (float(spent.tokens), spent.sample_s),
+            "rollout/slot_occupancy": (float(spent.tokens), float(spent.slot_steps)),
         }
         return {"position": start + problems}, Drawn(batch, metrics, drawn)
 

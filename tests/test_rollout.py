@@ -320,6 +320,25 @@ def test_what_was_spent(made, requests):
     assert spent.verify_s > 0
 
 
+def test_occupancy_counts_the_steps_of_all_slots(made, requests):
+    """Of one slot no step is lost; where all start together, the longest decides how long the others wait."""
+
+    def spend(params, wanted, environment, **shape):
+        roller = t.make_roller(made[0], **shape)
+        layout = roller.sampler.prepare(params)
+        return collect(roller, layout, wanted, environment, key=jax.random.key(0), temperature=1.0)
+
+    rollouts, spent = spend(made[1], requests, JUDGE, slots=32)
+    longest = max(len(r.tokens) for r in rollouts)
+    assert longest > min(len(r.tokens) for r in rollouts)
+    assert (spent.tokens, spent.slot_steps) == (sum(len(r.tokens) for r in rollouts), 32 * longest)
+    _, alone = spend(made[1], requests, JUDGE, slots=1)
+    assert alone.slot_steps == alone.tokens == spent.tokens
+    talk = [r._replace(task=dataclasses.replace(r.task, id=f"{r.problem * 3 + r.attempt}")) for r in t.make_requests(4, 3)]
+    rollouts, spent = spend(t.biased(made[1], _=2.0), talk, scripted(several), slots=1, length=36, max_tokens=28)
+    assert spent.slot_steps == spent.tokens < sum(len(r.tokens) for r in rollouts)
+
+
 def test_each_shape_is_compiled_once(made, requests, expected, caplog):
     model, params = made
     prompt_buckets, row_buckets = (4, 8), (1, 4)

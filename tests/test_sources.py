@@ -183,6 +183,9 @@ def test_metrics_of_rollouts(roller, params):
     assert 0 < expected["rollout/correct"][0] < R
     assert expected["rollout/informative_groups"][0] < PROBLEMS
     assert drawn.metrics["perf/sample_tokens_per_s"][0] == sum(r.sampled.sum() for r in r_R)
+    used, steps = drawn.metrics["rollout/slot_occupancy"]
+    assert used == drawn.metrics["perf/sample_tokens_per_s"][0]
+    assert used <= steps
     for name in ("time/sample_s", "time/verify_s"):
         assert drawn.metrics[name][0] > 0
 
