@@ -9,7 +9,7 @@ from scipy import stats
 
 from jaxreason.environment import single_turn
 from jaxreason.rollout import Request
-from jaxreason.sampler import EMPTY, EOS, LIMIT, RUNNING, attempt_keys, compile_sampler, sample
+from jaxreason.sampler import EMPTY, EOS, LIMIT, RUNNING, attempt_keys, compile_sampler, draw, invert, sample
 from jaxreason.sharding import make_mesh
 from jaxreason.types import Task
 
@@ -33,7 +33,7 @@ def test_decoded_logp_is_teacher_forced_logp(made, slots, length):
     roller = t.make_roller(model, slots=slots, length=length)
     for temperature in (1.0, 0.7):
         rollouts = t.roll(roller, params, requests, JUDGE, temperature=temperature)
-        assert len({len(r.tokens) for r in rollouts}) > 5
+        assert len({len(r.tokens) for r in rollouts}) > 4
         assert {r.stop for r in rollouts} == {"eos", "limit"}
         assert t.largest_gap(model, params, rollouts) < 1e-5
 
@@ -67,6 +67,29 @@ def test_samples_follow_the_tempered_softmax(temperature):
     # The test would notice the other temperature.
     assert stats.chisquare(observed, draws * tempered(LOGITS, 1.7 - temperature)).pvalue < 1e-6
     np.testing.assert_allclose(logp, np.log(expected)[tokens], atol=1e-5)
+
+
+@pytest.mark.parametrize("words", [5, 128, 300])
+def test_draws_follow_their_weights_over_blocks(words):
+    """Fewer words than a block, one block, and a last block that is not full; what has no weight is never drawn."""
+    rng = np.random.default_rng(words)
+    weight_V = rng.exponential(size=words).astype(np.float32)
+    weight_V[rng.permutation(words)[: words // 3]] = 0
+    draws = 200 * words
+    keys = jax.random.split(jax.random.key(3), draws)
+    observed = np.bincount(np.asarray(draw(jnp.broadcast_to(weight_V, (draws, words)), keys)), minlength=words)
+    assert len(observed) == words
+    assert not observed[weight_V == 0].any()
+    expected = draws * weight_V.astype(np.float64) / weight_V.sum(dtype=np.float64)
+    some = weight_V > 0
+    assert stats.chisquare(observed[some], expected[some]).pvalue > 0.01
+    assert stats.chisquare(observed[some], np.roll(expected[some], 1)).pvalue < 1e-6  # the test would notice a shift
+
+
+def test_a_share_that_rounds_to_the_whole_draws_something_possible():
+    p_SN = jnp.array([[0.0, 2.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+    assert invert(p_SN, jnp.array([1.0, 1.0])).tolist() == [1, 3]
+    assert invert(p_SN, jnp.array([0.0, 0.0])).tolist() == [1, 3]
 
 
 def test_temperature_zero_takes_the_most_likely_token(made):
@@ -111,10 +134,10 @@ def test_attempt_keys_are_distinct_over_seeds_phases_steps_problems_and_attempts
 
 def test_noise_is_never_shared_and_comes_back_with_its_key():
     # A model that has no preference among very many tokens: a token is a fingerprint of the noise that chose it.
-    model, params = t.make_model(vocab_size=2**16, width=2, layers=1, heads=1, kv_heads=1, head_size=2, feed_forward=2)
+    model, params = t.make_model(vocab_size=2**20, width=2, layers=1, heads=1, kv_heads=1, head_size=2, feed_forward=2)
     params = jax.tree.map(jnp.zeros_like, params)
     requests = [Request(Task("", ""), p, g, [1]) for p in range(3) for g in range(3)]
-    roller = t.make_roller(model, slots=5, length=8, eos_ids=(2**16,), max_tokens=4)._replace(decode=str)
+    roller = t.make_roller(model, slots=5, length=8, eos_ids=(2**20,), max_tokens=4)._replace(decode=str)
 
     def fingerprints(key, requests=requests):
         return {(r.problem, r.attempt): tuple(r.tokens.tolist()) for r in t.roll(roller, params, requests, JUDGE, key=key)}
