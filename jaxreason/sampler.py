@@ -82,7 +82,7 @@ def draw(p_SV, keys_S, width: int = 128):
     """Draw an index a row in proportion to `p_SV`, which need not sum to one: the inverse of its cumulative sum at two uniforms.
 
     One picks a block of `width` words, the other a word in it. Gumbel noise, one number for each word, took a quarter of a
-    decode step of 49,152 words on a CPU.
+    decode step on a CPU (16 rows of SmolLM2-135M's shape, one EPYC core, 2026-11-24: 99 ms with it, 73 ms so).
     """
     S, V = p_SV.shape
     p_SNW = jnp.pad(p_SV, ((0, 0), (0, -V % width))).reshape(S, -1, width)
