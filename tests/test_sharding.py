@@ -88,7 +88,8 @@ def test_no_large_parameter_is_replicated(variant):
 def test_named_sizes_divide_over_eight(name):
     fields = {"vocab_size": 64} if name == "tiny" else {}
     params = jax.eval_shape(transformer(SIZES[name](**fields)).init, jax.random.key(0))
-    sharding.shardings(params, sharding.make_mesh(data=1, fsdp=8))
+    placed = sharding.shardings(params, sharding.make_mesh(data=1, fsdp=8))
+    assert any("fsdp" in leaf.spec for leaf in jax.tree.leaves(placed))
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam"])
