@@ -29,7 +29,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.seed = 0
     config.model = {"name": "tiny", "layers": 3}
     config.text = {"tokenizer": "characters", "format": "plain"}
-    config.sampler = {"slots": 128, "max_prompt_tokens": 24, "max_tokens": 72, "chunk_tokens": 8, "prompts_per_insert": 16}
+    config.sampler = {"slots": 128, "max_prompt_tokens": 24, "max_tokens": 72, "chunk_tokens": 8, "prompts_per_prefill": 16}
     config.verifier = verifier
     config.mesh = {"data": -1, "fsdp": 1}
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxreason import batching, data, sharding, sources, tasks, text, verify
+from jaxreason import batching, data, rollout, sharding, sources, tasks, text, verify
 from jaxreason import evaluate as evaluation
 from jaxreason import objectives as objectives_
 from jaxreason import optimizer as optimizer_
@@ -25,8 +25,8 @@ from jaxreason.model import Model, ModelConfig, transformer
 from jaxreason.model import config as model_config
 from jaxreason.model import weights as weights_
 from jaxreason.options import call, unknown
-from jaxreason.rollout import Roller
-from jaxreason.sampler import compile_sampler
+from jaxreason.rollout import Budget, Roller
+from jaxreason.sampler import ALL, Filter, compile_sampler
 from jaxreason.tasks.procedural import ALPHABET
 from jaxreason.train import Phase, Run
 
@@ -76,7 +76,8 @@ def build(config, *, say: Callable[[str], None] = print) -> Run:
     roller = call(make_roller, config["sampler"], "config.sampler", model=model, tokenizer=tokenizer, format=format, mesh=mesh)
     parts = Parts(config["seed"], model, tokenizer, format, roller, config["verifier"], sharding.row_devices(mesh), say)
     phases = [call(make_phase, config[name], f"config.{name}", name=name, parts=parts) for name in phase_names]
-    evaluate = call(make_evaluate, config["evaluate"], "config.evaluate", parts=parts)
+    evaluate, filter = call(make_evaluate, config["evaluate"], "config.evaluate", parts=parts)
+    filters = [ALL] * any(phase.source.samples for phase in phases) + [filter] * (filter is not None)
     kept, _ = call(make_log, config["log"], "config.log")
 
     return Run(
@@ -84,6 +85,7 @@ def build(config, *, say: Callable[[str], None] = print) -> Run:
         init=functools.partial(init_params, model, load, config["seed"], mesh),
         phases=phases,
         evaluate=evaluate,
+        warm_up=functools.partial(warm_up, roller, filters) if filters else None,
         mesh=mesh,
         seed=config["seed"],
         decode=lambda ids: tokenizer.decode([int(i) for i in ids]),
@@ -188,19 +190,50 @@ def make_roller(
     max_tokens: int,
     chunk_tokens: int = 16,
     cache_dtype: str | None = None,
-    prompts_per_insert: int = 8,
+    prompts_per_prefill: int = 8,
+    prefill_tokens: int = 128,
+    stop_strings: Sequence[str] = (),
+    thinking_tokens: int | None = None,
+    end_of_thinking: str = "\n</think>\n\n",
+    untempered_logp: bool = False,
 ) -> Roller:
-    """Compile-to-be sampler of `slots` sequences of at most `max_prompt_tokens` + `max_tokens` tokens, and the text around it."""
-    for name, value in (("slots", slots), ("max_prompt_tokens", max_prompt_tokens), ("max_tokens", max_tokens)):
+    """Compile-to-be sampler of `slots` sequences of at most `max_prompt_tokens` + `max_tokens` tokens, and the text around it.
+
+    A turn ends with any of `stop_strings`, which stays in its text. After `thinking_tokens` tokens of a completion
+    `end_of_thinking` is forced, unless it was written. `cache_dtype` is that of the model, or float32, bfloat16 or int8.
+    """
+    positive = {
+        "slots": slots,
+        "max_prompt_tokens": max_prompt_tokens,
+        "max_tokens": max_tokens,
+        "chunk_tokens": chunk_tokens,
+        "prefill_tokens": prefill_tokens,
+        "prompts_per_prefill": prompts_per_prefill,
+    }
+    for name, value in positive.items():
         if value < 1:
             raise ValueError(f"config.sampler.{name} got {value}; allowed: 1 or more")
+    if cache_dtype not in CACHE_DTYPES:
+        raise ValueError(unknown("config.sampler.cache_dtype", cache_dtype, map(str, CACHE_DTYPES)))
+    if isinstance(stop_strings, str) or not all(isinstance(s, str) and s for s in stop_strings):
+        raise ValueError(f"config.sampler.stop_strings got {stop_strings!r}; allowed: a tuple of texts, none of them empty")
+    thinking = None
+    if thinking_tokens is not None:
+        if thinking_tokens < 1 or not end_of_thinking.strip():
+            raise ValueError(
+                f"config.sampler got thinking_tokens={thinking_tokens}, end_of_thinking={end_of_thinking!r}; allowed: 1 or more, "
+                "and a text that is more than white space"
+            )
+        thinking = Budget(thinking_tokens, end_of_thinking, tuple(tokenizer.encode(end_of_thinking)))
     sampler = compile_sampler(
         model,
         slots=slots,
         length=max_prompt_tokens + max_tokens,
         eos_ids=tokenizer.eos_ids,
         chunk_tokens=chunk_tokens,
+        prefill_tokens=prefill_tokens,
         cache_dtype=cache_dtype,
+        untempered_logp=untempered_logp,
         mesh=mesh,
     )
     return Roller(
@@ -209,9 +242,14 @@ def make_roller(
         decode=functools.partial(tokenizer.decode, skip_special=False),
         eos_ids=tokenizer.eos_ids,
         prompt_buckets=batching.length_buckets(max_prompt_tokens, count=2),
-        row_buckets=tuple(sorted({min(prompts_per_insert, slots), slots})),
+        rows=min(prompts_per_prefill, slots),
         max_tokens=max_tokens,
+        stop_strings=tuple(stop_strings),
+        thinking=thinking,
     )
+
+
+CACHE_DTYPES = (None, "float32", "bfloat16", "int8")
 
 
 # --- phases ---
@@ -323,8 +361,20 @@ def rollouts(
     temperature: float = 1.0,
     max_tokens: int | None = None,
     reward: str = "verdict",
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> sources.Source:
-    """`group` verified attempts at each of `problems` tasks a step, sampled from the params at hand."""
+    """`group` verified attempts at each of `problems` tasks a step, sampled from the params at hand.
+
+    Words may not be left out by `top_k`, `top_p` or `min_p`: they are here to say why.
+    """
+    if make_filter(top_k, top_p, min_p, "source") != ALL:
+        raise ValueError(
+            f"source got top_k={top_k}, top_p={top_p}, min_p={min_p}; allowed in training: 0, 1 and 0. The learner's log-probs "
+            "are over all words, so its ratio to the sampler's would be biased: below 1 on-policy by the share that is left out. "
+            "Change the temperature instead, or set them in config.evaluate"
+        )
     if temperature <= 0:
         raise ValueError(f"source.temperature got {temperature}; allowed: above 0 (greedy attempts are all alike)")
     prompt, roller = parts.format.prompt, parts.roller
@@ -348,7 +398,23 @@ def rollouts(
     )
 
 
+def warm_up(roller: Roller, filters: Sequence[Filter], params) -> None:
+    """Compile the sampler for all lengths."""
+    # Every verifier judges a turn at once, so only the end of thinking is ever forced.
+    rollout.warm_up(roller, roller.sampler.prepare(params), filters, forces=roller.thinking is not None)
+
+
 SOURCES = {"corpus": corpus, "demonstrations": demonstrations, "rollouts": rollouts}
+
+
+def make_filter(top_k: int, top_p: float, min_p: float, where: str) -> Filter:
+    """Which words may be drawn."""
+    if top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p < 1:
+        raise ValueError(
+            f"{where} got top_k={top_k}, top_p={top_p}, min_p={min_p}; allowed: top_k 0 (all) or more, top_p above 0 and at "
+            "most 1, min_p from 0 to below 1"
+        )
+    return Filter(top_k, top_p, min_p)
 
 
 def make_environment(section: dict) -> Environment:
@@ -369,13 +435,19 @@ def make_evaluate(
     temperatures: Sequence[float] = (0.0, 1.0),
     n: int = 200,
     final_n: int | None = None,
-) -> Callable:
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> tuple[Callable, Filter | None]:
     """Return `evaluate(params, phase, step, final)`: n tasks of each suite, `final_n` at the start and the end of a phase.
+
+    Also return which words its attempts may use, None if it makes none.
 
     A suite's section is that of its tasks, and may have a `verifier` of its own. A text's section is that of its documents, with
     the `length` and the number of `rows` of its windows.
     """
     prompt, roller = parts.format.prompt, parts.roller
+    filter = make_filter(top_k, top_p, min_p, "config.evaluate")
     if suites and not temperatures:
         raise ValueError("config.evaluate.temperatures is empty; allowed: one or more, 0 is greedy")
     longest_prompt = roller.sampler.length - roller.max_tokens
@@ -404,10 +476,11 @@ def make_evaluate(
             seed=0,
             phase=phase,
             step=step,
+            filter=filter,
         )
         return evaluation.Result(evaluations, rollouts, nll)
 
-    return evaluate
+    return evaluate, filter if suites else None
 
 
 def held_out_text(*, name: str, parts: Parts, task: dict, length: int, rows: int = 64) -> evaluation.Text:

@@ -30,8 +30,11 @@ class Step(NamedTuple):
 
 
 class Environment(NamedTuple):
+    """`step` is called from several threads at once, each on a rollout of its own."""
+
     reset: Callable[[Task], Any]
     step: Callable[[Any, Turn], tuple[Any, Step]]
+    one_turn: bool = False  # every step gives a verdict: a slot is free as soon as its text has left it
 
 
 def single_turn(verify: Callable[[str, Task], Verdict], must_finish: bool = False) -> Environment:
@@ -50,4 +53,4 @@ def single_turn(verify: Callable[[str, Task], Verdict], must_finish: bool = Fals
             verdict = Verdict(0.0, False, None, f"{VERIFIER_ERROR}: {type(error).__name__}: {error}")
         return task, Step(verdict=verdict)
 
-    return Environment(reset=lambda task: task, step=step)
+    return Environment(reset=lambda task: task, step=step, one_turn=True)

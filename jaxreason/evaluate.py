@@ -15,6 +15,7 @@ import numpy as np
 from jaxreason.environment import Environment
 from jaxreason.estimators import wilson
 from jaxreason.rollout import Request, Roller, collect
+from jaxreason.sampler import ALL, Filter
 from jaxreason.types import Batch, Evaluation, Rollout, Task
 
 EVALUATION = 2**31  # folded into the seed's key here; training folds in the number of the phase
@@ -66,19 +67,20 @@ def evaluate(
     seed: int,
     phase: str,
     step: int,
+    filter: Filter = ALL,
 ) -> tuple[list[Evaluation], list[Rollout]]:
     """Attempt the first n tasks of each suite at each temperature; also return the rollouts of the last temperature.
 
     The same tasks and the same random keys at every call: two evaluations differ by their params alone.
     """
     evaluations, kept = [], []
-    layout = roller.sampler.prepare(params)
+    weights = roller.sampler.prepare(params)
     for i, suite in enumerate(suites):
         tasks = [suite.tasks[j] for j in range(min(n, len(suite.tasks)))]
         requests = [Request(task, j, 0, prompt(task)) for j, task in enumerate(tasks)]
         for temperature in temperatures:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), EVALUATION), i)
-            rollouts, _ = collect(roller, layout, requests, suite.environment, key=key, temperature=temperature)
+            rollouts, _ = collect(roller, weights, requests, suite.environment, key=key, temperature=temperature, filter=filter)
             correct = sum(r.verdict.correct for r in rollouts)
             low, high = wilson(correct, len(rollouts))
             accuracy = correct / len(rollouts)

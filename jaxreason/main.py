@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
+import platform
 import re
 import runpy
 import sys
@@ -24,6 +26,9 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; a run in it goes on. Default: runs/<config>-<hash of its fields>."
+)
+COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache", None, "Folder of compiled programs, for a quick second start. Default: ~/.cache/jaxreason; '' for none."
 )
 
 
@@ -45,6 +50,27 @@ def default_workdir(config_flag: str, text: str) -> Path:
 def is_done(folder: Path) -> bool:
     summary = folder / "summary.json"
     return summary.is_file() and json.loads(summary.read_text())["done"]
+
+
+def keep_compiled(folder: str | None) -> None:
+    """Keep compiled programs in a folder; None for the default one, unless JAX_COMPILATION_CACHE_DIR names another."""
+    import jax
+
+    if folder is None:
+        if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+            return
+        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "jaxreason")
+    if folder:
+        # What was compiled for one kind of CPU may not run on another, and JAX's key does not tell them apart.
+        cpu = Path("/proc/cpuinfo")
+        kind = (
+            next((line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
+            if cpu.is_file()
+            else ""
+        )
+        kind = hashlib.sha256(f"{platform.processor()} {kind}".encode()).hexdigest()[:8]
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder) / f"{platform.machine()}-{kind}"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def check_same_config(folder: Path, text: str) -> None:
@@ -118,6 +144,7 @@ def main(argv) -> None:
     from jaxreason.checkpoint import check_writable, open_checkpoints
     from jaxreason.train import train
 
+    keep_compiled(COMPILATION_CACHE.value)
     text = config_text(CONFIG.value)
     workdir = Path(WORKDIR.value) if WORKDIR.value else default_workdir(flags.FLAGS["config"].config_filename, text)
     try:

@@ -1,21 +1,29 @@
 """The host loop of continuous batching: fill free slots, decode a chunk, hand finished text to its environment, refill.
 
-The result depends on the requests alone, in their order: not on how many slots there are or who finished first.
+Verdicts and tool results are made in threads while the other slots decode. The result depends on the requests alone, in their
+order: not on how many slots there are, who finished first or how long a verifier took.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
+import functools
+import itertools
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxreason.environment import Environment, Turn
-from jaxreason.sampler import RUNNING, STOPS, Sampler, attempt_keys
+from jaxreason.sampler import ALL, RUNNING, STOPS, Filter, Sampler, Weights, attempt_keys
 from jaxreason.types import Rollout, Task
+
+THREADS = 8  # that environments run in
+PATIENCE_S = 0.005  # how long a chunk waits for a tool that is about to answer
 
 
 class Request(NamedTuple):
@@ -31,9 +39,18 @@ class Spent(NamedTuple):
     """What a collection cost."""
 
     sample_s: float
-    verify_s: float
+    verify_s: float  # that sampling stood still for verdicts and tools
     tokens: int  # sampled
     slot_steps: int  # tokens that could have been sampled: decode steps x slots
+    prompt_tokens: int  # prefilled, each prompt once
+
+
+class Budget(NamedTuple):
+    """A limit on thinking: after so many tokens of a completion the end of thinking is forced, unless it was written."""
+
+    tokens: int
+    end: str  # what is forced; without the white space around it, what ends thinking
+    ids: Sequence[int]  # of `end`
 
 
 class Roller(NamedTuple):
@@ -44,133 +61,342 @@ class Roller(NamedTuple):
     decode: Callable[[Sequence[int]], str]
     eos_ids: tuple[int, ...]
     prompt_buckets: tuple[int, ...]  # prompts are padded to the smallest that holds them
-    row_buckets: tuple[int, ...]  # so many prompts are prefilled at a time
+    rows: int  # so many prompts are prefilled at a time
     max_tokens: int  # limit of a completion
+    stop_strings: tuple[str, ...] = ()
+    thinking: Budget | None = None
+
+
+def text_of(roller: Roller, tokens) -> str:
+    """The text of tokens, without the end of sequence that may stand behind it."""
+    kept = tokens[:-1] if len(tokens) and tokens[-1] in roller.eos_ids else tokens
+    return roller.decode([int(t) for t in kept])
+
+
+def find_stop(roller: Roller, tokens_T, turn: int, before: int, length: int) -> int | None:
+    """Return the length at which the first stop string of a turn is complete, if that is after `before`; None if there is none.
+
+    A stop string may begin in any token and end in any: text is compared, not tokens.
+    """
+    if not roller.stop_strings:
+        return None
+    # A token is a byte or more, so what ends behind `before` began at most so many tokens earlier.
+    start = max(turn, before - max(len(s.encode()) for s in roller.stop_strings) - 1)
+
+    def stopped(end: int) -> bool:
+        text = text_of(roller, tokens_T[start:end])
+        return any(s in text for s in roller.stop_strings)
+
+    return next((end for end in range(before + 1, length + 1) if stopped(end)), None) if stopped(length) else None
+
+
+@dataclasses.dataclass
+class Attempt:
+    """A request under way: in a slot, with its environment, or both."""
+
+    index: int  # in the requests
+    request: Request
+    state: Any  # of its environment
+    limit: int  # length at which it stops for good; every length counts the prompt
+    length: int
+    turn: int  # length at which the model's turn began
+    thinking: bool  # its budget is not spent
+    slot: int | None
+    stop: str = ""
+    waits: bool = False  # for its environment
+    rollout: Callable[..., Rollout] | None = None  # of the verdict, which is all that it lacks
 
 
 def collect(
-    roller: Roller, params, requests: Sequence[Request], environment: Environment, *, key, temperature: float
+    roller: Roller,
+    weights: Weights,
+    requests: Sequence[Request],
+    environment: Environment,
+    *,
+    key,
+    temperature: float,
+    filter: Filter = ALL,
 ) -> tuple[list[Rollout], Spent]:
     """Sample every request and have it judged. Attempts at one problem should stand side by side: its prompt is prefilled once.
 
-    `params` are in the sampler's layout (`sampler.prepare`); `key` stands for (seed, phase, step).
+    `weights` are the sampler's (`sampler.prepare(params)`); `key` stands for (seed, phase, step).
 
     Raises:
       ValueError: a prompt is empty, or longer than the largest bucket.
     """
-    if roller.prompt_buckets[-1] > roller.sampler.length:
-        raise ValueError(f"prompts of {roller.prompt_buckets[-1]} tokens do not fit a sampler of length {roller.sampler.length}")
+    check(roller, requests)
+    with ThreadPoolExecutor(THREADS) as threads:
+        collection = Collection(roller, weights, requests, environment, threads, key, temperature, filter)
+        while collection.goes_on():
+            collection.hear()
+            collection.fill()
+            collection.decode()
+    return collection.rollouts, collection.spent()
+
+
+def check(roller: Roller, requests: Sequence[Request]) -> None:
+    """Raise ValueError if a prompt cannot be sampled from."""
+    longest = roller.prompt_buckets[-1]
+    if longest > roller.sampler.length:
+        raise ValueError(f"prompts of {longest} tokens do not fit a sampler of length {roller.sampler.length}")
     for request in requests:
-        if not 1 <= len(request.prompt) <= roller.prompt_buckets[-1]:
+        if not 1 <= len(request.prompt) <= longest:
             raise ValueError(
-                f"prompt of problem {request.problem} has {len(request.prompt)} tokens; allowed: 1 to "
-                f"{roller.prompt_buckets[-1]}; raise sampler.max_prompt_tokens"
+                f"prompt of problem {request.problem} has {len(request.prompt)} tokens; allowed: 1 to {longest}; "
+                "raise sampler.max_prompt_tokens"
             )
-    sampler, started_s, verify_s = roller.sampler, time.perf_counter(), 0.0
-    problem_R = np.array([r.problem for r in requests], np.uint32)
-    attempt_R = np.array([r.attempt for r in requests], np.uint32)
-    key_R = np.asarray(attempt_keys(key, problem_R, attempt_R))
-    rollouts: list[Rollout | None] = [None] * len(requests)
-    queue = collections.deque(range(len(requests)))
-    occupant: list[int | None] = [None] * sampler.slots  # request in each slot
-    state = [environment.reset(r.task) for r in requests]
+
+
+def keys_of(key, requests: Sequence[Request]) -> np.ndarray:
+    """Key data of each request, [R, ...]."""
+    ids = np.zeros((2, 1 << len(requests).bit_length()), np.uint32)  # few shapes for numbers of requests of all kinds
+    ids[:, : len(requests)] = np.array([(r.problem, r.attempt) for r in requests], np.uint32).reshape(-1, 2).T
+    return np.asarray(attempt_keys(key, *ids))[: len(requests)]
+
+
+def warm_up(roller: Roller, weights: Weights, filters: Iterable[Filter] = (ALL,), forces: bool = True) -> None:
+    """Compile all that `collect` can need, by running it over slots that hold nothing.
+
+    `forces` says whether tokens are ever forced: observations, or the end of thinking.
+    """
+    sampler, S, T = roller.sampler, roller.sampler.slots, roller.sampler.length
+    none_S, one_S, tokens_ST = np.full(S, -1, np.int32), np.ones(S, np.int32), np.zeros((S, T), np.int32)
+    key_S = np.repeat(keys_of(jax.random.key(0), [Request(None, 0, 0, ())]), S, axis=0)
     slots = sampler.empty()
-    length_S, steps = np.zeros(sampler.slots, np.int32), 0
+    for longest in roller.prompt_buckets:
+        prefilled = sampler.prefill(weights, np.zeros((roller.rows, longest), np.int32), np.ones(roller.rows, np.int32))
+        for columns in sampler.buckets:
+            slots = sampler.place(sampler.resize(slots, columns), prefilled, none_S, tokens_ST, one_S, one_S, key_S)
+        for columns in reversed(sampler.buckets):
+            slots = sampler.resize(slots, columns)
+    for columns in sampler.buckets:
+        slots = sampler.resize(slots, columns)
+        for filter in dict.fromkeys(filters):
+            slots = sampler.decode(weights, slots, np.float32(1), filter)
+        if forces:
+            slots = sampler.force(weights, slots, none_S, tokens_ST, one_S, one_S)
+    if roller.stop_strings:
+        slots = sampler.halt(slots, np.zeros(S, bool))
+    jax.block_until_ready(slots)
 
-    def text_of(tokens):
-        kept = tokens[:-1] if len(tokens) and tokens[-1] in roller.eos_ids else tokens
-        return roller.decode([int(t) for t in kept])
 
-    while queue or any(r is not None for r in occupant):
-        free = [s for s, r in enumerate(occupant) if r is None]
-        placed = {s: queue.popleft() for s in free[: len(queue)]}
-        if placed:
-            occupant = [placed.get(s, r) for s, r in enumerate(occupant)]
-            slots = _insert(roller, params, slots, placed, requests, key_R)
-            length_S[[*placed]] = [len(requests[r].prompt) for r in placed.values()]
-        slots = sampler.decode(params, slots, np.float32(temperature))
-        before_S, (stop_S, length_S) = length_S, jax.device_get((slots.stop_S, slots.length_S))
-        length_S = length_S.copy()
-        steps += int(max(length_S[s] - before_S[s] for s, r in enumerate(occupant) if r is not None))
-        finished = [s for s, r in enumerate(occupant) if r is not None and stop_S[s] != RUNNING]
-        if not finished:
-            continue
-        tokens_SC, logp_SC, sampled_SC = jax.device_get((slots.tokens_SC, slots.logp_SC, slots.sampled_SC))
-        verify_started_s = time.perf_counter()
-        forced: dict[int, list[int]] = {}
-        for s in finished:
-            r = occupant[s]
-            request = requests[r]
-            completion = slice(len(request.prompt), length_S[s])
-            tokens, sampled = tokens_SC[s, completion].copy(), sampled_SC[s, completion].copy()
-            stop = STOPS[int(stop_S[s])]
-            turn = tokens[len(sampled) - _trailing(sampled) :]
-            full = length_S[s] >= _limit(roller, request)  # even if its last token ends a turn
-            state[r], step = environment.step(state[r], Turn(text_of(turn), stop, bool(full)))
-            if step.observation is not None:
-                forced[s] = roller.encode(step.observation)
-                if forced[s]:
-                    continue
-                del forced[s]  # nothing to go on from
-                state[r], step = environment.step(state[r], Turn("", stop, final=True))
-            rollouts[r] = Rollout(
-                task=request.task,
-                problem=request.problem,
-                attempt=request.attempt,
-                prompt=np.asarray(request.prompt, np.int32),
-                tokens=tokens,
-                logp=logp_SC[s, completion].copy(),
-                sampled=sampled,
-                stop=stop,
-                text=text_of(tokens),
-                verdict=step.verdict,
-                temperature=temperature,
+class Collection:
+    """The state of one `collect`."""
+
+    def __init__(self, roller, weights, requests, environment, threads, key, temperature, filter):
+        self.roller, self.sampler, self.weights, self.environment = roller, roller.sampler, weights, environment
+        self.threads, self.temperature, self.filter = threads, temperature, filter
+        self.key_R = keys_of(key, requests)
+        self.queue = collections.deque(enumerate(requests))
+        self.prompts = Prompts(roller, weights, requests)
+        self.tenants: list[Attempt | None] = [None] * self.sampler.slots
+        self.asked: dict[Future, Attempt] = {}
+        self.rollouts: list[Rollout | None] = [None] * len(requests)
+        self.slots, self.columns = self.sampler.empty(), self.sampler.buckets[0]
+        self.started_s, self.verify_s, self.steps = time.perf_counter(), 0.0, 0
+
+    def goes_on(self) -> bool:
+        return bool(self.queue or self.asked or any(self.tenants))
+
+    def running(self) -> list[Attempt]:
+        return [a for a in self.tenants if a is not None and not a.waits]
+
+    def spent(self) -> Spent:
+        return Spent(
+            sample_s=time.perf_counter() - self.started_s - self.verify_s,
+            verify_s=self.verify_s,
+            tokens=sum(int(r.sampled.sum()) for r in self.rollouts),
+            slot_steps=self.steps * self.sampler.slots,
+            prompt_tokens=self.prompts.tokens,
+        )
+
+    # --- environments ---
+
+    def ask(self, attempt: Attempt, turn: Turn) -> None:
+        """Hand a turn to the attempt's environment. If that can only judge it, the slot is free at once."""
+        attempt.waits = True
+        self.asked[self.threads.submit(self.environment.step, attempt.state, turn)] = attempt
+        if self.environment.one_turn:
+            self.leave(attempt)
+
+    def leave(self, attempt: Attempt) -> None:
+        if attempt.slot is not None:
+            self.tenants[attempt.slot], attempt.slot = None, None
+
+    def hear(self) -> None:
+        """Take what environments have said. Wait for it only if there is nothing else to do, or a little for an observation."""
+        started_s = time.perf_counter()
+        if self.running() or (self.queue and None in self.tenants):
+            answered = wait(self.asked, timeout=0 if self.environment.one_turn else PATIENCE_S).done
+        else:
+            answered = wait(self.asked, return_when=FIRST_COMPLETED).done
+        self.verify_s += time.perf_counter() - started_s
+        said = []
+        for future in answered:
+            attempt = self.asked.pop(future)
+            attempt.waits, (attempt.state, step) = False, future.result()
+            if step.verdict is not None:
+                self.rollouts[attempt.index] = attempt.rollout(verdict=step.verdict)
+                self.leave(attempt)
+            elif attempt.slot is None:
+                raise ValueError("an environment with one_turn=True gave an observation; it must give a verdict at every step")
+            elif ids := self.roller.encode(step.observation):
+                said.append((attempt, ids))
+            else:  # nothing to go on from
+                self.ask(attempt, Turn("", attempt.stop, final=True))
+        self.force(said)
+        for attempt, _ in said:
+            attempt.turn = attempt.length
+
+    # --- the device ---
+
+    def fill(self) -> None:
+        """Start the next requests in the free slots."""
+        started = []
+        for s in (s for s, a in enumerate(self.tenants) if a is None):
+            if not self.queue:
+                break
+            index, request = self.queue.popleft()
+            start = len(request.prompt)
+            self.tenants[s] = Attempt(
+                index=index,
+                request=request,
+                state=self.environment.reset(request.task),
+                limit=min(start + self.roller.max_tokens, self.sampler.length),
+                length=start,
+                turn=start,
+                thinking=self.roller.thinking is not None,
+                slot=s,
             )
-            occupant[s] = None
-        verify_s += time.perf_counter() - verify_started_s
-        if forced:
-            slots = _force(roller, params, slots, forced)
-            for s, ids in forced.items():
-                length_S[s] = min(length_S[s] + len(ids), _limit(roller, requests[occupant[s]]))
-    tokens = sum(int(r.sampled.sum()) for r in rollouts)
-    return rollouts, Spent(time.perf_counter() - started_s - verify_s, verify_s, tokens, steps * sampler.slots)
+            started.append(self.tenants[s])
+        self.resize()
+        for prefilled, placed in self.prompts.of(started, self.queue):
+            S, T = self.sampler.slots, self.sampler.length
+            row_S, tokens_ST = np.full(S, -1, np.int32), np.zeros((S, T), np.int32)
+            length_S, limit_S = np.ones(S, np.int32), np.ones(S, np.int32)
+            key_S = np.zeros((S, *self.key_R.shape[1:]), self.key_R.dtype)
+            for a, row in placed:
+                row_S[a.slot], tokens_ST[a.slot, : a.length], key_S[a.slot] = row, a.request.prompt, self.key_R[a.index]
+                length_S[a.slot], limit_S[a.slot] = a.length, self.next_limit(a)
+            self.slots = self.sampler.place(self.slots, prefilled, row_S, tokens_ST, length_S, limit_S, key_S)
+
+    def next_limit(self, attempt: Attempt) -> int:
+        """Length at which an attempt stops, if only for the end of its thinking to be forced."""
+        budget = len(attempt.request.prompt) + self.roller.thinking.tokens if attempt.thinking else attempt.limit
+        return min(budget, attempt.limit)
+
+    def force(self, said: list[tuple[Attempt, list[int]]]) -> None:
+        """Append tokens to attempts, which may have been cut back, and let them go on."""
+        if not said:
+            return
+        S, T = self.sampler.slots, self.sampler.length
+        start_S, count_S, limit_S = np.full(S, -1, np.int32), np.zeros(S, np.int32), np.zeros(S, np.int32)
+        tokens_ST = np.zeros((S, T), np.int32)
+        for attempt, ids in said:
+            s, ids = attempt.slot, ids[: attempt.limit - attempt.length]
+            start_S[s], count_S[s], tokens_ST[s, : len(ids)] = attempt.length, len(ids), ids
+            attempt.length += len(ids)
+            limit_S[s] = max(self.next_limit(attempt), attempt.length)
+        self.resize()
+        self.slots = self.sampler.force(self.weights, self.slots, start_S, tokens_ST, count_S, limit_S)
+
+    def resize(self) -> None:
+        """Give the cache the columns that the next chunk needs, one bucket after the other."""
+        chunk, buckets = self.sampler.chunk_tokens, self.sampler.buckets
+        needed = [a.length if a.waits else min(a.length + chunk, self.sampler.length) for a in self.tenants if a is not None]
+        wanted = next(i for i, columns in enumerate(buckets) if columns >= max(needed, default=1))
+        while (now := buckets.index(self.columns)) != wanted:
+            self.columns = buckets[now + (1 if wanted > now else -1)]
+            self.slots = self.sampler.resize(self.slots, self.columns)
+
+    def decode(self) -> None:
+        """Decode a chunk, and see who stopped."""
+        running = self.running()
+        if not running:
+            return
+        self.slots = self.sampler.decode(self.weights, self.slots, np.float32(self.temperature), self.filter)
+        stop_S, length_S = jax.device_get((self.slots.stop_S, self.slots.length_S))
+        self.steps += int(max(length_S[a.slot] - a.length for a in running))
+        if not self.roller.stop_strings and all(stop_S[a.slot] == RUNNING for a in running):
+            for a in running:
+                a.length = int(length_S[a.slot])
+            return
+        tokens_ST, logp_ST, untempered_ST, sampled_ST = jax.device_get(
+            (self.slots.tokens_ST, self.slots.logp_ST, self.slots.untempered_ST, self.slots.sampled_ST)
+        )
+        halted_S, said = np.zeros(self.sampler.slots, bool), []
+        for a in running:
+            s, before, a.length = a.slot, a.length, int(length_S[a.slot])
+            end = find_stop(self.roller, tokens_ST[s], a.turn, before, a.length)
+            if end is not None:
+                a.length, a.stop, halted_S[s] = end, "stop", True
+            elif stop_S[s] == RUNNING:
+                continue
+            else:
+                a.stop = STOPS[int(stop_S[s])]
+            completion = slice(len(a.request.prompt), a.length)
+            if a.stop == "limit" and a.thinking:
+                a.thinking = False
+                if a.length < a.limit:
+                    ended = self.roller.thinking.end.strip() in text_of(self.roller, tokens_ST[s, completion])
+                    said.append((a, [] if ended else self.roller.thinking.ids))
+                    continue
+            a.rollout = functools.partial(
+                Rollout,
+                task=a.request.task,
+                problem=a.request.problem,
+                attempt=a.request.attempt,
+                prompt=np.asarray(a.request.prompt, np.int32),
+                tokens=tokens_ST[s, completion].copy(),
+                logp=logp_ST[s, completion].copy(),
+                untempered_logp=None if untempered_ST is None else untempered_ST[s, completion].copy(),
+                sampled=sampled_ST[s, completion].copy(),
+                stop=a.stop,
+                text=text_of(self.roller, tokens_ST[s, completion]),
+                temperature=self.temperature,
+            )
+            turn = Turn(text_of(self.roller, tokens_ST[s, a.turn : a.length]), a.stop, final=a.length >= a.limit)
+            self.ask(a, turn)
+        if halted_S.any():
+            self.slots = self.sampler.halt(self.slots, halted_S)
+        self.force(said)
 
 
-def _limit(roller: Roller, request: Request) -> int:
-    """Length at which a request stops, its prompt included."""
-    return min(len(request.prompt) + roller.max_tokens, roller.sampler.length)
+class Prompts:
+    """Prompts that are prefilled, some ahead of their time, and kept until the last of their attempts has its copy."""
 
+    def __init__(self, roller: Roller, weights: Weights, requests: Sequence[Request]):
+        self.roller, self.weights, self.tokens = roller, weights, 0
+        self.left = collections.Counter(tuple(r.prompt) for r in requests)
+        self.ready: dict[tuple, tuple[Any, int]] = {}  # prompt -> a prefilled cache and its row there
 
-def _trailing(sampled) -> int:
-    """How many tokens were sampled since the last forced one."""
-    forced = np.flatnonzero(~sampled)
-    return len(sampled) - (forced[-1] + 1 if len(forced) else 0)
+    def of(self, attempts: Sequence[Attempt], queue: Iterable) -> list[tuple[Any, list[tuple[Attempt, int]]]]:
+        """Return prefilled caches, each with the attempts that start from one of its rows, and the rows."""
+        found: dict[int, tuple[Any, list]] = {}
+        for i, attempt in enumerate(attempts):
+            prompt = tuple(attempt.request.prompt)
+            if prompt not in self.ready:
+                coming = itertools.chain((a.request for a in attempts[i:]), (request for _, request in queue))
+                self.prefill(tuple(request.prompt) for request in coming)
+            prefilled, row = self.ready[prompt]
+            found.setdefault(id(prefilled), (prefilled, []))[1].append((attempt, row))
+            self.left[prompt] -= 1
+            if not self.left[prompt]:
+                del self.ready[prompt]
+        return list(found.values())
 
-
-def _insert(roller: Roller, params, slots, placed: dict[int, int], requests, key_R):
-    """Put request `placed[s]` into slot s, for each s; each prompt is prefilled once."""
-    row_of: dict[tuple, int] = {}  # prompt -> row of the prefill
-    for r in placed.values():
-        row_of.setdefault(tuple(requests[r].prompt), len(row_of))
-    P = next(p for p in roller.row_buckets if p >= len(row_of))
-    T = next(t for t in roller.prompt_buckets if t >= max(map(len, row_of)))
-    S = roller.sampler.slots
-    tokens_PT, length_P = np.zeros((P, T), np.int32), np.ones(P, np.int32)
-    for prompt, row in row_of.items():
-        length_P[row] = len(prompt)
-        tokens_PT[row, : len(prompt)] = prompt
-    row_S, limit_S, slot_S = np.zeros(S, np.int32), np.ones(S, np.int32), np.full(S, S, np.int32)  # S is nowhere
-    key_S = np.zeros((S, *key_R.shape[1:]), key_R.dtype)
-    for i, (s, r) in enumerate(placed.items()):
-        row_S[i], slot_S[i], key_S[i] = row_of[tuple(requests[r].prompt)], s, key_R[r]
-        limit_S[i] = _limit(roller, requests[r])
-    return roller.sampler.insert(params, slots, tokens_PT, length_P, row_S, slot_S, key_S, limit_S)
-
-
-def _force(roller: Roller, params, slots, forced: dict[int, list[int]]):
-    """Append token ids to slots. Their number is padded to a power of two, so that few shapes are ever compiled."""
-    F = 1 << (max(map(len, forced.values())) - 1).bit_length()
-    tokens_SF, count_S = np.zeros((roller.sampler.slots, F), np.int32), np.zeros(roller.sampler.slots, np.int32)
-    for s, ids in forced.items():
-        tokens_SF[s, : len(ids)], count_S[s] = ids, len(ids)
-    return roller.sampler.force(params, slots, tokens_SF, count_S)
+    def prefill(self, coming: Iterable[tuple]) -> None:
+        """Prefill the first prompts of these that are not, as many as go together."""
+        P, prompts = self.roller.rows, {}
+        for prompt in coming:
+            if len(prompts) == P:
+                break
+            if prompt not in self.ready:
+                prompts[prompt] = None
+        T = next(t for t in self.roller.prompt_buckets if t >= max(map(len, prompts)))
+        tokens_PT, length_P = np.zeros((P, T), np.int32), np.ones(P, np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens_PT[row, : len(prompt)], length_P[row] = prompt, len(prompt)
+        prefilled = self.roller.sampler.prefill(self.weights, tokens_PT, length_P)
+        self.ready |= {prompt: (prefilled, row) for row, prompt in enumerate(prompts)}
+        self.tokens += sum(map(len, prompts))

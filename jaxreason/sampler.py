@@ -1,58 +1,91 @@
 """The sampler: slots of fixed shape that are filled with prompts, decoded together and refilled as they finish.
 
-    empty()                          no rollout anywhere
-    insert(params, slots, ...)       prefill each prompt once, copy it to the slots of its attempts
-    force(params, slots, ...)        append tokens that the model did not sample (tool output); never trained on
-    decode(params, slots, t)         sample up to `chunk_tokens` tokens in every running slot, in one dispatch
+    empty()                            no rollout anywhere
+    prefill(weights, prompts)          keys and values of prompts, each computed once
+    place(slots, prefilled, ...)       copy them to the slots of their attempts
+    decode(weights, slots, ...)        sample up to `chunk_tokens` tokens in every running slot, in one dispatch
+    force(weights, slots, ...)         append tokens that the model did not sample (tool output); never trained on
+    halt(slots, ...), resize(slots, columns), prepare(params)
 
 Invariant of a running slot: its cache holds the keys and values of all its tokens but the last; one decode step feeds the
 last token, writes its column and samples the next. Columns past a slot's length hold leftovers that no token can see.
 
+The cache has as many columns as the longest rollout in it needs, rounded up to one of a few sizes (`buckets`): early tokens do
+not pay for attention over the longest length. All shapes are fixed inside a bucket, and each program is compiled once a bucket.
+
 The noise of a sample is keyed by (the caller's key of the attempt, position in the sequence) and by nothing else: a rollout
-is the same in any slot, beside any neighbours, under any chunk size and on any mesh.
+is the same in any slot, beside any neighbours, under any chunk size, in any bucket and on any mesh.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxreason import sharding
 from jaxreason.model import Model
-from jaxreason.sharding import replicated, row_devices, rows
+from jaxreason.model import cache as kv
 
 RUNNING, EOS, LIMIT, EMPTY = range(4)
 STOPS = {EOS: "eos", LIMIT: "limit"}
+FORCE_TOKENS = 32  # forced tokens that are fed at a time
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """State of the sampler. Row s of every array is slot s."""
+    """State of the sampler. Row s of every array is slot s; T is the longest sequence, whatever the cache's bucket."""
 
     cache: Any
-    tokens_SC: jax.Array  # int32: prompt, then completion
-    logp_SC: jax.Array  # float32, of the token in that column under the distribution it was sampled from; 0 elsewhere
-    sampled_SC: jax.Array  # bool, False for prompt and forced tokens
+    tokens_ST: jax.Array  # int32: prompt, then completion
+    logp_ST: jax.Array  # float32, of the token in that column under the distribution it was sampled from; 0 elsewhere
+    untempered_ST: jax.Array | None  # float32, the same under the model's own softmax; None unless it was asked for
+    sampled_ST: jax.Array  # bool, False for prompt and forced tokens
     length_S: jax.Array  # int32, tokens so far, the prompt's included
     limit_S: jax.Array  # int32, length at which the slot stops
     stop_S: jax.Array  # int32, RUNNING, EOS, LIMIT or EMPTY
     key_S: jax.Array  # uint32 key data of the slot's attempt
 
 
+class Weights(NamedTuple):
+    """Params as sampling reads them: the same arrays where one layout is good for both."""
+
+    prefill: Any
+    decode: Any
+
+
+class Filter(NamedTuple):
+    """Which words may be drawn, after the temperature: the `top_k` likeliest (0: all), of these the fewest whose share is at
+    least `top_p` (Holtzman et al. 2019, arXiv 1904.09751), of these the ones at least `min_p` times as likely as the likeliest
+    (Nguyen et al. 2024, arXiv 2407.01082)."""
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+ALL = Filter()
+
+
 class Sampler(NamedTuple):
     """Jitted functions over `Slots`, and the sizes they were compiled for. All but `empty` donate the slots they are given."""
 
     slots: int
-    length: int
+    length: int  # of the longest sequence, prompt included
+    buckets: tuple[int, ...]  # columns that the cache may have
+    chunk_tokens: int
     empty: Callable
-    insert: Callable
-    force: Callable
-    decode: Callable
     prepare: Callable
+    prefill: Callable
+    place: Callable
+    decode: Callable
+    force: Callable
+    halt: Callable
+    resize: Callable
 
 
 def attempt_keys(key, problem_R, attempt_R):
@@ -64,18 +97,37 @@ def attempt_keys(key, problem_R, attempt_R):
 attempt_keys = jax.jit(attempt_keys)
 
 
-def sample(logits_SV, keys_S, temperature):
-    """Sample a token a row, and its log-prob under the tempered distribution.
+# --- drawing a token ---
 
-    Temperature 0 takes the most likely token; the log-prob is then the one at temperature 1.
+
+def sample(logits_SV, keys_S, temperature, filter: Filter = ALL):
+    """Sample a token a row, and its log-prob under the tempered and filtered distribution.
+
+    Temperature 0 takes the most likely token; the log-prob is then that of temperature 1.
     """
     greedy = temperature <= 0
     scaled_SV = logits_SV / jnp.where(greedy, 1.0, temperature)
     highest_S = jnp.max(scaled_SV, axis=-1)
-    p_SV = jnp.exp(scaled_SV - highest_S[:, None])
+    p_SV = kept(jnp.exp(scaled_SV - highest_S[:, None]), filter)
     token_S = jnp.where(greedy, jnp.argmax(scaled_SV, axis=-1), draw(p_SV, keys_S)).astype(jnp.int32)
     chosen_S = jnp.take_along_axis(scaled_SV, token_S[:, None], axis=1)[:, 0]
     return token_S, chosen_S - highest_S - jnp.log(jnp.sum(p_SV, axis=-1))
+
+
+def kept(p_SV, filter: Filter):
+    """Set to zero what a filter leaves out. `p_SV` need not sum to one. Words equally likely are kept or left together."""
+    if filter.top_k:
+        kth_S1 = jax.lax.top_k(p_SV, min(filter.top_k, p_SV.shape[1]))[0][:, -1:]
+        p_SV = jnp.where(p_SV >= kth_S1, p_SV, 0)
+    if filter.top_p < 1:
+        falling_SV = -jnp.sort(-p_SV, axis=-1)
+        before_SV = jnp.cumsum(falling_SV, axis=-1) - falling_SV  # share of what is likelier
+        needed_SV = before_SV < filter.top_p * jnp.sum(p_SV, axis=-1, keepdims=True)
+        least_S1 = jnp.min(jnp.where(needed_SV, falling_SV, jnp.inf), axis=-1, keepdims=True)
+        p_SV = jnp.where(p_SV >= least_S1, p_SV, 0)
+    if filter.min_p:
+        p_SV = jnp.where(p_SV >= filter.min_p * jnp.max(p_SV, axis=-1, keepdims=True), p_SV, 0)
+    return p_SV
 
 
 def draw(p_SV, keys_S, width: int = 128):
@@ -100,110 +152,186 @@ def invert(p_SN, u_S):
     return jnp.where(jnp.any(above_SN, axis=-1), jnp.argmax(above_SN, axis=-1), jnp.argmax(p_SN, axis=-1))
 
 
+# --- the sampler ---
+
+
+def cache_buckets(length: int, smallest: int = 128) -> tuple[int, ...]:
+    """Columns that a cache may have, doubling from `smallest` up to `length`; the last step is at least by a half."""
+    sizes = []
+    while smallest * 1.5 <= length:
+        sizes.append(smallest)
+        smallest *= 2
+    return (*sizes, length)
+
+
 def compile_sampler(
-    model: Model, *, slots: int, length: int, eos_ids: tuple[int, ...], chunk_tokens: int = 16, cache_dtype=None, mesh=None
+    model: Model,
+    *,
+    slots: int,
+    length: int,
+    eos_ids: tuple[int, ...],
+    chunk_tokens: int = 16,
+    prefill_tokens: int = 128,
+    buckets: Sequence[int] | None = None,
+    cache_dtype=None,
+    untempered_logp: bool = False,
+    mesh=None,
 ) -> Sampler:
     """Make the jitted sampler of `slots` sequences of at most `length` tokens, prompt included.
 
-    With a mesh, slots are split over its devices and params are gathered to every one of them by `prepare`.
+    Prompts are prefilled `prefill_tokens` of each at a time. `buckets` are the sizes of the cache, the last of them `length`;
+    None for `cache_buckets(length)`. With a mesh, slots are split over its `data` and `fsdp` axes, heads and weights over
+    `tensor`; `prepare` gathers weights over the others.
 
     Raises:
-      ValueError: the slots do not divide over the mesh.
+      ValueError: slots, heads or buckets that do not fit.
     """
-    S, C = slots, length
-    if mesh is not None and S % row_devices(mesh):
-        raise ValueError(f"sampler got {S} slots, which do not divide over {row_devices(mesh)} devices; choose a multiple")
-    every_S = jnp.arange(S)
+    S, T = slots, length
+    buckets = tuple(buckets or cache_buckets(length))
+    if list(buckets) != sorted(set(buckets)) or buckets[0] < 1 or buckets[-1] != length:
+        raise ValueError(f"sampler got cache buckets {buckets}; allowed: rising sizes that end with its length, {length}")
+    if mesh is not None and S % sharding.row_devices(mesh):
+        devices = sharding.row_devices(mesh)
+        raise ValueError(f"sampler got {S} slots, which do not divide over {devices} devices; choose a multiple")
+    every_S1 = jnp.arange(S)[:, None]
     eos = jnp.asarray(eos_ids, jnp.int32)
-    stacked = model.config.scan_layers  # then the slot axis of the cache is axis 1
 
     def empty() -> Slots:
         key_words = jax.random.key_data(jax.random.key(0)).shape
         return Slots(
-            cache=model.init_cache(S, C, cache_dtype),
-            tokens_SC=jnp.zeros((S, C), jnp.int32),
-            logp_SC=jnp.zeros((S, C), jnp.float32),
-            sampled_SC=jnp.zeros((S, C), bool),
+            cache=model.init_cache(S, buckets[0], cache_dtype),
+            tokens_ST=jnp.zeros((S, T), jnp.int32),
+            logp_ST=jnp.zeros((S, T), jnp.float32),
+            untempered_ST=jnp.zeros((S, T), jnp.float32) if untempered_logp else None,
+            sampled_ST=jnp.zeros((S, T), bool),
             length_S=jnp.ones(S, jnp.int32),
             limit_S=jnp.ones(S, jnp.int32),
             stop_S=jnp.full(S, EMPTY, jnp.int32),
             key_S=jnp.zeros((S, *key_words), jnp.uint32),
         )
 
-    def insert(params, slots: Slots, tokens_PT, length_P, row_R, slot_R, key_R, limit_R) -> Slots:
-        """Fill slot `slot_R[r]` with prompt `row_R[r]`; a slot of S or more is nowhere. Prompts are padded on the right."""
-        P, T = tokens_PT.shape
-        column_PT = jnp.broadcast_to(jnp.arange(T), (P, T))
-        # All but the last token of the prompt: the first decode step feeds that one.
+    def feed(params, tokens_BF, position_BF, cache, tokens_at_a_time: int):
+        """Write the keys and values of tokens into a cache, a few columns at a time, up to the last that has a position."""
+        F = tokens_BF.shape[1]
+        width = min(tokens_at_a_time, F)
+        pad = ((0, 0), (0, -F % width))
+        tokens_BF, position_BF = jnp.pad(tokens_BF, pad), jnp.pad(position_BF, pad, constant_values=-1)
+        last = jnp.max(jnp.where(position_BF >= 0, jnp.arange(position_BF.shape[1]) + 1, 0))
+
+        def some(i, cache):
+            cut = [jax.lax.dynamic_slice_in_dim(x, i * width, width, axis=1) for x in (tokens_BF, position_BF)]
+            return model.apply(params, *cut, cache=cache)[1]
+
+        return jax.lax.fori_loop(0, -(-last // width), some, cache)
+
+    def prefill(weights: Weights, tokens_PT, length_P):
+        """Return the keys and values of prompts, which are padded on the right."""
+        P, columns = tokens_PT.shape
+        # All but the last token of a prompt: the first decode step feeds that one.
+        column_PT = jnp.broadcast_to(jnp.arange(columns), (P, columns))
         position_PT = jnp.where(column_PT < length_P[:, None] - 1, column_PT, -1)
-        _, prefilled = model.apply(params, tokens_PT, position_PT, cache=model.init_cache(P, T, cache_dtype))
+        cache = model.init_cache(P, columns, cache_dtype, stacked=True)
+        return feed(weights.prefill, tokens_PT, position_PT, cache, prefill_tokens)
 
-        def copy(into, prompt):
-            *_, a, b = prompt.shape  # keys have their columns last, values last but one
-            if stacked:
-                return into.at[:, slot_R, :, :a, :b].set(prompt[:, row_R], mode="drop")
-            return into.at[slot_R, :, :a, :b].set(prompt[row_R], mode="drop")
+    def place(slots: Slots, prefilled, row_S, tokens_ST, length_S, limit_S, key_S) -> Slots:
+        """Start an attempt in each slot s with `row_S[s] >= 0`: at the prompt `tokens_ST[s]`, row `row_S[s]` of `prefilled`."""
+        slots, to_S, row_S, count = start(slots, row_S, tokens_ST, length_S, limit_S, key_S)
+        cache = kv.by_layer(lambda layer, i: copy_rows(layer, prefilled, i, to_S, row_S, count), slots.cache)
+        return dataclasses.replace(slots, cache=cache)
 
-        def put(into_S, value_R):
-            return into_S.at[slot_R].set(value_R, mode="drop")
+    def start(slots: Slots, row_S, tokens_ST, length_S, limit_S, key_S):
+        """Place all but the caches; also return the slots in an order in which the placed come first, their rows and number."""
+        placed_S = row_S >= 0
+        to_S = jnp.argsort(~placed_S)
 
-        tokens_RC = jnp.zeros((len(slot_R), C), jnp.int32).at[:, :T].set(tokens_PT[row_R])
-        return Slots(
-            cache=jax.tree.map(copy, slots.cache, prefilled),
-            tokens_SC=put(slots.tokens_SC, tokens_RC),
-            logp_SC=put(slots.logp_SC, 0.0),
-            sampled_SC=put(slots.sampled_SC, False),
-            length_S=put(slots.length_S, length_P[row_R]),
-            limit_S=put(slots.limit_S, limit_R),
-            stop_S=put(slots.stop_S, jnp.where(length_P[row_R] < limit_R, RUNNING, LIMIT)),
-            key_S=put(slots.key_S, key_R),
+        def put(old, new):
+            return jnp.where(placed_S.reshape(S, *[1] * (old.ndim - 1)), new, old)
+
+        slots = Slots(
+            cache=slots.cache,
+            tokens_ST=put(slots.tokens_ST, tokens_ST),
+            logp_ST=put(slots.logp_ST, 0.0),
+            untempered_ST=None if slots.untempered_ST is None else put(slots.untempered_ST, 0.0),
+            sampled_ST=put(slots.sampled_ST, False),
+            length_S=put(slots.length_S, length_S),
+            limit_S=put(slots.limit_S, limit_S),
+            stop_S=put(slots.stop_S, jnp.where(length_S < limit_S, RUNNING, LIMIT)),
+            key_S=put(slots.key_S, key_S),
         )
+        return slots, to_S, row_S[to_S], jnp.sum(placed_S)
 
-    def force(params, slots: Slots, tokens_SF, count_S) -> Slots:
-        """Append the first `count_S` of `tokens_SF` to each slot that has any, up to its limit, and let it run on."""
-        F = tokens_SF.shape[1]
-        count_S = jnp.minimum(count_S, slots.limit_S - slots.length_S)
-        forced_S = count_S > 0
-        offset_F = jnp.arange(F)
-        column_SF = jnp.where(offset_F < count_S[:, None], slots.length_S[:, None] + offset_F, C)
-        tokens_SC = slots.tokens_SC.at[every_S[:, None], column_SF].set(tokens_SF, mode="drop")
-        # Feed the slot's last token and all but the last forced one, to keep the invariant.
-        fed_SF = jnp.take_along_axis(tokens_SC, jnp.clip(column_SF - 1, 0, C - 1), axis=1)
-        position_SF = jnp.where(column_SF < C, column_SF - 1, -1)
-        _, cache = model.apply(params, fed_SF, position_SF, cache=slots.cache)
-        length_S = slots.length_S + jnp.maximum(count_S, 0)
-        running_S = jnp.where(length_S < slots.limit_S, RUNNING, LIMIT)
+    def force(weights: Weights, slots: Slots, start_S, tokens_ST, count_S, limit_S) -> Slots:
+        """Append `count_S[s]` of `tokens_ST[s]` at length `start_S[s]`, if not negative, and let the slot run to a new limit.
+
+        A slot that is longer than `start_S[s]` is cut back to it; tokens past the limit are dropped.
+        """
+        forced_S = start_S >= 0
+        start_S = jnp.where(forced_S, start_S, T)
+        end_S = jnp.where(forced_S, jnp.minimum(start_S + count_S, limit_S), 0)
+        column_T = jnp.arange(T)
+        new_ST = (column_T >= start_S[:, None]) & (column_T < end_S[:, None])
+        shifted_ST = jnp.take_along_axis(tokens_ST, jnp.maximum(column_T - start_S[:, None], 0), axis=1)
+        tokens_ST = jnp.where(new_ST, shifted_ST, slots.tokens_ST)
+        # To keep the invariant: feed the slot's last token and all but the last forced one.
+        fed_SF = start_S[:, None] - 1 + column_T
+        position_SF = jnp.where(fed_SF < end_S[:, None] - 1, fed_SF, -1)
+        token_SF = jnp.take_along_axis(tokens_ST, jnp.clip(fed_SF, 0, T - 1), axis=1)
+        cut_ST = forced_S[:, None] & (column_T >= start_S[:, None])
+        length_S = jnp.where(forced_S, end_S, slots.length_S)
+        limit_S = jnp.where(forced_S, limit_S, slots.limit_S)
         return dataclasses.replace(
             slots,
-            cache=cache,
-            tokens_SC=tokens_SC,
+            cache=feed(weights.decode, token_SF, position_SF, slots.cache, FORCE_TOKENS),
+            tokens_ST=tokens_ST,
+            logp_ST=jnp.where(cut_ST, 0.0, slots.logp_ST),
+            untempered_ST=None if slots.untempered_ST is None else jnp.where(cut_ST, 0.0, slots.untempered_ST),
+            sampled_ST=slots.sampled_ST & ~cut_ST,
             length_S=length_S,
-            stop_S=jnp.where(forced_S, running_S, slots.stop_S),
+            limit_S=limit_S,
+            stop_S=jnp.where(forced_S, jnp.where(length_S < limit_S, RUNNING, LIMIT), slots.stop_S),
         )
 
-    def decode_one(params, slots: Slots, temperature) -> Slots:
+    def halt(slots: Slots, halted_S) -> Slots:
+        return dataclasses.replace(slots, stop_S=jnp.where(halted_S, EMPTY, slots.stop_S))
+
+    def resize(slots: Slots, columns: int) -> Slots:
+        """Give the cache another number of columns; no running slot may be longer."""
+        if kv.columns_of(slots.cache) == columns:
+            return slots
+        return dataclasses.replace(slots, cache=kv.by_layer(lambda layer, _: resize_layer(layer, columns), slots.cache))
+
+    def decode_one(params, slots: Slots, temperature, filter: Filter) -> Slots:
         running_S = slots.stop_S == RUNNING
-        last_S = slots.tokens_SC[every_S, slots.length_S - 1]
+        last_S1 = jnp.take_along_axis(slots.tokens_ST, slots.length_S[:, None] - 1, axis=1)
         position_S = jnp.where(running_S, slots.length_S - 1, -1)  # an idle slot writes nothing
-        hidden_SD, cache = model.apply(params, last_S[:, None], position_S[:, None], cache=slots.cache)
+        hidden_S1D, cache = model.apply(params, last_S1, position_S[:, None], cache=slots.cache)
         keys_S = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(slots.key_S), slots.length_S)
-        token_S, logp_S = sample(model.unembed(params, hidden_SD[:, 0]), keys_S, temperature)
-        column_S = jnp.where(running_S, slots.length_S, C)
+        logits_SV = model.unembed(params, hidden_S1D[:, 0])
+        token_S, logp_S = sample(logits_SV, keys_S, temperature, filter)
+        column_S = jnp.where(running_S, slots.length_S, T)
+
+        def put(into_ST, value_S):
+            return into_ST.at[every_S1[:, 0], column_S].set(value_S, mode="drop")
+
+        untempered_ST = slots.untempered_ST
+        if untempered_ST is not None:
+            untempered_ST = put(untempered_ST, jnp.take_along_axis(jax.nn.log_softmax(logits_SV), token_S[:, None], axis=1)[:, 0])
         length_S = slots.length_S + running_S
         stop_S = jnp.where(length_S >= slots.limit_S, LIMIT, RUNNING)
         stop_S = jnp.where(jnp.isin(token_S, eos), EOS, stop_S)
         return dataclasses.replace(
             slots,
             cache=cache,
-            tokens_SC=slots.tokens_SC.at[every_S, column_S].set(token_S, mode="drop"),
-            logp_SC=slots.logp_SC.at[every_S, column_S].set(logp_S, mode="drop"),
-            sampled_SC=slots.sampled_SC.at[every_S, column_S].set(True, mode="drop"),
+            tokens_ST=put(slots.tokens_ST, token_S),
+            logp_ST=put(slots.logp_ST, logp_S),
+            untempered_ST=untempered_ST,
+            sampled_ST=put(slots.sampled_ST, True),
             length_S=length_S,
             stop_S=jnp.where(running_S, stop_S, slots.stop_S),
         )
 
-    def decode(params, slots: Slots, temperature) -> Slots:
-        """Decode until `chunk_tokens` steps are done or no slot runs."""
+    def decode(weights: Weights, slots: Slots, temperature, filter: Filter = ALL) -> Slots:
+        """Decode until `chunk_tokens` steps are done or no slot runs. The cache must have a column for every one of them."""
 
         def go_on(carry):
             step, slots = carry
@@ -211,28 +339,43 @@ def compile_sampler(
 
         def advance(carry):
             step, slots = carry
-            return step + 1, decode_one(params, slots, temperature)
+            return step + 1, decode_one(weights.decode, slots, temperature, filter)
 
         return jax.lax.while_loop(go_on, advance, (0, slots))[1]
 
-    def by_slot(slots):
-        """The sharding of each array of the slots: split along its slot axis."""
+    def prepare(params) -> Weights:
+        """Lay params out for sampling, once an update."""
+        if mesh is not None:
+            params = jax.device_put(params, sharding.gathered(params, mesh))
+        layout = model.decode_layout(params)
+        return Weights(layout if model.config.scan_layers else params, layout)
 
-        def of(path, x):
-            in_cache = path[0].name == "cache"
-            spec = rows(mesh).spec
-            return jax.NamedSharding(mesh, jax.P(None, *spec) if in_cache and stacked else spec)
+    # Slots along data and fsdp, key heads along tensor; what is of neither is whole everywhere.
+    slots_out = layer_out = prompts_out = None
+    if mesh is not None:
+        layers = (None,) * model.config.scan_layers  # stacked
+        whole, by_slot = jax.NamedSharding(mesh, jax.P()), sharding.rows(mesh)
+        layer_out = jax.NamedSharding(mesh, jax.P(*layers, *sharding.ROWS, "tensor"))
+        prompts_out = jax.NamedSharding(mesh, jax.P(None, None, "tensor"))
+        shapes = jax.eval_shape(empty)
+        slots_out = dataclasses.replace(
+            jax.tree.map(lambda _: by_slot, shapes), cache=jax.tree.map(lambda _: layer_out, shapes.cache)
+        )
+    start = jax.jit(start, donate_argnums=0, out_shardings=None if mesh is None else (slots_out, whole, whole, whole))
+    copy_rows = jax.jit(kv.copy_rows, donate_argnums=0, out_shardings=layer_out)
+    resize_layer = jax.jit(kv.resize, static_argnums=1, out_shardings=layer_out)
 
-        return jax.tree_util.tree_map_with_path(of, slots)
-
-    out = None if mesh is None else by_slot(jax.eval_shape(empty))
-    gathered = None if mesh is None else replicated(mesh)
     return Sampler(
         slots=S,
-        length=C,
-        empty=jax.jit(empty, out_shardings=out),
-        insert=jax.jit(insert, donate_argnums=1, out_shardings=out),
-        force=jax.jit(force, donate_argnums=1, out_shardings=out),
-        decode=jax.jit(decode, donate_argnums=1, out_shardings=out),
-        prepare=jax.jit(model.decode_layout, out_shardings=gathered),
+        length=T,
+        buckets=buckets,
+        chunk_tokens=chunk_tokens,
+        empty=jax.jit(empty, out_shardings=slots_out),
+        prepare=prepare,
+        prefill=jax.jit(prefill, out_shardings=prompts_out),
+        place=place,
+        decode=jax.jit(decode, donate_argnums=1, static_argnums=3, out_shardings=slots_out),
+        force=jax.jit(force, donate_argnums=1, out_shardings=slots_out),
+        halt=jax.jit(halt, donate_argnums=0, out_shardings=slots_out),
+        resize=resize,
     )

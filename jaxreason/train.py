@@ -50,6 +50,7 @@ class Run(NamedTuple):
     init: Callable[[], Any]  # () -> params, on the mesh
     phases: Sequence[Phase]
     evaluate: Callable[..., Result]  # (params, phase, step, final)
+    warm_up: Callable[[Any], None] | None  # (params): compile the sampler, if anything samples
     mesh: jax.sharding.Mesh
     seed: int
     decode: Callable[[Any], str]  # token ids -> text, to show prompts
@@ -93,6 +94,7 @@ def train(run: Run, workdir: str | os.PathLike, checkpoints: Checkpoints, *, log
     with log:
         if saved is None:
             params = run.init()
+            warm_up(run, log, params)
             evaluate(run, log, history, params, "start", 0, final=True)
         else:
             params = None
@@ -127,6 +129,7 @@ def train_phase(
         wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
         state, _ = checkpoints.restore(before + start, wanted)
         reference = checkpoints.restore_reference(before + start, wanted.params) if needs_reference else None
+        warm_up(run, log, state.params)
 
     step_fn = compile_train_step(
         run.model, phase.objective, phase.optimizer, microbatches=phase.microbatches, state_shardings=placed
@@ -168,6 +171,16 @@ def train_phase(
             host = {"phase": index, "phase_step": step, "source": source_state, **history.host()}
             checkpoints.save(before + step, state, host, reference)
     return state.params
+
+
+def warm_up(run: Run, log: m.RunLog, params) -> None:
+    """Compile the sampler before it is needed: nothing is compiled in the middle of a run."""
+    if run.warm_up is None:
+        return
+    started_s = time.perf_counter()
+    log.say("compiling the sampler ...")
+    run.warm_up(params)
+    log.say(f"compiled the sampler in {time.perf_counter() - started_s:.0f} s")
 
 
 def write_metrics(log: m.RunLog, phase: Phase, before: int, step: int, waiting: list[dict]) -> None:

@@ -60,10 +60,11 @@ class Rollout:
     tokens: np.ndarray  # int32 token ids, the end-of-sequence token included where there was one
     logp: np.ndarray  # float32, natural log, under the distribution sampled from; 0 for forced tokens
     sampled: np.ndarray  # bool; False for tokens that were forced (tool output)
-    stop: str  # "eos" or "limit"
+    stop: str  # "eos", "limit" or "stop" (one of the roller's stop strings, which is the end of the text)
     text: str  # the completion decoded, without the end-of-sequence token
     verdict: Verdict
     temperature: float = 1.0
+    untempered_logp: np.ndarray | None = None  # float32, like `logp` under the model's own softmax; None unless asked for
 
 
 def _registered(cls):

@@ -2,9 +2,11 @@
 
 import functools
 import os
+import tempfile
 
 # Before jax is imported by anyone. Tests spend their time compiling small programs: unoptimised ones compile 2 to 5 times faster.
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jaxreason-tests-")  # what the commands that tests run have compiled
 os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 )

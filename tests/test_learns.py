@@ -37,7 +37,7 @@ def test_every_objective_finds_what_is_paid_for(tiny, name):
         decode=lambda ids: " ".join(map(str, ids)),
         eos_ids=(EOS_ID,),
         prompt_buckets=(4,),
-        row_buckets=(64,),
+        rows=8,
         max_tokens=3,
     )
 

@@ -81,9 +81,9 @@ def test_rollouts_do_not_depend_on_the_mesh(made, requests, expected, axes, scan
     t.assert_same(t.roll(roller, params, requests, JUDGE, temperature=0.9), expected)
     slots = roller.sampler.empty()
     assert {len(x.sharding.device_set) for x in jax.tree.leaves(slots)} == {8}
-    assert slots.tokens_SC.addressable_shards[0].data.shape == (2, 24)
+    assert slots.tokens_ST.addressable_shards[0].data.shape == (2, 24)
     assert {x.sharding.shard_shape(x.shape)[scan] for x in jax.tree.leaves(slots.cache)} == {16 // 8}
-    assert roller.sampler.decode._cache_size() == roller.sampler.insert._cache_size() == 1
+    assert roller.sampler.decode._cache_size() == roller.sampler.prefill._cache_size() == 1
 
 
 def test_another_key_gives_other_rollouts(made, requests, expected):
@@ -341,9 +341,9 @@ def test_occupancy_counts_the_steps_of_all_slots(made, requests):
 
 def test_each_shape_is_compiled_once(made, requests, expected, caplog):
     model, params = made
-    prompt_buckets, row_buckets = (4, 8), (1, 4)
+    prompt_buckets = (4, 8)
     mixed = sorted(requests, key=lambda r: (len(r.prompt) > 4, r.attempt))  # unlike prompts side by side, short ones first
-    roller = t.new_roller(model, slots=4, prompt_buckets=prompt_buckets, row_buckets=row_buckets)
+    roller = t.new_roller(model, slots=4, prompt_buckets=prompt_buckets, rows=2)
     sampler = roller.sampler
 
     def run(params, **more):
@@ -355,15 +355,15 @@ def test_each_shape_is_compiled_once(made, requests, expected, caplog):
     rollouts, compiled = run(params, temperature=0.9)
     t.assert_same(rollouts, expected)
     assert compiled
-    assert sampler.insert._cache_size() == len(prompt_buckets) * len(row_buckets)
-    assert sampler.decode._cache_size() == sampler.empty._cache_size() == sampler.prepare._cache_size() == 1
+    assert sampler.prefill._cache_size() == len(prompt_buckets)
+    assert sampler.decode._cache_size() == sampler.empty._cache_size() == 1
     assert run(jax.tree.map(lambda x: x + 0.01, params), key=1, temperature=0.7)[1] == []
 
 
 def test_observations_of_many_lengths_share_few_shapes(made, conversations):
     # They were of 2, 3 and 4 tokens. The roller is that of the conversations.
     roller = t.make_roller(made[0], slots=5, length=36, max_tokens=28)
-    assert roller.sampler.force._cache_size() == 2
+    assert roller.sampler.force._cache_size() == 1
 
 
 def test_must_finish_pays_nothing_for_what_was_cut_off(made, requests):

@@ -167,10 +167,14 @@ KEYS = np.asarray(attempt_keys(jax.random.key(0), np.arange(4, dtype=np.uint32),
 
 
 def insert(compiled, params, slots, rows, places, limits):
-    """Put prompt `rows[i]` into slot `places[i]`; what is left of the four entries is put nowhere."""
-    spare = 4 - len(rows)
-    rows, limits = (np.array([*x, *[0] * spare], np.int32) for x in (rows, limits))
-    return compiled.insert(params, slots, PROMPTS, LENGTHS, rows, np.array([*places, *[4] * spare], np.int32), KEYS, limits)
+    """Put prompt `rows[i]`, with key i, into slot `places[i]`."""
+    row_S, limit_S, key_S = np.full(4, -1, np.int32), np.zeros(4, np.int32), np.zeros_like(KEYS)
+    tokens_ST, length_S = np.zeros((4, 12), np.int32), np.ones(4, np.int32)
+    for i, (row, s) in enumerate(zip(rows, places, strict=True)):
+        row_S[s], limit_S[s], key_S[s], length_S[s] = row, limits[i], KEYS[i], LENGTHS[row]
+        tokens_ST[s, :4] = PROMPTS[row]
+    prefilled = compiled.prefill(params, PROMPTS, LENGTHS)
+    return compiled.place(slots, prefilled, row_S, tokens_ST, length_S, limit_S, key_S)
 
 
 def decode(compiled, params, slots, times=1):
@@ -183,17 +187,17 @@ def test_insert_fills_the_slots_it_is_told_to(small):
     model, compiled, params = small
     slots = compiled.empty()
     assert slots.stop_S.tolist() == [EMPTY] * 4
-    slots = insert(compiled, params, slots, [1, 0, 0, 0], [2, 0, 4, 9], [7, 3, 9, 9])  # 4 and 9 are nowhere
+    slots = insert(compiled, params, slots, [1, 0], [2, 0], [7, 3])
     assert slots.stop_S.tolist() == [LIMIT, EMPTY, RUNNING, EMPTY]  # slot 0 is full with its prompt
     assert slots.length_S[jnp.array([0, 2])].tolist() == [3, 2]
-    assert slots.tokens_SC[jnp.array([0, 2]), :4].tolist() == [[5, 6, 7, 0], [8, 9, 0, 0]]
+    assert slots.tokens_ST[jnp.array([0, 2]), :4].tolist() == [[5, 6, 7, 0], [8, 9, 0, 0]]
     np.testing.assert_array_equal(slots.key_S[2], KEYS[0])
     before = jax.device_get(slots)
     after = jax.device_get(decode(compiled, params, slots))
     assert after.length_S[[0, 2]].tolist() == [3, 4]  # chunk_tokens more in the one that runs
-    assert after.sampled_SC[2].tolist() == [False, False, True, True] + [False] * 8
+    assert after.sampled_ST[2].tolist() == [False, False, True, True] + [False] * 8
     idle, axis = [0, 1, 3], 1 if model.config.scan_layers else 0
-    np.testing.assert_array_equal(before.tokens_SC[idle], after.tokens_SC[idle])
+    np.testing.assert_array_equal(before.tokens_ST[idle], after.tokens_ST[idle])
     for old, new in zip(jax.tree.leaves(before.cache), jax.tree.leaves(after.cache), strict=True):
         np.testing.assert_array_equal(old.take(idle, axis), new.take(idle, axis))
         assert (old.take(2, axis) != new.take(2, axis)).any()
@@ -204,7 +208,7 @@ def test_a_refilled_slot_sees_nothing_of_its_last_tenant(small):
 
     def second(slots):
         slots = decode(compiled, params, insert(compiled, params, slots, [0], [1], [12]), 5)
-        return jax.device_get((slots.tokens_SC[1], slots.logp_SC[1], slots.sampled_SC[1]))
+        return jax.device_get((slots.tokens_ST[1], slots.logp_ST[1], slots.sampled_ST[1]))
 
     used = decode(compiled, params, insert(compiled, params, compiled.empty(), [1], [1], [12]), 5)
     assert int(used.length_S[1]) == 12
@@ -216,26 +220,28 @@ def test_force_appends_up_to_the_limit_and_lets_run_on(small):
     model, compiled, params = small
     slots = insert(compiled, params, compiled.empty(), [0, 0, 1], [0, 1, 2], [12, 6, 12])
     before = jax.device_get(decode(compiled, params, slots))
-    tokens_SF = np.array([[3, 4, 0, 0], [3, 4, 2, 2], [5] * 4, [5] * 4], np.int32)
-    slots = compiled.force(params, jax.device_put(before), tokens_SF, np.array([2, 4, 0, 0], np.int32))
+    tokens_ST = np.zeros((4, 12), np.int32)
+    tokens_ST[:, :4] = [[3, 4, 0, 0], [3, 4, 2, 2], [5] * 4, [5] * 4]
+    start_S, count_S, limit_S = np.array([[5, 5, -1, -1], [2, 4, 0, 0], [12, 6, 0, 0]], np.int32)
+    slots = compiled.force(params, jax.device_put(before), start_S, tokens_ST, count_S, limit_S)
     assert slots.length_S[:3].tolist() == [7, 6, 4]
     assert slots.stop_S.tolist() == [RUNNING, LIMIT, RUNNING, EMPTY]
-    assert slots.tokens_SC[:2, 5:8].tolist() == [[3, 4, 0], [3, 0, 0]]
-    np.testing.assert_array_equal(slots.tokens_SC[2:], before.tokens_SC[2:])
-    np.testing.assert_array_equal(slots.logp_SC, before.logp_SC)
-    np.testing.assert_array_equal(slots.sampled_SC, before.sampled_SC)
+    assert slots.tokens_ST[:2, 5:8].tolist() == [[3, 4, 0], [3, 0, 0]]
+    np.testing.assert_array_equal(slots.tokens_ST[2:], before.tokens_ST[2:])
+    np.testing.assert_array_equal(slots.logp_ST, before.logp_ST)
+    np.testing.assert_array_equal(slots.sampled_ST, before.sampled_ST)
 
     slots = jax.device_get(decode(compiled, params, slots, 4))
     assert slots.length_S[:3].tolist() == [12, 6, 12]
-    assert slots.sampled_SC[0].tolist() == [False] * 3 + [True] * 2 + [False] * 2 + [True] * 5
-    logp_STV = jax.nn.log_softmax(t.logits(model)(params, slots.tokens_SC))
-    expected = np.take_along_axis(np.asarray(logp_STV)[:, :-1], slots.tokens_SC[:, 1:, None], axis=2)[..., 0]
-    np.testing.assert_allclose(slots.logp_SC[:, 1:], np.where(slots.sampled_SC[:, 1:], expected, 0), atol=1e-5)
+    assert slots.sampled_ST[0].tolist() == [False] * 3 + [True] * 2 + [False] * 2 + [True] * 5
+    logp_STV = jax.nn.log_softmax(t.logits(model)(params.decode, slots.tokens_ST))
+    expected = np.take_along_axis(np.asarray(logp_STV)[:, :-1], slots.tokens_ST[:, 1:, None], axis=2)[..., 0]
+    np.testing.assert_allclose(slots.logp_ST[:, 1:], np.where(slots.sampled_ST[:, 1:], expected, 0), atol=1e-5)
 
 
-def test_what_has_stopped_stays_as_it_is(small):
+def test_what_has_stopped_stays_as_it_is(small, made):
     _, compiled, params = small
-    ending = t.biased(params, _=1e9)
+    ending = compiled.prepare(t.biased(made[1], _=1e9))
     slots = decode(compiled, ending, insert(compiled, ending, compiled.empty(), [1], [1], [12]))
     slots = jax.device_get(decode(compiled, params, insert(compiled, params, slots, [0], [0], [4])))
     assert slots.length_S[:2].tolist() == [4, 3]  # though a chunk is of two tokens

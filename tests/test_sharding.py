@@ -36,11 +36,17 @@ def named(tree):
 
 @pytest.mark.parametrize(
     ("axes", "expected"),
-    [({}, (8, 1)), ({"data": 2, "fsdp": -1}, (2, 4)), ({"fsdp": 8}, (1, 8)), ({"data": 2, "fsdp": 2}, (2, 2))],
+    [
+        ({}, (8, 1, 1)),
+        ({"data": 2, "fsdp": -1}, (2, 4, 1)),
+        ({"fsdp": 8}, (1, 8, 1)),
+        ({"data": 2, "fsdp": 2}, (2, 2, 1)),
+        ({"tensor": 4}, (2, 1, 4)),
+    ],
 )
 def test_mesh_has_the_axes_asked_for(axes, expected):
     mesh = sharding.make_mesh(**axes)
-    assert tuple(mesh.shape.items()) == (("data", expected[0]), ("fsdp", expected[1]))
+    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), expected, strict=True))
     assert sharding.row_devices(mesh) == expected[0] * expected[1]
 
 
@@ -84,6 +90,25 @@ def test_no_large_parameter_is_replicated(variant):
             assert placed[name].spec[0] is None, f"{name}: layers are stacked on axis 0, which is not to be split"
 
 
+def test_tensor_splits_heads_feed_forward_and_vocabulary():
+    mesh, params = sharding.make_mesh(data=1, fsdp=2, tensor=4), shapes(qkv_bias=True)
+    placed, sizes = named(sharding.shardings(params, mesh)), named(params)
+    for name, x in sizes.items():
+        whole = "norm" in name
+        assert np.prod(placed[name].shard_shape(x.shape)) * (1 if whole else 4 if "bias" in name else 8) == np.prod(x.shape), name
+    for name, sampled in named(sharding.gathered(params, mesh)).items():
+        assert sampled.spec == P(*(None if axis == "fsdp" else axis for axis in placed[name].spec))
+
+
+def test_a_vocabulary_that_does_not_divide_stays_whole_and_heads_are_refused():
+    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=4)
+    placed = named(sharding.shardings(shapes(vocab_size=25), mesh))
+    assert placed["embed/embedding"].spec == P(None, "fsdp")
+    assert placed["unembed/kernel"].spec == P("fsdp", None)
+    with pytest.raises(ValueError, match=r"layers/attention/k/kernel has size 2 in axis 2.*does not divide over tensor=4"):
+        sharding.shardings(shapes(kv_heads=2), mesh)
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_named_sizes_divide_over_eight(name):
     fields = {"vocab_size": 64} if name == "tiny" else {}
@@ -104,7 +129,7 @@ def test_optimizer_moments_lie_where_their_parameter_lies(name):
     assert moments.nu == placed.params
     assert moments.count.spec == P()
     assert placed.step.spec == P()
-    assert named(placed.params)["layers/mlp/down/kernel"].spec == P(None, None, "fsdp")
+    assert named(placed.params)["layers/mlp/down/kernel"].spec == P(None, "tensor", "fsdp")
 
 
 def test_state_comes_to_lie_in_its_shardings(tiny):
@@ -127,4 +152,3 @@ def test_rows_are_split_over_both_axes():
     assert [s.data.shape for s in shards] == [(2, 8)] * 8
     assert put.reference_logp_BT is None
     np.testing.assert_array_equal(np.concatenate([s.data for s in shards]), batch.tokens_BT)
-    assert sharding.replicated(mesh).is_fully_replicated

@@ -51,7 +51,7 @@ def biased(params, **bias) -> dict:
 
 
 def new_roller(
-    model, *, slots=12, length=24, chunk_tokens=4, prompt_buckets=(8,), row_buckets=None, max_tokens=12, eos_ids=(EOS,), **more
+    model, *, slots=12, length=24, chunk_tokens=4, prompt_buckets=(8,), rows=4, max_tokens=12, eos_ids=(EOS,), **more
 ) -> Roller:
     return Roller(
         sampler=compile_sampler(model, slots=slots, length=length, eos_ids=eos_ids, chunk_tokens=chunk_tokens, **more),
@@ -59,7 +59,7 @@ def new_roller(
         decode=decode,
         eos_ids=eos_ids,
         prompt_buckets=prompt_buckets,
-        row_buckets=row_buckets or (slots,),
+        rows=rows,
         max_tokens=max_tokens,
     )
 
@@ -80,10 +80,10 @@ def verify(text: str, task: Task) -> Verdict:
     return Verdict(float(len(text)), task.answer in text, text, "found" if task.answer in text else "not found")
 
 
-def roll(roller, params, requests, environment, *, key=0, temperature=1.0):
+def roll(roller, params, requests, environment, *, key=0, temperature=1.0, **more):
     """The rollouts of `collect`, without its costs."""
-    layout = roller.sampler.prepare(params)
-    return collect(roller, layout, requests, environment, key=jax.random.key(key), temperature=temperature)[0]
+    weights = roller.sampler.prepare(params)
+    return collect(roller, weights, requests, environment, key=jax.random.key(key), temperature=temperature, **more)[0]
 
 
 @functools.cache

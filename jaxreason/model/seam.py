@@ -25,6 +25,12 @@ class Model(NamedTuple):
     value: Callable | None
     """`value(params, hidden_BTD) -> value_BT`, float32; None without a value head."""
     init_cache: Callable
-    """`init_cache(batch, length, cache_dtype=None) -> cache`, empty."""
+    """`init_cache(batch, columns, cache_dtype=None, stacked=None) -> cache`, empty; see `model.cache`.
+
+    With `stacked` its layers are stacked whatever the config says, and `apply` scans stacked params over it.
+    """
     decode_layout: Callable
-    """`decode_layout(params) -> params` as decoding reads them fastest; `apply` and `unembed` take either layout."""
+    """`decode_layout(params) -> params` as decoding reads them fastest, without copying what is right as it is.
+
+    `apply` and `unembed` take either layout. Not to be jitted as a whole: it is a few small programs.
+    """
