@@ -73,6 +73,7 @@ def build(config, *, say: Callable[[str], None] = print) -> Run:
     shape, load = call(make_model, config["model"], "config.model", folder=folder, tokenizer=tokenizer)
     text.check_vocabulary(tokenizer, shape)
     model = transformer(shape)
+    sharding.shardings(jax.eval_shape(model.init, jax.random.key(0)), mesh)  # raises if an axis does not divide
     roller = call(make_roller, config["sampler"], "config.sampler", model=model, tokenizer=tokenizer, format=format, mesh=mesh)
     parts = Parts(config["seed"], model, tokenizer, format, roller, config["verifier"], sharding.row_devices(mesh), say)
     phases = [call(make_phase, config[name], f"config.{name}", name=name, parts=parts) for name in phase_names]

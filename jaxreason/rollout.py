@@ -147,11 +147,12 @@ def check(roller: Roller, requests: Sequence[Request]) -> None:
             )
 
 
-def keys_of(key, requests: Sequence[Request]) -> np.ndarray:
-    """Key data of each request, [R, ...]."""
-    ids = np.zeros((2, 1 << len(requests).bit_length()), np.uint32)  # few shapes for numbers of requests of all kinds
-    ids[:, : len(requests)] = np.array([(r.problem, r.attempt) for r in requests], np.uint32).reshape(-1, 2).T
-    return np.asarray(attempt_keys(key, *ids))[: len(requests)]
+def keys_of(key, requests: Sequence[Request], at_once: int = 256) -> np.ndarray:
+    """Key data of each request, [R, ...]; made `at_once`, so that one shape serves all numbers of requests."""
+    ids = np.array([(r.problem, r.attempt) for r in requests], np.uint32).reshape(-1, 2).T
+    ids = np.pad(ids, ((0, 0), (0, -len(requests) % at_once)))
+    made = [attempt_keys(key, *ids[:, i : i + at_once]) for i in range(0, ids.shape[1], at_once)]
+    return np.concatenate(made)[: len(requests)] if made else np.zeros((0, 0), np.uint32)
 
 
 def warm_up(roller: Roller, weights: Weights, filters: Iterable[Filter] = (ALL,), forces: bool = True) -> None:

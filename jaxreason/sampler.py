@@ -235,8 +235,9 @@ def compile_sampler(
 
     def place(slots: Slots, prefilled, row_S, tokens_ST, length_S, limit_S, key_S) -> Slots:
         """Start an attempt in each slot s with `row_S[s] >= 0`: at the prompt `tokens_ST[s]`, row `row_S[s]` of `prefilled`."""
-        slots, to_S, row_S, count = start(slots, row_S, tokens_ST, length_S, limit_S, key_S)
-        cache = kv.by_layer(lambda layer, i: copy_rows(layer, prefilled, i, to_S, row_S, count), slots.cache)
+        cache, bare = slots.cache, dataclasses.replace(slots, cache=None)
+        slots, to_S, row_S, count = start(bare, row_S, tokens_ST, length_S, limit_S, key_S)
+        cache = kv.by_layer(lambda layer, i: copy_rows(layer, prefilled, i, to_S, row_S, count), cache)
         return dataclasses.replace(slots, cache=cache)
 
     def start(slots: Slots, row_S, tokens_ST, length_S, limit_S, key_S):
@@ -292,7 +293,7 @@ def compile_sampler(
         )
 
     def halt(slots: Slots, halted_S) -> Slots:
-        return dataclasses.replace(slots, stop_S=jnp.where(halted_S, EMPTY, slots.stop_S))
+        return dataclasses.replace(slots, stop_S=halted(slots.stop_S, halted_S))
 
     def resize(slots: Slots, columns: int) -> Slots:
         """Give the cache another number of columns; no running slot may be longer."""
@@ -361,7 +362,9 @@ def compile_sampler(
         slots_out = dataclasses.replace(
             jax.tree.map(lambda _: by_slot, shapes), cache=jax.tree.map(lambda _: layer_out, shapes.cache)
         )
-    start = jax.jit(start, donate_argnums=0, out_shardings=None if mesh is None else (slots_out, whole, whole, whole))
+    bare_out = None if mesh is None else (dataclasses.replace(slots_out, cache=None), whole, whole, whole)
+    start = jax.jit(start, donate_argnums=0, out_shardings=bare_out)
+    halted = jax.jit(lambda stop_S, halted_S: jnp.where(halted_S, EMPTY, stop_S), out_shardings=None if mesh is None else by_slot)
     copy_rows = jax.jit(kv.copy_rows, donate_argnums=0, out_shardings=layer_out)
     resize_layer = jax.jit(kv.resize, static_argnums=1, out_shardings=layer_out)
 
@@ -376,6 +379,6 @@ def compile_sampler(
         place=place,
         decode=jax.jit(decode, donate_argnums=1, static_argnums=3, out_shardings=slots_out),
         force=jax.jit(force, donate_argnums=1, out_shardings=slots_out),
-        halt=jax.jit(halt, donate_argnums=0, out_shardings=slots_out),
+        halt=halt,
         resize=resize,
     )

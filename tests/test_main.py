@@ -78,6 +78,14 @@ def changed(changes):
         ({"rl.source.temperature": 0.0}, r"source.temperature got 0.0; allowed: above 0"),
         ({"rl.source.reward": "rnd"}, r"unknown reward 'rnd'"),
         ({"rl.source.max_tokens": 1000}, r"source.max_tokens got 1000; allowed: 1 to sampler.max_tokens=32"),
+        ({"rl.source.top_p": 0.8}, r"top_p=0.8, min_p=0.0; allowed in training: 0, 1 and 0. .* its ratio .* would be biased"),
+        ({"rl.source.top_k": 5}, r"allowed in training"),
+        ({"rl.source.min_p": 0.1}, r"allowed in training"),
+        ({"evaluate.top_p": 0.0}, r"config.evaluate got top_k=0, top_p=0.0, min_p=0.0; allowed: top_k 0"),
+        ({"sampler.cache_dtype": "int4"}, r"unknown config.sampler.cache_dtype 'int4'"),
+        ({"sampler.stop_strings": "ab"}, r"stop_strings got 'ab'; allowed: a tuple of texts"),
+        ({"sampler.thinking_tokens": 0}, r"thinking_tokens=0, .* allowed: 1 or more"),
+        ({"sampler.prefill_tokens": 0}, r"config.sampler.prefill_tokens got 0; allowed: 1 or more"),
         ({"prior.objective.name": "grpo"}, r"config.prior: objective 'grpo' compares the attempts"),
         ({"prior.source.task.demonstrations": "none"}, r"no worked solutions"),
         ({"sampler.max_prompt_tokens": 4}, r"all 64 prompts of task 'chain' are longer than sampler.max_prompt_tokens=4"),
@@ -87,6 +95,7 @@ def changed(changes):
         ({"extra": 1}, r"unknown field of the config 'extra'"),
         ({"mesh.data": 3}, r"mesh got"),
         ({"mesh.fsdp": 16}, r"mesh got"),
+        ({"mesh.tensor": 8, "mesh.data": 1}, r"attention/k/kernel has size \d in axis 2, which does not divide over tensor=8"),
     ],
 )
 def test_a_bad_config_is_one_line(changes, message):
@@ -137,13 +146,16 @@ def test_help_does_not_import_jax():
 
 def test_the_command_runs_refuses_another_config_and_finishes_once(tmp_path):
     config = ROOT / SMOKE.partition(":")[0]
-    command = [f"--config={config}:smoke", "--config.phases=('prior',)"]
+    command = [f"--config={config}:smoke", "--config.phases=('prior',)", f"--compilation_cache={tmp_path / 'compiled'}"]
     code, out, err = main(*command, cwd=tmp_path)
     assert code == 0, err
     (workdir,) = (tmp_path / "runs").iterdir()
     assert workdir.name.startswith("tiny-smoke-")
     assert f"workdir: runs/{workdir.name}" in out
     assert "after prior" in out  # the table
+    assert "compiled the sampler in" in err
+    (machine,) = (tmp_path / "compiled").iterdir()
+    assert any("decode" in path.name for path in machine.iterdir())
     assert json.loads((workdir / "config.json").read_text())["seed"] == 0
     assert json.loads((workdir / "summary.json").read_text())["done"]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import threading
 
 import jax
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import tiny_roller as t
 
 from jaxreason.environment import Environment, Step, single_turn
-from jaxreason.rollout import Request, collect
-from jaxreason.sharding import make_mesh, shardings
+from jaxreason.rollout import Budget, Request, collect, warm_up
+from jaxreason.sampler import ALL, Filter
+from jaxreason.sharding import make_mesh, row_devices, shardings
 from jaxreason.types import Task, Verdict
 
 JUDGE = single_turn(t.verify)
@@ -47,6 +49,10 @@ VARIANTS = {
     "three slots, chunks of one token": {"slots": 3, "chunk_tokens": 1},
     "more slots than requests, chunks longer than rollouts": {"slots": 32, "chunk_tokens": 16},
     "longer cache, wider prompt bucket": {"length": 40, "prompt_buckets": (16,)},
+    "cache buckets, one of them shorter than the prompts": {"length": 24, "buckets": (4, 9, 14, 24)},
+    "cache buckets of one slot, which shrinks between rollouts": {"slots": 1, "buckets": (8, 16, 24), "chunk_tokens": 2},
+    "prompts prefilled three tokens at a time, all at once": {"prefill_tokens": 3, "rows": 9},
+    "prompts prefilled one by one": {"rows": 1},
 }
 
 
@@ -73,17 +79,42 @@ def test_rollouts_do_not_depend_on_order_or_neighbours(made, requests, expected)
     t.assert_same(t.roll(roller, params, mixed, JUDGE, temperature=0.9)[1::2], expected)
 
 
-@pytest.mark.parametrize(("axes", "scan"), [({"data": 8}, False), ({"data": 2, "fsdp": 4}, True)], ids=str)
+MESHES = [
+    ({"data": 8}, False),
+    ({"data": 2, "fsdp": 4}, True),
+    ({"data": 2, "fsdp": 2, "tensor": 2}, False),
+    ({"tensor": 2}, True),
+]
+
+
+@pytest.mark.parametrize(("axes", "scan"), MESHES, ids=str)
 def test_rollouts_do_not_depend_on_the_mesh(made, requests, expected, axes, scan):
     mesh, model = make_mesh(**axes), t.make_model(scan_layers=scan)[0]
     params = jax.device_put(made[1], shardings(made[1], mesh))
-    roller = t.new_roller(model, slots=16, mesh=mesh)
+    roller = t.new_roller(model, slots=16, mesh=mesh, buckets=(16, 24))
+    rows, tensor = row_devices(mesh), mesh.shape["tensor"]
     t.assert_same(t.roll(roller, params, requests, JUDGE, temperature=0.9), expected)
-    slots = roller.sampler.empty()
-    assert {len(x.sharding.device_set) for x in jax.tree.leaves(slots)} == {8}
-    assert slots.tokens_ST.addressable_shards[0].data.shape == (2, 24)
-    assert {x.sharding.shard_shape(x.shape)[scan] for x in jax.tree.leaves(slots.cache)} == {16 // 8}
-    assert roller.sampler.decode._cache_size() == roller.sampler.prefill._cache_size() == 1
+    greedy = t.roll(t.make_roller(made[0]), made[1], requests, JUDGE, temperature=0.0)
+    t.assert_same(t.roll(roller, params, requests, JUDGE, temperature=0.0), greedy)
+    for slots in (roller.sampler.empty(), roller.sampler.resize(roller.sampler.empty(), 24)):
+        assert {len(x.sharding.device_set) for x in jax.tree.leaves(slots)} == {8}
+        assert slots.tokens_ST.addressable_shards[0].data.shape == (16 // rows, 24)
+        shards = {x.sharding.shard_shape(x.shape)[scan : scan + 2] for x in jax.tree.leaves(slots.cache)}
+        assert shards == {(16 // rows, 2 // tensor)}  # slots, and heads of keys and values
+    assert roller.sampler.decode._cache_size() == 2
+    assert roller.sampler.prefill._cache_size() == 1
+    layers = roller.sampler.prepare(params).decode["layers"]
+    up = layers["mlp"]["up"]["kernel"] if scan else layers[0]["mlp"]["up"]["kernel"]
+    assert np.prod(up.sharding.shard_shape(up.shape)) == up.size // tensor  # gathered but for `tensor`
+
+
+def test_a_vocabulary_that_does_not_divide_over_the_mesh(requests):
+    model, params = t.make_model(vocab_size=13)
+    roller = t.make_roller(model)._replace(decode=str)
+    expected = t.roll(roller, params, requests, JUDGE)
+    mesh = make_mesh(data=4, tensor=2)
+    roller = t.new_roller(model, slots=12, mesh=mesh)._replace(decode=str)
+    t.assert_same(t.roll(roller, jax.device_put(params, shardings(params, mesh)), requests, JUDGE), expected)
 
 
 def test_another_key_gives_other_rollouts(made, requests, expected):
@@ -163,6 +194,112 @@ def test_a_prompt_must_be_neither_empty_nor_too_long(made):
         t.roll(roller, made[1], [Request(Task("", ""), 7, 0, [])], JUDGE)
     with pytest.raises(ValueError, match=r"prompt of problem 7 has 9 tokens; allowed: 1 to 8; raise sampler.max_prompt_tokens"):
         t.roll(roller, made[1], [Request(Task("", ""), 7, 0, [1] * 9)], JUDGE)
+
+
+# --- stop strings ---
+
+
+def with_stops(roller, *strings):
+    return roller._replace(stop_strings=strings)
+
+
+def test_a_stop_string_ends_the_text_where_it_is_complete(made, requests):
+    """Two letters are two tokens, so it straddles them; chunks are of 4, 1 and 16 tokens, so it straddles chunks."""
+    params, strings = t.biased(made[1], _=-1.0), ("ab", "c", "ghi")
+    free = t.roll(t.make_roller(made[0]), params, requests, JUDGE)
+    stopped = t.roll(with_stops(t.make_roller(made[0]), *strings), params, requests, JUDGE)
+    assert {r.stop for r in stopped} == {"stop", "eos", "limit"}
+    assert any(r.text.endswith("ab") for r in stopped)
+    for r, whole in zip(stopped, free, strict=True):
+        ends = [whole.text.find(s) + len(s) for s in strings if s in whole.text]
+        if not ends:
+            t.assert_same([r], [whole])
+            continue
+        n = min(ends)
+        assert (r.stop, r.text, len(r.tokens)) == ("stop", whole.text[:n], n)
+        np.testing.assert_array_equal(r.tokens, whole.tokens[:n])
+        np.testing.assert_array_equal(r.logp, whole.logp[:n])
+        assert r.verdict.parsed == r.text
+    for shape in ({"chunk_tokens": 1}, {"chunk_tokens": 16, "slots": 3}, {"slots": 32, "chunk_tokens": 5}):
+        t.assert_same(t.roll(with_stops(t.make_roller(made[0], **shape), *strings), params, requests, JUDGE), stopped)
+
+
+def test_a_stop_string_may_begin_and_end_inside_tokens(made, requests):
+    """Here a token is of three letters, of which a stop string needs the last of one, a whole one and the first of a third."""
+    spell = lambda ids: "".join("x" + t.ALPHABET[i] + "y" for i in ids)  # noqa: E731
+    roller = t.make_roller(made[0])._replace(decode=spell)
+    params = t.biased(made[1], _=NEVER)
+    found = 0
+    free = t.roll(roller, params, requests, JUDGE)
+    for r, whole in zip(t.roll(with_stops(roller, "yxayx"), params, requests, JUDGE), free, strict=True):
+        place = whole.text.find("yxayx")
+        assert r.stop == ("limit" if place < 0 else "stop")
+        found += place >= 0
+        n = len(whole.tokens) if place < 0 else -(-(place + 5) // 3)  # the token in which it ends is whole
+        np.testing.assert_array_equal(r.tokens, whole.tokens[:n])
+    assert 5 < found < len(requests)
+
+
+def test_after_a_stop_string_an_observation_goes_on_from_there(made):
+    """What was sampled past the stop string, up to the end of the chunk, leaves no trace."""
+    model, params = made[0], t.biased(made[1], _=-3.0, a=1.0)
+    talk = [r._replace(task=dataclasses.replace(r.task, id="3")) for r in t.make_requests(8, 2)]
+    rollers = [
+        with_stops(t.make_roller(model, slots=slots, length=36, max_tokens=28, chunk_tokens=chunk), "a")
+        for slots, chunk in ((5, 4), (16, 7), (2, 1))
+    ]
+    first, *others = (t.roll(roller, params, talk, scripted(several)) for roller in rollers)
+    for other in others:
+        t.assert_same(other, first)
+    assert t.largest_gap(model, params, first) < 1e-5
+    assert sum(len(turns(r)) == 4 for r in first) > 5
+    for r in first:
+        assert all(turn.endswith("a") and turn.count("a") == 1 for turn in turns(r)[:-1] if "_" not in turn)
+
+
+# --- a budget for thinking ---
+
+
+def thinker(roller, tokens=4, end="k"):
+    return roller._replace(thinking=Budget(tokens, end, t.encode(end)))
+
+
+def test_thinking_is_ended_at_its_budget_unless_it_has_ended(made, requests):
+    params = t.biased(made[1], _=-1.0)
+    free = t.roll(t.make_roller(made[0]), params, requests, JUDGE)
+    roller = thinker(t.make_roller(made[0]), end="jk")
+    rollouts = t.roll(roller, params, requests, JUDGE)
+    kinds = set()
+    for r, whole in zip(rollouts, free, strict=True):
+        if len(whole.tokens) < 4 or (len(whole.tokens) == 4 and whole.stop == "eos") or "jk" in whole.text[:4]:
+            kinds.add("free")
+            t.assert_same([r], [whole])
+            continue
+        kinds.add("forced")
+        np.testing.assert_array_equal(r.tokens[:4], whole.tokens[:4])
+        assert t.decode(r.tokens[4:6]) == "jk"
+        assert r.sampled.tolist() == [True] * 4 + [False] * 2 + [True] * (len(r.tokens) - 6)
+        assert r.stop in ("eos", "limit")
+        assert len(r.tokens) == 12 or r.stop == "eos"
+        assert r.verdict.parsed == r.text  # one turn: what was thought and what was said
+    assert kinds == {"free", "forced"}
+    assert t.largest_gap(made[0], params, [r for r in rollouts if len(r.tokens) > 0]) < 1e-5
+    other = thinker(t.make_roller(made[0], slots=3, chunk_tokens=16, buckets=(8, 16, 24)), end="jk")
+    t.assert_same(t.roll(other, params, requests, JUDGE), rollouts)
+
+
+def test_thinking_that_has_ended_goes_on_to_the_limit(made, requests):
+    params = t.biased(made[1], _=NEVER, k=ALWAYS)
+    for r in t.roll(thinker(t.make_roller(made[0])), params, requests, JUDGE):
+        assert (r.text, r.sampled.all(), r.stop) == ("k" * 12, True, "limit")
+
+
+def test_a_budget_at_the_limit_forces_nothing(made, requests):
+    params = t.biased(made[1], _=NEVER)
+    free = t.roll(t.make_roller(made[0]), params, requests, JUDGE)
+    t.assert_same(t.roll(thinker(t.make_roller(made[0]), tokens=12), params, requests, JUDGE), free)
+    for r in t.roll(thinker(t.make_roller(made[0]), tokens=11, end="jkjk"), params, requests, JUDGE):
+        assert (r.sampled.tolist(), r.stop, len(r.tokens)) == ([True] * 11 + [False], "limit", 12)
 
 
 # --- forced tokens ---
@@ -318,6 +455,7 @@ def test_what_was_spent(made, requests):
     assert spent.tokens == sum(len(r.tokens) for r in rollouts)
     assert spent.sample_s > 0
     assert spent.verify_s > 0
+    assert spent.prompt_tokens == sum(len(p) for p in {tuple(r.prompt) for r in requests})  # each once, though slots are few
 
 
 def test_occupancy_counts_the_steps_of_all_slots(made, requests):
@@ -360,10 +498,70 @@ def test_each_shape_is_compiled_once(made, requests, expected, caplog):
     assert run(jax.tree.map(lambda x: x + 0.01, params), key=1, temperature=0.7)[1] == []
 
 
+def test_after_a_warm_up_nothing_is_compiled(made, caplog):
+    """A long ragged run over all buckets, with observations, stop strings, a thinking budget and two filters."""
+    sampler = {"slots": 5, "length": 44, "max_tokens": 30, "prompt_buckets": (4, 8), "buckets": (8, 16, 44)}
+    roller = with_stops(thinker(t.new_roller(made[0], **sampler), tokens=14), "ab")
+    filters = (ALL, Filter(top_k=6))
+    weights = roller.sampler.prepare(made[1])
+    warm_up(roller, weights, filters, forces=True)
+    talk = [r._replace(task=dataclasses.replace(r.task, id=f"{r.problem + r.attempt}")) for r in t.make_requests(24, 3)]
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        found = []
+        for filter in filters:
+            rollouts, _ = collect(roller, weights, talk, scripted(several), key=jax.random.key(0), temperature=0.9, filter=filter)
+            found += rollouts
+    assert {r.stop for r in found} == {"eos", "limit", "stop"}
+    assert len({len(r.prompt) + len(r.tokens) for r in found}) > 20
+    compiled = [r.getMessage() for r in caplog.records if "XLA compilation" in r.getMessage()]
+    assert compiled == []
+    assert roller.sampler.decode._cache_size() == 3 * 2
+
+
 def test_observations_of_many_lengths_share_few_shapes(made, conversations):
     # They were of 2, 3 and 4 tokens. The roller is that of the conversations.
     roller = t.make_roller(made[0], slots=5, length=36, max_tokens=28)
     assert roller.sampler.force._cache_size() == 1
+
+
+def test_verdicts_are_made_while_others_decode(made, requests):
+    """The first to end gets its verdict only when another has ended, which it can only if sampling went on without it."""
+    ended = [threading.Event() for _ in range(2)]
+    order = []
+
+    def patient(text, task):
+        number = len(order)
+        order.append(text)
+        if number < 2:
+            ended[number].set()
+        return t.verify(text, task) if number or ended[1].wait(60) else Verdict(-1.0, False, None, "nobody else ended")
+
+    roller = t.make_roller(made[0], slots=2, chunk_tokens=1)
+    t.assert_same(t.roll(roller, made[1], requests, single_turn(patient)), t.roll(roller, made[1], requests, JUDGE))
+
+
+def test_an_observation_is_awaited_while_others_decode(made, requests):
+    heard, others = threading.Event(), threading.Event()
+
+    def step(state, turn):
+        task, count = state
+        if task.id == "0" and count == 0:
+            heard.set()
+            return (task, 1), Step(observation="kk" if others.wait(60) else "bb")
+        if heard.is_set():
+            others.set()
+        return state, Step(verdict=Verdict(0.0, False, turn.text))
+
+    roller = t.make_roller(made[0], slots=2, chunk_tokens=1)
+    wanted = [r for r in requests if r.attempt == 0]
+    first, *_ = t.roll(roller, t.biased(made[1], _=2.5), wanted, Environment(lambda task: (task, 0), step))
+    assert t.decode(first.tokens[~first.sampled]) == "kk"
+
+
+def test_an_environment_that_says_one_turn_must_give_verdicts(made, requests):
+    step = lambda state, turn: (state, Step(observation="a"))  # noqa: E731
+    with pytest.raises(ValueError, match="one_turn=True gave an observation"):
+        t.roll(t.make_roller(made[0]), made[1], requests, Environment(lambda task: task, step, one_turn=True))
 
 
 def test_must_finish_pays_nothing_for_what_was_cut_off(made, requests):
