@@ -93,7 +93,10 @@ def attend(q_BTNH, k_BKHC, v_BKCH, visible_BTC):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245), with QK norm and biases where the config has them."""
+    """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245), with QK norm and biases where the config has them.
+
+    Without a cache the tokens attend to each other by `kernel(q_BTNH, k_BTKH, v_BTKH, seen)`; with one `seen` is visible_BTC.
+    """
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
         self.q = Projection((c.width,), (c.heads, c.head_size), bias=c.qkv_bias, rngs=rngs)
@@ -103,18 +106,17 @@ class Attention(nnx.Module):
         self.q_norm = Norm(c.head_size, c.norm_eps) if c.qk_norm else None
         self.k_norm = Norm(c.head_size, c.norm_eps) if c.qk_norm else None
 
-    def __call__(self, x_BTD, rotations, visible_BTC, position_BT, cache):
+    def __call__(self, x_BTD, rotations, seen, position_BT, cache, kernel):
         q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rotations), rotate(k, *rotations)
         if cache is None:
-            k_BKHC, v_BKCH = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
-        else:
-            k_BKHC, v_BKCH = write(cache["k"], cache["v"], k, v, position_BT)
-            cache = {"k": k_BKHC, "v": v_BKCH}
+            return self.o(kernel(q, k, v, seen)), None
+        k_BKHC, v_BKCH = write(cache["k"], cache["v"], k, v, position_BT)
         # A cache may be kept in another dtype than the activations.
-        return self.o(attend(q, k_BKHC.astype(x_BTD.dtype), v_BKCH.astype(x_BTD.dtype), visible_BTC)), cache
+        mixed = attend(q, k_BKHC.astype(x_BTD.dtype), v_BKCH.astype(x_BTD.dtype), seen)
+        return self.o(mixed), {"k": k_BKHC, "v": v_BKCH}
 
 
 def write(k_BKHC, v_BKCH, k_BTKH, v_BTKH, position_BT):
@@ -152,7 +154,7 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(c.width, c.norm_eps)
         self.mlp = MLP(c, rngs=rngs)
 
-    def __call__(self, x_BTD, rotations, visible_BTC, position_BT, cache):
-        mixed, cache = self.attention(self.attention_norm(x_BTD), rotations, visible_BTC, position_BT, cache)
+    def __call__(self, x_BTD, rotations, seen, position_BT, cache, kernel):
+        mixed, cache = self.attention(self.attention_norm(x_BTD), rotations, seen, position_BT, cache, kernel)
         x_BTD = x_BTD + mixed
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
