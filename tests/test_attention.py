@@ -59,11 +59,16 @@ def test_a_kernel_gives_what_xla_gives(name, T, segmented):
         np.testing.assert_allclose(x, y, atol=2e-5, err_msg=part)
 
 
-def test_cudnn_gets_an_even_number_of_tokens():
-    """With a bias its backward pass takes no other; XLA, which stands in for it here, takes any."""
-    *_, segment_BT = rows(9)
-    seen = attention.cudnn(CONFIG).see(jnp.zeros((B, 9), int), segment_BT)
-    assert seen.shape == (B, 1, 10, 10)
+@pytest.mark.parametrize("segmented", [False, True])
+def test_cudnn_gets_an_even_number_of_tokens(monkeypatch, segmented):
+    """It has no gradient at any other; XLA, which stands in for it here, takes all."""
+    taken = []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **_: taken.append((q, k, v)) or q)
+    q, k, v, segment_BT = rows(9)
+    kernel = attention.cudnn(CONFIG)
+    mixed = kernel.attend(q, k, v, kernel.see(jnp.zeros((B, 9), int), segment_BT if segmented else None))
+    assert [x.shape[1] for x in taken[0]] == [10, 10, 10]
+    np.testing.assert_array_equal(mixed, q)
 
 
 @pytest.mark.parametrize("name", ANYWHERE)

@@ -85,6 +85,8 @@ def changed(changes):
         ({"phases": ("prior", "lr")}, r"unknown phase 'lr'"),
         ({"phases": ()}, r"config.phases got \(\)"),
         ({"extra": 1}, r"unknown field of the config 'extra'"),
+        ({"model.attention": "flash"}, r"unknown attention 'flash'.*one of: cudnn, splash, xla"),
+        ({"model.attention": "splash"}, r"attention='splash' got devices of platform 'cpu'; allowed: 'tpu'"),
         ({"mesh.data": 3}, r"mesh got"),
         ({"mesh.fsdp": 16}, r"mesh got"),
     ],

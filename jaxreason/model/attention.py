@@ -68,12 +68,12 @@ def cudnn(config: ModelConfig, mesh=None, *, implementation: str = "cudnn") -> K
     def see(position_BT, segment_BT):
         if segment_BT is None:
             return None
-        segment_BT = pad_tokens(segment_BT, 2)  # cuDNN's backward pass wants an even T where there is a bias
+        segment_BT = pad_tokens(segment_BT, 2)
         return segment_BT[:, None, :, None] == segment_BT[:, None, None, :]
 
     def attend_cudnn(q_BTNH, k_BTKH, v_BTKH, same_B1TT):
         T = q_BTNH.shape[1]
-        q, k, v = (x if same_B1TT is None else pad_tokens(x, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
+        q, k, v = (pad_tokens(x, 2) for x in (q_BTNH, k_BTKH, v_BTKH))  # jax refuses to differentiate cuDNN's at an odd T
         mixed = jax.nn.dot_product_attention(q, k, v, mask=same_B1TT, is_causal=True, implementation=implementation)
         return mixed[:, :T]
 
