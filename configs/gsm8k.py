@@ -36,6 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "dtype": "bfloat16",
         "param_dtype": "float32",
         "remat": "full",
+        "attention": "xla",
         "scan_layers": config_dict.placeholder(bool),
     }
     config.text = {"tokenizer": "pretrained", "format": "chat", "instruction": INSTRUCTION, "system": ""}

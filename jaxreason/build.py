@@ -21,7 +21,7 @@ from jaxreason import objectives as objectives_
 from jaxreason import optimizer as optimizer_
 from jaxreason.environment import Environment, single_turn
 from jaxreason.learner import compile_token_logp
-from jaxreason.model import Model, ModelConfig, transformer
+from jaxreason.model import Model, ModelConfig, attention, transformer
 from jaxreason.model import config as model_config
 from jaxreason.model import weights as weights_
 from jaxreason.options import call, unknown
@@ -72,7 +72,8 @@ def build(config, *, say: Callable[[str], None] = print) -> Run:
     tokenizer, format = call(make_text, config["text"], "config.text", folder=folder)
     shape, load = call(make_model, config["model"], "config.model", folder=folder, tokenizer=tokenizer)
     text.check_vocabulary(tokenizer, shape)
-    model = transformer(shape)
+    attention.check_platform(shape, mesh.devices.flat[0].platform)
+    model = transformer(shape, mesh)
     sharding.shardings(jax.eval_shape(model.init, jax.random.key(0)), mesh)  # raises if an axis does not divide
     roller = call(make_roller, config["sampler"], "config.sampler", model=model, tokenizer=tokenizer, format=format, mesh=mesh)
     parts = Parts(config["seed"], model, tokenizer, format, roller, config["verifier"], sharding.row_devices(mesh), say)

@@ -20,6 +20,7 @@ from jaxreason.options import unknown
 
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "dots")
+ATTENTION = ("xla", "cudnn", "splash")
 ROPE_KINDS = ("linear", "llama3", "yarn")
 
 
@@ -75,6 +76,7 @@ class ModelConfig:
     param_dtype: str = "float32"  # of the parameters at rest
     scan_layers: bool = False  # lax.scan over the stacked layers: compile time flat in depth, slower on a CPU
     remat: str = "none"  # recompute in the backward pass: nothing, whole layers, or all but the matrix products
+    attention: str = "xla"  # the kernel of training and log-probs: "cudnn" on NVIDIA GPUs, "splash" on TPUs (see attention.py)
 
     def __post_init__(self):
         _positive(self, "vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "feed_forward")
@@ -83,11 +85,18 @@ class ModelConfig:
             raise ValueError(f"heads got {self.heads}; allowed: a multiple of kv_heads ({self.kv_heads})")
         if self.head_size % 2:
             raise ValueError(f"head_size got {self.head_size}; allowed: even numbers, as RoPE turns pairs")
-        for name, allowed in (("dtype", DTYPES), ("param_dtype", DTYPES), ("remat", REMAT)):
+        for name, allowed in (("dtype", DTYPES), ("param_dtype", DTYPES), ("remat", REMAT), ("attention", ATTENTION)):
             if getattr(self, name) not in allowed:
                 raise ValueError(unknown(name, getattr(self, name), allowed))
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
             raise ValueError(f"rope_scaling got {type(self.rope_scaling).__name__}; allowed: None or a RopeScaling")
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise ValueError(f"attention='cudnn' got dtype {self.dtype!r}; allowed: 'bfloat16'; or use attention='xla'")
+        if self.attention == "cudnn" and (self.head_size % 8 or self.head_size > 256):
+            raise ValueError(
+                f"attention='cudnn' got head_size {self.head_size}; allowed: multiples of 8 up to 256 (up to 128 before "
+                "Hopper); or use attention='xla'"
+            )
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -99,7 +99,10 @@ def attend(q_BTNH, k_BKHC, v_BKCH, visible_BTC, k_scale_BK1C=None, v_scale_BK1C=
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245), with QK norm and biases where the config has them."""
+    """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245), with QK norm and biases where the config has them.
+
+    Without a cache the tokens attend to each other by `kernel(q_BTNH, k_BTKH, v_BTKH, seen)`; with one `seen` is visible_BTC.
+    """
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
         self.q = Projection((c.width,), (c.heads, c.head_size), bias=c.qkv_bias, rngs=rngs)
@@ -109,17 +112,15 @@ class Attention(nnx.Module):
         self.q_norm = Norm(c.head_size, c.norm_eps) if c.qk_norm else None
         self.k_norm = Norm(c.head_size, c.norm_eps) if c.qk_norm else None
 
-    def __call__(self, x_BTD, rotations, visible_BTC, position_BT, cache):
+    def __call__(self, x_BTD, rotations, seen, position_BT, cache, kernel):
         q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rotations), rotate(k, *rotations)
         if cache is None:
-            mixed = attend(q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), visible_BTC)
-        else:
-            cache = write(cache, k, v, position_BT)
-            mixed = attend(q, cache["k"], cache["v"], visible_BTC, cache.get("k_scale"), cache.get("v_scale"))
-        return self.o(mixed), cache
+            return self.o(kernel(q, k, v, seen)), None
+        cache = write(cache, k, v, position_BT)
+        return self.o(attend(q, cache["k"], cache["v"], seen, cache.get("k_scale"), cache.get("v_scale"))), cache
 
 
 def write(cache: dict, k_BTKH, v_BTKH, position_BT) -> dict:
@@ -171,7 +172,7 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(c.width, c.norm_eps)
         self.mlp = MLP(c, rngs=rngs)
 
-    def __call__(self, x_BTD, rotations, visible_BTC, position_BT, cache):
-        mixed, cache = self.attention(self.attention_norm(x_BTD), rotations, visible_BTC, position_BT, cache)
+    def __call__(self, x_BTD, rotations, seen, position_BT, cache, kernel):
+        mixed, cache = self.attention(self.attention_norm(x_BTD), rotations, seen, position_BT, cache, kernel)
         x_BTD = x_BTD + mixed
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxreason.model import cache as kv
+from jaxreason.model.attention import KERNELS
 from jaxreason.model.config import ModelConfig, rope_frequencies
 from jaxreason.model.layers import Block, Norm, Projection, from_left
 from jaxreason.model.seam import Model
@@ -26,8 +27,11 @@ REMAT = {
 }
 
 
-def transformer(config: ModelConfig) -> Model:
-    """Make the pure functions of a decoder-only transformer."""
+def transformer(config: ModelConfig, mesh=None) -> Model:
+    """Make the pure functions of a decoder-only transformer.
+
+    A mesh is for the attention kernels that the compiler can't split by itself, which is all but "xla".
+    """
     dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
     # Modules hold no arrays of their own here: only their structure is kept, to be merged with params inside `apply`.
     block = nnx.graphdef(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
@@ -51,8 +55,10 @@ def transformer(config: ModelConfig) -> Model:
             params["value"] = {"kernel": std * jax.random.normal(value_key, (config.width,))}
         return jax.tree.map(lambda x: x.astype(param_dtype), params)
 
-    def run(block, x_BTD, layer, rotations, visible_BTC, position_BT, cache):
-        return nnx.merge(block, layer)(x_BTD, rotations, visible_BTC, position_BT, cache)
+    kernel = KERNELS[config.attention](config, mesh)
+
+    def run(block, x_BTD, layer, rotations, seen, position_BT, cache):
+        return nnx.merge(block, layer)(x_BTD, rotations, seen, position_BT, cache, kernel.attend)
 
     run_block = functools.partial(run, block)
     if config.remat != "none":
@@ -61,13 +67,13 @@ def transformer(config: ModelConfig) -> Model:
     def apply(params, tokens_BT, position_BT, segment_BT=None, cache=None):
         x_BTD = params["embed"]["embedding"][tokens_BT].astype(dtype)
         rotations = rotation(config, position_BT)
-        visible_BTC = causal(position_BT, segment_BT) if cache is None else written(position_BT, kv.columns_of(cache))
+        seen = kernel.see(position_BT, segment_BT) if cache is None else written(position_BT, kv.columns_of(cache))
         layers = params["layers"]
         if config.scan_layers or isinstance(cache, dict):
 
             def step(x_BTD, layer_and_cache):
                 layer, layer_cache = layer_and_cache
-                return run_block(x_BTD, layer, rotations, visible_BTC, position_BT, layer_cache)
+                return run_block(x_BTD, layer, rotations, seen, position_BT, layer_cache)
 
             x_BTD, cache = jax.lax.scan(step, x_BTD, (layers, cache))
         else:
@@ -76,7 +82,7 @@ def transformer(config: ModelConfig) -> Model:
             caches = cache or (None,) * config.layers
             new_caches = []
             for layer, layer_cache in zip(layers, caches, strict=True):
-                x_BTD, layer_cache = run_layer(x_BTD, layer, rotations, visible_BTC, position_BT, layer_cache)
+                x_BTD, layer_cache = run_layer(x_BTD, layer, rotations, seen, position_BT, layer_cache)
                 new_caches.append(layer_cache)
             cache = None if cache is None else tuple(new_caches)
         return nnx.merge(final_norm, params["final_norm"])(x_BTD), cache
@@ -155,15 +161,6 @@ def rotation(config: ModelConfig, position_BT):
     angle = position_BT[..., None].astype(jnp.float32) * inverse
     angle = jnp.concatenate([angle, angle], axis=-1)
     return jnp.cos(angle) * attention_factor, jnp.sin(angle) * attention_factor
-
-
-def causal(position_BT, segment_BT):
-    """Which tokens of its row each token may see: itself and what came before it in its segment."""
-    T = position_BT.shape[1]
-    earlier_TT = jnp.tril(jnp.ones((T, T), bool))
-    if segment_BT is None:
-        return jnp.broadcast_to(earlier_TT, (position_BT.shape[0], T, T))
-    return earlier_TT & (segment_BT[:, :, None] == segment_BT[:, None, :])
 
 
 def written(position_BT, length: int):

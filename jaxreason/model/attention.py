@@ -1,0 +1,150 @@
+"""How T tokens attend to each other: one of `KERNELS`, chosen by `ModelConfig.attention`.
+
+    xla      two batched matrix products around a softmax: any device, any dtype; its scores are [B, N, T, T]
+    cudnn    cuDNN's flash attention, by way of `jax.nn.dot_product_attention`: NVIDIA GPUs, bfloat16
+    splash   the flash kernel for TPUs that comes with jax, `jax.experimental.pallas.ops.tpu.splash_attention`
+
+They differ in speed, memory and rounding only: with each, a token sees itself and what came before it in its segment. They serve
+the path without a cache (training, log-probs). With a cache it is always XLA: a decode step has one query a row and no square of
+scores for a flash kernel to save, and waits for the cache to be read once whatever the kernel; a prompt is prefilled once for
+all of its attempts. No kernel here has been timed yet.
+
+Left out: tokamax (0.0.12), whose public attention has no segments and, on a TPU, takes no mask that differs from row to row; its
+TPU kernel is a relative of splash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxreason.model.config import ModelConfig
+from jaxreason.model.layers import attend
+from jaxreason.sharding import ROWS
+
+LANES = 128  # a TPU kernel's blocks are whole multiples of them
+PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
+
+
+class Kernel(NamedTuple):
+    """One way to compute attention without a cache."""
+
+    see: Callable
+    """`see(position_BT, segment_BT) -> seen`: what may be seen, as `attend` takes it; made once for all layers."""
+    attend: Callable
+    """`attend(q_BTNH, k_BTKH, v_BTKH, seen) -> mixed_BTNH`."""
+
+
+def causal(position_BT, segment_BT):
+    """Which tokens of its row each token may see: itself and what came before it in its segment."""
+    T = position_BT.shape[1]
+    earlier_TT = jnp.tril(jnp.ones((T, T), bool))
+    if segment_BT is None:
+        return jnp.broadcast_to(earlier_TT, (position_BT.shape[0], T, T))
+    return earlier_TT & (segment_BT[:, :, None] == segment_BT[:, None, :])
+
+
+def xla(config: ModelConfig, mesh=None) -> Kernel:
+    """Make the plain one; the compiler splits it over any mesh by itself."""
+
+    def attend_xla(q_BTNH, k_BTKH, v_BTKH, visible_BTT):
+        return attend(q_BTNH, k_BTKH.transpose(0, 2, 3, 1), v_BTKH.swapaxes(1, 2), visible_BTT)
+
+    return Kernel(causal, attend_xla)
+
+
+def cudnn(config: ModelConfig, mesh=None, *, implementation: str = "cudnn") -> Kernel:
+    """Make cuDNN's; with `implementation="xla"` the same call runs anywhere.
+
+    Segments reach cuDNN as a bias of [B, 1, T, T], once for all heads: jax's public function has no other way to say them. So it
+    saves N - 1 of N squares of scores then, and all of them without segments.
+    """
+
+    def see(position_BT, segment_BT):
+        if segment_BT is None:
+            return None
+        segment_BT = pad_tokens(segment_BT, 2)
+        return segment_BT[:, None, :, None] == segment_BT[:, None, None, :]
+
+    def attend_cudnn(q_BTNH, k_BTKH, v_BTKH, same_B1TT):
+        T = q_BTNH.shape[1]
+        q, k, v = (pad_tokens(x, 2) for x in (q_BTNH, k_BTKH, v_BTKH))  # jax refuses to differentiate cuDNN's at an odd T
+        mixed = jax.nn.dot_product_attention(q, k, v, mask=same_B1TT, is_causal=True, implementation=implementation)
+        return mixed[:, :T]
+
+    return Kernel(see, split(attend_cudnn, config, mesh))
+
+
+def splash(config: ModelConfig, mesh=None, *, interpret: bool = False) -> Kernel:
+    """Make the TPU's; with `interpret` it runs anywhere, slowly."""
+
+    def attend_splash(q_BTNH, k_BTKH, v_BTKH, segment_BT):
+        # Imported here: pallas for TPUs takes half a second to load.
+        from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+        from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+        _, T, N, H = q_BTNH.shape
+        q, k, v = (pad_tokens(x, LANES).swapaxes(1, 2) for x in (q_BTNH * H**-0.5, k_BTKH, v_BTKH))
+        padded = q.shape[2]
+        # The widest block that divides T, 512 at most: a block of scores and its operands must fit a core's memory.
+        block = next(size for size in (512, 256, LANES) if padded % size == 0)
+        kernel = kernels.make_splash_mha(
+            masks.MultiHeadMask([masks.CausalMask((padded, padded))] * N),
+            block_sizes=kernels.BlockSizes(*[block] * 8),  # forward and both backward passes
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+        )
+        segments = None
+        if segment_BT is not None:
+            segment_BT = pad_tokens(segment_BT, LANES)
+            segments = kernels.SegmentIds(segment_BT, segment_BT)
+        return jax.vmap(kernel)(q, k, v, segments).swapaxes(1, 2)[:, :T]
+
+    return Kernel(lambda position_BT, segment_BT: segment_BT, split(attend_splash, config, mesh))
+
+
+KERNELS = {"xla": xla, "cudnn": cudnn, "splash": splash}
+
+
+def pad_tokens(x_BT, multiple: int):
+    """Lengthen axis 1 with zeros to a multiple. What is added stands after every token, so no token sees it."""
+    return jnp.pad(x_BT, ((0, 0), (0, -x_BT.shape[1] % multiple), *[(0, 0)] * (x_BT.ndim - 2)))
+
+
+def split(attend, config: ModelConfig, mesh):
+    """Let each device of a mesh run a kernel on its own rows and heads: the compiler can't split one by itself.
+
+    Without a mesh the kernel is for one device.
+
+    Raises:
+      ValueError: the heads do not divide over the mesh axis "tensor".
+    """
+    if mesh is None:
+        return attend
+    if config.kv_heads % mesh.shape["tensor"]:
+        raise ValueError(
+            f"attention={config.attention!r} got kv_heads {config.kv_heads}, which do not divide over tensor="
+            f"{mesh.shape['tensor']}; choose a divisor, or attention='xla'"
+        )
+    by_head, by_row = P(*ROWS, None, "tensor"), P(*ROWS)
+    # Kernels do not say over which axes their results vary, which is what check_vma would check.
+    return jax.shard_map(attend, mesh=mesh, in_specs=(by_head, by_head, by_head, by_row), out_specs=by_head, check_vma=False)
+
+
+def check_platform(config: ModelConfig, platform: str) -> None:
+    """Refuse a kernel that is not for these devices. `platform` is that of the devices compiled for: "cpu", "gpu" or "tpu".
+
+    Raises:
+      ValueError: the kernel is for others.
+    """
+    needed = PLATFORMS.get(config.attention, platform)
+    if platform != needed:
+        raise ValueError(
+            f"attention={config.attention!r} got devices of platform {platform!r}; allowed: {needed!r}; use attention='xla', or "
+            f"pip install 'jaxreason[{needed}]' on a machine that has one"
+        )

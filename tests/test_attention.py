@@ -1,0 +1,139 @@
+"""Attention kernels: each gives what plain XLA gives, values and gradients, and says early where it can't run."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxreason.model import ModelConfig, attention, transformer
+from jaxreason.sharding import make_mesh
+
+B, N, K, H = 4, 4, 2, 8
+CONFIG = ModelConfig(vocab_size=24, width=16, layers=2, heads=N, kv_heads=K, head_size=H, feed_forward=32, dtype="bfloat16")
+# As they run on a CPU: cuDNN's call with XLA's implementation of it, the TPU kernel interpreted.
+ANYWHERE = {
+    "cudnn": functools.partial(attention.cudnn, implementation="xla"),
+    "splash": functools.partial(attention.splash, interpret=True),
+}
+
+
+def rows(T, *, seed=0):
+    """Random q, k, v of T tokens, and segments: a whole row, two packed with padding behind, one with padding, padding alone."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.normal(size=(B, T, heads, H)).astype(np.float32) for heads in (N, K, K))
+    third = T // 3
+    segment_BT = np.zeros((B, T), np.int32)
+    segment_BT[0] = 1
+    segment_BT[1, :third], segment_BT[1, third : 2 * third] = 1, 2
+    segment_BT[2, :third] = 1
+    return q, k, v, segment_BT
+
+
+def with_gradients(kernel, q, k, v, segment_BT):
+    """What a kernel gives, and the gradients of a sum that weighs each number of it differently."""
+    T = q.shape[1]
+    weight_BTNH = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
+
+    @jax.jit
+    def run(q, k, v):
+        mixed = kernel.attend(q, k, v, kernel.see(jnp.broadcast_to(jnp.arange(T), (B, T)), segment_BT))
+        return jnp.sum(mixed * weight_BTNH), mixed
+
+    gradients, mixed = jax.grad(run, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    return mixed, *gradients
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize(("name", "T"), [("cudnn", 9), ("cudnn", 10), ("splash", 9), ("splash", 300)])  # 300: three blocks
+def test_a_kernel_gives_what_xla_gives(name, T, segmented):
+    q, k, v, segment_BT = rows(T)
+    segment_BT = segment_BT if segmented else None
+    expected = with_gradients(attention.xla(CONFIG), q, k, v, segment_BT)
+    got = with_gradients(ANYWHERE[name](CONFIG), q, k, v, segment_BT)
+    for part, x, y in zip(("mixed", "q", "k", "v"), got, expected, strict=True):
+        assert np.abs(y).max() > 0.1, part
+        np.testing.assert_allclose(x, y, atol=2e-5, err_msg=part)
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+def test_cudnn_gets_an_even_number_of_tokens(monkeypatch, segmented):
+    """It has no gradient at any other; XLA, which stands in for it here, takes all."""
+    taken = []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **_: taken.append((q, k, v)) or q)
+    q, k, v, segment_BT = rows(9)
+    kernel = attention.cudnn(CONFIG)
+    mixed = kernel.attend(q, k, v, kernel.see(jnp.zeros((B, 9), int), segment_BT if segmented else None))
+    assert [x.shape[1] for x in taken[0]] == [10, 10, 10]
+    np.testing.assert_array_equal(mixed, q)
+
+
+@pytest.mark.parametrize("name", ANYWHERE)
+def test_a_kernel_runs_on_each_device_of_a_mesh(name):
+    """Rows over two axes and heads over a third, as on one device, and nothing is gathered on the way."""
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    q, k, v, segment_BT = rows(6)
+    expected = with_gradients(ANYWHERE[name](CONFIG), q, k, v, segment_BT)
+    spec = jax.P(("data", "fsdp"), None, "tensor")
+    placed = jax.device_put((q, k, v), jax.NamedSharding(mesh, spec))
+    got = with_gradients(ANYWHERE[name](CONFIG, mesh), *placed, segment_BT)
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+        assert x.sharding.spec == spec
+    one_head = dataclasses.replace(CONFIG, kv_heads=1, attention=name)
+    with pytest.raises(ValueError, match=rf"attention='{name}' got kv_heads 1, which do not divide over tensor=2"):
+        transformer(one_head, mesh)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("name", ANYWHERE)
+def test_a_model_is_the_same_under_each_kernel(tiny, monkeypatch, name, scan_layers):
+    monkeypatch.setitem(attention.KERNELS, name, ANYWHERE[name])
+    fields = {"remat": "full", "scan_layers": scan_layers, "dtype": "bfloat16"}
+    xla, params = tiny(**fields)
+    other = transformer(dataclasses.replace(xla.config, attention=name), make_mesh(data=2, fsdp=2))
+    tokens_BT = np.random.default_rng(0).integers(0, 24, (B, 9))
+    position_BT = np.broadcast_to(np.arange(9), (B, 9))
+    *_, segment_BT = rows(9)
+
+    def gradient(model):
+        def loss(params):
+            hidden_BTD, _ = model.apply(params, tokens_BT, position_BT, segment_BT)
+            return -jnp.mean(jax.nn.log_softmax(model.unembed(params, hidden_BTD))[..., 0])
+
+        return jax.jit(jax.grad(loss))(params)
+
+    for x, y in zip(*(jax.tree.leaves(gradient(model)) for model in (other, xla)), strict=True):
+        assert jnp.linalg.norm(x - y) < 0.03 * jnp.linalg.norm(y)  # bfloat16 has 8 bits; segments left out: 0.2 and more
+
+
+@pytest.mark.parametrize("name", ANYWHERE)
+def test_with_a_cache_it_is_always_xla(name):
+    """On this CPU another kernel would raise, as it does without a cache."""
+    model = transformer(dataclasses.replace(CONFIG, attention=name))
+    params = jax.jit(model.init)(jax.random.key(0))
+    tokens_BT, position_BT = np.ones((B, 3), np.int32), np.broadcast_to(np.arange(3), (B, 3))
+    hidden, _ = jax.jit(model.apply)(params, tokens_BT, position_BT, cache=model.init_cache(B, 5))
+    same, _ = jax.jit(transformer(CONFIG).apply)(params, tokens_BT, position_BT, cache=model.init_cache(B, 5))
+    np.testing.assert_array_equal(hidden, same)
+    with pytest.raises((ValueError, RuntimeError)):
+        jax.jit(model.apply)(params, tokens_BT, position_BT)
+
+
+def test_wrong_kernels_are_refused_early():
+    for change, message in [
+        ({"attention": "splsh"}, r"unknown attention 'splsh' \(did you mean 'splash'\?\); one of: cudnn, splash, xla"),
+        ({"attention": "cudnn", "dtype": "float32"}, "attention='cudnn' got dtype 'float32'; allowed: 'bfloat16'"),
+        ({"attention": "cudnn", "head_size": 20}, "got head_size 20; allowed: multiples of 8 up to 256"),
+        ({"attention": "cudnn", "head_size": 264}, "got head_size 264; allowed: multiples of 8 up to 256"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(CONFIG, **change)
+    for name, right in {"cudnn": "gpu", "splash": "tpu"}.items():
+        config = dataclasses.replace(CONFIG, attention=name)
+        attention.check_platform(config, right)
+        with pytest.raises(ValueError, match=rf"attention='{name}' got devices of platform 'cpu'.*jaxreason\[{right}\]"):
+            attention.check_platform(config, "cpu")
+    attention.check_platform(CONFIG, "cpu")

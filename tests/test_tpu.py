@@ -1,0 +1,114 @@
+"""Programs for TPUs, compiled here without one: the train step and the sampler on eight chips of a v5e and of a v6e.
+
+Skipped without libtpu, which is the compiler: pip install 'jaxreason[tpu]'. What compiles has passed every check of shapes,
+layouts and memory that the compiler makes; it has not run.
+"""
+
+import dataclasses
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from jaxreason import batching
+from jaxreason.learner import compile_train_step
+from jaxreason.model import ModelConfig, transformer
+from jaxreason.objectives import dapo
+from jaxreason.sampler import Filter, Weights, compile_sampler
+from jaxreason.sharding import gathered, make_mesh, rows, shardings
+from jaxreason.types import TrainState
+
+pytest.importorskip("libtpu", reason="no compiler for TPUs: pip install 'jaxreason[tpu]'")
+
+TOPOLOGIES = ("v5e:2x4", "v6e:2x4")
+B, T = 16, 384
+CONFIG = ModelConfig(
+    vocab_size=512,
+    width=256,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_size=128,
+    feed_forward=512,
+    qk_norm=True,
+    tied_embeddings=True,
+    dtype="bfloat16",
+    scan_layers=True,
+    remat="full",
+)
+
+
+@functools.cache
+def mesh_of(topology: str):
+    from jax.experimental import topologies
+
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no cloud around that could say which TPU this is
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no TPU is opened, so several processes may compile at a time
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    return make_mesh(data=2, fsdp=2, tensor=2, devices=found.devices)
+
+
+def placed(tree, where):
+    """What stands for arrays in `where`, a sharding or a tree of them."""
+    if isinstance(where, jax.sharding.Sharding):
+        where = jax.tree.map(lambda x: where, tree)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where)
+
+
+def compiled_train_step(topology: str, attention: str):
+    mesh = mesh_of(topology)
+    model = transformer(dataclasses.replace(CONFIG, attention=attention), mesh)
+    optimizer = optax.adamw(1e-3)
+
+    def new_state(key):
+        params = model.init(key)
+        return TrainState(params, optimizer.init(params), jnp.int32(0))
+
+    state = jax.eval_shape(new_state, jax.random.key(0))
+    where = shardings(state, mesh)
+    step = compile_train_step(model, dapo(), optimizer, microbatches=2, state_shardings=where)
+    return step.lower(placed(state, where), placed(batching.empty(B, T), rows(mesh))).compile()
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_the_train_step_compiles(topology):
+    xla, splash = (compiled_train_step(topology, attention) for attention in ("xla", "splash"))
+    for name in ("fwd", "dq", "dkv"):
+        assert f"splash_mha_{name}" in splash.as_text(), name
+        assert f"splash_mha_{name}" not in xla.as_text(), name
+    scores = f"{T},{T}]"  # no other array has T twice in its shape
+    assert scores in xla.as_text()
+    assert scores not in splash.as_text()
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_the_sampler_compiles(topology, cache_dtype):
+    P, S, T = 8, 16, 256
+    mesh = mesh_of(topology)
+    model = transformer(dataclasses.replace(CONFIG, attention="splash"), mesh)
+    sampler = compile_sampler(
+        model, slots=S, length=T, buckets=(128, T), eos_ids=(0,), prefill_tokens=64, cache_dtype=cache_dtype, mesh=mesh
+    )
+    everywhere = jax.NamedSharding(mesh, jax.P())
+
+    def numbers(*shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    layout = jax.eval_shape(model.decode_layout, params)
+    layout = placed(layout, gathered(params, mesh))
+    weights = Weights(layout, layout)
+    slots = placed(jax.eval_shape(sampler.empty), sampler.empty.lower().compile().output_shardings)
+    row, prompt = numbers(S), numbers(S, T)
+    programs = {
+        "prefill": sampler.prefill.lower(weights, numbers(P, 128), numbers(P)),
+        "decode": sampler.decode.lower(weights, slots, numbers(dtype=jnp.float32), Filter(top_k=4, top_p=0.9, min_p=0.1)),
+        "force": sampler.force.lower(weights, slots, row, prompt, row, row),
+    }
+    for name, lowered in programs.items():
+        text = lowered.compile().as_text()
+        assert "splash" not in text, name
