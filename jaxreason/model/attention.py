@@ -7,7 +7,10 @@
 They differ in speed, memory and rounding only: with each, a token sees itself and what came before it in its segment. They serve
 the path without a cache (training, log-probs). With a cache it is always XLA: a decode step has one query a row and no square of
 scores for a flash kernel to save, and waits for the cache to be read once whatever the kernel; a prompt is prefilled once for
-all of its attempts. No kernel here has been timed yet.
+all of its attempts.
+
+No kernel here has been timed yet. Compiled for eight v5e chips (jax 0.10.2, 2026-11-24): a train step of Qwen3-0.6B's shape, one
+row a chip, remat="full", needs 1.72 GiB of temporary memory with splash and 4.03 with xla at 4096 tokens, 1.47 and 2.00 at 2048.
 
 Left out: tokamax (0.0.12), whose public attention has no segments and, on a TPU, takes no mask that differs from row to row; its
 TPU kernel is a relative of splash.
@@ -83,7 +86,7 @@ def splash(config: ModelConfig, mesh=None, *, interpret: bool = False) -> Kernel
     """Make the TPU's; with `interpret` it runs anywhere, slowly."""
 
     def attend_splash(q_BTNH, k_BTKH, v_BTKH, segment_BT):
-        # Imported here: pallas for TPUs takes half a second to load.
+        # Imported where used: pallas for TPUs takes a tenth of a second to load.
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
