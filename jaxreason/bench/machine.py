@@ -1,0 +1,100 @@
+"""What this machine can do at best, measured, and how a measurement is printed."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Ceiling(NamedTuple):
+    """Rates that nothing on this machine exceeds."""
+
+    flops_per_s: float  # matrix products
+    bytes_per_s: float  # reading memory
+
+
+def pin(cores: int) -> int:
+    """Bind this process to its first `cores` cores (0: all it may use) and return how many. Call before jax is imported."""
+    mine = sorted(os.sched_getaffinity(0))
+    count = min(cores or len(mine), len(mine))
+    os.sched_setaffinity(0, mine[:count])
+    if count == 1:  # XLA's pool is as wide as the machine, not as wide as the process may be
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+    return count
+
+
+def seconds(function: Callable, repeats: int = 5, warmup: int = 1) -> list[float]:
+    """Times of `function()`, which waits for what it starts, rising."""
+    for _ in range(warmup):
+        function()
+    times = []
+    for _ in range(repeats):
+        started_s = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started_s)
+    return sorted(times)
+
+
+def measure(shapes: Sequence[tuple[int, int, int]], dtype: str) -> Ceiling:
+    """Measure the rate of matrix products, the best of a square one and of `shapes` (rows, inputs, outputs), and of reading."""
+    import jax
+    import jax.numpy as jnp
+
+    big = 2048 if jax.default_backend() == "cpu" else 8192
+    best = 0.0
+    products = [jax.jit(jnp.matmul), jax.jit(lambda x, w: jnp.matmul(w.T, x.T))]  # either factor may be the wide one
+    for rows, inputs, outputs in [(big, big, big), *shapes]:
+        x = jnp.full((rows, inputs), 0.5, dtype)
+        w = jnp.full((inputs, outputs), 0.5, dtype)
+        times = max(1, int((2e9 if big == 2048 else 2e12) / (2 * rows * inputs * outputs)))
+        for product in products:
+
+            def work(product=product, x=x, w=w, times=times):
+                for _ in range(times):
+                    y = product(x, w)
+                y.block_until_ready()
+
+            best = max(best, 2 * rows * inputs * outputs * times / statistics.median(seconds(work)))
+    numbers = jnp.ones((64 if big == 2048 else 512) * 2**20, jnp.float32)
+    total = jax.jit(jnp.sum)
+    read = numbers.nbytes / statistics.median(seconds(lambda: total(numbers).block_until_ready()))
+    if big == 2048:  # XLA sums on one core and slowly; a dot product reads as fast as the memory gives
+        import numpy as np
+
+        a, b = np.ones(64 * 2**20, np.float32), np.ones(64 * 2**20, np.float32)
+        read = max(read, 2 * a.nbytes / statistics.median(seconds(lambda: float(a @ b))))
+    return Ceiling(best, read)
+
+
+def peak_bytes() -> int:
+    """The most memory that was in use: of the device, or of this process where the device is the host."""
+    import jax
+
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+
+
+def printer(work: str, cores: int) -> Callable:
+    """Make `show(what, values, unit, **more)`, which prints the median of some values as one JSON line."""
+    import jax
+
+    always = {"work": work, "cores": cores, "device": jax.devices()[0].device_kind, "devices": jax.device_count()}
+    always |= {"jax": jax.__version__, "date": datetime.date.today().isoformat()}
+
+    def show(what: str, values, unit: str, **more) -> None:
+        values = values if isinstance(values, list) else [values]
+        value = {"value": round(statistics.median(values), 4), "unit": unit, "median_of": len(values)}
+        spread = {"spread": [round(min(values), 4), round(max(values), 4)]} if len(values) > 1 else {}
+        print(json.dumps({"what": what, **value, **spread, **more, **always}), flush=True)
+
+    return show

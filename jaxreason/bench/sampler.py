@@ -1,0 +1,251 @@
+r"""How fast the sampler is, and which share of the machine's floor it reaches.
+
+    python -m jaxreason.bench sampler --config=configs/tiny.py --prompts=8 --group=8 --prompt_tokens=32 --tokens=128
+    python -m jaxreason.bench sampler --config=configs/gsm8k.py:model=FOLDER --config.model.dtype=float32 --work=natural \
+        --questions=QUESTIONS.jsonl --prompts=8 --group=8 --slots=16 --tokens=256 --prompt_tokens=256
+
+`exact`: every rollout is exactly `prompt_tokens` random digits and `tokens` sampled ones. `natural`: until the model ends it or
+`tokens`; prompts are questions of a JSONL file if there is one. A batch ends with all text on the host. Weights are in the
+sampler's layout beforehand; making it, once an update, is a line of its own.
+
+The floor is a time: what the machine's measured rates leave if nothing is lost. "2N" counts two FLOPs for each matrix weight and
+generated token; "full" also the attention over what stands before each token, and the prefill, with prompts shared by their
+group as they are here, or ("unshared") one by one as others do. Each is the longer of computing and reading memory.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from jaxreason.bench import machine
+
+STARTED_S = time.perf_counter()
+CONFIG = config_flags.DEFINE_config_file("config", None, "As of jaxreason.main; its model, text, sampler and mesh are used.")
+MODEL = flags.DEFINE_string("model", "", "Fields of the ModelConfig that replace those of the config: layers=4,width=128")
+WORK = flags.DEFINE_enum("work", "exact", ["exact", "natural"], "Whether rollouts end by themselves.")
+PROMPTS = flags.DEFINE_integer("prompts", 8, "How many prompts.", lower_bound=1)
+GROUP = flags.DEFINE_integer("group", 8, "Rollouts of each prompt.", lower_bound=1)
+SLOTS = flags.DEFINE_integer("slots", 0, "Slots of the sampler; 0: one for each rollout.", lower_bound=0)
+PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 64, "Length of random prompts, and the longest of others.", lower_bound=1)
+TOKENS = flags.DEFINE_integer("tokens", 64, "Tokens sampled in each rollout, at most.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 is greedy.", lower_bound=0.0)
+QUESTIONS = flags.DEFINE_string("questions", None, "JSONL file with a field 'question'; default: random digits.")
+EOS_ID = flags.DEFINE_integer("eos_id", None, "With --work=natural: the token that ends a rollout, if not the tokenizer's.")
+REPEATS = flags.DEFINE_integer("repeats", 5, "Batches that are timed.", lower_bound=1)
+WARMUP = flags.DEFINE_integer("warmup", 1, "Batches before them.", lower_bound=1)
+CORES = flags.DEFINE_integer("cores", 0, "Cores of a CPU to use; 0: all that this process may.", lower_bound=0)
+FIRST = flags.DEFINE_boolean(
+    "first", True, "Also time the first batch of a fresh process, without and with compiled programs kept."
+)
+ONLY_FIRST = flags.DEFINE_boolean("only_first", False, "Only print the seconds of this process's first batch.")
+
+
+class Cost(NamedTuple):
+    """What some work takes at least."""
+
+    flops: float
+    bytes: float
+
+    def seconds(self, ceiling: machine.Ceiling) -> float:
+        return max(self.flops / ceiling.flops_per_s, self.bytes / ceiling.bytes_per_s)
+
+
+def decode_cost(c, lengths, slots: int, attention: bool = True, itemsize: int = 4) -> Cost:
+    """The least cost of sampling rollouts of `lengths`, pairs of (prompt tokens, sampled tokens), in `slots` slots.
+
+    Each token: 2 FLOPs a matrix weight; 4 L N H for each position that it attends to, itself included. Each step, of which there
+    are tokens / slots at least: the weights are read once; and each token reads the keys and values before it.
+    """
+    tokens = sum(g for _, g in lengths)
+    # The first sampled token is predicted from the last of the prompt, which attends to p positions, the last from p + g - 1.
+    attended = sum(g * p + g * (g - 1) / 2 for p, g in lengths) if attention else 0
+    weights = c.layers * layer_weights(c) + c.width * c.vocab_size
+    return Cost(
+        flops=2 * weights * tokens + 4 * c.layers * c.heads * c.head_size * attended,
+        bytes=itemsize * (weights * tokens / slots + 2 * c.layers * c.kv_heads * c.head_size * attended),
+    )
+
+
+def prefill_cost(c, prompts, itemsize: int = 4) -> Cost:
+    """The least cost of the keys and values of prompts of so many tokens, in one pass over the weights; no logits are taken."""
+    attended = sum(p * (p + 1) / 2 for p in prompts)
+    weights = c.layers * layer_weights(c)
+    return Cost(2 * weights * sum(prompts) + 4 * c.layers * c.heads * c.head_size * attended, itemsize * weights)
+
+
+def layer_weights(c) -> int:
+    """Matrix weights of a layer."""
+    return c.width * c.head_size * (2 * c.heads + 2 * c.kv_heads) + 3 * c.width * c.feed_forward
+
+
+def floors(c, lengths, prompts, slots: int, ceiling: machine.Ceiling) -> dict[str, float]:
+    """Seconds that some rollouts take at least, by name; `prompts` are the lengths of the different ones."""
+    itemsize = 2 if c.dtype == "bfloat16" else 4
+    decode = decode_cost(c, lengths, slots, itemsize=itemsize).seconds(ceiling)
+    return {
+        "2N": decode_cost(c, lengths, slots, attention=False, itemsize=itemsize).seconds(ceiling),
+        "full": decode + prefill_cost(c, prompts, itemsize).seconds(ceiling),
+        "full, unshared": decode + prefill_cost(c, [p for p, _ in lengths], itemsize).seconds(ceiling),
+    }
+
+
+def make_work():
+    """Build what is measured: `(model, params, roller, requests)`, params loaded."""
+    import jax
+
+    from jaxreason import build, sharding
+    from jaxreason.options import call
+    from jaxreason.rollout import Request
+    from jaxreason.types import Task
+
+    config = CONFIG.value.to_dict()
+    fields = dict(part.split("=", 1) for part in MODEL.value.split(",") if part)
+    config["model"] |= {name: ast.literal_eval(value) for name, value in fields.items()}
+    mesh = call(sharding.make_mesh, config["mesh"], "config.mesh")
+    folder = build.find_folder(**{key: config["model"][key] for key in ("name", "weights") if key in config["model"]})
+    tokenizer, format = call(build.make_text, config["text"], "config.text", folder=folder)
+    shape, load = call(build.make_model, config["model"], "config.model", folder=folder, tokenizer=tokenizer)
+    model = build.transformer(shape, mesh)
+
+    if WORK.value == "exact":
+        tokenizer = tokenizer._replace(eos_ids=())
+    elif EOS_ID.value is not None:
+        tokenizer = tokenizer._replace(eos_ids=(EOS_ID.value,))
+    tasks = [Task("", "")] * PROMPTS.value
+    if QUESTIONS.value:
+        lines = Path(QUESTIONS.value).read_text().splitlines()
+        if len(lines) < PROMPTS.value:
+            raise ValueError(f"--prompts got {PROMPTS.value}; allowed: at most the {len(lines)} lines of {QUESTIONS.value}")
+        tasks = [Task(json.loads(line)["question"], "") for line in lines[: PROMPTS.value]]
+        prompts = [format.prompt(task) for task in tasks]
+    else:
+        draw = random.Random(0)
+        digits = ["".join(draw.choice("0123456789") for _ in range(4 * PROMPT_TOKENS.value)) for _ in tasks]
+        prompts = [tokenizer.encode(text)[: PROMPT_TOKENS.value] for text in digits]
+    section = config["sampler"] | {"max_prompt_tokens": PROMPT_TOKENS.value, "max_tokens": TOKENS.value}
+    section["slots"] = SLOTS.value or PROMPTS.value * GROUP.value
+    roller = call(build.make_roller, section, "config.sampler", model=model, tokenizer=tokenizer, format=format, mesh=mesh)
+    requests = [Request(task, p, g, prompts[p]) for p, task in enumerate(tasks) for g in range(GROUP.value)]
+    params = jax.block_until_ready(build.init_params(model, load, config["seed"], mesh))
+    return model, params, roller, requests
+
+
+def batch(roller, weights, requests, number: int):
+    """Sample the requests once, with a key of this batch's own."""
+    import jax
+
+    from jaxreason.environment import single_turn
+    from jaxreason.rollout import collect
+    from jaxreason.types import Verdict
+
+    free = single_turn(lambda text, task: Verdict(0.0, False))
+    return collect(roller, weights, requests, free, key=jax.random.key(number), temperature=TEMPERATURE.value)
+
+
+def first_batch() -> None:
+    """Print the seconds to this process's first batch: after the params are there, and from its start."""
+    _, params, roller, requests = make_work()
+    started_s = time.perf_counter()
+    batch(roller, roller.sampler.prepare(params), requests, 0)
+    print(json.dumps({"first_s": time.perf_counter() - started_s, "start_s": time.perf_counter() - STARTED_S}))
+
+
+def in_fresh_processes(show) -> None:
+    """Time first batches with an empty folder of compiled programs, and with what the first process left there."""
+    with tempfile.TemporaryDirectory() as folder:
+        kept = {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+        for name in ("cold", "compiled programs kept"):
+            command = [sys.executable, "-m", "jaxreason.bench", "sampler", *sys.argv[1:], "--only_first"]
+            done = subprocess.run(command, env=os.environ | kept, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"error: the first batch of a fresh process failed: {done.stderr.strip().splitlines()[-1]}")
+            found = json.loads(done.stdout.splitlines()[-1])
+            show(f"first batch, {name}", found["first_s"], "s", note="params are there; layout and compilation included")
+            show(f"start to first batch, {name}", found["start_s"], "s", note="imports and params included")
+
+
+def bench(cores: int) -> None:
+    """Measure and print."""
+    import jax
+
+    model, params, roller, requests = make_work()
+    c, slots = model.config, roller.sampler.slots
+    lengths = f"{PROMPT_TOKENS.value}+{TOKENS.value} tokens, {slots} slots, {c.dtype}"
+    show = machine.printer(f"{CONFIG.value.model.name} {WORK.value}: {PROMPTS.value}x{GROUP.value} rollouts, {lengths}", cores)
+    ceiling = machine.measure([(slots, c.width, c.feed_forward), (slots, c.width, c.vocab_size)], c.dtype)
+    show("matrix products, best", ceiling.flops_per_s / 1e9, "GFLOP/s")
+    show("memory read", ceiling.bytes_per_s / 1e9, "GB/s")
+
+    prepare = functools.partial(roller.sampler.prepare, params)
+    show("layout of weights, once an update", machine.seconds(lambda: jax.block_until_ready(prepare())), "s")
+    weights = prepare()
+    prefill_s, prompt_tokens = time_prefill(roller, weights, requests)
+    show("prefill", [prompt_tokens / s for s in prefill_s], "tokens/s")
+
+    found = []
+    for number in range(WARMUP.value + REPEATS.value):
+        started_s = time.perf_counter()
+        rollouts, spent = batch(roller, weights, requests, number)
+        found.append((time.perf_counter() - started_s, rollouts, spent))
+    found = found[WARMUP.value :]
+    show("batch", [s for s, *_ in found], "s")
+    show("generated tokens", [spent.tokens / s for s, _, spent in found], "tokens/s", note="prefill included")
+    show("decode", [spent.tokens / (s - prefill_s[0]) for s, _, spent in found], "tokens/s", note="prefill's best time taken off")
+    show("completed rollouts", [len(requests) / s for s, *_ in found], "rollouts/s")
+    show("rollout length", [spent.tokens / len(requests) for _, _, spent in found], "tokens")
+    show("slot occupancy", [spent.tokens / spent.slot_steps for *_, spent in found], "")
+    prompts = [len(p) for p in {tuple(r.prompt) for r in requests}]
+    least = [floors(c, [(len(r.prompt), len(r.tokens)) for r in rollouts], prompts, slots, ceiling) for _, rollouts, _ in found]
+    for name in least[0]:
+        rate = [spent.tokens / floor[name] for floor, (*_, spent) in zip(least, found, strict=True)]
+        share = [floor[name] / s for floor, (s, *_) in zip(least, found, strict=True)]
+        show(f"floor, {name}", rate, "tokens/s")
+        show(f"share of the floor, {name}", share, "")
+    show("peak memory", machine.peak_bytes() / 2**20, "MiB")
+    if FIRST.value:
+        in_fresh_processes(show)
+
+
+def time_prefill(roller, weights, requests) -> tuple[list[float], int]:
+    """Times of prefilling all prompts, each once, and how many tokens they have."""
+    import jax
+
+    from jaxreason.rollout import Prompts
+
+    def prefill():
+        prompts = Prompts(roller, weights, requests)
+        for request in requests:
+            if tuple(request.prompt) not in prompts.ready:
+                prompts.prefill(tuple(r.prompt) for r in requests)
+        jax.block_until_ready([cache for cache, _ in prompts.ready.values()])
+        return prompts.tokens
+
+    return machine.seconds(prefill), prefill()
+
+
+def main(argv) -> None:
+    logging.set_verbosity(logging.WARNING)  # jax tells at INFO which backends it did not find
+    if len(argv) > 1 or CONFIG.value is None:
+        sys.exit(f"error: got the words {argv[1:]}; needed: --config=FILE, for example --config=configs/tiny.py")
+    cores = machine.pin(CORES.value)
+    try:
+        first_batch() if ONLY_FIRST.value else bench(cores)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+def run() -> None:
+    app.run(main)
