@@ -32,25 +32,9 @@ from ml_collections import config_flags
 
 from jaxreason.bench import machine
 
+FLAGS = flags.FLAGS
+
 STARTED_S = time.perf_counter()
-CONFIG = config_flags.DEFINE_config_file("config", None, "As of jaxreason.main; its model, text, sampler and mesh are used.")
-MODEL = flags.DEFINE_string("model", "", "Fields of the ModelConfig that replace those of the config: layers=4,width=128")
-WORK = flags.DEFINE_enum("work", "exact", ["exact", "natural"], "Whether rollouts end by themselves.")
-PROMPTS = flags.DEFINE_integer("prompts", 8, "How many prompts.", lower_bound=1)
-GROUP = flags.DEFINE_integer("group", 8, "Rollouts of each prompt.", lower_bound=1)
-SLOTS = flags.DEFINE_integer("slots", 0, "Slots of the sampler; 0: one for each rollout.", lower_bound=0)
-PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 64, "Length of random prompts, and the longest of others.", lower_bound=1)
-TOKENS = flags.DEFINE_integer("tokens", 64, "Tokens sampled in each rollout, at most.", lower_bound=1)
-TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 is greedy.", lower_bound=0.0)
-QUESTIONS = flags.DEFINE_string("questions", None, "JSONL file with a field 'question'; default: random digits.")
-EOS_ID = flags.DEFINE_integer("eos_id", None, "With --work=natural: the token that ends a rollout, if not the tokenizer's.")
-REPEATS = flags.DEFINE_integer("repeats", 5, "Batches that are timed.", lower_bound=1)
-WARMUP = flags.DEFINE_integer("warmup", 1, "Batches before them.", lower_bound=1)
-CORES = flags.DEFINE_integer("cores", 0, "Cores of a CPU to use; 0: all that this process may.", lower_bound=0)
-FIRST = flags.DEFINE_boolean(
-    "first", True, "Also time the first batch of a fresh process, without and with compiled programs kept."
-)
-ONLY_FIRST = flags.DEFINE_boolean("only_first", False, "Only print the seconds of this process's first batch.")
 
 
 class Cost(NamedTuple):
@@ -111,8 +95,8 @@ def make_work():
     from jaxreason.rollout import Request
     from jaxreason.types import Task
 
-    config = CONFIG.value.to_dict()
-    fields = dict(part.split("=", 1) for part in MODEL.value.split(",") if part)
+    config = FLAGS.config.to_dict()
+    fields = dict(part.split("=", 1) for part in FLAGS.model.split(",") if part)
     config["model"] |= {name: ast.literal_eval(value) for name, value in fields.items()}
     mesh = call(sharding.make_mesh, config["mesh"], "config.mesh")
     folder = build.find_folder(**{key: config["model"][key] for key in ("name", "weights") if key in config["model"]})
@@ -120,25 +104,25 @@ def make_work():
     shape, load = call(build.make_model, config["model"], "config.model", folder=folder, tokenizer=tokenizer)
     model = build.transformer(shape, mesh)
 
-    if WORK.value == "exact":
+    if FLAGS.work == "exact":
         tokenizer = tokenizer._replace(eos_ids=())
-    elif EOS_ID.value is not None:
-        tokenizer = tokenizer._replace(eos_ids=(EOS_ID.value,))
-    tasks = [Task("", "")] * PROMPTS.value
-    if QUESTIONS.value:
-        lines = Path(QUESTIONS.value).read_text().splitlines()
-        if len(lines) < PROMPTS.value:
-            raise ValueError(f"--prompts got {PROMPTS.value}; allowed: at most the {len(lines)} lines of {QUESTIONS.value}")
-        tasks = [Task(json.loads(line)["question"], "") for line in lines[: PROMPTS.value]]
+    elif FLAGS.eos_id is not None:
+        tokenizer = tokenizer._replace(eos_ids=(FLAGS.eos_id,))
+    tasks = [Task("", "")] * FLAGS.prompts
+    if FLAGS.questions:
+        lines = Path(FLAGS.questions).read_text().splitlines()
+        if len(lines) < FLAGS.prompts:
+            raise ValueError(f"--prompts got {FLAGS.prompts}; allowed: at most the {len(lines)} lines of {FLAGS.questions}")
+        tasks = [Task(json.loads(line)["question"], "") for line in lines[: FLAGS.prompts]]
         prompts = [format.prompt(task) for task in tasks]
     else:
         draw = random.Random(0)
-        digits = ["".join(draw.choice("0123456789") for _ in range(4 * PROMPT_TOKENS.value)) for _ in tasks]
-        prompts = [tokenizer.encode(text)[: PROMPT_TOKENS.value] for text in digits]
-    section = config["sampler"] | {"max_prompt_tokens": PROMPT_TOKENS.value, "max_tokens": TOKENS.value}
-    section["slots"] = SLOTS.value or PROMPTS.value * GROUP.value
+        digits = ["".join(draw.choice("0123456789") for _ in range(4 * FLAGS.prompt_tokens)) for _ in tasks]
+        prompts = [tokenizer.encode(text)[: FLAGS.prompt_tokens] for text in digits]
+    section = config["sampler"] | {"max_prompt_tokens": FLAGS.prompt_tokens, "max_tokens": FLAGS.tokens}
+    section["slots"] = FLAGS.slots or FLAGS.prompts * FLAGS.group
     roller = call(build.make_roller, section, "config.sampler", model=model, tokenizer=tokenizer, format=format, mesh=mesh)
-    requests = [Request(task, p, g, prompts[p]) for p, task in enumerate(tasks) for g in range(GROUP.value)]
+    requests = [Request(task, p, g, prompts[p]) for p, task in enumerate(tasks) for g in range(FLAGS.group)]
     params = jax.block_until_ready(build.init_params(model, load, config["seed"], mesh))
     return model, params, roller, requests
 
@@ -152,7 +136,7 @@ def batch(roller, weights, requests, number: int):
     from jaxreason.types import Verdict
 
     free = single_turn(lambda text, task: Verdict(0.0, False))
-    return collect(roller, weights, requests, free, key=jax.random.key(number), temperature=TEMPERATURE.value)
+    return collect(roller, weights, requests, free, key=jax.random.key(number), temperature=FLAGS.temperature)
 
 
 def first_batch() -> None:
@@ -183,8 +167,8 @@ def bench(cores: int) -> None:
 
     model, params, roller, requests = make_work()
     c, slots = model.config, roller.sampler.slots
-    lengths = f"{PROMPT_TOKENS.value}+{TOKENS.value} tokens, {slots} slots, {c.dtype}"
-    show = machine.printer(f"{CONFIG.value.model.name} {WORK.value}: {PROMPTS.value}x{GROUP.value} rollouts, {lengths}", cores)
+    lengths = f"{FLAGS.prompt_tokens}+{FLAGS.tokens} tokens, {slots} slots, {c.dtype}"
+    show = machine.printer(f"{FLAGS.config.model.name} {FLAGS.work}: {FLAGS.prompts}x{FLAGS.group} rollouts, {lengths}", cores)
     ceiling = machine.measure([(slots, c.width, c.feed_forward), (slots, c.width, c.vocab_size)], c.dtype)
     show("matrix products, best", ceiling.flops_per_s / 1e9, "GFLOP/s")
     show("memory read", ceiling.bytes_per_s / 1e9, "GB/s")
@@ -196,11 +180,11 @@ def bench(cores: int) -> None:
     show("prefill", [prompt_tokens / s for s in prefill_s], "tokens/s")
 
     found = []
-    for number in range(WARMUP.value + REPEATS.value):
+    for number in range(FLAGS.warmup + FLAGS.repeats):
         started_s = time.perf_counter()
         rollouts, spent = batch(roller, weights, requests, number)
         found.append((time.perf_counter() - started_s, rollouts, spent))
-    found = found[WARMUP.value :]
+    found = found[FLAGS.warmup :]
     show("batch", [s for s, *_ in found], "s")
     show("generated tokens", [spent.tokens / s for s, _, spent in found], "tokens/s", note="prefill included")
     show("decode", [spent.tokens / (s - prefill_s[0]) for s, _, spent in found], "tokens/s", note="prefill's best time taken off")
@@ -215,7 +199,7 @@ def bench(cores: int) -> None:
         show(f"floor, {name}", rate, "tokens/s")
         show(f"share of the floor, {name}", share, "")
     show("peak memory", machine.peak_bytes() / 2**20, "MiB")
-    if FIRST.value:
+    if FLAGS.first:
         in_fresh_processes(show)
 
 
@@ -238,14 +222,31 @@ def time_prefill(roller, weights, requests) -> tuple[list[float], int]:
 
 def main(argv) -> None:
     logging.set_verbosity(logging.WARNING)  # jax tells at INFO which backends it did not find
-    if len(argv) > 1 or CONFIG.value is None:
+    if len(argv) > 1 or FLAGS.config is None:
         sys.exit(f"error: got the words {argv[1:]}; needed: --config=FILE, for example --config=configs/tiny.py")
-    cores = machine.pin(CORES.value)
+    cores = machine.pin(FLAGS.cores)
     try:
-        first_batch() if ONLY_FIRST.value else bench(cores)
+        first_batch() if FLAGS.only_first else bench(cores)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 def run() -> None:
+    """Read flags, measure, print. They are defined here, since main.py has flags of the same names."""
+    config_flags.DEFINE_config_file("config", None, "As of jaxreason.main; its model, text, sampler and mesh are used.")
+    flags.DEFINE_string("model", "", "Fields of the ModelConfig that replace those of the config: layers=4,width=128")
+    flags.DEFINE_enum("work", "exact", ["exact", "natural"], "Whether rollouts end by themselves.")
+    flags.DEFINE_integer("prompts", 8, "How many prompts.", lower_bound=1)
+    flags.DEFINE_integer("group", 8, "Rollouts of each prompt.", lower_bound=1)
+    flags.DEFINE_integer("slots", 0, "Slots of the sampler; 0: one for each rollout.", lower_bound=0)
+    flags.DEFINE_integer("prompt_tokens", 64, "Length of random prompts, and the longest of others.", lower_bound=1)
+    flags.DEFINE_integer("tokens", 64, "Tokens sampled in each rollout, at most.", lower_bound=1)
+    flags.DEFINE_float("temperature", 1.0, "0 is greedy.", lower_bound=0.0)
+    flags.DEFINE_string("questions", None, "JSONL file with a field 'question'; default: random digits.")
+    flags.DEFINE_integer("eos_id", None, "With --work=natural: the token that ends a rollout, if not the tokenizer's.")
+    flags.DEFINE_integer("repeats", 5, "Batches that are timed.", lower_bound=1)
+    flags.DEFINE_integer("warmup", 1, "Batches before them.", lower_bound=1)
+    flags.DEFINE_integer("cores", 0, "Cores of a CPU to use; 0: all that this process may.", lower_bound=0)
+    flags.DEFINE_boolean("first", True, "Also time the first batch of a fresh process, without and with compiled programs kept.")
+    flags.DEFINE_boolean("only_first", False, "Only print the seconds of this process's first batch.")
     app.run(main)

@@ -1,0 +1,130 @@
+r"""Would guessing from the text so far pay? Speculative decoding without a draft model (prompt look-up, Saxena 2023; Yang et al.
+2023, arXiv 2304.04487): the tokens that followed the last occurrence of the last few are proposed, all are checked in one step.
+
+    python -m jaxreason.bench lookup --config=configs/gsm8k.py:model=FOLDER --config.model.dtype=float32 \
+        --rollouts=RUN/rollouts.jsonl
+
+A sample's noise belongs to its position, so the text is the same with and without guessing: a guess is right if it equals the
+token that was sampled. So real rollouts say exactly how many tokens a step would have given, and a step over k + 1 tokens in each
+slot, timed, says what it costs. Guessing pays where the first is more than the second.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from jaxreason.bench import machine
+
+FLAGS = flags.FLAGS
+
+
+NGRAMS = (3, 2)  # the longest that has an earlier occurrence is taken
+
+
+def steps_with_lookup(prompt: Sequence[int], completion: Sequence[int], guesses: int, ngrams: Sequence[int] = NGRAMS) -> int:
+    """Count the decode steps that a completion takes if each step checks up to `guesses` tokens looked up in the text before."""
+    tokens = [*prompt, *completion]
+    follows: dict[tuple, int] = {}  # an n-gram -> where its last occurrence ends
+    known, at, steps = 0, len(prompt), 0
+    while at < len(tokens):
+        for end in range(known + 1, at):  # the n-gram that ends the text is left out: nothing follows it yet
+            for n in ngrams:
+                if end >= n:
+                    follows[tuple(tokens[end - n : end])] = end
+        known = max(known, at - 1)
+        start = next((follows[g] for n in ngrams if at >= n and (g := tuple(tokens[at - n : at])) in follows), None)
+        right = 0
+        if start is not None:
+            # A guess may reach into what it itself proposes: a loop is guessed to go on.
+            guess = tokens[start:at]
+            while right < guesses and at + right < len(tokens) and guess[right % len(guess)] == tokens[at + right]:
+                right += 1
+        at += 1 + right
+        steps += 1
+    return steps
+
+
+def time_step(model, weights, slots: int, tokens: int, columns: int, repeats: int) -> float:
+    """Median seconds of a decode step that feeds `tokens` tokens in each slot and samples after each of them."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxreason.sampler import sample
+
+    def step(params, cache, tokens_ST, start):
+        position_ST = start + jnp.broadcast_to(jnp.arange(tokens), (slots, tokens))
+        hidden_STD, cache = model.apply(params, tokens_ST, position_ST, cache=cache)
+        logits = model.unembed(params, hidden_STD.reshape(slots * tokens, -1))
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(slots * tokens))
+        return cache, sample(logits, keys, 1.0)[0].reshape(slots, tokens)
+
+    @jax.jit
+    def several(params, cache, tokens_ST):
+        start = columns // 2
+        return jax.lax.fori_loop(0, 4, lambda i, both: step(params, *both, start + i), (cache, tokens_ST))[1]
+
+    cache = model.init_cache(slots, columns)
+    tokens_ST = jnp.zeros((slots, tokens), jnp.int32)
+    times = machine.seconds(lambda: jax.block_until_ready(several(weights, cache, tokens_ST)), repeats)
+    return statistics.median(times) / 4
+
+
+def bench(cores: int) -> None:
+    """Measure and print."""
+    from jaxreason import build
+    from jaxreason.options import call
+
+    config = FLAGS.config.to_dict()
+    folder = build.find_folder(**{key: config["model"][key] for key in ("name", "weights") if key in config["model"]})
+    tokenizer, _ = call(build.make_text, config["text"], "config.text", folder=folder)
+    shape, load = call(build.make_model, config["model"], "config.model", folder=folder, tokenizer=tokenizer)
+    lines = [json.loads(line) for line in Path(FLAGS.rollouts).read_text().splitlines()]
+    texts = [(tokenizer.encode(r["prompt"]), tokenizer.encode(r["text"], special=False)) for r in lines]
+    texts = [(prompt, completion) for prompt, completion in texts if completion]
+    show = machine.printer(f"{FLAGS.config.model.name}: look-up in {len(texts)} rollouts", cores)
+
+    guesses = [int(k) for k in FLAGS.guesses]
+    total = sum(len(completion) for _, completion in texts)
+    gain = {k: total / sum(steps_with_lookup(*text, k) for text in texts) for k in guesses}
+    for k in guesses:
+        show(f"tokens a step, {k} guessed", gain[k], "tokens", tokens=total)
+
+    model = build.transformer(shape)
+    mesh = call(build.sharding.make_mesh, {"data": 1}, "mesh", devices=build.jax.devices()[:1])
+    weights = model.decode_layout(build.init_params(model, load, 0, mesh))
+    for slots in map(int, FLAGS.slots):
+        plain = time_step(model, weights, slots, 1, FLAGS.columns, FLAGS.repeats)
+        show(f"step, {slots} slots", 1e3 * plain, "ms")
+        for k in guesses:
+            cost = time_step(model, weights, slots, k + 1, FLAGS.columns, FLAGS.repeats) / plain
+            show(f"cost of a step that checks {k} guesses, {slots} slots", cost, "steps", speedup=round(gain[k] / cost, 3))
+
+
+def main(argv) -> None:
+    logging.set_verbosity(logging.WARNING)
+    if len(argv) > 1 or FLAGS.config is None or FLAGS.rollouts is None:
+        sys.exit(f"error: got the words {argv[1:]}; needed: --config=FILE --rollouts=FILE")
+    cores = machine.pin(FLAGS.cores)
+    try:
+        bench(cores)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+def run() -> None:
+    """Read flags, measure, print. They are defined here, since main.py has flags of the same names."""
+    config_flags.DEFINE_config_file("config", None, "As of jaxreason.main; its model and its tokenizer are used.")
+    flags.DEFINE_string("rollouts", None, "JSONL file with the fields 'prompt' and 'text', as a run writes it.")
+    flags.DEFINE_list("guesses", ["1", "3", "7"], "Tokens that are proposed at a time.")
+    flags.DEFINE_list("slots", ["1", "4", "16", "64"], "Numbers of slots to time.")
+    flags.DEFINE_integer("columns", 256, "Columns of the cache.", lower_bound=16)
+    flags.DEFINE_integer("repeats", 5, "Timings of each.", lower_bound=1)
+    flags.DEFINE_integer("cores", 0, "Cores of a CPU to use; 0: all that this process may.", lower_bound=0)
+    app.run(main)

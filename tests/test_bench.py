@@ -1,0 +1,143 @@
+"""The benchmarks: floors by hand, look-up against its definition, and a whole run of the command on a very small model."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from runs import ROOT
+
+from jaxreason.bench.lookup import steps_with_lookup
+from jaxreason.bench.machine import Ceiling
+from jaxreason.bench.sampler import decode_cost, floors, layer_weights, prefill_cost
+from jaxreason.model import ModelConfig
+
+SHAPE = ModelConfig(vocab_size=10, width=4, layers=2, heads=2, kv_heads=1, head_size=2, feed_forward=5)
+LAYER = 4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 5  # q, k and v, o, and the three of the MLP
+
+
+def test_floors_by_hand():
+    assert layer_weights(SHAPE) == LAYER == 108
+    weights = 2 * LAYER + 40
+    # Two rollouts: 3 + 2 tokens, and 1 + 1. Before the tokens sampled stand 3 and 4 positions, and 1.
+    cost = decode_cost(SHAPE, [(3, 2), (1, 1)], slots=2)
+    assert cost.flops == 2 * weights * 3 + 4 * 2 * 2 * 2 * (3 + 4 + 1)
+    assert cost.bytes == 4 * (weights * 3 / 2 + 2 * 2 * 1 * 2 * (3 + 4 + 1))
+    bare = decode_cost(SHAPE, [(3, 2), (1, 1)], slots=2, attention=False, itemsize=2)
+    assert (bare.flops, bare.bytes) == (2 * weights * 3, 2 * weights * 3 / 2)
+    prefill = prefill_cost(SHAPE, [3, 1])
+    assert prefill.flops == 2 * 2 * LAYER * 4 + 4 * 2 * 2 * 2 * (1 + 2 + 3 + 1)
+    assert prefill.bytes == 4 * 2 * LAYER
+
+
+def test_the_floor_is_the_longer_of_computing_and_reading():
+    lengths, slow, fast = [(3, 2), (3, 2)], 1e-3, 1e30
+    computing = floors(SHAPE, lengths, [3], 2, Ceiling(slow, fast))
+    reading = floors(SHAPE, lengths, [3], 2, Ceiling(fast, slow))
+    decode, prefill = decode_cost(SHAPE, lengths, 2), prefill_cost(SHAPE, [3])
+    assert computing["full"] == pytest.approx((decode.flops + prefill.flops) / slow)
+    assert reading["full"] == pytest.approx((decode.bytes + prefill.bytes) / slow)
+    assert computing["full, unshared"] == pytest.approx((decode.flops + 2 * prefill.flops) / slow)
+    assert computing["2N"] < computing["full"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "guesses", "steps"),
+    [
+        ("abcd", "efgh", 3, 4),  # nothing occurs twice
+        ("abcdefabc", "defx", 3, 1),  # abc was followed by def: three right, and x comes with them
+        ("abcdefabc", "defx", 1, 2),  # d right, e comes with it; f right, x comes with it
+        ("abcdefabc", "dxfe", 3, 3),  # d right and x instead of e; f and e alone
+        ("ab", "ababab", 2, 4),  # a and b alone: only then has ab an earlier end; aba, and then b with nothing left to check
+        ("xabyab", "y", 3, 1),  # the guess is right, and there is no step less than one
+        ("abcabdab", "d", 3, 1),
+    ],
+)
+def test_lookup_by_hand(prompt, completion, guesses, steps):
+    assert steps_with_lookup([*map(ord, prompt)], [*map(ord, completion)], guesses) == steps
+
+
+def slow_steps(prompt, completion, guesses):
+    """The same by searching backwards through the text at every step."""
+    text, end, steps = [*prompt], len(prompt) + len(completion), 0
+    whole = [*prompt, *completion]
+    while len(text) < end:
+        guess = []
+        for n in (3, 2):
+            starts = [i for i in range(len(text) - n) if text[i : i + n] == text[-n:]] if len(text) >= n else []
+            if starts:
+                tail = text[starts[-1] + n :]
+                guess = [tail[i % len(tail)] for i in range(guesses)]
+                break
+        right = 0
+        while right < len(guess) and len(text) + right < end and guess[right] == whole[len(text) + right]:
+            right += 1
+        text = whole[: len(text) + right + 1]
+        steps += 1
+    return steps
+
+
+def test_lookup_is_what_a_search_finds():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        prompt, completion = (rng.integers(0, 3, rng.integers(1, 40)).tolist() for _ in range(2))
+        guesses = int(rng.integers(1, 8))
+        assert steps_with_lookup(prompt, completion, guesses) == slow_steps(prompt, completion, guesses)
+
+
+def bench(*arguments):
+    done = subprocess.run([sys.executable, "-m", "jaxreason.bench", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+TINY = ["--config=configs/tiny.py:smoke", "--model=vocab_size=64", "--prompts=3", "--group=2", "--tokens=9", "--prompt_tokens=5"]
+
+
+@pytest.mark.parametrize("work", ["exact", "natural"])
+def test_the_sampler_is_measured(work):
+    code, lines, err = bench("sampler", *TINY, f"--work={work}", "--slots=8", "--eos_id=5", "--repeats=2")
+    assert code == 0, err
+    found = {line["what"]: line["value"] for line in lines}
+    assert all(line.keys() >= {"unit", "work", "cores", "device", "date", "jax"} for line in lines)
+    assert found["rollout length"] == 9 if work == "exact" else 1 <= found["rollout length"] <= 9
+    assert 0 < found["slot occupancy"] <= 6 / 8
+    for floor in ("2N", "full", "full, unshared"):
+        # Of medians: of two batches their mean, so not to the last digit.
+        share = found["generated tokens"] / found[f"floor, {floor}"]
+        assert found[f"share of the floor, {floor}"] == pytest.approx(share, rel=0.5)
+    assert found["floor, 2N"] > found["floor, full"] > found["floor, full, unshared"]
+    assert found["peak memory"] > 50
+    assert found["completed rollouts"] == pytest.approx(found["generated tokens"] / found["rollout length"], rel=0.5)
+    for name in ("cold", "compiled programs kept"):
+        assert 0 < found[f"first batch, {name}"] < found[f"start to first batch, {name}"]
+
+
+def test_lookup_is_measured(tmp_path):
+    rows = [{"prompt": "12+34=", "text": "46;12+34=46"}, {"prompt": "1+1=", "text": "2"}, {"prompt": "3", "text": ""}]
+    (tmp_path / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = [f"--rollouts={tmp_path / 'rollouts.jsonl'}", "--slots=2", "--guesses=1,3", "--repeats=1"]
+    code, lines, err = bench("lookup", "--config=configs/tiny.py:smoke", *found)
+    assert code == 0, err
+    value = {line["what"]: line for line in lines}
+    assert 1 < value["tokens a step, 1 guessed"]["value"] <= value["tokens a step, 3 guessed"]["value"]
+    cost = value["cost of a step that checks 3 guesses, 2 slots"]
+    assert cost["speedup"] == pytest.approx(value["tokens a step, 3 guessed"]["value"] / cost["value"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["samplr"], "unknown benchmark 'samplr' (did you mean 'sampler'?)"),
+        (["sampler"], "needed: --config=FILE"),
+        (["sampler", *TINY, "--model=widht=3"], "unknown field of config.model 'widht'"),
+        (["sampler", *TINY, "--questions=/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["lookup", "--config=configs/tiny.py:smoke"], "--rollouts=FILE"),
+    ],
+)
+def test_a_wrong_command_is_one_line(arguments, message):
+    code, lines, err = bench(*arguments)
+    assert code == 1
+    assert not lines
+    assert err.strip().splitlines()[-1].startswith("error: ")
+    assert message in err.strip().splitlines()[-1]
