@@ -193,7 +193,7 @@ def make_roller(
     chunk_tokens: int = 16,
     cache_dtype: str | None = None,
     prompts_per_prefill: int = 8,
-    prefill_tokens: int = 128,
+    prefill_tokens: int | None = None,
     stop_strings: Sequence[str] = (),
     thinking_tokens: int | None = None,
     end_of_thinking: str = "\n</think>\n\n",
@@ -213,7 +213,7 @@ def make_roller(
         "prompts_per_prefill": prompts_per_prefill,
     }
     for name, value in positive.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"config.sampler.{name} got {value}; allowed: 1 or more")
     if cache_dtype not in CACHE_DTYPES:
         raise ValueError(unknown("config.sampler.cache_dtype", cache_dtype, map(str, CACHE_DTYPES)))

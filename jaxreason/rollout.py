@@ -163,21 +163,28 @@ def warm_up(roller: Roller, weights: Weights, filters: Iterable[Filter] = (ALL,)
     sampler, S, T = roller.sampler, roller.sampler.slots, roller.sampler.length
     none_S, one_S, tokens_ST = np.full(S, -1, np.int32), np.ones(S, np.int32), np.zeros((S, T), np.int32)
     key_S = np.repeat(keys_of(jax.random.key(0), [Request(None, 0, 0, ())]), S, axis=0)
-    slots = sampler.empty()
-    for longest in roller.prompt_buckets:
-        prefilled = sampler.prefill(weights, np.zeros((roller.rows, longest), np.int32), np.ones(roller.rows, np.int32))
+
+    def prefill(longest: int):
+        return sampler.prefill(weights, np.zeros((roller.rows, longest), np.int32), np.ones(roller.rows, np.int32))
+
+    def decode():
+        slots = sampler.empty()
         for columns in sampler.buckets:
-            slots = sampler.place(sampler.resize(slots, columns), prefilled, none_S, tokens_ST, one_S, one_S, key_S)
-        for columns in reversed(sampler.buckets):
             slots = sampler.resize(slots, columns)
-    for columns in sampler.buckets:
+            for filter in dict.fromkeys(filters):
+                slots = sampler.decode(weights, slots, np.float32(1), filter)
+            if forces:
+                slots = sampler.force(weights, slots, none_S, tokens_ST, one_S, one_S)
+        return sampler.halt(slots, np.zeros(S, bool)) if roller.stop_strings else slots
+
+    with ThreadPoolExecutor(2) as threads:  # the longest to compile beside the rest
+        decoded = threads.submit(decode)
+        prefilled = [prefill(longest) for longest in roller.prompt_buckets]
+        slots = decoded.result()
+    for columns in reversed(sampler.buckets):
         slots = sampler.resize(slots, columns)
-        for filter in dict.fromkeys(filters):
-            slots = sampler.decode(weights, slots, np.float32(1), filter)
-        if forces:
-            slots = sampler.force(weights, slots, none_S, tokens_ST, one_S, one_S)
-    if roller.stop_strings:
-        slots = sampler.halt(slots, np.zeros(S, bool))
+        for prompts in prefilled:
+            slots = sampler.place(slots, prompts, none_S, tokens_ST, one_S, one_S, key_S)
     jax.block_until_ready(slots)
 
 

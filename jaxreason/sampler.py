@@ -171,7 +171,7 @@ def compile_sampler(
     length: int,
     eos_ids: tuple[int, ...],
     chunk_tokens: int = 16,
-    prefill_tokens: int = 128,
+    prefill_tokens: int | None = None,
     buckets: Sequence[int] | None = None,
     cache_dtype=None,
     untempered_logp: bool = False,
@@ -179,7 +179,8 @@ def compile_sampler(
 ) -> Sampler:
     """Make the jitted sampler of `slots` sequences of at most `length` tokens, prompt included.
 
-    Prompts are prefilled `prefill_tokens` of each at a time. `buckets` are the sizes of the cache, the last of them `length`;
+    Prompts are prefilled `prefill_tokens` of them at a time, of one prompt or of several short ones; None for 128 on a CPU, where
+    more is no faster, and 1024 elsewhere. `buckets` are the sizes of the cache, the last of them `length`;
     None for `cache_buckets(length)`. With a mesh, slots are split over its `data` and `fsdp` axes, heads and weights over
     `tensor`; `prepare` gathers weights over the others.
 
@@ -188,6 +189,8 @@ def compile_sampler(
     """
     S, T = slots, length
     buckets = tuple(buckets or cache_buckets(length))
+    if prefill_tokens is None:
+        prefill_tokens = 128 if jax.default_backend() == "cpu" else 1024
     if list(buckets) != sorted(set(buckets)) or buckets[0] < 1 or buckets[-1] != length:
         raise ValueError(f"sampler got cache buckets {buckets}; allowed: rising sizes that end with its length, {length}")
     if mesh is not None and S % sharding.row_devices(mesh):
@@ -210,11 +213,9 @@ def compile_sampler(
             key_S=jnp.zeros((S, *key_words), jnp.uint32),
         )
 
-    def feed(params, tokens_BF, position_BF, cache, tokens_at_a_time: int):
-        """Write the keys and values of tokens into a cache, a few columns at a time, up to the last that has a position."""
-        F = tokens_BF.shape[1]
-        width = min(tokens_at_a_time, F)
-        pad = ((0, 0), (0, -F % width))
+    def feed(params, tokens_BF, position_BF, cache, width: int):
+        """Write the keys and values of tokens into a cache, `width` columns at a time, up to the last that has a position."""
+        pad = ((0, 0), (0, -tokens_BF.shape[1] % width))
         tokens_BF, position_BF = jnp.pad(tokens_BF, pad), jnp.pad(position_BF, pad, constant_values=-1)
         last = jnp.max(jnp.where(position_BF >= 0, jnp.arange(position_BF.shape[1]) + 1, 0))
 
@@ -225,13 +226,23 @@ def compile_sampler(
         return jax.lax.fori_loop(0, -(-last // width), some, cache)
 
     def prefill(weights: Weights, tokens_PT, length_P):
-        """Return the keys and values of prompts, which are padded on the right."""
+        """Return the keys and values of prompts, which are padded on the right. Rows of length 1 cost nothing."""
         P, columns = tokens_PT.shape
+        width = min(prefill_tokens, columns)
+        together = min(prefill_tokens // width, P)  # rows in a pass
+        tokens_PT, length_P = jnp.pad(tokens_PT, ((0, -P % together), (0, 0))), jnp.pad(length_P, (0, -P % together))
         # All but the last token of a prompt: the first decode step feeds that one.
-        column_PT = jnp.broadcast_to(jnp.arange(columns), (P, columns))
+        column_PT = jnp.broadcast_to(jnp.arange(columns), tokens_PT.shape)
         position_PT = jnp.where(column_PT < length_P[:, None] - 1, column_PT, -1)
-        cache = model.init_cache(P, columns, cache_dtype, stacked=True)
-        return feed(weights.prefill, tokens_PT, position_PT, cache, prefill_tokens)
+
+        def some(i, cache):
+            tokens, position = (jax.lax.dynamic_slice_in_dim(x, i * together, together) for x in (tokens_PT, position_PT))
+            part = model.init_cache(together, columns, cache_dtype, stacked=True)
+            part = feed(weights.prefill, tokens, position, part, width)
+            return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, i * together, axis=1), cache, part)
+
+        cache = model.init_cache(len(length_P), columns, cache_dtype, stacked=True)
+        return jax.lax.fori_loop(0, len(length_P) // together, some, cache)
 
     def place(slots: Slots, prefilled, row_S, tokens_ST, length_S, limit_S, key_S) -> Slots:
         """Start an attempt in each slot s with `row_S[s] >= 0`: at the prompt `tokens_ST[s]`, row `row_S[s]` of `prefilled`."""

@@ -52,6 +52,7 @@ VARIANTS = {
     "cache buckets, one of them shorter than the prompts": {"length": 24, "buckets": (4, 9, 14, 24)},
     "cache buckets of one slot, which shrinks between rollouts": {"slots": 1, "buckets": (8, 16, 24), "chunk_tokens": 2},
     "prompts prefilled three tokens at a time, all at once": {"prefill_tokens": 3, "rows": 9},
+    "prompts prefilled two at a time of five": {"prefill_tokens": 17, "rows": 5},
     "prompts prefilled one by one": {"rows": 1},
 }
 

@@ -141,9 +141,13 @@ def batch(roller, weights, requests, number: int):
 
 def first_batch() -> None:
     """Print the seconds to this process's first batch: after the params are there, and from its start."""
+    from jaxreason.rollout import warm_up
+
     _, params, roller, requests = make_work()
     started_s = time.perf_counter()
-    batch(roller, roller.sampler.prepare(params), requests, 0)
+    weights = roller.sampler.prepare(params)
+    warm_up(roller, weights, forces=False)
+    batch(roller, weights, requests, 0)
     print(json.dumps({"first_s": time.perf_counter() - started_s, "start_s": time.perf_counter() - STARTED_S}))
 
 
@@ -157,7 +161,7 @@ def in_fresh_processes(show) -> None:
             if done.returncode:
                 sys.exit(f"error: the first batch of a fresh process failed: {done.stderr.strip().splitlines()[-1]}")
             found = json.loads(done.stdout.splitlines()[-1])
-            show(f"first batch, {name}", found["first_s"], "s", note="params are there; layout and compilation included")
+            show(f"first batch, {name}", found["first_s"], "s", note="params are there; layout, all compilation and the batch included")
             show(f"start to first batch, {name}", found["start_s"], "s", note="imports and params included")
 
 
