@@ -234,6 +234,8 @@ def make_roller(
         eos_ids=tokenizer.eos_ids,
         chunk_tokens=chunk_tokens,
         prefill_tokens=prefill_tokens,
+        # A quarter for the stragglers, where that is worth another program to compile.
+        sizes=(slots // 4,) if slots >= 32 and slots // 4 % sharding.row_devices(mesh) == 0 else (),
         cache_dtype=cache_dtype,
         untempered_logp=untempered_logp,
         mesh=mesh,

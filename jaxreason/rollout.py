@@ -130,6 +130,7 @@ def collect(
         while collection.goes_on():
             collection.hear()
             collection.fill()
+            collection.compact()
             collection.decode()
     return collection.rollouts, collection.spent()
 
@@ -160,32 +161,47 @@ def warm_up(roller: Roller, weights: Weights, filters: Iterable[Filter] = (ALL,)
 
     `forces` says whether tokens are ever forced: observations, or the end of thinking.
     """
-    sampler, S, T = roller.sampler, roller.sampler.slots, roller.sampler.length
-    none_S, one_S, tokens_ST = np.full(S, -1, np.int32), np.ones(S, np.int32), np.zeros((S, T), np.int32)
-    key_S = np.repeat(keys_of(jax.random.key(0), [Request(None, 0, 0, ())]), S, axis=0)
+    sampler, T = roller.sampler, roller.sampler.length
 
     def prefill(longest: int):
         return sampler.prefill(weights, np.zeros((roller.rows, longest), np.int32), np.ones(roller.rows, np.int32))
 
-    def decode():
-        slots = sampler.empty()
+    def decode(slots):
+        """Decode with this many slots, in all buckets."""
+        S = len(slots.stop_S)
         for columns in sampler.buckets:
             slots = sampler.resize(slots, columns)
             for filter in dict.fromkeys(filters):
                 slots = sampler.decode(weights, slots, np.float32(1), filter)
             if forces:
-                slots = sampler.force(weights, slots, none_S, tokens_ST, one_S, one_S)
+                slots = sampler.force(weights, slots, *nothing(S, T))
         return sampler.halt(slots, np.zeros(S, bool)) if roller.stop_strings else slots
 
+    def smaller(slots, sizes):
+        """Decode with fewer slots, coming from this many in any bucket."""
+        for columns in reversed(sampler.buckets):
+            slots = sampler.resize(slots, columns)
+            few = sampler.compact(slots, np.arange(sizes[0], dtype=np.int32)) if sizes else None
+        if sizes:
+            smaller(decode(few), sizes[1:])
+        return slots
+
     with ThreadPoolExecutor(2) as threads:  # the longest to compile beside the rest
-        decoded = threads.submit(decode)
+        decoded = threads.submit(lambda: smaller(decode(sampler.empty()), sampler.sizes[1:]))
         prefilled = [prefill(longest) for longest in roller.prompt_buckets]
         slots = decoded.result()
-    for columns in reversed(sampler.buckets):
+    key_S = np.repeat(keys_of(jax.random.key(0), [Request(None, 0, 0, ())]), sampler.slots, axis=0)
+    none_S, tokens_ST, one_S, _ = nothing(sampler.slots, T)
+    for columns in sampler.buckets:
         slots = sampler.resize(slots, columns)
         for prompts in prefilled:
             slots = sampler.place(slots, prompts, none_S, tokens_ST, one_S, one_S, key_S)
     jax.block_until_ready(slots)
+
+
+def nothing(S: int, T: int) -> tuple:
+    """What to force or to place where nothing is: where, which tokens, and two numbers for each slot."""
+    return np.full(S, -1, np.int32), np.zeros((S, T), np.int32), np.ones(S, np.int32), np.ones(S, np.int32)
 
 
 class Collection:
@@ -201,7 +217,7 @@ class Collection:
         self.asked: dict[Future, Attempt] = {}
         self.rollouts: list[Rollout | None] = [None] * len(requests)
         self.slots, self.columns = self.sampler.empty(), self.sampler.buckets[0]
-        self.started_s, self.verify_s, self.steps = time.perf_counter(), 0.0, 0
+        self.started_s, self.verify_s, self.slot_steps = time.perf_counter(), 0.0, 0
 
     def goes_on(self) -> bool:
         return bool(self.queue or self.asked or any(self.tenants))
@@ -214,7 +230,7 @@ class Collection:
             sample_s=time.perf_counter() - self.started_s - self.verify_s,
             verify_s=self.verify_s,
             tokens=sum(int(r.sampled.sum()) for r in self.rollouts),
-            slot_steps=self.steps * self.sampler.slots,
+            slot_steps=self.slot_steps,
             prompt_tokens=self.prompts.tokens,
         )
 
@@ -279,7 +295,7 @@ class Collection:
             started.append(self.tenants[s])
         self.resize()
         for prefilled, placed in self.prompts.of(started, self.queue):
-            S, T = self.sampler.slots, self.sampler.length
+            S, T = len(self.tenants), self.sampler.length
             row_S, tokens_ST = np.full(S, -1, np.int32), np.zeros((S, T), np.int32)
             length_S, limit_S = np.ones(S, np.int32), np.ones(S, np.int32)
             key_S = np.zeros((S, *self.key_R.shape[1:]), self.key_R.dtype)
@@ -297,7 +313,7 @@ class Collection:
         """Append tokens to attempts, which may have been cut back, and let them go on."""
         if not said:
             return
-        S, T = self.sampler.slots, self.sampler.length
+        S, T = len(self.tenants), self.sampler.length
         start_S, count_S, limit_S = np.full(S, -1, np.int32), np.zeros(S, np.int32), np.zeros(S, np.int32)
         tokens_ST = np.zeros((S, T), np.int32)
         for attempt, ids in said:
@@ -317,6 +333,19 @@ class Collection:
             self.columns = buckets[now + (1 if wanted > now else -1)]
             self.slots = self.sampler.resize(self.slots, self.columns)
 
+    def compact(self) -> None:
+        """When no request waits and few are left, go on with fewer slots."""
+        left = [a for a in self.tenants if a is not None]
+        size = min(n for n in self.sampler.sizes if n >= len(left))
+        if self.queue or size >= len(self.tenants):
+            return
+        free = (s for s, a in enumerate(self.tenants) if a is None)
+        rows = [a.slot for a in left] + list(itertools.islice(free, size - len(left)))
+        self.slots = self.sampler.compact(self.slots, np.array(rows, np.int32))
+        self.tenants = [*left, *[None] * (size - len(left))]
+        for s, attempt in enumerate(left):
+            attempt.slot = s
+
     def decode(self) -> None:
         """Decode a chunk, and see who stopped."""
         running = self.running()
@@ -324,7 +353,7 @@ class Collection:
             return
         self.slots = self.sampler.decode(self.weights, self.slots, np.float32(self.temperature), self.filter)
         stop_S, length_S = jax.device_get((self.slots.stop_S, self.slots.length_S))
-        self.steps += int(max(length_S[a.slot] - a.length for a in running))
+        self.slot_steps += len(self.tenants) * int(max(length_S[a.slot] - a.length for a in running))
         if not self.roller.stop_strings and all(stop_S[a.slot] == RUNNING for a in running):
             for a in running:
                 a.length = int(length_S[a.slot])
@@ -332,7 +361,7 @@ class Collection:
         tokens_ST, logp_ST, untempered_ST, sampled_ST = jax.device_get(
             (self.slots.tokens_ST, self.slots.logp_ST, self.slots.untempered_ST, self.slots.sampled_ST)
         )
-        halted_S, said = np.zeros(self.sampler.slots, bool), []
+        halted_S, said = np.zeros(len(self.tenants), bool), []
         for a in running:
             s, before, a.length = a.slot, a.length, int(length_S[a.slot])
             end = find_stop(self.roller, tokens_ST[s], a.turn, before, a.length)

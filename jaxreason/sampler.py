@@ -5,7 +5,7 @@
     place(slots, prefilled, ...)       copy them to the slots of their attempts
     decode(weights, slots, ...)        sample up to `chunk_tokens` tokens in every running slot, in one dispatch
     force(weights, slots, ...)         append tokens that the model did not sample (tool output); never trained on
-    halt(slots, ...), resize(slots, columns), prepare(params)
+    halt(slots, ...), resize(slots, columns), compact(slots, rows), prepare(params)
 
 Invariant of a running slot: its cache holds the keys and values of all its tokens but the last; one decode step feeds the
 last token, writes its column and samples the next. Columns past a slot's length hold leftovers that no token can see.
@@ -74,7 +74,7 @@ ALL = Filter()
 class Sampler(NamedTuple):
     """Jitted functions over `Slots`, and the sizes they were compiled for. All but `empty` donate the slots they are given."""
 
-    slots: int
+    sizes: tuple[int, ...]  # numbers of slots, falling: what is left at the end of a collection moves together
     length: int  # of the longest sequence, prompt included
     buckets: tuple[int, ...]  # columns that the cache may have
     chunk_tokens: int
@@ -86,6 +86,11 @@ class Sampler(NamedTuple):
     force: Callable
     halt: Callable
     resize: Callable
+    compact: Callable
+
+    @property
+    def slots(self) -> int:
+        return self.sizes[0]
 
 
 def attempt_keys(key, problem_R, attempt_R):
@@ -173,6 +178,7 @@ def compile_sampler(
     chunk_tokens: int = 16,
     prefill_tokens: int | None = None,
     buckets: Sequence[int] | None = None,
+    sizes: Sequence[int] = (),
     cache_dtype=None,
     untempered_logp: bool = False,
     mesh=None,
@@ -180,23 +186,26 @@ def compile_sampler(
     """Make the jitted sampler of `slots` sequences of at most `length` tokens, prompt included.
 
     Prompts are prefilled `prefill_tokens` of them at a time, of one prompt or of several short ones; None for 128 on a CPU, where
-    more is no faster, and 1024 elsewhere. `buckets` are the sizes of the cache, the last of them `length`;
-    None for `cache_buckets(length)`. With a mesh, slots are split over its `data` and `fsdp` axes, heads and weights over
-    `tensor`; `prepare` gathers weights over the others.
+    more is no faster, and 1024 elsewhere. `buckets` are the sizes of the cache, the last of them `length`; None for
+    `cache_buckets(length)`. `sizes` are smaller numbers of slots, for when fewer rollouts are left. With a mesh, slots are split
+    over its `data` and `fsdp` axes, heads and weights over `tensor`; `prepare` gathers weights over the others.
 
     Raises:
       ValueError: slots, heads or buckets that do not fit.
     """
     S, T = slots, length
+    sizes = (slots, *sizes)
     buckets = tuple(buckets or cache_buckets(length))
     if prefill_tokens is None:
         prefill_tokens = 128 if jax.default_backend() == "cpu" else 1024
     if list(buckets) != sorted(set(buckets)) or buckets[0] < 1 or buckets[-1] != length:
         raise ValueError(f"sampler got cache buckets {buckets}; allowed: rising sizes that end with its length, {length}")
-    if mesh is not None and S % sharding.row_devices(mesh):
-        devices = sharding.row_devices(mesh)
-        raise ValueError(f"sampler got {S} slots, which do not divide over {devices} devices; choose a multiple")
-    every_S1 = jnp.arange(S)[:, None]
+    if list(sizes) != sorted(set(sizes), reverse=True) or sizes[-1] < 1:
+        raise ValueError(f"sampler got {S} slots and then {sizes[1:]}; allowed: falling numbers, 1 or more")
+    devices = 1 if mesh is None else sharding.row_devices(mesh)
+    for size in sizes:
+        if size % devices:
+            raise ValueError(f"sampler got {size} slots, which do not divide over {devices} devices; choose a multiple")
     eos = jnp.asarray(eos_ids, jnp.int32)
 
     def empty() -> Slots:
@@ -257,7 +266,7 @@ def compile_sampler(
         to_S = jnp.argsort(~placed_S)
 
         def put(old, new):
-            return jnp.where(placed_S.reshape(S, *[1] * (old.ndim - 1)), new, old)
+            return jnp.where(jnp.expand_dims(placed_S, tuple(range(1, old.ndim))), new, old)
 
         slots = Slots(
             cache=slots.cache,
@@ -312,6 +321,11 @@ def compile_sampler(
             return slots
         return dataclasses.replace(slots, cache=kv.by_layer(lambda layer, _: resize_layer(layer, columns), slots.cache))
 
+    def compact(slots: Slots, row_R) -> Slots:
+        """Keep the slots `row_R`, one of the sizes in number, in this order."""
+        cache = kv.by_layer(lambda layer, _: take_layer(layer, row_R), slots.cache)
+        return dataclasses.replace(take_bare(dataclasses.replace(slots, cache=None), row_R), cache=cache)
+
     def decode_one(params, slots: Slots, temperature, filter: Filter) -> Slots:
         running_S = slots.stop_S == RUNNING
         last_S1 = jnp.take_along_axis(slots.tokens_ST, slots.length_S[:, None] - 1, axis=1)
@@ -323,7 +337,7 @@ def compile_sampler(
         column_S = jnp.where(running_S, slots.length_S, T)
 
         def put(into_ST, value_S):
-            return into_ST.at[every_S1[:, 0], column_S].set(value_S, mode="drop")
+            return into_ST.at[jnp.arange(len(column_S)), column_S].set(value_S, mode="drop")
 
         untempered_ST = slots.untempered_ST
         if untempered_ST is not None:
@@ -378,9 +392,13 @@ def compile_sampler(
     halted = jax.jit(lambda stop_S, halted_S: jnp.where(halted_S, EMPTY, stop_S), out_shardings=None if mesh is None else by_slot)
     copy_rows = jax.jit(kv.copy_rows, donate_argnums=0, out_shardings=layer_out)
     resize_layer = jax.jit(kv.resize, static_argnums=1, out_shardings=layer_out)
+    take_layer = jax.jit(kv.take_rows, out_shardings=layer_out)
+    take_bare = jax.jit(
+        lambda bare, row_R: jax.tree.map(lambda x: x[row_R], bare), out_shardings=None if mesh is None else bare_out[0]
+    )
 
     return Sampler(
-        slots=S,
+        sizes=sizes,
         length=T,
         buckets=buckets,
         chunk_tokens=chunk_tokens,
@@ -392,4 +410,5 @@ def compile_sampler(
         force=jax.jit(force, donate_argnums=1, out_shardings=slots_out),
         halt=halt,
         resize=resize,
+        compact=compact,
     )

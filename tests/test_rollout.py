@@ -54,6 +54,7 @@ VARIANTS = {
     "prompts prefilled three tokens at a time, all at once": {"prefill_tokens": 3, "rows": 9},
     "prompts prefilled two at a time of five": {"prefill_tokens": 17, "rows": 5},
     "prompts prefilled one by one": {"rows": 1},
+    "fewer slots for the last, in three steps": {"sizes": (5, 2, 1), "chunk_tokens": 2, "buckets": (8, 16, 24)},
 }
 
 
@@ -459,6 +460,12 @@ def test_what_was_spent(made, requests):
     assert spent.prompt_tokens == sum(len(p) for p in {tuple(r.prompt) for r in requests})  # each once, though slots are few
 
 
+def least_slot_steps(rollouts, sizes) -> int:
+    """Slots x steps if all start together and each step has the smallest size that holds who is left."""
+    lengths = [len(r.tokens) for r in rollouts]
+    return sum(min(n for n in sizes if n >= sum(x > step for x in lengths)) for step in range(max(lengths)))
+
+
 def test_occupancy_counts_the_steps_of_all_slots(made, requests):
     """Of one slot no step is lost; where all start together, the longest decides how long the others wait."""
 
@@ -471,6 +478,8 @@ def test_occupancy_counts_the_steps_of_all_slots(made, requests):
     longest = max(len(r.tokens) for r in rollouts)
     assert longest > min(len(r.tokens) for r in rollouts)
     assert (spent.tokens, spent.slot_steps) == (sum(len(r.tokens) for r in rollouts), 32 * longest)
+    fewer = spend(made[1], requests, JUDGE, slots=32, sizes=(8, 2), chunk_tokens=1)[1]
+    assert (fewer.tokens, fewer.slot_steps) == (spent.tokens, least_slot_steps(rollouts, (32, 8, 2)))
     _, alone = spend(made[1], requests, JUDGE, slots=1)
     assert alone.slot_steps == alone.tokens == spent.tokens
     talk = [r._replace(task=dataclasses.replace(r.task, id=f"{r.problem * 3 + r.attempt}")) for r in t.make_requests(4, 3)]
@@ -501,7 +510,7 @@ def test_each_shape_is_compiled_once(made, requests, expected, caplog):
 
 def test_after_a_warm_up_nothing_is_compiled(made, caplog):
     """A long ragged run over all buckets, with observations, stop strings, a thinking budget and two filters."""
-    sampler = {"slots": 5, "length": 44, "max_tokens": 30, "prompt_buckets": (4, 8), "buckets": (8, 16, 44)}
+    sampler = {"slots": 5, "sizes": (2, 1), "length": 44, "max_tokens": 30, "prompt_buckets": (4, 8), "buckets": (8, 16, 44)}
     roller = with_stops(thinker(t.new_roller(made[0], **sampler), tokens=14), "ab")
     filters = (ALL, Filter(top_k=6))
     weights = roller.sampler.prepare(made[1])
@@ -516,7 +525,7 @@ def test_after_a_warm_up_nothing_is_compiled(made, caplog):
     assert len({len(r.prompt) + len(r.tokens) for r in found}) > 20
     compiled = [r.getMessage() for r in caplog.records if "XLA compilation" in r.getMessage()]
     assert compiled == []
-    assert roller.sampler.decode._cache_size() == 3 * 2
+    assert roller.sampler.decode._cache_size() == 3 * 3 * 2  # buckets x sizes x filters
 
 
 def test_observations_of_many_lengths_share_few_shapes(made, conversations):

@@ -381,3 +381,12 @@ def test_buckets_must_end_with_the_length():
     for buckets in [(4,), (8, 4), (4, 4, 8), (0, 8)]:
         with pytest.raises(ValueError, match=r"cache buckets .*; allowed: rising sizes that end with its length, 8"):
             compile_sampler(t.make_model()[0], slots=2, length=8, eos_ids=(0,), buckets=buckets)
+
+
+def test_smaller_sizes_must_fall_and_divide():
+    model = t.make_model()[0]
+    for sizes in [(8,), (4, 4), (2, 4), (0,)]:
+        with pytest.raises(ValueError, match=r"sampler got 8 slots and then .*; allowed: falling numbers, 1 or more"):
+            compile_sampler(model, slots=8, sizes=sizes, length=8, eos_ids=(0,))
+    with pytest.raises(ValueError, match="4 slots, which do not divide over 8 devices"):
+        compile_sampler(model, slots=8, sizes=(4,), length=8, eos_ids=(0,), mesh=make_mesh())

@@ -161,7 +161,12 @@ def in_fresh_processes(show) -> None:
             if done.returncode:
                 sys.exit(f"error: the first batch of a fresh process failed: {done.stderr.strip().splitlines()[-1]}")
             found = json.loads(done.stdout.splitlines()[-1])
-            show(f"first batch, {name}", found["first_s"], "s", note="params are there; layout, all compilation and the batch included")
+            show(
+                f"first batch, {name}",
+                found["first_s"],
+                "s",
+                note="params are there; layout, all compilation and the batch included",
+            )
             show(f"start to first batch, {name}", found["start_s"], "s", note="imports and params included")
 
 

@@ -44,6 +44,11 @@ def resize(layer, columns: int):
     return jax.tree_util.tree_map_with_path(of, layer)
 
 
+def take_rows(layer, row_R):
+    """Keep some rows of a layer, or of stacked layers, in this order."""
+    return jax.tree.map(lambda x: jnp.take(x, row_R, axis=x.ndim - 4), layer)
+
+
 def copy_rows(layer, stacked, i, to_R, row_R, count):
     """Write rows `row_R[:count]` of layer i of a stacked cache into rows `to_R[:count]`, as many columns as both have.
 
