@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from runs import ROOT
 
+from jaxreason.bench.cache import attend_shared, writes
 from jaxreason.bench.lookup import steps_with_lookup
 from jaxreason.bench.machine import Ceiling
 from jaxreason.bench.sampler import decode_cost, floors, layer_weights, prefill_cost
 from jaxreason.model import ModelConfig
+from jaxreason.model.cache import make
+from jaxreason.model.layers import attend
 
 SHAPE = ModelConfig(vocab_size=10, width=4, layers=2, heads=2, kv_heads=1, head_size=2, feed_forward=5)
 LAYER = 4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 5  # q, k and v, o, and the three of the MLP
@@ -86,6 +89,35 @@ def test_lookup_is_what_a_search_finds():
         assert steps_with_lookup(prompt, completion, guesses) == slow_steps(prompt, completion, guesses)
 
 
+def test_reading_a_prompt_once_is_reading_copies_of_it():
+    rng = np.random.default_rng(0)
+    P, G, N, K, H, C, prompt = 2, 3, 4, 2, 8, 5, 7
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    q = normal(P * G, 1, N, H)
+    far, near = ({"k": normal(B, K, H, n), "v": normal(B, K, n, H)} for B, n in ((P, prompt), (P * G, C)))
+    visible_P, visible_BTC = np.array([7, 4]), rng.random((P * G, 1, C)) < 0.6
+    visible_BTC[..., 0] = True
+    got = attend_shared(q, far, near, visible_P, visible_BTC)
+    whole = {name: np.concatenate([far[name].repeat(G, axis=0), near[name]], axis=-1 if name == "k" else -2) for name in "kv"}
+    seen_BTC = np.broadcast_to((np.arange(prompt) < visible_P[:, None]).repeat(G, axis=0)[:, None], (P * G, 1, prompt))
+    expected = attend(q, whole["k"], whole["v"], np.concatenate([seen_BTC, visible_BTC], axis=-1))
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_all_ways_to_write_write_the_same():
+    rng = np.random.default_rng(0)
+    k, v = rng.standard_normal((2, 3, 1, 2, 4)).astype(np.float32)
+    caches = [write(make(3, 6, 2, 4, "float32"), k, v, np.full((3, 1), 2)) for write in writes().values()]
+    assert len(caches) == 3
+    for cache in caches[1:]:
+        for name in "kv":
+            np.testing.assert_array_equal(cache[name], caches[0][name])
+    assert np.count_nonzero(caches[0]["k"]) == k.size
+
+
 def bench(*arguments):
     done = subprocess.run([sys.executable, "-m", "jaxreason.bench", *arguments], cwd=ROOT, capture_output=True, text=True)
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()], done.stderr
@@ -123,6 +155,14 @@ def test_lookup_is_measured(tmp_path):
     assert 1 < value["tokens a step, 1 guessed"]["value"] <= value["tokens a step, 3 guessed"]["value"]
     cost = value["cost of a step that checks 3 guesses, 2 slots"]
     assert cost["speedup"] == pytest.approx(value["tokens a step, 3 guessed"]["value"] / cost["value"], rel=0.01)
+
+
+def test_choices_of_the_cache_are_measured():
+    small = ["--layers=1", "--heads=2", "--kv_heads=1", "--head_size=4", "--slots=4", "--columns=16", "--prompts=8", "--group=2"]
+    code, lines, err = bench("cache", *small)
+    assert code == 0, err
+    assert len(lines) == 3 + 2
+    assert all(line["value"] > 0 for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import sys
 
 from jaxreason.options import unknown
 
-BENCHMARKS = {"sampler": "jaxreason.bench.sampler", "lookup": "jaxreason.bench.lookup"}
+BENCHMARKS = {name: f"jaxreason.bench.{name}" for name in ("sampler", "lookup", "cache")}
 
 
 def main() -> None:
