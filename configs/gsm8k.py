@@ -46,6 +46,8 @@ def get_config(arg: str = "") -> ConfigDict:
         "max_tokens": 512,
         "chunk_tokens": 32,
         "cache_dtype": config_dict.placeholder(str),
+        "stop_strings": (),
+        "thinking_tokens": config_dict.placeholder(int),
     }
     config.verifier = {"name": "number", "must_finish": True}
     config.mesh = {"data": -1, "fsdp": 1}

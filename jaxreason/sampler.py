@@ -72,7 +72,7 @@ ALL = Filter()
 
 
 class Sampler(NamedTuple):
-    """Jitted functions over `Slots`, and the sizes they were compiled for. All but `empty` donate the slots they are given."""
+    """Functions over `Slots`, and the sizes they are compiled for. The slots that one is given are used up (some are donated)."""
 
     sizes: tuple[int, ...]  # numbers of slots, falling: what is left at the end of a collection moves together
     length: int  # of the longest sequence, prompt included
