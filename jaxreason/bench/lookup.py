@@ -7,6 +7,17 @@ r"""Would guessing from the text so far pay? Speculative decoding without a draf
 A sample's noise belongs to its position, so the text is the same with and without guessing: a guess is right if it equals the
 token that was sampled. So real rollouts say exactly how many tokens a step would have given, and a step over k + 1 tokens in each
 slot, timed, says what it costs. Guessing pays where the first is more than the second.
+
+Found (2026-11-24, one EPYC core, float32, jax 0.10.2; 192 rollouts of SmolLM2-135M-Instruct on GSM8K at temperature 0.7, 32,008
+tokens): one, three or seven guesses give 1.30, 1.49 or 1.58 tokens a step. What that makes of the speed, sampling included:
+
+    guesses   1 slot   4 slots   16 slots   64 slots
+          1     1.24      1.29       0.90       0.83
+          3     1.13      1.06       0.65       0.54
+          7     1.10      0.76       0.39       0.28
+
+It pays where a step waits for the weights, below some eight slots. RL samples with many more, so the sampler has none of it. An
+accelerator waits for the weights up to more slots: there this is worth another look.
 """
 
 from __future__ import annotations
