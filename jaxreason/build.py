@@ -286,7 +286,8 @@ def make_phase(
             f"config.{name}: objective {objective['name']!r} compares the attempts at a problem, but there is "
             f"{section.get('group', 1)} of each; set {name}.source.group to 2 or more, or choose reinforce, lm or sft"
         )
-    made_source = call(SOURCES[kind], section, f"config.{name}.source", parts=parts, objective=made_objective)
+    given = {"parts": parts, "objective": made_objective, "microbatches": microbatches}
+    made_source = call(SOURCES[kind], section, f"config.{name}.source", **given)
     if made_source.rows % (parts.devices * microbatches):
         raise ValueError(
             f"config.{name} has {made_source.rows} rows a batch, which do not divide over {parts.devices} devices x "
@@ -327,7 +328,7 @@ def fitting(items: Sequence, prompt: Callable, limit: int, what: str, say: Calla
     return kept
 
 
-def corpus(*, parts: Parts, objective, task: dict, rows: int, length: int) -> sources.Source:
+def corpus(*, parts: Parts, objective, microbatches: int, task: dict, rows: int, length: int) -> sources.Source:
     """Windows of `length` tokens from the packed stream of a text corpus or of a family's worked solutions."""
     windows = data.token_windows(encode_documents(load_tasks(task, seed=parts.seed), parts, task), length)
     return sources.corpus(data.batches(endless(windows, parts.seed), rows // jax.process_count()), objective, rows=rows)
@@ -342,11 +343,21 @@ def encode_documents(documents: Sequence, parts: Parts, task: dict) -> list[list
     return [[*start, *tokenizer.encode(d, special=False), tokenizer.eos_ids[0]] for d in documents]
 
 
-def demonstrations(*, parts: Parts, objective, task: dict, rows: int, max_tokens: int) -> sources.Source:
-    """Worked solutions, one a row of at most `max_tokens` tokens, prompt included; longer ones are cut."""
+def demonstrations(
+    *, parts: Parts, objective, microbatches: int, task: dict, rows: int, max_tokens: int, pack: bool = True
+) -> sources.Source:
+    """`rows` worked solutions a batch, of at most `max_tokens` tokens, prompt included; longer ones are cut."""
     items = check_solutions(load_tasks(task, seed=parts.seed), task)
     buckets = batching.length_buckets(max_tokens)
-    return sources.demonstrations(endless(items, parts.seed), parts.format.demonstration, objective, rows=rows, buckets=buckets)
+    return sources.demonstrations(
+        endless(items, parts.seed),
+        parts.format.demonstration,
+        objective,
+        rows=rows,
+        buckets=buckets,
+        pack=pack,
+        microbatches=microbatches,
+    )
 
 
 def check_solutions(items: Sequence, task: dict) -> Sequence:
@@ -359,12 +370,14 @@ def rollouts(
     *,
     parts: Parts,
     objective,
+    microbatches: int,
     task: dict,
     problems: int,
     group: int,
     temperature: float = 1.0,
     max_tokens: int | None = None,
     reward: str = "verdict",
+    pack: bool = True,
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
@@ -399,6 +412,8 @@ def rollouts(
         temperature=temperature,
         buckets=batching.length_buckets(longest_prompt + roller.max_tokens),
         reward=reward,
+        pack=pack,
+        microbatches=microbatches,
     )
 
 

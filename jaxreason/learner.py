@@ -82,12 +82,15 @@ def train_step(
     optimizer: optax.GradientTransformation,
     microbatches: int = 1,
 ) -> tuple[TrainState, dict]:
-    """Make one update from one batch, in `microbatches` equal parts of its rows. Metrics are (sum, count) pairs."""
+    """Make one update from one batch, in `microbatches` equal parts of its rows. Metrics are (sum, count) pairs.
+
+    Micro-batches after the last that trains anything are left out, at no cost: packing empties them.
+    """
     gradient = jax.value_and_grad(functools.partial(loss, model=model, objective=objective), has_aux=True)
 
-    def accumulate(total, rows):
-        (value, metrics), grads = gradient(state.params, rows)
-        return jax.tree.map(jnp.add, total, (value, metrics, grads)), None
+    def accumulate(i, total):
+        (value, metrics), grads = gradient(state.params, jax.tree.map(lambda x: x[i], parts))
+        return jax.tree.map(jnp.add, total, (value, metrics, grads))
 
     if microbatches == 1:
         (value, metrics), grads = gradient(state.params, batch)
@@ -96,7 +99,7 @@ def train_step(
         (value, metrics), grads = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts))
         # Sums over micro-batches are float32 whatever the params are kept in.
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (value, metrics, grads))
-        (value, metrics, grads), _ = jax.lax.scan(accumulate, zeros, parts)
+        value, metrics, grads = jax.lax.fori_loop(0, used_parts(parts), accumulate, zeros)
 
     # The optimizer's state keeps the dtype of the params, which it was made from.
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
@@ -118,6 +121,12 @@ def split_rows(x_B, parts: int):
     return x_B.reshape(B // parts, parts, *x_B.shape[1:]).swapaxes(0, 1)
 
 
+def used_parts(parts: Batch):
+    """How many micro-batches there are up to the last that trains anything."""
+    trains_P = jnp.any(parts.weight_BT != 0, axis=(1, 2))
+    return jnp.max(jnp.where(trains_P, jnp.arange(len(trains_P)) + 1, 0))
+
+
 def compile_train_step(model, objective, optimizer, *, microbatches: int = 1, state_shardings=None):
     """Return `step(state, batch) -> (state, metrics)`, jitted; the state is donated and comes back in the same shardings."""
     step = functools.partial(train_step, model=model, objective=objective, optimizer=optimizer, microbatches=microbatches)
@@ -126,6 +135,22 @@ def compile_train_step(model, objective, optimizer, *, microbatches: int = 1, st
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
-def compile_token_logp(model):
-    """Return `logp(params, batch) -> logp_BT`, jitted: for a reference policy, or to check the sampler."""
-    return jax.jit(lambda params, batch: token_outputs(model, params, batch).logp_BT)
+def compile_token_logp(model, microbatches: int = 1):
+    """Return `logp(params, batch) -> logp_BT`, jitted: for a reference policy, or to check the sampler.
+
+    In as many parts, and leaving out the same, as `train_step`.
+    """
+
+    def token_logp(params, batch):
+        if microbatches == 1:
+            return token_outputs(model, params, batch).logp_BT
+        parts = jax.tree.map(lambda x: split_rows(x, microbatches), batch)
+
+        def score(i, logp_PBT):
+            rows = jax.tree.map(lambda x: x[i], parts)
+            return logp_PBT.at[i].set(token_outputs(model, params, rows).logp_BT)
+
+        logp_PBT = jax.lax.fori_loop(0, used_parts(parts), score, jnp.zeros(parts.weight_BT.shape, jnp.float32))
+        return logp_PBT.swapaxes(0, 1).reshape(batch.tokens_BT.shape)
+
+    return jax.jit(token_logp)

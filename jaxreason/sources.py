@@ -61,17 +61,22 @@ def demonstrations(
     *,
     rows: int,
     buckets: Sequence[int],
+    pack: bool = False,
+    microbatches: int = 1,
 ) -> Source:
     """Draw worked solutions in the order of `tasks`, an endless random-access sequence; `encode` gives (ids, trainable)."""
 
     def next(state, params, key):
         start = state["position"]
         pairs = [encode(tasks[start + i]) for i in range(rows)]
+        batch = batching.from_demonstrations(pairs, objective, buckets=buckets, pack=pack, microbatches=microbatches)
+        tokens = float(sum(min(len(ids), buckets[-1]) for ids, _ in pairs))
         metrics = {
-            "train/tokens": (float(sum(min(len(ids), buckets[-1]) for ids, _ in pairs)), 1.0),
+            "train/tokens": (tokens, 1.0),
             "train/cut": (float(sum(len(ids) > buckets[-1] for ids, _ in pairs)), float(rows)),
+            "train/packing_efficiency": (tokens, float(batching.computed_tokens(batch, microbatches))),
         }
-        return {"position": start + rows}, Drawn(batching.from_demonstrations(pairs, objective, buckets=buckets), metrics)
+        return {"position": start + rows}, Drawn(batch, metrics)
 
     return Source(lambda: {"position": 0}, next, rows)
 
@@ -91,6 +96,8 @@ def rollouts(
     temperature: float,
     buckets: Sequence[int],
     reward: str = "verdict",
+    pack: bool = False,
+    microbatches: int = 1,
 ) -> Source:
     """Sample `group` attempts at each of `problems` tasks from the current params and have them judged.
 
@@ -111,11 +118,15 @@ def rollouts(
         drawn, spent = collect(roller, roller.sampler.prepare(params), requests, environment, key=key, temperature=temperature)
         if reward == "random":
             drawn = shuffle_rewards(drawn, key)
-        batch = batching.from_rollouts(drawn, objective, group=group, buckets=buckets, limit=roller.max_tokens)
+        batch = batching.from_rollouts(
+            drawn, objective, group=group, buckets=buckets, limit=roller.max_tokens, pack=pack, microbatches=microbatches
+        )
+        tokens = float(sum(len(r.prompt) + len(r.tokens) for r in drawn))
         metrics = measure(drawn, group) | {
             "time/sample_s": (spent.sample_s, 1.0),
             "time/verify_s": (spent.verify_s, 1.0),
-            "train/tokens": (float(sum(len(r.prompt) + len(r.tokens) for r in drawn)), 1.0),
+            "train/tokens": (tokens, 1.0),
+            "train/packing_efficiency": (tokens, float(batching.computed_tokens(batch, microbatches))),
             "perf/sample_tokens_per_s": (float(spent.tokens), spent.sample_s),
             "rollout/slot_occupancy": (float(spent.tokens), float(spent.slot_steps)),
         }

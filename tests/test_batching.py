@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxreason import objectives
-from jaxreason.batching import from_demonstrations, from_rollouts, from_windows, length_buckets
+from jaxreason.batching import computed_tokens, from_demonstrations, from_rollouts, from_windows, lay_out, length_buckets
 from jaxreason.types import Rollout, Task, Verdict
 
 EOS = 0  # and padding
@@ -144,6 +144,59 @@ def test_rows_have_the_length_of_the_smallest_bucket_that_holds_them(longest, T)
         assert x.shape == (2, T)
 
 
+# --- packing ---
+
+
+def test_short_rollouts_share_a_row_by_hand():
+    rollouts = [
+        rollout([5], [1, EOS], 1.0, logp=[-1, -2]),
+        rollout([5, 6], [1, 2, 3, 4], 0.0, temperature=0.7),
+        rollout([7], [8, 9, 2], 1.0, sampled=[1, 0, 1]),
+        rollout([7], [EOS], 0.0),
+    ]
+    batch = from_rollouts(rollouts, objectives.dr_grpo(), group=2, buckets=(4, 8), limit=10, pack=True)
+    # Lengths 3, 6, 4 and 2, in rows of 8: 6 with 2, 4 with 3.
+    assert batch.tokens_BT.tolist() == [[5, 6, 1, 2, 3, 4, 7, EOS], [7, 8, 9, 2, 5, 1, EOS, 0], [0] * 8, [0] * 8]
+    assert batch.segment_BT.tolist() == [[1] * 6 + [2] * 2, [1] * 4 + [2] * 3 + [0], [0] * 8, [0] * 8]
+    assert batch.position_BT[:2].tolist() == [[0, 1, 2, 3, 4, 5, 0, 1], [0, 1, 2, 3, 0, 1, 2, 7]]
+    w = 1 / (4 * 10)
+    np.testing.assert_allclose(batch.weight_BT[:2], [[0, 0, w, w, w, w, 0, w], [0, w, 0, w, 0, w, w, 0]])
+    np.testing.assert_allclose(batch.advantage_BT[:2], np.array([[0, 0, -1, -1, -1, -1, 0, -1], [0, 1, 1, 1, 0, 1, 1, 0]]) / 2)
+    np.testing.assert_allclose(batch.behaviour_logp_BT[1], [0, -1, -2, -3, 0, -1, -2, 0])
+    np.testing.assert_allclose(batch.temperature_BT[0], [0.7] * 6 + [1, 1], rtol=1e-6)
+    assert not batch.weight_BT[2:].any()
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 3, 6, 12])
+@pytest.mark.parametrize("seed", range(3))
+def test_packing_loses_nothing_and_empties_the_last_microbatches(microbatches, seed):
+    lengths = np.random.default_rng(seed).integers(1, 17, 12)
+    batch, spans = lay_out(lengths, (8, 16), True, microbatches)
+    owner_BT = np.full(batch.tokens_BT.shape, -1)
+    for i, (row, begin, stop) in enumerate(spans):
+        assert stop - begin == lengths[i]
+        assert (owner_BT[row, begin:stop] == -1).all()
+        owner_BT[row, begin:stop] = i
+        assert len(set(batch.segment_BT[row, begin:stop])) == 1
+        assert (batch.position_BT[row, begin:stop] == range(lengths[i])).all()
+    assert ((owner_BT == -1) == (batch.segment_BT == 0)).all()
+    for row in range(12):
+        filled = batch.segment_BT[row][batch.segment_BT[row] > 0]
+        assert len(set(filled)) == len(set(owner_BT[row])) - (-1 in owner_BT[row])  # one segment a sequence
+    used_M = (batch.segment_BT > 0).any(axis=1).reshape(-1, microbatches).sum(axis=0)
+    assert (np.diff(used_M) <= 0).all()
+    assert (used_M[:-1][used_M[1:] > 0] == 12 // microbatches).all()  # each is full before the next begins
+    batch.weight_BT[:] = batch.segment_BT
+    assert computed_tokens(batch, microbatches) == (used_M > 0).sum() * 12 // microbatches * batch.tokens_BT.shape[1]
+
+
+def test_packed_rows_are_few():
+    lengths = [5, 3, 6, 2, 7, 1, 4, 4] * 4  # pairs that fill rows of 8
+    batch, _ = lay_out(lengths, (8,), True, 4)
+    assert (batch.segment_BT.any(axis=1)).sum() == 16
+    assert computed_tokens(batch, 4) == 0  # nothing is trained
+
+
 def test_length_buckets():
     assert length_buckets(64) == (16, 32, 48, 64)
     assert length_buckets(64, count=2) == (32, 64)
@@ -174,7 +227,7 @@ def test_demonstrations_train_on_what_is_trainable():
     assert batch.tokens_BT.tolist() == [[5, 6, 7, 1, 2, EOS, 0, 0], [9, 1, EOS, 0, 0, 0, 0, 0], [4, 3, 2, 0, 0, 0, 0, 0]]
     assert batch.segment_BT.tolist() == [[1] * 6 + [0] * 2, [1] * 3 + [0] * 5, [1] * 3 + [0] * 5]
     assert batch.position_BT.tolist() == [list(range(8))] * 3
-    assert (batch.advantage_BT == 1).all()
+    np.testing.assert_array_equal(batch.advantage_BT, batch.segment_BT)
     assert (batch.temperature_BT == 1).all()
 
 

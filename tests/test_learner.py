@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from jaxreason import batching, learner, objectives, sharding
-from jaxreason.types import Batch, TrainState
+from jaxreason.types import Batch, Rollout, Task, TrainState, Verdict
 
 B, T = 8, 12
 # Prompt and whole length of each row: right-padded, as `batching` makes them.
@@ -258,6 +258,73 @@ def test_two_sequences_in_a_row_are_as_in_two_rows(tiny):
     apart, packed = logp(params, apart), logp(params, packed)
     np.testing.assert_allclose(packed[0, 1:5], apart[0, 1:5], atol=1e-6)
     np.testing.assert_allclose(packed[0, 6:], apart[1, 1:7], atol=1e-6)
+
+
+def ragged_rollouts(count: int) -> list[Rollout]:
+    """Attempts of 2 to T tokens, some of them forced."""
+    rng = np.random.default_rng(0)
+    made = []
+    for i in range(count):
+        start, stop = SPANS[i % B]
+        sampled = rng.random(stop - start) < 0.9
+        made.append(
+            Rollout(
+                task=Task("", ""),
+                problem=i // 2,
+                attempt=i % 2,
+                prompt=rng.integers(0, 24, start),
+                tokens=rng.integers(0, 24, stop - start),
+                logp=np.where(sampled, rng.normal(-2.7, 0.2, stop - start), 0),
+                sampled=sampled,
+                stop="eos",
+                text="",
+                verdict=Verdict(float(i % 3 == 0), i % 3 == 0),
+                temperature=rng.uniform(0.5, 1.5),
+            )
+        )
+    return made
+
+
+@pytest.mark.parametrize(("microbatches", "axes"), [(1, None), (4, None), (2, (2, 4))])
+def test_packing_changes_nothing(tiny, microbatches, axes):
+    """The same update, metrics included, from rollouts that share rows as from one a row; empty micro-batches are left out."""
+    model, params = tiny()
+    objective, optimizer = make("grpo", kl_coefficient=0.1, entropy_coefficient=0.01), optax.sgd(0.1)
+    rollouts = ragged_rollouts(16)
+
+    def update(microbatches, axes, pack):
+        state, put, placed = fresh(params, optimizer), lambda batch: batch, None
+        if axes is not None:
+            mesh = sharding.make_mesh(data=axes[0], fsdp=axes[1])
+            placed = sharding.shardings(state, mesh)
+            state, put = jax.device_put(state, placed), functools.partial(sharding.put_rows, mesh=mesh)
+        batch = batching.from_rollouts(rollouts, objective, group=2, buckets=(T,), limit=T, pack=pack, microbatches=microbatches)
+        assert (batch.segment_BT.any(axis=1).sum() < 16) == pack
+        reference = learner.compile_token_logp(model, microbatches)(params, put(batch))
+        batch = dataclasses.replace(put(batch), reference_logp_BT=reference)
+        step = learner.compile_train_step(model, objective, optimizer, microbatches=microbatches, state_shardings=placed)
+        state, metrics = step(state, batch)
+        return jax.device_get((metrics, state.params))
+
+    assert_trees_close(update(microbatches, axes, True), update(1, None, False))
+
+
+def test_empty_microbatches_cost_nothing(tiny):
+    """What stands in rows of micro-batches after the last that trains anything is never read: not even NaN."""
+    model, params = tiny()
+    batch = random_batch()
+    batch.weight_BT[np.arange(B) % 4 >= 2] = 0
+    poisoned = dataclasses.replace(
+        batch, behaviour_logp_BT=np.where(np.arange(B)[:, None] % 4 >= 2, np.nan, batch.behaviour_logp_BT)
+    )
+    assert np.isnan(poisoned.behaviour_logp_BT).any()
+    step = learner.compile_train_step(model, make("grpo"), optax.sgd(0.1), microbatches=4)
+    clean, soiled = (step(fresh(params, optax.sgd(0.1)), b)[0].params for b in (batch, poisoned))
+    assert_trees_close(clean, soiled, rtol=0, atol=0)
+    parts = jax.tree.map(lambda x: learner.split_rows(x, 4), batch)
+    assert int(learner.used_parts(parts)) == 2
+    batch.weight_BT[:] = 0
+    assert int(learner.used_parts(jax.tree.map(lambda x: learner.split_rows(x, 4), batch))) == 0
 
 
 # --- training ---

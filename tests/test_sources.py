@@ -120,10 +120,10 @@ def test_demonstrations_in_their_order_cut_and_counted(roller):
     state, drawn = source.next(source.init(), None, None)
     assert state == {"position": 3}
     assert drawn.batch.tokens_BT[:, 2].tolist() == [0, 1, 2]
-    assert drawn.metrics == {"train/tokens": (3.0 + 6 + 9, 1.0), "train/cut": (0.0, 3.0)}
+    assert drawn.metrics == {"train/tokens": (18.0, 1.0), "train/cut": (0.0, 3.0), "train/packing_efficiency": (18.0, 36.0)}
     state, drawn = source.next(state, None, None)
     assert drawn.batch.tokens_BT[:, 2].tolist() == [3, 4, 5]
-    assert drawn.metrics == {"train/tokens": (3 * 12.0, 1.0), "train/cut": (2.0, 3.0)}
+    assert drawn.metrics == {"train/tokens": (36.0, 1.0), "train/cut": (2.0, 3.0), "train/packing_efficiency": (36.0, 36.0)}
 
 
 # --- rollouts ---
@@ -142,7 +142,7 @@ def test_groups_of_attempts_at_the_problems_of_the_stream(roller, params):
     for r, row in zip(drawn.rollouts, drawn.batch.tokens_BT, strict=True):
         assert r.prompt.tolist() == prompt(r.task)
         assert row[: len(r.prompt) + len(r.tokens)].tolist() == [*r.prompt, *r.tokens]
-    assert (drawn.batch.temperature_BT == np.float32(0.9)).all()
+    assert (drawn.batch.temperature_BT[drawn.batch.segment_BT > 0] == np.float32(0.9)).all()
     # Sampler and learner agree on what has just been drawn.
     logp_BT = t.token_logp(t.make_model()[0])(params, drawn.batch)
     gap_BT = np.abs(logp_BT - drawn.batch.behaviour_logp_BT)
