@@ -5,7 +5,7 @@ import sys
 
 from jaxreason.options import unknown
 
-BENCHMARKS = {name: f"jaxreason.bench.{name}" for name in ("sampler", "lookup", "cache")}
+BENCHMARKS = {name: f"jaxreason.bench.{name}" for name in ("sampler", "learner", "step", "lookup", "cache")}
 
 
 def main() -> None:

@@ -240,8 +240,8 @@ def main(argv) -> None:
         sys.exit(f"error: {' '.join(str(error).split())}")
 
 
-def run() -> None:
-    """Read flags, measure, print. They are defined here, since main.py has flags of the same names."""
+def define_flags() -> None:
+    """Define what says which work it is. Not at import: main.py has flags of the same names."""
     config_flags.DEFINE_config_file("config", None, "As of jaxreason.main; its model, text, sampler and mesh are used.")
     flags.DEFINE_string("model", "", "Fields of the ModelConfig that replace those of the config: layers=4,width=128")
     flags.DEFINE_enum("work", "exact", ["exact", "natural"], "Whether rollouts end by themselves.")
@@ -256,6 +256,11 @@ def run() -> None:
     flags.DEFINE_integer("repeats", 5, "Batches that are timed.", lower_bound=1)
     flags.DEFINE_integer("warmup", 1, "Batches before them.", lower_bound=1)
     flags.DEFINE_integer("cores", 0, "Cores of a CPU to use; 0: all that this process may.", lower_bound=0)
+
+
+def run() -> None:
+    """Read flags, measure, print."""
+    define_flags()
     flags.DEFINE_boolean("first", True, "Also time the first batch of a fresh process, without and with compiled programs kept.")
     flags.DEFINE_boolean("only_first", False, "Only print the seconds of this process's first batch.")
     app.run(main)

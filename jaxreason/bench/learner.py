@@ -1,0 +1,166 @@
+r"""How fast the learner is, and which share of the machine's matrix products it reaches; with sampling, what a whole step takes.
+
+    python -m jaxreason.bench learner --config=configs/tiny.py --prompts=8 --group=8 --prompt_tokens=32 --tokens=128
+    python -m jaxreason.bench step --config=configs/gsm8k.py:model=FOLDER --config.model.dtype=float32 --config.model.remat=none \
+        --prompts=2 --group=4 --prompt_tokens=64 --tokens=64
+
+Work is that of `bench sampler`. `learner` trains on random tokens, `step` on sampled ones; both with the objective,
+the optimizer and the micro-batches of the config's last phase, which `--kl` and `--microbatches` replace. A reference policy
+is scored if there is a KL coefficient. An update ends when the new params are there.
+
+The floor is the time of the matrix products that cannot be left out, at the best rate measured here: forward, and twice that
+backward; logits of trained tokens only. Norms, softmax, rotations, the optimizer and padding are above it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import statistics
+import sys
+import time
+
+from absl import app, flags, logging
+
+from jaxreason.bench import machine
+from jaxreason.bench import sampler as sampling
+
+FLAGS = flags.FLAGS
+
+
+def forward_flops(c, lengths) -> float:
+    """FLOPs of the matrix products of one forward pass over sequences of `lengths`, pairs of (prompt tokens, trained tokens)."""
+    weights = c.layers * sampling.layer_weights(c)
+    tokens = sum(p + g for p, g in lengths)
+    attended = sum((p + g) * (p + g + 1) / 2 for p, g in lengths)
+    trained = sum(g for _, g in lengths)
+    return 2 * weights * tokens + 4 * c.layers * c.heads * c.head_size * attended + 2 * c.width * c.vocab_size * trained
+
+
+def random_rollouts(requests, vocab_size: int):
+    """Rollouts as if sampled: `--tokens` random tokens each, or with `--work=natural` as many as a coin toss a token gives."""
+    import numpy as np
+
+    from jaxreason.types import Rollout, Verdict
+
+    draw = np.random.default_rng(0)
+    rollouts = []
+    for r in requests:
+        n = min(FLAGS.tokens, int(draw.geometric(2 / FLAGS.tokens))) if FLAGS.work == "natural" else FLAGS.tokens
+        rollouts.append(
+            Rollout(
+                task=r.task,
+                problem=r.problem,
+                attempt=r.attempt,
+                prompt=np.asarray(r.prompt, np.int32),
+                tokens=draw.integers(0, vocab_size, n, np.int32),
+                logp=np.full(n, -np.log(vocab_size), np.float32),
+                sampled=np.ones(n, bool),
+                stop="limit",
+                text="",
+                verdict=Verdict(float(r.attempt % 2), False),
+            )
+        )
+    return rollouts
+
+
+def bench(cores: int, whole: bool) -> None:
+    """Measure and print."""
+    import jax
+
+    from jaxreason import batching, learner, objectives, optimizer, sharding
+    from jaxreason.options import call
+    from jaxreason.train import new_state
+    from jaxreason.types import Verdict
+
+    model, params, roller, requests = sampling.make_work()
+    c, config = model.config, FLAGS.config.to_dict()
+    phase = config[config["phases"][-1]]
+    section = phase["objective"] | ({} if FLAGS.kl is None else {"kl_coefficient": FLAGS.kl})
+    objective = call(objectives.make, section, "objective")
+    made = call(optimizer.make, phase["optimizer"] | {"warmup_steps": 0}, "optimizer", steps=phase["steps"])
+    microbatches = FLAGS.microbatches or phase["microbatches"]
+    mesh = call(sharding.make_mesh, config["mesh"], "config.mesh")
+    if len(requests) % (microbatches * sharding.row_devices(mesh)):
+        raise ValueError(f"{len(requests)} rollouts do not divide over {microbatches} micro-batches; set --microbatches")
+    placed = sharding.shardings(jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), made)), mesh)
+    reference = jax.tree.map(jax.numpy.copy, params) if objective.needs_reference else None
+    state = jax.jit(new_state, static_argnums=1, donate_argnums=0, out_shardings=placed)(params, made)
+    step = learner.compile_train_step(model, objective, made, microbatches=microbatches, state_shardings=placed)
+    reference_logp = learner.compile_token_logp(model, microbatches)
+    to_batch = functools.partial(
+        batching.from_rollouts,
+        objective=objective,
+        group=FLAGS.group,
+        buckets=batching.length_buckets(roller.sampler.length),
+        limit=roller.max_tokens,
+        pack=FLAGS.pack,
+        microbatches=microbatches,
+    )
+    lengths = f"{FLAGS.prompt_tokens}+{FLAGS.tokens} tokens, {microbatches} micro-batches, {c.dtype}, remat {c.remat}"
+    show = machine.printer(f"{FLAGS.config.model.name} {FLAGS.work}: {FLAGS.prompts}x{FLAGS.group} rollouts, {lengths}", cores)
+    ceiling = machine.measure([], c.dtype)
+    show("matrix products, best", ceiling.flops_per_s / 1e9, "GFLOP/s")
+
+    parts: dict[str, list[float]] = {"rollout": [], "reference": [], "update": [], "step": []}
+    found = []
+    random = random_rollouts(requests, c.vocab_size)
+    for number in range(FLAGS.warmup + FLAGS.repeats):
+        times = [time.perf_counter()]
+        rollouts = random
+        if whole:
+            rollouts, _ = sampling.batch(roller, roller.sampler.prepare(state.params), requests, number)
+            rollouts = [dataclasses.replace(r, verdict=Verdict(float(r.attempt % 2), False)) for r in rollouts]
+        times.append(time.perf_counter())
+        host = to_batch(rollouts)
+        batch = sharding.put_rows(host, mesh)
+        if reference is not None:
+            logp = jax.block_until_ready(reference_logp(reference, batch))
+            batch = dataclasses.replace(batch, reference_logp_BT=logp)
+        times.append(time.perf_counter())
+        state, _ = step(state, batch)
+        jax.block_until_ready(state)
+        times.append(time.perf_counter())
+        if number >= FLAGS.warmup:
+            for name, seconds in zip(parts, [b - a for a, b in itertools.pairwise(times)] + [times[-1] - times[0]], strict=True):
+                parts[name].append(seconds)
+            found.append((rollouts, batching.computed_tokens(host, microbatches)))
+    tokens = [sum(len(r.prompt) + len(r.tokens) for r in rollouts) for rollouts, _ in found]
+    floor = [forward_flops(c, [(len(r.prompt), len(r.tokens)) for r in rollouts]) / ceiling.flops_per_s for rollouts, _ in found]
+    show("packing efficiency", [n / computed for n, (_, computed) in zip(tokens, found, strict=True)], "")
+    for name, passes in (("reference", 1), ("update", 3)):
+        if name == "update" or reference is not None:
+            show(name, parts[name], "s")
+            show(f"{name}, tokens", [n / s for n, s in zip(tokens, parts[name], strict=True)], "tokens/s")
+            share = [passes * least / s for least, s in zip(floor, parts[name], strict=True)]
+            show(f"{name}, share of the floor (model FLOPs utilisation)", share, "")
+    if whole:
+        show("rollout", parts["rollout"], "s", note="layout of the weights included")
+        show("step", parts["step"], "s")
+        show(
+            "step, the rest",
+            statistics.median(parts["step"]) - sum(statistics.median(parts[n]) for n in ("rollout", "reference", "update")),
+            "s",
+        )
+    show("peak memory", machine.peak_bytes() / 2**20, "MiB")
+
+
+def run(whole: bool = False) -> None:
+    """Read flags, measure, print."""
+    sampling.define_flags()
+    flags.DEFINE_float("kl", None, "KL coefficient, in the place of the config's.", lower_bound=0.0)
+    flags.DEFINE_integer("microbatches", 0, "0: those of the config.", lower_bound=0)
+    flags.DEFINE_boolean("pack", True, "Let short rollouts share a row.")
+
+    def main(argv) -> None:
+        logging.set_verbosity(logging.WARNING)
+        if len(argv) > 1 or FLAGS.config is None:
+            sys.exit(f"error: got the words {argv[1:]}; needed: --config=FILE, for example --config=configs/tiny.py")
+        cores = machine.pin(FLAGS.cores)
+        try:
+            bench(cores, whole)
+        except (ValueError, FileNotFoundError) as error:
+            sys.exit(f"error: {' '.join(str(error).split())}")
+
+    app.run(main)
