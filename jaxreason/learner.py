@@ -13,50 +13,76 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxreason import sharding
 from jaxreason.model import Model
 from jaxreason.objectives import Objective
 from jaxreason.types import Batch, Outputs, TrainState
 
-LOGITS_PER_CHUNK = 2**24  # at most this many logits (64 MiB in float32) exist at a time
+LOGITS_PER_CHUNK = {"cpu": 2**23}  # at most this many exist at a time on a device: 32 MiB in float32, which a cache may hold
+LOGITS_PER_CHUNK_ELSEWHERE = 2**27  # 512 MiB; matrix products of fewer rows would leave an accelerator idle
 
 
-def token_outputs(model: Model, params, batch: Batch) -> Outputs:
-    """Score every token of a batch given the tokens before it, at the temperature it was sampled at.
+def token_outputs(model: Model, params, batch: Batch, devices: int = 1) -> Outputs:
+    """Score every token of a batch that has a weight, given the tokens before it, at the temperature it was sampled at.
 
-    Logits are made in chunks of tokens and made again in the backward pass, so `[B, T, V]` never exists when it is large.
+    Logits are made for a few columns at a time and made again in the backward pass, so `[B, T, V]` never exists when it is large.
+    In each row the tokens that are scored come first, so that chunks without any are left out. `devices` is over how many the
+    rows are split.
     """
     B, T = batch.tokens_BT.shape
     hidden_BTD, _ = model.apply(params, batch.tokens_BT, batch.position_BT, batch.segment_BT)
     # Token t is predicted by position t - 1; what stands in column T - 1 predicts nothing and is rolled into column 0.
-    target_BT = jnp.roll(batch.tokens_BT, -1, axis=1)
-    temperature_BT = jnp.roll(batch.temperature_BT, -1, axis=1)
+    wanted_BT, target_BT, temperature_BT = (
+        jnp.roll(x, -1, axis=1) for x in (batch.weight_BT != 0, batch.tokens_BT, batch.temperature_BT)
+    )
+    wanted_BT = wanted_BT.at[:, -1].set(False)
 
-    def score(hidden_ND, target_N, temperature_N):
-        logits_NV = model.unembed(params, hidden_ND) / temperature_N[:, None]
-        logp_NV = jax.nn.log_softmax(logits_NV)
-        logp_N = jnp.take_along_axis(logp_NV, target_N[:, None], axis=1)[:, 0]
-        return logp_N, -jnp.sum(jnp.exp(logp_NV) * logp_NV, axis=-1)
+    def score(hidden, target, temperature):
+        logits = model.unembed(params, hidden) / temperature[..., None]
+        all_logp = jax.nn.log_softmax(logits)
+        logp = jnp.take_along_axis(all_logp, target[..., None], axis=-1)[..., 0]
+        return logp, -jnp.sum(jnp.exp(all_logp) * all_logp, axis=-1)
 
-    N, V = B * T, model.config.vocab_size
-    flat = hidden_BTD.reshape(N, -1), target_BT.reshape(N), temperature_BT.reshape(N)
-    chunks = next(c for c in range(-(-N * V // LOGITS_PER_CHUNK), N + 1) if N % c == 0)
-    if chunks == 1:
-        logp, entropy = score(*flat)
+    limit = devices * LOGITS_PER_CHUNK.get(jax.default_backend(), LOGITS_PER_CHUNK_ELSEWHERE)
+    needed = -(-B * T * model.config.vocab_size // limit)
+    if needed == 1:
+        logp_BT, entropy_BT = (jnp.where(wanted_BT, x, 0.0) for x in score(hidden_BTD, target_BT, temperature_BT))
     else:
-        split = jax.tree.map(lambda x: split_rows(x, chunks), flat)
-        scored = jax.lax.map(lambda x: jax.checkpoint(score)(*x), split)
-        logp, entropy = (x.swapaxes(0, 1) for x in scored)
+        columns = next(c for c in range(min(needed, T), T + 1) if T % c == 0)
+        rows = next(r for r in range(min(-(-needed // columns), B), B + 1) if B % r == 0)
+        order_BT = jnp.argsort(~wanted_BT, axis=1, stable=True)
 
-    def align(x):
-        return jnp.roll(x.reshape(B, T), 1, axis=1).at[:, 0].set(0.0)
+        def cut(x):
+            """[B, T, ...] -> [chunks, B / rows, T / columns, ...]."""
+            x = jnp.take_along_axis(x, order_BT.reshape(B, T, *[1] * (x.ndim - 2)), axis=1)
+            x = x.reshape(B // rows, rows, columns, T // columns, *x.shape[2:])
+            return jnp.moveaxis(x, (2, 1), (0, 1)).reshape(columns * rows, B // rows, T // columns, *x.shape[4:])
+
+        def uncut(x):
+            x = jnp.moveaxis(x.reshape(columns, rows, B // rows, T // columns), (0, 1), (2, 1)).reshape(B, T)
+            return jnp.take_along_axis(x, jnp.argsort(order_BT, axis=1), axis=1)
+
+        def some(chunk):
+            wanted, *rest = chunk
+
+            def scored():
+                return tuple(jnp.where(wanted, x, 0.0) for x in jax.checkpoint(score)(*rest))
+
+            return jax.lax.cond(jnp.any(wanted), scored, lambda: (jnp.zeros(wanted.shape), jnp.zeros(wanted.shape)))
+
+        chunks = tuple(map(cut, (wanted_BT, hidden_BTD, target_BT, temperature_BT)))
+        logp_BT, entropy_BT = map(uncut, jax.lax.map(some, chunks))
+
+    def align(x_BT):
+        return jnp.roll(x_BT, 1, axis=1).at[:, 0].set(0.0)
 
     value = None if model.value is None else align(model.value(params, hidden_BTD))
-    return Outputs(align(logp), align(entropy), value)
+    return Outputs(align(logp_BT), align(entropy_BT), value)
 
 
-def loss(params, batch: Batch, *, model: Model, objective: Objective):
+def loss(params, batch: Batch, *, model: Model, objective: Objective, devices: int = 1):
     """`sum(weight_BT * loss_BT)` and its metrics as (sum, count) pairs over the tokens that are trained on."""
-    outputs = token_outputs(model, params, batch)
+    outputs = token_outputs(model, params, batch, devices)
     loss_BT, stats = objective.token_loss(outputs, batch)
     trained_BT = batch.weight_BT != 0
     count = jnp.sum(trained_BT, dtype=jnp.float32)
@@ -81,12 +107,13 @@ def train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     microbatches: int = 1,
+    devices: int = 1,
 ) -> tuple[TrainState, dict]:
     """Make one update from one batch, in `microbatches` equal parts of its rows. Metrics are (sum, count) pairs.
 
     Micro-batches after the last that trains anything are left out, at no cost: packing empties them.
     """
-    gradient = jax.value_and_grad(functools.partial(loss, model=model, objective=objective), has_aux=True)
+    gradient = jax.value_and_grad(functools.partial(loss, model=model, objective=objective, devices=devices), has_aux=True)
 
     def accumulate(i, total):
         (value, metrics), grads = gradient(state.params, jax.tree.map(lambda x: x[i], parts))
@@ -129,26 +156,33 @@ def used_parts(parts: Batch):
 
 def compile_train_step(model, objective, optimizer, *, microbatches: int = 1, state_shardings=None):
     """Return `step(state, batch) -> (state, metrics)`, jitted; the state is donated and comes back in the same shardings."""
-    step = functools.partial(train_step, model=model, objective=objective, optimizer=optimizer, microbatches=microbatches)
+    step = functools.partial(
+        train_step,
+        model=model,
+        objective=objective,
+        optimizer=optimizer,
+        microbatches=microbatches,
+        devices=1 if state_shardings is None else sharding.row_devices(jax.tree.leaves(state_shardings)[0].mesh),
+    )
     if state_shardings is None:
         return jax.jit(step, donate_argnums=0)
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
-def compile_token_logp(model, microbatches: int = 1):
+def compile_token_logp(model, microbatches: int = 1, devices: int = 1):
     """Return `logp(params, batch) -> logp_BT`, jitted: for a reference policy, or to check the sampler.
 
-    In as many parts, and leaving out the same, as `train_step`.
+    Of the tokens that have a weight; in as many parts, and leaving out the same, as `train_step`.
     """
 
     def token_logp(params, batch):
         if microbatches == 1:
-            return token_outputs(model, params, batch).logp_BT
+            return token_outputs(model, params, batch, devices).logp_BT
         parts = jax.tree.map(lambda x: split_rows(x, microbatches), batch)
 
         def score(i, logp_PBT):
             rows = jax.tree.map(lambda x: x[i], parts)
-            return logp_PBT.at[i].set(token_outputs(model, params, rows).logp_BT)
+            return logp_PBT.at[i].set(token_outputs(model, params, rows, devices).logp_BT)
 
         logp_PBT = jax.lax.fori_loop(0, used_parts(parts), score, jnp.zeros(parts.weight_BT.shape, jnp.float32))
         return logp_PBT.swapaxes(0, 1).reshape(batch.tokens_BT.shape)

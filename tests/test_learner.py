@@ -88,6 +88,7 @@ def reference_logp(model, params, batch):
 def test_column_t_is_about_token_t(tiny):
     model, params = tiny()
     batch = random_batch(temperature=np.random.default_rng(1).uniform(0.5, 2.0, (B, T)))
+    batch.weight_BT[:] = 1
     outputs = jax.jit(functools.partial(learner.token_outputs, model))(params, batch)
     logp, entropy = reference_logp(model, params, batch)
     np.testing.assert_allclose(outputs.logp_BT, logp, atol=1e-5)
@@ -112,13 +113,17 @@ def test_ratio_is_one_on_policy_at_temperature_0_7(tiny):
     assert gap / count > 0.05
 
 
-@pytest.mark.parametrize("chunks", [2, B * T])
+def logits_per_chunk(monkeypatch, count: int):
+    monkeypatch.setitem(learner.LOGITS_PER_CHUNK, "cpu", count)
+
+
+@pytest.mark.parametrize("chunks", [2, 6, B * T])
 def test_chunks_of_logits_change_nothing(tiny, monkeypatch, chunks):
     model, params = tiny()
     batch = random_batch()
     objective = make("grpo", entropy_coefficient=0.1)
     whole = loss_and_gradient(model, params, batch, objective)
-    monkeypatch.setattr(learner, "LOGITS_PER_CHUNK", B * T * 24 // chunks)
+    logits_per_chunk(monkeypatch, B * T * 24 // chunks)
     chunked = loss_and_gradient(model, params, batch, objectives.make("grpo", entropy_coefficient=0.1))
     assert logits_at_once(model, params, batch) == B * T // chunks * 24
     assert_trees_close(chunked, whole)
@@ -133,7 +138,7 @@ def logits_at_once(model, params, batch) -> int:
 
 @pytest.mark.parametrize("limit", [100, B * T * 24 - 1, B * T * 24 * 2 // 3])
 def test_no_more_logits_exist_than_the_limit_says(tiny, monkeypatch, limit):
-    monkeypatch.setattr(learner, "LOGITS_PER_CHUNK", limit)
+    logits_per_chunk(monkeypatch, limit)
     assert logits_at_once(*tiny(), random_batch()) <= limit
 
 

@@ -150,9 +150,25 @@ def turned_layer(layers, i):
     return jax.tree_util.tree_map_with_path(of, layers)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def unstack(layers, count: int) -> tuple:
-    """Split stacked layers into a tuple of one tree a layer."""
+    """Split stacked layers into a tuple of one tree a layer.
+
+    Its gradient stacks. That of plain indexing adds up `count` arrays that are zero but for a layer: 1.1 s of the 16.5 s of an
+    update (SmolLM2-135M, 8 x 128 tokens, one EPYC core, 2026-11-24).
+    """
     return tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count))
+
+
+def unstack_forward(layers, count: int):
+    return unstack(layers, count), None
+
+
+def unstack_backward(count: int, _, gradients):
+    return (jax.tree.map(lambda *x: jnp.stack(x), *gradients),)
+
+
+unstack.defvjp(unstack_forward, unstack_backward)
 
 
 def rotation(config: ModelConfig, position_BT):
