@@ -111,7 +111,8 @@ def train_step(
 ) -> tuple[TrainState, dict]:
     """Make one update from one batch, in `microbatches` equal parts of its rows. Metrics are (sum, count) pairs.
 
-    Micro-batches after the last that trains anything are left out, at no cost: packing empties them.
+    Micro-batches after the last that trains anything are left out, at no cost: packing empties them. An update whose loss or
+    gradient is not finite is not made; it counts in `skipped`, and as a step.
     """
     gradient = jax.value_and_grad(functools.partial(loss, model=model, objective=objective, devices=devices), has_aux=True)
 
@@ -130,15 +131,22 @@ def train_step(
 
     # The optimizer's state keeps the dtype of the params, which it was made from.
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
+    grad_norm = optax.global_norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     one = jnp.float32(1)
     metrics |= {
         "loss": (value, one),
-        "grad_norm": (optax.global_norm(grads), one),
+        "grad_norm": (grad_norm, one),
         "update_norm": (optax.global_norm(updates), one),
         "param_norm": (optax.global_norm(params), one),
     }
+    # A step that is not finite changes nothing, and nothing is said of it but that it was skipped.
+    finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+    )
+    metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0), metrics) | {"skipped": (1 - finite.astype(jnp.float32), one)}
     return TrainState(params, opt_state, state.step + 1), metrics
 
 

@@ -142,7 +142,7 @@ def main(argv) -> None:
     # Here and not above: `--help` and mistyped flags should not wait for jax.
     from jaxreason.build import build, make_log
     from jaxreason.checkpoint import check_writable, open_checkpoints
-    from jaxreason.train import train
+    from jaxreason.train import Diverged, train
 
     keep_compiled(COMPILATION_CACHE.value)
     text = config_text(CONFIG.value)
@@ -160,7 +160,11 @@ def main(argv) -> None:
         fail(error)
     (workdir / "config.json").write_text(text)
     print(f"workdir: {workdir}", flush=True)
-    train(run, workdir, checkpoints, log_options=make_log(**CONFIG.value.log.to_dict())[1])
+    try:
+        train(run, workdir, checkpoints, log_options=make_log(**CONFIG.value.log.to_dict())[1])
+    except Diverged as error:
+        checkpoints.close()
+        fail(error)
     checkpoints.close()
     print(f"written: {workdir / 'summary.json'}, {workdir / 'rollouts.jsonl'}, {workdir / 'metrics.jsonl'}")
 

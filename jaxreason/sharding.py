@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 # First match wins; matched against the path of a leaf, so optimizer moments follow their parameter.
 RULES = (
+    (r"(^|/)v_(row|col)/", P()),  # Adafactor's factored moments: small
     (r"embed/embedding", P("tensor", "fsdp")),  # V D
     (r"attention/[qkv]/kernel", P(None, "fsdp", "tensor")),  # L D N H
     (r"attention/[qkv]/bias", P(None, "tensor")),  # L N H
@@ -57,6 +58,8 @@ def shardings(tree, mesh: Mesh):
     def of(path, leaf):
         name = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
         spec = list(next(spec for pattern, spec in RULES if re.search(pattern, name)))
+        if len(spec) > leaf.ndim:  # an optimizer's place holder for a parameter that it has no such moment of
+            spec = []
         for axis, mesh_axis in enumerate(spec):
             if mesh_axis is None or leaf.shape[axis] % mesh.shape[mesh_axis] == 0:
                 continue

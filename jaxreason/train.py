@@ -41,6 +41,7 @@ class Phase(NamedTuple):
     updates_per_batch: int = 1
     evaluate_every: int = 0  # steps; 0: at the end of the phase only
     log_every: int = 1  # steps that a line of metrics sums up
+    max_skipped: int = 5  # batches in a row without a finite gradient, after which the run stops
 
 
 class Run(NamedTuple):
@@ -58,6 +59,10 @@ class Run(NamedTuple):
     rollouts_kept: int = 64  # of each step, in rollouts.jsonl
 
 
+class Diverged(Exception):
+    """Gradients are no longer finite."""
+
+
 class History:
     """What a run has found so far. Its `host()` goes into every checkpoint, its `summary()` into the folder."""
 
@@ -68,6 +73,7 @@ class History:
         self.losses: list[dict] = saved["losses"]
         self.rollouts: list[Rollout] = []  # of the last evaluation, to be shown
         self.started_s = time.time() - saved["wall_s"]
+        self.skipped = 0  # batches in a row, up to the last that was logged
 
     def host(self) -> dict:
         evaluations = [e._asdict() for e in self.evaluations]
@@ -144,7 +150,7 @@ def train_phase(
         if needs_reference:
             batch = dataclasses.replace(batch, reference_logp_BT=reference_logp(reference, batch))
         if len(waiting) >= phase.log_every:  # one step late, since reading a metric waits for the device
-            write_metrics(log, phase, before, step - 1, waiting)
+            write_metrics(log, history, phase, before, step - 1, waiting)
         learn_started_s = time.perf_counter()
         learned = {}
         for _ in range(phase.updates_per_batch):
@@ -164,7 +170,7 @@ def train_phase(
         save_now = last or checkpoints.due(before + step)
         evaluate_now = last or (phase.evaluate_every and step % phase.evaluate_every == 0)
         if save_now or evaluate_now:
-            write_metrics(log, phase, before, step, waiting)  # a log may not lack a step that a checkpoint has
+            write_metrics(log, history, phase, before, step, waiting)  # a log may not lack a step that a checkpoint has
         if evaluate_now:
             evaluate(run, log, history, state.params, phase.name, before + step, final=last)
         if save_now:
@@ -183,12 +189,26 @@ def warm_up(run: Run, log: m.RunLog, params) -> None:
     log.say(f"compiled the sampler in {time.perf_counter() - started_s:.0f} s")
 
 
-def write_metrics(log: m.RunLog, phase: Phase, before: int, step: int, waiting: list[dict]) -> None:
-    """Log the sum of the metrics that wait, under the last of their steps."""
-    values = m.divide(m.merge(*jax.device_get(waiting)))
+def write_metrics(log: m.RunLog, history: History, phase: Phase, before: int, step: int, waiting: list[dict]) -> None:
+    """Log the sum of the metrics that wait, under the last of their steps.
+
+    Raises:
+      Diverged: too many batches in a row were skipped.
+    """
+    steps = jax.device_get(waiting)
+    values = m.divide(m.merge(*steps))
     values["perf/tokens_per_s"] = values["train/tokens"] / values["time/step_s"]
     log.write(before + step, phase.name, values, phase_step=step, phase_steps=phase.steps)
     waiting.clear()
+    for learned in steps:
+        skipped, updates = learned["train/skipped"]
+        history.skipped = history.skipped + 1 if skipped == updates else 0
+        if history.skipped >= phase.max_skipped:
+            raise Diverged(
+                f"the gradient was not finite for {history.skipped} batches in a row, up to step {before + step} (phase "
+                f"{phase.name}); none of them was learned from. Lower {phase.name}.optimizer.lr, or look at the last rollouts; "
+                "the newest checkpoint is kept"
+            )
 
 
 def evaluate(run: Run, log: m.RunLog, history: History, params, phase: str, step: int, *, final: bool) -> None:

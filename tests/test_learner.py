@@ -373,7 +373,7 @@ def test_metrics_are_sums_and_counts(tiny):
     trained_BT = batch.weight_BT > 0
     for name, pair in metrics.items():
         assert [x.shape for x in pair] == [(), ()], name
-    once = {"loss", "grad_norm", "update_norm", "param_norm"}
+    once = {"loss", "grad_norm", "update_norm", "param_norm", "skipped"}
     per_token = {"entropy", "nll", "behaviour_gap", "behaviour_kl", "ratio", "clip_fraction"}
     assert metrics.keys() == once | per_token
     assert {float(metrics[name][1]) for name in once} == {1.0}
@@ -407,6 +407,27 @@ def test_step_compiles_once_and_donates_its_state(tiny, param_dtype, microbatche
         assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == kinds
     assert step._cache_size() == 1
     assert int(state.step) == 4
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tiny, microbatches):
+    model, params = tiny()
+    optimizer = optax.adamw(1e-2)
+    step = learner.compile_train_step(model, make("grpo"), optimizer, microbatches=microbatches)
+    bad = random_batch()
+    bad.behaviour_logp_BT[1, 3] = -np.inf  # the ratio is infinite, and its gradient NaN
+    assert bad.weight_BT[1, 3] > 0
+    state, metrics = step(fresh(params, optimizer), random_batch())
+    assert metrics["skipped"] == (0.0, 1.0)
+    before = jax.device_get((state.params, state.opt_state))
+    state, metrics = step(state, bad)
+    assert_trees_close((state.params, state.opt_state), before, rtol=0, atol=0)
+    assert metrics["skipped"] == (1.0, 1.0)
+    assert not any(np.any(pair) for name, pair in metrics.items() if name != "skipped")
+    assert int(state.step) == 2
+    state, metrics = step(state, random_batch())  # and it goes on
+    assert metrics["skipped"] == (0.0, 1.0)
+    assert float(optax.global_norm(jax.tree.map(jnp.subtract, state.params, before[0]))) > 0
 
 
 GOLDEN_LOSS, GOLDEN_GRAD_NORM = 0.196247, 2.93953

@@ -121,7 +121,7 @@ def test_named_sizes_divide_over_eight(name):
 def test_optimizer_moments_lie_where_their_parameter_lies(name):
     mesh = sharding.make_mesh(data=1, fsdp=8)
     params = shapes(qkv_bias=True, value_head=True)
-    made = optimizer.make(10, name=name, lr=1e-3, schedule_kind="cosine", weight_decay=0.1)
+    made = optimizer.make(10, name=name, lr=1e-3, schedule_kind="cosine")
     state = jax.eval_shape(lambda p: TrainState(p, made.init(p), jnp.int32(0)), params)
     placed = sharding.shardings(state, mesh)
     (moments,) = (x for x in jax.tree.leaves(placed.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(x, "mu"))

@@ -8,6 +8,7 @@ import pytest
 from runs import load_config, read_lines, run_config
 
 from jaxreason import checkpoint
+from jaxreason.train import Diverged
 
 FEW = {
     "mesh.data": 1,
@@ -113,6 +114,22 @@ def test_a_whole_run_on_eight_devices_is_the_run_on_one(tmp_path, mesh):
     (one, one_params), (many, many_params) = runs
     assert [r["text"] for r in one] == [r["text"] for r in many]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one_params, many_params)
+
+
+def test_a_run_that_diverges_stops_and_says_so(tmp_path):
+    """Huge steps make the loss NaN; what was there before is kept, and the message is one line."""
+    config = load_config("tiny", "smoke", **{"prior.steps": 8, "prior.max_skipped": 3, "prior.log_every": 1})
+    config.prior.optimizer = {"name": "sgd", "lr": 1e38, "clip_norm": None}
+    config.evaluate.suites = {}
+    config.checkpoint.every_steps = 1
+    with pytest.raises(Diverged, match=r"not finite for 3 batches in a row, up to step \d \(phase prior\).*prior.optimizer.lr"):
+        run_config(config, tmp_path)
+    lines = [line for line in read_lines(tmp_path / "metrics.jsonl") if "train/skipped" in line]
+    skipped = [line["train/skipped"] for line in lines]
+    assert skipped[0] == 0
+    assert skipped[-3:] == [1, 1, 1]
+    assert lines[-1]["train/loss"] is None
+    assert (tmp_path / "checkpoints").is_dir()
 
 
 def test_random_reward_control_pays_as_many_but_not_the_right_ones(tmp_path):
