@@ -18,16 +18,23 @@ from jaxreason.model import Model
 from jaxreason.objectives import Objective
 from jaxreason.types import Batch, Outputs, TrainState
 
-LOGITS_PER_CHUNK = {"cpu": 2**23}  # at most this many exist at a time on a device: 32 MiB in float32, which a cache may hold
-LOGITS_PER_CHUNK_ELSEWHERE = 2**27  # 512 MiB; matrix products of fewer rows would leave an accelerator idle
+# At most so many logits exist at a time on a device: on a CPU 32 MiB in float32, which a cache may hold; elsewhere 512 MiB, since
+# matrix products of fewer rows would leave an accelerator idle.
+LOGITS_AT_ONCE = {"cpu": 2**23, "gpu": 2**27, "tpu": 2**27}
 
 
-def token_outputs(model: Model, params, batch: Batch, devices: int = 1) -> Outputs:
+def logits_at_once(mesh=None) -> int:
+    """How many logits may exist at a time on all devices of a mesh; None: on one device of the default kind."""
+    if mesh is None:
+        return LOGITS_AT_ONCE[jax.default_backend()]
+    return LOGITS_AT_ONCE[mesh.devices.flat[0].platform] * sharding.row_devices(mesh)
+
+
+def token_outputs(model: Model, params, batch: Batch, logits: int | None = None) -> Outputs:
     """Score every token of a batch that has a weight, given the tokens before it, at the temperature it was sampled at.
 
-    Logits are made for a few columns at a time and made again in the backward pass, so `[B, T, V]` never exists when it is large.
-    In each row the tokens that are scored come first, so that chunks without any are left out. `devices` is over how many the
-    rows are split.
+    Logits are made for a few columns at a time, at most `logits` of them, and made again in the backward pass: `[B, T, V]` never
+    exists when it is large. In each row the tokens that are scored come first, so that chunks without any are left out.
     """
     B, T = batch.tokens_BT.shape
     hidden_BTD, _ = model.apply(params, batch.tokens_BT, batch.position_BT, batch.segment_BT)
@@ -43,35 +50,11 @@ def token_outputs(model: Model, params, batch: Batch, devices: int = 1) -> Outpu
         logp = jnp.take_along_axis(all_logp, target[..., None], axis=-1)[..., 0]
         return logp, -jnp.sum(jnp.exp(all_logp) * all_logp, axis=-1)
 
-    limit = devices * LOGITS_PER_CHUNK.get(jax.default_backend(), LOGITS_PER_CHUNK_ELSEWHERE)
-    needed = -(-B * T * model.config.vocab_size // limit)
+    needed = -(-B * T * model.config.vocab_size // (logits or logits_at_once()))
     if needed == 1:
         logp_BT, entropy_BT = (jnp.where(wanted_BT, x, 0.0) for x in score(hidden_BTD, target_BT, temperature_BT))
     else:
-        columns = next(c for c in range(min(needed, T), T + 1) if T % c == 0)
-        rows = next(r for r in range(min(-(-needed // columns), B), B + 1) if B % r == 0)
-        order_BT = jnp.argsort(~wanted_BT, axis=1, stable=True)
-
-        def cut(x):
-            """[B, T, ...] -> [chunks, B / rows, T / columns, ...]."""
-            x = jnp.take_along_axis(x, order_BT.reshape(B, T, *[1] * (x.ndim - 2)), axis=1)
-            x = x.reshape(B // rows, rows, columns, T // columns, *x.shape[2:])
-            return jnp.moveaxis(x, (2, 1), (0, 1)).reshape(columns * rows, B // rows, T // columns, *x.shape[4:])
-
-        def uncut(x):
-            x = jnp.moveaxis(x.reshape(columns, rows, B // rows, T // columns), (0, 1), (2, 1)).reshape(B, T)
-            return jnp.take_along_axis(x, jnp.argsort(order_BT, axis=1), axis=1)
-
-        def some(chunk):
-            wanted, *rest = chunk
-
-            def scored():
-                return tuple(jnp.where(wanted, x, 0.0) for x in jax.checkpoint(score)(*rest))
-
-            return jax.lax.cond(jnp.any(wanted), scored, lambda: (jnp.zeros(wanted.shape), jnp.zeros(wanted.shape)))
-
-        chunks = tuple(map(cut, (wanted_BT, hidden_BTD, target_BT, temperature_BT)))
-        logp_BT, entropy_BT = map(uncut, jax.lax.map(some, chunks))
+        logp_BT, entropy_BT = in_chunks(score, wanted_BT, (hidden_BTD, target_BT, temperature_BT), needed)
 
     def align(x_BT):
         return jnp.roll(x_BT, 1, axis=1).at[:, 0].set(0.0)
@@ -80,9 +63,39 @@ def token_outputs(model: Model, params, batch: Batch, devices: int = 1) -> Outpu
     return Outputs(align(logp_BT), align(entropy_BT), value)
 
 
-def loss(params, batch: Batch, *, model: Model, objective: Objective, devices: int = 1):
+def in_chunks(function, wanted_BT, arrays, count: int) -> list:
+    """Apply `function` to arrays of [B, T, ...], in `count` chunks or somewhat more; where nothing is wanted the result is 0.
+
+    A chunk has some columns of all rows, so that rows stay where they are, or if that is too much one column of some rows.
+    """
+    B, T = wanted_BT.shape
+    columns = next(c for c in range(min(count, T), T + 1) if T % c == 0)
+    rows = next(r for r in range(min(-(-count // columns), B), B + 1) if B % r == 0)
+    order_BT = jnp.argsort(~wanted_BT, axis=1, stable=True)
+
+    def cut(x):
+        """[B, T, ...] -> [chunks, B / rows, T / columns, ...]."""
+        x = jnp.take_along_axis(x, order_BT.reshape(B, T, *[1] * (x.ndim - 2)), axis=1)
+        x = x.reshape(B // rows, rows, columns, T // columns, *x.shape[2:])
+        return jnp.moveaxis(x, (2, 1), (0, 1)).reshape(columns * rows, B // rows, T // columns, *x.shape[4:])
+
+    def uncut(x):
+        x = jnp.moveaxis(x.reshape(columns, rows, B // rows, T // columns), (0, 1), (2, 1)).reshape(B, T)
+        return jnp.take_along_axis(x, jnp.argsort(order_BT, axis=1), axis=1)
+
+    def chunk(wanted, *inputs):
+        def applied():
+            return [jnp.where(wanted, x, 0.0) for x in jax.checkpoint(function)(*inputs)]
+
+        nothing = [jnp.zeros(wanted.shape, x.dtype) for x in jax.eval_shape(function, *inputs)]
+        return jax.lax.cond(jnp.any(wanted), applied, lambda: nothing)
+
+    return [uncut(x) for x in jax.lax.map(lambda x: chunk(*x), tuple(map(cut, (wanted_BT, *arrays))))]
+
+
+def loss(params, batch: Batch, *, model: Model, objective: Objective, logits: int | None = None):
     """`sum(weight_BT * loss_BT)` and its metrics as (sum, count) pairs over the tokens that are trained on."""
-    outputs = token_outputs(model, params, batch, devices)
+    outputs = token_outputs(model, params, batch, logits)
     loss_BT, stats = objective.token_loss(outputs, batch)
     trained_BT = batch.weight_BT != 0
     count = jnp.sum(trained_BT, dtype=jnp.float32)
@@ -107,14 +120,14 @@ def train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     microbatches: int = 1,
-    devices: int = 1,
+    logits: int | None = None,
 ) -> tuple[TrainState, dict]:
     """Make one update from one batch, in `microbatches` equal parts of its rows. Metrics are (sum, count) pairs.
 
     Micro-batches after the last that trains anything are left out, at no cost: packing empties them. An update whose loss or
     gradient is not finite is not made; it counts in `skipped`, and as a step.
     """
-    gradient = jax.value_and_grad(functools.partial(loss, model=model, objective=objective, devices=devices), has_aux=True)
+    gradient = jax.value_and_grad(functools.partial(loss, model=model, objective=objective, logits=logits), has_aux=True)
 
     def accumulate(i, total):
         (value, metrics), grads = gradient(state.params, jax.tree.map(lambda x: x[i], parts))
@@ -170,27 +183,29 @@ def compile_train_step(model, objective, optimizer, *, microbatches: int = 1, st
         objective=objective,
         optimizer=optimizer,
         microbatches=microbatches,
-        devices=1 if state_shardings is None else sharding.row_devices(jax.tree.leaves(state_shardings)[0].mesh),
+        logits=logits_at_once(None if state_shardings is None else jax.tree.leaves(state_shardings)[0].mesh),
     )
     if state_shardings is None:
         return jax.jit(step, donate_argnums=0)
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
-def compile_token_logp(model, microbatches: int = 1, devices: int = 1):
+def compile_token_logp(model, microbatches: int = 1, mesh=None):
     """Return `logp(params, batch) -> logp_BT`, jitted: for a reference policy, or to check the sampler.
 
     Of the tokens that have a weight; in as many parts, and leaving out the same, as `train_step`.
     """
 
+    logits = logits_at_once(mesh)
+
     def token_logp(params, batch):
         if microbatches == 1:
-            return token_outputs(model, params, batch, devices).logp_BT
+            return token_outputs(model, params, batch, logits).logp_BT
         parts = jax.tree.map(lambda x: split_rows(x, microbatches), batch)
 
         def score(i, logp_PBT):
             rows = jax.tree.map(lambda x: x[i], parts)
-            return logp_PBT.at[i].set(token_outputs(model, params, rows, devices).logp_BT)
+            return logp_PBT.at[i].set(token_outputs(model, params, rows, logits).logp_BT)
 
         logp_PBT = jax.lax.fori_loop(0, used_parts(parts), score, jnp.zeros(parts.weight_BT.shape, jnp.float32))
         return logp_PBT.swapaxes(0, 1).reshape(batch.tokens_BT.shape)

@@ -140,7 +140,7 @@ def train_phase(
     step_fn = compile_train_step(
         run.model, phase.objective, phase.optimizer, microbatches=phase.microbatches, state_shardings=placed
     )
-    reference_logp = compile_token_logp(run.model, phase.microbatches, sharding.row_devices(run.mesh))
+    reference_logp = compile_token_logp(run.model, phase.microbatches, run.mesh)
     waiting: list[dict] = []  # metrics of steps that are not logged yet
 
     for step in range(start + 1, phase.steps + 1):

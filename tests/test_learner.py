@@ -113,23 +113,19 @@ def test_ratio_is_one_on_policy_at_temperature_0_7(tiny):
     assert gap / count > 0.05
 
 
-def logits_per_chunk(monkeypatch, count: int):
-    monkeypatch.setitem(learner.LOGITS_PER_CHUNK, "cpu", count)
-
-
 @pytest.mark.parametrize("chunks", [2, 6, B * T])
 def test_chunks_of_logits_change_nothing(tiny, monkeypatch, chunks):
     model, params = tiny()
     batch = random_batch()
     objective = make("grpo", entropy_coefficient=0.1)
     whole = loss_and_gradient(model, params, batch, objective)
-    logits_per_chunk(monkeypatch, B * T * 24 // chunks)
+    monkeypatch.setitem(learner.LOGITS_AT_ONCE, "cpu", B * T * 24 // chunks)
     chunked = loss_and_gradient(model, params, batch, objectives.make("grpo", entropy_coefficient=0.1))
-    assert logits_at_once(model, params, batch) == B * T // chunks * 24
+    assert largest_logits(model, params, batch) == B * T // chunks * 24
     assert_trees_close(chunked, whole)
 
 
-def logits_at_once(model, params, batch) -> int:
+def largest_logits(model, params, batch) -> int:
     """Elements of the largest array over the vocabulary, the unembedding aside."""
     text = str(jax.make_jaxpr(functools.partial(learner.token_outputs, model))(params, batch))
     found = set(re.findall(r"f32\[([\d,]+,24)\]", text)) - {"16,24"}
@@ -138,8 +134,29 @@ def logits_at_once(model, params, batch) -> int:
 
 @pytest.mark.parametrize("limit", [100, B * T * 24 - 1, B * T * 24 * 2 // 3])
 def test_no_more_logits_exist_than_the_limit_says(tiny, monkeypatch, limit):
-    logits_per_chunk(monkeypatch, limit)
-    assert logits_at_once(*tiny(), random_batch()) <= limit
+    monkeypatch.setitem(learner.LOGITS_AT_ONCE, "cpu", limit)
+    assert largest_logits(*tiny(), random_batch()) <= limit
+
+
+@pytest.mark.parametrize("count", [1, 3, T, 3 * T, B * T])
+def test_chunks_put_every_result_where_it_belongs_and_leave_out_what_nobody_wants(count):
+    rng = np.random.default_rng(count)
+    wanted_BT, x_BT2 = rng.random((B, T)) < 0.2, rng.normal(size=(B, T, 2)).astype(np.float32)
+    computed = []
+
+    def function(x):
+        jax.debug.callback(lambda x: computed.append(x.size // 2), x)
+        return jnp.sum(x, axis=-1), 2 * x[..., 0]
+
+    first, second = jax.device_get(learner.in_chunks(function, jnp.asarray(wanted_BT), (jnp.asarray(x_BT2),), count))
+    jax.effects_barrier()
+    np.testing.assert_allclose(first, np.where(wanted_BT, x_BT2.sum(axis=-1), 0), rtol=1e-6)
+    np.testing.assert_allclose(second, np.where(wanted_BT, 2 * x_BT2[..., 0], 0), rtol=1e-6)
+    assert wanted_BT.sum() <= sum(computed)
+    if count >= T:  # each row's wanted tokens stand first
+        assert sum(computed) <= B * wanted_BT.sum(axis=1).max()
+    if count == B * T:
+        assert sum(computed) == wanted_BT.sum()
 
 
 # --- the same loss and gradient, however the batch is cut and placed ---
