@@ -1,18 +1,22 @@
 """The benchmarks: floors by hand, look-up against its definition, and a whole run of the command on a very small model."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import ROOT
 
 from jaxreason.bench.cache import attend_shared, writes
+from jaxreason.bench.learner import forward_flops
 from jaxreason.bench.lookup import steps_with_lookup
 from jaxreason.bench.machine import Ceiling
 from jaxreason.bench.sampler import decode_cost, floors, layer_weights, prefill_cost
-from jaxreason.model import ModelConfig
+from jaxreason.model import ModelConfig, transformer
 from jaxreason.model.cache import make
 from jaxreason.model.layers import attend
 
@@ -32,6 +36,23 @@ def test_floors_by_hand():
     prefill = prefill_cost(SHAPE, [3, 1])
     assert prefill.flops == 2 * 2 * LAYER * 4 + 4 * 2 * 2 * 2 * (1 + 2 + 3 + 1)
     assert prefill.bytes == 4 * 2 * LAYER
+
+
+def test_flops_of_a_forward_pass_by_hand_and_by_the_compiler():
+    # Five tokens attend to 1 to 5 positions, two to 1 and 2; logits of the two and the one that are trained on.
+    by_hand = 2 * 2 * LAYER * 7 + 4 * 2 * 2 * 2 * (15 + 3) + 2 * 4 * 10 * 3
+    assert forward_flops(SHAPE, [(3, 2), (1, 1)]) == by_hand
+    shape = dataclasses.replace(SHAPE, vocab_size=64, width=64, heads=4, kv_heads=2, head_size=32, feed_forward=256)
+    model, T = transformer(shape), 32
+
+    def forward(params, tokens_BT):
+        return model.unembed(params, model.apply(params, tokens_BT, jnp.broadcast_to(jnp.arange(T), (2, T)))[0])
+
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    compiled = jax.jit(forward).lower(params, jax.ShapeDtypeStruct((2, T), jnp.int32)).compile()
+    # XLA computes the whole square of attention, and norms, softmax and rotations.
+    square = 4 * shape.layers * shape.heads * shape.head_size * 2 * (T * T - T * (T + 1) / 2)
+    assert compiled.cost_analysis()["flops"] == pytest.approx(forward_flops(shape, [(0, T)] * 2) + square, rel=0.05)
 
 
 def test_the_floor_is_the_longer_of_computing_and_reading():
@@ -145,6 +166,22 @@ def test_the_sampler_is_measured(work):
         assert 0 < found[f"first batch, {name}"] < found[f"start to first batch, {name}"]
 
 
+@pytest.mark.parametrize("name", ["learner", "step"])
+def test_the_learner_is_measured(name):
+    work = ["--work=natural", "--microbatches=3", "--repeats=2", "--kl=0.1", "--eos_id=5", "--config.mesh.data=1"]
+    code, lines, err = bench(name, *TINY, *work)
+    assert code == 0, err
+    found = {line["what"]: line["value"] for line in lines}
+    assert 0 < found["packing efficiency"] <= 1
+    for part in ("reference", "update"):
+        assert 0 < found[f"{part}, share of the floor (model FLOPs utilisation)"] < 1
+        assert found[f"{part}, tokens"] > 0
+    assert found["peak memory"] > 50
+    assert ("rollout" in found) == (name == "step")
+    if name == "step":
+        assert found["step"] == pytest.approx(found["rollout"] + found["reference"] + found["update"], rel=0.3)
+
+
 def test_lookup_is_measured(tmp_path):
     rows = [{"prompt": "12+34=", "text": "46;12+34=46"}, {"prompt": "1+1=", "text": "2"}, {"prompt": "3", "text": ""}]
     (tmp_path / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -172,6 +209,7 @@ def test_choices_of_the_cache_are_measured():
         (["sampler"], "needed: --config=FILE"),
         (["sampler", *TINY, "--model=widht=3"], "unknown field of config.model 'widht'"),
         (["sampler", *TINY, "--questions=/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["learner", *TINY, "--microbatches=4", "--config.mesh.data=1"], "6 rollouts do not divide over 4 micro-batches"),
         (["lookup", "--config=configs/tiny.py:smoke"], "--rollouts=FILE"),
     ],
 )

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import statistics
 import sys
 import time
 
@@ -138,11 +137,6 @@ def bench(cores: int, whole: bool) -> None:
     if whole:
         show("rollout", parts["rollout"], "s", note="layout of the weights included")
         show("step", parts["step"], "s")
-        show(
-            "step, the rest",
-            statistics.median(parts["step"]) - sum(statistics.median(parts[n]) for n in ("rollout", "reference", "update")),
-            "s",
-        )
     show("peak memory", machine.peak_bytes() / 2**20, "MiB")
 
 
