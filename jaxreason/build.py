@@ -271,9 +271,11 @@ def make_phase(
     updates_per_batch: int = 1,
     evaluate_every: int = 0,
     log_every: int = 1,
+    max_skipped: int = 5,
 ) -> Phase:
-    """One phase: `Source x Objective x steps`."""
-    for key, value in (("steps", steps), ("microbatches", microbatches), ("updates_per_batch", updates_per_batch)):
+    """One phase: `Source x Objective x steps`. After `max_skipped` updates in a row that are not finite the run stops."""
+    positive = {"steps": steps, "microbatches": microbatches, "updates_per_batch": updates_per_batch, "max_skipped": max_skipped}
+    for key, value in positive.items():
         if value < 1:
             raise ValueError(f"config.{name}.{key} got {value}; allowed: 1 or more")
     made_objective = call(objectives_.make, objective, f"config.{name}.objective")
@@ -293,7 +295,16 @@ def make_phase(
             f"{microbatches} micro-batches; change rows, problems x group or microbatches"
         )
     return Phase(
-        name, made_source, made_objective, made_optimizer, steps, microbatches, updates_per_batch, evaluate_every, log_every
+        name,
+        made_source,
+        made_objective,
+        made_optimizer,
+        steps,
+        microbatches,
+        updates_per_batch,
+        evaluate_every,
+        log_every,
+        max_skipped,
     )
 
 

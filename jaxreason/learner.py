@@ -82,7 +82,10 @@ def train_step(
     optimizer: optax.GradientTransformation,
     microbatches: int = 1,
 ) -> tuple[TrainState, dict]:
-    """Make one update from one batch, in `microbatches` equal parts of its rows. Metrics are (sum, count) pairs."""
+    """Make one update from one batch, in `microbatches` equal parts of its rows. Metrics are (sum, count) pairs.
+
+    Where the loss or the gradient's norm is not finite the state stays as it was, and only `skipped` counts the step.
+    """
     gradient = jax.value_and_grad(functools.partial(loss, model=model, objective=objective), has_aux=True)
 
     def accumulate(total, rows):
@@ -101,15 +104,18 @@ def train_step(
     # The optimizer's state keeps the dtype of the params, which it was made from.
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    one = jnp.float32(1)
+    grad_norm, one = optax.global_norm(grads), jnp.float32(1)
+    finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+    new = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
+    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
     metrics |= {
         "loss": (value, one),
-        "grad_norm": (optax.global_norm(grads), one),
+        "grad_norm": (grad_norm, one),
         "update_norm": (optax.global_norm(updates), one),
-        "param_norm": (optax.global_norm(params), one),
+        "param_norm": (optax.global_norm(new.params), one),
     }
-    return TrainState(params, opt_state, state.step + 1), metrics
+    metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0.0), metrics)  # a NaN would spoil the mean of the steps beside it
+    return new, metrics | {"skipped": (1 - finite.astype(jnp.float32), one)}
 
 
 def split_rows(x_B, parts: int):

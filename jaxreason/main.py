@@ -160,7 +160,10 @@ def main(argv) -> None:
         fail(error)
     (workdir / "config.json").write_text(text)
     print(f"workdir: {workdir}", flush=True)
-    train(run, workdir, checkpoints, log_options=make_log(**CONFIG.value.log.to_dict())[1])
+    try:
+        train(run, workdir, checkpoints, log_options=make_log(**CONFIG.value.log.to_dict())[1])
+    except FloatingPointError as error:  # a finding about the run, not a fault of the program
+        fail(error)
     checkpoints.close()
     print(f"written: {workdir / 'summary.json'}, {workdir / 'rollouts.jsonl'}, {workdir / 'metrics.jsonl'}")
 

@@ -41,6 +41,7 @@ class Phase(NamedTuple):
     updates_per_batch: int = 1
     evaluate_every: int = 0  # steps; 0: at the end of the phase only
     log_every: int = 1  # steps that a line of metrics sums up
+    max_skipped: int = 5  # updates in a row that may be skipped because they are not finite
 
 
 class Run(NamedTuple):
@@ -136,6 +137,7 @@ def train_phase(
     )
     reference_logp = compile_token_logp(run.model)
     waiting: list[dict] = []  # metrics of steps that are not logged yet
+    skipped = 0  # updates in a row, as of the last line of metrics
 
     for step in range(start + 1, phase.steps + 1):
         started_s = time.perf_counter()
@@ -144,7 +146,7 @@ def train_phase(
         if needs_reference:
             batch = dataclasses.replace(batch, reference_logp_BT=reference_logp(reference, batch))
         if len(waiting) >= phase.log_every:  # one step late, since reading a metric waits for the device
-            write_metrics(log, phase, before, step - 1, waiting)
+            skipped = write_metrics(log, phase, before, step - 1, waiting, skipped)
         learn_started_s = time.perf_counter()
         learned = {}
         for _ in range(phase.updates_per_batch):
@@ -164,7 +166,8 @@ def train_phase(
         save_now = last or checkpoints.due(before + step)
         evaluate_now = last or (phase.evaluate_every and step % phase.evaluate_every == 0)
         if save_now or evaluate_now:
-            write_metrics(log, phase, before, step, waiting)  # a log may not lack a step that a checkpoint has
+            # A log may not lack a step that a checkpoint has.
+            skipped = write_metrics(log, phase, before, step, waiting, skipped)
         if evaluate_now:
             evaluate(run, log, history, state.params, phase.name, before + step, final=last)
         if save_now:
@@ -183,12 +186,25 @@ def warm_up(run: Run, log: m.RunLog, params) -> None:
     log.say(f"compiled the sampler in {time.perf_counter() - started_s:.0f} s")
 
 
-def write_metrics(log: m.RunLog, phase: Phase, before: int, step: int, waiting: list[dict]) -> None:
-    """Log the sum of the metrics that wait, under the last of their steps."""
-    values = m.divide(m.merge(*jax.device_get(waiting)))
+def write_metrics(log: m.RunLog, phase: Phase, before: int, step: int, waiting: list[dict], skipped: int) -> int:
+    """Log the sum of the metrics that wait, under the last of their steps; return how many updates in a row were skipped.
+
+    Raises:
+      FloatingPointError: more than the phase allows.
+    """
+    steps = jax.device_get(waiting)
+    values = m.divide(m.merge(*steps))
     values["perf/tokens_per_s"] = values["train/tokens"] / values["time/step_s"]
     log.write(before + step, phase.name, values, phase_step=step, phase_steps=phase.steps)
     waiting.clear()
+    for i, (count, of) in enumerate((metrics["train/skipped"] for metrics in steps), start=step - len(steps) + 1):
+        skipped = skipped + int(count) if count == of else 0
+        if skipped >= phase.max_skipped:
+            raise FloatingPointError(
+                f"phase {phase.name}: {skipped} updates in a row up to step {i} had a loss or gradient that is not finite and were "
+                f"skipped (max_skipped={phase.max_skipped}); lower {phase.name}.optimizer.lr or look at the data of these steps"
+            )
+    return skipped
 
 
 def evaluate(run: Run, log: m.RunLog, history: History, params, phase: str, step: int, *, final: bool) -> None:

@@ -1,4 +1,6 @@
-"""Schedules at their ends, which parameters decay, and clipping."""
+"""Schedules at their ends, which parameters decay, clipping, each optimizer by hand, and the same on eight devices."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxreason import optimizer
+from jaxreason import optimizer, sharding
 from jaxreason.model import transformer
 from jaxreason.model.config import sized
 
@@ -34,21 +36,40 @@ def test_unknown_names_and_impossible_numbers_are_refused():
         ValueError, match=r"unknown schedule 'cosin' \(did you mean 'cosine'\?\); one of: constant, cosine, linear"
     ):
         optimizer.make(10, lr=1.0, schedule_kind="cosin")
-    with pytest.raises(ValueError, match=r"unknown optimizer 'adamax'.*one of: adam, adamw, sgd"):
+    with pytest.raises(ValueError, match=r"unknown optimizer 'adamax'.*one of: adafactor, adam, adamw, lion, muon, sgd"):
         optimizer.make(10, name="adamax", lr=1.0)
     with pytest.raises(ValueError, match="warmup_steps got 11; allowed: 0 to the 10 steps"):
         optimizer.make(10, lr=1.0, warmup_steps=11)
+    for fields, message in {
+        ("warmup_share", 1.5): r"warmup_share got 1.5; allowed: 0 to 1",
+        ("state_dtype", "int8"): r"unknown state_dtype 'int8'; one of: None, bfloat16, float32",
+        ("muon_scale", "with"): r"unknown muon_scale 'with' \(did you mean 'width'\?\)",
+        ("adam_lr", 0.1): r"adam_lr got 0.1 but the optimizer is adamw; allowed with: muon",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            optimizer.make(10, lr=1.0, **dict([fields]))
+    with pytest.raises(ValueError, match=r"warmup_steps=2 and warmup_share=0.5; allowed: one of them"):
+        optimizer.make(10, lr=1.0, warmup_steps=2, warmup_share=0.5)
+    for name in ("sgd", "adafactor"):
+        with pytest.raises(ValueError, match=f"'bfloat16' but {name} has no first moment; allowed with: adamw, adam, muon, lion"):
+            optimizer.make(10, name=name, lr=1.0, state_dtype="bfloat16")
+
+
+def test_warmup_as_a_share_of_the_phase():
+    by_share, by_steps = (optimizer.schedule(1.0, 40, kind="cosine", **f) for f in ({"warmup_share": 0.1}, {"warmup_steps": 4}))
+    np.testing.assert_array_equal([by_share(i) for i in range(40)], [by_steps(i) for i in range(40)])
 
 
 def updates(made, params, grads):
     return jax.jit(lambda params, grads: made.update(grads, made.init(params), params)[0])(params, grads)
 
 
-def test_decay_spares_norms_and_biases():
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "adafactor"])
+def test_decay_spares_norms_and_biases(name):
     config = sized("tiny", vocab_size=24, qkv_bias=True, qk_norm=True, value_head=True)
     shapes = jax.eval_shape(transformer(config).init, jax.random.key(0))
     params = jax.tree.map(lambda x: jnp.ones(x.shape), shapes)
-    made = optimizer.make(10, lr=0.5, weight_decay=0.1)
+    made = optimizer.make(10, name=name, lr=0.5, weight_decay=0.1)
     moved = updates(made, params, jax.tree.map(jnp.zeros_like, params))
     names = set()
     for path, update in jax.tree_util.tree_leaves_with_path(moved):
@@ -89,3 +110,127 @@ def test_adam_by_hand():
 def test_adam_has_no_decay():
     made = optimizer.make(10, name="adam", lr=1.0, weight_decay=0.1)
     assert updates(made, {"kernel": jnp.ones(2)}, {"kernel": jnp.zeros(2)})["kernel"].tolist() == [0, 0]
+
+
+# --- muon, lion, adafactor ---
+
+
+@functools.cache
+def wide():
+    """Params and gradients large enough for Adafactor to factor (two axes of 128), every kind of leaf among them."""
+    config = sized(
+        "tiny", vocab_size=128, width=128, heads=8, kv_heads=8, head_size=16, feed_forward=160, layers=2, qkv_bias=True
+    )
+    params = jax.jit(transformer(config).init)(jax.random.key(0))
+    return params, jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), params)
+
+
+def test_muon_makes_each_layer_s_matrix_orthogonal():
+    params, grads = wide()
+    moved = updates(optimizer.make(10, name="muon", lr=1.0, clip_norm=None), params, grads)["layers"]
+    for name, ins in {
+        ("attention", "q"): 1,
+        ("attention", "v"): 1,
+        ("attention", "o"): 2,
+        ("mlp", "gate"): 1,
+        ("mlp", "down"): 1,
+    }.items():
+        update = np.asarray(moved[name[0]][name[1]]["kernel"])
+        for layer in update:
+            matrix = layer.reshape(np.prod(layer.shape[:ins]), -1)
+            singular = np.linalg.svd(matrix, compute_uv=False) / (0.2 * max(matrix.shape) ** 0.5)
+            # Newton-Schulz ends at 0.7 to 1.2, whatever the gradient has (0 to 23 here), the very smallest aside.
+            assert np.quantile(singular, 0.1) > 0.6, name
+            assert singular.max() < 1.3, name
+
+
+def test_muon_leaves_the_rest_to_adamw():
+    params, grads = wide()
+    fields = {"lr": 0.1, "b1": 0.8, "weight_decay": 0.1, "clip_norm": None}
+    muon = updates(optimizer.make(10, name="muon", **fields), params, grads)
+    adamw = updates(optimizer.make(10, **fields), params, grads)
+    own = updates(optimizer.make(10, name="muon", **fields, adam_lr=0.2), params, grads)
+    for path, x in jax.tree_util.tree_leaves_with_path(muon):
+        other, doubled = adamw, own
+        for key in path:
+            other, doubled = other[key.key], doubled[key.key]
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.startswith("layers/") and name.endswith("kernel"):
+            assert np.abs(x - other).max() > 0.01, name
+            np.testing.assert_array_equal(doubled, x, err_msg=name)
+        else:
+            np.testing.assert_allclose(x, other, rtol=1e-5, err_msg=name)
+            np.testing.assert_allclose(doubled, 2 * x, rtol=1e-5, err_msg=name)
+
+
+def test_muon_scales():
+    """Of one gradient, the update by width is that by root mean square times sqrt(max(1, out / in)) / 0.2 sqrt(max(in, out))."""
+    params, grads = wide()
+    rms, width = (
+        updates(optimizer.make(10, name="muon", lr=1.0, muon_scale=scale), params, grads)["layers"]["mlp"]
+        for scale in ("rms", "width")
+    )
+    longest = 0.2 * 160**0.5
+    np.testing.assert_allclose(width["up"]["kernel"], rms["up"]["kernel"] * (160 / 128) ** 0.5 / longest, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(width["down"]["kernel"], rms["down"]["kernel"] / longest, rtol=1e-4, atol=1e-7)
+
+
+def test_lion_by_hand():
+    b1, b2, lr, decay = 0.8, 0.9, 0.1, 0.01
+    made = optimizer.make(10, name="lion", lr=lr, b1=b1, b2=b2, weight_decay=decay, clip_norm=None)
+    params = {"kernel": jnp.array([1.0])}
+    state, x, m = made.init(params), 1.0, 0.0
+    for g in (0.3, -0.1, -2.0):
+        update, state = made.update({"kernel": jnp.array([g])}, state, params)
+        params = optax.apply_updates(params, update)
+        x -= lr * (np.sign(b1 * m + (1 - b1) * g) + decay * x)
+        m = b2 * m + (1 - b2) * g
+    np.testing.assert_allclose(params["kernel"], x, rtol=1e-5)
+
+
+def test_adafactor_factors_large_matrices_and_its_decay_is_times_the_rate():
+    params, grads = wide()
+    made = optimizer.make(10, name="adafactor", lr=0.1, weight_decay=0.1)
+    (state,) = (s for s in jax.tree.leaves(made.init(params), is_leaf=lambda x: hasattr(x, "v_row")) if hasattr(s, "v_row"))
+    up = [getattr(state, name)["layers"]["mlp"]["up"]["kernel"].shape for name in ("v_row", "v_col", "v")]
+    assert up == [(2, 128), (2, 160), (1,)]
+    plain = updates(optimizer.make(10, name="adafactor", lr=0.1), params, grads)
+    difference = jax.tree.map(jnp.subtract, updates(made, params, grads), plain)
+    expected = -0.01 * params["layers"]["mlp"]["up"]["kernel"]
+    np.testing.assert_allclose(difference["layers"]["mlp"]["up"]["kernel"], expected, atol=1e-6)
+    assert not np.any(difference["final_norm"]["scale"])
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "muon", "lion"])
+def test_state_dtype_is_that_of_the_first_moment(name):
+    params, _ = wide()
+    made = optimizer.make(10, name=name, lr=0.1, state_dtype="bfloat16")
+    kinds = {"mu": set(), "nu": set()}
+    for path, x in jax.tree_util.tree_leaves_with_path(jax.eval_shape(made.init, params)):
+        for moment in kinds.keys() & {getattr(key, "name", None) for key in path}:
+            kinds[moment].add(str(x.dtype))
+    assert kinds["mu"] == {"bfloat16"}
+    assert kinds["nu"] == ({"float32"} if name != "lion" else set())
+
+
+@pytest.mark.parametrize("axes", [{"data": 1, "fsdp": 8}, {"data": 1, "fsdp": 4, "tensor": 2}])
+@pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
+def test_eight_devices_make_the_update_of_one(name, axes):
+    params, grads = wide()
+    made, mesh = optimizer.make(10, name=name, lr=0.1, weight_decay=0.1), sharding.make_mesh(**axes)
+
+    def two_steps(params, grads):
+        state = made.init(params)
+        for _ in range(2):
+            update, state = made.update(grads, state, params)
+            params = optax.apply_updates(params, update)
+        return {"params": params, "opt_state": state}
+
+    placed = sharding.shardings(jax.eval_shape(two_steps, params, grads), mesh)
+    put = [jax.device_put(tree, placed["params"]) for tree in (params, grads)]
+    one, many = jax.jit(two_steps)(params, grads), jax.jit(two_steps, out_shardings=placed)(*put)
+    for path, x in jax.tree_util.tree_leaves_with_path(many):
+        large = x.size >= 128 * 16 * 2 and x.ndim > 1
+        assert not (large and x.sharding.is_fully_replicated), jax.tree_util.keystr(path)
+    # Newton-Schulz makes much of the last digit of a small singular value.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3 if name == "muon" else 1e-5, rtol=1e-4), one, many)
