@@ -301,7 +301,7 @@ def test_metrics_are_sums_and_counts(tiny):
     trained_BT = batch.weight_BT > 0
     for name, pair in metrics.items():
         assert [x.shape for x in pair] == [(), ()], name
-    once = {"loss", "grad_norm", "update_norm", "param_norm"}
+    once = {"loss", "grad_norm", "update_norm", "param_norm", "skipped"}
     per_token = {"entropy", "nll", "behaviour_gap", "behaviour_kl", "ratio", "clip_fraction"}
     assert metrics.keys() == once | per_token
     assert {float(metrics[name][1]) for name in once} == {1.0}
@@ -335,6 +335,28 @@ def test_step_compiles_once_and_donates_its_state(tiny, param_dtype, microbatche
         assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == kinds
     assert step._cache_size() == 1
     assert int(state.step) == 4
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped(tiny, where, microbatches):
+    model, params = tiny()
+    optimizer = optax.adam(0.1)
+    step = learner.compile_train_step(model, make("grpo"), optimizer, microbatches=microbatches)
+    state, metrics = step(fresh(params, optimizer), random_batch())
+    assert [float(x) for x in metrics["skipped"]] == [0, 1]
+    before, bad = jax.device_get(state), random_batch(1)
+    if where == "loss":
+        bad.advantage_BT[0, 5] = np.nan
+    else:
+        bad.advantage_BT[bad.weight_BT > 0] *= 1e30  # the loss is finite, the squares of its gradient are not
+    state, metrics = step(state, bad)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
+    assert int(state.step) == 1
+    assert {name: (float(a), float(b)) for name, (a, b) in metrics.items() if a or b} == {"skipped": (1, 1)}
+    state, metrics = step(state, random_batch(2))
+    assert float(metrics["skipped"][0]) == 0
+    assert int(state.step) == 2
 
 
 GOLDEN_LOSS, GOLDEN_GRAD_NORM = 0.196247, 2.93953

@@ -115,6 +115,18 @@ def test_a_whole_run_on_eight_devices_is_the_run_on_one(tmp_path, mesh):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one_params, many_params)
 
 
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_a_run_stops_after_updates_in_a_row_that_are_not_finite(tmp_path, log_every):
+    config = load_config("tiny", "smoke", **{"mesh.data": 1, "prior.optimizer.lr": float("inf")})
+    config.prior.update({"steps": 20, "max_skipped": 3, "log_every": log_every})
+    config.evaluate.suites = {}
+    with pytest.raises(FloatingPointError, match=r"phase prior: 3 updates in a row up to step 4 were skipped \(max_skipped=3\)"):
+        run_config(config, tmp_path)
+    lines = [line for line in read_lines(tmp_path / "metrics.jsonl") if "train/skipped" in line]
+    assert [line["train/skipped"] for line in lines] == ([0, 1, 1, 1] if log_every == 1 else [0.75])
+    assert np.isfinite(lines[0]["train/loss"])
+
+
 def test_random_reward_control_pays_as_many_but_not_the_right_ones(tmp_path):
     from jaxreason.sources import shuffle_rewards
     from jaxreason.types import Rollout, Task, Verdict
