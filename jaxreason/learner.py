@@ -7,6 +7,7 @@ the rounding of a sum.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -86,28 +87,33 @@ def train_step(
 
     Where the loss or the gradient's norm is not finite the state stays as it was, and only `skipped` counts the step.
     """
-    gradient = jax.value_and_grad(functools.partial(loss, model=model, objective=objective), has_aux=True)
+    trained, frozen = split_frozen(state.params)
+
+    def trained_loss(trained, rows):
+        return loss(trained | frozen, rows, model=model, objective=objective)
+
+    gradient = jax.value_and_grad(trained_loss, has_aux=True)
 
     def accumulate(total, rows):
-        (value, metrics), grads = gradient(state.params, rows)
+        (value, metrics), grads = gradient(trained, rows)
         return jax.tree.map(jnp.add, total, (value, metrics, grads)), None
 
     if microbatches == 1:
-        (value, metrics), grads = gradient(state.params, batch)
+        (value, metrics), grads = gradient(trained, batch)
     else:
         parts = jax.tree.map(lambda x: split_rows(x, microbatches), batch)
-        (value, metrics), grads = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts))
+        (value, metrics), grads = jax.eval_shape(gradient, trained, jax.tree.map(lambda x: x[0], parts))
         # Sums over micro-batches are float32 whatever the params are kept in.
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (value, metrics, grads))
         (value, metrics, grads), _ = jax.lax.scan(accumulate, zeros, parts)
 
     # The optimizer's state keeps the dtype of the params, which it was made from.
-    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, trained)
+    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
     grad_norm, one = optax.global_norm(grads), jnp.float32(1)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-    new = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
-    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+    new = TrainState(optax.apply_updates(trained, updates), opt_state, state.step + 1)
+    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, dataclasses.replace(state, params=trained))
     metrics |= {
         "loss": (value, one),
         "grad_norm": (grad_norm, one),
@@ -115,7 +121,13 @@ def train_step(
         "param_norm": (optax.global_norm(new.params), one),
     }
     metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0.0), metrics)  # a NaN would spoil the mean of the steps beside it
+    new = dataclasses.replace(new, params=new.params | frozen)
     return new, metrics | {"skipped": (1 - finite.astype(jnp.float32), one)}
+
+
+def split_frozen(params) -> tuple[dict, dict]:
+    """Split params into what is trained and what is not (the base of adapters): gradient and optimizer see the first alone."""
+    return {k: v for k, v in params.items() if k != "frozen"}, {k: v for k, v in params.items() if k == "frozen"}
 
 
 def split_rows(x_B, parts: int):

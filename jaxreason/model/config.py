@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxreason.model.lora import Lora
 from jaxreason.options import unknown
 
 DTYPES = ("float32", "bfloat16")
@@ -72,6 +73,7 @@ class ModelConfig:
     qk_norm: bool = False  # Qwen3
     tied_embeddings: bool = False
     value_head: bool = False
+    lora: Lora | None = None  # adapters on a frozen base
     dtype: str = "float32"  # of the computation
     param_dtype: str = "float32"  # of the parameters at rest
     scan_layers: bool = False  # lax.scan over the stacked layers: compile time flat in depth, slower on a CPU

@@ -1,0 +1,99 @@
+"""Low-rank adapters (LoRA; Hu et al. 2021, arXiv 2106.09685): a frozen base, and two thin matrices beside chosen projections.
+
+Params of an adapted model are `{"frozen": base, "lora": adapters, ...}`. What stands under "frozen" has no gradient and no
+optimizer state; all the rest, a value head too, is trained. The base goes through a train step as an argument, donated and
+handed back, so compiled programs do not hold it as a constant, and checkpoints, samplers and shardings see one tree as ever.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxreason.options import unknown
+
+TARGETS = {name: "attention" for name in "qkvo"} | {name: "mlp" for name in ("gate", "up", "down")}
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Adapters of the projections `targets`: `y = x W + alpha / rank * x A B`. Hashable, like ModelConfig.
+
+    `base_dtype` is that of the frozen params; None is that of all params.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("q", "v")
+    base_dtype: str | None = None
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"lora.rank got {self.rank}; allowed: 1 or more")
+        if isinstance(self.targets, str) or not self.targets:
+            raise ValueError(f"lora.targets got {self.targets!r}; allowed: a tuple of one or more of {', '.join(TARGETS)}")
+        object.__setattr__(self, "targets", tuple(self.targets))
+        for name in self.targets:
+            if name not in TARGETS:
+                raise ValueError(unknown("target of lora", name, TARGETS))
+        if self.base_dtype not in (None, *DTYPES):
+            raise ValueError(unknown("lora.base_dtype", self.base_dtype, (None, *DTYPES)))
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+def init(key, layers, lora: Lora):
+    """Draw adapters for stacked layers: A from a normal of variance 1 / fan-in, B zero, so that the model starts unchanged."""
+    adapters: dict = {}
+    for i, (target, part) in enumerate(TARGETS.items()):
+        if target not in lora.targets:
+            continue
+        shape = layers[part][target]["kernel"].shape
+        inputs = split_at(target)
+        a = math.prod(shape[1:inputs]) ** -0.5 * jax.random.normal(jax.random.fold_in(key, i), (*shape[:inputs], lora.rank))
+        b = jnp.zeros((shape[0], lora.rank, *shape[inputs:]))
+        adapters.setdefault(part, {})[target] = {"a": {"kernel": a}, "b": {"kernel": b}}
+    return adapters
+
+
+def beside(layers, adapters):
+    """Put each adapter into the layers' tree, beside the kernel it adapts; no array is touched."""
+    layers = {part: dict(modules) for part, modules in layers.items()}
+    for part, modules in adapters.items():
+        for target, adapter in modules.items():
+            layers[part][target] = layers[part][target] | adapter
+    return layers
+
+
+def merge(params, lora: Lora | None):
+    """Give plain params that compute what the adapted ones do: `W + alpha / rank * A B`, in the wider of their dtypes.
+
+    Plain params come back as they are. The kernels that are merged are new arrays; the others are those of the base.
+    """
+    if "lora" not in params:
+        return params
+    base = params["frozen"]
+    layers = {part: dict(modules) for part, modules in base["layers"].items()}
+    for part, modules in params["lora"].items():
+        for target, adapter in modules.items():
+            kernel = merged_kernel(
+                base["layers"][part][target]["kernel"], adapter["a"]["kernel"], adapter["b"]["kernel"], lora.scale
+            )
+            layers[part][target] = layers[part][target] | {"kernel": kernel}
+    return {**{k: v for k, v in params.items() if k not in ("frozen", "lora")}, **base, "layers": layers}
+
+
+@jax.jit
+def merged_kernel(kernel, a, b, scale):
+    return kernel + scale * jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(a, b)
+
+
+def split_at(target: str) -> int:
+    """The axis at which a stacked kernel's outputs begin; attention's output takes in heads x head size."""
+    return 3 if target == "o" else 2
