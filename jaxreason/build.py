@@ -24,7 +24,6 @@ from jaxreason.learner import compile_token_logp
 from jaxreason.model import Model, ModelConfig, attention, transformer
 from jaxreason.model import config as model_config
 from jaxreason.model import weights as weights_
-from jaxreason.model.lora import Lora
 from jaxreason.options import call, unknown
 from jaxreason.rollout import Budget, Roller
 from jaxreason.sampler import ALL, Filter, compile_sampler
@@ -132,7 +131,7 @@ def make_model(
         if key not in ModelConfig.__dataclass_fields__:
             raise ValueError(unknown("field of config.model", key, {"name", "weights", *ModelConfig.__dataclass_fields__}))
     if fields.get("lora") is not None:
-        fields["lora"] = call(Lora, fields["lora"], "config.model.lora")
+        fields["lora"] = call(model_config.Lora, fields["lora"], "config.model.lora")
     fields["scan_layers"] = jax.default_backend() != "cpu" if scan_layers is None else scan_layers
     if folder is None:
         if name not in model_config.SIZES:

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxreason.model.lora import Lora
 from jaxreason.options import unknown
 
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "dots")
 ATTENTION = ("xla", "cudnn", "splash")
 ROPE_KINDS = ("linear", "llama3", "yarn")
+LORA_TARGETS = {name: "attention" for name in "qkvo"} | {name: "mlp" for name in ("gate", "up", "down")}  # and where in a block
 
 
 def _positive(owner, *names: str) -> None:
@@ -53,6 +53,35 @@ class RopeScaling:
         _positive(self, "factor", "original_max_position", "low_freq_factor", "beta_fast", "beta_slow")
         if not self.high_freq_factor > self.low_freq_factor:
             raise ValueError(f"high_freq_factor got {self.high_freq_factor}; allowed: above {self.low_freq_factor=}")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Adapters of the projections `targets`: `y = x W + alpha / rank * x A B`. Hashable, like ModelConfig.
+
+    `base_dtype` is that of the frozen params; None is that of all params.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("q", "v")
+    base_dtype: str | None = None
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"lora.rank got {self.rank}; allowed: 1 or more")
+        if isinstance(self.targets, str) or not self.targets:
+            raise ValueError(f"lora.targets got {self.targets!r}; allowed: a tuple of one or more of {', '.join(LORA_TARGETS)}")
+        object.__setattr__(self, "targets", tuple(self.targets))
+        for name in self.targets:
+            if name not in LORA_TARGETS:
+                raise ValueError(unknown("target of lora", name, LORA_TARGETS))
+        if self.base_dtype not in (None, *DTYPES):
+            raise ValueError(unknown("lora.base_dtype", self.base_dtype, (None, *DTYPES)))
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
 
 
 @dataclass(frozen=True)

@@ -8,50 +8,17 @@ handed back, so compiled programs do not hold it as a constant, and checkpoints,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from jaxreason.options import unknown
-
-TARGETS = {name: "attention" for name in "qkvo"} | {name: "mlp" for name in ("gate", "up", "down")}
-DTYPES = ("float32", "bfloat16")
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Adapters of the projections `targets`: `y = x W + alpha / rank * x A B`. Hashable, like ModelConfig.
-
-    `base_dtype` is that of the frozen params; None is that of all params.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    targets: tuple[str, ...] = ("q", "v")
-    base_dtype: str | None = None
-
-    def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"lora.rank got {self.rank}; allowed: 1 or more")
-        if isinstance(self.targets, str) or not self.targets:
-            raise ValueError(f"lora.targets got {self.targets!r}; allowed: a tuple of one or more of {', '.join(TARGETS)}")
-        object.__setattr__(self, "targets", tuple(self.targets))
-        for name in self.targets:
-            if name not in TARGETS:
-                raise ValueError(unknown("target of lora", name, TARGETS))
-        if self.base_dtype not in (None, *DTYPES):
-            raise ValueError(unknown("lora.base_dtype", self.base_dtype, (None, *DTYPES)))
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
+from jaxreason.model.config import LORA_TARGETS, Lora
 
 
 def init(key, layers, lora: Lora):
     """Draw adapters for stacked layers: A from a normal of variance 1 / fan-in, B zero, so that the model starts unchanged."""
     adapters: dict = {}
-    for i, (target, part) in enumerate(TARGETS.items()):
+    for i, (target, part) in enumerate(LORA_TARGETS.items()):
         if target not in lora.targets:
             continue
         shape = layers[part][target]["kernel"].shape

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxreason.model import cache as kv
 from jaxreason.model import lora
 from jaxreason.model.attention import KERNELS
-from jaxreason.model.config import ModelConfig, rope_frequencies
+from jaxreason.model.config import LORA_TARGETS, Lora, ModelConfig, rope_frequencies
 from jaxreason.model.layers import Block, Norm, Projection, from_left
 from jaxreason.model.seam import Model
 
@@ -36,7 +36,7 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
     dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
     # Modules hold no arrays of their own here: only their structure is kept, to be merged with params inside `apply`.
     block = nnx.graphdef(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
-    adapted_block = nnx.graphdef(adapted(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))), config.lora))
+    adapted_block = nnx.graphdef(nnx.eval_shape(lambda: adapted(Block(config, rngs=nnx.Rngs(0)), config.lora)))
     decode_block = nnx.graphdef(transposed(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0)))))
     final_norm = nnx.graphdef(nnx.eval_shape(lambda: Norm(config.width, config.norm_eps)))
 
@@ -64,8 +64,7 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
             # A key of their own: the base is that of the same seed without adapters.
             adapters = lora.init(jax.random.fold_in(key, 1), params["layers"], config.lora)
             trained = {"lora": adapters} | {name: params.pop(name) for name in ("value",) if name in params}
-            params = {"frozen": jax.tree.map(lambda x: x.astype(base_dtype), params), **cast(trained)}
-            return params
+            return {"frozen": jax.tree.map(lambda x: x.astype(base_dtype), params), **cast(trained)}
         return cast(params)
 
     kernel = KERNELS[config.attention](config, mesh)
@@ -150,13 +149,13 @@ def transposed(block: Block) -> Block:
     return block
 
 
-def adapted(block: Block, adapters: lora.Lora | None) -> Block:
+def adapted(block: Block, adapters: Lora | None) -> Block:
     """Give the chosen projections of a block their adapters."""
     for target in () if adapters is None else adapters.targets:
-        module = getattr(getattr(block, lora.TARGETS[target]), target)
-        a, b = ((module.inputs, (adapters.rank,)), ((adapters.rank,), module.outputs))
+        module = getattr(getattr(block, LORA_TARGETS[target]), target)
         module.scale = adapters.scale
-        module.a, module.b = nnx.eval_shape(lambda: [Projection(*sides, rngs=nnx.Rngs(0)) for sides in (a, b)])
+        module.a = Projection(module.inputs, (adapters.rank,), rngs=nnx.Rngs(0))
+        module.b = Projection((adapters.rank,), module.outputs, rngs=nnx.Rngs(0))
     return block
 
 
