@@ -201,8 +201,8 @@ def write_metrics(log: m.RunLog, phase: Phase, before: int, step: int, waiting: 
         skipped = skipped + int(count) if count == of else 0
         if skipped >= phase.max_skipped:
             raise FloatingPointError(
-                f"phase {phase.name}: skipped {skipped} updates in a row up to step {i} (max_skipped={phase.max_skipped}), since their "
-                f"loss or gradient was not finite; lower {phase.name}.optimizer.lr or look at the data of these steps"
+                f"phase {phase.name}: skipped {skipped} updates in a row up to step {i} (max_skipped={phase.max_skipped}): "
+                f"loss or gradient not finite; lower {phase.name}.optimizer.lr or look at the data of these steps"
             )
     return skipped
 

@@ -22,7 +22,7 @@ DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "dots")
 ATTENTION = ("xla", "cudnn", "splash")
 ROPE_KINDS = ("linear", "llama3", "yarn")
-LORA_TARGETS = {name: "attention" for name in "qkvo"} | {name: "mlp" for name in ("gate", "up", "down")}  # and where in a block
+LORA_TARGETS = dict.fromkeys("qkvo", "attention") | dict.fromkeys(("gate", "up", "down"), "mlp")  # and where in a block
 
 
 def _positive(owner, *names: str) -> None:
