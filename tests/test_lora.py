@@ -123,6 +123,7 @@ def test_what_cannot_be_is_refused_before_anything_is_compiled():
         ({"targets": ("q", "qq")}, r"unknown target of lora 'qq' \(did you mean 'q'\?\); one of: down, gate, k, o, q, up, v"),
         ({"targets": ()}, r"lora.targets got \(\); allowed: a tuple of one or more of q, k, v, o, gate, up, down"),
         ({"rank": 0}, r"lora.rank got 0; allowed: 1 or more"),
+        ({"alpha": 0.0}, r"lora.alpha got 0.0; allowed: above 0"),
         ({"base_dtype": "int8"}, r"unknown lora.base_dtype 'int8'"),
         ({"ranks": 4}, r"unknown field of config.model.lora 'ranks'"),
     ):

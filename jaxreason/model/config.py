@@ -70,6 +70,8 @@ class Lora:
     def __post_init__(self):
         if self.rank < 1:
             raise ValueError(f"lora.rank got {self.rank}; allowed: 1 or more")
+        if not self.alpha > 0:
+            raise ValueError(f"lora.alpha got {self.alpha}; allowed: above 0")
         if isinstance(self.targets, str) or not self.targets:
             raise ValueError(f"lora.targets got {self.targets!r}; allowed: a tuple of one or more of {', '.join(LORA_TARGETS)}")
         object.__setattr__(self, "targets", tuple(self.targets))

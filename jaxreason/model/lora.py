@@ -22,7 +22,7 @@ def init(key, layers, lora: Lora):
         if target not in lora.targets:
             continue
         shape = layers[part][target]["kernel"].shape
-        inputs = split_at(target)
+        inputs = 3 if target == "o" else 2  # attention's output reads heads x head size
         a = math.prod(shape[1:inputs]) ** -0.5 * jax.random.normal(jax.random.fold_in(key, i), (*shape[:inputs], lora.rank))
         b = jnp.zeros((shape[0], lora.rank, *shape[inputs:]))
         adapters.setdefault(part, {})[target] = {"a": {"kernel": a}, "b": {"kernel": b}}
@@ -49,18 +49,12 @@ def merge(params, lora: Lora | None):
     layers = {part: dict(modules) for part, modules in base["layers"].items()}
     for part, modules in params["lora"].items():
         for target, adapter in modules.items():
-            kernel = merged_kernel(
-                base["layers"][part][target]["kernel"], adapter["a"]["kernel"], adapter["b"]["kernel"], lora.scale
-            )
-            layers[part][target] = layers[part][target] | {"kernel": kernel}
+            module, (a, b) = layers[part][target], (adapter[name]["kernel"] for name in "ab")
+            layers[part][target] = module | {"kernel": merged_kernel(module["kernel"], a, b, lora.scale)}
     return {**{k: v for k, v in params.items() if k not in ("frozen", "lora")}, **base, "layers": layers}
 
 
 @jax.jit
 def merged_kernel(kernel, a, b, scale):
+    """`kernel + scale * a b` of each layer; a is [L, inputs, rank] and b [L, rank, outputs], inputs and outputs of any rank."""
     return kernel + scale * jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(a, b)
-
-
-def split_at(target: str) -> int:
-    """The axis at which a stacked kernel's outputs begin; attention's output takes in heads x head size."""
-    return 3 if target == "o" else 2

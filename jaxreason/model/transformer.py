@@ -42,8 +42,8 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
 
     base_dtype = jnp.dtype((config.lora and config.lora.base_dtype) or config.param_dtype)
 
-    def cast(params):
-        return jax.tree.map(lambda x: x.astype(param_dtype), params)
+    def cast(params, dtype=param_dtype):
+        return jax.tree.map(lambda x: x.astype(dtype), params)
 
     def init(key):
         def one_layer(key):
@@ -63,8 +63,8 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
         if config.lora is not None:
             # A key of their own: the base is that of the same seed without adapters.
             adapters = lora.init(jax.random.fold_in(key, 1), params["layers"], config.lora)
-            trained = {"lora": adapters} | {name: params.pop(name) for name in ("value",) if name in params}
-            return {"frozen": jax.tree.map(lambda x: x.astype(base_dtype), params), **cast(trained)}
+            value = {"value": params.pop("value")} if config.value_head else {}  # trained, like the adapters
+            return {"frozen": cast(params, base_dtype), "lora": cast(adapters), **cast(value)}
         return cast(params)
 
     kernel = KERNELS[config.attention](config, mesh)
