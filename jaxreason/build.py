@@ -130,6 +130,8 @@ def make_model(
     for key in fields:
         if key not in ModelConfig.__dataclass_fields__:
             raise ValueError(unknown("field of config.model", key, {"name", "weights", *ModelConfig.__dataclass_fields__}))
+    if fields.get("lora") is not None:
+        fields["lora"] = call(model_config.Lora, fields["lora"], "config.model.lora")
     fields["scan_layers"] = jax.default_backend() != "cpu" if scan_layers is None else scan_layers
     if folder is None:
         if name not in model_config.SIZES:
@@ -147,10 +149,15 @@ def init_params(model, load: Callable | None, seed: int, mesh):
     placed = sharding.shardings(jax.eval_shape(model.init, key), mesh)
     if load is None:
         return jax.jit(model.init, out_shardings=placed)(key)
-    init = None
-    if model.value is not None:  # no checkpoint has one
-        init = {"value": jax.jit(lambda key: model.init(key)["value"], out_shardings=placed["value"])(key)}
-    return load(sharding=placed, init=init)[1]
+    init = {name: placed[name] for name in ("value", "lora") if name in placed}  # no checkpoint has them
+    if init:
+        init = jax.jit(lambda key: {name: model.init(key)[name] for name in init}, out_shardings=init)(key)
+    if model.config.lora is None:
+        return load(sharding=placed, init=init)[1]
+    return {
+        "frozen": load(sharding=placed["frozen"], param_dtype=model.config.lora.base_dtype or model.config.param_dtype)[1],
+        **init,
+    }
 
 
 INITIALISATION = 2**31 + 1  # folded into the seed's key for random weights; training folds in the number of the phase
@@ -273,7 +280,7 @@ def make_phase(
     log_every: int = 1,
     max_skipped: int = 5,
 ) -> Phase:
-    """One phase: `Source x Objective x steps`."""
+    """One phase: `Source x Objective x steps`. After `max_skipped` batches in a row that are not finite the run stops."""
     positive = {"steps": steps, "microbatches": microbatches, "updates_per_batch": updates_per_batch, "max_skipped": max_skipped}
     for key, value in positive.items():
         if value < 1:

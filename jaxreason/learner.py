@@ -127,26 +127,31 @@ def train_step(
     Micro-batches after the last that trains anything are left out, at no cost: packing empties them. An update whose loss or
     gradient is not finite is not made; it counts in `skipped`, and as a step.
     """
-    gradient = jax.value_and_grad(functools.partial(loss, model=model, objective=objective, logits=logits), has_aux=True)
+    trained, frozen = split_frozen(state.params)
+
+    def trained_loss(trained, rows):
+        return loss(trained | frozen, rows, model=model, objective=objective, logits=logits)
+
+    gradient = jax.value_and_grad(trained_loss, has_aux=True)
 
     def accumulate(i, total):
-        (value, metrics), grads = gradient(state.params, jax.tree.map(lambda x: x[i], parts))
+        (value, metrics), grads = gradient(trained, jax.tree.map(lambda x: x[i], parts))
         return jax.tree.map(jnp.add, total, (value, metrics, grads))
 
     if microbatches == 1:
-        (value, metrics), grads = gradient(state.params, batch)
+        (value, metrics), grads = gradient(trained, batch)
     else:
         parts = jax.tree.map(lambda x: split_rows(x, microbatches), batch)
-        (value, metrics), grads = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts))
+        (value, metrics), grads = jax.eval_shape(gradient, trained, jax.tree.map(lambda x: x[0], parts))
         # Sums over micro-batches are float32 whatever the params are kept in.
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (value, metrics, grads))
         value, metrics, grads = jax.lax.fori_loop(0, used_parts(parts), accumulate, zeros)
 
     # The optimizer's state keeps the dtype of the params, which it was made from.
-    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
+    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, trained)
     grad_norm = optax.global_norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    params = optax.apply_updates(trained, updates)
     one = jnp.float32(1)
     metrics |= {
         "loss": (value, one),
@@ -157,10 +162,15 @@ def train_step(
     # A step that is not finite changes nothing, and nothing is said of it but that it was skipped.
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (trained, state.opt_state)
     )
     metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0), metrics) | {"skipped": (1 - finite.astype(jnp.float32), one)}
-    return TrainState(params, opt_state, state.step + 1), metrics
+    return TrainState(params | frozen, opt_state, state.step + 1), metrics
+
+
+def split_frozen(params) -> tuple[dict, dict]:
+    """Split params into what is trained and what is not (the base of adapters): gradient and optimizer see the first alone."""
+    return {k: v for k, v in params.items() if k != "frozen"}, {k: v for k, v in params.items() if k == "frozen"}
 
 
 def split_rows(x_B, parts: int):

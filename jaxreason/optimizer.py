@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import optax
-import optax.contrib
 
 from jaxreason.options import unknown
 
 SCHEDULES = ("constant", "cosine", "linear")
-OPTIMIZERS = ("adamw", "adam", "sgd", "muon", "lion", "adafactor")
+OPTIMIZERS = ("adamw", "adam", "sgd", "muon", "adafactor", "lion")
+STATE_DTYPES = ("float32", "bfloat16")
+HAVE_STATE_DTYPE = ("adamw", "adam", "muon", "lion")
+MUON_SCALES = {"rms": 0.2, "width": None}
 
 
-def schedule(lr: float, steps: int, *, kind: str = "constant", warmup_steps: int = 0, final_share: float = 0.0):
-    """Warm up linearly from 0 over `warmup_steps`, then stay, or decay to `final_share * lr` at `steps`."""
+def schedule(
+    lr: float,
+    steps: int,
+    *,
+    kind: str = "constant",
+    warmup_steps: int = 0,
+    warmup_share: float = 0.0,
+    final_share: float = 0.0,
+):
+    """Warm up linearly from 0, then stay, or decay to `final_share * lr` at `steps`.
+
+    The warm-up takes `warmup_steps`, or `warmup_share` of all steps, rounded.
+    """
     if kind not in SCHEDULES:
         raise ValueError(unknown("schedule", kind, SCHEDULES))
+    if not 0 <= warmup_share <= 1:
+        raise ValueError(f"warmup_share got {warmup_share}; allowed: 0 to 1")
+    if warmup_share and warmup_steps:
+        raise ValueError(f"got warmup_steps={warmup_steps} and warmup_share={warmup_share}; allowed: one of them, the other 0")
+    warmup_steps = warmup_steps or round(warmup_share * steps)
     if not 0 <= warmup_steps <= steps:
         raise ValueError(f"warmup_steps got {warmup_steps}; allowed: 0 to the {steps} steps of the phase")
     rest = max(1, steps - warmup_steps)
@@ -37,71 +56,80 @@ def make(
     name: str = "adamw",
     lr: float,
     schedule_kind: str = "constant",
-    warmup_steps: int | None = None,
+    warmup_steps: int = 0,
     warmup_share: float = 0.0,
     final_share: float = 0.0,
     b1: float = 0.9,
-    b2: float | None = None,
+    b2: float = 0.999,
     eps: float = 1e-8,
-    momentum: float = 0.95,
     weight_decay: float = 0.0,
     clip_norm: float | None = 1.0,
     state_dtype: str | None = None,
+    adam_lr: float | None = None,
+    muon_momentum: float = 0.95,
+    muon_scale: str = "rms",
 ) -> optax.GradientTransformation:
-    """Make the optimizer of a phase of `steps` updates.
+    """Make the optimizer of a phase of `steps` updates. Weight decay spares vectors (norms, biases) and is times the rate.
 
-    Weight decay spares vectors (norms, biases). The warm-up is `warmup_steps`, or `warmup_share` of the phase. `state_dtype` is
-    that of the first moments, None for the params' own. `b2` None is 0.99 for lion and 0.999 for the others.
+    - adamw, adam: Kingma and Ba 2014, arXiv 1412.6980; Loshchilov and Hutter 2017, arXiv 1711.05101.
+    - lion: Chen et al. 2023, arXiv 2302.06675, who take a rate 3 to 10 times smaller than AdamW's and b2=0.99.
+    - adafactor: Shazeer and Stern 2018, arXiv 1804.04235. Its rate is relative to the root mean square of a parameter, here of
+      all layers of a kind together. Moments are factored over the two largest axes, if both have at least 128 entries.
+    - muon: Jordan et al. 2024, on the matrices of each layer; AdamW at `adam_lr` (None: `lr`) on embeddings, head and vectors.
+      `muon_scale` "rms" multiplies an orthogonal update by 0.2 sqrt(max(in, out)) (Liu et al. 2025, arXiv 2502.16982, eq. 4), so
+      that rates and decay of AdamW carry over; "width" by sqrt(max(1, out / in)), as Jordan, for rates near 0.02 and an
+      `adam_lr` of its own.
 
-    muon (Jordan et al. 2024; arXiv 2502.16982) moves the matrices of the layers, with `momentum`, by updates of the size that
-    AdamW's have (root mean square 0.2 x lr), so that both go by one `lr`; AdamW with Nesterov momentum moves the rest.
-    adafactor (Shazeer and Stern 2018, arXiv 1804.04235) steps in proportion to the size of a parameter.
+    `state_dtype` is that of the first moment; None keeps that of the params. Second moments always keep theirs.
 
     Raises:
-      ValueError: an unknown name, or a number that this optimizer cannot have.
+      ValueError: an unknown name, a schedule that can't be, or an option that this optimizer does not have.
     """
     if name not in OPTIMIZERS:
         raise ValueError(unknown("optimizer", name, OPTIMIZERS))
-    if warmup_share and warmup_steps is not None:
-        raise ValueError(f"got warmup_steps={warmup_steps} and warmup_share={warmup_share}; give one of them")
-    if not 0 <= warmup_share <= 1:
-        raise ValueError(f"warmup_share got {warmup_share}; allowed: 0 to 1, a share of the phase's steps")
-    if state_dtype is not None and name not in WITH_STATE_DTYPE:
-        raise ValueError(f"state_dtype got {state_dtype!r} with optimizer {name!r}; allowed with: {', '.join(WITH_STATE_DTYPE)}")
-    if state_dtype not in (None, "float32", "bfloat16"):
-        raise ValueError(unknown("state_dtype", state_dtype, ("float32", "bfloat16")))
-    if weight_decay and name not in WITH_DECAY:
-        raise ValueError(f"weight_decay got {weight_decay} with optimizer {name!r}; allowed with: {', '.join(WITH_DECAY)}")
-    warmup_steps = round(warmup_share * steps) if warmup_steps is None else warmup_steps
-    rate = schedule(lr, steps, kind=schedule_kind, warmup_steps=warmup_steps, final_share=final_share)
-    b2 = (0.99 if name == "lion" else 0.999) if b2 is None else b2
-    if name == "adamw":
-        made = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed, mu_dtype=state_dtype)
-    elif name == "adam":
-        made = optax.adam(rate, b1=b1, b2=b2, eps=eps, mu_dtype=state_dtype)
-    elif name == "lion":
-        made = optax.lion(rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed, mu_dtype=state_dtype)
-    elif name == "muon":
-        made = optax.contrib.muon(
-            rate,
-            beta=momentum,
-            weight_decay=weight_decay,
-            weight_decay_mask=decayed,
-            mu_dtype=state_dtype,
-            adam_b1=b1,
-            adam_b2=b2,
-            muon_weight_dimension_numbers=matrices,
-            consistent_rms=0.2,
+    if state_dtype not in (None, *STATE_DTYPES):
+        raise ValueError(unknown("state_dtype", state_dtype, (None, *STATE_DTYPES)))
+    if state_dtype is not None and name not in HAVE_STATE_DTYPE:
+        raise ValueError(
+            f"state_dtype got {state_dtype!r} but {name} has no first moment; allowed with: {', '.join(HAVE_STATE_DTYPE)}"
         )
+    if muon_scale not in MUON_SCALES:
+        raise ValueError(unknown("muon_scale", muon_scale, MUON_SCALES))
+    if adam_lr is not None and name != "muon":
+        raise ValueError(f"adam_lr got {adam_lr} but the optimizer is {name}; allowed with: muon")
+    shape = {"kind": schedule_kind, "warmup_steps": warmup_steps, "warmup_share": warmup_share, "final_share": final_share}
+    rate = schedule(lr, steps, **shape)
+    dtype = None if state_dtype is None else jnp.dtype(state_dtype)
+    adam = {"b1": b1, "b2": b2, "eps": eps, "mu_dtype": dtype}
+    decay = {"weight_decay": weight_decay, "mask": decayed}
+    if name == "adamw":
+        chain = [optax.adamw(rate, **adam, **decay)]
+    elif name == "adam":
+        chain = [optax.adam(rate, **adam)]
+    elif name == "sgd":
+        chain = [optax.sgd(rate)]
+    elif name == "lion":
+        chain = [optax.lion(rate, b1=b1, b2=b2, mu_dtype=dtype, **decay)]
     elif name == "adafactor":
-        made = optax.adafactor(rate)
+        # optax adds this decay after the rate; times the rate it means what it means in the others.
+        decay_rate = (lambda step: weight_decay * rate(step)) if weight_decay else None
+        chain = [optax.adafactor(rate, weight_decay_rate=decay_rate, weight_decay_mask=decayed)]
     else:
-        made = optax.sgd(rate)
-    return made if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), made)
-
-
-WITH_DECAY = ("adamw", "lion", "muon")
-WITH_STATE_DTYPE = ("adamw", "adam", "lion", "muon")
+        matrices = optax.contrib.muon(
+            rate,
+            beta=muon_momentum,
+            weight_decay=weight_decay,
+            mu_dtype=dtype,
+            muon_weight_dimension_numbers=matrix_axes,
+            consistent_rms=MUON_SCALES[muon_scale],
+        )
+        adam_rate = rate if adam_lr is None else schedule(adam_lr, steps, **shape)
+        # optax's muon would give the rest Nesterov's Adam, and its decay to norms and biases too.
+        rest = optax.adamw(adam_rate, **adam, **decay)
+        chain = [optax.partition({"matrices": matrices, "rest": rest}, labels)]
+    if clip_norm is not None:
+        chain.insert(0, optax.clip_by_global_norm(clip_norm))
+    return optax.chain(*chain)
 
 
 def decayed(params):
@@ -109,16 +137,22 @@ def decayed(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
 
 
-def matrices(params):
-    """Which axes of a parameter muon reads as the rows and columns of a matrix; None where it is not for muon.
+def labels(params):
+    """Which parameters are matrices of layers, for Muon."""
 
-    Layers are stacked on axis 0, which is left out: each is made orthogonal by itself.
-    """
+    def of(path, _):
+        return "matrices" if path[0].key in ("layers", "lora") and path[-1].key == "kernel" else "rest"
 
-    def of(path, leaf):
-        if path[0].key != "layers" or path[-1].key != "kernel":
-            return None
-        inputs = 2 if path[-2].key == "o" else 1  # attention's output reads heads x head size
-        return optax.contrib.MuonDimensionNumbers(tuple(range(1, 1 + inputs)), tuple(range(1 + inputs, leaf.ndim)))
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+def matrix_axes(params):
+    """What is input and what is output of each kernel; axis 0 is the layer, which is a batch of matrices to Muon."""
+
+    def of(path, x):
+        # Attention's output, and the adapter that reads what it reads, take in heads x head size.
+        heads_in = "o" in (path[-2].key, path[-3].key) and path[-2].key != "b"
+        first = 3 if heads_in else 2
+        return optax.contrib.MuonDimensionNumbers(tuple(range(1, first)), tuple(range(first, x.ndim)))
 
     return jax.tree_util.tree_map_with_path(of, params)

@@ -373,6 +373,7 @@ def compile_sampler(
         """Lay params out for sampling, once an update."""
         if mesh is not None:
             params = jax.device_put(params, sharding.gathered(params, mesh))
+        params = model.merge(params)
         layout = model.decode_layout(params)
         return Weights(layout if model.config.scan_layers else params, layout)
 

@@ -13,12 +13,11 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# First match wins; matched against the path of a leaf, so optimizer moments follow their parameter.
+# First match wins; matched against the path of a leaf, so optimizer moments follow their parameter. One entry an axis.
 RULES = (
-    (r"(^|/)v_(row|col)/", P()),  # Adafactor's factored moments: small
     (r"embed/embedding", P("tensor", "fsdp")),  # V D
-    (r"attention/[qkv]/kernel", P(None, "fsdp", "tensor")),  # L D N H
-    (r"attention/[qkv]/bias", P(None, "tensor")),  # L N H
+    (r"attention/[qkv]/kernel", P(None, "fsdp", "tensor", None)),  # L D N H
+    (r"attention/[qkv]/bias", P(None, "tensor", None)),  # L N H
     (r"attention/o/kernel", P(None, "tensor", None, "fsdp")),  # L N H D
     (r"mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),  # L D F
     (r"mlp/down/kernel", P(None, "tensor", "fsdp")),  # L F D
@@ -49,7 +48,8 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -
 def shardings(tree, mesh: Mesh):
     """Give each leaf of a tree of params or optimizer state its sharding, by `RULES`.
 
-    A vocabulary that does not divide over `tensor` stays whole; sizes of vocabularies are nobody's choice.
+    A vocabulary that does not divide over `tensor` stays whole; sizes of vocabularies are nobody's choice. So does optimizer
+    state of another rank than its parameter, such as factored moments, which are small.
 
     Raises:
       ValueError: another axis of a leaf does not divide by its mesh axis.
@@ -58,7 +58,7 @@ def shardings(tree, mesh: Mesh):
     def of(path, leaf):
         name = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
         spec = list(next(spec for pattern, spec in RULES if re.search(pattern, name)))
-        if len(spec) > leaf.ndim:  # an optimizer's place holder for a parameter that it has no such moment of
+        if name.startswith("opt_state") and len(spec) != len(leaf.shape):
             spec = []
         for axis, mesh_axis in enumerate(spec):
             if mesh_axis is None or leaf.shape[axis] % mesh.shape[mesh_axis] == 0:

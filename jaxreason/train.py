@@ -22,7 +22,7 @@ from jaxreason import metrics as m
 from jaxreason import sharding
 from jaxreason.checkpoint import Checkpoints
 from jaxreason.evaluate import Result
-from jaxreason.learner import compile_token_logp, compile_train_step
+from jaxreason.learner import compile_token_logp, compile_train_step, split_frozen
 from jaxreason.model import Model
 from jaxreason.objectives import Objective
 from jaxreason.sources import Source
@@ -236,7 +236,7 @@ def report(run: Run, history: History) -> None:
 
 def new_state(params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state at the start of a phase."""
-    return TrainState(params, optimizer.init(params), jnp.int32(0))
+    return TrainState(params, optimizer.init(split_frozen(params)[0]), jnp.int32(0))
 
 
 def name_learned(learned: dict, *, sampled: bool) -> dict:

@@ -90,7 +90,7 @@ class Batch:
 class TrainState:
     """All that a train step changes."""
 
-    params: Any
+    params: Any  # what stands under "frozen" in it, if anything, stays as it is
     opt_state: Any
     step: jax.Array  # int32, updates done in this phase
 

@@ -22,6 +22,7 @@ DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "dots")
 ATTENTION = ("xla", "cudnn", "splash")
 ROPE_KINDS = ("linear", "llama3", "yarn")
+LORA_TARGETS = dict.fromkeys("qkvo", "attention") | dict.fromkeys(("gate", "up", "down"), "mlp")  # and where in a block
 
 
 def _positive(owner, *names: str) -> None:
@@ -55,6 +56,37 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Adapters of the projections `targets`: `y = x W + alpha / rank * x A B`. Hashable, like ModelConfig.
+
+    `base_dtype` is that of the frozen params; None is that of all params.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("q", "v")
+    base_dtype: str | None = None
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"lora.rank got {self.rank}; allowed: 1 or more")
+        if not self.alpha > 0:
+            raise ValueError(f"lora.alpha got {self.alpha}; allowed: above 0")
+        if isinstance(self.targets, str) or not self.targets:
+            raise ValueError(f"lora.targets got {self.targets!r}; allowed: a tuple of one or more of {', '.join(LORA_TARGETS)}")
+        object.__setattr__(self, "targets", tuple(self.targets))
+        for name in self.targets:
+            if name not in LORA_TARGETS:
+                raise ValueError(unknown("target of lora", name, LORA_TARGETS))
+        if self.base_dtype not in (None, *DTYPES):
+            raise ValueError(unknown("lora.base_dtype", self.base_dtype, (None, *DTYPES)))
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The shape of a decoder-only transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU."""
 
@@ -72,6 +104,7 @@ class ModelConfig:
     qk_norm: bool = False  # Qwen3
     tied_embeddings: bool = False
     value_head: bool = False
+    lora: Lora | None = None  # adapters on a frozen base
     dtype: str = "float32"  # of the computation
     param_dtype: str = "float32"  # of the parameters at rest
     scan_layers: bool = False  # lax.scan over the stacked layers: compile time flat in depth, slower on a CPU

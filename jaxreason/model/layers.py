@@ -40,18 +40,21 @@ class Projection(nnx.Module):
     def __init__(self, inputs: tuple, outputs: tuple, *, gain: float = 1.0, bias: bool = False, rngs: nnx.Rngs):
         fan_in = math.prod(inputs)
         self.inputs, self.outputs, self.transposed = inputs, outputs, False
+        self.scale = 0.0  # of the adapters a and b, for those who add them
         self.kernel = nnx.Param(gain * fan_in**-0.5 * jax.random.normal(rngs.params(), (*inputs, *outputs)))
         # A bias starts at zero, as in every published model that has one: its gradient does not vanish with it.
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
 
     def __call__(self, x):
         lead = x.shape[: x.ndim - len(self.inputs)]
-        kernel, x = self.kernel[...].astype(x.dtype), x.reshape(*lead, -1)
+        kernel, whole, x = self.kernel[...].astype(x.dtype), x, x.reshape(*lead, -1)
         if self.transposed:
             y = from_left(kernel, x)
         else:
             y = x @ kernel.reshape(math.prod(self.inputs), math.prod(self.outputs))
         y = y.reshape(*lead, *self.outputs)
+        if self.scale:
+            y += self.scale * self.b(self.a(whole))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

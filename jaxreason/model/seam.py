@@ -24,6 +24,8 @@ class Model(NamedTuple):
     """`unembed(params, hidden) -> logits`, float32: apart from `apply`, so that `[B, T, V]` need never exist."""
     value: Callable | None
     """`value(params, hidden_BTD) -> value_BT`, float32; None without a value head."""
+    merge: Callable
+    """`merge(params) -> params` without adapters, for sampling and export; what has none comes back as it is."""
     init_cache: Callable
     """`init_cache(batch, columns, cache_dtype=None, stacked=None) -> cache`, empty; see `model.cache`.
 

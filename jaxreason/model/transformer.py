@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxreason.model import cache as kv
+from jaxreason.model import lora
 from jaxreason.model.attention import KERNELS
-from jaxreason.model.config import ModelConfig, rope_frequencies
+from jaxreason.model.config import LORA_TARGETS, Lora, ModelConfig, rope_frequencies
 from jaxreason.model.layers import Block, Norm, Projection, from_left
 from jaxreason.model.seam import Model
 
@@ -35,8 +36,14 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
     dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
     # Modules hold no arrays of their own here: only their structure is kept, to be merged with params inside `apply`.
     block = nnx.graphdef(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
+    adapted_block = nnx.graphdef(nnx.eval_shape(lambda: adapted(Block(config, rngs=nnx.Rngs(0)), config.lora)))
     decode_block = nnx.graphdef(transposed(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0)))))
     final_norm = nnx.graphdef(nnx.eval_shape(lambda: Norm(config.width, config.norm_eps)))
+
+    base_dtype = jnp.dtype((config.lora and config.lora.base_dtype) or config.param_dtype)
+
+    def cast(params, dtype=param_dtype):
+        return jax.tree.map(lambda x: x.astype(dtype), params)
 
     def init(key):
         def one_layer(key):
@@ -53,22 +60,29 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
             params["unembed"] = {"kernel": std * jax.random.normal(unembed_key, (config.width, config.vocab_size))}
         if config.value_head:
             params["value"] = {"kernel": std * jax.random.normal(value_key, (config.width,))}
-        return jax.tree.map(lambda x: x.astype(param_dtype), params)
+        if config.lora is not None:
+            # A key of their own: the base is that of the same seed without adapters.
+            adapters = lora.init(jax.random.fold_in(key, 1), params["layers"], config.lora)
+            value = {"value": params.pop("value")} if config.value_head else {}  # trained, like the adapters
+            return {"frozen": cast(params, base_dtype), "lora": cast(adapters), **cast(value)}
+        return cast(params)
 
     kernel = KERNELS[config.attention](config, mesh)
 
     def run(block, x_BTD, layer, rotations, seen, position_BT, cache):
         return nnx.merge(block, layer)(x_BTD, rotations, seen, position_BT, cache, kernel.attend)
 
-    run_block = functools.partial(run, block)
+    run_plain, run_adapted = functools.partial(run, block), functools.partial(run, adapted_block)
     if config.remat != "none":
-        run_block = jax.checkpoint(run_block, policy=REMAT[config.remat])
+        run_plain, run_adapted = (jax.checkpoint(f, policy=REMAT[config.remat]) for f in (run_plain, run_adapted))
 
     def apply(params, tokens_BT, position_BT, segment_BT=None, cache=None):
+        run_block, adapters = (run_adapted, params["lora"]) if "lora" in params else (run_plain, None)
+        params = params.get("frozen", params)
         x_BTD = params["embed"]["embedding"][tokens_BT].astype(dtype)
         rotations = rotation(config, position_BT)
         seen = kernel.see(position_BT, segment_BT) if cache is None else written(position_BT, kv.columns_of(cache))
-        layers = params["layers"]
+        layers = params["layers"] if adapters is None else lora.beside(params["layers"], adapters)
         if config.scan_layers or isinstance(cache, dict):
 
             def step(x_BTD, layer_and_cache):
@@ -88,6 +102,7 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
         return nnx.merge(final_norm, params["final_norm"])(x_BTD), cache
 
     def unembed(params, hidden):
+        params = params.get("frozen", params)
         if in_decode_layout(params):
             kernel_VD = params["embed"]["embedding"] if config.tied_embeddings else params["unembed"]["kernel"]
             return from_left(kernel_VD.astype(hidden.dtype), hidden, jnp.float32)
@@ -117,7 +132,8 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
             params["unembed"] = {"kernel": params["unembed"]["kernel"].T}
         return params
 
-    return Model(config, init, apply, unembed, value if config.value_head else None, init_cache, decode_layout)
+    merge = functools.partial(lora.merge, lora=config.lora)
+    return Model(config, init, apply, unembed, value if config.value_head else None, merge, init_cache, decode_layout)
 
 
 def in_decode_layout(params) -> bool:
@@ -130,6 +146,16 @@ def transposed(block: Block) -> Block:
     for _, module in nnx.iter_graph(block):
         if isinstance(module, Projection):
             module.transposed = True
+    return block
+
+
+def adapted(block: Block, adapters: Lora | None) -> Block:
+    """Give the chosen projections of a block their adapters."""
+    for target in () if adapters is None else adapters.targets:
+        module = getattr(getattr(block, LORA_TARGETS[target]), target)
+        module.scale = adapters.scale
+        module.a = Projection(module.inputs, (adapters.rank,), rngs=nnx.Rngs(0))
+        module.b = Projection((adapters.rank,), module.outputs, rngs=nnx.Rngs(0))
     return block
 
 

@@ -1,0 +1,60 @@
+"""Low-rank adapters (LoRA; Hu et al. 2021, arXiv 2106.09685): a frozen base, and two thin matrices beside chosen projections.
+
+Params of an adapted model are `{"frozen": base, "lora": adapters, ...}`. What stands under "frozen" has no gradient and no
+optimizer state; all the rest, a value head too, is trained. The base goes through a train step as an argument, donated and
+handed back, so compiled programs do not hold it as a constant, and checkpoints, samplers and shardings see one tree as ever.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxreason.model.config import LORA_TARGETS, Lora
+
+
+def init(key, layers, lora: Lora):
+    """Draw adapters for stacked layers: A from a normal of variance 1 / fan-in, B zero, so that the model starts unchanged."""
+    adapters: dict = {}
+    for i, (target, part) in enumerate(LORA_TARGETS.items()):
+        if target not in lora.targets:
+            continue
+        shape = layers[part][target]["kernel"].shape
+        inputs = 3 if target == "o" else 2  # attention's output reads heads x head size
+        a = math.prod(shape[1:inputs]) ** -0.5 * jax.random.normal(jax.random.fold_in(key, i), (*shape[:inputs], lora.rank))
+        b = jnp.zeros((shape[0], lora.rank, *shape[inputs:]))
+        adapters.setdefault(part, {})[target] = {"a": {"kernel": a}, "b": {"kernel": b}}
+    return adapters
+
+
+def beside(layers, adapters):
+    """Put each adapter into the layers' tree, beside the kernel it adapts; no array is touched."""
+    layers = {part: dict(modules) for part, modules in layers.items()}
+    for part, modules in adapters.items():
+        for target, adapter in modules.items():
+            layers[part][target] = layers[part][target] | adapter
+    return layers
+
+
+def merge(params, lora: Lora | None):
+    """Give plain params that compute what the adapted ones do: `W + alpha / rank * A B`, in the wider of their dtypes.
+
+    Plain params come back as they are. The kernels that are merged are new arrays; the others are those of the base.
+    """
+    if "lora" not in params:
+        return params
+    base = params["frozen"]
+    layers = {part: dict(modules) for part, modules in base["layers"].items()}
+    for part, modules in params["lora"].items():
+        for target, adapter in modules.items():
+            module, (a, b) = layers[part][target], (adapter[name]["kernel"] for name in "ab")
+            layers[part][target] = module | {"kernel": merged_kernel(module["kernel"], a, b, lora.scale)}
+    return {**{k: v for k, v in params.items() if k not in ("frozen", "lora")}, **base, "layers": layers}
+
+
+@jax.jit
+def merged_kernel(kernel, a, b, scale):
+    """`kernel + scale * a b` of each layer; a is [L, inputs, rank] and b [L, rank, outputs], inputs and outputs of any rank."""
+    return kernel + scale * jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(a, b)
