@@ -8,8 +8,8 @@ need a position for every column and lose those of a slot that waits, against wr
 prefix: each attempt reads its own copy of its prompt's keys and values, against the attempts at a problem reading them once, as
 rows of one matrix product, and the two softmaxes, over the prompt and over what was sampled, merged by their sums.
 
-Found (2026-11-24, one EPYC core, float32, jax 0.10.2, SmolLM2-135M's shape, all 30 layers; ms a decode step, which repeats
-to some 20 %):
+Found (2026-11-24, one EPYC core, float32, jax 0.10.2, SmolLM2-135M's shape, all 30 layers; ms a decode step, one
+run of each):
 
     write and attend, slots x columns   16 x 128   16 x 512   64 x 128   64 x 512
     own columns (used)                       8.8         49         33        181
@@ -21,7 +21,7 @@ to some 20 %):
     a copy each (used)                 12.1   27.0    121     59.6    153    666
     once a group                        8.8   11.6     26     32.8     54    108
 
-How a step writes makes no difference that lasts, so each slot keeps its own columns. Reading a prompt once a group would save 3
+No way to write is the faster one at every shape (this was not repeated), so each slot keeps its own columns. Reading a prompt once a group would save 3
 to 15 ms of the 100 ms that a step of 16 slots takes with prompts of 64 to 256 tokens, and most of it with prompts of 1024. It is
 not built: attempts of one group would have to stay side by side while slots are refilled.
 """
