@@ -21,9 +21,9 @@ run of each):
     a copy each (used)                 12.1   27.0    121     59.6    153    666
     once a group                        8.8   11.6     26     32.8     54    108
 
-No way to write is the faster one at every shape (this was not repeated), so each slot keeps its own columns. Reading a prompt once a group would save 3
-to 15 ms of the 100 ms that a step of 16 slots takes with prompts of 64 to 256 tokens, and most of it with prompts of 1024. It is
-not built: attempts of one group would have to stay side by side while slots are refilled.
+No way to write is the faster one at every shape (this was not repeated), so each slot keeps its own columns. Reading a prompt
+once a group would save 3 to 15 ms of the 100 ms that a step of 16 slots takes with prompts of 64 to 256 tokens, and most of it
+with prompts of 1024. It is not built: attempts of one group would have to stay side by side while slots are refilled.
 """
 
 from __future__ import annotations
