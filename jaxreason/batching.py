@@ -32,7 +32,8 @@ def from_rollouts(
 ) -> Batch:
     """Make a batch of R rows from rollouts that stand in order of (problem, attempt), `group` to a problem.
 
-    Only sampled tokens are trained on. `limit` is the longest completion, which `per_slot` divides by.
+    Only sampled tokens are trained on. `limit` is the longest completion, which `per_slot` divides by. With `pack` rollouts share
+    rows, and fill one of `microbatches` equal parts after the other, which must divide R.
     """
     R = len(rollouts)
     reward_PG = np.array([r.verdict.reward for r in rollouts], np.float64).reshape(-1, group)

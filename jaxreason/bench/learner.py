@@ -87,7 +87,7 @@ def bench(cores: int, whole: bool) -> None:
     reference = jax.tree.map(jax.numpy.copy, params) if objective.needs_reference else None
     state = jax.jit(new_state, static_argnums=1, donate_argnums=0, out_shardings=placed)(params, made)
     step = learner.compile_train_step(model, objective, made, microbatches=microbatches, state_shardings=placed)
-    reference_logp = learner.compile_token_logp(model, microbatches)
+    reference_logp = learner.compile_token_logp(model, microbatches, mesh)
     to_batch = functools.partial(
         batching.from_rollouts,
         objective=objective,

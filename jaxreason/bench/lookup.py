@@ -16,8 +16,8 @@ tokens): one, three or seven guesses give 1.30, 1.49 or 1.58 tokens a step. What
           3     1.13      1.06       0.65       0.54
           7     1.10      0.76       0.39       0.28
 
-It pays where a step waits for the weights, below some eight slots. RL samples with many more, so the sampler has none of it. An
-accelerator waits for the weights up to more slots: there this is worth another look.
+It pays with 1 and 4 slots, where a step waits for the weights, and not with 16 or 64. RL samples with as many or more, so the
+sampler has none of it. An accelerator may wait for the weights up to more slots: not measured.
 """
 
 from __future__ import annotations
