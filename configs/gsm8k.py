@@ -4,7 +4,7 @@ r"""GSM8K by RL from a pretrained checkpoint: the model's own attempts, paid for
 
 `model` is a named size (smollm2_135m, qwen2.5_1.5b, qwen3_8b, ...), a Hugging Face id or a folder. GSM8K: Cobbe et al. 2021,
 arXiv 2110.14168, read through TFDS. Sized for one accelerator of 16 GB or more with the default model; for a slice add
-`--config.mesh.fsdp=N`. Not yet run on an accelerator. An attempt that is cut off at its limit is paid nothing (`must_finish`).
+`--config.sharding.mesh.fsdp=N`. Not yet run on an accelerator. An attempt that is cut off at its limit is paid nothing (`must_finish`).
 
 On one CPU core, 2026-11-24, SmolLM2-135M-Instruct (from 4-bit weights), float32, seed 0, six steps of 4 problems x 8 attempts
 of at most 320 tokens at temperature 0.7, killed with -9 after step 2 and started again: 396 to 482 s a step beside other work,
@@ -50,7 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "thinking_tokens": config_dict.placeholder(int),
     }
     config.verifier = {"name": "number", "must_finish": True}
-    config.mesh = {"data": -1, "fsdp": 1}
+    config.sharding = {"mesh": {"data": -1, "fsdp": 1, "tensor": 1}}
     config.phases = ("rl",)
     config.rl = {
         "source": {

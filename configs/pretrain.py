@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.text = {"tokenizer": "byte_level", "format": "plain"}
     config.sampler = {"slots": 16, "max_prompt_tokens": 32, "max_tokens": 96, "chunk_tokens": 16}
     config.verifier = {"name": "exact"}
-    config.mesh = {"data": -1, "fsdp": 1}
+    config.sharding = {"mesh": {"data": -1, "fsdp": 1, "tensor": 1}}
     config.phases = ("pretrain",)
     config.pretrain = {
         "source": {"name": "corpus", "task": {"name": "corpus", "path": options.path}, "rows": 32, "length": 128},

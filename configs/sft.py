@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.text = {"tokenizer": "pretrained", "format": "chat", "instruction": "{question}", "system": ""}
     config.sampler = {"slots": 128, "max_prompt_tokens": 256, "max_tokens": 400, "chunk_tokens": 32}
     config.verifier = {"name": "number", "must_finish": True}
-    config.mesh = {"data": -1, "fsdp": 1}
+    config.sharding = {"mesh": {"data": -1, "fsdp": 1, "tensor": 1}}
     config.phases = ("sft",)
     config.sft = {
         "source": {

@@ -30,7 +30,7 @@ from jaxreason.sampler import ALL, Filter, compile_sampler
 from jaxreason.tasks.procedural import ALPHABET
 from jaxreason.train import Phase, Run
 
-SECTIONS = ("seed", "model", "text", "sampler", "verifier", "phases", "evaluate", "mesh", "checkpoint", "log")
+SECTIONS = ("seed", "model", "text", "sampler", "verifier", "phases", "evaluate", "sharding", "checkpoint", "log")
 
 
 class Parts(NamedTuple):
@@ -67,7 +67,7 @@ def build(config, *, say: Callable[[str], None] = print) -> Run:
         if not isinstance(config[key], dict) or "source" not in config[key]:
             raise ValueError(unknown("field of the config", key, {*SECTIONS, *phase_names}))
 
-    mesh = call(sharding.make_mesh, config["mesh"], "config.mesh")
+    mesh = call(make_mesh, config["sharding"], "config.sharding")
     folder = find_folder(**{key: config["model"][key] for key in ("name", "weights") if key in config["model"]})
     tokenizer, format = call(make_text, config["text"], "config.text", folder=folder)
     shape, load = call(make_model, config["model"], "config.model", folder=folder, tokenizer=tokenizer)
@@ -96,7 +96,12 @@ def build(config, *, say: Callable[[str], None] = print) -> Run:
     )
 
 
-# --- model and text ---
+# --- devices, model and text ---
+
+
+def make_mesh(*, mesh: dict) -> jax.sharding.Mesh:
+    """Make the mesh that `config.sharding` asks for."""
+    return call(sharding.make_mesh, mesh, "config.sharding.mesh")
 
 
 WEIGHTS = ("random", "pretrained")

@@ -168,7 +168,7 @@ def test_the_sampler_is_measured(work):
 
 @pytest.mark.parametrize("name", ["learner", "step"])
 def test_the_learner_is_measured(name):
-    work = ["--work=natural", "--microbatches=3", "--repeats=2", "--kl=0.1", "--eos_id=5", "--config.mesh.data=1"]
+    work = ["--work=natural", "--microbatches=3", "--repeats=2", "--kl=0.1", "--eos_id=5", "--config.sharding.mesh.data=1"]
     code, lines, err = bench(name, *TINY, *work)
     assert code == 0, err
     found = {line["what"]: line["value"] for line in lines}
@@ -209,7 +209,7 @@ def test_choices_of_the_cache_are_measured():
         (["sampler"], "needed: --config=FILE"),
         (["sampler", *TINY, "--model=widht=3"], "unknown field of config.model 'widht'"),
         (["sampler", *TINY, "--questions=/nowhere.jsonl"], "/nowhere.jsonl"),
-        (["learner", *TINY, "--microbatches=4", "--config.mesh.data=1"], "6 rollouts do not divide over 4 micro-batches"),
+        (["learner", *TINY, "--microbatches=4", "--config.sharding.mesh.data=1"], "6 rollouts do not divide over 4 micro-batches"),
         (["lookup", "--config=configs/tiny.py:smoke"], "--rollouts=FILE"),
     ],
 )

@@ -47,7 +47,7 @@ def check_run(workdir, summary, phases):
 
 @pytest.mark.parametrize("options", ["", "prior=none", "reward=random", "task=inverse_chain"])
 def test_tiny(tmp_path, options):
-    fields = {"mesh.data": 1} if options else {}  # else all eight devices
+    fields = {"sharding.mesh.data": 1} if options else {}  # else all eight devices
     summary = run_config(load_config("tiny", f"{options},smoke", **fields), tmp_path)
     check_run(tmp_path, summary, ["rl"] if "none" in options else ["prior", "rl"])
     assert summary["evaluations"][0]["phase"] == "start"
@@ -60,7 +60,7 @@ def test_tiny(tmp_path, options):
 @pytest.mark.parametrize("name", ["countdown", "pretrain"])
 def test_cpu_config(tmp_path, name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    summary = run_config(load_config(name, "smoke", **{"mesh.data": 1}), tmp_path)
+    summary = run_config(load_config(name, "smoke", **{"sharding.mesh.data": 1}), tmp_path)
     check_run(tmp_path, summary, ["pretrain"] if name == "pretrain" else ["prior", "rl"])
     if name == "pretrain":
         assert [loss["text"] for loss in summary["losses"]] == ["held_out", "held_out"]
@@ -69,7 +69,7 @@ def test_cpu_config(tmp_path, name, monkeypatch):
 
 @pytest.mark.parametrize(("name", "phase"), [("gsm8k", "rl"), ("sft", "sft")])
 def test_pretrained_config(tmp_path, checkpoint, gsm8k, name, phase):
-    summary = run_config(load_config(name, f"model={checkpoint},smoke", **{"mesh.data": 1}), tmp_path)
+    summary = run_config(load_config(name, f"model={checkpoint},smoke", **{"sharding.mesh.data": 1}), tmp_path)
     check_run(tmp_path, summary, [phase])
     assert summary["evaluations"][-1]["n"] == 8
     if name == "gsm8k":

@@ -95,9 +95,9 @@ def changed(changes):
         ({"extra": 1}, r"unknown field of the config 'extra'"),
         ({"model.attention": "flash"}, r"unknown attention 'flash'.*one of: cudnn, splash, xla"),
         ({"model.attention": "splash"}, r"attention='splash' got devices of platform 'cpu'; allowed: 'tpu'"),
-        ({"mesh.data": 3}, r"mesh got"),
-        ({"mesh.fsdp": 16}, r"mesh got"),
-        ({"mesh.tensor": 8, "mesh.data": 1}, r"attention/k/kernel has size \d in axis 2, which does not divide over tensor=8"),
+        ({"sharding.mesh.data": 3}, r"mesh got"),
+        ({"sharding.mesh.fsdp": 16}, r"mesh got"),
+        ({"sharding.mesh.tensor": 8, "sharding.mesh.data": 1}, r"attention/k/kernel has size \d in axis 2, which does not divide over tensor=8"),
     ],
 )
 def test_a_bad_config_is_one_line(changes, message):

@@ -11,7 +11,7 @@ from jaxreason import checkpoint
 from jaxreason.train import Diverged
 
 FEW = {
-    "mesh.data": 1,
+    "sharding.mesh.data": 1,
     "prior.steps": 3,
     "rl.steps": 4,
     "rl.evaluate_every": 2,
@@ -106,7 +106,7 @@ def test_a_whole_run_on_eight_devices_is_the_run_on_one(tmp_path, mesh):
     meshes = ({"data": 1, "fsdp": 1}, mesh)
     runs = []
     for i, sizes in enumerate(meshes):
-        config = load_config("tiny", "smoke", **{f"mesh.{axis}": n for axis, n in sizes.items()})
+        config = load_config("tiny", "smoke", **{f"sharding.mesh.{axis}": n for axis, n in sizes.items()})
         config.evaluate.suites = {}
         config.update_from_flattened_dict({k: v for k, v in fields.items() if k != "evaluate.suites"})
         run_config(config, tmp_path / str(i))

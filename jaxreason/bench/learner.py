@@ -80,7 +80,7 @@ def bench(cores: int, whole: bool) -> None:
     objective = call(objectives.make, section, "objective")
     made = call(optimizer.make, phase["optimizer"] | {"warmup_steps": 0}, "optimizer", steps=phase["steps"])
     microbatches = FLAGS.microbatches or phase["microbatches"]
-    mesh = call(sharding.make_mesh, config["mesh"], "config.mesh")
+    mesh = call(sharding.make_mesh, config["sharding"]["mesh"], "config.sharding.mesh")
     if len(requests) % (microbatches * sharding.row_devices(mesh)):
         raise ValueError(f"{len(requests)} rollouts do not divide over {microbatches} micro-batches; set --microbatches")
     placed = sharding.shardings(jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), made)), mesh)
