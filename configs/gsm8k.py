@@ -4,7 +4,8 @@ r"""GSM8K by RL from a pretrained checkpoint: the model's own attempts, paid for
 
 `model` is a named size (smollm2_135m, qwen2.5_1.5b, qwen3_8b, ...), a Hugging Face id or a folder. GSM8K: Cobbe et al. 2021,
 arXiv 2110.14168, read through TFDS. Sized for one accelerator of 16 GB or more with the default model; for a slice add
-`--config.sharding.mesh.fsdp=N`. Not yet run on an accelerator. An attempt that is cut off at its limit is paid nothing (`must_finish`).
+`--config.sharding.mesh.fsdp=N`. Not yet run on an accelerator. An attempt that is cut off at its limit is paid nothing
+(`must_finish`).
 
 On one CPU core, 2026-11-24, SmolLM2-135M-Instruct (from 4-bit weights), float32, seed 0, six steps of 4 problems x 8 attempts
 of at most 320 tokens at temperature 0.7, killed with -9 after step 2 and started again: 396 to 482 s a step beside other work,
@@ -50,7 +51,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "thinking_tokens": config_dict.placeholder(int),
     }
     config.verifier = {"name": "number", "must_finish": True}
-    config.sharding = {"mesh": {"data": -1, "fsdp": 1, "tensor": 1}}
+    config.sharding = {"mesh": {"data": -1, "fsdp": 1, "tensor": 1}, "sampling_devices": 0}
     config.phases = ("rl",)
     config.rl = {
         "source": {
@@ -59,6 +60,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "problems": 32,
             "group": 8,
             "temperature": 1.0,
+            "lag": 0,
         },
         "objective": {"name": "dr_grpo", "kl_coefficient": 0.0},
         "optimizer": {"lr": 1e-6, "warmup_steps": 10, "b2": 0.95},

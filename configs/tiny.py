@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.text = {"tokenizer": "characters", "format": "plain"}
     config.sampler = {"slots": 128, "max_prompt_tokens": 24, "max_tokens": 72, "chunk_tokens": 8, "prompts_per_prefill": 16}
     config.verifier = verifier
-    config.sharding = {"mesh": {"data": -1, "fsdp": 1, "tensor": 1}}
+    config.sharding = {"mesh": {"data": -1, "fsdp": 1, "tensor": 1}, "sampling_devices": 0}
 
     config.phases = ("prior", "rl") if options.prior == "corpus" else ("rl",)
     config.prior = {
@@ -56,6 +56,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "problems": 32,
             "group": 8,
             "temperature": 1.0,
+            "lag": 0,
             "max_tokens": max_tokens,
             "reward": options.reward,
         },

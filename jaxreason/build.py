@@ -42,6 +42,7 @@ class Parts(NamedTuple):
     format: text.Format
     roller: Roller
     verifier: dict
+    meshes: sharding.Meshes
     devices: int  # that rows are split over
     say: Callable[[str], None]
 
@@ -67,16 +68,28 @@ def build(config, *, say: Callable[[str], None] = print) -> Run:
         if not isinstance(config[key], dict) or "source" not in config[key]:
             raise ValueError(unknown("field of the config", key, {*SECTIONS, *phase_names}))
 
-    mesh = call(make_mesh, config["sharding"], "config.sharding")
+    meshes = call(sharding.make_meshes, config["sharding"], "config.sharding")
     folder = find_folder(**{key: config["model"][key] for key in ("name", "weights") if key in config["model"]})
     tokenizer, format = call(make_text, config["text"], "config.text", folder=folder)
     shape, load = call(make_model, config["model"], "config.model", folder=folder, tokenizer=tokenizer)
     text.check_vocabulary(tokenizer, shape)
-    attention.check_platform(shape, mesh.devices.flat[0].platform)
-    model = transformer(shape, mesh)
-    sharding.shardings(jax.eval_shape(model.init, jax.random.key(0)), mesh)  # raises if an axis does not divide
-    roller = call(make_roller, config["sampler"], "config.sampler", model=model, tokenizer=tokenizer, format=format, mesh=mesh)
-    parts = Parts(config["seed"], model, tokenizer, format, roller, config["verifier"], sharding.row_devices(mesh), say)
+    attention.check_platform(shape, meshes.learn.devices.flat[0].platform)
+    model, sampled = (transformer(shape, mesh) for mesh in meshes)
+    for mesh in meshes:
+        sharding.shardings(jax.eval_shape(model.init, jax.random.key(0)), mesh)  # raises if an axis does not divide
+    given = {"model": sampled, "tokenizer": tokenizer, "format": format, "mesh": meshes.sample}
+    roller = call(make_roller, config["sampler"], "config.sampler", **given)
+    parts = Parts(
+        seed=config["seed"],
+        model=model,
+        tokenizer=tokenizer,
+        format=format,
+        roller=roller,
+        verifier=config["verifier"],
+        meshes=meshes,
+        devices=sharding.row_devices(meshes.learn),
+        say=say if jax.process_index() == 0 else lambda line: None,
+    )
     phases = [call(make_phase, config[name], f"config.{name}", name=name, parts=parts) for name in phase_names]
     evaluate, filter = call(make_evaluate, config["evaluate"], "config.evaluate", parts=parts)
     filters = [ALL] * any(phase.source.samples for phase in phases) + [filter] * (filter is not None)
@@ -84,11 +97,11 @@ def build(config, *, say: Callable[[str], None] = print) -> Run:
 
     return Run(
         model=model,
-        init=functools.partial(init_params, model, load, config["seed"], mesh),
+        init=functools.partial(init_params, model, load, config["seed"], meshes.learn),
         phases=phases,
         evaluate=evaluate,
         warm_up=functools.partial(warm_up, roller, filters) if filters else None,
-        mesh=mesh,
+        mesh=meshes.learn,
         seed=config["seed"],
         decode=lambda ids: tokenizer.decode([int(i) for i in ids]),
         rollouts_kept=kept,
@@ -96,12 +109,7 @@ def build(config, *, say: Callable[[str], None] = print) -> Run:
     )
 
 
-# --- devices, model and text ---
-
-
-def make_mesh(*, mesh: dict) -> jax.sharding.Mesh:
-    """Make the mesh that `config.sharding` asks for."""
-    return call(sharding.make_mesh, mesh, "config.sharding.mesh")
+# --- model and text ---
 
 
 WEIGHTS = ("random", "pretrained")
@@ -212,6 +220,7 @@ def make_roller(
     untempered_logp: bool = False,
 ) -> Roller:
     """Compile-to-be sampler of `slots` sequences of at most `max_prompt_tokens` + `max_tokens` tokens, and the text around it.
+    The slots are those of all processes together.
 
     A turn ends with any of `stop_strings`, which stays in its text. After `thinking_tokens` tokens of a completion
     `end_of_thinking` is forced, unless it was written. `cache_dtype` is that of the model, or float32, bfloat16 or int8.
@@ -239,6 +248,9 @@ def make_roller(
                 "and a text that is more than white space"
             )
         thinking = Budget(thinking_tokens, end_of_thinking, tuple(tokenizer.encode(end_of_thinking)))
+    if slots % jax.process_count():
+        raise ValueError(f"config.sampler.slots got {slots}, which do not divide over {jax.process_count()} processes")
+    slots //= jax.process_count()
     sampler = compile_sampler(
         model,
         slots=slots,
@@ -300,7 +312,7 @@ def make_phase(
             f"config.{name}: objective {objective['name']!r} compares the attempts at a problem, but there is "
             f"{section.get('group', 1)} of each; set {name}.source.group to 2 or more, or choose reinforce, lm or sft"
         )
-    given = {"parts": parts, "objective": made_objective, "microbatches": microbatches}
+    given = {"parts": parts, "objective": made_objective, "microbatches": microbatches, "steps": steps}
     made_source = call(SOURCES[kind], section, f"config.{name}.source", **given)
     if made_source.rows % (parts.devices * microbatches):
         raise ValueError(
@@ -331,11 +343,6 @@ def load_tasks(section: dict, **defaults) -> Sequence:
     return tasks.load(name, **section)
 
 
-def endless(items: Sequence, seed: int):
-    """An endless shuffled sequence over this process's share of the items."""
-    return data.shuffled(items, seed=seed, process_index=jax.process_index(), process_count=jax.process_count())
-
-
 def fitting(items: Sequence, prompt: Callable, limit: int, what: str, say: Callable[[str], None]) -> list:
     """The tasks whose prompts have at most `limit` tokens; says how many were dropped, refuses if all were."""
     if not len(items):
@@ -351,10 +358,10 @@ def fitting(items: Sequence, prompt: Callable, limit: int, what: str, say: Calla
     return kept
 
 
-def corpus(*, parts: Parts, objective, microbatches: int, task: dict, rows: int, length: int) -> sources.Source:
+def corpus(*, parts: Parts, objective, microbatches: int, steps: int, task: dict, rows: int, length: int) -> sources.Source:
     """Windows of `length` tokens from the packed stream of a text corpus or of a family's worked solutions."""
     windows = data.token_windows(encode_documents(load_tasks(task, seed=parts.seed), parts, task), length)
-    return sources.corpus(data.batches(endless(windows, parts.seed), rows // jax.process_count()), objective, rows=rows)
+    return sources.corpus(data.batches(data.shuffled(windows, seed=parts.seed), rows), objective, rows=rows)
 
 
 def encode_documents(documents: Sequence, parts: Parts, task: dict) -> list[list[int]]:
@@ -367,13 +374,13 @@ def encode_documents(documents: Sequence, parts: Parts, task: dict) -> list[list
 
 
 def demonstrations(
-    *, parts: Parts, objective, microbatches: int, task: dict, rows: int, max_tokens: int, pack: bool = True
+    *, parts: Parts, objective, microbatches: int, steps: int, task: dict, rows: int, max_tokens: int, pack: bool = True
 ) -> sources.Source:
     """`rows` worked solutions a batch, of at most `max_tokens` tokens, prompt included; longer ones are cut."""
     items = check_solutions(load_tasks(task, seed=parts.seed), task)
     buckets = batching.length_buckets(max_tokens)
     return sources.demonstrations(
-        endless(items, parts.seed),
+        data.shuffled(items, seed=parts.seed),
         parts.format.demonstration,
         objective,
         rows=rows,
@@ -394,18 +401,20 @@ def rollouts(
     parts: Parts,
     objective,
     microbatches: int,
+    steps: int,
     task: dict,
     problems: int,
     group: int,
     temperature: float = 1.0,
     max_tokens: int | None = None,
     reward: str = "verdict",
+    lag: int = 0,
     pack: bool = True,
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> sources.Source:
-    """`group` verified attempts at each of `problems` tasks a step, sampled from the params at hand.
+    """`group` verified attempts at each of `problems` tasks a step, sampled from the params `lag` updates ago.
 
     Words may not be left out by `top_k`, `top_p` or `min_p`: they are here to say why.
     """
@@ -417,6 +426,11 @@ def rollouts(
         )
     if temperature <= 0:
         raise ValueError(f"source.temperature got {temperature}; allowed: above 0 (greedy attempts are all alike)")
+    if lag and objective.on_policy:
+        raise ValueError(
+            f"source.lag got {lag}, but the objective has no importance ratio, so its gradient would be biased; allowed: 0, or "
+            "an objective with a ratio: grpo, dr_grpo, dapo"
+        )
     prompt, roller = parts.format.prompt, parts.roller
     if max_tokens is not None:
         if not 1 <= max_tokens <= roller.max_tokens:
@@ -425,7 +439,7 @@ def rollouts(
     longest_prompt = roller.sampler.length - parts.roller.max_tokens
     items = fitting(load_tasks(task, seed=parts.seed), prompt, longest_prompt, f"task {task['name']!r}", parts.say)
     return sources.rollouts(
-        endless(items, parts.seed),
+        data.shuffled(items, seed=parts.seed),
         prompt,
         make_environment(parts.verifier),
         roller,
@@ -437,6 +451,9 @@ def rollouts(
         reward=reward,
         pack=pack,
         microbatches=microbatches,
+        lag=lag,
+        background=not set(parts.meshes.sample.devices.flat) & set(parts.meshes.learn.devices.flat),
+        steps=steps,
     )
 
 
@@ -504,7 +521,11 @@ def make_evaluate(
         call(held_out_text, section, f"config.evaluate.texts.{name}", name=name, parts=parts)
         for name, section in (texts or {}).items()
     ]
-    token_logp = compile_token_logp(parts.model)
+    mesh = parts.meshes.learn
+    compiled = compile_token_logp(parts.model, mesh=mesh)
+
+    def token_logp(params, batch):
+        return compiled(params, sharding.put_rows(batch, mesh))
 
     def evaluate(params, *, phase: str, step: int, final: bool):
         nll = evaluation.score(token_logp, params, made_texts)

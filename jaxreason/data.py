@@ -1,9 +1,9 @@
-"""Endless, shuffled, sharded sequences over grain: with random access, a position is one integer and resume is exact.
+"""Endless, shuffled sequences over grain: with random access, a position is one integer and resume is exact.
 
 `shuffled` makes a sequence whose item i exists for every i >= 0, and `batches` groups it; nothing is iterated and nothing has
 state, so the state of a source is the index of its next batch. `token_windows` turns documents into rows for language
-modelling. Processes share one global order and take every n-th item of it, so batch i of all processes together is what one
-process would have drawn, whatever their number. Prefetching is left out: 32 rows of 64 tokens take 1.5 to 2.3 ms on a CPU core.
+modelling. All processes of a run read the one order of its seed. Prefetching is left out: 32 rows of 64 tokens take 1.5 to 2.3 ms
+on a CPU core.
 """
 
 from __future__ import annotations
@@ -17,28 +17,23 @@ if TYPE_CHECKING:
     import grain  # takes 1 to 2 s to import, so each function that needs it does so itself
 
 
-def shuffled(
-    items: Sequence[Any], *, seed: int, shuffle: bool = True, process_index: int = 0, process_count: int = 1
-) -> grain.MapDataset:
-    """Return `items` as an endless sequence, in a new order each epoch, or this process's every `process_count`-th of it."""
+def shuffled(items: Sequence[Any], *, seed: int, shuffle: bool = True) -> grain.MapDataset:
+    """Return `items` as an endless sequence, in a new order each epoch."""
     import grain
 
     if len(items) == 0:
         raise ValueError("no items to draw from; allowed: at least 1; check the task's split and its filters")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process {process_index} of {process_count}; allowed: 0 <= process_index < process_count")
     sequence = grain.MapDataset.source(items)
     if shuffle:
         # grain shuffles epoch e with seed + e: unhashed, epoch 1 of seed 0 would be epoch 0 of seed 1, and seeds not independent.
         sequence = sequence.shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
-    # Sharding comes after repeating: before it, shards of unequal length would drift apart and repeat items within an epoch.
-    return sequence.repeat()[process_index::process_count]
+    return sequence.repeat()
 
 
 def batches(items: grain.MapDataset, size: int) -> grain.MapDataset:
     """Return the sequence whose item i is items `i * size` to `(i + 1) * size`: stacked if arrays, else a list."""
     if size < 1:
-        raise ValueError(f"batch size {size}; allowed: at least 1 a process")
+        raise ValueError(f"batch size {size}; allowed: at least 1")
     return items.batch(size, batch_fn=lambda batch: np.stack(batch) if isinstance(batch[0], np.ndarray) else list(batch))
 
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxreason.environment import Environment
 from jaxreason.estimators import wilson
-from jaxreason.rollout import Request, Roller, collect
+from jaxreason.rollout import ALONE, Request, Roller, collect_share, join_shares
 from jaxreason.sampler import ALL, Filter
 from jaxreason.types import Batch, Evaluation, Rollout, Task
 
@@ -48,11 +49,9 @@ def score(token_logp: Callable, params, texts: Sequence[Text]) -> dict[str, floa
     """Mean negative log-likelihood of each text, over the tokens with a weight; `token_logp(params, batch) -> logp_BT`."""
     found = {}
     for text in texts:
-        sums = [
-            (np.sum(np.asarray(token_logp(params, batch)), where=batch.weight_BT != 0), np.count_nonzero(batch.weight_BT))
-            for batch in text.batches
-        ]
-        found[text.name] = -float(sum(s for s, _ in sums)) / sum(n for _, n in sums)
+        # Summed where it lies: a process may not hold all rows.
+        total = sum(float(jnp.sum(token_logp(params, batch))) for batch in text.batches)
+        found[text.name] = -total / sum(np.count_nonzero(batch.weight_BT) for batch in text.batches)
     return found
 
 
@@ -74,13 +73,15 @@ def evaluate(
     The same tasks and the same random keys at every call: two evaluations differ by their params alone.
     """
     evaluations, kept = [], []
-    weights = roller.sampler.prepare(params)
+    with ALONE:
+        weights = roller.sampler.prepare(params)
     for i, suite in enumerate(suites):
         tasks = [suite.tasks[j] for j in range(min(n, len(suite.tasks)))]
         requests = [Request(task, j, 0, prompt(task)) for j, task in enumerate(tasks)]
         for temperature in temperatures:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), EVALUATION), i)
-            rollouts, _ = collect(roller, weights, requests, suite.environment, key=key, temperature=temperature, filter=filter)
+            how = {"key": key, "temperature": temperature, "filter": filter}
+            rollouts, _ = join_shares(collect_share(roller, weights, requests, suite.environment, **how), requests)
             correct = sum(r.verdict.correct for r in rollouts)
             low, high = wilson(correct, len(rollouts))
             accuracy = correct / len(rollouts)

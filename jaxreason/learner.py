@@ -12,6 +12,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxreason import sharding
 from jaxreason.model import Model
@@ -197,7 +199,8 @@ def compile_train_step(model, objective, optimizer, *, microbatches: int = 1, st
     )
     if state_shardings is None:
         return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+    everywhere = NamedSharding(jax.tree.leaves(state_shardings)[0].mesh, P())  # metrics: any process can read them
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, everywhere))
 
 
 def compile_token_logp(model, microbatches: int = 1, mesh=None):
@@ -220,4 +223,4 @@ def compile_token_logp(model, microbatches: int = 1, mesh=None):
         logp_PBT = jax.lax.fori_loop(0, used_parts(parts), score, jnp.zeros(parts.weight_BT.shape, jnp.float32))
         return logp_PBT.swapaxes(0, 1).reshape(batch.tokens_BT.shape)
 
-    return jax.jit(token_logp)
+    return jax.jit(token_logp, out_shardings=None if mesh is None else sharding.rows(mesh))

@@ -2,6 +2,9 @@
 
 Reads flags, checks the config and the folder, builds the run and trains it. A run that was stopped goes on when the same command
 is given again: without `--workdir` its folder is named after the config, its options and a hash of all its fields.
+
+On several hosts the same command runs on each, with a `--workdir` that all of them see. Cloud TPU, Slurm and Open MPI say by
+themselves which process is which; elsewhere `--coordinator_address=HOST:PORT --num_processes=2 --process_id=0` and so on.
 """
 
 from __future__ import annotations
@@ -29,6 +32,13 @@ WORKDIR = flags.DEFINE_string(
 )
 COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache", None, "Folder of compiled programs, for a quick second start. Default: ~/.cache/jaxreason; '' for none."
+)
+
+COORDINATOR_ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, if there are several processes.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+HEARTBEAT_TIMEOUT_S = flags.DEFINE_integer(
+    "heartbeat_timeout_s", 100, "A process that is not heard of for so long is dead, which ends the others.", lower_bound=1
 )
 
 
@@ -73,17 +83,18 @@ def keep_compiled(folder: str | None) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def check_same_config(folder: Path, text: str) -> None:
-    """Raise ValueError if `folder` holds a run of another config."""
+def check_folder(folder: Path, text: str) -> None:
+    """Raise ValueError if `folder` holds a run of another config, or one that is finished."""
     path = folder / "config.json"
-    if not path.is_file():
-        return
-    there, here = flat(json.loads(path.read_text())), flat(json.loads(text))
-    differ = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
-    if differ:
+    there = flat(json.loads(path.read_text())) if path.is_file() else None
+    here = flat(json.loads(text))
+    if there is not None and there != here:
+        differ = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
         shown = "; ".join(f"{key}: {there.get(key, 'absent')} there, {here.get(key, 'absent')} here" for key in differ[:3])
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise ValueError(f"{folder} holds a run of another config ({shown}{more}); choose another --workdir")
+    if is_done(folder):
+        raise ValueError(f"the run in {folder} is finished; choose another --workdir")
 
 
 def flat(tree, prefix: str = "") -> dict:
@@ -140,33 +151,60 @@ def main(argv) -> None:
     if len(argv) > 1:
         fail(ValueError(f"got the words {' '.join(argv[1:])!r}; options of a config follow a colon: configs/tiny.py:smoke"))
     # Here and not above: `--help` and mistyped flags should not wait for jax.
-    from jaxreason.build import build, make_log
-    from jaxreason.checkpoint import check_writable, open_checkpoints
-    from jaxreason.train import Diverged, train
+    import jax
+
+    from jaxreason import processes
 
     keep_compiled(COMPILATION_CACHE.value)
-    text = config_text(CONFIG.value)
-    workdir = Path(WORKDIR.value) if WORKDIR.value else default_workdir(flags.FLAGS["config"].config_filename, text)
     try:
-        check_same_config(workdir, text)
-        if is_done(workdir):
-            raise ValueError(f"the run in {workdir} is finished; choose another --workdir")
-        run = build(CONFIG.value)
-        check_writable(workdir)
-        checkpoints = call(
-            open_checkpoints, CONFIG.value.checkpoint.to_dict(), "config.checkpoint", folder=workdir / "checkpoints"
+        processes.join(
+            coordinator_address=COORDINATOR_ADDRESS.value,
+            num_processes=NUM_PROCESSES.value,
+            process_id=PROCESS_ID.value,
+            heartbeat_timeout_s=HEARTBEAT_TIMEOUT_S.value,
         )
+    except (ValueError, RuntimeError) as error:
+        fail(error)
+    if jax.process_count() == 1:
+        return run(CONFIG.value)
+    try:
+        run(CONFIG.value)
+    except Exception as error:
+        processes.end(error, HEARTBEAT_TIMEOUT_S.value)
+
+
+def run(config) -> None:
+    """Build the run of a config and train it, on this process and all others."""
+    from jaxreason.build import build, make_log
+    from jaxreason.checkpoint import check_writable, open_checkpoints
+    from jaxreason.processes import gather, together, writes
+    from jaxreason.train import Diverged, train
+
+    mine = config_text(config)
+    wanted = WORKDIR.value or default_workdir(flags.FLAGS["config"].config_filename, mine)
+    texts, workdirs = zip(*gather((mine, Path(wanted))), strict=True)
+    text, workdir = texts[0], workdirs[0]
+    try:
+        if differ := [process for process, other in enumerate(texts) if other != text]:
+            raise ValueError(f"process {differ[0]} has another config than process 0; start all with the same command")
+        together(check_folder, workdir, text)
+        made = together(build, config)
+        together(check_writable, workdir)
+        section = config.checkpoint.to_dict()
+        checkpoints = together(call, open_checkpoints, section, "config.checkpoint", folder=workdir / "checkpoints")
     except (ValueError, FileNotFoundError) as error:
         fail(error)
-    (workdir / "config.json").write_text(text)
-    print(f"workdir: {workdir}", flush=True)
+    if writes():
+        (workdir / "config.json").write_text(text)
+        print(f"workdir: {workdir}", flush=True)
     try:
-        train(run, workdir, checkpoints, log_options=make_log(**CONFIG.value.log.to_dict())[1])
+        train(made, workdir, checkpoints, log_options=make_log(**config.log.to_dict())[1])
     except Diverged as error:
         checkpoints.close()
         fail(error)
     checkpoints.close()
-    print(f"written: {workdir / 'summary.json'}, {workdir / 'rollouts.jsonl'}, {workdir / 'metrics.jsonl'}")
+    if writes():
+        print(f"written: {workdir / 'summary.json'}, {workdir / 'rollouts.jsonl'}, {workdir / 'metrics.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -26,13 +26,15 @@ EQUAL_REWARDS = 1e-6
 
 class Objective(NamedTuple):
     """Three pure functions. `needs_reference`: the batch must carry log-probs of a reference policy. `needs_group`: attempts
-    at one problem are compared, so there must be at least two."""
+    at one problem are compared, so there must be at least two. `on_policy`: there is no importance ratio, so the rollouts must
+    be the current policy's."""
 
     advantage: Callable  # reward_PG -> advantage_PG, numpy
     weigh: Callable  # (length_R, advantage_R, limit) -> weight_R of one token, numpy
     token_loss: Callable  # (Outputs, Batch) -> (loss_BT, {name: value_BT})
     needs_reference: bool = False
     needs_group: bool = False
+    on_policy: bool = False
 
 
 # --- advantages: numpy, [P, G] -> [P, G] ---
@@ -180,11 +182,11 @@ def sft():
 
 
 def reinforce_batch():
-    return Objective(centre_batch, per_sequence, reinforce)
+    return Objective(centre_batch, per_sequence, reinforce, on_policy=True)
 
 
 def rloo():
-    return Objective(leave_one_out, per_sequence, reinforce, needs_group=True)
+    return Objective(leave_one_out, per_sequence, reinforce, needs_group=True, on_policy=True)
 
 
 def grpo(clip: float = 0.2):

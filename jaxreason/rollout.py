@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -18,11 +19,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxreason import processes
 from jaxreason.environment import Environment, Turn
 from jaxreason.sampler import ALL, RUNNING, STOPS, Filter, Sampler, Weights, attempt_keys
 from jaxreason.types import Rollout, Task
 
 THREADS = 8  # that environments run in
+# Held while something is sampled: two programs on several devices, started from two threads, could each wait for the other's.
+ALONE = threading.RLock()
 PATIENCE_S = 0.005  # how long a chunk waits for a tool that is about to answer
 
 
@@ -125,7 +129,7 @@ def collect(
       ValueError: a prompt is empty, or longer than the largest bucket.
     """
     check(roller, requests)
-    with ThreadPoolExecutor(THREADS) as threads:
+    with ALONE, ThreadPoolExecutor(THREADS) as threads:
         collection = Collection(roller, weights, requests, environment, threads, key, temperature, filter)
         while collection.goes_on():
             collection.hear()
@@ -133,6 +137,37 @@ def collect(
             collection.compact()
             collection.decode()
     return collection.rollouts, collection.spent()
+
+
+class Share(NamedTuple):
+    """What one process has collected: rollouts by the number of their request, and their cost."""
+
+    rollouts: dict[int, Rollout]
+    spent: Spent
+
+
+def collect_share(roller: Roller, weights: Weights, requests: Sequence[Request], environment: Environment, **how) -> Share:
+    """`collect` this process's part of the requests: all attempts at every n-th problem of n processes. `requests` are all's."""
+    mine = [i for i, r in enumerate(requests) if r.problem % jax.process_count() == jax.process_index()]
+    rollouts, spent = collect(roller, weights, [requests[i] for i in mine], environment, **how)
+    return Share(dict(zip(mine, rollouts, strict=True)), spent)
+
+
+def join_shares(share: Share, requests: Sequence[Request]) -> tuple[list[Rollout], Spent]:
+    """Put the processes' shares together: all rollouts in the order of the requests, and what they cost. All must call it."""
+    bare = {i: dataclasses.replace(r, task=None, prompt=None) for i, r in share.rollouts.items()}  # the requests have these
+    shares = processes.gather(Share(bare, share.spent))
+    found = {i: rollout for share in shares for i, rollout in share.rollouts.items()}
+    prompts = {id(r.prompt): np.asarray(r.prompt, np.int32) for r in requests}
+    rollouts = [dataclasses.replace(found[i], task=r.task, prompt=prompts[id(r.prompt)]) for i, r in enumerate(requests)]
+    spents = [share.spent for share in shares]
+    return rollouts, Spent(
+        sample_s=max(s.sample_s for s in spents),
+        verify_s=max(s.verify_s for s in spents),
+        tokens=sum(s.tokens for s in spents),
+        slot_steps=sum(s.slot_steps for s in spents),
+        prompt_tokens=sum(s.prompt_tokens for s in spents),
+    )
 
 
 def check(roller: Roller, requests: Sequence[Request]) -> None:

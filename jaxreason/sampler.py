@@ -372,7 +372,7 @@ def compile_sampler(
     def prepare(params) -> Weights:
         """Lay params out for sampling, once an update."""
         if mesh is not None:
-            params = jax.device_put(params, sharding.gathered(params, mesh))
+            params = sharding.send(params, mesh)
         params = model.merge(params)
         layout = model.decode_layout(params)
         return Weights(layout if model.config.scan_layers else params, layout)

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import math
 import re
+from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from jaxreason.options import call
 
 # First match wins; matched against the path of a leaf, so optimizer moments follow their parameter. One entry an axis.
 RULES = (
@@ -43,6 +47,46 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -
     sizes = {axis: len(devices) // known if n == -1 else n for axis, n in sizes.items()}
     count = math.prod(sizes.values())
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices[:count], axis_types=(AxisType.Auto,) * len(sizes))
+
+
+class Meshes(NamedTuple):
+    """Where the learner runs, on all processes together, and where this process samples: the same where it can be."""
+
+    learn: Mesh
+    sample: Mesh
+
+
+def make_meshes(mesh: dict, *, sampling_devices: int = 0, sampling_tensor: int | None = None) -> Meshes:
+    """Make the mesh of the learner, of these axes, and that of sampling.
+
+    Each process keeps the last `sampling_devices` of its own for sampling alone; with 0 it samples on those that it learns on.
+    `sampling_tensor` of them share heads and vocabulary; None: as many as in the learner's mesh.
+
+    Raises:
+      ValueError: numbers of devices that do not fit.
+    """
+    by_process = [[d for d in jax.devices() if d.process_index == p] for p in range(jax.process_count())]
+    fewest = min(map(len, by_process))
+    if not 0 <= sampling_devices < fewest:
+        raise ValueError(
+            f"sampling_devices got {sampling_devices}; allowed: 0, or fewer than the {fewest} devices of a process, so that some "
+            "are left to learn on"
+        )
+    learners = [d for devices in by_process for d in devices[: len(devices) - sampling_devices]]
+    learn = call(make_mesh, mesh, "config.sharding.mesh", devices=learners)
+    tensor = sampling_tensor or learn.shape["tensor"]
+    if not sampling_devices and len(by_process) == 1 and tensor == learn.shape["tensor"]:
+        return Meshes(learn, learn)
+    mine = by_process[jax.process_index()]
+    kept = mine[len(mine) - sampling_devices :] if sampling_devices else [d for d in learn.devices.flat if d in mine]
+    if not kept:
+        raise ValueError(f"mesh got {dict(learn.shape)}, which leaves process {jax.process_index()} without a device")
+    if len(kept) % tensor:
+        raise ValueError(
+            f"sampling on {len(kept)} devices of each process got tensor={tensor}, which does not divide them; choose "
+            "sampling_tensor or the mesh's tensor so that it does"
+        )
+    return Meshes(learn, make_mesh(data=len(kept) // tensor, tensor=tensor, devices=kept))
 
 
 def shardings(tree, mesh: Mesh):
@@ -84,6 +128,29 @@ def gathered(tree, mesh: Mesh):
     return jax.tree.map(without, shardings(tree, mesh))
 
 
+def send(params, mesh: Mesh):
+    """Lay params out for sampling on `mesh`, which may be of other devices than they are on, and of this process alone."""
+    wanted = gathered(params, mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(params, wanted)
+    # A process can only read what its own devices hold: so first the params are gathered on them, by all processes together.
+    home = jax.tree.leaves(params)[0].sharding.mesh
+    whole = gathered(params, home) if home.shape["tensor"] == mesh.shape["tensor"] else NamedSharding(home, P())
+    return jax.tree.map(localise, jax.device_put(params, whole), wanted)
+
+
+def localise(x: jax.Array, wanted: NamedSharding) -> jax.Array:
+    """Make an array of this process's devices from the parts of `x` that they hold, each of them one that is wanted, or all."""
+    held = {tuple(s.indices(n) for s, n in zip(shard.index, x.shape)): shard.data for shard in x.addressable_shards}
+    parts = []
+    for device, index in wanted.addressable_devices_indices_map(x.shape).items():
+        index = tuple(s.indices(n) for s, n in zip(index, x.shape))
+        whole = tuple((0, n, 1) for n in x.shape)
+        part = held[index] if index in held else held[whole][tuple(slice(*s) for s in index)]
+        parts.append(jax.device_put(part, device))
+    return jax.make_array_from_single_device_arrays(x.shape, wanted, parts)
+
+
 def rows(mesh: Mesh) -> NamedSharding:
     """The sharding of axis 0 of batches and slots."""
     return NamedSharding(mesh, ROWS)
@@ -95,6 +162,6 @@ def row_devices(mesh: Mesh) -> int:
 
 
 def put_rows(tree, mesh: Mesh):
-    """Make global arrays from this process's rows (all processes give the same number)."""
+    """Make arrays that are split by rows from whole ones, which every process has; its devices take their rows."""
     sharding = rows(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda index: x[index]), tree)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxreason import metrics as m
-from jaxreason import sharding
+from jaxreason import processes, sharding
 from jaxreason.checkpoint import Checkpoints
 from jaxreason.evaluate import Result
 from jaxreason.learner import compile_token_logp, compile_train_step, split_frozen
@@ -81,7 +81,7 @@ class History:
 
     def summarise(self, step: int, done: bool) -> dict:
         summary = {"done": done, "steps": step, **self.host(), **self.description}
-        m.write_summary(self.path, summary, write=jax.process_index() == 0)
+        m.write_summary(self.path, summary, write=processes.writes())
         return summary
 
 
@@ -91,9 +91,10 @@ def train(run: Run, workdir: str | os.PathLike, checkpoints: Checkpoints, *, log
     latest = checkpoints.latest()
     saved = None if latest is None else checkpoints.peek(latest)
     history = History(workdir, run.description, saved)
-    m.truncate(workdir / "rollouts.jsonl", -1 if saved is None else latest)
+    writes = processes.writes()
+    if writes:
+        m.truncate(workdir / "rollouts.jsonl", -1 if saved is None else latest)
     total_steps = sum(phase.steps for phase in run.phases)
-    writes = jax.process_index() == 0
     log = m.open_log(
         workdir, total_steps=total_steps, resume_step=-1 if saved is None else latest, write=writes, **(log_options or {})
     )
@@ -123,6 +124,7 @@ def train_phase(
     before = sum(earlier.steps for earlier in run.phases[:index])  # global step at which the phase starts
     key = jax.random.fold_in(jax.random.key(run.seed), index)
     needs_reference = phase.objective.needs_reference
+    writes = processes.writes()
     abstract = jax.eval_shape(lambda: new_state(run.model.init(key), phase.optimizer))
     placed = sharding.shardings(abstract, run.mesh)
     reference = None
@@ -145,7 +147,7 @@ def train_phase(
 
     for step in range(start + 1, phase.steps + 1):
         started_s = time.perf_counter()
-        source_state, drawn = phase.source.next(source_state, state.params, jax.random.fold_in(key, step))
+        source_state, drawn = phase.source.next(source_state, state.params, key)
         batch = sharding.put_rows(drawn.batch, run.mesh)
         if needs_reference:
             batch = dataclasses.replace(batch, reference_logp_BT=reference_logp(reference, batch))
@@ -162,9 +164,7 @@ def train_phase(
         times = {"time/learn_s": (ended_s - learn_started_s, 1.0), "time/step_s": (ended_s - started_s, 1.0)}
         waiting.append(name_learned(learned, sampled=phase.source.samples) | drawn.metrics | times)
         kept = drawn.rollouts[: run.rollouts_kept]
-        m.write_rollouts(
-            workdir / "rollouts.jsonl", kept, before + step, phase.name, decode=run.decode, write=jax.process_index() == 0
-        )
+        m.write_rollouts(workdir / "rollouts.jsonl", kept, before + step, phase.name, decode=run.decode, write=writes)
 
         last = step == phase.steps
         save_now = last or checkpoints.due(before + step)
@@ -174,7 +174,7 @@ def train_phase(
         if evaluate_now:
             evaluate(run, log, history, state.params, phase.name, before + step, final=last)
         if save_now:
-            host = {"phase": index, "phase_step": step, "source": source_state, **history.host()}
+            host = {"phase": index, "phase_step": step, "source": phase.source.save(source_state), **history.host()}
             checkpoints.save(before + step, state, host, reference)
     return state.params
 

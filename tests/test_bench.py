@@ -209,7 +209,10 @@ def test_choices_of_the_cache_are_measured():
         (["sampler"], "needed: --config=FILE"),
         (["sampler", *TINY, "--model=widht=3"], "unknown field of config.model 'widht'"),
         (["sampler", *TINY, "--questions=/nowhere.jsonl"], "/nowhere.jsonl"),
-        (["learner", *TINY, "--microbatches=4", "--config.sharding.mesh.data=1"], "6 rollouts do not divide over 4 micro-batches"),
+        (
+            ["learner", *TINY, "--microbatches=4", "--config.sharding.mesh.data=1"],
+            "6 rollouts do not divide over 4 micro-batches",
+        ),
         (["lookup", "--config=configs/tiny.py:smoke"], "--rollouts=FILE"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Endless sequences: every position is reachable at random, epochs cover all items, processes share one order."""
+"""Endless sequences: every position is reachable at random, epochs cover all items."""
 
 import numpy as np
 import pytest
@@ -37,20 +37,6 @@ def test_seeds_are_independent():
     assert take(a, 0, 9) == take(data.shuffled(list(range(9)), seed=0), 0, 9)
 
 
-@pytest.mark.parametrize("items", [10, 12])  # 10 is not divisible by the number of processes
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_processes_together_draw_what_one_would(items, shuffle):
-    def batches(size, **process):
-        return data.batches(data.shuffled(list(range(items)), seed=5, shuffle=shuffle, **process), size)
-
-    one = batches(8)
-    four = [batches(2, process_index=p, process_count=4) for p in range(4)]
-    for i in range(10):
-        assert sorted(item for process in four for item in process[i]) == sorted(one[i])
-    epoch = [four[p][i][j] for i in range(items // 8 + 1) for j in range(2) for p in range(4)][:items]
-    assert sorted(epoch) == list(range(items))  # disjoint, and all of them
-
-
 def test_batches_stack_arrays_and_list_the_rest():
     rows = np.arange(12, dtype=np.int32).reshape(6, 2)
     batch = data.batches(data.shuffled(rows, seed=0, shuffle=False), 3)[1]
@@ -84,7 +70,6 @@ def test_token_windows():
     ("make", "message"),
     [
         (lambda: data.shuffled([], seed=0), "no items"),
-        (lambda: data.shuffled([1], seed=0, process_index=2, process_count=2), "process 2 of 2"),
         (lambda: data.batches(data.shuffled([1], seed=0), 0), "batch size 0"),
     ],
 )

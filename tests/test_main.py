@@ -97,7 +97,10 @@ def changed(changes):
         ({"model.attention": "splash"}, r"attention='splash' got devices of platform 'cpu'; allowed: 'tpu'"),
         ({"sharding.mesh.data": 3}, r"mesh got"),
         ({"sharding.mesh.fsdp": 16}, r"mesh got"),
-        ({"sharding.mesh.tensor": 8, "sharding.mesh.data": 1}, r"attention/k/kernel has size \d in axis 2, which does not divide over tensor=8"),
+        (
+            {"sharding.mesh.tensor": 8, "sharding.mesh.data": 1},
+            r"attention/k/kernel has size \d in axis 2, which does not divide over tensor=8",
+        ),
     ],
 )
 def test_a_bad_config_is_one_line(changes, message):

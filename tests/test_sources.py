@@ -1,6 +1,8 @@
 """Sources: the same state, params and key draw the same batch; what each draws, and what it says of it."""
 
 import collections
+import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -218,3 +220,52 @@ def test_random_rewards_are_as_many_and_for_nothing(roller, params):
 def test_an_unknown_reward_is_refused(roller):
     with pytest.raises(ValueError, match=r"unknown reward 'randm' \(did you mean 'random'\?\); one of: random, verdict"):
         make_rollouts(roller, reward="randm")
+
+
+# --- sampling ahead ---
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_a_batch_is_of_the_params_of_lag_updates_ago(roller, params, lag, background):
+    versions, prepared = [t.biased(params, a=0.4 * update) for update in range(6)], []
+
+    def prepare(params):
+        prepared.append(next(i for i, version in enumerate(versions) if version is params))
+        return roller.sampler.prepare(params)
+
+    watched = roller._replace(sampler=roller.sampler._replace(prepare=prepare))
+    source, key = make_rollouts(watched, lag=lag, background=background, steps=6), jax.random.key(1)
+    state = source.init()
+    for update in range(6):
+        state, drawn = source.next(state, versions[update], key)
+        older = versions[max(0, update - lag)]
+        _, expected = make_rollouts(roller).next({"position": update * PROBLEMS}, older, key)
+        assert [r.problem for r in drawn.rollouts] == [r.problem for r in expected.rollouts]
+        assert_equal(drawn.batch, expected.batch)
+    assert prepared == list(range(6 - lag))  # nothing is sampled for a step after the last
+    assert state == {"position": 6 * PROBLEMS} | ({"ahead": []} if lag else {})
+
+
+@pytest.mark.parametrize("untempered", [False, True])
+def test_what_was_sampled_ahead_is_saved_bit_for_bit(params, untempered):
+    roller = t.make_roller(t.make_model()[0], untempered_logp=untempered)
+    source, key = make_rollouts(roller, lag=2, background=True), jax.random.key(1)
+    state, _ = source.next(source.init(), params, key)
+    saved = json.loads(json.dumps(source.save(state)))
+    assert saved["position"] == PROBLEMS
+    assert len(saved["ahead"]) == 2
+    other = t.biased(params, a=3.0)
+    for now, again in zip(range(3), (source, make_rollouts(roller, lag=2)), strict=False):
+        (state, first), (saved, second) = source.next(state, other, key), again.next(saved, other, key)
+        for a, b in zip(first.rollouts, second.rollouts, strict=True):
+            for field in dataclasses.fields(a):
+                left, right = getattr(a, field.name), getattr(b, field.name)
+                np.testing.assert_array_equal(left, right, err_msg=f"{field.name}, {now}")
+                assert getattr(left, "dtype", None) == getattr(right, "dtype", None)
+        assert_equal(first.batch, second.batch)
+
+
+def test_a_negative_lag_is_refused(roller):
+    with pytest.raises(ValueError, match=r"source.lag got -1; allowed: 0 or more updates"):
+        make_rollouts(roller, lag=-1)

@@ -48,9 +48,17 @@ def params_of(workdir):
     step = made.latest()
     import orbax.checkpoint as ocp
 
-    tree = ocp.PyTreeCheckpointer().restore(workdir / "checkpoints" / str(step) / "state")
+    reader, state = ocp.PyTreeCheckpointer(), workdir / "checkpoints" / str(step) / "state"
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(state).item_metadata.tree)
+    tree = reader.restore(state, restore_args=as_numpy)  # whatever devices it was saved from
     made.close()
     return step, tree
+
+
+def maths(workdir) -> list[dict]:
+    """The lines of metrics, without times."""
+    lines = read_lines(workdir / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not k.startswith(("time", "perf"))} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +84,34 @@ def test_cut_off_and_started_again_is_uninterrupted(tmp_path, monkeypatch, whole
     jax.tree.map(np.testing.assert_array_equal, params, whole_params)
     assert read_lines(tmp_path / "rollouts.jsonl") == read_lines(workdir / "rollouts.jsonl")
 
-    def maths(line):
-        return {k: v for k, v in line.items() if not k.startswith(("time", "perf"))}
+    assert maths(tmp_path) == maths(workdir)
+    assert lines_when_killed <= len(maths(tmp_path))
 
-    lines, whole_lines = ([maths(line) for line in read_lines(d / "metrics.jsonl")] for d in (tmp_path, workdir))
-    assert lines == whole_lines
-    assert lines_when_killed <= len(lines)
+
+def test_sampling_one_step_ahead_on_devices_of_its_own_is_sampling_in_place(tmp_path, monkeypatch):
+    """The same lag gives the same run, bit for bit, wherever it samples, and cut off with a batch ahead and started again."""
+    lagged = FEW | {"rl.objective.name": "dapo", "rl.source.lag": 1, "prior.steps": 2, "rl.steps": 5, "rl.source.problems": 8}
+    places = {
+        "in place": {"sharding.mesh.data": 4},
+        "apart": {"sharding.mesh.data": -1, "sharding.sampling_devices": 4},
+        "no lag": {"sharding.mesh.data": 4, "rl.source.lag": 0},
+    }
+    for name, place in places.items():
+        config = load_config("tiny", "smoke", **lagged | place)
+        config.evaluate.suites = {"chain": config.evaluate.suites.chain}
+        if name == "apart":
+            with monkeypatch.context() as patch:
+                killed_after(patch, saves=2)
+                with pytest.raises(Killed):
+                    run_config(config, tmp_path / name)
+        run_config(config, tmp_path / name)
+    here, apart, fresh = (tmp_path / name for name in places)
+    jax.tree.map(np.testing.assert_array_equal, params_of(apart)[1], params_of(here)[1])
+    assert read_lines(apart / "rollouts.jsonl") == read_lines(here / "rollouts.jsonl")
+    assert maths(apart) == maths(here)
+    gaps = [[line["rollout/logp_gap"] for line in maths(d) if "rollout/logp_gap" in line] for d in (here, fresh)]
+    assert max(gaps[1]) < 1e-5 > gaps[0][0]  # on-policy, as the first batch of a phase is
+    assert min(gaps[0][1:]) > 2e-5  # one update stale, the first of them at a fraction of the learning rate
 
 
 def test_a_finished_run_keeps_its_files_in_order(whole):

@@ -1,0 +1,217 @@
+"""Several processes on this machine: they do what one does, agree before they start, and end together.
+
+Injected: another number of processes, config or flag, an input that only one of them cannot read, a bug in one, and the death of
+either. Nobody hangs, and who it was is said.
+"""
+
+import json
+import os
+import re
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from runs import read_lines, run_config
+from test_train import params_of
+
+from jaxreason import processes
+
+ROOT = Path(__file__).parent.parent
+HEARTBEAT_S = 10
+# All three sources, a reference policy, and text and tasks held out.
+CONFIG = """
+import runpy
+
+def get_config(arg=""):
+    config = runpy.run_path("configs/tiny.py")["get_config"]("smoke")
+    config.sharding.mesh = {"data": 4, "fsdp": 2, "tensor": 1}
+    config.phases = ("prior", "sft", "rl")
+    config.prior.steps = 20
+    task = config.prior.source.task.to_dict()
+    source = {"name": "demonstrations", "task": task, "rows": 16, "max_tokens": 48}
+    config.sft = {"source": source, "objective": {"name": "sft"}, "optimizer": {"lr": 1e-3}, "steps": 3, "microbatches": 2}
+    config.rl.objective = {"name": "dapo", "kl_coefficient": 0.1, "entropy_coefficient": 0.01}
+    config.rl.source.problems, config.rl.steps = 8, 3
+    for phase in config.phases:
+        config[phase].optimizer.eps = 1e-4  # else Adam makes whole steps of gradients that are rounding
+    config.evaluate.texts = {"solutions": {"task": task, "length": 32, "rows": 16}}
+    return config
+"""
+
+
+def start(command: list[str], count: int, devices: int) -> list[subprocess.Popen]:
+    """Start processes with some virtual CPU devices each; every word of the command may hold {port}, {count} and {process}."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    return [
+        subprocess.Popen(
+            [sys.executable, *(word.format(port=port, count=count, process=process) for word in command)],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(count)
+    ]
+
+
+def finish(started: list[subprocess.Popen], timeout_s: float = 300) -> list[tuple[int, str, str]]:
+    """Wait for all; return what each ended with, and wrote."""
+    try:
+        return [(*process.communicate(timeout=timeout_s), process.returncode)[::-1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def train_command(config: str, workdir: Path, *more: str) -> list[str]:
+    joined = ["--coordinator_address=localhost:{port}", "--num_processes={count}", "--process_id={process}"]
+    run = [f"--config={config}", f"--workdir={workdir}", f"--heartbeat_timeout_s={HEARTBEAT_S}"]
+    return ["-m", "jaxreason.main", *run, *joined, *more]
+
+
+def test_two_processes_train_as_one(tmp_path):
+    path = tmp_path / "all.py"
+    path.write_text(CONFIG)
+    started = start(train_command(str(path), tmp_path / "two"), 2, 4)
+    run_config(runpy.run_path(str(path))["get_config"](), tmp_path / "one")
+    for code, stderr, _ in finish(started):
+        assert code == 0, stderr
+    (step, params), (_, expected) = params_of(tmp_path / "two"), params_of(tmp_path / "one")
+    assert step == 26
+    # Sums over devices are taken in another order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params["params"], expected["params"])
+    two, one = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("two", "one"))
+    assert two["evaluations"] == one["evaluations"]
+    assert [loss["nll"] for loss in two["losses"]] == pytest.approx([loss["nll"] for loss in one["losses"]], rel=1e-5)
+    two_lines, one_lines = (read_lines(tmp_path / name / "rollouts.jsonl") for name in ("two", "one"))
+    assert len(two_lines) == 3 * 16  # of each step so many are kept
+    for a, b in zip(two_lines, one_lines, strict=True):
+        assert {k: v for k, v in a.items() if k != "logp_sum"} == {k: v for k, v in b.items() if k != "logp_sum"}
+
+
+SAY = """
+import sys, numpy as np
+from jaxreason import processes
+index = int(sys.argv[1])
+processes.join(coordinator_address=sys.argv[2], num_processes=int(sys.argv[3]), process_id=index, heartbeat_timeout_s=10)
+import jax
+"""
+
+
+def script(body: str) -> list[str]:
+    return ["-c", (SAY + body).replace("{", "{{").replace("}", "}}"), "{process}", "localhost:{port}", "{count}"]
+
+
+def test_what_each_gives_all_get():
+    body = """
+sizes = [0, 3_000_000, 2**20 - 200][index]
+for round in range(2):
+    told = processes.gather((index, round, np.full(sizes, index, np.uint8), {"text": "x" * index}))
+    assert [t[:2] for t in told] == [(p, round) for p in range(3)]
+    assert [len(t[2]) for t in told] == [0, 3_000_000, 2**20 - 200]
+    assert all((t[2] == p).all() and t[3] == {"text": "x" * p} for p, t in enumerate(told))
+
+def read():
+    if index == 1:
+        raise FileNotFoundError("no such file: here.json")
+    return 7
+
+try:
+    processes.together(read)
+except (ValueError, FileNotFoundError) as error:
+    print(type(error).__name__, error)
+assert processes.together(lambda: 7) == 7
+print("writes", processes.writes())
+"""
+    found = finish(start(script(body), 3, 1))
+    assert [code for code, _, _ in found] == [0, 0, 0], found
+    lines = [stdout.splitlines()[-2:] for _, _, stdout in found]
+    assert lines[0] == ["ValueError process 1: no such file: here.json", "writes True"]
+    assert lines[1] == ["FileNotFoundError no such file: here.json", "writes False"]
+    assert lines[2] == ["ValueError process 1: no such file: here.json", "writes False"]
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_process_that_is_killed_ends_the_others(tmp_path, dies):
+    started = start(
+        train_command("configs/tiny.py:smoke", tmp_path, "--config.prior.steps=100000", "--config.prior.log_every=1"), 2, 2
+    )
+    log = tmp_path / "metrics.jsonl"
+    deadline_s = time.time() + 240
+    while not (log.is_file() and len(log.read_text().splitlines()) > 5):
+        assert time.time() < deadline_s
+        assert all(process.poll() is None for process in started), finish(started)
+        time.sleep(0.2)
+    started[dies].send_signal(signal.SIGKILL)
+    killed_s = time.time()
+    found = finish(started, timeout_s=HEARTBEAT_S + 60)
+    assert time.time() - killed_s < HEARTBEAT_S + 45
+    code, stderr, _ = found[1 - dies]
+    assert code != 0
+    # These are jax's words: process 0, to which all others report, is the leader.
+    named = r"leader task was preempted/died" if dies == 0 else r"tasks are unhealthy \(stopped sending heartbeats\):\s+1\s"
+    assert re.search(named, stderr), stderr
+
+
+def test_a_bug_in_one_process_ends_all_and_is_shown():
+    body = """
+if index == 1:
+    processes.end(KeyError("a bug"), 10)
+try:
+    processes.gather("waiting")
+except Exception as error:
+    processes.end(error, 10)
+"""
+    found = finish(start(script(body), 2, 1), timeout_s=60)
+    assert all(code != 0 for code, _, _ in found)
+    assert "error: process 1 of 2 ends, and with it the others: KeyError: 'a bug'" in found[1][1]
+
+
+def test_another_config_on_one_process_is_refused(tmp_path):
+    started = start(train_command("configs/tiny.py:smoke", tmp_path, "--config.seed={process}"), 2, 2)
+    for code, stderr, _ in finish(started):
+        assert code == 1
+        assert "error: process 1 has another config than process 0; start all with the same command" in stderr
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_processes": 2}, "several processes need --coordinator_address and --process_id too"),
+        ({"num_processes": 2, "process_id": 2, "coordinator_address": "here:1"}, "process 2 of 2; allowed"),
+        ({"num_processes": 2, "process_id": 0, "coordinator_address": "here"}, "allowed: host:port"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        processes.join(**{"coordinator_address": None, "num_processes": None, "process_id": None} | given)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        ({"SLURM_STEP_NODELIST": "a[1-2]", "SLURM_NTASKS": "2"}, True),
+        ({"SLURM_STEP_NODELIST": "a1", "SLURM_NTASKS": "1"}, False),
+        ({"SLURM_NTASKS": "2"}, False),  # in an allocation, but not started by srun
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
+    ],
+)
+def test_clusters_are_seen_in_the_environment(monkeypatch, environment, expected):
+    for name in ("SLURM_STEP_NODELIST", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert processes.in_cluster() is expected
