@@ -6,16 +6,19 @@ refused by name. Everything that can be wrong with a config is found here, befor
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.metadata
 import inspect
 import json
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
-from jaxreason import batching, data, rollout, sharding, sources, tasks, text, verify
+from jaxreason import __version__, batching, data, rollout, sharding, sources, tasks, text, verify
 from jaxreason import evaluate as evaluation
 from jaxreason import objectives as objectives_
 from jaxreason import optimizer as optimizer_
@@ -105,8 +108,24 @@ def build(config, *, say: Callable[[str], None] = print) -> Run:
         seed=config["seed"],
         decode=lambda ids: tokenizer.decode([int(i) for i in ids]),
         rollouts_kept=kept,
+        provenance={"config": json.loads(json.dumps(config, default=list)), **versions()},
         description={"config": config, "parameters": model_config.count_parameters(shape)},
     )
+
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+
+
+def versions() -> dict:
+    """Versions of what decides the numbers, and the git revision of this code if it is in a repository."""
+    revision = None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        revision = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES} | {"jaxreason": __version__},
+        "revision": revision,
+    }
 
 
 # --- model and text ---

@@ -8,18 +8,32 @@ Over orbax's `CheckpointManager`: its v1 API is still under `experimental`. Savi
 arrays are copied (donating them to the next step is safe), and a directory gets its name only when complete, so a killed save
 leaves nothing that `latest` would see. With Adam, 150,000 parameters take 10 to 50 ms to copy and 50 to 100 more to write, on
 a CPU. Random keys are saved as plain uint32 data. What goes into `host` is left to the loop.
+
+Beside the arrays stands a fingerprint of each, made on the devices before saving and compared after restoring: what comes back is
+what was there, bit for bit, on whatever mesh, or the checkpoint is `Damaged` and says which array is.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import tempfile
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from jaxreason import processes
+
+
+class Damaged(Exception):
+    """A checkpoint can't be read, or is not what was saved."""
 
 
 class Checkpoints(NamedTuple):
@@ -27,33 +41,56 @@ class Checkpoints(NamedTuple):
 
     due: Callable[[int], bool]  # (step): is a checkpoint to be saved after this many steps?
     save: Callable[..., None]  # (step, state, host, reference=None): copies, then writes in the background
+    failure: Callable[[], str | None]  # why the last save failed, if it has; said once
+    steps: Callable[[], list[int]]  # of the complete checkpoints, the newest first
     latest: Callable[[], int | None]  # step of the newest complete checkpoint
+    set_aside: Callable[[int], None]  # (step): rename a damaged one, so that it is no longer among the steps
     peek: Callable[[int], dict[str, Any]]  # (step) -> host
     restore: Callable[[int, Any], tuple[Any, dict[str, Any]]]  # (step, abstract_state) -> (state, host)
     restore_params: Callable[[int, Any], Any]  # (step, abstract_params) -> `params` of the state, and nothing else of it
     restore_reference: Callable[[int, Any], Any]  # (step, abstract_params) -> reference params
-    wait: Callable[[], None]  # until all saves are complete; raises what a save in the background raised
+    wait: Callable[[], None]  # until all saves are complete, or have failed
     close: Callable[[], None]  # waits too
 
 
-def open_checkpoints(folder: str | os.PathLike, *, keep: int = 2, every_steps: int = 100, read_only: bool = False) -> Checkpoints:
+def open_checkpoints(
+    folder: str | os.PathLike,
+    *,
+    keep: int = 2,
+    every_steps: int = 100,
+    keep_every_steps: int | None = None,
+    keep_best: str | None = None,
+    read_only: bool = False,
+) -> Checkpoints:
     """Open the checkpoints in `folder`, of which the newest `keep` stay.
+
+    So do those of every `keep_every_steps`-th step, and the one whose `keep_best` is highest: the name of a suite, of which
+    the last evaluation at the first temperature counts.
 
     Opening to write removes what a killed save left behind, so one process (or one SPMD program) at a time may do so; `read_only`
     is for everybody else. All processes of a run must call `save`, `restore...` and `wait` together.
 
+    A save that fails, for want of space or of rights, is told by `failure` and ends nothing: the next one is tried.
+
     Raises:
       ValueError: a `keep` or `every_steps` below 1, a folder that can't be written, or (from `restore...`) a tree that does not
         fit the one saved.
+      Damaged: from `peek` and `restore...`.
     """
-    if keep < 1 or every_steps < 1:
-        raise ValueError(f"keep={keep}, every_steps={every_steps}; allowed: at least 1 of each")
+    if keep < 1 or every_steps < 1 or (keep_every_steps is not None and keep_every_steps < 1):
+        raise ValueError(f"keep={keep}, every_steps={every_steps}, {keep_every_steps=}; allowed: at least 1 of each")
     folder = _absolute(folder)
     if not read_only:
         check_writable(folder)
     elif "://" not in folder and not os.path.isdir(folder):
         raise ValueError(f"no checkpoints at {folder}; give the folder `checkpoints` of a run")
     ocp = _import_orbax()
+    policy = ocp.checkpoint_managers.preservation_policy
+    kept = [policy.LatestN(n=keep)]
+    if keep_every_steps is not None:
+        kept.append(policy.EveryNSteps(keep_every_steps))
+    if keep_best is not None:
+        kept.append(policy.BestN(get_metric_fn=lambda metrics: metrics["best"], n=1, keep_checkpoints_without_metrics=False))
     manager = ocp.CheckpointManager(
         folder,
         item_handlers={
@@ -65,44 +102,143 @@ def open_checkpoints(folder: str | os.PathLike, *, keep: int = 2, every_steps: i
         options=ocp.CheckpointManagerOptions(
             create=not read_only,
             cleanup_tmp_directories=not read_only,
-            preservation_policy=ocp.checkpoint_managers.preservation_policy.LatestN(n=keep),
+            preservation_policy=policy.AnyPreservationPolicy(kept),
         ),
     )
+
+    failures: list[str] = []
+
+    def attempt(step: int, function: Callable) -> None:
+        try:
+            function()
+        except (OSError, ValueError) as error:  # tensorstore says ValueError of what the file system refuses
+            failures.append(f"the save of step {step} failed: {first_line(error)}; the newest checkpoint is of step {latest()}")
 
     def save(step: int, state: Any, host: dict[str, Any], reference: Any = None) -> None:
         if read_only:
             raise ValueError(f"the checkpoints at {folder} are open read_only; open them to write")
         # Through JSON and back: what can't be written fails here, and what the loop changes later stays out of the checkpoint.
-        items = {"state": ocp.args.PyTreeSave(state), "host": ocp.args.JsonSave(json.loads(json.dumps(host)))}
-        if reference is not None:
-            items["reference"] = ocp.args.PyTreeSave(reference)
+        host = json.loads(json.dumps(host))
+        trees = {"state": state} | ({} if reference is None else {"reference": reference})
+        marks = {name: fingerprints(tree) for name, tree in trees.items()}
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
+        items["host"] = ocp.args.JsonSave({"host": host, "fingerprints": marks, "crc32": checksum(host, marks)})
+        metrics = None if keep_best is None else {"best": score(host, keep_best)}
+        wait()  # for the save before this one, whose failure is not this one's
         # Without `force` orbax skips a step that is not newer than the last one, silently.
-        manager.save(step, args=ocp.args.Composite(**items), force=True)
+        attempt(step, lambda: manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True))
+
+    def wait() -> None:
+        attempt(max(manager.all_steps(), default=0), manager.wait_until_finished)
+
+    def latest() -> int | None:
+        return manager.latest_step()
+
+    def damaged(step: int, what: object) -> Damaged:
+        return Damaged(f"the checkpoint of step {step} at {folder} is damaged: {what}")
+
+    def read(step: int, **items) -> Any:
+        try:
+            return manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            raise damaged(step, first_line(error)) from None
+
+    def read_host(step: int) -> dict:
+        found = read(step, host=ocp.args.JsonRestore())["host"]
+        if checksum(found.get("host"), found.get("fingerprints")) != found.get("crc32"):
+            raise damaged(step, "host/metadata is not what was saved")
+        return found
 
     def restore_item(step: int, item: str, abstract: Any, partial: bool = False) -> Any:
-        metadata = manager.item_metadata(step)
-        if item not in metadata or metadata[item] is None:
+        try:
+            metadata = manager.item_metadata(step)
+            missing = item not in metadata or metadata[item] is None
+            saved = None if missing else _leaves(ocp.tree.to_flat_dict(metadata[item].tree), partial)
+        except Exception as error:
+            raise damaged(step, first_line(error)) from None
+        if missing:
             raise ValueError(f"the checkpoint of step {step} at {folder} has no {item}")
-        saved, wanted = (_leaves(ocp.tree.to_flat_dict(tree), partial) for tree in (metadata[item].tree, abstract))
-        _check_fit(f"{item} at step {step} of {folder}", saved, wanted)
+        _check_fit(f"{item} at step {step} of {folder}", saved, _leaves(ocp.tree.to_flat_dict(abstract), partial))
+        marks = read_host(step)["fingerprints"][item]
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial)
-        return manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+        tree = read(step, **{item: args})[item]
+        for path, mark in fingerprints(tree).items():
+            cast = mark.split()[0] != marks[path].split()[0]
+            if mark != marks[path] and not cast:
+                raise damaged(step, f"{item}.{path} is not what was saved")
+        return tree
 
-    def peek(step: int) -> dict[str, Any]:
-        return manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))["host"]
+    def set_aside(step: int) -> None:
+        if processes.writes():
+            Path(folder, str(step)).rename(Path(folder, f"{step}.damaged"))
+        processes.gather(None)  # until it is done
+        manager.reload()
 
     return Checkpoints(
         due=lambda step: step % every_steps == 0,
         save=save,
-        latest=manager.latest_step,
-        peek=peek,
-        restore=lambda step, abstract_state: (restore_item(step, "state", abstract_state), peek(step)),
+        failure=lambda: failures.pop(0) if failures else None,
+        steps=lambda: sorted(manager.all_steps(), reverse=True),
+        latest=latest,
+        set_aside=set_aside,
+        peek=lambda step: read_host(step)["host"],
+        restore=lambda step, abstract_state: (restore_item(step, "state", abstract_state), read_host(step)["host"]),
         restore_params=lambda step, abstract: restore_item(step, "state", {"params": abstract}, partial=True)["params"],
         restore_reference=lambda step, abstract: restore_item(step, "reference", abstract),
-        wait=manager.wait_until_finished,
+        wait=wait,
         close=manager.close,
     )
+
+
+def score(host: dict, suite: str) -> float:
+    """The accuracy of the last evaluation of a suite at its first temperature; -inf if there was none."""
+    found = [e for e in host.get("evaluations", ()) if e["suite"] == suite]
+    last = [e for e in found if e["step"] == found[-1]["step"]]
+    return last[0]["accuracy"] if last else -math.inf
+
+
+# --- is it what was saved? ---
+
+
+def checksum(*values: Any) -> int:
+    """Of what JSON has."""
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
+def fingerprints(tree: Any) -> dict[str, str]:
+    """Type and 32 bits of each array of a tree, by its path; the same whatever devices it lies on."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    paths = [".".join(_name(key) for key in path) for path, _ in flat]
+    marks = jax.device_get(fingerprint([x for _, x in flat]))
+    return {path: f"{np.dtype(x.dtype).name} {mark:08x}" for path, (_, x), mark in zip(paths, flat, marks, strict=True)}
+
+
+@jax.jit
+def fingerprint(arrays: list) -> list:
+    """The sum of the bits of each entry times an odd number of its own, modulo 2^32: no single flipped bit leaves it as it was.
+
+    Sums of integers are exact in any order, so sharding does not matter.
+    """
+
+    def of(x):
+        x = x.astype(jnp.uint8) if x.dtype == bool else x
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(4, x.dtype.itemsize)}")).astype(jnp.uint32)
+        strides = [math.prod(bits.shape[axis + 1 :]) for axis in range(bits.ndim)]
+        index = jnp.zeros(bits.shape, jnp.uint32)
+        for axis, stride in enumerate(strides):
+            index += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * np.uint32(stride % 2**32)
+        return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+
+    return [of(jnp.asarray(x)) for x in arrays]
+
+
+def _name(key) -> str:
+    return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def check_writable(folder: str | os.PathLike) -> None:

@@ -185,7 +185,7 @@ def open_log(
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "metrics.jsonl"
-    last = None if resume_step is None else truncate(path, resume_step)
+    last = None if resume_step is None else truncate(path, resume_step).last
     board = None
     if tensorboard:
         from tensorboardX import SummaryWriter
@@ -233,26 +233,35 @@ def progress(
     return "  ".join(parts)
 
 
-def truncate(path: str | os.PathLike, step: int) -> dict[str, Any] | None:
-    """Drop the lines of a JSONL file whose `step` is above the given one, and a torn last line; return the last line kept.
+class Kept(NamedTuple):
+    """What `truncate` has left of a file."""
+
+    last: dict[str, Any] | None  # line
+    dropped: int  # lines
+
+
+def truncate(path: str | os.PathLike, step: int) -> Kept:
+    """Drop the lines of a JSONL file whose `step` is above the given one, and a torn last line.
 
     For `metrics.jsonl` and `rollouts.jsonl` when a run goes on from a checkpoint older than its log. Atomic; a missing file is
     an empty one.
     """
     path = Path(path)
     if not path.exists():
-        return None
-    last = None
+        return Kept(None, 0)
+    last, dropped = None, 0
     with path.open(encoding="ascii", errors="replace") as lines, _replacing(path) as kept:
         for line in lines:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
-                continue  # torn: the process was killed while it wrote
-            if record["step"] <= step:
-                kept.write(line if line.endswith("\n") else line + "\n")
-                last = record
-    return last
+                record = None  # torn: the process was killed while it wrote
+            if record is None or record["step"] > step:
+                dropped += 1
+                continue
+            kept.write(line if line.endswith("\n") else line + "\n")
+            last = record
+    return Kept(last, dropped)
 
 
 def write_summary(path: str | os.PathLike, summary: Mapping[str, Any], *, write: bool = True) -> None:

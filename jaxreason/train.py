@@ -2,7 +2,8 @@
 
 A recipe is a list of phases, each one `Source x Objective x steps`; params flow from one to the next, and the reference policy
 of a phase, if its objective wants one, is the params at its start. A run is a folder: `config.json`, `metrics.jsonl`,
-`rollouts.jsonl`, `checkpoints/`, `summary.json`. Started again on its folder, a run goes on from its newest checkpoint.
+`rollouts.jsonl`, `checkpoints/`, `summary.json`. Started again on its folder, a run goes on from its newest checkpoint that is
+whole, and ends as if nothing had happened, bit for bit.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import optax
 
 from jaxreason import metrics as m
 from jaxreason import processes, sharding
-from jaxreason.checkpoint import Checkpoints
+from jaxreason.checkpoint import Checkpoints, Damaged
 from jaxreason.evaluate import Result
 from jaxreason.learner import compile_token_logp, compile_train_step, split_frozen
 from jaxreason.model import Model
@@ -56,6 +57,7 @@ class Run(NamedTuple):
     seed: int
     decode: Callable[[Any], str]  # token ids -> text, to show prompts
     description: dict  # goes into the summary: the config, the number of parameters
+    provenance: Mapping[str, Any]  # goes into the checkpoints: config, versions, git revision
     rollouts_kept: int = 64  # of each step, in rollouts.jsonl
 
 
@@ -63,87 +65,160 @@ class Diverged(Exception):
     """Gradients are no longer finite."""
 
 
+class Stopped(Exception):
+    """The run was asked to stop, and has saved what it needs to go on."""
+
+
+class Found(NamedTuple):
+    """What a run goes on from."""
+
+    step: int  # of the whole run
+    host: dict
+    state: TrainState
+    reference: Any  # params, or None where the phase has none
+
+
 class History:
     """What a run has found so far. Its `host()` goes into every checkpoint, its `summary()` into the folder."""
 
     def __init__(self, workdir: Path, description: dict, saved: dict | None = None):
-        saved = saved or {"evaluations": [], "losses": [], "wall_s": 0.0}
+        saved = saved or {"evaluations": [], "losses": [], "wall_s": 0.0, "skipped": 0}
         self.path, self.description = workdir / "summary.json", description
         self.evaluations = [Evaluation(**e) for e in saved["evaluations"]]
         self.losses: list[dict] = saved["losses"]
         self.rollouts: list[Rollout] = []  # of the last evaluation, to be shown
         self.started_s = time.time() - saved["wall_s"]
-        self.skipped = 0  # batches in a row, up to the last that was logged
+        self.skipped = saved["skipped"]  # batches in a row, up to the last that was logged
 
     def host(self) -> dict:
         evaluations = [e._asdict() for e in self.evaluations]
-        return {"evaluations": evaluations, "losses": self.losses, "wall_s": time.time() - self.started_s}
+        wall_s = max(0.0, time.time() - self.started_s)  # clocks are set back now and then
+        return {"evaluations": evaluations, "losses": self.losses, "wall_s": wall_s, "skipped": self.skipped}
 
     def summarise(self, step: int, done: bool) -> dict:
-        summary = {"done": done, "steps": step, **self.host(), **self.description}
+        found = {name: value for name, value in self.host().items() if name != "skipped"}
+        summary = {"done": done, "steps": step, **found, **self.description}
         m.write_summary(self.path, summary, write=processes.writes())
         return summary
 
 
-def train(run: Run, workdir: str | os.PathLike, checkpoints: Checkpoints, *, log_options: dict | None = None) -> dict:
-    """Train all phases in `workdir`, from its newest checkpoint if there is one; return the summary that is also written."""
+def train(
+    run: Run,
+    workdir: str | os.PathLike,
+    checkpoints: Checkpoints,
+    *,
+    log_options: dict | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = print,
+) -> dict:
+    """Train all phases in `workdir`, from its newest checkpoint if there is one; return the summary that is also written.
+
+    `stop` is asked after every step. `say` tells what was found in the folder, before the log is open.
+
+    Raises:
+      Stopped: `stop` said so; a checkpoint of the last step is there.
+      Diverged: gradients were not finite for too long.
+      ValueError: the checkpoints do not fit the run, or none of them is whole.
+    """
     workdir = Path(workdir)
-    latest = checkpoints.latest()
-    saved = None if latest is None else checkpoints.peek(latest)
-    history = History(workdir, run.description, saved)
+    found = newest(run, checkpoints, say)
+    # Up to which step each file has what the checkpoint supposes: metrics that wait in it are not in the log yet.
+    written = {"metrics.jsonl": -1, "rollouts.jsonl": -1}
+    if found is not None:
+        written = {"metrics.jsonl": found.step - len(found.host["waiting"]), "rollouts.jsonl": found.step}
+    history = History(workdir, run.description, None if found is None else found.host)
     writes = processes.writes()
     if writes:
-        m.truncate(workdir / "rollouts.jsonl", -1 if saved is None else latest)
+        dropped = {name: m.truncate(workdir / name, step).dropped for name, step in written.items()}
+        if any(dropped.values()):
+            counts = ", ".join(f"{count} of {name}" for name, count in dropped.items())
+            say(f"dropped lines of steps that will be made again: {counts}")
     total_steps = sum(phase.steps for phase in run.phases)
-    log = m.open_log(
-        workdir, total_steps=total_steps, resume_step=-1 if saved is None else latest, write=writes, **(log_options or {})
-    )
+    resume = {"resume_step": written["metrics.jsonl"]}
+    log = m.open_log(workdir, total_steps=total_steps, write=writes, **resume, **(log_options or {}))
     with log:
-        if saved is None:
+        if found is None:
             params = run.init()
             warm_up(run, log, params)
             evaluate(run, log, history, params, "start", 0, final=True)
         else:
             params = None
-            log.say(f"going on from step {latest} of {total_steps}, in phase {run.phases[saved['phase']].name}")
-        for index in range(0 if saved is None else saved["phase"], len(run.phases)):
-            params = train_phase(run, index, params, workdir, checkpoints, log, history, saved)
-            saved = None
-    checkpoints.wait()
+            log.say(f"going on from step {found.step} of {total_steps}, in phase {run.phases[found.host['phase']].name}")
+            there = found.host["versions"]
+            differ = [
+                f"{name} {there.get(name)}, now {v}" for name, v in run.provenance["versions"].items() if v != there.get(name)
+            ]
+            if differ:
+                log.say(f"warning: the checkpoint was made with {'; '.join(differ)}; what follows may differ in rounding")
+        for index in range(0 if found is None else found.host["phase"], len(run.phases)):
+            params = train_phase(run, index, params, workdir, checkpoints, log, history, found, stop)
+            found = None
+        checkpoints.wait()
+        tell_failure(checkpoints, log)
     summary = history.summarise(total_steps, done=True)
     if writes:
         report(run, history)
     return summary
 
 
+def newest(run: Run, checkpoints: Checkpoints, say: Callable[[str], None]) -> Found | None:
+    """Restore the newest checkpoint that is whole. Damaged ones are set aside, and said."""
+    steps = checkpoints.steps()
+    for step in steps:
+        try:
+            host = checkpoints.peek(step)
+            phase = run.phases[host["phase"]]
+            abstract, placed = shape_of(run, phase)
+            wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
+            state, _ = checkpoints.restore(step, wanted)
+            needed = phase.objective.needs_reference
+            return Found(step, host, state, checkpoints.restore_reference(step, wanted.params) if needed else None)
+        except Damaged as error:
+            say(f"{error}; set aside")
+            checkpoints.set_aside(step)
+    if steps:
+        raise ValueError("none of the checkpoints is whole, so there is nothing to go on from; choose another --workdir")
+    return None
+
+
+def shape_of(run: Run, phase: Phase) -> tuple[TrainState, TrainState]:
+    """The shapes and the shardings of a phase's state."""
+    abstract = jax.eval_shape(lambda: new_state(run.model.init(jax.random.key(0)), phase.optimizer))
+    return abstract, sharding.shardings(abstract, run.mesh)
+
+
 def train_phase(
-    run: Run, index: int, params, workdir: Path, checkpoints: Checkpoints, log: m.RunLog, history: History, saved: dict | None
+    run: Run,
+    index: int,
+    params,
+    workdir: Path,
+    checkpoints: Checkpoints,
+    log: m.RunLog,
+    history: History,
+    found: Found | None,
+    stop: Callable[[], bool],
 ):
-    """Train one phase, from `params` (donated), or from the newest checkpoint if `saved` is its host state; return the params."""
+    """Train one phase, from `params` (donated) or from where it was found; return the params."""
     phase = run.phases[index]
     before = sum(earlier.steps for earlier in run.phases[:index])  # global step at which the phase starts
     key = jax.random.fold_in(jax.random.key(run.seed), index)
     needs_reference = phase.objective.needs_reference
     writes = processes.writes()
-    abstract = jax.eval_shape(lambda: new_state(run.model.init(key), phase.optimizer))
-    placed = sharding.shardings(abstract, run.mesh)
-    reference = None
-    if saved is None:
+    _, placed = shape_of(run, phase)
+    if found is None:
         source_state, start = phase.source.init(), 0
         reference = jax.tree.map(jnp.copy, params) if needs_reference else None
         state = jax.jit(new_state, static_argnums=1, donate_argnums=0, out_shardings=placed)(params, phase.optimizer)
     else:
-        source_state, start = saved["source"], saved["phase_step"]
-        wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
-        state, _ = checkpoints.restore(before + start, wanted)
-        reference = checkpoints.restore_reference(before + start, wanted.params) if needs_reference else None
+        source_state, start = found.host["source"], found.host["phase_step"]
+        state, reference = found.state, found.reference
         warm_up(run, log, state.params)
 
     step_fn = compile_train_step(
         run.model, phase.objective, phase.optimizer, microbatches=phase.microbatches, state_shardings=placed
     )
     reference_logp = compile_token_logp(run.model, phase.microbatches, run.mesh)
-    waiting: list[dict] = []  # metrics of steps that are not logged yet
+    waiting: list[dict] = [] if found is None else found.host["waiting"]  # metrics of steps that are not logged yet
 
     for step in range(start + 1, phase.steps + 1):
         started_s = time.perf_counter()
@@ -167,16 +242,28 @@ def train_phase(
         m.write_rollouts(workdir / "rollouts.jsonl", kept, before + step, phase.name, decode=run.decode, write=writes)
 
         last = step == phase.steps
-        save_now = last or checkpoints.due(before + step)
+        stopping = stop()
+        save_now = last or stopping or checkpoints.due(before + step)
         evaluate_now = last or (phase.evaluate_every and step % phase.evaluate_every == 0)
-        if save_now or evaluate_now:
-            write_metrics(log, history, phase, before, step, waiting)  # a log may not lack a step that a checkpoint has
         if evaluate_now:
+            write_metrics(log, history, phase, before, step, waiting)
             evaluate(run, log, history, state.params, phase.name, before + step, final=last)
         if save_now:
-            host = {"phase": index, "phase_step": step, "source": phase.source.save(source_state), **history.host()}
-            checkpoints.save(before + step, state, host, reference)
+            waiting = plain(waiting)
+            host = {"phase": index, "phase_step": step, "source": phase.source.save(source_state), "waiting": waiting}
+            checkpoints.save(before + step, state, host | history.host() | run.provenance, reference)
+            tell_failure(checkpoints, log)
+        if stopping:
+            checkpoints.wait()
+            tell_failure(checkpoints, log)
+            raise Stopped(f"stopped after step {before + step}; the same command goes on from step {checkpoints.latest()}")
     return state.params
+
+
+def tell_failure(checkpoints: Checkpoints, log: m.RunLog) -> None:
+    """Say if a save has failed: training goes on to the next."""
+    if failure := checkpoints.failure():
+        log.say(f"warning: {failure}")
 
 
 def warm_up(run: Run, log: m.RunLog, params) -> None:
@@ -195,7 +282,7 @@ def write_metrics(log: m.RunLog, history: History, phase: Phase, before: int, st
     Raises:
       Diverged: too many batches in a row were skipped.
     """
-    steps = jax.device_get(waiting)
+    steps = plain(waiting)
     values = m.divide(m.merge(*steps))
     values["perf/tokens_per_s"] = values["train/tokens"] / values["time/step_s"]
     log.write(before + step, phase.name, values, phase_step=step, phase_steps=phase.steps)
@@ -209,6 +296,11 @@ def write_metrics(log: m.RunLog, history: History, phase: Phase, before: int, st
                 f"{phase.name}); none of them was learned from. Lower {phase.name}.optimizer.lr, or look at the last rollouts; "
                 "the newest checkpoint is kept"
             )
+
+
+def plain(metrics: list[dict]) -> list[dict]:
+    """Metrics as JSON has them: a sum of these is the same before and after a checkpoint."""
+    return [{name: [float(x) for x in pair] for name, pair in step.items()} for step in jax.device_get(metrics)]
 
 
 def evaluate(run: Run, log: m.RunLog, history: History, params, phase: str, step: int, *, final: bool) -> None:

@@ -12,7 +12,7 @@ import pytest
 from absl import logging as absl_logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxreason.checkpoint import check_writable, open_checkpoints
+from jaxreason.checkpoint import Damaged, check_writable, fingerprints, open_checkpoints
 from jaxreason.types import TrainState
 
 
@@ -158,11 +158,98 @@ def test_what_is_not_json_fails_at_once(checkpoints):
     assert checkpoints.latest() is None
 
 
-def test_saving_a_step_again_is_an_error(checkpoints):
+def test_a_save_that_fails_is_said_and_the_next_is_tried(checkpoints, tmp_path):
     checkpoints.save(1, {"w": jnp.ones(2)}, {})
     checkpoints.wait()
-    with pytest.raises(Exception, match="already exists"):
-        checkpoints.save(1, {"w": jnp.ones(2)}, {})
+    assert checkpoints.failure() is None
+    checkpoints.save(1, {"w": jnp.ones(2)}, {})
+    assert "the save of step 1 failed" in checkpoints.failure()
+    assert checkpoints.failure() is None
+    checkpoints.save(2, {"w": jnp.zeros(2)}, {})
+    checkpoints.wait()
+    assert checkpoints.failure() is None
+    assert checkpoints.steps() == [2, 1]
+
+
+def flip_a_bit(path, at: float):
+    content = bytearray(path.read_bytes())
+    content[int(at * len(content))] ^= 4
+    path.write_bytes(content)
+
+
+def files_of(checkpoint):
+    return [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+
+
+def test_any_flipped_bit_or_cut_is_noticed_or_harmless(tmp_path):
+    """Every file of a checkpoint is damaged in turn, at three places and by a cut: never does another state come back."""
+    state, host = new_state(), {"step": 1, "source": {"position": 3}}
+    made = open_checkpoints(tmp_path / "made")
+    made.save(1, state, host)
+    made.close()
+    noticed = []
+    for i, file in enumerate(files_of(tmp_path / "made" / "1")):
+        for at in (0.1, 0.5, 0.9, "cut"):
+            folder = tmp_path / f"{i}-{at}"
+            shutil.copytree(tmp_path / "made", folder)
+            path = folder / file.relative_to(tmp_path / "made")
+            if at == "cut":
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+            else:
+                flip_a_bit(path, at)
+            reader = open_checkpoints(folder, read_only=True)
+            try:
+                restored, restored_host = reader.restore(1, abstract(state))
+            except Damaged as error:
+                noticed.append(str(error))
+            else:
+                assert_same(restored, state)
+                assert restored_host == host
+            reader.close()
+    assert len(noticed) >= 8
+    assert all("checkpoint of step 1 at" in line and "\n" not in line for line in noticed)
+
+
+def test_fingerprints_notice_each_bit_and_no_sharding():
+    for dtype in ("float32", "bfloat16", "int32", "int8", "bool"):
+        x = jnp.asarray(np.random.default_rng(0).integers(0, 2, (8, 6)), dtype)
+        mark = fingerprints({"x": x})["x"]
+        assert mark.startswith(dtype)
+        rows = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
+        assert fingerprints({"x": jax.device_put(x, rows)})["x"] == mark
+        assert fingerprints({"x": x.T.reshape(8, 6)})["x"] != mark  # the same entries elsewhere
+        assert fingerprints({"x": x.at[3, 4].set(x[3, 4] == 0)})["x"] != mark
+    assert fingerprints({"a": {"b": jnp.float32(-0.0)}}) != fingerprints({"a": {"b": jnp.float32(0.0)}})
+
+
+def test_the_best_and_every_tenth_stay_beside_the_newest(tmp_path):
+    made = open_checkpoints(tmp_path, keep=1, keep_every_steps=10, keep_best="chain")
+    accuracy = {4: 0.2, 8: 0.9, 10: 0.1, 14: 0.3, 18: 0.9, 20: 0.0, 24: 0.5}
+    evaluations = []
+    for step, value in accuracy.items():
+        evaluations += [
+            {"suite": "chain", "step": step, "temperature": 0.0, "accuracy": value},
+            {"suite": "chain", "step": step, "temperature": 1.0, "accuracy": 1.0},
+            {"suite": "other", "step": step, "temperature": 0.0, "accuracy": 1.0},
+        ]
+        made.save(step, {"w": jnp.ones(2)}, {"evaluations": evaluations})
+    made.wait()
+    assert made.failure() is None
+    assert made.steps() == [24, 20, 18, 10]
+    made.close()
+
+
+def test_a_damaged_checkpoint_is_set_aside(checkpoints, tmp_path):
+    for step in (1, 2):
+        checkpoints.save(step, {"w": jnp.full(2, float(step))}, {})
+    checkpoints.wait()
+    checkpoints.set_aside(2)
+    assert checkpoints.steps() == [1]
+    assert (tmp_path / "checkpoints" / "2.damaged").is_dir()
+    checkpoints.save(2, {"w": jnp.full(2, 3.0)}, {})
+    checkpoints.wait()
+    assert checkpoints.failure() is None
+    np.testing.assert_array_equal(checkpoints.restore(2, abstract({"w": jnp.ones(2)}))[0]["w"], [3, 3])
 
 
 def test_due(tmp_path):

@@ -115,14 +115,16 @@ def test_resume_cuts_what_came_after_and_time_goes_on(tmp_path):
 
 def test_truncate(tmp_path):
     path = tmp_path / "rollouts.jsonl"
-    assert metrics.truncate(path, 3) is None
+    assert metrics.truncate(path, 3) == (None, 0)
     path.write_text('{"step": 1}\n{"step": 1, "b": 2}\n{"step": 2}\n{"step": 3}')
-    assert metrics.truncate(path, 3) == {"step": 3}
+    assert metrics.truncate(path, 3) == ({"step": 3}, 0)
     assert path.read_text().endswith('{"step": 3}\n')  # a whole last line is kept, and ended
-    assert metrics.truncate(path, 1) == {"step": 1, "b": 2}
+    assert metrics.truncate(path, 1) == ({"step": 1, "b": 2}, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 1, "b": 2}\n'
-    assert metrics.truncate(path, 0) is None
+    assert metrics.truncate(path, 0) == (None, 2)
     assert path.read_text() == ""
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "text": "to')  # cut off while it was written
+    assert metrics.truncate(path, 9) == ({"step": 2}, 1)
 
 
 def test_a_process_that_does_not_write_leaves_no_trace(tmp_path):
