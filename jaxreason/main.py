@@ -22,6 +22,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from jaxreason import workdir as folders
 from jaxreason.options import call, unknown
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -34,6 +35,12 @@ COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache", None, "Folder of compiled programs, for a quick second start. Default: ~/.cache/jaxreason; '' for none."
 )
 
+RESUME = flags.DEFINE_enum(
+    "resume", "auto", folders.RESUME, "Whether a run in the folder goes on: if there is one, for sure or an error, or never."
+)
+ACCEPT_CONFIG_CHANGE = flags.DEFINE_bool(
+    "accept_config_change", False, "Go on with a config that is not the one the run was begun with."
+)
 COORDINATOR_ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, if there are several processes.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
@@ -53,13 +60,8 @@ def default_workdir(config_flag: str, text: str) -> Path:
     stem = f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     for number in itertools.count(1):
         folder = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
-        if not is_done(folder):
+        if not folders.is_done(folder):
             return folder
-
-
-def is_done(folder: Path) -> bool:
-    summary = folder / "summary.json"
-    return summary.is_file() and json.loads(summary.read_text())["done"]
 
 
 def keep_compiled(folder: str | None) -> None:
@@ -81,27 +83,6 @@ def keep_compiled(folder: str | None) -> None:
         kind = hashlib.sha256(f"{platform.processor()} {kind}".encode()).hexdigest()[:8]
         jax.config.update("jax_compilation_cache_dir", str(Path(folder) / f"{platform.machine()}-{kind}"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
-def check_folder(folder: Path, text: str) -> None:
-    """Raise ValueError if `folder` holds a run of another config, or one that is finished."""
-    path = folder / "config.json"
-    there = flat(json.loads(path.read_text())) if path.is_file() else None
-    here = flat(json.loads(text))
-    if there is not None and there != here:
-        differ = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
-        shown = "; ".join(f"{key}: {there.get(key, 'absent')} there, {here.get(key, 'absent')} here" for key in differ[:3])
-        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-        raise ValueError(f"{folder} holds a run of another config ({shown}{more}); choose another --workdir")
-    if is_done(folder):
-        raise ValueError(f"the run in {folder} is finished; choose another --workdir")
-
-
-def flat(tree, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    if not isinstance(tree, dict):
-        return {prefix[:-1]: tree}
-    return {key: value for name, branch in tree.items() for key, value in flat(branch, f"{prefix}{name}.").items()}
 
 
 def fail(error: Exception) -> None:
@@ -175,10 +156,15 @@ def main(argv) -> None:
 
 def run(config) -> None:
     """Build the run of a config and train it, on this process and all others."""
+    from jaxreason import preemption
     from jaxreason.build import build, make_log
     from jaxreason.checkpoint import check_writable, open_checkpoints
     from jaxreason.processes import gather, together, writes
-    from jaxreason.train import Diverged, train
+    from jaxreason.train import Diverged, NotResumable, Stopped, train
+
+    def tell(line: str) -> None:
+        if writes():
+            print(line, flush=True)
 
     mine = config_text(config)
     wanted = WORKDIR.value or default_workdir(flags.FLAGS["config"].config_filename, mine)
@@ -187,24 +173,31 @@ def run(config) -> None:
     try:
         if differ := [process for process, other in enumerate(texts) if other != text]:
             raise ValueError(f"process {differ[0]} has another config than process 0; start all with the same command")
-        together(check_folder, workdir, text)
+        how = {"resume": RESUME.value, "accept_config_change": ACCEPT_CONFIG_CHANGE.value, "say": tell}
+        together(folders.check, workdir, text, **how)
         made = together(build, config)
         together(check_writable, workdir)
+        unlock = together(folders.lock, workdir, tell) if writes() else together(lambda: None)
         section = config.checkpoint.to_dict()
         checkpoints = together(call, open_checkpoints, section, "config.checkpoint", folder=workdir / "checkpoints")
     except (ValueError, FileNotFoundError) as error:
         fail(error)
     if writes():
         (workdir / "config.json").write_text(text)
-        print(f"workdir: {workdir}", flush=True)
+    tell(f"workdir: {workdir}")
+    ended = f"written: {workdir / 'summary.json'}, {workdir / 'rollouts.jsonl'}, {workdir / 'metrics.jsonl'}"
     try:
-        train(made, workdir, checkpoints, log_options=make_log(**config.log.to_dict())[1])
-    except Diverged as error:
-        checkpoints.close()
+        log_options = make_log(**config.log.to_dict())[1]
+        train(made, workdir, checkpoints, log_options=log_options, stop=preemption.watch(), say=tell)
+    except Stopped as stopped:
+        ended = str(stopped)
+    except (Diverged, NotResumable) as error:
         fail(error)
-    checkpoints.close()
-    if writes():
-        print(f"written: {workdir / 'summary.json'}, {workdir / 'rollouts.jsonl'}, {workdir / 'metrics.jsonl'}")
+    finally:
+        checkpoints.close()
+        if unlock is not None:
+            unlock()
+    tell(ended)
 
 
 if __name__ == "__main__":

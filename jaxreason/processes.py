@@ -65,6 +65,11 @@ def in_cluster() -> bool:
         return True
     if int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         return True
+    return on_tpu_vm()
+
+
+def on_tpu_vm() -> bool:
+    """Whether this machine has TPUs that jax is to use."""
     if os.environ.get("JAX_PLATFORMS", "tpu") not in ("", "tpu") or importlib.util.find_spec("libtpu") is None:
         return False
     return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
@@ -87,6 +92,8 @@ def exchange(x_N: np.ndarray) -> np.ndarray:
 
     By way of the first device of each, which no process keeps for sampling: what samples must not wait for this.
     """
+    if jax.process_count() == 1:
+        return x_N[None]
     first = {d.process_index: d for d in reversed(jax.devices())}
     mesh = Mesh(np.array([first[p] for p in sorted(first)]), "process")
     part = jax.device_put(x_N[None], first[jax.process_index()])

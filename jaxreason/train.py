@@ -65,6 +65,10 @@ class Diverged(Exception):
     """Gradients are no longer finite."""
 
 
+class NotResumable(Exception):
+    """There are checkpoints, but none that the run can go on from."""
+
+
 class Stopped(Exception):
     """The run was asked to stop, and has saved what it needs to go on."""
 
@@ -118,7 +122,7 @@ def train(
     Raises:
       Stopped: `stop` said so; a checkpoint of the last step is there.
       Diverged: gradients were not finite for too long.
-      ValueError: the checkpoints do not fit the run, or none of them is whole.
+      NotResumable: the checkpoints do not fit the run, or none of them is whole.
     """
     workdir = Path(workdir)
     found = newest(run, checkpoints, say)
@@ -176,8 +180,10 @@ def newest(run: Run, checkpoints: Checkpoints, say: Callable[[str], None]) -> Fo
         except Damaged as error:
             say(f"{error}; set aside")
             checkpoints.set_aside(step)
+        except ValueError as error:
+            raise NotResumable(str(error)) from None
     if steps:
-        raise ValueError("none of the checkpoints is whole, so there is nothing to go on from; choose another --workdir")
+        raise NotResumable("none of the checkpoints is whole, so there is nothing to go on from; choose another --workdir")
     return None
 
 
