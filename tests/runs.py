@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import json
+import os
 import runpy
 import tempfile
 from pathlib import Path
@@ -21,7 +22,9 @@ def load_config(name: str, options: str = "", **fields):
 
 @functools.cache
 def compiled() -> Path:
-    """A folder for compiled programs that goes with the process."""
+    """A folder for compiled programs that goes with the process, or with the one that started it."""
+    if "TESTS_COMPILED" in os.environ:
+        return Path(os.environ["TESTS_COMPILED"])
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     return Path(folder.name)

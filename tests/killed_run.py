@@ -1,0 +1,114 @@
+"""A run that kills itself: `python killed_run.py CONFIG_FILE WORKDIR POINT COUNT`; `POINT` none lets it live.
+
+At the COUNT-th time that it comes to the point the process gets SIGKILL: nothing is flushed, closed or finished.
+"""
+
+import functools
+import os
+import runpy
+import signal
+import sys
+import threading
+from pathlib import Path
+
+
+def killer(count: int):
+    """What kills at the count-th call, from whichever thread."""
+    calls, lock = [0], threading.Lock()
+
+    def call(*_):
+        with lock:
+            calls[0] += 1
+            if calls[0] == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return call
+
+
+def before(owner, name: str, call) -> None:
+    """Have `call` made before each call of a function, with what it is called with."""
+    function = getattr(owner, name)
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        call(*args)
+        return function(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def before_result(owner, name: str, call) -> None:
+    """Have `call` made before each call of the function that a function returns."""
+    maker = getattr(owner, name)
+
+    def make(*args, **kwargs):
+        made = maker(*args, **kwargs)
+
+        def wrapped(*args, **kwargs):
+            call()
+            return made(*args, **kwargs)
+
+        return wrapped
+
+    setattr(owner, name, make)
+
+
+def in_a_line(call) -> None:
+    """Die when half a line of rollouts.jsonl has reached the file."""
+    from jaxreason import metrics
+
+    write = metrics.write_rollouts
+
+    def wrapped(path, rollouts, *args, **kwargs):
+        write(path, rollouts, *args, **kwargs)
+        if rollouts:
+            whole = Path(path).read_bytes()
+            with Path(path).open("r+b") as file:
+                file.truncate(len(whole) - 40)
+                call()
+                file.seek(0)
+                file.write(whole)
+
+    metrics.write_rollouts = wrapped
+
+
+def at_a_rename(call) -> None:
+    """Die while a checkpoint is written in the background, before it gets its name."""
+
+    def renamed(source, *_):
+        if "checkpoint" in str(source):
+            call()
+
+    for name in ("rename", "replace"):
+        before(os, name, renamed)
+        before(Path, name, renamed)
+
+
+def set_up(point: str, count: int) -> None:
+    from jaxreason import checkpoint, metrics, rollout, sources, train
+
+    call = killer(count)
+    {
+        "none": lambda: None,
+        "prefill": lambda: before(rollout.Prompts, "prefill", call),
+        "sampling": lambda: before(rollout.Collection, "decode", call),
+        "verifying": lambda: before(rollout.Collection, "hear", call),
+        "batching": lambda: before(sources.batching, "from_rollouts", call),
+        "reference": lambda: before_result(train, "compile_token_logp", call),
+        "update": lambda: before_result(train, "compile_train_step", call),
+        "logging": lambda: before(train, "write_metrics", call),
+        "line": lambda: in_a_line(call),
+        "evaluation": lambda: before(train, "evaluate", call),
+        "saving": lambda: before(checkpoint, "fingerprints", call),
+        "renaming": lambda: at_a_rename(call),
+        "phase": lambda: before(train, "train_phase", call),
+        "summary": lambda: before(metrics, "write_summary", call),
+    }[point]()
+
+
+if __name__ == "__main__":
+    config_file, workdir, point, count = sys.argv[1:5]
+    set_up(point, int(count))
+    from runs import run_config
+
+    run_config(runpy.run_path(config_file)["get_config"](), Path(workdir))

@@ -1,0 +1,133 @@
+"""Killed and resumed is uninterrupted, bit for bit: params, optimizer state, metrics.jsonl, rollouts.jsonl, evaluations.
+
+Two phases with Adam, shuffled data of more than one epoch, a reference policy and a line of metrics for every three steps, saved
+every fourth step, 30 steps in all. What is injected, each in a process of its own, and each of them with SIGKILL:
+
+    prefill, sampling, verifying, batching   while rollouts are made, judged, and put into a batch
+    reference, update                        before its log-probs are taken, before an update
+    logging, line                            before metrics are written, and in the middle of a line of rollouts
+    saving, renaming                         before a save, and while it is written, before it gets its name
+    evaluation, summary, phase               before an evaluation, before the summary is written, between phases
+
+Found in all of them: nothing was lost and nothing was done twice. The same for a batch sampled ahead on devices of its own.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from runs import ROOT, compiled, read_lines
+from test_train import maths, params_of
+
+CONFIG = """
+import runpy
+
+def get_config(arg=""):
+    config = runpy.run_path("configs/tiny.py")["get_config"]("smoke")
+    config.sharding = {{"mesh": {{"data": 1}}, "sampling_devices": {sampling_devices}}}
+    config.prior.steps, config.prior.source.task["size"], config.prior.log_every = 12, 24, 3
+    config.rl.source.task["size"], config.rl.source.problems, config.rl.steps = 10, 4, 18
+    config.rl.log_every, config.rl.evaluate_every, config.rl.source.lag = 3, 7, {lag}
+    config.rl.objective = {{"name": "dapo", "kl_coefficient": 0.1, "entropy_coefficient": 0.01}}
+    config.evaluate.suites = {{"chain": config.evaluate.suites.chain.to_dict()}}
+    config.checkpoint.every_steps = 4
+    return config
+"""
+STEPS = 30
+KINDS = {"lag 0": {"lag": 0, "sampling_devices": 0}, "lag 1": {"lag": 1, "sampling_devices": 1}}
+# In the order in which a run comes to them; each process gets further than the one before.
+POINTS = [
+    ("evaluation", 1),
+    ("logging", 3),
+    ("update", 3),
+    ("phase", 2),
+    ("reference", 2),
+    ("prefill", 3),
+    ("sampling", 9),
+    ("saving", 5),
+    ("verifying", 10),
+    ("line", 5),
+    ("renaming", 2),
+    ("batching", 5),
+    ("update", 3),
+    ("evaluation", 1),
+    ("summary", 2),
+]
+
+
+def begin(config: Path, workdir: Path, point: str = "none", count: int = 0) -> subprocess.Popen:
+    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": paths, "TESTS_COMPILED": str(compiled())}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "killed_run.py"), str(config), str(workdir), point, str(count)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def whole(request, tmp_path_factory):
+    """The config, and the folder of the run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = folder / "config.py"
+    config.write_text(CONFIG.format(**KINDS[request.param]))
+    process = begin(config, folder / "run")
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return config, folder / "run"
+
+
+def assert_same_run(workdir: Path, whole: Path) -> None:
+    (step, state), (_, expected) = params_of(workdir), params_of(whole)
+    assert step == STEPS
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    assert read_lines(workdir / "rollouts.jsonl") == read_lines(whole / "rollouts.jsonl")
+    assert maths(workdir) == maths(whole)
+    found, wanted = (json.loads((folder / "summary.json").read_text()) for folder in (workdir, whole))
+    assert found["evaluations"] == wanted["evaluations"]
+
+
+def test_killed_at_every_point_and_resumed_is_uninterrupted(tmp_path, whole):
+    config, expected = whole
+    for point, count in POINTS:
+        process = begin(config, tmp_path, point, count)
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == -signal.SIGKILL, f"{point} {count}: {output}"
+    process = begin(config, tmp_path)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert_same_run(tmp_path, expected)
+
+
+@pytest.mark.slow
+def test_killed_at_fifty_random_times(tmp_path, whole):
+    config, expected = whole
+    draw, kills, finished = random.Random(0), 0, 0
+    while kills < 50:
+        process = begin(config, tmp_path / str(finished))
+        try:
+            output, _ = process.communicate(timeout=draw.uniform(5, 25))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            continue
+        assert process.returncode == 0, output
+        assert_same_run(tmp_path / str(finished), expected)
+        finished += 1
+    print(f"{kills} kills, {finished} runs finished meanwhile")
+    process = begin(config, tmp_path / str(finished))
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert_same_run(tmp_path / str(finished), expected)
