@@ -97,7 +97,7 @@ def lock(folder: Path, say: Callable[[str], None]) -> Callable[[], None]:
 
     def beat():
         while not ended.wait(BEAT_S):
-            os.utime(path)
+            os.utime(file.fileno())
 
     threading.Thread(target=beat, daemon=True).start()
 

@@ -1,0 +1,246 @@
+"""The folder of a run: who may go on in it, with which config, and how a run that is asked to stop ends."""
+
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from runs import ROOT, load_config, read_lines
+from test_train import maths, params_of
+
+from jaxreason import preemption, workdir
+from jaxreason.main import config_text
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The folder of a run that was stopped at step 40."""
+    (tmp_path / "config.json").write_text(config_text(load_config("tiny", "smoke")))
+    (tmp_path / "checkpoints" / "40").mkdir(parents=True)
+    return tmp_path
+
+
+def check(folder, changes=(), said=None, resume="auto", accept=False):
+    text = config_text(load_config("tiny", "smoke", **dict(changes)))
+    say = [].append if said is None else said.append
+    workdir.check(folder, text, resume=resume, accept_config_change=accept, say=say)
+
+
+HARMLESS = "checkpoint.every_steps log.rollouts_kept evaluate.n sharding.mesh.data sampler.slots rl.microbatches prior.log_every"
+MATHS = "rl.optimizer.warmup_steps seed rl.steps model.layers rl.source.group sampler.max_tokens"
+
+
+@pytest.mark.parametrize("field", HARMLESS.split())
+def test_a_change_that_leaves_the_maths_alone_is_said_and_goes_on(folder, field):
+    said = []
+    check(folder, {field: 3}, said)
+    (line,) = said
+    assert line.startswith(f"config changed: {field}: ")
+    assert line.endswith("there, 3 here")
+
+
+@pytest.mark.parametrize("field", MATHS.split())
+def test_a_change_of_the_maths_is_refused_unless_accepted(folder, field):
+    with pytest.raises(ValueError, match=rf"another config \({field}: .* there, 7 here\).*--accept_config_change") as caught:
+        check(folder, {field: 7})
+    assert "\n" not in str(caught.value)
+    said = []
+    check(folder, {field: 7}, said, accept=True)
+    assert said[0].startswith(f"config changed: {field}")
+
+
+def test_resume_never_auto_and_must(folder, tmp_path_factory):
+    empty = tmp_path_factory.mktemp("empty")
+    for resume in ("auto", "must"):
+        check(folder, resume=resume)
+    for resume in ("auto", "never"):
+        check(empty, resume=resume)
+    with pytest.raises(ValueError, match="holds checkpoints, and --resume=never; choose another --workdir"):
+        check(folder, resume="never")
+    with pytest.raises(ValueError, match="holds no checkpoint, and --resume=must"):
+        check(empty, resume="must")
+
+
+def test_one_run_at_a_time_and_a_dead_one_is_explained(tmp_path):
+    hold = "import sys, pathlib; from jaxreason import workdir; workdir.lock(pathlib.Path(sys.argv[1]), print); print('has it')"
+    command = [sys.executable, "-c", hold + "; sys.stdout.flush(); sys.stdin.read()", str(tmp_path)]
+    other = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "has it\n"
+    with pytest.raises(ValueError, match=rf"is in use by host .*, pid {other.pid}, since .*; wait for it or stop it"):
+        workdir.lock(tmp_path, print)
+    other.kill()
+    other.communicate()
+    said = []
+    give_back = workdir.lock(tmp_path, said.append)
+    assert f"pid {other.pid}" in said[0]
+    assert "has died" in said[0]
+    give_back()
+    said.clear()
+    workdir.lock(tmp_path, said.append)()
+    assert said == []
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_lock_of_another_host_is_watched(tmp_path, monkeypatch, alive):
+    monkeypatch.setattr(workdir, "BEAT_S", 0.2)
+    (tmp_path / "lock").write_text("host elsewhere, pid 7, since 2026-01-01 00:00:00\n")
+    ended = threading.Event()
+
+    def beat():
+        while alive and not ended.wait(0.1):
+            os.utime(tmp_path / "lock")
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    said = []
+    if alive:
+        with pytest.raises(ValueError, match="is in use by host elsewhere, pid 7"):
+            workdir.lock(tmp_path, said.append)
+    else:
+        workdir.lock(tmp_path, said.append)()
+        assert "host elsewhere, pid 7" in said[1]
+    ended.set()
+    thread.join()
+    assert "watching" in said[0]
+
+
+# --- being stopped ---
+
+FIELDS = ["--config.prior.steps=700", "--config.prior.log_every=7", "--config.rl.steps=1", "--config.checkpoint.every_steps=2000"]
+
+
+def begin(folder, *more):
+    return subprocess.Popen(
+        [sys.executable, "-m", "jaxreason.main", "--config=configs/tiny.py:smoke", f"--workdir={folder}", *FIELDS, *more],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def await_step(process, folder, step, timeout_s=240):
+    deadline_s = time.time() + timeout_s
+    while time.time() < deadline_s:
+        lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
+        if lines and json.loads(lines[-1] if lines[-1].endswith("}") else lines[-2])["step"] >= step:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+def test_sigterm_saves_and_ends_and_the_run_goes_on_as_if_nothing_had_been(tmp_path):
+    """Stopped twice in the middle of a line of metrics that sums seven steps."""
+    stopped = tmp_path / "stopped"
+    for step in (60, 200):
+        process = begin(stopped)
+        await_step(process, stopped, step)
+        process.send_signal(signal.SIGTERM)
+        started_s = time.time()
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert time.time() - started_s < 30
+        assert "got SIGTERM: saving after this step" in err
+        last = out.splitlines()[-1]
+        assert last.startswith("stopped after step ")
+        at = int(last.split(";")[0].rsplit(" ", 1)[1])
+        assert at >= step
+        assert last.endswith(f"the same command goes on from step {at}")
+        assert (stopped / "checkpoints" / str(at)).is_dir()
+        assert (stopped / "lock").read_text() == ""
+    for folder in (stopped, tmp_path / "whole"):
+        process = begin(folder, "--resume=must") if folder == stopped else begin(folder)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    jax.tree.map(np.testing.assert_array_equal, params_of(stopped)[1], params_of(tmp_path / "whole")[1])
+    assert maths(stopped) == maths(tmp_path / "whole")
+    assert read_lines(stopped / "rollouts.jsonl") == read_lines(tmp_path / "whole" / "rollouts.jsonl")
+
+
+def test_a_second_sigterm_ends_at_once():
+    body = """
+import os, signal, sys, time
+from jaxreason import preemption
+stop = preemption.watch()
+assert not stop()
+os.kill(os.getpid(), signal.SIGTERM)
+assert stop()
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(30)
+"""
+    started_s = time.time()
+    got = subprocess.run([sys.executable, "-c", body], cwd=ROOT, capture_output=True, text=True)
+    assert got.returncode == 143, got.stderr
+    assert time.time() - started_s < 25
+
+
+def test_the_maintenance_notice_of_a_cloud_tpu_is_heard(monkeypatch):
+    answers, asked = ["NONE", "NONE", "TERMINATE_ON_HOST_MAINTENANCE"], []
+
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers["Metadata-Flavor"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answers[len(asked) - 1].encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("localhost", 0), Metadata)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{server.server_port}")
+    noticed = []
+    preemption.await_maintenance(noticed.append, pause_s=0.5)
+    server.shutdown()
+    assert noticed == ["maintenance of this machine is coming (TERMINATE_ON_HOST_MAINTENANCE)"]
+    assert asked == [("/computeMetadata/v1/instance/maintenance-event", "Google")] * 3
+
+
+def test_a_disk_that_is_full_fails_a_save_and_not_the_run(tmp_path):
+    """A limit on the size of files stands for a full disk: it is lifted after two saves have failed."""
+    body = """
+import resource, sys
+sys.path.insert(0, "tests")
+from pathlib import Path
+from runs import load_config, run_config
+from jaxreason import checkpoint
+made = checkpoint.open_checkpoints
+
+def limited(*args, **kwargs):
+    opened = made(*args, **kwargs)
+    count = [0]
+    def save(*args, **kwargs):
+        count[0] += 1
+        full = 2 <= count[0] <= 3
+        opened.wait()
+        limit = 2000 if full else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        opened.save(*args, **kwargs)
+        opened.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        failure = opened.failure()
+        print("SAVE", args[0], opened.steps(), failure, flush=True)
+    return opened._replace(save=save)
+
+checkpoint.open_checkpoints = limited
+config = load_config("tiny", "smoke", **{"phases": ("prior",), "prior.steps": 5, "checkpoint.every_steps": 1})
+run_config(config, Path(sys.argv[1]))
+"""
+    got = subprocess.run([sys.executable, "-c", body, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert got.returncode == 0, got.stderr
+    saves = [line for line in got.stdout.splitlines() if line.startswith("SAVE")]
+    assert saves[0] == "SAVE 1 [1] None"
+    for line, step in zip(saves[1:3], (2, 3), strict=True):
+        assert line.startswith(f"SAVE {step} [1] the save of step {step} failed: ")
+        assert line.endswith("the newest checkpoint is of step 1")
+    assert saves[3:] == ["SAVE 4 [4, 1] None", "SAVE 5 [5, 4] None"]
