@@ -28,9 +28,11 @@ class Checkpoints(NamedTuple):
     due: Callable[[int], bool]  # (step): is a checkpoint to be saved after this many steps?
     save: Callable[..., None]  # (step, state, host, reference=None): copies, then writes in the background
     latest: Callable[[], int | None]  # step of the newest complete checkpoint
+    steps: Callable[[], list[int]]  # of all complete checkpoints, oldest first
     peek: Callable[[int], dict[str, Any]]  # (step) -> host
     restore: Callable[[int, Any], tuple[Any, dict[str, Any]]]  # (step, abstract_state) -> (state, host)
     restore_params: Callable[[int, Any], Any]  # (step, abstract_params) -> `params` of the state, and nothing else of it
+    check_params: Callable[[int, Any], None]  # (step, abstract_params): raise if `restore_params` would; reads no array
     restore_reference: Callable[[int, Any], Any]  # (step, abstract_params) -> reference params
     wait: Callable[[], None]  # until all saves are complete; raises what a save in the background raised
     close: Callable[[], None]  # waits too
@@ -79,12 +81,15 @@ def open_checkpoints(folder: str | os.PathLike, *, keep: int = 2, every_steps: i
         # Without `force` orbax skips a step that is not newer than the last one, silently.
         manager.save(step, args=ocp.args.Composite(**items), force=True)
 
-    def restore_item(step: int, item: str, abstract: Any, partial: bool = False) -> Any:
+    def check_item(step: int, item: str, abstract: Any, partial: bool = False) -> None:
         metadata = manager.item_metadata(step)
         if item not in metadata or metadata[item] is None:
             raise ValueError(f"the checkpoint of step {step} at {folder} has no {item}")
         saved, wanted = (_leaves(ocp.tree.to_flat_dict(tree), partial) for tree in (metadata[item].tree, abstract))
         _check_fit(f"{item} at step {step} of {folder}", saved, wanted)
+
+    def restore_item(step: int, item: str, abstract: Any, partial: bool = False) -> Any:
+        check_item(step, item, abstract, partial)
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial)
         return manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
@@ -96,13 +101,25 @@ def open_checkpoints(folder: str | os.PathLike, *, keep: int = 2, every_steps: i
         due=lambda step: step % every_steps == 0,
         save=save,
         latest=manager.latest_step,
+        steps=lambda: sorted(manager.all_steps()),
         peek=peek,
         restore=lambda step, abstract_state: (restore_item(step, "state", abstract_state), peek(step)),
         restore_params=lambda step, abstract: restore_item(step, "state", {"params": abstract}, partial=True)["params"],
+        check_params=lambda step, abstract: check_item(step, "state", {"params": abstract}, partial=True),
         restore_reference=lambda step, abstract: restore_item(step, "reference", abstract),
         wait=manager.wait_until_finished,
         close=manager.close,
     )
+
+
+def saved_steps(folder: str | os.PathLike) -> list[int]:
+    """Steps of the complete checkpoints in `folder`, oldest first; none where there is no such folder."""
+    if not os.path.isdir(folder):
+        return []
+    checkpoints = open_checkpoints(folder, read_only=True)
+    steps = checkpoints.steps()
+    checkpoints.close()
+    return steps
 
 
 def check_writable(folder: str | os.PathLike) -> None:

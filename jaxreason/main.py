@@ -176,7 +176,7 @@ def main(argv) -> None:
 def run(config) -> None:
     """Build the run of a config and train it, on this process and all others."""
     from jaxreason.build import build, make_log
-    from jaxreason.checkpoint import check_writable, open_checkpoints
+    from jaxreason.checkpoint import check_writable, open_checkpoints, saved_steps
     from jaxreason.processes import gather, together, writes
     from jaxreason.train import Diverged, train
 
@@ -188,7 +188,7 @@ def run(config) -> None:
         if differ := [process for process, other in enumerate(texts) if other != text]:
             raise ValueError(f"process {differ[0]} has another config than process 0; start all with the same command")
         together(check_folder, workdir, text)
-        made = together(build, config)
+        made = together(build, config, resumes=bool(saved_steps(workdir / "checkpoints")))
         together(check_writable, workdir)
         section = config.checkpoint.to_dict()
         checkpoints = together(call, open_checkpoints, section, "config.checkpoint", folder=workdir / "checkpoints")
