@@ -17,6 +17,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -116,10 +117,8 @@ def saved_steps(folder: str | os.PathLike) -> list[int]:
     """Steps of the complete checkpoints in `folder`, oldest first; none where there is no such folder."""
     if not os.path.isdir(folder):
         return []
-    checkpoints = open_checkpoints(folder, read_only=True)
-    steps = checkpoints.steps()
-    checkpoints.close()
-    return steps
+    with closing(open_checkpoints(folder, read_only=True)) as checkpoints:
+        return checkpoints.steps()
 
 
 def check_writable(folder: str | os.PathLike) -> None:

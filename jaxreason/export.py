@@ -27,6 +27,7 @@ def export(run: str, out: str, *, step: int | None = None, dtype: str | None = N
     """
     from jaxreason import build, origin, sharding
     from jaxreason.model import weights
+    from jaxreason.model.config import to_hf
 
     found, described = build.find_described(run, step)
     if found.step is None:
@@ -36,6 +37,7 @@ def export(run: str, out: str, *, step: int | None = None, dtype: str | None = N
     theirs, tokenizer = described.shape, described.tokenizer
     shape = dataclasses.replace(theirs, lora=None, value_head=False, param_dtype=dtype or theirs.param_dtype)
     origin.check(found, theirs, shape)
+    to_hf(shape)  # raises where no family of transformers has such a model
     mesh = sharding.make_mesh(data=1)
     placed = sharding.shardings(origin.abstract(shape, mesh), mesh)
     params = origin.restore(found, theirs, shape, placed, fresh=lambda: {})

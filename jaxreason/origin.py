@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import fields
+from contextlib import closing
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import jax
 
 from jaxreason import processes, sharding
 from jaxreason.checkpoint import open_checkpoints, saved_steps
-from jaxreason.model import Model, ModelConfig, lora, transformer, weights
+from jaxreason.model import ModelConfig, lora, transformer, weights
 
 # What two runs may choose differently and still compute the same from the same params.
 CHOICES = ("value_head", "lora", "dtype", "param_dtype", "scan_layers", "remat", "attention")
@@ -91,9 +92,8 @@ def check(origin: Origin, theirs: ModelConfig, mine: ModelConfig) -> str:
         weights.check(origin.folder, theirs)
         said = [f"params of {origin.folder}"]
     else:
-        checkpoints = open_checkpoints(origin.folder / "checkpoints", read_only=True)
-        checkpoints.check_params(origin.step, jax.eval_shape(model_at_rest(theirs).init, jax.random.key(0)))
-        checkpoints.close()
+        with closing(open_checkpoints(origin.folder / "checkpoints", read_only=True)) as checkpoints:
+            checkpoints.check_params(origin.step, params_of(theirs))
         said = [f"params of step {origin.step} of {origin.folder}"]
     if theirs.lora and not mine.lora:
         said.append("its adapters merged")
@@ -102,11 +102,6 @@ def check(origin: Origin, theirs: ModelConfig, mine: ModelConfig) -> str:
     if mine.value_head != theirs.value_head:
         said.append("a new value head" if mine.value_head else "its value head left out")
     return ", ".join(said)
-
-
-def model_at_rest(config: ModelConfig) -> Model:
-    """The model for its tree of params alone, on any device."""
-    return transformer(ModelConfig(**vars(config) | {"attention": "xla"}))
 
 
 def load(origin: Origin, theirs: ModelConfig, mine: ModelConfig, placed, fresh: Callable[..., dict]) -> dict[str, Any]:
@@ -138,22 +133,26 @@ def restore(origin: Origin, theirs: ModelConfig, mine: ModelConfig, placed, fres
     if not merges:  # each as it is to be here: under "frozen", perhaps, what is not so there
         wanted = wanted | wanted.get("frozen", {})
         there = {name: wanted.get(name, branch) for name, branch in there.items()}
-    checkpoints = open_checkpoints(origin.folder / "checkpoints", read_only=True)
-    params = checkpoints.restore_params(origin.step, there)
-    checkpoints.close()
+    with closing(open_checkpoints(origin.folder / "checkpoints", read_only=True)) as checkpoints:
+        params = checkpoints.restore_params(origin.step, there)
+    if mine.lora is not None and theirs.lora is None:
+        params["frozen"] = {name: params.pop(name) for name in placed["frozen"]}
     if merges:
         params = lora.merge(params, theirs.lora)
-        kept = {name: sharding_ for name, sharding_ in placed.items() if name in params}
-        params = {name: params[name] for name in kept}
-        params = jax.tree.map(lambda x, sharding_: jax.device_put(x.astype(mine.param_dtype), sharding_), params, kept)
-    elif mine.lora is not None and theirs.lora is None:
-        params["frozen"] = {name: params.pop(name) for name in placed["frozen"]}
     params = {name: params[name] for name in placed if name in params}
+    if merges:
+        to = {name: placed[name] for name in params}
+        params = jax.tree.map(lambda x, sharding_: jax.device_put(x.astype(mine.param_dtype), sharding_), params, to)
     return params | fresh(*(name for name in placed if name not in params))
+
+
+def params_of(config: ModelConfig):
+    """The params of a model, as shapes."""
+    return jax.eval_shape(transformer(replace(config, attention="xla")).init, jax.random.key(0))  # on whatever device
 
 
 def abstract(config: ModelConfig, mesh):
     """The params of a model, as they are asked of a checkpoint."""
-    tree = jax.eval_shape(model_at_rest(config).init, jax.random.key(0))
+    tree = params_of(config)
     placed = sharding.shardings(tree, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, placed)

@@ -149,8 +149,14 @@ def _write(made, folder: Path) -> None:
     first = {"special_tokens": [(BOS, made.token_to_id(BOS))]}
     made.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A $B", **first)
     made.save(str(folder / "tokenizer.json"))
-    about = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "clean_up_tokenization_spaces": False}
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", **about}
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
