@@ -264,7 +264,7 @@ def test_a_run_begins_with_the_params_that_it_is_told(run, exported, path, step,
     assert {x.sharding.mesh for x in jax.tree.leaves(params)} == {made.mesh}
     kernel = params["layers"]["attention"]["q"]["kernel"]
     assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // (4 if len(mesh) > 1 else 1)}
-    assert said == [f"init_from: params of {'step 4 of ' + str(run) if path == str(run) else said[0].split(' of ', 1)[1]}"]
+    assert said == [f"init_from: params of {exported if path == str(exported) else f'step {step} of {run}'}"]
 
 
 def test_a_whole_run_begins_there(run, tmp_path):
