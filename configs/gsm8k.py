@@ -31,6 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
     options = parse(arg, model="qwen2.5_0.5b", smoke=False)
     config = ConfigDict()
     config.seed = 0
+    config.init_from = config_dict.placeholder(str)  # a run, RUN/checkpoints/STEP or a Hugging Face folder
     config.model = {
         "name": options.model,
         "weights": "pretrained",

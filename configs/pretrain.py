@@ -7,7 +7,7 @@ paragraphs, in nats a byte, is `eval/held_out/nll`. 2026-11-23, 2-core CPU, seed
 200, 400, 600 (it overfits after 400), where count models of the same text give 3.31 (unigram) and 2.58 (bigram, smoothed).
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from jaxreason.options import parse
 
@@ -16,6 +16,7 @@ def get_config(arg: str = "") -> ConfigDict:
     options = parse(arg, path="jaxreason/**/*.py", smoke=False)
     config = ConfigDict()
     config.seed = 0
+    config.init_from = config_dict.placeholder(str)  # a run, RUN/checkpoints/STEP or a Hugging Face folder
     config.model = {"name": "tiny", "width": 128, "layers": 4, "head_size": 32, "feed_forward": 384}
     config.text = {"tokenizer": "byte_level", "format": "plain"}
     config.sampler = {"slots": 16, "max_prompt_tokens": 32, "max_tokens": 96, "chunk_tokens": 16}

@@ -10,7 +10,7 @@ does not reliably improve. With `guess` at 0.5, 1,800 steps and a slip of 0.12, 
 yet measured to the end.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from jaxreason.options import parse
 
@@ -27,6 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
     train, max_tokens, demonstrated, held_out, verifier = TASKS[options.task]
     config = ConfigDict()
     config.seed = 0
+    config.init_from = config_dict.placeholder(str)  # a run, RUN/checkpoints/STEP or a Hugging Face folder
     config.model = {"name": "tiny", "layers": 3}
     config.text = {"tokenizer": "characters", "format": "plain"}
     config.sampler = {"slots": 128, "max_prompt_tokens": 24, "max_tokens": 72, "chunk_tokens": 8, "prompts_per_prefill": 16}

@@ -22,6 +22,7 @@ from jaxreason import __version__, batching, data, rollout, sharding, sources, t
 from jaxreason import evaluate as evaluation
 from jaxreason import objectives as objectives_
 from jaxreason import optimizer as optimizer_
+from jaxreason import origin as origin_
 from jaxreason.environment import Environment, single_turn
 from jaxreason.learner import compile_token_logp
 from jaxreason.model import Model, ModelConfig, attention, transformer
@@ -34,6 +35,17 @@ from jaxreason.tasks.procedural import ALPHABET
 from jaxreason.train import Phase, Run
 
 SECTIONS = ("seed", "model", "text", "sampler", "verifier", "phases", "evaluate", "sharding", "checkpoint", "log")
+OPTIONAL = ("init_from",)
+
+
+class Described(NamedTuple):
+    """The model and the text of a config."""
+
+    folder: Path | None  # of a pretrained model
+    tokenizer: text.Tokenizer | None  # None, as the format: weights alone
+    format: text.Format | None
+    shape: ModelConfig
+    load: Callable | None  # what loads its params (see `init_params`); None: they are random
 
 
 class Parts(NamedTuple):
@@ -50,8 +62,8 @@ class Parts(NamedTuple):
     say: Callable[[str], None]
 
 
-def build(config, *, say: Callable[[str], None] = print) -> Run:
-    """Make a run from a ConfigDict.
+def build(config, *, resumes: bool = False, say: Callable[[str], None] = print) -> Run:
+    """Make a run from a ConfigDict. One that resumes has params of its own, so `init_from` is not looked at.
 
     Raises:
       ValueError, FileNotFoundError: anything wrong with it, in one line.
@@ -64,18 +76,20 @@ def build(config, *, say: Callable[[str], None] = print) -> Run:
         if key not in config:
             raise ValueError(f"the config lacks {key!r}; it has: {', '.join(sorted(config))}")
     for name in phase_names:
-        if name not in config or name in SECTIONS:
-            raise ValueError(unknown("phase", name, set(config) - set(SECTIONS)))
-    for key in set(config) - set(SECTIONS) - set(phase_names):
+        if name not in config or name in (*SECTIONS, *OPTIONAL):
+            raise ValueError(unknown("phase", name, set(config) - {*SECTIONS, *OPTIONAL}))
+    for key in set(config) - {*SECTIONS, *OPTIONAL, *phase_names}:
         # A phase that is defined but not run is fine (that is how phases are left out); anything else would be read by nobody.
         if not isinstance(config[key], dict) or "source" not in config[key]:
-            raise ValueError(unknown("field of the config", key, {*SECTIONS, *phase_names}))
+            raise ValueError(unknown("field of the config", key, {*SECTIONS, *OPTIONAL, *phase_names}))
 
     meshes = call(sharding.make_meshes, config["sharding"], "config.sharding")
-    folder = find_folder(**{key: config["model"][key] for key in ("name", "weights") if key in config["model"]})
-    tokenizer, format = call(make_text, config["text"], "config.text", folder=folder)
-    shape, load = call(make_model, config["model"], "config.model", folder=folder, tokenizer=tokenizer)
+    say = say if jax.process_index() == 0 else lambda line: None
+    described = describe(config["model"], config["text"])
+    _, tokenizer, format, shape, load = described
     text.check_vocabulary(tokenizer, shape)
+    if config.get("init_from") and not resumes:
+        load = start_from(config["init_from"], described, say)
     attention.check_platform(shape, meshes.learn.devices.flat[0].platform)
     model, sampled = (transformer(shape, mesh) for mesh in meshes)
     for mesh in meshes:
@@ -91,7 +105,7 @@ def build(config, *, say: Callable[[str], None] = print) -> Run:
         verifier=config["verifier"],
         meshes=meshes,
         devices=sharding.row_devices(meshes.learn),
-        say=say if jax.process_index() == 0 else lambda line: None,
+        say=say,
     )
     phases = [call(make_phase, config[name], f"config.{name}", name=name, parts=parts) for name in phase_names]
     evaluate, filter = call(make_evaluate, config["evaluate"], "config.evaluate", parts=parts)
@@ -129,6 +143,14 @@ def versions() -> dict:
 
 
 # --- model and text ---
+
+
+def describe(model: dict, words: dict) -> Described:
+    """Read the sections `model` and `text` of a config."""
+    folder = find_folder(**{key: model[key] for key in ("name", "weights") if key in model})
+    tokenizer, format = call(make_text, words, "config.text", folder=folder)
+    shape, load = call(make_model, model, "config.model", folder=folder, tokenizer=tokenizer)
+    return Described(folder, tokenizer, format, shape, load)
 
 
 WEIGHTS = ("random", "pretrained")
@@ -172,24 +194,47 @@ def make_model(
             fields.setdefault("vocab_size", tokenizer.vocab_size)
         return model_config.sized(name, **fields), None
     shape = model_config.from_hf(json.loads((folder / "config.json").read_text()), **fields)
-    return shape, functools.partial(weights_.load, folder, **fields)
+    return shape, functools.partial(origin_.load_folder, folder, shape)
+
+
+def start_from(path: str, mine: Described, say: Callable[[str], None]) -> Callable:
+    """Find the params that `config.init_from` names and check that this config can take them; return what loads them.
+
+    They stand in for those of `config.model`, pretrained ones too, whose shape, tokenizer and chat template stay.
+    """
+    try:
+        found, theirs = find_described(path)
+        notes = origin_.check(found, theirs.shape, mine.shape)
+        if theirs.tokenizer is not None:
+            text.check_same(theirs.tokenizer, mine.tokenizer)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"config.init_from got {path!r}: {error}") from None
+    say(f"init_from: {notes}")
+    return functools.partial(origin_.load, found, theirs.shape, mine.shape)
+
+
+def find_described(path: str, step: int | None = None) -> tuple[origin_.Origin, Described]:
+    """Find params (see `origin`) and what they belong to."""
+    found = origin_.find(path, step)
+    if found.step is not None:
+        return found, describe(found.config["model"], found.config["text"])
+    tokenizer = text.load(found.folder) if (found.folder / "tokenizer.json").is_file() else None
+    return found, Described(found.folder, tokenizer, None, model_config.from_hf(found.config), None)
 
 
 def init_params(model, load: Callable | None, seed: int, mesh):
-    """Make or load the params of a run, each leaf straight onto its devices."""
+    """Make or load the params of a run, each leaf straight onto its devices.
+
+    `load(placed, fresh)` gives params with the shardings `placed`; `fresh(*names)` makes those that it has none for.
+    """
     key = jax.random.fold_in(jax.random.key(seed), INITIALISATION)
     placed = sharding.shardings(jax.eval_shape(model.init, key), mesh)
-    if load is None:
-        return jax.jit(model.init, out_shardings=placed)(key)
-    init = {name: placed[name] for name in ("value", "lora") if name in placed}  # no checkpoint has them
-    if init:
-        init = jax.jit(lambda key: {name: model.init(key)[name] for name in init}, out_shardings=init)(key)
-    if model.config.lora is None:
-        return load(sharding=placed, init=init)[1]
-    return {
-        "frozen": load(sharding=placed["frozen"], param_dtype=model.config.lora.base_dtype or model.config.param_dtype)[1],
-        **init,
-    }
+
+    def fresh(*names):
+        wanted = {name: placed[name] for name in names}
+        return jax.jit(lambda key: {name: model.init(key)[name] for name in names}, out_shardings=wanted)(key) if names else {}
+
+    return fresh(*placed) if load is None else load(placed, fresh)
 
 
 INITIALISATION = 2**31 + 1  # folded into the seed's key for random weights; training folds in the number of the phase

@@ -22,6 +22,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ import numpy as np
 from jaxreason import processes
 
 
-class Damaged(Exception):
+class Damaged(ValueError):
     """A checkpoint can't be read, or is not what was saved."""
 
 
@@ -48,6 +49,7 @@ class Checkpoints(NamedTuple):
     peek: Callable[[int], dict[str, Any]]  # (step) -> host
     restore: Callable[[int, Any], tuple[Any, dict[str, Any]]]  # (step, abstract_state) -> (state, host)
     restore_params: Callable[[int, Any], Any]  # (step, abstract_params) -> `params` of the state, and nothing else of it
+    check_params: Callable[[int, Any], None]  # (step, abstract_params): raise if `restore_params` would; reads no array
     restore_reference: Callable[[int, Any], Any]  # (step, abstract_params) -> reference params
     wait: Callable[[], None]  # until all saves are complete, or have failed
     close: Callable[[], None]  # waits too
@@ -149,7 +151,7 @@ def open_checkpoints(
             raise damaged(step, "host/metadata is not what was saved")
         return found
 
-    def restore_item(step: int, item: str, abstract: Any, partial: bool = False) -> Any:
+    def check_item(step: int, item: str, abstract: Any, partial: bool = False) -> None:
         try:
             metadata = manager.item_metadata(step)
             missing = item not in metadata or metadata[item] is None
@@ -159,6 +161,9 @@ def open_checkpoints(
         if missing:
             raise ValueError(f"the checkpoint of step {step} at {folder} has no {item}")
         _check_fit(f"{item} at step {step} of {folder}", saved, _leaves(ocp.tree.to_flat_dict(abstract), partial))
+
+    def restore_item(step: int, item: str, abstract: Any, partial: bool = False) -> Any:
+        check_item(step, item, abstract, partial)
         marks = read_host(step)["fingerprints"][item]
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial)
@@ -185,6 +190,7 @@ def open_checkpoints(
         peek=lambda step: read_host(step)["host"],
         restore=lambda step, abstract_state: (restore_item(step, "state", abstract_state), read_host(step)["host"]),
         restore_params=lambda step, abstract: restore_item(step, "state", {"params": abstract}, partial=True)["params"],
+        check_params=lambda step, abstract: check_item(step, "state", {"params": abstract}, partial=True),
         restore_reference=lambda step, abstract: restore_item(step, "reference", abstract),
         wait=wait,
         close=manager.close,
@@ -239,6 +245,17 @@ def _name(key) -> str:
 
 def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# --- folders ---
+
+
+def saved_steps(folder: str | os.PathLike) -> list[int]:
+    """Steps of the complete checkpoints in `folder`, oldest first; none where there is no such folder."""
+    if not os.path.isdir(folder):
+        return []
+    with closing(open_checkpoints(folder, read_only=True)) as checkpoints:
+        return sorted(checkpoints.steps())
 
 
 def check_writable(folder: str | os.PathLike) -> None:

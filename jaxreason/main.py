@@ -158,7 +158,7 @@ def run(config) -> None:
     """Build the run of a config and train it, on this process and all others."""
     from jaxreason import preemption
     from jaxreason.build import build, make_log
-    from jaxreason.checkpoint import check_writable, open_checkpoints
+    from jaxreason.checkpoint import check_writable, open_checkpoints, saved_steps
     from jaxreason.processes import gather, together, writes
     from jaxreason.train import Diverged, NotResumable, Stopped, train
 
@@ -175,7 +175,7 @@ def run(config) -> None:
             raise ValueError(f"process {differ[0]} has another config than process 0; start all with the same command")
         how = {"resume": RESUME.value, "accept_config_change": ACCEPT_CONFIG_CHANGE.value, "say": tell}
         together(folders.check, workdir, text, **how)
-        made = together(build, config)
+        made = together(build, config, resumes=bool(saved_steps(workdir / "checkpoints")))
         together(check_writable, workdir)
         unlock = together(folders.lock, workdir, tell) if writes() else together(lambda: None)
         section = config.checkpoint.to_dict()

@@ -15,10 +15,10 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     "types options",
     "model text tasks verify tools objectives estimators sharding optimizer data checkpoint metrics cost processes workdir",
-    "learner sampler environment batching",
+    "learner sampler environment batching origin",
     "rollout sources preemption",
     "evaluate build train",
-    "main sweep launch plan bench report view",
+    "main export sweep launch plan bench report view",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 DOORS = FLOORS[-1].split()

@@ -93,9 +93,7 @@ def bench(cores: int) -> None:
     from jaxreason.options import call
 
     config = FLAGS.config.to_dict()
-    folder = build.find_folder(**{key: config["model"][key] for key in ("name", "weights") if key in config["model"]})
-    tokenizer, _ = call(build.make_text, config["text"], "config.text", folder=folder)
-    shape, load = call(build.make_model, config["model"], "config.model", folder=folder, tokenizer=tokenizer)
+    _, tokenizer, _, shape, load = build.describe(config["model"], config["text"])
     lines = [json.loads(line) for line in Path(FLAGS.rollouts).read_text().splitlines()]
     texts = [(tokenizer.encode(r["prompt"]), tokenizer.encode(r["text"], special=False)) for r in lines]
     texts = [(prompt, completion) for prompt, completion in texts if completion]

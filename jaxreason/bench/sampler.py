@@ -99,9 +99,7 @@ def make_work():
     fields = dict(part.split("=", 1) for part in FLAGS.model.split(",") if part)
     config["model"] |= {name: ast.literal_eval(value) for name, value in fields.items()}
     mesh = call(sharding.make_mesh, config["sharding"]["mesh"], "config.sharding.mesh")
-    folder = build.find_folder(**{key: config["model"][key] for key in ("name", "weights") if key in config["model"]})
-    tokenizer, format = call(build.make_text, config["text"], "config.text", folder=folder)
-    shape, load = call(build.make_model, config["model"], "config.model", folder=folder, tokenizer=tokenizer)
+    _, tokenizer, format, shape, load = build.describe(config["model"], config["text"])
     model = build.transformer(shape, mesh)
 
     if FLAGS.work == "exact":

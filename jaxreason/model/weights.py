@@ -231,6 +231,20 @@ def load(
     return config, params
 
 
+def check(folder: str | Path, config: ModelConfig) -> None:
+    """Check that a folder has the tensors of this config, by the headers of its files alone.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load` does.
+    """
+    rows, files = table(config), _files(Path(folder))
+    _check_names(config, rows, files, Path(folder))
+    for row in rows:
+        for name in row.names(config):
+            with _open(files[name]) as file:
+                _check_tensor(file, files[name], name, row.shape)
+
+
 def _check_names(config: ModelConfig, rows: list[Row], files: Mapping[str, Path], folder: Path) -> None:
     wanted = {name: row.shape for row in rows for name in row.names(config)}
     missing = [name for name in wanted if name not in files]
@@ -251,13 +265,17 @@ def _check_names(config: ModelConfig, rows: list[Row], files: Mapping[str, Path]
 def _read(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Read one tensor. The file is opened anew for each: its mapped pages would count as our memory until it is closed."""
     with _open(path) as file:
-        lazy = file.get_slice(name)
-        got, kind = tuple(lazy.get_shape()), lazy.get_dtype()
-        if got != shape:
-            raise ValueError(f"tensor {name} in {path} got shape {got}; config.json asks for {shape}")
-        if kind not in ("F64", "F32", "F16", "BF16"):
-            raise ValueError(f"tensor {name} in {path} got dtype {kind}; allowed: F64, F32, F16, BF16 (no quantised weights)")
+        _check_tensor(file, path, name, shape)
         return file.get_tensor(name)
+
+
+def _check_tensor(file, path: Path, name: str, shape: tuple[int, ...]) -> None:
+    lazy = file.get_slice(name)
+    got, kind = tuple(lazy.get_shape()), lazy.get_dtype()
+    if got != shape:
+        raise ValueError(f"tensor {name} in {path} got shape {got}; config.json asks for {shape}")
+    if kind not in ("F64", "F32", "F16", "BF16"):
+        raise ValueError(f"tensor {name} in {path} got dtype {kind}; allowed: F64, F32, F16, BF16 (no quantised weights)")
 
 
 def _to_devices(array: np.ndarray, sharding) -> jax.Array:
@@ -305,7 +323,7 @@ def save(
       tokenizer_folder: the tokenizer's files are copied from it, and from its config.json the token ids and context length.
       dtype: of the weights written; None keeps that of the params.
       max_shard_bytes: begin a new file where the next tensor would go past this.
-      **tokens: entries for config.json, such as `eos_token_id`, which is also written to generation_config.json.
+      **tokens: entries for config.json, such as `eos_token_id`; token ids also go to generation_config.json.
     """
     folder = Path(folder)
     rows = table(config)
@@ -316,6 +334,7 @@ def save(
         if np.shape(leaf) != shape:
             raise ValueError(f"params {'.'.join(row.path)} got shape {np.shape(leaf)}; the config asks for {shape}")
     folder.mkdir(parents=True, exist_ok=True)
+    given = tokens
     if tokenizer_folder is not None:
         tokens = _copy_tokenizer(Path(tokenizer_folder), folder) | tokens
     for old in [folder / SINGLE, folder / INDEX, *folder.glob("model-*-of-*.safetensors")]:
@@ -323,9 +342,12 @@ def save(
     stored = np.dtype(dtype or params["embed"]["embedding"].dtype)
     _write_json(folder / "config.json", to_hf(config, torch_dtype=str(stored), **tokens))
     _write_shards(folder, config, rows, params, stored, max_shard_bytes)
+    path = folder / "generation_config.json"
+    copied = _read_json(path) if path.is_file() and tokenizer_folder is not None else {}
+    tokens = given if copied else tokens  # what was copied knows its ids better than a config.json, but not than our caller
     ids = {k: tokens[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if tokens.get(k) is not None}
-    if "eos_token_id" in ids and not (folder / "generation_config.json").is_file():
-        _write_json(folder / "generation_config.json", ids)
+    if copied or "eos_token_id" in ids:
+        _write_json(path, copied | ids)
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> dict[str, Any]:

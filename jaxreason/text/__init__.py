@@ -1,7 +1,7 @@
 """Text to token ids and back: tokenizers, chat templates, and the prompt formats that training and sampling share."""
 
 from jaxreason.text.chat import Format, chat, encode_chat, load_template, plain, render
-from jaxreason.text.tokenizer import TOKENIZERS, Tokenizer, byte_level, characters, check_vocabulary, load, make
+from jaxreason.text.tokenizer import TOKENIZERS, Tokenizer, byte_level, characters, check_same, check_vocabulary, load, make
 
 FORMATS = {"plain": plain, "chat": chat}
 
@@ -13,6 +13,7 @@ __all__ = [
     "byte_level",
     "characters",
     "chat",
+    "check_same",
     "check_vocabulary",
     "encode_chat",
     "load",

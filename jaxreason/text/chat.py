@@ -35,6 +35,8 @@ class Format(NamedTuple):
     solution that `task.data["forced"]` lists, such as tool output."""
     forced: Callable[[str], list[int]]
     """Ids of a text that the model is shown in the middle of its own, such as tool output."""
+    template: str | None = None
+    """The chat template, if there is one."""
 
 
 # ---------------------------------------------------------------------------------------------------------- formats
@@ -79,7 +81,7 @@ def chat(tokenizer: Tokenizer, template: str, system: str = "", instruction: str
             messages.insert(0, Message("system", system))
         return encode_chat(tokenizer, template, messages, add_generation_prompt=True, **template_kwargs)[0]
 
-    return Format(prompt, functools.partial(_demonstrate, prompt, forced, end_of_turn), forced)
+    return Format(prompt, functools.partial(_demonstrate, prompt, forced, end_of_turn), forced, template)
 
 
 def _demonstrate(prompt: Callable, encode: Callable, end_id: int, task: Task) -> tuple[list[int], list[bool]]:

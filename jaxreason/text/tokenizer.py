@@ -32,6 +32,8 @@ class Tokenizer(NamedTuple):
     """`decode(ids, skip_special=False) -> text`; never raises."""
     token_text: Callable[[int], str]
     """`token_text(id) -> text` of one token, to show to a person."""
+    save: Callable[[Path], None] | None
+    """`save(folder)` writes the files that `load` and transformers read; None for one that was read from such files."""
 
 
 # ------------------------------------------------------------------------------------------------- made by us
@@ -39,7 +41,9 @@ class Tokenizer(NamedTuple):
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
 
-def _made(pieces: int, vocab_size: int | None, encode_plain: Callable, decode_plain: Callable, show: Callable) -> Tokenizer:
+def _made(
+    pieces: int, vocab_size: int | None, encode_plain: Callable, decode_plain: Callable, show: Callable, save: Callable
+) -> Tokenizer:
     """A tokenizer with ids 0 = pad, 1 = bos, 2 = eos, then `pieces` more that start at 0 for the functions given."""
     ids_of = {PAD: 0, BOS: 1, EOS: 2}
     texts = {i: text for text, i in ids_of.items()}
@@ -69,7 +73,7 @@ def _made(pieces: int, vocab_size: int | None, encode_plain: Callable, decode_pl
     def token_text(i):
         return show(i - first) if first <= i < first + pieces else texts.get(i, UNKNOWN)
 
-    return Tokenizer(vocab_size or first + pieces, 1, (2,), 0, ids_of, encode, decode, token_text)
+    return Tokenizer(vocab_size or first + pieces, 1, (2,), 0, ids_of, encode, decode, token_text, save)
 
 
 def characters(alphabet: str, vocab_size: int | None = None) -> Tokenizer:
@@ -95,7 +99,17 @@ def characters(alphabet: str, vocab_size: int | None = None) -> Tokenizer:
     def decode_plain(ids):
         return "".join(alphabet[i] for i in ids)
 
-    return _made(len(alphabet), vocab_size, encode_plain, decode_plain, lambda i: alphabet[i])
+    def save(folder):
+        import tokenizers
+        from tokenizers import decoders, models, pre_tokenizers
+
+        # "<unk>" is no word of it, so that a character which is not in the alphabet is an error there too.
+        made = tokenizers.Tokenizer(models.WordLevel(_numbered(alphabet), unk_token="<unk>"))
+        made.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+        made.decoder = decoders.Fuse()
+        _write(made, folder)
+
+    return _made(len(alphabet), vocab_size, encode_plain, decode_plain, lambda i: alphabet[i], save)
 
 
 def byte_level(vocab_size: int | None = None) -> Tokenizer:
@@ -107,7 +121,43 @@ def byte_level(vocab_size: int | None = None) -> Tokenizer:
     def encode_plain(text):
         return list(text.encode("utf-8", errors="replace"))  # lone surrogates, which JSON can hold, become "?"
 
-    return _made(256, vocab_size, encode_plain, lambda ids: bytes(ids).decode("utf-8", errors="replace"), show)
+    def save(folder):
+        import tokenizers
+        from tokenizers import decoders, models, pre_tokenizers
+
+        # In such a file a byte is a character that can be seen: itself, or one from 256 on, as GPT-2 had it.
+        seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        unseen = [byte for byte in range(256) if byte not in seen]
+        pieces = [chr(256 + unseen.index(byte) if byte in unseen else byte) for byte in range(256)]
+        made = tokenizers.Tokenizer(models.BPE(_numbered(pieces), merges=[]))
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        made.decoder = decoders.ByteLevel()
+        _write(made, folder)
+
+    return _made(256, vocab_size, encode_plain, lambda ids: bytes(ids).decode("utf-8", errors="replace"), show, save)
+
+
+def _numbered(pieces: Sequence[str]) -> dict[str, int]:
+    return {text: i for i, text in enumerate([PAD, BOS, EOS, *pieces])}
+
+
+def _write(made, folder: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json; with its special tokens a text begins with bos, as a plain prompt does."""
+    from tokenizers import AddedToken, processors
+
+    made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in (PAD, BOS, EOS)])
+    first = {"special_tokens": [(BOS, made.token_to_id(BOS))]}
+    made.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A $B", **first)
+    made.save(str(folder / "tokenizer.json"))
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------------- tokenizer.json
@@ -164,7 +214,7 @@ def load(folder: str | Path) -> Tokenizer:
     def token_text(i):
         return texts.get(int(i)) or decode([i])
 
-    return Tokenizer(size, bos_id, eos_ids, pad_id, special, encode, decode, token_text)
+    return Tokenizer(size, bos_id, eos_ids, pad_id, special, encode, decode, token_text, None)
 
 
 def _special_ids(folder: Path, token_to_id: Callable) -> tuple[int | None, tuple[int, ...], int]:
@@ -200,6 +250,22 @@ def make(name: str, **kwargs) -> Tokenizer:
     if name not in TOKENIZERS:
         raise ValueError(unknown("tokenizer", name, TOKENIZERS))
     return TOKENIZERS[name](**kwargs)
+
+
+def check_same(there: Tokenizer, here: Tokenizer) -> None:
+    """Check that an id means the same text to both; which of them end a completion may differ.
+
+    Raises:
+      ValueError: naming the first that does not.
+    """
+    for i in range(max(there.vocab_size, here.vocab_size)):
+        a, b = there.decode([i]), here.decode([i])
+        if a != b:
+            raise ValueError(
+                f"its tokenizer is another one: token {i} is {a!r} there and {b!r} here ({there.vocab_size} and "
+                f"{here.vocab_size} tokens); set config.text (and config.model.name, where the tokenizer is pretrained) to what "
+                "they are there"
+            )
 
 
 def check_vocabulary(tokenizer: Tokenizer, config) -> None:

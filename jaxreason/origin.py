@@ -1,0 +1,158 @@
+"""Where params come from that were trained before: a run of ours, one of its checkpoints, or a Hugging Face folder.
+
+`find` says what a path holds, `check` whether this model can take it, both before anything is compiled; `load` puts it straight
+onto the devices, in the tree, the types and the shardings of this model. Adapters go on as they are where this model has the
+same, and are merged where it has none; params without them are the base of a model that has some. What the other model lacks,
+new adapters or a value head, is made anew; its optimizer state is left behind. Left out: models of another shape.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxreason import processes, sharding
+from jaxreason.checkpoint import open_checkpoints, saved_steps
+from jaxreason.model import ModelConfig, lora, transformer, weights
+
+# What two runs may choose differently and still compute the same from the same params.
+CHOICES = ("value_head", "lora", "dtype", "param_dtype", "scan_layers", "remat", "attention")
+ASIDE = ("value", "lora")  # what stands beside the params that every model has
+
+
+class Origin(NamedTuple):
+    """What a path holds."""
+
+    folder: Path  # of a run, or in the format of Hugging Face
+    step: int | None  # of the run's checkpoint; None: a Hugging Face folder
+    config: dict  # its config.json
+
+
+def find(path: str | os.PathLike, step: int | None = None) -> Origin:
+    """Find params: in RUN (of `step`, or the newest), in RUN/checkpoints/STEP, or in a Hugging Face folder.
+
+    Raises:
+      ValueError, FileNotFoundError: none of these, or not that step.
+    """
+    folder = Path(os.path.abspath(Path(path).expanduser()))
+    if folder.parent.name == "checkpoints" and folder.name.isdecimal() and step is None:
+        folder, step = folder.parents[1], int(folder.name)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    file, run = folder / "config.json", (folder / "checkpoints").is_dir()
+    config = read_json(file) if file.is_file() else {}
+    if not run and "model_type" in config and step is None:
+        return Origin(folder, None, config)
+    if not {"model", "text"} <= config.keys():
+        raise ValueError(
+            f"{folder} is neither a run (config.json with a model and a text, and checkpoints) nor a Hugging Face folder "
+            "(config.json with a model_type)"
+        )
+    steps = saved_steps(folder / "checkpoints")
+    if not steps:
+        raise ValueError(f"{folder} has no complete checkpoint yet; a run writes one every checkpoint.every_steps and at its end")
+    if step is not None and step not in steps:
+        raise ValueError(f"{folder} has no checkpoint of step {step}; it has: {', '.join(map(str, steps))}")
+    return Origin(folder, steps[-1] if step is None else step, config)
+
+
+def read_json(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from None
+    return config if isinstance(config, dict) else {}
+
+
+def check(origin: Origin, theirs: ModelConfig, mine: ModelConfig) -> str:
+    """Check that params of `theirs` fit `mine`; return what is said about them in a line.
+
+    Raises:
+      ValueError, FileNotFoundError: they don't, or not all of them are there.
+    """
+    for name in (field.name for field in fields(ModelConfig) if field.name not in CHOICES):
+        there, here = getattr(theirs, name), getattr(mine, name)
+        if there != here:
+            raise ValueError(f"{name} is {there} there and {here} here; set config.model to the model there, or choose another")
+    if theirs.lora and mine.lora:
+        there, here = ((x.rank, x.alpha, ", ".join(sorted(x.targets))) for x in (theirs.lora, mine.lora))
+        if there != here:
+            raise ValueError(
+                "its adapters have rank {}, alpha {} and targets {}, here they have {}, {} and {}; set config.model.lora to what "
+                "it is there, or start from its export, where they are merged".format(*there, *here)
+            )
+    if origin.step is None:
+        weights.check(origin.folder, theirs)
+        said = [f"params of {origin.folder}"]
+    else:
+        with closing(open_checkpoints(origin.folder / "checkpoints", read_only=True)) as checkpoints:
+            checkpoints.check_params(origin.step, params_of(theirs))
+        said = [f"params of step {origin.step} of {origin.folder}"]
+    if theirs.lora and not mine.lora:
+        said.append("its adapters merged")
+    if mine.lora and not theirs.lora:
+        said.append("under new adapters")
+    if mine.value_head != theirs.value_head:
+        said.append("a new value head" if mine.value_head else "its value head left out")
+    return ", ".join(said)
+
+
+def load(origin: Origin, theirs: ModelConfig, mine: ModelConfig, placed, fresh: Callable[..., dict]) -> dict[str, Any]:
+    """Load params of `theirs` as those of `mine`, with the shardings `placed`; all processes read, each what its devices hold.
+
+    `fresh(*names)` makes new params of these names.
+    """
+    if origin.step is None:
+        return load_folder(origin.folder, mine, placed, fresh)
+    # The newest when this process looked; a run that goes on may have written another since.
+    return restore(origin._replace(step=processes.gather(origin.step)[0]), theirs, mine, placed, fresh)
+
+
+def load_folder(folder: Path, config: ModelConfig, placed, fresh: Callable[..., dict]) -> dict[str, Any]:
+    """Load the params of a Hugging Face folder; `fresh` makes what no such folder has."""
+    new = fresh(*(name for name in ASIDE if name in placed))
+    numbers = vars(config)
+    if config.lora is None:
+        return weights.load(folder, **numbers, sharding=placed, init=new)[1]
+    numbers = numbers | {"param_dtype": config.lora.base_dtype or config.param_dtype}
+    return {"frozen": weights.load(folder, **numbers, sharding=placed["frozen"])[1], **new}
+
+
+def restore(origin: Origin, theirs: ModelConfig, mine: ModelConfig, placed, fresh: Callable[..., dict]) -> dict[str, Any]:
+    """Restore the params of a checkpoint: cast as they are read or, where adapters are merged, after that."""
+    mesh = jax.tree.leaves(placed)[0].mesh
+    there, wanted = abstract(theirs, mesh), abstract(mine, mesh)
+    merges = theirs.lora is not None and mine.lora is None
+    if not merges:  # each as it is to be here: under "frozen", perhaps, what is not so there
+        wanted = wanted | wanted.get("frozen", {})
+        there = {name: wanted.get(name, branch) for name, branch in there.items()}
+    with closing(open_checkpoints(origin.folder / "checkpoints", read_only=True)) as checkpoints:
+        params = checkpoints.restore_params(origin.step, there)
+    if mine.lora is not None and theirs.lora is None:
+        params["frozen"] = {name: params.pop(name) for name in placed["frozen"]}
+    if merges:
+        params = lora.merge(params, theirs.lora)
+    params = {name: params[name] for name in placed if name in params}
+    if merges:
+        to = {name: placed[name] for name in params}
+        params = jax.tree.map(lambda x, sharding_: jax.device_put(x.astype(mine.param_dtype), sharding_), params, to)
+    return params | fresh(*(name for name in placed if name not in params))
+
+
+def params_of(config: ModelConfig):
+    """The params of a model, as shapes."""
+    return jax.eval_shape(transformer(replace(config, attention="xla")).init, jax.random.key(0))  # on whatever device
+
+
+def abstract(config: ModelConfig, mesh):
+    """The params of a model, as they are asked of a checkpoint."""
+    tree = params_of(config)
+    placed = sharding.shardings(tree, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, placed)
