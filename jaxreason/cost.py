@@ -5,9 +5,9 @@ cost analysis does not: it counts a body once. A trip count is XLA's `known_trip
 constant that the loop's condition compares with (TPU); of a loop whose length is data, such as that over the micro-batches in
 use, the caller says how often it runs. Of a conditional the costlier branch counts.
 
-Counted are FLOPs of matrix products alone; bytes that an instruction of the schedule reads from or writes to HBM, what is
-pinned in a TPU's vector memory, `S(1)`, left out; and bytes that a device sends in collectives. FLOPs inside custom kernels are not
-in the HLO. No jax needed.
+Counted are FLOPs of matrix products alone; bytes that the instructions of the schedule read from HBM and write to it, where
+what lies in a TPU's vector memory, `S(1)`, counts nothing; and bytes that a device sends in collectives. FLOPs of custom kernels
+are not in the HLO. No jax needed.
 """
 
 from __future__ import annotations

@@ -92,6 +92,9 @@ def read(config: dict, topology: str, phase: str | None) -> Work:
     """
     from jaxreason import build, objectives, optimizer, sharding
 
+    for key in build.SECTIONS:
+        if key not in config:
+            raise ValueError(f"the config lacks {key!r}; it has: {', '.join(sorted(config))}")
     names = tuple(config["phases"])
     phase = names[-1] if phase is None else phase
     if phase not in config or phase in build.SECTIONS or not isinstance(config[phase], dict):
@@ -180,9 +183,11 @@ def read_source(*, name: str, sampler: dict, **section) -> dict:
 def check(work: Work) -> None:
     """Raise ValueError for what does not divide."""
     if work.microbatches < 1 or work.rows % (work.row_devices * work.microbatches):
+        allowed = ", ".join(str(w.microbatches) for w in microbatch_choices(work._replace(microbatches=1)))
         raise ValueError(
-            f"config.{work.phase} has {work.rows} rows a batch, which do not divide over {work.row_devices} devices (data x fsdp) "
-            f"x {work.microbatches} micro-batches; change rows, problems x group, microbatches or config.sharding.mesh"
+            f"config.{work.phase} has {work.rows} rows a batch, which do not divide over {work.row_devices} devices (data x "
+            f"fsdp) x {work.microbatches} micro-batches; on this mesh --config.{work.phase}.microbatches may be "
+            f"{allowed or 'nothing'}; or change problems x group (or rows), or config.sharding.mesh"
         )
     state_of(work)  # raises if an axis of a parameter does not divide
     if work.sampler is not None:
@@ -202,6 +207,8 @@ def devices_of(topology: str):
         raise ValueError("libtpu, the compiler for TPUs, is not installed; pip install -e '.[tpu]'")
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no cloud around that could say which TPU this is
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no TPU is opened, so several processes may compile at a time
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # whatever it is: libtpu complains of having none
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     from jax.experimental import topologies
 
     bounds = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
@@ -259,7 +266,7 @@ def batch_of(work: Work):
 
 @functools.cache
 def roller_of(work: Work):
-    """The sampler, and the sizes of its prompts. Its tokenizer is not the model's: only the end of a sequence is in the programs."""
+    """The sampler and the sizes of its prompts. Its tokenizer is not the model's; programs know the end of a sequence only."""
     from jaxreason import build, text
 
     tokenizer = text.make("byte_level")
@@ -370,8 +377,12 @@ def needed(message: str) -> float:
     return float(number) * 1024 ** ("KMGT".index(unit) + 1)
 
 
-@functools.cache
 def compile_train(work: Work) -> Compiled:
+    return compile_update(work._replace(sampler=None))
+
+
+@functools.cache
+def compile_update(work: Work) -> Compiled:
     import jax
 
     from jaxreason import learner
@@ -395,8 +406,12 @@ def compile_train(work: Work) -> Compiled:
     )
 
 
-@functools.cache
 def compile_reference(work: Work) -> Compiled:
+    return compile_logp(work._replace(sampler=None))
+
+
+@functools.cache
+def compile_logp(work: Work) -> Compiled:
     from jaxreason import learner
 
     logp = learner.compile_token_logp(model_of(work), work.microbatches, mesh_of(work.topology, work.mesh))
@@ -414,8 +429,14 @@ def compile_reference(work: Work) -> Compiled:
     )
 
 
-@functools.cache
 def compile_prefill(work: Work) -> Compiled:
+    """Prefill; the same program whatever the number of slots, but for very few."""
+    rows = roller_of(work).rows
+    return compile_prompts(work._replace(microbatches=1).with_slots(-(-rows // work.row_devices) * work.row_devices))
+
+
+@functools.cache
+def compile_prompts(work: Work) -> Compiled:
     roller, (weights, _, _) = roller_of(work), weights_of(work)
     columns, width = roller.prompt_buckets[-1], dict(work.sampler)["prefill_tokens"]
     rows = roller.rows + -roller.rows % max(1, width // columns)
@@ -431,8 +452,12 @@ def compile_prefill(work: Work) -> Compiled:
     )
 
 
-@functools.cache
 def compile_decode(work: Work) -> Compiled:
+    return compile_chunk(work._replace(microbatches=1))
+
+
+@functools.cache
+def compile_chunk(work: Work) -> Compiled:
     import jax.numpy as jnp
 
     from jaxreason.sampler import Filter
@@ -595,10 +620,12 @@ def still_stages(work: Work) -> list[Stage]:
 
 
 def first_that_fits(choices: Sequence[Work], fit: Callable[[Work], bool]) -> Work | None:
-    """The first choice that fits, by bisection: what comes later needs less. None if not even the last does."""
+    """The first choice that fits: the first, or by bisection, as what comes later needs less; None if not even the last does."""
+    if choices and fit(choices[0]):
+        return choices[0]
     if not choices or not fit(choices[-1]):
         return None
-    low, high = 0, len(choices) - 1
+    low, high = 1, len(choices) - 1
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if fit(choices[middle]) else (middle + 1, high)
@@ -639,6 +666,15 @@ def other_meshes(work: Work) -> list[tuple[tuple[str, int], ...]]:
         except ValueError:  # an axis does not divide
             continue
     return found
+
+
+def larger_topology(work: Work) -> str | None:
+    """The smallest topology of the same chips that would hold the state and the layout of weights; nothing is compiled for it."""
+    kind, chips = work.topology.partition(":")[0], cost.chips_of(work.topology)
+    for name in (f"{kind}:{shape}" for shape in work.chip.topologies):
+        if cost.chips_of(name) > chips and other_meshes(work._replace(topology=name)):
+            return name
+    return None
 
 
 def flags_for(work: Work, found: Work) -> list[str]:
@@ -726,8 +762,8 @@ def describe(work: Work, efficiency: float, prices: dict[str, float]) -> dict:
         "slots": work.slots if work.sampler is not None else None,
         "fits": fitting,
         "hbm_bytes": chip.hbm_bytes,
-        "peak_bytes": max(stage.bytes for stage in stages),
-        "stages": {s.name: s.kinds | {"total": s.bytes} | ({"refused": s.refused} if s.refused else {}) for s in stages},
+        "peak_bytes": finite(max(stage.bytes for stage in stages)),
+        "stages": {stage.name: describe_stage(stage) for stage in stages},
         "programs": {p.name: describe_program(p, chip) for p in programs},
         "efficiency": efficiency,
         "usd_per_device_hour": usd,
@@ -736,17 +772,25 @@ def describe(work: Work, efficiency: float, prices: dict[str, float]) -> dict:
     }
 
 
+def describe_stage(stage: Stage) -> dict:
+    kinds = {kind: finite(size) for kind, size in stage.kinds.items()}
+    return kinds | {"total": finite(stage.bytes)} | ({"refused": stage.refused} if stage.refused else {})
+
+
+def finite(size: float) -> float | None:
+    """None for a size that the compiler did not tell."""
+    return size if math.isfinite(size) else None
+
+
 def describe_program(p: Compiled, chip: cost.Chip) -> dict:
-    line = cost.roofline(p.program, chip)
+    line, sent = cost.roofline(p.program, chip), sorted(p.program.sent.items())
     return {
         "compile_s": p.compile_s,
         "times_a_step": p.times,
         "flops": p.program.flops,
         "flops_by_formula": p.flops,
         "bytes": p.program.bytes,
-        "sent": {
-            f"{kind} of {n}": {"bytes": size, "times": times} for (kind, n), (size, times) in sorted(p.program.sent.items())
-        },
+        "sent": {f"{kind} of {n}": {"bytes": size, "times": times} for (kind, n), (size, times) in sent},
         "loops": p.program.loops,
         "loops_of_given_length": p.program.unknown_loops,
         **line._asdict(),
@@ -771,14 +815,15 @@ def show(found: dict) -> None:
             made.add_row(*row)
         console.print(made)
 
-    def gib(size: float) -> str:
-        return f"{size / cost.GIB:,.2f}" if size else ""
+    def gib(size: float | None) -> str:
+        return "?" if size is None else f"{size / cost.GIB:,.2f}" if size else ""
 
     mesh = ", ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
     console.print(
         f"{found['parameters'] / 1e9:.2f} G parameters on {found['topology']} ({found['chips']} chips), mesh {mesh}; phase "
         f"{found['phase']}: {found['rows']} rows of {found['row_tokens']} tokens in {found['microbatches']} micro-batches"
         + (f", {found['slots']} slots" if found["slots"] else "")
+        + ("" if math.prod(found["mesh"].values()) == found["devices"] else "; the mesh leaves devices idle")
     )
     used = [kind for kind in KINDS if any(stage.get(kind) for stage in found["stages"].values())]
     rows = [[name, *(gib(s.get(kind, 0)) for kind in used), gib(s["total"])] for name, s in found["stages"].items()]
@@ -786,7 +831,7 @@ def show(found: dict) -> None:
     table(f"HBM per device, GiB, of {hbm} that a program may use", ["when", *used, "all"], rows)
     for name, stage in found["stages"].items():
         if "refused" in stage:
-            console.print(f"{name}: refused {stage['refused']}; it needs {gib(stage['total'])} of {hbm} GiB")
+            console.print(f"{name}: refused {stage['refused']}; that alone needs {gib(stage['total'])} of {hbm} GiB")
     if found["programs"]:
         show_programs(found, table)
     if found["prediction"]:
@@ -825,16 +870,23 @@ def show_prediction(found: dict, console) -> None:
     console.print(f"1,000 steps: {p['chip_hours']:,.0f} chip-hours, {price}")
 
 
+def verdict(found: dict) -> str:
+    """Whether it fits, in a line."""
+    sizes = {name: stage["total"] for name, stage in found["stages"].items()}
+    worst = max(sizes, key=lambda name: math.inf if sizes[name] is None else sizes[name])
+    need = "more than was told" if sizes[worst] is None else f"{sizes[worst] / cost.GIB:.2f}"
+    return f"{'fits' if found['fits'] else 'does not fit'}: needs {need} of {found['hbm_bytes'] / cost.GIB:.2f} GiB ({worst})"
+
+
 def show_topologies() -> None:
     """Print what is known."""
     for name, chip in cost.CHIPS.items():
-        price = (
-            "no price known" if chip.usd_per_hour is None else f"${chip.usd_per_hour * chip.devices_per_chip:.2f} a chip and hour"
-        )
+        usd = chip.usd_per_hour
+        price = "no price known" if usd is None else f"${usd * chip.devices_per_chip:.2f} a chip and hour"
         many = "" if chip.devices_per_chip == 1 else f" ({chip.devices_per_chip} devices a chip)"
         print(
-            f"{name}: {chip.hbm_bytes / cost.GIB:.2f} GiB, {chip.flops_per_s / 1e12:.0f} TFLOP/s, {chip.hbm_bytes_per_s / 1e9:.0f} "
-            f"GB/s of a device{many}, {chip.chips_per_host} chips a host, {price}"
+            f"{name}: {chip.hbm_bytes / cost.GIB:.2f} GiB, {chip.flops_per_s / 1e12:.0f} TFLOP/s, "
+            f"{chip.hbm_bytes_per_s / 1e9:.0f} GB/s of a device{many}, {chip.chips_per_host} chips a host, {price}"
         )
         print("  " + " ".join(f"{name}:{shape}" for shape in chip.topologies))
 
@@ -875,20 +927,22 @@ def plan() -> bool:
     work = read(FLAGS.config.to_dict(), FLAGS.topology, FLAGS.phase)
     found = describe(work, FLAGS.efficiency, prices)
     other = find_fitting(work) if not found["fits"] and FLAGS.search else None
+    if not found["fits"] and FLAGS.search and other is None:
+        found["larger_topology"] = larger_topology(work)
     if other is not None:
         found["fits_with"] = {"flags": flags_for(work, other), **describe(other, FLAGS.efficiency, prices)}
     if FLAGS.json:
         print(json.dumps(found))
         return found["fits"]
     show(found)
-    worst = max(found["stages"], key=lambda name: found["stages"][name]["total"])
-    peak, hbm = found["peak_bytes"] / cost.GIB, found["hbm_bytes"] / cost.GIB
-    print(f"{'fits' if found['fits'] else 'does not fit'}: needs {peak:.2f} of {hbm:.2f} GiB ({worst})")
+    print(verdict(found))
     if other is not None:
         print(f"\nfits with: {' '.join(found['fits_with']['flags'])}\n")
         show(found["fits_with"])
     elif not found["fits"] and FLAGS.search:
-        print(f"nothing that was tried fits on {work.topology}: take more chips, a smaller model, or shorter sequences")
+        larger = found["larger_topology"]
+        hint = f"; params, optimizer and the sampler's weights would fit on {larger}, with another mesh" if larger else ""
+        print(f"nothing that was tried fits on {work.topology}: take more chips, a smaller model or shorter sequences{hint}")
     return found["fits"]
 
 

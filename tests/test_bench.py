@@ -12,10 +12,10 @@ import pytest
 from runs import ROOT
 
 from jaxreason.bench.cache import attend_shared, writes
-from jaxreason.bench.learner import forward_flops
 from jaxreason.bench.lookup import steps_with_lookup
 from jaxreason.bench.machine import Ceiling
-from jaxreason.bench.sampler import decode_cost, floors, layer_weights, prefill_cost
+from jaxreason.bench.sampler import decode_cost, floors, prefill_cost
+from jaxreason.cost import forward_flops, layer_weights
 from jaxreason.model import ModelConfig, transformer
 from jaxreason.model.cache import make
 from jaxreason.model.layers import attend
@@ -209,7 +209,10 @@ def test_choices_of_the_cache_are_measured():
         (["sampler"], "needed: --config=FILE"),
         (["sampler", *TINY, "--model=widht=3"], "unknown field of config.model 'widht'"),
         (["sampler", *TINY, "--questions=/nowhere.jsonl"], "/nowhere.jsonl"),
-        (["learner", *TINY, "--microbatches=4", "--config.sharding.mesh.data=1"], "6 rollouts do not divide over 4 micro-batches"),
+        (
+            ["learner", *TINY, "--microbatches=4", "--config.sharding.mesh.data=1"],
+            "6 rollouts do not divide over 4 micro-batches",
+        ),
         (["lookup", "--config=configs/tiny.py:smoke"], "--rollouts=FILE"),
     ],
 )
