@@ -12,10 +12,10 @@ import pytest
 from runs import ROOT
 
 from jaxreason.bench.cache import attend_shared, writes
-from jaxreason.bench.learner import forward_flops
 from jaxreason.bench.lookup import steps_with_lookup
 from jaxreason.bench.machine import Ceiling
-from jaxreason.bench.sampler import decode_cost, floors, layer_weights, prefill_cost
+from jaxreason.bench.sampler import decode_cost, floors, prefill_cost
+from jaxreason.cost import forward_flops, layer_weights
 from jaxreason.model import ModelConfig, transformer
 from jaxreason.model.cache import make
 from jaxreason.model.layers import attend

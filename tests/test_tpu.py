@@ -6,7 +6,6 @@ layouts and memory that the compiler makes; it has not run.
 
 import dataclasses
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jaxreason import batching
 from jaxreason.learner import compile_train_step
 from jaxreason.model import ModelConfig, transformer
 from jaxreason.objectives import dapo
+from jaxreason.plan import devices_of, placed
 from jaxreason.sampler import Filter, Weights, compile_sampler
 from jaxreason.sharding import gathered, make_mesh, rows, shardings
 from jaxreason.types import TrainState
@@ -43,19 +43,7 @@ CONFIG = ModelConfig(
 
 @functools.cache
 def mesh_of(topology: str):
-    from jax.experimental import topologies
-
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no cloud around that could say which TPU this is
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no TPU is opened, so several processes may compile at a time
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    return make_mesh(data=2, fsdp=2, tensor=2, devices=found.devices)
-
-
-def placed(tree, where):
-    """What stands for arrays in `where`, a sharding or a tree of them."""
-    if isinstance(where, jax.sharding.Sharding):
-        where = jax.tree.map(lambda x: where, tree)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where)
+    return make_mesh(data=2, fsdp=2, tensor=2, devices=devices_of(topology))
 
 
 def compiled_train_step(topology: str, attention: str):

@@ -24,17 +24,9 @@ from absl import app, flags, logging
 
 from jaxreason.bench import machine
 from jaxreason.bench import sampler as sampling
+from jaxreason.cost import forward_flops
 
 FLAGS = flags.FLAGS
-
-
-def forward_flops(c, lengths) -> float:
-    """FLOPs of the matrix products of one forward pass over sequences of `lengths`, pairs of (prompt tokens, trained tokens)."""
-    weights = c.layers * sampling.layer_weights(c)
-    tokens = sum(p + g for p, g in lengths)
-    attended = sum((p + g) * (p + g + 1) / 2 for p, g in lengths)
-    trained = sum(g for _, g in lengths)
-    return 2 * weights * tokens + 4 * c.layers * c.heads * c.head_size * attended + 2 * c.width * c.vocab_size * trained
 
 
 def random_rollouts(requests, vocab_size: int):

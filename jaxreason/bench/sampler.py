@@ -31,6 +31,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jaxreason.bench import machine
+from jaxreason.cost import layer_weights
 
 FLAGS = flags.FLAGS
 
@@ -68,11 +69,6 @@ def prefill_cost(c, prompts, itemsize: int = 4) -> Cost:
     attended = sum(p * (p + 1) / 2 for p in prompts)
     weights = c.layers * layer_weights(c)
     return Cost(2 * weights * sum(prompts) + 4 * c.layers * c.heads * c.head_size * attended, itemsize * weights)
-
-
-def layer_weights(c) -> int:
-    """Matrix weights of a layer."""
-    return c.width * c.head_size * (2 * c.heads + 2 * c.kv_heads) + 3 * c.width * c.feed_forward
 
 
 def floors(c, lengths, prompts, slots: int, ceiling: machine.Ceiling) -> dict[str, float]:
