@@ -136,7 +136,7 @@ def test_what_cannot_be_is_refused_before_anything_is_compiled():
 
 def test_a_whole_run_samples_from_its_adapters_and_goes_on_from_its_folder(tmp_path, monkeypatch):
     def config():
-        config = load_config("tiny", "smoke", **{"mesh.data": 1, "prior.steps": 2, "checkpoint.every_steps": 1})
+        config = load_config("tiny", "smoke", **{"sharding.mesh.data": 1, "prior.steps": 2, "checkpoint.every_steps": 1})
         config.rl.objective.kl_coefficient = 0.1
         config.model.lora = {"rank": 4, "targets": ("q", "v", "down")}
         config.prior.optimizer.lr = config.rl.optimizer.lr = 0.02

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxreason import sharding
 from jaxreason.model import cache as kv
 from jaxreason.model import lora
 from jaxreason.model.attention import KERNELS
@@ -70,16 +71,24 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
     kernel = KERNELS[config.attention](config, mesh)
 
     def run(block, x_BTD, layer, rotations, seen, position_BT, cache):
-        return nnx.merge(block, layer)(x_BTD, rotations, seen, position_BT, cache, kernel.attend)
+        if cache is None:
+            layer = sharding.gather_weights(layer, mesh, "layers", layer=True)
+        x_BTD, cache = nnx.merge(block, layer)(x_BTD, rotations, seen, position_BT, cache, kernel.attend)
+        return (x_BTD if cache is not None else sharding.keep_rows(x_BTD, mesh)), cache
 
     run_plain, run_adapted = functools.partial(run, block), functools.partial(run, adapted_block)
-    if config.remat != "none":
-        run_plain, run_adapted = (jax.checkpoint(f, policy=REMAT[config.remat]) for f in (run_plain, run_adapted))
+    policy = REMAT[config.remat]
+    if policy is None and mesh is not None and mesh.shape["fsdp"] > 1:
+        policy = jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED)
+    if policy is not None:
+        run_plain, run_adapted = (jax.checkpoint(f, policy=policy) for f in (run_plain, run_adapted))
 
     def apply(params, tokens_BT, position_BT, segment_BT=None, cache=None):
         run_block, adapters = (run_adapted, params["lora"]) if "lora" in params else (run_plain, None)
         params = params.get("frozen", params)
-        x_BTD = params["embed"]["embedding"][tokens_BT].astype(dtype)
+        embed = params["embed"] if cache is not None else sharding.gather_weights(params["embed"], mesh, "embed")
+        x_BTD = embed["embedding"][tokens_BT].astype(dtype)
+        x_BTD = x_BTD if cache is not None else sharding.keep_rows(x_BTD, mesh)
         rotations = rotation(config, position_BT)
         seen = kernel.see(position_BT, segment_BT) if cache is None else written(position_BT, kv.columns_of(cache))
         layers = params["layers"] if adapters is None else lora.beside(params["layers"], adapters)
@@ -106,7 +115,9 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
         if in_decode_layout(params):
             kernel_VD = params["embed"]["embedding"] if config.tied_embeddings else params["unembed"]["kernel"]
             return from_left(kernel_VD.astype(hidden.dtype), hidden, jnp.float32)
-        kernel = params["embed"]["embedding"].T if config.tied_embeddings else params["unembed"]["kernel"]
+        name = "embed" if config.tied_embeddings else "unembed"
+        used = sharding.gather_weights(params[name], mesh, name)
+        kernel = used["embedding"].T if config.tied_embeddings else used["kernel"]
         return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def value(params, hidden):
