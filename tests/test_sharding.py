@@ -1,5 +1,7 @@
 """Meshes that cannot be made, and that the rules place every parameter of every kind of model, and its optimizer state."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,12 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxreason import batching, optimizer, sharding
+from jaxreason import batching, cost, optimizer, sharding
+from jaxreason.learner import compile_train_step, loss
 from jaxreason.model import ModelConfig, transformer
 from jaxreason.model.config import SIZES
+from jaxreason.objectives import dapo, lm
+from jaxreason.train import new_state
 from jaxreason.types import TrainState
 
 VARIANTS = {
@@ -152,3 +157,49 @@ def test_rows_are_split_over_both_axes():
     assert [s.data.shape for s in shards] == [(2, 8)] * 8
     assert put.reference_logp_BT is None
     np.testing.assert_array_equal(np.concatenate([s.data for s in shards]), batch.tokens_BT)
+
+
+@pytest.mark.parametrize(
+    ("axes", "most"),
+    [
+        # Two micro-batches gather the params forward and backward, 7/8 each time, and add up gradients once: 2 x (2 + 2) x 7/8.
+        ({"fsdp": 8}, 7.5),
+        # Beside that tensor parallelism adds up activations, which are large here beside so few params.
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 26),
+    ],
+    ids=str,
+)
+def test_a_train_step_sends_its_params_and_not_its_activations(axes, most):
+    """Without `gather_weights` and `keep_rows` these were 429 and 88 times the params (jax 0.10.2, CPU, 2026-11-24)."""
+    shape = {"vocab_size": 96, "width": 64, "layers": 3, "heads": 4, "kv_heads": 2, "head_size": 32, "feed_forward": 128}
+    mesh = sharding.make_mesh(**{"data": 1} | axes)
+    model = transformer(ModelConfig(**shape, scan_layers=True, remat="full"), mesh)
+    descent = optax.sgd(1e-2)
+    state = jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), descent))
+    placed = sharding.shardings(state, mesh)
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed)
+    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.rows(mesh)), batching.empty(64, 128))
+    step = compile_train_step(model, dapo(), descent, microbatches=2, state_shardings=placed)
+    found = cost.program_cost(step.lower(state, rows).compile().as_text(), unknown_trips=2, devices=8)
+    params_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
+    assert 3 < found.sent_bytes / params_bytes < most
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("scan", [False, True])
+def test_weights_gathered_where_they_are_used_leave_the_loss_and_its_gradient_alone(scan, remat):
+    shape = {"vocab_size": 24, "width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_size": 8, "feed_forward": 32}
+    config = ModelConfig(**shape, scan_layers=scan, remat=remat)
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    plain, split = transformer(config), transformer(config, mesh)
+    params = jax.jit(plain.init)(jax.random.key(0))
+    batch = batching.from_windows(np.random.default_rng(0).integers(0, 24, (8, 12)).astype(np.int32), lm())
+
+    def gradient(model, params, batch):
+        return jax.jit(jax.value_and_grad(functools.partial(loss, model=model, objective=lm()), has_aux=True))(params, batch)
+
+    (value, _), grads = gradient(plain, params, batch)
+    placed = jax.device_put(params, sharding.shardings(params, mesh))
+    (split_value, _), split_grads = gradient(split, placed, sharding.put_rows(batch, mesh))
+    np.testing.assert_allclose(split_value, value, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), split_grads, grads)
