@@ -2,8 +2,10 @@
 
 RUN is the folder of a run; its newest checkpoint is taken, or that of `--step`. OUT gets safetensors, config.json,
 generation_config.json, the tokenizer and the chat template: what transformers, vLLM and `config.init_from` read. Adapters are
-merged; a value head has no place there and is left out. It runs on the CPU of one process and holds one copy of the params,
-in the type that is written, which is that of the run's params unless `--dtype` says otherwise; merged kernels are there twice.
+merged; a value head has no place there and is left out, and so is what is no part of a template: the run's instruction.
+Weights are of the type of the run's params unless `--dtype` says otherwise. On the CPU of one process, which holds the params
+once in the type that is written (merged kernels twice), and a file of at most 5 GB of them once more: 1.3 GB at most for
+SmolLM2-135M in float32, 7 s (two cores of an AMD EPYC, 2026-11-24).
 """
 
 from __future__ import annotations

@@ -100,6 +100,31 @@ def test_two_processes_train_as_one(tmp_path):
         assert {k: v for k, v in a.items() if k != "logp_sum"} == {k: v for k, v in b.items() if k != "logp_sum"}
 
 
+WARM = """
+import runpy
+
+def get_config(arg=""):
+    config = runpy.run_path("configs/tiny.py")["get_config"]("smoke")
+    config.sharding.mesh = {"data": 2, "fsdp": 2, "tensor": 1}
+    config.phases, config.evaluate.suites = ("prior",), {}
+    config.prior.optimizer.lr = 0.02 if arg == "trained" else 1e-30  # which moves no float
+    return config
+"""
+
+
+def test_two_processes_begin_with_the_params_of_another_run(tmp_path):
+    path = tmp_path / "warm.py"
+    path.write_text(WARM)
+    run_config(runpy.run_path(str(path))["get_config"]("trained"), tmp_path / "one")
+    (tmp_path / "one" / "config.json").write_text(json.dumps({"model": {"name": "tiny", "layers": 1}, "text": {}}))
+    command = train_command(str(path), tmp_path / "two", f"--config.init_from={tmp_path / 'one'}")
+    for code, stderr, _ in finish(start(command, 2, 2)):
+        assert code == 0, stderr
+    (step, params), (_, expected) = params_of(tmp_path / "two"), params_of(tmp_path / "one")
+    assert step == 4
+    jax.tree.map(np.testing.assert_array_equal, params["params"], expected["params"])
+
+
 SAY = """
 import sys, numpy as np
 from jaxreason import processes
