@@ -829,7 +829,9 @@ def show(found: dict) -> None:
         console.print(made)
 
     def gib(size: float | None) -> str:
-        return "?" if size is None else short(size / cost.GIB) if size else ""
+        if not size:
+            return "?" if size is None else ""
+        return f"{size / cost.GIB:,.2f}" if size > cost.GIB / 200 else "<0.01"
 
     mesh = ", ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
     console.print(
@@ -892,7 +894,7 @@ def verdict(found: dict) -> str:
     """Whether it fits, in a line."""
     sizes = {name: stage["total"] for name, stage in found["stages"].items()}
     worst = max(sizes, key=lambda name: math.inf if sizes[name] is None else sizes[name])
-    need = "more than was told" if sizes[worst] is None else short(sizes[worst] / cost.GIB)
+    need = "more than was told" if sizes[worst] is None else f"{sizes[worst] / cost.GIB:.2f}"
     return f"{'fits' if found['fits'] else 'does not fit'}: needs {need} of {found['hbm_bytes'] / cost.GIB:.2f} GiB ({worst})"
 
 
