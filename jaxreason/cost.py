@@ -25,37 +25,26 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """A kind of accelerator, each number that of one jax device."""
+    """A kind of accelerator; a chip is a jax device."""
 
     hbm_bytes: float  # that a program may use
     flops_per_s: float  # bfloat16, dense
     hbm_bytes_per_s: float
     ici_bytes_per_s: float  # sent along one axis of the torus, both directions together
-    usd_per_hour: float | None  # of one device, on demand
+    usd_per_hour: float | None  # on demand; None: not known
     price_source: str
     chips_per_host: int
-    devices_per_chip: int
     topologies: tuple[str, ...]  # that are offered
 
 
-# Memory: what libtpu 0.0.40's compiler calls available (2026-11-24); the rest of 16, 32 and 95 GB is its own.
-# FLOP/s and HBM bandwidth: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, read 2026-11-24.
+# Memory: what libtpu 0.0.42's compiler calls available (2026-11-24); the rest of 16, 32 and 95 GB is its own.
+# FLOP/s and HBM bandwidth: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}, read 2026-11-24.
 # Interconnect: "How to Scale Your Model" (Austin et al. 2025), jax-ml.github.io/scaling-book/tpus, "ICI BW/link (bidi)"; a little
 # below the documentation's 400, 1200 and 800 GB/s a chip over 4, 6 and 4 ports (v5e, v5p, v6e).
 # Prices are list prices on demand in the United States, from cloud.google.com/tpu/pricing as quoted in the source that is named.
-# They change: give your own with --prices.
+# They change: give your own with --prices. A v4 is not here: libtpu describes its two cores as two devices, while on a v4 they
+# are one, and jax makes no mesh of such.
 CHIPS = {
-    "v4": Chip(  # libtpu describes each of the two cores of a chip as a device; all numbers but the interconnect are halves
-        hbm_bytes=15.25 * GIB,
-        flops_per_s=275e12 / 2,
-        hbm_bytes_per_s=1200e9 / 2,
-        ici_bytes_per_s=90e9,
-        usd_per_hour=3.22 / 2,
-        price_source="$3.22 a chip, public notes of 2025-01-31",
-        chips_per_host=4,
-        devices_per_chip=2,
-        topologies=("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
-    ),
     "v5e": Chip(
         hbm_bytes=15.75 * GIB,
         flops_per_s=197e12,
@@ -64,7 +53,6 @@ CHIPS = {
         usd_per_hour=1.20,
         price_source="$1.20, 'How to Scale Your Model', February 2025",
         chips_per_host=8,
-        devices_per_chip=1,
         topologies=("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     ),
     "v5p": Chip(
@@ -75,7 +63,6 @@ CHIPS = {
         usd_per_hour=4.20,
         price_source="$4.20, 'How to Scale Your Model', February 2025",
         chips_per_host=4,
-        devices_per_chip=1,
         topologies=("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
     ),
     "v6e": Chip(
@@ -86,7 +73,6 @@ CHIPS = {
         usd_per_hour=2.70,
         price_source="$2.70 in us-east5, public notes of 2026-08-01",
         chips_per_host=8,
-        devices_per_chip=1,
         topologies=("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     ),
 }

@@ -11,8 +11,20 @@ Assumed, and worse than what will be: every sequence is as long as it may be, al
 attends to the longest cache. Assumed, and better: nothing but matrix products, memory and network takes time; `--efficiency` is
 the share of that roofline that is reached, and is a guess. HBM holds at each moment what the loop of `train` holds then: params,
 optimizer and reference throughout; sampler's weights, slots, and two batches of prompts while sampling. Left out: the host
-(verifiers, layout of batches), checkpoints and evaluations, memory lost to fragmentation. The reader of another ConfigDict
-than `build`'s: sections are handed on to the same functions.
+(verifiers, layout of batches), checkpoints and evaluations, memory lost to fragmentation, programs but the one that runs. On
+several hosts all of them are supposed to sample together, as one program.
+
+A column "of formula" above 1 says that devices compute the same thing: of prefill they do, along data and fsdp.
+
+Findings, 2026-11-24 (jax 0.10.2, libtpu 0.0.42, no TPU at hand: nothing here has been held against one).
+- FLOPs of train step and decode equal the formula to three digits: Qwen3-8B on v5e:4x8, Qwen2.5-0.5B on v5e:2x4.
+- On one CPU the compiler's sizes are what a train step takes: temporaries of 2,902, 4,478 and 15,951 MiB, and the process grew by
+  2,999, 4,541 and 15,938 (SmolLM2-135M, 8 x 256, remat full; the same in 2 micro-batches, none; Qwen3-0.6B, 4 x 256 in 2, dots).
+- XLA does not gather weights over `fsdp` here but adds up activations: with fsdp=8 a device of v5e:2x4 sends 731 GB in a step of
+  `configs/gsm8k.py` in 4 micro-batches. With activations held to rows between layers (tried, not in) it would send 88 GB and
+  compute half as much again.
+- Making the sampler's weights is the fullest moment of Qwen3-8B on v5e:4x8 with fsdp=8, tensor=4 (14.3 of 15.75 GiB), and what
+  keeps Qwen3-32B off any v5e: they are gathered in the dtype of the params, then cast.
 """
 
 from __future__ import annotations
@@ -329,7 +341,7 @@ class Compiled(NamedTuple):
 
     name: str
     compile_s: float
-    needed_bytes: float  # of HBM, arguments included
+    needed_bytes: float  # of HBM; of one that was refused, what the compiler says
     arguments: float = 0.0
     temporaries: float = 0.0  # and results that are not in the place of arguments
     code: float = 0.0
@@ -439,7 +451,8 @@ def compile_prefill(work: Work) -> Compiled:
 def compile_prompts(work: Work) -> Compiled:
     roller, (weights, _, _) = roller_of(work), weights_of(work)
     columns, width = roller.prompt_buckets[-1], dict(work.sampler)["prefill_tokens"]
-    rows = roller.rows + -roller.rows % max(1, width // columns)
+    together = min(max(1, width // columns), roller.rows)
+    rows = -(-roller.rows // together) * together
     prompts = [number(work, roller.rows, columns), number(work, roller.rows)]
     return compile_program(
         f"prefill, {roller.rows} prompts",
@@ -706,7 +719,7 @@ class Prediction(NamedTuple):
 
 
 def predict(work: Work, programs: Sequence[Compiled], efficiency: float, usd_per_hour: float | None) -> Prediction:
-    """Time a step. `usd_per_hour` is that of a device."""
+    """Time a step. `usd_per_hour` is that of a chip."""
     seconds = {p.name: p.times * cost.roofline(p.program, work.chip).seconds / efficiency for p in programs}
     sampling = sum(s for name, s in seconds.items() if work.samples and name.startswith(("prefill", "decode")))
     learning = sum(s for name, s in seconds.items() if name.startswith(("train", "reference")))
@@ -721,7 +734,7 @@ def predict(work: Work, programs: Sequence[Compiled], efficiency: float, usd_per
         sampled_tokens_per_s=tokens / sampling if sampling else 0.0,
         trained_tokens_per_s=work.rows * work.length / learning,
         steps_per_hour=3600 / step_s,
-        chip_hours=hours * devices / work.chip.devices_per_chip,
+        chip_hours=hours * devices,
         usd=None if usd_per_hour is None else hours * devices * usd_per_hour,
     )
 
@@ -747,7 +760,7 @@ def describe(work: Work, efficiency: float, prices: dict[str, float]) -> dict:
     fitting = fits(stages, work)
     compiled = any(stage.name == "train step" for stage in stages)
     programs = [p for p in (programs_of(work) if compiled else []) if p.program is not None]
-    usd = prices[kind] / chip.devices_per_chip if kind in prices else chip.usd_per_hour
+    usd = prices.get(kind, chip.usd_per_hour)
     whole = compiled and len(programs) == len(programs_of(work))
     return {
         "topology": work.topology,
@@ -766,7 +779,7 @@ def describe(work: Work, efficiency: float, prices: dict[str, float]) -> dict:
         "stages": {stage.name: describe_stage(stage) for stage in stages},
         "programs": {p.name: describe_program(p, chip) for p in programs},
         "efficiency": efficiency,
-        "usd_per_device_hour": usd,
+        "usd_per_chip_hour": usd,
         "price_source": "--prices" if kind in prices else chip.price_source,
         "prediction": predict(work, programs, efficiency, usd)._asdict() if whole else None,
     }
@@ -816,7 +829,9 @@ def show(found: dict) -> None:
         console.print(made)
 
     def gib(size: float | None) -> str:
-        return "?" if size is None else f"{size / cost.GIB:,.2f}" if size else ""
+        if not size:
+            return "?" if size is None else ""
+        return f"{size / cost.GIB:,.2f}" if size > cost.GIB / 200 else "<0.01"
 
     mesh = ", ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
     console.print(
@@ -828,7 +843,7 @@ def show(found: dict) -> None:
     used = [kind for kind in KINDS if any(stage.get(kind) for stage in found["stages"].values())]
     rows = [[name, *(gib(s.get(kind, 0)) for kind in used), gib(s["total"])] for name, s in found["stages"].items()]
     hbm = gib(found["hbm_bytes"])
-    table(f"HBM per device, GiB, of {hbm} that a program may use", ["when", *used, "all"], rows)
+    table(f"HBM of a chip, GiB, of {hbm} that a program may use", ["when", *used, "all"], rows)
     for name, stage in found["stages"].items():
         if "refused" in stage:
             console.print(f"{name}: refused {stage['refused']}; that alone needs {gib(stage['total'])} of {hbm} GiB")
@@ -838,36 +853,41 @@ def show(found: dict) -> None:
         show_prediction(found, console)
 
 
+def short(x: float) -> str:
+    """Three digits or more."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
 def show_programs(found: dict, table: Callable) -> None:
     rows = []
     for name, p in found["programs"].items():
-        milliseconds = [f"{1e3 * p[kind]:,.1f}" for kind in ("compute_s", "memory_s", "network_s")]
-        share = f"{p['flops'] / p['flops_by_formula']:.2f}"
-        rows.append([name, str(p["times_a_step"]), f"{p['flops'] / 1e12:,.3f}", share, f"{p['bytes'] / 1e9:,.2f}", *milliseconds])
-        rows[-1].append(p["bound"])
+        work = [p["flops"] / 1e12, p["bytes"] / 1e9, *(1e3 * p[kind] for kind in ("compute_s", "memory_s", "network_s"))]
+        tflop, *rest = map(short, work)
+        rows.append([name, str(p["times_a_step"]), tflop, f"{p['flops'] / p['flops_by_formula']:.2f}", *rest, p["bound"]])
     names = ["program, a run", "runs a step", "TFLOP", "of formula", "HBM GB", "compute ms", "HBM ms", "network ms", "bound by"]
-    table("Work of a device, and its time at the chip's peak", names, rows)
+    table("Work of a chip, and its time at the chip's peak", names, rows)
     rows = [
-        [name, kind, f"{sent['times']:,.0f}", f"{sent['bytes'] / 1e6:,.1f}"]
+        [name, kind, f"{sent['times']:,.0f}", short(sent["bytes"] / 1e6)]
         for name, p in found["programs"].items()
         for kind, sent in p["sent"].items()
         if sent["bytes"] > 0.001 * sum(other["bytes"] for other in p["sent"].values())
     ]
     if rows:
-        table("Collectives of a run, those above a thousandth", ["program", "kind", "times", "MB sent by a device"], rows)
+        table("Collectives of a run, those above a thousandth", ["program", "kind", "times", "MB sent by a chip"], rows)
 
 
 def show_prediction(found: dict, console) -> None:
     p = found["prediction"]
+    sampled = f"{short(p['sampled_tokens_per_s'])} tokens/s sampled and " if p["sampling_s"] else ""
     console.print(
-        f"At {found['efficiency']:.0%} of that roofline, which is a guess: {p['step_s']:.1f} s a step ({p['sampling_s']:.1f} "
-        f"sampling, {p['learning_s']:.1f} learning), {p['steps_per_hour']:,.1f} steps an hour, "
-        f"{p['sampled_tokens_per_s']:,.0f} tokens/s sampled and {p['trained_tokens_per_s']:,.0f} learned from"
+        f"At {found['efficiency']:.0%} of that roofline, which is a guess: {short(p['step_s'])} s a step "
+        f"({short(p['sampling_s'])} sampling, {short(p['learning_s'])} learning), {short(p['steps_per_hour'])} steps an hour, "
+        f"{sampled}{short(p['trained_tokens_per_s'])} tokens/s learned from"
     )
     price = "no price known; give --prices"
     if p["usd"] is not None:
-        price = f"${p['usd']:,.0f} at ${found['usd_per_device_hour']:.2f} a device and hour ({found['price_source']})"
-    console.print(f"1,000 steps: {p['chip_hours']:,.0f} chip-hours, {price}")
+        price = f"${short(p['usd'])} at ${found['usd_per_chip_hour']:.2f} a chip and hour ({found['price_source']})"
+    console.print(f"1,000 steps: {short(p['chip_hours'])} chip-hours, {price}")
 
 
 def verdict(found: dict) -> str:
@@ -882,11 +902,10 @@ def show_topologies() -> None:
     """Print what is known."""
     for name, chip in cost.CHIPS.items():
         usd = chip.usd_per_hour
-        price = "no price known" if usd is None else f"${usd * chip.devices_per_chip:.2f} a chip and hour"
-        many = "" if chip.devices_per_chip == 1 else f" ({chip.devices_per_chip} devices a chip)"
+        price = "no price known" if usd is None else f"${usd:.2f} a chip and hour"
         print(
             f"{name}: {chip.hbm_bytes / cost.GIB:.2f} GiB, {chip.flops_per_s / 1e12:.0f} TFLOP/s, "
-            f"{chip.hbm_bytes_per_s / 1e9:.0f} GB/s of a device{many}, {chip.chips_per_host} chips a host, {price}"
+            f"{chip.hbm_bytes_per_s / 1e9:.0f} GB/s a chip, {chip.chips_per_host} chips a host, {price}"
         )
         print("  " + " ".join(f"{name}:{shape}" for shape in chip.topologies))
 
@@ -942,7 +961,7 @@ def plan() -> bool:
     elif not found["fits"] and FLAGS.search:
         larger = found["larger_topology"]
         hint = f"; params, optimizer and the sampler's weights would fit on {larger}, with another mesh" if larger else ""
-        print(f"nothing that was tried fits on {work.topology}: take more chips, a smaller model or shorter sequences{hint}")
+        print(f"nothing that was tried fits on {work.topology}: take other chips, a smaller model or shorter sequences{hint}")
     return found["fits"]
 
 
@@ -953,6 +972,9 @@ def fail(error: Exception) -> None:
 
 def parse_flags(argv):
     define_flags()
+    file = next((word.partition("=")[2].partition(":")[0] for word in argv if re.match("--?config=", word)), "")
+    if file and not Path(file).is_file():
+        fail(ValueError(f"no config file {file!r}; configs are in configs/, options follow a colon: configs/tiny.py:smoke"))
     try:
         rest = FLAGS(argv)
         if len(rest) > 1:

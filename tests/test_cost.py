@@ -1,0 +1,191 @@
+"""Costs: compiled programs walked with their loops, beside XLA's own count and the formulas; what is sent and moved, by hand."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from jaxreason import batching, cost
+from jaxreason.learner import compile_train_step
+from jaxreason.model import ModelConfig, transformer
+from jaxreason.model.config import Lora
+from jaxreason.objectives import dapo
+from jaxreason.train import new_state
+
+SHAPE = ModelConfig(vocab_size=96, width=64, layers=3, heads=4, kv_heads=2, head_size=32, feed_forward=128, scan_layers=True)
+B, T = 8, 32
+OPTIMIZER = optax.sgd(1e-2)
+
+MODULE = """HloModule made_by_hand, is_scheduled=true
+
+%body (state: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %state = (s32[]{:T(128)}, f32[8,16]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %x = f32[8,16]{1,0} get-tuple-element(%state), index=1
+  %w = f32[16,16]{1,0:T(8,128)S(1)} constant({...})
+  %y = f32[8,16]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %z = f32[8,16]{1,0} all-reduce(%y), channel_id=1, replica_groups=[2,4]<=[8], to_apply=%add
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  ROOT %out = (s32[]{:T(128)}, f32[8,16]{1,0}) tuple(%next, %z)
+}
+
+%condition (state: (s32[], f32[8,16])) -> pred[] {
+  %state = (s32[]{:T(128)}, f32[8,16]{1,0}) parameter(0)
+  %limit = s32[] constant(LIMIT)
+  %i = s32[] get-tuple-element(%state), index=0
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%put (cache: f32[100,16], row: f32[1,16], at: s32[]) -> f32[100,16] {
+  %cache = f32[100,16]{1,0} parameter(0)
+  %row = f32[1,16]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %new = f32[100,16]{1,0} dynamic-update-slice(%cache, %row, %at, %zero)
+}
+
+ENTRY %main (x: f32[8,16], cache: f32[100,16], row: f32[1,16], at: s32[]) -> f32[8,16] {
+  %x = f32[8,16]{1,0} parameter(0)
+  %cache = f32[100,16]{1,0} parameter(1)
+  %row = f32[1,16]{1,0} parameter(2)
+  %at = s32[] parameter(3)
+  %new = f32[100,16]{1,0} fusion(%cache, %row, %at), kind=kLoop, calls=%put
+  %start = s32[] constant(2)
+  %state = (s32[], f32[8,16]{1,0}) tuple(%start, %x)
+  %loop = (s32[], f32[8,16]{1,0}) while(%state), condition=%condition, body=%body
+  ROOT %y = f32[8,16]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_a_program_by_hand():
+    found = cost.program_cost(MODULE.replace("LIMIT", "7"))
+    assert found.loops == (5,)  # from 2 to 7
+    assert found.unknown_loops == 0
+    assert found.flops == 5 * 2 * 8 * 16 * 16
+    # In a ring of four each device sends three quarters of the whole, and once more to bring the sums back.
+    assert found.sent == {("all-reduce", 4): (5 * 2 * 3 / 4 * 8 * 16 * 4, 5)}
+    # The update in place reads a row and an index and writes a row; in the loop the weights lie in vector memory, the product
+    # reads and writes 512 bytes, as the collective does, and the counter is 4 bytes in, 4 bytes of a constant and 4 out.
+    assert found.bytes == (64 + 4 + 64) + 5 * (2 * 512 + 2 * 512 + 3 * 4)
+
+
+def test_a_loop_of_unknown_length_runs_as_often_as_one_says():
+    text = MODULE.replace("%limit = s32[] constant(LIMIT)", "%limit = s32[] get-tuple-element(%state), index=0")
+    for trips in (1, 9):
+        found = cost.program_cost(text, unknown_trips=trips)
+        assert (found.loops, found.unknown_loops, found.flops) == ((trips,), 1, trips * 2 * 8 * 16 * 16)
+
+
+def test_a_part_of_a_chain_of_fusions_is_the_same_collective():
+    fused = """%part.NUMBER (x: f32[4]) -> f32[8] {
+  %x = f32[4]{0} parameter(0)
+  ROOT %g = f32[8]{0} all-gather(%x), channel_id=CHANNEL, replica_groups={{0,1}}, frontend_attributes={chain_id="0"}
+}
+"""
+    entry = """ENTRY %main (x: f32[4]) -> f32[8] {
+  %x = f32[4]{0} parameter(0)
+  %a = f32[8]{0} fusion(%x), kind=kCustom, calls=%part.1
+  ROOT %b = f32[8]{0} fusion(%x), kind=kCustom, calls=%part.2
+}
+"""
+
+    def sent(*channels):
+        parts = "".join(fused.replace("NUMBER", str(n)).replace("CHANNEL", str(c)) for n, c in enumerate(channels, 1))
+        return cost.program_cost(parts + entry).sent
+
+    assert sent(7, 7) == {("all-gather", 2): (16, 1)}
+    assert sent(7, 8) == {("all-gather", 2): (32, 2)}
+
+
+@pytest.mark.parametrize(
+    ("attributes", "size"),
+    [
+        ("replica_groups={{0,2,4},{1,3,5}}", 3),
+        ("replica_groups=[4,2]<=[2,2,2]T(0,2,1), dimensions={0}", 2),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4] {'axis_0','axis_2'}", 8),
+        ("replica_groups=mesh['a'=8] {'a':(1)2}", 2),
+        ("replica_groups={}", 16),
+        ("source_target_pairs={{0,1},{1,0}}", 2),
+    ],
+)
+def test_how_many_devices_a_collective_is_among(attributes, size):
+    assert cost.group_size(attributes, 16) == size
+
+
+def test_products_written_as_convolutions():
+    def flops(line, **shapes):
+        computation = {name: cost.Instruction(name, shape, "parameter", (), "", "0", False) for name, shape in shapes.items()}
+        parsed, _ = cost.parse(f"ENTRY %main (x: f32[]) -> f32[] {{\n  {line}\n}}\n")
+        return cost.product_flops(next(iter(parsed["main"].values())), computation)
+
+    plain = "ROOT %c = bf16[4,384,128]{2,1,0} convolution(%x, %w), window={size=1}, dim_labels=0bf_io0->0bf"
+    assert flops(plain, x="bf16[4,384,256]", w="bf16[256,128,1]") == 2 * 4 * 384 * 256 * 128
+    # Two matrices of a batch stand in the axis of the window, with gaps between: of the four pairs two meet.
+    batch = "ROOT %c = f32[2,768,384]{2,1,0} convolution(%x, %w), window={size=2 stride=1 pad=0_0 lhs_dilate=2}, "
+    batch += "dim_labels=0bf_0io->0bf"
+    assert flops(batch, x="bf16[2,768,128]", w="bf16[2,128,384]") == 2 * 2 * 768 * 128 * 384
+    summed = "ROOT %c = f32[256,128,1]{1,0,2} convolution(%x, %w), window={size=4}, dim_labels=0fb_0io->bf0"
+    assert flops(summed, x="f32[4,384,256]", w="f32[4,384,128]") == 2 * 4 * 384 * 256 * 128
+
+
+def compiled_train_step(shape, microbatches=1):
+    model = transformer(shape)
+    state = jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), OPTIMIZER))
+    return compile_train_step(model, dapo(), OPTIMIZER, microbatches=microbatches).lower(state, batching.empty(B, T)).compile()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"remat": "full"},
+        {"remat": "dots", "tied_embeddings": True},
+        {"lora": Lora(rank=4, targets=("q", "k", "v", "o", "gate", "up", "down"))},
+    ],
+    ids=str,
+)
+def test_a_train_step_computes_what_the_formula_says(fields):
+    shape = dataclasses.replace(SHAPE, **fields)
+    found = cost.program_cost(compiled_train_step(shape, 4).as_text(), unknown_trips=4)
+    assert found.unknown_loops == 1  # that over the micro-batches in use
+    assert found.flops == pytest.approx(cost.train_flops(shape, B, T, chunked=False), rel=0.02)
+
+
+def test_the_walk_agrees_with_xla_where_nothing_loops_and_corrects_it_where_something_does():
+    flat, looped = (compiled_train_step(dataclasses.replace(SHAPE, scan_layers=scan)) for scan in (False, True))
+    walked = cost.program_cost(flat.as_text())
+    assert walked.loops == ()
+    assert walked.flops == pytest.approx(flat.cost_analysis()["flops"], rel=0.1)  # XLA counts norms and softmax too
+    assert walked.bytes == pytest.approx(flat.cost_analysis()["bytes accessed"], rel=0.25)
+    again = cost.program_cost(looped.as_text())
+    assert again.loops == (SHAPE.layers, SHAPE.layers)
+    assert again.flops == walked.flops
+    assert looped.cost_analysis()["flops"] < 0.6 * walked.flops
+
+
+def test_a_conditional_costs_what_its_costlier_branch_does():
+    def some(x):
+        return jax.lax.cond(x[0, 0] > 0, lambda: x @ x, lambda: jnp.zeros_like(x))
+
+    compiled = jax.jit(some).lower(jax.ShapeDtypeStruct((32, 32), jnp.float32)).compile()
+    assert cost.program_cost(compiled.as_text()).flops == 2 * 32**3
+
+
+def test_the_roofline_names_what_takes_longest():
+    chip = cost.CHIPS["v5e"]
+    for name, program in {
+        "compute": cost.Program(chip.flops_per_s, 0, {}),
+        "HBM": cost.Program(1, chip.hbm_bytes_per_s, {("all-gather", 2): (1.0, 1)}),
+        "network": cost.Program(1, 1, {("all-gather", 2): (chip.ici_bytes_per_s, 3)}),
+    }.items():
+        line = cost.roofline(program, chip)
+        assert (line.bound, line.seconds) == (name, pytest.approx(1))
+
+
+def test_topologies_are_named_and_counted():
+    assert "v5e:4x8" in cost.topology_names()
+    assert [cost.chips_of(name) for name in ("v5e:1x1", "v5e:4x8", "v5p:2x2x4")] == [1, 32, 16]

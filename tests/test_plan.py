@@ -1,0 +1,237 @@
+"""The plan: what a config needs of TPUs that are not here. Skipped without libtpu, but for what goes wrong earlier."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from runs import ROOT, load_config
+
+from jaxreason import cost, plan
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="no compiler for TPUs: pip install 'jaxreason[tpu]'"
+)
+SMALL = "v5e:2x4"
+
+
+def command(*arguments):
+    """Run the real command; return (exit code, stdout, stderr)."""
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    got = subprocess.run(
+        [sys.executable, "-m", "jaxreason.plan", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+    )
+    return got.returncode, got.stdout, got.stderr
+
+
+def work_of(topology=SMALL, name="tiny", options="", **fields):
+    config = load_config(name, options, **fields).to_dict()
+    return plan.read(config, topology, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["no --config given"]),
+        (["--config=configs/nope.py"], ["no config file 'configs/nope.py'"]),
+        (["--config=configs/tiny.py"], ["no --topology given", "--topology=list"]),
+        (["--config=configs/tiny.py", "--topology=v5e:4x9"], ["unknown topology 'v5e:4x9'", "did you mean 'v5e:4x8'"]),
+        (["--config=configs/tiny.py", "loose"], ["loose"]),
+        (["--config=configs/tiny.py", "--efficiency=2"], ["efficiency"]),
+        (["--config=configs/tiny.py", "--config.rl.stepz=3"], ["stepz"]),
+    ],
+)
+def test_a_mistyped_command_is_one_line(arguments, words):
+    code, out, err = command(*arguments)
+    assert (code, out) == (1, "")
+    assert len(err.strip().splitlines()) == 1, err
+    for word in ["error: ", *words]:
+        assert word in err
+
+
+def test_a_missing_compiler_is_named_with_its_install_line(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[tpu\]'"):
+        plan.devices_of.__wrapped__("v5e:2x4")
+
+
+def test_the_list_shows_what_is_known():
+    code, out, err = command("--topology=list")
+    assert (code, err) == (0, "")
+    for name in cost.topology_names():
+        assert name in out.split()
+
+
+def test_prices_are_checked(tmp_path):
+    path = tmp_path / "prices.json"
+    for text, message in {
+        '{"v5f": 1}': r"did you mean 'v5p'",
+        '{"v5e": "1"}': "allowed: a number",
+        "[1]": "needed: an object",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            plan.read_prices(str(path))
+    path.write_text('{"v5e": 0.5}')
+    assert plan.read_prices(str(path)) == {"v5e": 0.5}
+
+
+def test_what_the_compiler_says_it_lacks_is_read():
+    refusal = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (2.50T) exceeds"
+    assert plan.needed(refusal) == 2.5 * 2**40
+    assert plan.needed("RESOURCE_EXHAUSTED: ... Used 20.10G of 15.75G hbm. Exceeded") == 20.1 * 2**30
+    assert plan.finite(plan.needed("RESOURCE_EXHAUSTED: something else")) is None
+
+
+@pytest.mark.parametrize("answer", [*range(9), None])
+def test_the_first_that_fits_is_found_in_few_tries(answer):
+    tried = []
+
+    def fit(choice):
+        tried.append(choice)
+        return answer is not None and choice >= answer
+
+    assert plan.first_that_fits(range(9), fit) == answer
+    assert len(tried) <= 5
+    assert len(set(tried)) == len(tried)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology", cost.topology_names())
+def test_every_topology_that_is_listed_exists(topology):
+    assert len(plan.devices_of(topology)) == cost.chips_of(topology)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"rl.microbatches": 5},
+            r"256 rows a batch, which do not divide over 8 devices .*microbatches may be 1, 2, 4, 8, 16, 32;",
+        ),
+        ({"sharding.mesh.fsdp": 16}, r"needs a multiple of 16 devices; there are 8"),
+        ({"sharding.mesh.tensor": 8}, r"which does not divide over tensor=8"),
+        ({"sampler.slots": 12}, r"12 slots, which do not divide over 8 devices"),
+        ({"model.name": "tinny"}, r"unknown model 'tinny' \(did you mean 'tiny'\?\)"),
+        ({"rl.objective.name": "grop"}, r"did you mean 'grpo'"),
+    ],
+)
+def test_a_bad_config_is_refused_before_anything_is_compiled(fields, message, monkeypatch):
+    monkeypatch.setattr(plan, "compile_program", None)
+    with pytest.raises(ValueError, match=message):
+        work_of(**fields)
+
+
+@needs_libtpu
+def test_a_pretrained_model_needs_no_download(tmp_path):
+    shape = work_of(name="gsm8k", options="model=qwen3_8b", **{"rl.microbatches": 1}).shape
+    assert (shape.layers, shape.vocab_size, shape.scan_layers) == (36, 151936, True)
+    with pytest.raises(ValueError, match="a plan downloads nothing"):
+        work_of(name="gsm8k", options="model=Qwen/Qwen3-8B")
+    config = {"model_type": "qwen2", "vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 2, "intermediate_size": 128}))
+    assert work_of(name="gsm8k", options=f"model={tmp_path}", **{"rl.microbatches": 1}).shape.vocab_size == 320
+
+
+@needs_libtpu
+def test_the_command_plans_a_config_and_its_flops_are_those_of_the_formula():
+    code, out, err = command(
+        "--config=configs/tiny.py", f"--topology={SMALL}", "--json", "--config.rl.objective.kl_coefficient=0.1"
+    )
+    found = json.loads(out)
+    assert code == 0, err
+    assert found["fits"]
+    assert set(found["stages"]) == {
+        *("train step", "reference log-probs", "lay out weights", "prefill", "decode", "grow the cache")
+    }
+    for name, program in found["programs"].items():
+        assert program["loops_of_given_length"] <= 1, name  # the one whose length we know
+        assert program["bytes"] > 0, name
+        if name.startswith("prefill"):  # whose rows several devices compute alike
+            assert program["flops"] > 0.97 * program["flops_by_formula"]
+        else:
+            assert program["flops"] == pytest.approx(program["flops_by_formula"], rel=0.03), name
+    update = found["programs"]["train step, 8 micro-batches"]
+    # Eight devices with an eighth of the rows each: the gradients of all params, float32, are summed in a ring.
+    assert update["sent"]["all-reduce of 8"]["bytes"] >= 2 * 7 / 8 * 4 * found["parameters"]
+    params = found["stages"]["train step"]["params"]
+    assert params == 4 * found["parameters"]
+    assert {stage["reference"] for stage in found["stages"].values()} == {params}
+    for stage in found["stages"].values():
+        assert stage["total"] == sum(size for kind, size in stage.items() if kind != "total")
+    predicted = found["prediction"]
+    assert predicted["steps_per_hour"] * predicted["step_s"] == pytest.approx(3600)
+    assert predicted["usd"] == pytest.approx(predicted["chip_hours"] * 1.2)
+
+
+def shrink(monkeypatch, hbm_bytes):
+    """Give the chip so much memory."""
+    monkeypatch.setitem(cost.CHIPS, "v5e", cost.CHIPS["v5e"]._replace(hbm_bytes=hbm_bytes))
+
+
+@needs_libtpu
+def test_what_does_not_fit_gets_smaller_microbatches_and_fewer_slots(monkeypatch):
+    work = work_of(**{"rl.microbatches": 1, "sampler.slots": 1024})
+    found = {stage.name: stage.bytes for stage in plan.stages_of(work)}
+    smaller = {stage.name: stage.bytes for stage in plan.stages_of(work._replace(microbatches=4).with_slots(256))}
+    for name in ("train step", "decode", "grow the cache"):
+        assert smaller[name] < found[name]
+    shrink(monkeypatch, max(smaller.values()))
+    assert not plan.fits(plan.stages_of(work), work)
+    other = plan.find_fitting(work)
+    assert plan.fits(plan.stages_of(other), other)
+    assert other.mesh == work.mesh
+    changed = plan.flags_for(work, other)
+    assert f"--config.rl.microbatches={other.microbatches}" in changed
+    assert 1 <= other.microbatches <= 4
+    assert other.slots >= 256
+
+
+@needs_libtpu
+def test_params_that_do_not_fit_get_another_mesh(monkeypatch):
+    work = work_of(**{"model.width": 256, "rl.microbatches": 1, "sampler.slots": 64})
+    whole = plan.still_stages(work)[0].bytes
+    shrink(monkeypatch, 0.9 * whole)
+    assert [stage.name for stage in plan.stages_of(work)] == ["between steps", "lay out weights"]  # nothing is compiled for it
+    meshes = [dict(mesh) for mesh in plan.other_meshes(work)]
+    assert meshes
+    assert all(mesh["data"] * mesh["fsdp"] * mesh["tensor"] == 8 for mesh in meshes)
+    assert meshes[0]["fsdp"] > 1
+    tried = work._replace(mesh=tuple(meshes[0].items()))
+    assert f"--config.sharding.mesh.fsdp={meshes[0]['fsdp']}" in plan.flags_for(work, tried)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("fields", "of_params"),
+    [
+        ({}, (0, 0)),  # the learner's own arrays
+        ({"sharding.mesh.fsdp": 8, "sharding.mesh.data": 1}, (1, 1)),  # whole again, beside the eighths
+        ({"sharding.mesh.fsdp": 8, "sharding.mesh.data": 1, "model.dtype": "bfloat16"}, (1.5, 0.5)),  # and cast
+    ],
+    ids=str,
+)
+def test_what_laying_out_the_samplers_weights_takes_and_leaves(fields, of_params):
+    config = load_config("tiny")
+    with config.unlocked():
+        config.model.dtype = "float32"
+        config.update_from_flattened_dict(fields)
+    work = plan.read(config.to_dict(), SMALL, None)
+    _, peak, left = plan.weights_of(work)
+    whole = plan.size_of(plan.state_of(work_of()).params)
+    assert (peak / whole, left / whole) == (pytest.approx(of_params[0], rel=0.01), pytest.approx(of_params[1], rel=0.01))
+
+
+@needs_libtpu
+def test_adapters_leave_the_base_where_it_is():
+    config = load_config("tiny")
+    with config.unlocked():
+        config.model.lora = {"rank": 4, "targets": ("q", "v")}
+    work = plan.read(config.to_dict(), SMALL, None)
+    _, peak, left = plan.weights_of(work)
+    kernels = work.shape.layers * work.shape.width * work.shape.head_size * (work.shape.heads + work.shape.kv_heads) * 4
+    assert (peak, left) == (kernels, kernels)  # of q and v, merged; all else is the learner's
+    assert plan.resident(work)["optimizer"] < plan.resident(work)["params"] / 2
