@@ -14,6 +14,7 @@ import glob
 import importlib.util
 import os
 import pickle
+import re
 import sys
 import time
 import traceback
@@ -24,6 +25,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+# What failed collectives say, under several types of error.
+ANOTHER_DIED = re.compile(r"Gloo|UNAVAILABLE|DEADLINE_EXCEEDED|[Cc]onnection (reset|closed|refused)|Socket closed|Broken pipe")
 PIECE_BYTES = 2**20  # that are sent at a time: one shape, so one compilation
 
 
@@ -139,7 +142,7 @@ def end(error: BaseException, heartbeat_timeout_s: int) -> None:
     the process.
     """
     who = f"process {jax.process_index()} of {jax.process_count()}"
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    if isinstance(error, jax.errors.JaxRuntimeError) or ANOTHER_DIED.search(str(error)):
         print(f"error: {who} lost another, which is named within {heartbeat_timeout_s} s: {first_line(error)}", file=sys.stderr)
         sys.stderr.flush()
         time.sleep(heartbeat_timeout_s + 10)  # ended from outside in the meantime
