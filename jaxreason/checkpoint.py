@@ -70,7 +70,8 @@ def open_checkpoints(
     the last evaluation at the first temperature counts.
 
     Opening to write removes what a killed save left behind, so one process (or one SPMD program) at a time may do so; `read_only`
-    is for everybody else. All processes of a run must call `save`, `restore...` and `wait` together.
+    is for everybody else, and for one of several processes alone. All processes of a run must call `save`, `restore...` and
+    `wait` together.
 
     A save that fails, for want of space or of rights, is told by `failure` and ends nothing: the next one is tried.
 
@@ -104,6 +105,7 @@ def open_checkpoints(
         options=ocp.CheckpointManagerOptions(
             create=not read_only,
             cleanup_tmp_directories=not read_only,
+            save_root_metadata=not read_only,  # it has nothing in it, but all processes would wait for each other
             preservation_policy=policy.AnyPreservationPolicy(kept),
         ),
     )

@@ -46,8 +46,8 @@ def get_config(arg=""):
 """
 
 
-def start(command: list[str], count: int, devices: int) -> list[subprocess.Popen]:
-    """Start processes with some virtual CPU devices each; every word of the command may hold {port}, {count} and {process}."""
+def start(command: list[str], count: int, devices: int, **environment: str) -> list[subprocess.Popen]:
+    """Start processes with some virtual CPU devices each; words may hold {process}, those of the command {port} and {count}."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -56,7 +56,9 @@ def start(command: list[str], count: int, devices: int) -> list[subprocess.Popen
         subprocess.Popen(
             [sys.executable, *(word.format(port=port, count=count, process=process) for word in command)],
             cwd=ROOT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
+            env=os.environ
+            | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+            | {name: value.format(process=process) for name, value in environment.items()},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -117,7 +119,13 @@ def test_two_processes_begin_with_the_params_of_another_run(tmp_path):
     path.write_text(WARM)
     run_config(runpy.run_path(str(path))["get_config"]("trained"), tmp_path / "one")
     (tmp_path / "one" / "config.json").write_text(json.dumps({"model": {"name": "tiny", "layers": 1}, "text": {}}))
-    command = train_command(str(path), tmp_path / "two", f"--config.init_from={tmp_path / 'one'}")
+    (tmp_path / "home0").mkdir()
+    (tmp_path / "home0" / "run").symlink_to(tmp_path / "one")
+    command = train_command(str(path), tmp_path / "two", "--config.init_from=~/run")
+    for process, (code, stderr, _) in enumerate(finish(start(command, 2, 2, HOME=str(tmp_path / "home{process}")))):
+        assert code != 0
+        assert f"error: {'process 1: ' * (process == 0)}config.init_from got '~/run': no folder {tmp_path}/home1/run" in stderr
+    command[command.index("--config.init_from=~/run")] = f"--config.init_from={tmp_path / 'one'}"
     for code, stderr, _ in finish(start(command, 2, 2)):
         assert code == 0, stderr
     (step, params), (_, expected) = params_of(tmp_path / "two"), params_of(tmp_path / "one")
