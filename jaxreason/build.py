@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxreason import __version__, batching, data, rollout, sharding, sources, tasks, text, verify
+from jaxreason import __version__, batching, data, ledger, rollout, sharding, sources, tasks, text, verify
 from jaxreason import evaluate as evaluation
 from jaxreason import objectives as objectives_
 from jaxreason import optimizer as optimizer_
@@ -110,7 +110,7 @@ def build(config, *, resumes: bool = False, say: Callable[[str], None] = print) 
     phases = [call(make_phase, config[name], f"config.{name}", name=name, parts=parts) for name in phase_names]
     evaluate, filter = call(make_evaluate, config["evaluate"], "config.evaluate", parts=parts)
     filters = [ALL] * any(phase.source.samples for phase in phases) + [filter] * (filter is not None)
-    kept, _ = call(make_log, config["log"], "config.log")
+    recorded, _ = call(make_log, config["log"], "config.log")
 
     return Run(
         model=model,
@@ -121,7 +121,8 @@ def build(config, *, resumes: bool = False, say: Callable[[str], None] = print) 
         mesh=meshes.learn,
         seed=config["seed"],
         decode=lambda ids: tokenizer.decode([int(i) for i in ids]),
-        rollouts_kept=kept,
+        sample_devices=meshes.sample.size * jax.process_count(),
+        **recorded,
         provenance={"config": json.loads(json.dumps(config, default=list)), **versions()},
         description={"config": config, "parameters": model_config.count_parameters(shape)},
     )
@@ -472,6 +473,7 @@ def rollouts(
     temperature: float = 1.0,
     max_tokens: int | None = None,
     reward: str = "verdict",
+    dynamic_sampling: int = 1,
     lag: int = 0,
     pack: bool = True,
     top_k: int = 0,
@@ -479,6 +481,8 @@ def rollouts(
     min_p: float = 0.0,
 ) -> sources.Source:
     """`group` verified attempts at each of `problems` tasks a step, sampled from the params `lag` updates ago.
+
+    With `dynamic_sampling` of n up to n times as many problems are drawn, until enough have attempts that differ in reward.
 
     Words may not be left out by `top_k`, `top_p` or `min_p`: they are here to say why.
     """
@@ -513,6 +517,7 @@ def rollouts(
         temperature=temperature,
         buckets=batching.length_buckets(longest_prompt + roller.max_tokens),
         reward=reward,
+        dynamic_sampling=dynamic_sampling,
         pack=pack,
         microbatches=microbatches,
         lag=lag,
@@ -585,7 +590,7 @@ def make_evaluate(
         call(held_out_text, section, f"config.evaluate.texts.{name}", name=name, parts=parts)
         for name, section in (texts or {}).items()
     ]
-    mesh = parts.meshes.learn
+    mesh, config = parts.meshes.learn, parts.model.config
     compiled = compile_token_logp(parts.model, mesh=mesh)
 
     def token_logp(params, batch):
@@ -605,7 +610,9 @@ def make_evaluate(
             step=step,
             filter=filter,
         )
-        return evaluation.Result(evaluations, rollouts, nll)
+        work = ledger.sampling(config, rollouts)
+        work["flops"] += ledger.reading(config, [batch for text in made_texts for batch in text.batches])
+        return evaluation.Result(evaluations, rollouts, nll, work)
 
     return evaluate, filter if suites else None
 
@@ -623,7 +630,14 @@ def held_out_text(*, name: str, parts: Parts, task: dict, length: int, rows: int
 
 
 def make_log(
-    *, rollouts_kept: int = 64, tensorboard: bool = True, live: bool = True, wandb: dict | None = None
-) -> tuple[int, dict]:
-    """How many rollouts of a step are written, and the options of the log."""
-    return rollouts_kept, {"tensorboard": tensorboard, "live": live, "wandb": wandb}
+    *,
+    rollouts_kept: int = 64,
+    watts: float | None = None,
+    tensorboard: bool = True,
+    live: bool = True,
+    wandb: dict | None = None,
+) -> tuple[dict, dict]:
+    """What the loop is to know of it: how many rollouts of a step are written, the watts of a device; and the log's options."""
+    if watts is not None and not watts > 0:
+        raise ValueError(f"config.log.watts got {watts}; allowed: None, or what a device takes at work, above 0")
+    return {"rollouts_kept": rollouts_kept, "watts": watts}, {"tensorboard": tensorboard, "live": live, "wandb": wandb}

@@ -43,6 +43,7 @@ class Result(NamedTuple):
     evaluations: list[Evaluation]
     rollouts: list[Rollout]
     nll: dict[str, float]
+    work: dict[str, float]  # tokens sampled and FLOPs, for the ledger
 
 
 def score(token_logp: Callable, params, texts: Sequence[Text]) -> dict[str, float]:
@@ -68,11 +69,11 @@ def evaluate(
     step: int,
     filter: Filter = ALL,
 ) -> tuple[list[Evaluation], list[Rollout]]:
-    """Attempt the first n tasks of each suite at each temperature; also return the rollouts of the last temperature.
+    """Attempt the first n tasks of each suite at each temperature; also return the rollouts, in the order of the evaluations.
 
     The same tasks and the same random keys at every call: two evaluations differ by their params alone.
     """
-    evaluations, kept = [], []
+    evaluations, all_rollouts = [], []
     with ALONE:
         weights = roller.sampler.prepare(params)
     for i, suite in enumerate(suites):
@@ -86,5 +87,5 @@ def evaluate(
             low, high = wilson(correct, len(rollouts))
             accuracy = correct / len(rollouts)
             evaluations.append(Evaluation(phase, step, suite.name, accuracy, low, high, len(rollouts), temperature))
-        kept += rollouts
-    return evaluations, kept
+            all_rollouts += rollouts
+    return evaluations, all_rollouts

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -23,9 +25,9 @@ import numpy as np
 
 from jaxreason import batching, processes
 from jaxreason.environment import VERIFIER_ERROR, Environment
-from jaxreason.objectives import Objective
+from jaxreason.objectives import EQUAL_REWARDS, Objective
 from jaxreason.options import unknown
-from jaxreason.rollout import Request, Roller, Spent, collect_share, join_shares
+from jaxreason.rollout import Request, Roller, Share, Spent, collect_share, join_shares
 from jaxreason.types import Batch, Rollout, Task, Verdict
 
 
@@ -47,11 +49,12 @@ class Source(NamedTuple):
     save: Callable[[dict], dict] = dict
 
 
-class Begun(NamedTuple):
-    """A batch of rollouts that is being sampled."""
+class Sampled(NamedTuple):
+    """All that was sampled for a batch."""
 
-    requests: list[Request]
-    share: Future  # this process's
+    start: int  # position of its first problem
+    rollouts: list[Rollout]
+    spent: Spent
 
 
 def corpus(batches: Sequence, objective: Objective, *, rows: int) -> Source:
@@ -114,6 +117,7 @@ def rollouts(
     lag: int = 0,
     background: bool = False,
     steps: int | None = None,
+    dynamic_sampling: int = 1,
 ) -> Source:
     """Sample `group` attempts at each of `problems` tasks a batch and have them judged, each process its share of the problems.
 
@@ -121,52 +125,94 @@ def rollouts(
     of a phase are all of its first params), in the `background` if the sampler has devices of its own: while the learner makes
     an update, the batch of the next one is under way. Nothing is sampled for a step after the last of `steps`.
 
+    Attempts at a problem that all earn the same teach nothing to an objective that compares them. With `dynamic_sampling` of n
+    further problems are drawn until `problems` of them teach something, or n times as many were drawn (Yu et al. 2025, arXiv
+    2503.14476, sec. 3.2); the batch has the first that do, and if they are too few, the first others. How many problems a step
+    draws is where the next begins, and all the state there is. Of several processes that sample in the background each does
+    only the first round there: to know whether another is needed, they must exchange what they have, which is not for threads.
+
     `reward="random"` is the control: each attempt earns 1 with the batch's own share of right answers, whatever it says.
 
     Raises:
-      ValueError: an unknown reward, a negative lag.
+      ValueError: an unknown reward, a negative lag, dynamic sampling below 1 or for an objective that compares no attempts.
     """
     if reward not in REWARDS:
         raise ValueError(unknown("reward", reward, REWARDS))
     if lag < 0:
         raise ValueError(f"source.lag got {lag}; allowed: 0 or more updates")
+    if dynamic_sampling < 1 or (dynamic_sampling > 1 and not objective.needs_group):
+        raise ValueError(
+            f"source.dynamic_sampling got {dynamic_sampling}; allowed: 1 (off), or more for an objective that compares the "
+            "attempts at a problem, such as grpo, dr_grpo, dapo, rloo"
+        )
     submit = ThreadPoolExecutor(1, "sampling").submit if background else at_once
 
-    def requests_from(position: int) -> list[Request]:
-        wanted = [tasks[position + p] for p in range(problems)]
+    def requests_from(position: int, count: int) -> list[Request]:
+        wanted = [tasks[position + p] for p in range(count)]
         prompts = [prompt(task) for task in wanted]
-        return [Request(wanted[p], position + p, g, prompts[p]) for p in range(problems) for g in range(group)]
+        return [Request(wanted[p], position + p, g, prompts[p]) for p in range(count) for g in range(group)]
 
-    def step_key(position: int, key):
-        return jax.random.fold_in(key, position // problems + 1)
+    def begin(start: int, weights, key) -> Callable[[], Sampled]:
+        """Begin to sample the batch whose problems start at a position; what is returned waits for all of it."""
+        key = jax.random.fold_in(key, start // problems + 1)
+        first = requests_from(start, problems)
 
-    def begin(position: int, weights, key) -> Begun:
-        """Begin to sample the batch that starts at a position."""
-        requests, how = requests_from(position), {"key": step_key(position, key), "temperature": temperature}
-        return Begun(requests, submit(collect_share, roller, weights, requests, environment, **how))
+        def collect_mine(requests) -> Share:
+            return collect_share(roller, weights, requests, environment, key=key, temperature=temperature)
 
-    def finish(position: int, batch: Begun | dict) -> tuple[list[Rollout], Spent]:
-        """Take a batch that was begun, or saved."""
-        if isinstance(batch, dict):
-            return unpack(batch, requests_from(position))
-        return join_shares(batch.share.result(), batch.requests)
+        def judged(share: Share, requests) -> tuple[list[Rollout], Spent]:
+            rollouts, spent = join_shares(share, requests)
+            return (shuffle_rewards(rollouts, key) if reward == "random" else rollouts), spent
+
+        def finish(share: Share) -> Sampled:
+            nonlocal weights
+            rollouts, spent = judged(share, first)
+            while count := missing(rollouts):
+                requests = requests_from(start + len(rollouts) // group, count)
+                more, cost = judged(collect_mine(requests), requests)
+                rollouts, spent = rollouts + more, Spent(*map(operator.add, spent, cost))
+            weights = None  # the next ones shall not stand beside them
+            return Sampled(start, rollouts, spent)
+
+        if background and jax.process_count() > 1:
+            share = submit(collect_mine, first)
+            return functools.cache(lambda: finish(share.result()))
+        return submit(lambda: finish(collect_mine(first))).result
+
+    def missing(rollouts: Sequence[Rollout]) -> int:
+        """How many further problems to draw: as many as it takes at the rate so far, but no more than a batch at a time."""
+        drawn, taught = len(rollouts) // group, int(teaches(rollouts, group).sum())
+        wanted = math.ceil((problems - taught) * drawn / max(taught, 1))
+        return max(0, min(wanted, problems, dynamic_sampling * problems - drawn))
+
+    def kept(rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """What the batch is made of, in the order of the problems."""
+        useful_first = np.argsort(~teaches(rollouts, group), kind="stable")[:problems]
+        return [r for p in sorted(useful_first) for r in rollouts[p * group : (p + 1) * group]]
+
+    def saved(packed: dict) -> Callable[[], Sampled]:
+        requests = requests_from(packed["start"], len(packed["lengths"]) // group)
+        sampled = Sampled(packed["start"], *unpack(packed, requests))
+        return lambda: sampled
 
     def next(state, params, key):
-        position, ahead = state["position"], list(state.get("ahead", ()))
-        end = math.inf if steps is None else steps * problems
-        wanted = [at for at in range(position, position + (lag + 1) * problems, problems) if at < end or at == position]
-        if len(ahead) < len(wanted):
-            wait([batch.share for batch in ahead if isinstance(batch, Begun)])  # nothing else runs on the sampler's devices
-            weights = roller.sampler.prepare(params)
-            ahead += [begin(at, weights, key) for at in wanted[len(ahead) :]]
-        drawn, spent = finish(position, ahead.pop(0))
-        if reward == "random":
-            drawn = shuffle_rewards(drawn, step_key(position, key))
+        ahead = [saved(batch) if isinstance(batch, dict) else batch for batch in state.get("ahead", ())]
+        begun, weights = state.get("begun", 0), None
+        while len(ahead) <= lag and (not ahead or steps is None or begun < steps):
+            # Where a batch begins is known when the one before it has ended; then nothing runs on the sampler's devices, either.
+            start = end_of(ahead[-1]()) if ahead else state["position"]
+            weights = roller.sampler.prepare(params) if weights is None else weights
+            ahead.append(begin(start, weights, key))
+            begun += 1
+        sampled = ahead.pop(0)()
+        rollouts, spent = sampled.rollouts, sampled.spent
+        taught = kept(rollouts)
         batch = batching.from_rollouts(
-            drawn, objective, group=group, buckets=buckets, limit=roller.max_tokens, pack=pack, microbatches=microbatches
+            taught, objective, group=group, buckets=buckets, limit=roller.max_tokens, pack=pack, microbatches=microbatches
         )
-        tokens = float(sum(len(r.prompt) + len(r.tokens) for r in drawn))
-        metrics = measure(drawn, group) | {
+        tokens = float(sum(len(r.prompt) + len(r.tokens) for r in taught))
+        metrics = measure(rollouts, group) | {
+            "rollout/oversampling": (float(len(rollouts)), float(len(taught))),
             "time/sample_s": (spent.sample_s, 1.0),
             "time/verify_s": (spent.verify_s, 1.0),
             "train/tokens": (tokens, 1.0),
@@ -174,15 +220,23 @@ def rollouts(
             "perf/sample_tokens_per_s": (float(spent.tokens), spent.sample_s),
             "rollout/slot_occupancy": (float(spent.tokens), float(spent.slot_steps)),
         }
-        return {"position": position + problems} | ({"ahead": ahead} if lag else {}), Drawn(batch, metrics, drawn)
+        state = {"position": end_of(sampled)} | ({"begun": begun, "ahead": ahead} if lag else {})
+        return state, Drawn(batch, metrics, rollouts)
+
+    def end_of(sampled: Sampled) -> int:
+        return sampled.start + len(sampled.rollouts) // group
 
     def save(state):
-        ahead = enumerate(state.get("ahead", ()))
-        packed = [pack_rollouts(*finish(state["position"] + i * problems, batch)) for i, batch in ahead]
-        return {"position": state["position"]} | ({"ahead": packed} if lag else {})
+        return state | ({"ahead": [pack_rollouts(*batch()) for batch in state["ahead"]]} if lag else {})
 
-    init = {"position": 0} | ({"ahead": []} if lag else {})
+    init = {"position": 0} | ({"begun": 0, "ahead": []} if lag else {})
     return Source(lambda: dict(init), next, problems * group, samples=True, save=save)
+
+
+def teaches(rollouts: Sequence[Rollout], group: int) -> np.ndarray:
+    """Whether the attempts of each group earned different rewards, bool [P]."""
+    reward_PG = np.array([r.verdict.reward for r in rollouts]).reshape(-1, group)
+    return np.ptp(reward_PG, axis=1) >= EQUAL_REWARDS
 
 
 def at_once(function: Callable, *args, **kwargs) -> Future:
@@ -196,7 +250,7 @@ def at_once(function: Callable, *args, **kwargs) -> Future:
 PER_TOKEN = {"tokens": np.int32, "logp": np.float32, "sampled": np.bool_, "untempered_logp": np.float32}
 
 
-def pack_rollouts(rollouts: Sequence[Rollout], spent: Spent) -> dict:
+def pack_rollouts(start: int, rollouts: Sequence[Rollout], spent: Spent) -> dict:
     """Rollouts as JSON has them, bit for bit, without what their requests have: arrays as base64 of all their bytes in a row."""
 
     def text_of(name: str, dtype) -> str | None:
@@ -206,6 +260,7 @@ def pack_rollouts(rollouts: Sequence[Rollout], spent: Spent) -> dict:
         return base64.b64encode(np.concatenate(arrays).astype(dtype).tobytes()).decode()
 
     return {
+        "start": start,
         "lengths": [len(r.tokens) for r in rollouts],
         **{name: text_of(name, dtype) for name, dtype in PER_TOKEN.items()},
         "stop": [r.stop for r in rollouts],
@@ -262,7 +317,7 @@ def measure(drawn: Sequence[Rollout], group: int) -> dict:
         "rollout/reward": (float(reward_PG.sum()), R),
         "rollout/correct": (float(correct_PG.sum()), R),
         "rollout/solved": (float(correct_PG.any(axis=1).sum()), float(len(correct_PG))),
-        "rollout/informative_groups": (float((np.ptp(reward_PG, axis=1) > 0).sum()), float(len(reward_PG))),
+        "rollout/informative_groups": (float(teaches(drawn, group).sum()), float(len(reward_PG))),
         "rollout/length": (float(length_R.sum()), R),
         "rollout/cut": (float(sum(r.stop == "limit" for r in drawn)), R),
         "rollout/verifier_errors": (float(sum(r.verdict.reason.startswith(VERIFIER_ERROR) for r in drawn)), R),

@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxreason import ledger, processes, sharding
 from jaxreason import metrics as m
-from jaxreason import processes, sharding
 from jaxreason.checkpoint import Checkpoints, Damaged
 from jaxreason.evaluate import Result
 from jaxreason.learner import compile_token_logp, compile_train_step, split_frozen
 from jaxreason.model import Model
 from jaxreason.objectives import Objective
-from jaxreason.sources import Source
+from jaxreason.sources import Drawn, Source
 from jaxreason.types import Evaluation, Rollout, TrainState
 
 
@@ -58,7 +58,13 @@ class Run(NamedTuple):
     decode: Callable[[Any], str]  # token ids -> text, to show prompts
     description: dict  # goes into the summary: the config, the number of parameters
     provenance: Mapping[str, Any]  # goes into the checkpoints: config, versions, git revision
+    sample_devices: int = 1  # of all processes
+    watts: float | None = None  # of a device, for the ledger
     rollouts_kept: int = 64  # of each step, in rollouts.jsonl
+
+
+# What the host's part of a checkpoint must hold, beside what the run was made from.
+HOST = {"phase", "phase_step", "source", "waiting", "evaluations", "losses", "wall_s", "skipped", "ledger"}
 
 
 class Diverged(Exception):
@@ -86,18 +92,20 @@ class History:
     """What a run has found so far. Its `host()` goes into every checkpoint, its `summary()` into the folder."""
 
     def __init__(self, workdir: Path, description: dict, saved: dict | None = None):
-        saved = saved or {"evaluations": [], "losses": [], "wall_s": 0.0, "skipped": 0}
+        saved = saved or {"evaluations": [], "losses": [], "wall_s": 0.0, "skipped": 0, "ledger": ledger.empty()}
         self.path, self.description = workdir / "summary.json", description
         self.evaluations = [Evaluation(**e) for e in saved["evaluations"]]
         self.losses: list[dict] = saved["losses"]
         self.rollouts: list[Rollout] = []  # of the last evaluation, to be shown
         self.started_s = time.time() - saved["wall_s"]
         self.skipped = saved["skipped"]  # batches in a row, up to the last that was logged
+        self.ledger: dict = saved["ledger"]
 
     def host(self) -> dict:
         evaluations = [e._asdict() for e in self.evaluations]
         wall_s = max(0.0, time.time() - self.started_s)  # clocks are set back now and then
-        return {"evaluations": evaluations, "losses": self.losses, "wall_s": wall_s, "skipped": self.skipped}
+        counts = {"skipped": self.skipped, "ledger": self.ledger}
+        return {"evaluations": evaluations, "losses": self.losses, "wall_s": wall_s, **counts}
 
     def summarise(self, step: int, done: bool) -> dict:
         found = {name: value for name, value in self.host().items() if name != "skipped"}
@@ -171,6 +179,8 @@ def newest(run: Run, checkpoints: Checkpoints, say: Callable[[str], None]) -> Fo
     for step in steps:
         try:
             host = checkpoints.peek(step)
+            if missing := HOST - host.keys():
+                raise ValueError(f"checkpoint {step} lacks {', '.join(sorted(missing))}; it was made by another version")
             phase = run.phases[host["phase"]]
             abstract, placed = shape_of(run, phase)
             wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
@@ -229,12 +239,12 @@ def train_phase(
     for step in range(start + 1, phase.steps + 1):
         started_s = time.perf_counter()
         source_state, drawn = phase.source.next(source_state, state.params, key)
+        drawn_s = time.perf_counter()
         batch = sharding.put_rows(drawn.batch, run.mesh)
         if needs_reference:
             batch = dataclasses.replace(batch, reference_logp_BT=reference_logp(reference, batch))
         if len(waiting) >= phase.log_every:  # one step late, since reading a metric waits for the device
             write_metrics(log, history, phase, before, step - 1, waiting)
-        learn_started_s = time.perf_counter()
         learned = {}
         for _ in range(phase.updates_per_batch):
             state, new = step_fn(state, batch)
@@ -242,7 +252,8 @@ def train_phase(
         if phase.source.samples:
             jax.block_until_ready(state)  # the next draw would wait anyway: so the time is booked where it was spent
         ended_s = time.perf_counter()
-        times = {"time/learn_s": (ended_s - learn_started_s, 1.0), "time/step_s": (ended_s - started_s, 1.0)}
+        times = {"time/learn_s": (ended_s - drawn_s, 1.0), "time/step_s": (ended_s - started_s, 1.0)}
+        enter(history, run, phase, drawn, learn_s=ended_s - (drawn_s if phase.source.samples else started_s))
         waiting.append(name_learned(learned, sampled=phase.source.samples) | drawn.metrics | times)
         kept = drawn.rollouts[: run.rollouts_kept]
         m.write_rollouts(workdir / "rollouts.jsonl", kept, before + step, phase.name, decode=run.decode, write=writes)
@@ -264,6 +275,19 @@ def train_phase(
             tell_failure(checkpoints, log)
             raise Stopped(f"stopped after step {before + step}; the same command goes on from step {checkpoints.latest()}")
     return state.params
+
+
+def enter(history: History, run: Run, phase: Phase, drawn: Drawn, learn_s: float) -> None:
+    """Enter a step in the ledger."""
+    config, devices = run.model.config, {"sample": run.sample_devices, "learn": run.mesh.size}
+    work = ledger.learning(config, drawn.batch, updates=phase.updates_per_batch, reference=phase.objective.needs_reference)
+    used, seconds = {"learn": work}, {"learn": learn_s}
+    if phase.source.samples:
+        used["sample"] = ledger.sampling(config, drawn.rollouts)
+        seconds["sample"] = drawn.metrics["time/sample_s"][0] + drawn.metrics["time/verify_s"][0]
+    for kind, amounts in used.items():
+        device_s = seconds[kind] * devices[kind]
+        history.ledger = ledger.add(history.ledger, kind, **amounts, device_s=device_s, watts=run.watts)
 
 
 def tell_failure(checkpoints: Checkpoints, log: m.RunLog) -> None:
@@ -311,7 +335,10 @@ def plain(metrics: list[dict]) -> list[dict]:
 
 def evaluate(run: Run, log: m.RunLog, history: History, params, phase: str, step: int, *, final: bool) -> None:
     """Evaluate, log, and write the summary so far; `final` uses the full number of tasks."""
+    started_s = time.perf_counter()
     result = run.evaluate(params, phase=phase, step=step, final=final)
+    device_s = (time.perf_counter() - started_s) * run.sample_devices
+    history.ledger = ledger.add(history.ledger, "evaluate", **result.work, device_s=device_s, watts=run.watts)
     history.evaluations += result.evaluations
     history.losses += [{"phase": phase, "step": step, "text": name, "nll": nll} for name, nll in result.nll.items()]
     history.rollouts = result.rollouts
@@ -319,7 +346,7 @@ def evaluate(run: Run, log: m.RunLog, history: History, params, phase: str, step
     for e in result.evaluations:
         mode = "greedy" if e.temperature == 0 else f"t{e.temperature:g}"
         values[f"eval/{e.suite}/{mode}/accuracy"] = e.accuracy
-    log.write(step, phase, values)
+    log.write(step, phase, values | ledger.named(history.ledger))
     history.summarise(step, done=False)
 
 
@@ -329,7 +356,11 @@ def report(run: Run, history: History) -> None:
         m.print_evaluations(history.evaluations)
     for loss in history.losses:
         print(f"{loss['text']}: {loss['nll']:.4f} nats a token at step {loss['step']} ({loss['phase']})")
-    m.print_rollouts(history.rollouts, 3, decode=run.decode)
+    for kind, used in history.ledger.items():
+        energy = f", {used['joules']:,.0f} J at {run.watts:g} W a device" if run.watts else ""
+        print(f"{kind}: {used['tokens']:,.0f} tokens, {used['flops']:.3g} FLOPs, {used['device_s']:,.0f} device seconds{energy}")
+    last = [r for r in history.rollouts if r.temperature == history.rollouts[-1].temperature]
+    m.print_rollouts(last, 3, decode=run.decode)
 
 
 def new_state(params, optimizer: optax.GradientTransformation) -> TrainState:

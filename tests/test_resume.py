@@ -1,7 +1,7 @@
-"""Killed and resumed is uninterrupted, bit for bit: params, optimizer state, metrics.jsonl, rollouts.jsonl, evaluations.
+"""Killed and resumed is uninterrupted, bit for bit: params, optimizer state, metrics.jsonl, rollouts.jsonl, evaluations, ledger.
 
-Two phases with Adam, shuffled data of more than one epoch, a reference policy and a line of metrics for every three steps, saved
-every fourth step, 30 steps in all. What is injected, each in a process of its own, and each of them with SIGKILL:
+Two phases with Adam, shuffled data of more than one epoch, dynamic sampling, a reference policy and a line of metrics for every
+three steps, saved every fourth step, 30 steps in all. What is injected, each in a process of its own, and each with SIGKILL:
 
     prefill, sampling, verifying, batching   while rollouts are made, judged, and put into a batch
     reference, update                        before its log-probs are taken, before an update
@@ -35,6 +35,7 @@ def get_config(arg=""):
     config.prior.steps, config.prior.source.task["size"], config.prior.log_every = 12, 24, 3
     config.rl.source.task["size"], config.rl.source.problems, config.rl.steps = 10, 4, 18
     config.rl.log_every, config.rl.evaluate_every, config.rl.source.lag = 3, 7, {lag}
+    config.rl.source.dynamic_sampling = 2
     config.rl.objective = {{"name": "dapo", "kl_coefficient": 0.1, "entropy_coefficient": 0.01}}
     config.evaluate.suites = {{"chain": config.evaluate.suites.chain.to_dict()}}
     config.checkpoint.every_steps = 4
@@ -96,6 +97,10 @@ def assert_same_run(workdir: Path, whole: Path) -> None:
     assert maths(workdir) == maths(whole)
     found, wanted = (json.loads((folder / "summary.json").read_text()) for folder in (workdir, whole))
     assert found["evaluations"] == wanted["evaluations"]
+    amounts, expected = (
+        [used[unit] for used in each["ledger"].values() for unit in ("tokens", "flops")] for each in (found, wanted)
+    )
+    assert amounts == expected
 
 
 def test_killed_at_every_point_and_resumed_is_uninterrupted(tmp_path, whole):

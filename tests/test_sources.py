@@ -47,13 +47,13 @@ def params():
     return t.biased(t.make_model()[1], _=0.8)
 
 
-def make_rollouts(roller, tasks=None, **more):
+def make_rollouts(roller, tasks=None, objective=None, **more):
     return sources.rollouts(
         Stream() if tasks is None else tasks,
         prompt,
         single_turn(judge),
         roller,
-        objectives.grpo(),
+        objective or objectives.grpo(),
         problems=PROBLEMS,
         group=GROUP,
         temperature=0.9,
@@ -244,7 +244,7 @@ def test_a_batch_is_of_the_params_of_lag_updates_ago(roller, params, lag, backgr
         assert [r.problem for r in drawn.rollouts] == [r.problem for r in expected.rollouts]
         assert_equal(drawn.batch, expected.batch)
     assert prepared == list(range(6 - lag))  # nothing is sampled for a step after the last
-    assert state == {"position": 6 * PROBLEMS} | ({"ahead": []} if lag else {})
+    assert state == {"position": 6 * PROBLEMS} | ({"begun": 6, "ahead": []} if lag else {})
 
 
 @pytest.mark.parametrize("untempered", [False, True])
@@ -264,6 +264,68 @@ def test_what_was_sampled_ahead_is_saved_bit_for_bit(params, untempered):
                 np.testing.assert_array_equal(left, right, err_msg=f"{field.name}, {now}")
                 assert getattr(left, "dtype", None) == getattr(right, "dtype", None)
         assert_equal(first.batch, second.batch)
+
+
+# --- dynamic sampling ---
+
+
+def rewards_of(rollouts):
+    return np.array([r.verdict.reward for r in rollouts]).reshape(-1, GROUP)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 9])
+def test_problems_are_drawn_until_enough_teach_something(roller, params, most):
+    """What is drawn is what the stream holds, each problem once; the batch has the first problems that teach something."""
+    key, state, plain = jax.random.key(5), {"position": 8}, make_rollouts(roller)
+    source = make_rollouts(roller, dynamic_sampling=most)
+    for _ in range(3):
+        start = state["position"]
+        state, drawn = source.next(state, params, key)
+        count, differ = len(drawn.rollouts) // GROUP, np.ptp(rewards_of(drawn.rollouts), axis=1) > 0
+        assert [(r.problem, r.attempt) for r in drawn.rollouts] == [(start + p, g) for p in range(count) for g in range(GROUP)]
+        assert state == {"position": start + count}
+        assert PROBLEMS <= count <= most * PROBLEMS
+        assert differ.sum() >= PROBLEMS or count == most * PROBLEMS
+        assert differ.sum() < PROBLEMS or differ[:-PROBLEMS].sum() < PROBLEMS  # no round that was not needed
+        chosen = sorted([*np.flatnonzero(differ), *np.flatnonzero(~differ)][:PROBLEMS])
+        rows = [(*r.prompt, *r.tokens) for p in chosen for r in drawn.rollouts[p * GROUP : (p + 1) * GROUP]]
+        lengths = (drawn.batch.segment_BT > 0).sum(axis=1)
+        assert [tuple(row[:n]) for row, n in zip(drawn.batch.tokens_BT, lengths, strict=True)] == rows
+        assert drawn.metrics["rollout/oversampling"] == (count * GROUP, PROBLEMS * GROUP)
+        assert drawn.metrics["rollout/informative_groups"] == (differ.sum(), count)
+        # The first round is what is drawn without dynamic sampling.
+        _, first = plain.next({"position": start}, params, key)
+        for a, b in zip(first.rollouts, drawn.rollouts, strict=False):
+            np.testing.assert_array_equal(a.tokens, b.tokens)
+
+
+def test_dynamic_sampling_draws_more_than_a_round_here(roller, params):
+    _, drawn = make_rollouts(roller, dynamic_sampling=9).next({"position": 8}, params, jax.random.key(5))
+    assert len(drawn.rollouts) > PROBLEMS * GROUP
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_dynamic_sampling_ahead_is_saved_and_drawn_on_bit_for_bit(roller, params, background):
+    source, key = make_rollouts(roller, lag=1, background=background, dynamic_sampling=3, steps=4), jax.random.key(1)
+    again, at = make_rollouts(roller, lag=1, dynamic_sampling=3, steps=4), {"position": 0}
+    state = source.init()
+    for update in range(4):
+        older = t.biased(params, a=0.4 * max(0, update - 1))
+        saved = json.loads(json.dumps(source.save(state)))
+        state, drawn = source.next(state, t.biased(params, a=0.4 * update), key)
+        _, same = again.next(saved, t.biased(params, a=0.4 * update), key)
+        at, expected = make_rollouts(roller, dynamic_sampling=3).next(at, older, key)
+        for other in (same, expected):
+            assert_equal(drawn.batch, other.batch)
+            assert [r.problem for r in drawn.rollouts] == [r.problem for r in other.rollouts]
+        assert state["position"] == at["position"]
+    assert state == at | {"begun": 4, "ahead": []}
+
+
+@pytest.mark.parametrize(("times", "objective"), [(0, objectives.grpo()), (2, objectives.expert_iteration())])
+def test_dynamic_sampling_that_makes_no_sense_is_refused(roller, times, objective):
+    with pytest.raises(ValueError, match=rf"source.dynamic_sampling got {times}; allowed: 1 \(off\), or more for an objective"):
+        make_rollouts(roller, objective=objective, dynamic_sampling=times)
 
 
 def test_a_negative_lag_is_refused(roller):

@@ -1,0 +1,81 @@
+"""The ledger: what a run has used, for sampling, learning and evaluating apart. Goes into checkpoints and summaries.
+
+    tokens      that were sampled (sample, evaluate), or that the learner has read (learn)
+    flops       that this work needs, by formula (`cost.forward_flops`): without padding and without what is computed twice
+    device_s    seconds x devices, from start to end of the work, waiting for verdicts included
+    joules      device_s x the watts of a device that `config.log.watts` states; 0 without. An estimate: nothing is measured
+
+A ledger is {kind of work: {unit: amount}}, floats that only grow. Work that a killed run had done after its last checkpoint, and
+that is done again, counts once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from jaxreason.cost import adapter_flops, forward_flops
+from jaxreason.types import Batch, Rollout
+
+KINDS = ("sample", "learn", "evaluate")
+UNITS = ("tokens", "flops", "device_s", "joules")
+
+
+def empty() -> dict:
+    """A ledger of nothing."""
+    return {kind: dict.fromkeys(UNITS, 0.0) for kind in KINDS}
+
+
+def add(ledger: dict, kind: str, *, tokens: float, flops: float, device_s: float, watts: float | None) -> dict:
+    """A ledger with more work in it."""
+    more = {"tokens": tokens, "flops": flops, "device_s": device_s, "joules": device_s * (watts or 0.0)}
+    return ledger | {kind: {unit: ledger[kind][unit] + float(more[unit]) for unit in UNITS}}
+
+
+def named(ledger: dict) -> dict[str, float]:
+    """What a line of metrics says of it. Seconds and joules are no two times the same: they stand with the times."""
+    values = {}
+    for kind, amounts in ledger.items():
+        for unit, amount in amounts.items():
+            values[f"ledger/{kind}_{unit}" if unit in ("tokens", "flops") else f"time/ledger/{kind}_{unit}"] = amount
+    return values
+
+
+def sampling(c, rollouts: Iterable[Rollout]) -> dict[str, float]:
+    """Tokens and FLOPs of sampling: each problem's prompt is read once, however many attempts there are at it."""
+    tokens, flops, prompts = 0.0, 0.0, {}
+    for r in rollouts:
+        prompt = len(r.prompt)
+        tokens += float(r.sampled.sum())
+        flops += forward_flops(c, [(prompt, len(r.tokens))]) - forward_flops(c, [(prompt, 0)])
+        prompts[r.problem, r.task.question, r.temperature] = prompt  # suites count from 0, all of them
+    return {"tokens": tokens, "flops": flops + forward_flops(c, [(prompt, 0) for prompt in prompts.values()])}
+
+
+def learning(c, batch: Batch, *, updates: int, reference: bool) -> dict[str, float]:
+    """Tokens and FLOPs of `updates` from a batch, and of its log-probs under a reference policy.
+
+    Backward is twice forward; of a frozen base it is once, as its weights have no gradient.
+    """
+    lengths = segment_lengths(batch)
+    tokens = sum(rest + trained for rest, trained in lengths)
+    forward, adapters = forward_flops(c, lengths), adapter_flops(c, tokens)
+    update = (3 if c.lora is None else 2) * forward + 3 * adapters
+    return {"tokens": float(tokens * updates), "flops": updates * update + reference * (forward + adapters)}
+
+
+def reading(c, batches: Sequence[Batch]) -> float:
+    """FLOPs of scoring every token of batches that has a weight."""
+    return sum(forward_flops(c, segment_lengths(batch)) for batch in batches)
+
+
+def segment_lengths(batch: Batch) -> list[tuple[int, int]]:
+    """Of each segment of a numpy batch how many tokens have no weight, and how many have one."""
+    B, _ = batch.segment_BT.shape
+    S = int(batch.segment_BT.max(initial=0)) + 1
+    segment_N = (batch.segment_BT + np.arange(B)[:, None] * S).ravel()
+    tokens_S, trained_S = (np.bincount(segment_N, x, B * S) for x in (None, (batch.weight_BT != 0).ravel()))
+    real = np.arange(B * S) % S > 0  # 0 is padding
+    pairs = zip(tokens_S[real], trained_S[real], strict=True)
+    return [(int(tokens - trained), int(trained)) for tokens, trained in pairs if tokens]

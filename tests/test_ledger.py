@@ -1,0 +1,97 @@
+"""The ledger: tokens and FLOPs against counts by hand, sums that only grow, what a run of all kinds of work enters."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from runs import load_config, read_lines, run_config
+
+from jaxreason import batching, ledger, objectives
+from jaxreason.cost import layer_weights
+from jaxreason.model.config import Lora, sized
+from jaxreason.types import Rollout, Task, Verdict
+
+CONFIG = sized("tiny", vocab_size=40)
+
+
+def rollout(problem, prompt, tokens, forced=0, temperature=1.0):
+    return Rollout(
+        task=Task(f"question {problem}", "a"),
+        problem=problem,
+        attempt=0,
+        prompt=np.arange(prompt),
+        tokens=np.arange(tokens),
+        logp=np.zeros(tokens, np.float32),
+        sampled=np.arange(tokens) >= forced,
+        stop="eos",
+        text="",
+        verdict=Verdict(0.0, False),
+        temperature=temperature,
+    )
+
+
+def by_hand(config, positions, logits) -> float:
+    """FLOPs of one token after the other: each is read at its position, and attends to what stands before it and to itself."""
+    each = 2 * config.layers * layer_weights(config)
+    attention = [4 * config.layers * config.heads * config.head_size * (position + 1) for position in positions]
+    return sum(each + a for a in attention) + 2 * config.width * config.vocab_size * logits
+
+
+def test_sampling_reads_each_prompt_once():
+    # Two attempts at a problem, one at another that has as long a prompt, and the first problem at another temperature.
+    rollouts = [rollout(7, 5, 3), rollout(7, 5, 6, forced=2), rollout(8, 5, 1), rollout(7, 5, 2, temperature=0.0)]
+    work = ledger.sampling(CONFIG, rollouts)
+    assert work["tokens"] == 3 + 4 + 1 + 2
+    positions = [*range(5)] * 3 + [*range(5, 8), *range(5, 11), *range(5, 6), *range(5, 7)]
+    assert work["flops"] == pytest.approx(by_hand(CONFIG, positions, 3 + 6 + 1 + 2), rel=1e-12)
+    assert ledger.sampling(CONFIG, []) == {"tokens": 0.0, "flops": 0.0}
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_learning_is_three_times_forward_however_rows_are_packed(pack):
+    pairs = [(list(range(n)), [False] * p + [True] * (n - p)) for n, p in ((6, 2), (3, 1), (4, 3), (2, 1))]
+    batch = batching.from_demonstrations(pairs, objectives.sft(), buckets=(8,), pack=pack, microbatches=2)
+    positions = [t for ids, _ in pairs for t in range(len(ids))]
+    forward = by_hand(CONFIG, positions, sum(sum(trainable) for _, trainable in pairs))
+    work = ledger.learning(CONFIG, batch, updates=2, reference=False)
+    assert work["tokens"] == 2 * 15
+    assert work["flops"] == pytest.approx(6 * forward, rel=1e-12)
+    beside = ledger.learning(CONFIG, batch, updates=2, reference=True)
+    assert beside["flops"] == pytest.approx(7 * forward, rel=1e-12)
+    assert ledger.reading(CONFIG, [batch, batch]) == pytest.approx(2 * forward, rel=1e-12)
+    # A frozen base has no gradient of its own weights; adapters of rank 2 on q read the width and write the heads.
+    lora = dataclasses.replace(CONFIG, lora=Lora(rank=2, targets=("q",)))
+    adapters = 2 * CONFIG.layers * 2 * (CONFIG.width + CONFIG.heads * CONFIG.head_size) * 15
+    work = ledger.learning(lora, batch, updates=1, reference=False)
+    assert work["flops"] == pytest.approx(2 * forward + 3 * adapters, rel=1e-12)
+
+
+def test_amounts_add_up_by_kind():
+    first = ledger.add(ledger.empty(), "learn", tokens=3, flops=5.0, device_s=2.0, watts=None)
+    both = ledger.add(first, "learn", tokens=4, flops=1.0, device_s=0.5, watts=100.0)
+    assert both["learn"] == {"tokens": 7.0, "flops": 6.0, "device_s": 2.5, "joules": 50.0}
+    assert both["sample"] == both["evaluate"] == dict.fromkeys(ledger.UNITS, 0.0)
+    assert first["learn"]["tokens"] == 3.0
+    assert ledger.named(both)["ledger/learn_flops"] == 6.0
+    assert ledger.named(both)["time/ledger/learn_joules"] == 50.0
+
+
+def test_a_run_enters_all_that_it_does(tmp_path):
+    few = {"prior.steps": 3, "rl.steps": 4, "rl.evaluate_every": 2, "log.watts": 40.0, "sharding.mesh.data": 1}
+    few |= {"prior.log_every": 1, "rl.log_every": 1, "rl.source.dynamic_sampling": 2}
+    summary = run_config(load_config("tiny", "smoke", **few), tmp_path)
+    found, lines = summary["ledger"], read_lines(tmp_path / "metrics.jsonl")
+    assert json.loads((tmp_path / "summary.json").read_text())["ledger"] == found
+
+    def total(name):
+        return sum(line[name] for line in lines if name in line)
+
+    assert found["learn"]["tokens"] == pytest.approx(total("train/tokens"))
+    assert all(found[kind]["device_s"] * 40 == pytest.approx(found[kind]["joules"]) for kind in found)
+    assert all(found[kind][unit] > 0 for kind in found for unit in ledger.UNITS)
+    assert found["sample"]["device_s"] == pytest.approx(total("time/sample_s") + total("time/verify_s"), rel=1e-6)
+    # Every evaluation says what had been used by then: what accuracy has cost.
+    at = [line["ledger/sample_flops"] for line in lines if "ledger/sample_flops" in line]
+    assert at == sorted(at)
+    assert at[0] == 0 < at[-1] == found["sample"]["flops"]
