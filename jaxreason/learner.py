@@ -137,37 +137,57 @@ def train_step(
     gradient = jax.value_and_grad(trained_loss, has_aux=True)
 
     def accumulate(i, total):
-        (value, metrics), grads = gradient(trained, jax.tree.map(lambda x: x[i], parts))
-        return jax.tree.map(jnp.add, total, (value, metrics, grads))
+        by_layer, join = model.by_layer(trained)
+        gradient = jax.value_and_grad(lambda by_layer, rows: trained_loss(join(by_layer), rows), has_aux=True)
+        (value, metrics), grads = gradient(by_layer, jax.tree.map(lambda x: x[i], parts))
+        return (*jax.tree.map(jnp.add, total[:2], (value, metrics)), add_up(total[2], grads))
 
     if microbatches == 1:
         (value, metrics), grads = gradient(trained, batch)
     else:
         parts = jax.tree.map(lambda x: split_rows(x, microbatches), batch)
-        (value, metrics), grads = jax.eval_shape(gradient, trained, jax.tree.map(lambda x: x[0], parts))
+        first = jax.tree.map(lambda x: x[0], parts)
+        (value, metrics), grads = jax.eval_shape(gradient, trained, first)
         # Sums over micro-batches are float32 whatever the params are kept in.
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (value, metrics, grads))
         value, metrics, grads = jax.lax.fori_loop(0, used_parts(parts), accumulate, zeros)
 
     # The optimizer's state keeps the dtype of the params, which it was made from.
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, trained)
-    grad_norm = optax.global_norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-    params = optax.apply_updates(trained, updates)
-    one = jnp.float32(1)
-    metrics |= {
-        "loss": (value, one),
-        "grad_norm": (grad_norm, one),
-        "update_norm": (optax.global_norm(updates), one),
-        "param_norm": (optax.global_norm(params), one),
-    }
-    # A step that is not finite changes nothing, and nothing is said of it but that it was skipped.
+    one, grad_norm = jnp.float32(1), optax.global_norm(grads)
+
+    def update(trained, opt_state):
+        updates, opt_state = optimizer.update(grads, opt_state, trained)
+        squares = jax.tree.map(lambda u: jnp.sum(jnp.square(u)), updates)
+        # Adding nothing, but something that needs the squares: else all updates would be kept until their norm is taken.
+        updates = jax.tree.map(lambda u, square: u + jnp.minimum(square, 0), updates, squares)
+        params = optax.apply_updates(trained, updates)
+        update_norm = jnp.sqrt(sum(jax.tree.leaves(squares)))
+        norms = {"grad_norm": grad_norm, "update_norm": update_norm, "param_norm": optax.global_norm(params)}
+        return params, opt_state, metrics | {name: (norm, one) for name, norm in {"loss": value, **norms}.items()}
+
+    def skip(trained, opt_state):
+        """Change nothing, and say nothing but that it was skipped."""
+        said = jax.eval_shape(update, trained, opt_state)[2]
+        return trained, opt_state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), said)
+
+    # A branch, since selecting between old and new would keep both: twice the params more.
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (trained, state.opt_state)
-    )
-    metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0), metrics) | {"skipped": (1 - finite.astype(jnp.float32), one)}
+    params, opt_state, metrics = jax.lax.cond(finite, update, skip, trained, state.opt_state)
+    metrics |= {"skipped": (1 - finite.astype(jnp.float32), one)}
     return TrainState(params | frozen, opt_state, state.step + 1), metrics
+
+
+def add_up(total: dict, grads: dict) -> dict:
+    """Add gradients to their sum, in which layers are stacked. Where they come by the layer, each is added by itself."""
+    layers = grads.get("layers")
+    if not isinstance(layers, tuple):
+        return jax.tree.map(jnp.add, total, grads)
+    stacked = total["layers"]
+    for i, layer in enumerate(layers):
+        stacked = jax.tree.map(lambda sum, g, i=i: sum.at[i].add(g), stacked, layer)
+    rest = {name: jax.tree.map(jnp.add, total[name], grads[name]) for name in total if name != "layers"}
+    return {**rest, "layers": stacked}
 
 
 def split_frozen(params) -> tuple[dict, dict]:
@@ -198,9 +218,16 @@ def compile_train_step(model, objective, optimizer, *, microbatches: int = 1, st
         logits=logits_at_once(None if state_shardings is None else jax.tree.leaves(state_shardings)[0].mesh),
     )
     if state_shardings is None:
-        return jax.jit(step, donate_argnums=0)
-    everywhere = NamedSharding(jax.tree.leaves(state_shardings)[0].mesh, P())  # metrics: any process can read them
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, everywhere))
+        return jax.jit(step, donate_argnums=0, compiler_options=saving_memory(jax.default_backend()))
+    mesh = jax.tree.leaves(state_shardings)[0].mesh
+    everywhere = NamedSharding(mesh, P())  # metrics: any process can read them
+    options = saving_memory(mesh.devices.flat[0].platform)
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, everywhere), compiler_options=options)
+
+
+def saving_memory(platform: str) -> dict | None:
+    """Options for the compiler: on a CPU it would order instructions to have many ready at a time, whatever they keep alive."""
+    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if platform == "cpu" else None
 
 
 def compile_token_logp(model, microbatches: int = 1, mesh=None):

@@ -26,6 +26,12 @@ class Model(NamedTuple):
     """`value(params, hidden_BTD) -> value_BT`, float32; None without a value head."""
     merge: Callable
     """`merge(params) -> params` without adapters, for sampling and export; what has none comes back as it is."""
+    by_layer: Callable
+    """`by_layer(params) -> (parts, join)`: `apply` takes `join(parts)`, and the gradient of parts has one tree a layer.
+
+    Gradients that come layer by layer can be added to a sum as they come, without ever standing beside it whole. Where `apply`
+    scans its layers, and where params have none, parts are the params. Only good for gradients: the values of parts are not read.
+    """
     init_cache: Callable
     """`init_cache(batch, columns, cache_dtype=None, stacked=None) -> cache`, empty; see `model.cache`.
 
