@@ -1,0 +1,31 @@
+r"""What a config needs of a TPU slice, found on any machine: does it fit, what bounds it, what will it cost.
+
+    python -m jaxreason.plan --config=configs/gsm8k.py:model=qwen3_8b --topology=v5e:4x8 --config.sharding.mesh.fsdp=8 \
+        --config.sharding.mesh.tensor=4 --config.sharding.mesh.data=1
+
+Compiles the train step, the log-probs of a reference policy if there is one, prefill and decode for the topology, with libtpu,
+and reads memory, FLOPs, traffic and collectives from what was compiled. Nothing is downloaded and no task is loaded: a named size
+is taken from our own table, any other model from a folder with a config.json. If it does not fit, says what would.
+
+The modules, in the order of what happens: `config` reads a piece of `work`, `arrays` are what stands for its state, `programs`
+compiles it, `memory` and `search` say what fits, `report` says all of it, `__main__` is the door.
+
+Assumed, and worse than what will be: every sequence is as long as it may be, all micro-batches are in use, every decode step
+attends to the longest cache. Assumed, and better: nothing but matrix products, memory and network takes time; `--efficiency` is
+the share of that roofline that is reached, and is a guess. HBM holds at each moment what the loop of `train` holds then: params,
+optimizer and reference throughout; sampler's weights, slots, and two batches of prompts while sampling. Left out: the host
+(verifiers, layout of batches), checkpoints and evaluations, memory lost to fragmentation, programs but the one that runs. On
+several hosts all of them are supposed to sample together, as one program.
+
+A column "of formula" above 1 says that devices compute the same thing: of prefill they do, along data and fsdp.
+
+Findings, 2026-11-24 (jax 0.10.2, libtpu 0.0.42, no TPU at hand: nothing here has been held against one).
+- FLOPs of train step and decode equal the formula to three digits: Qwen3-8B on v5e:4x8, Qwen2.5-0.5B on v5e:2x4.
+- On one CPU the compiler's sizes are what a train step takes: temporaries of 2,902, 4,478 and 15,951 MiB, and the process grew by
+  2,999, 4,541 and 15,938 (SmolLM2-135M, 8 x 256, remat full; the same in 2 micro-batches, none; Qwen3-0.6B, 4 x 256 in 2, dots).
+- XLA does not gather weights over `fsdp` here but adds up activations: with fsdp=8 a device of v5e:2x4 sends 731 GB in a step of
+  `configs/gsm8k.py` in 4 micro-batches. With activations held to rows between layers (tried, not in) it would send 88 GB and
+  compute half as much again.
+- Making the sampler's weights is the fullest moment of Qwen3-8B on v5e:4x8 with fsdp=8, tensor=4 (14.3 of 15.75 GiB), and what
+  keeps Qwen3-32B off any v5e: they are gathered in the dtype of the params, then cast.
+"""

@@ -1,0 +1,132 @@
+"""What stands for arrays of a topology's devices, of which none need be there: train state, batch, sampler's weights, slots."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import math
+import os
+
+import jax
+from jax.experimental import topologies
+
+from jaxreason import batching, build, cost, sharding, text
+from jaxreason.model import transformer
+from jaxreason.options import call, unknown
+from jaxreason.plan.work import Work
+from jaxreason.sampler import Weights
+from jaxreason.train import new_state
+
+
+@functools.cache
+def devices_of(topology: str):
+    """The devices of a topology, of which none need be there.
+
+    Raises:
+      ValueError: it is unknown, or libtpu is missing.
+    """
+    if topology not in cost.topology_names():
+        raise ValueError(f"{unknown('topology', topology, cost.topology_names())}; --topology=list shows them")
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("libtpu, the compiler for TPUs, is not installed; pip install -e '.[tpu]'")
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no cloud around that could say which TPU this is
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no TPU is opened, so several processes may compile at a time
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # whatever it is: libtpu complains of having none
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    bounds = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds).devices
+
+
+@functools.cache
+def mesh_of(work: Work):
+    return sharding.make_mesh(**dict(work.mesh), devices=devices_of(work.topology))
+
+
+@functools.cache
+def model_of(work: Work):
+    return transformer(work.shape, mesh_of(work))
+
+
+def placed(tree, where):
+    """What stands for arrays in `where`, a sharding or a tree of them."""
+    if isinstance(where, jax.sharding.Sharding):
+        where = jax.tree.map(lambda _: where, tree)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where)
+
+
+@functools.cache
+def state_of(work: Work):
+    """The train state."""
+    state = jax.eval_shape(lambda: new_state(model_of(work).init(jax.random.key(0)), work.optimizer))
+    return placed(state, sharding.shardings(state, mesh_of(work)))
+
+
+def batch_of(work: Work):
+    """A batch of full rows."""
+    batch = batching.empty(work.rows, work.length)
+    if work.objective.needs_reference:
+        batch = dataclasses.replace(batch, reference_logp_BT=batch.weight_BT)
+    return placed(batch, sharding.rows(mesh_of(work)))
+
+
+@functools.cache
+def roller_of(work: Work):
+    """The sampler and the sizes of its prompts. Its tokenizer is not the model's; programs know the end of a sequence only."""
+    tokenizer = text.make("byte_level")
+    return call(
+        build.make_roller,
+        dict(work.sampler),
+        "config.sampler",
+        model=model_of(work),
+        tokenizer=tokenizer,
+        format=text.plain(tokenizer),
+        mesh=mesh_of(work),
+    )
+
+
+def weights_of(work: Work):
+    """The sampler's weights in their layout, and how many bytes of a device making them takes and leaves beside the params."""
+    model, mesh = model_of(work), mesh_of(work)
+    params = state_of(work).params
+    gathered = placed(params, sharding.gathered(params, mesh))
+    merged = jax.eval_shape(model.merge, params)
+    merged = placed(merged, sharding.gathered(merged, mesh))
+    layout = jax.eval_shape(model.decode_layout, merged)
+    layout = placed(layout, sharding.gathered(layout, mesh))
+
+    def flat(tree):
+        return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+    old, moved = flat(params), flat(gathered)
+    new = {path for path, x in moved.items() if not x.sharding.is_equivalent_to(old[path].sharding, x.ndim)}
+    peak = sum(size_of(moved[path]) for path in new)
+    adapted = {path.removeprefix("['lora']").rpartition("['a']")[0] for path in moved if path.startswith("['lora']")} - {""}
+    left = 0.0
+    for path, x in flat(layout).items():
+        base = f"['frozen']{path}" if f"['frozen']{path}" in moved else path
+        before = flat(merged)[path]
+        is_merged = path.startswith("['layers']") and any(f"['layers']{name}['kernel']" == path for name in adapted)
+        is_cast = x.dtype != before.dtype
+        peak += is_merged * size_of(before) + is_cast * size_of(x)
+        left += (is_merged or is_cast or base in new) * size_of(x)
+    return Weights(layout, layout), peak, left
+
+
+def size_of(tree) -> float:
+    """Bytes of what stands for arrays, on one device."""
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+
+
+def number(work: Work, *shape: int, dtype="int32"):
+    """What stands for a small array that every device has."""
+    everywhere = jax.NamedSharding(mesh_of(work), jax.P())
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+
+
+@functools.cache
+def slots_of(work: Work, columns: int | None = None):
+    """What stands for the slots of the sampler, with the longest cache or one of so many columns."""
+    sampler = roller_of(work).sampler
+    slots = jax.eval_shape(lambda: sampler.resize(sampler.empty(), columns or sampler.length))
+    return placed(slots, sampler.empty.lower().compile().output_shardings)
