@@ -371,9 +371,9 @@ def compile_sampler(
 
     def prepare(params) -> Weights:
         """Lay params out for sampling, once an update."""
+        params = model.cast(model.merge(params))  # before they are gathered: fewer bytes to move and to hold
         if mesh is not None:
             params = sharding.send(params, mesh)
-        params = model.merge(params)
         layout = model.decode_layout(params)
         return Weights(layout if model.config.scan_layers else params, layout)
 

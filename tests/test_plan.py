@@ -213,7 +213,7 @@ def test_params_that_do_not_fit_get_another_mesh(monkeypatch):
     [
         ({}, (0, 0)),  # the learner's own arrays
         ({"sharding.mesh.fsdp": 8, "sharding.mesh.data": 1}, (1, 1)),  # whole again, beside the eighths
-        ({"sharding.mesh.fsdp": 8, "sharding.mesh.data": 1, "model.dtype": "bfloat16"}, (1.5, 0.5)),  # and cast
+        ({"sharding.mesh.fsdp": 8, "sharding.mesh.data": 1, "model.dtype": "bfloat16"}, (0.5 + 1 / 16, 0.5)),  # and cast before
     ],
     ids=str,
 )

@@ -87,30 +87,22 @@ def roller_of(work: Work):
 
 def weights_of(work: Work):
     """The sampler's weights in their layout, and how many bytes of a device making them takes and leaves beside the params."""
-    model, mesh = model_of(work), mesh_of(work)
-    params = state_of(work).params
-    gathered = placed(params, sharding.gathered(params, mesh))
+    model, mesh, params = model_of(work), mesh_of(work), state_of(work).params
     merged = jax.eval_shape(model.merge, params)
-    merged = placed(merged, sharding.gathered(merged, mesh))
-    layout = jax.eval_shape(model.decode_layout, merged)
-    layout = placed(layout, sharding.gathered(layout, mesh))
-
-    def flat(tree):
-        return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-
-    old, moved = flat(params), flat(gathered)
-    new = {path for path, x in moved.items() if not x.sharding.is_equivalent_to(old[path].sharding, x.ndim)}
-    peak = sum(size_of(moved[path]) for path in new)
-    adapted = {path.removeprefix("['lora']").rpartition("['a']")[0] for path in moved if path.startswith("['lora']")} - {""}
-    left = 0.0
-    for path, x in flat(layout).items():
-        base = f"['frozen']{path}" if f"['frozen']{path}" in moved else path
-        before = flat(merged)[path]
-        is_merged = path.startswith("['layers']") and any(f"['layers']{name}['kernel']" == path for name in adapted)
-        is_cast = x.dtype != before.dtype
-        peak += is_merged * size_of(before) + is_cast * size_of(x)
-        left += (is_merged or is_cast or base in new) * size_of(x)
-    return Weights(layout, layout), peak, left
+    cast = jax.eval_shape(model.cast, merged)
+    split, whole = sharding.shardings(cast, mesh), sharding.gathered(cast, mesh)
+    weights = placed(cast, whole)
+    targets = [(part, target) for part, targets in params.get("lora", {}).items() for target in targets]
+    adapted = {f"['layers']['{part}']['{target}']['kernel']" for part, target in targets}
+    peak = left = 0.0
+    found = map(jax.tree_util.tree_leaves_with_path, (placed(merged, split), placed(cast, split), weights))
+    for (path, merged), (_, cast), (_, gathered) in zip(*found, strict=True):  # as `prepare` makes one from the other
+        made = [size_of(merged)] if jax.tree_util.keystr(path) in adapted else []
+        made += [size_of(cast)] if cast.dtype != merged.dtype else []
+        made += [size_of(gathered)] if not gathered.sharding.is_equivalent_to(cast.sharding, cast.ndim) else []
+        peak += sum(made)
+        left += size_of(gathered) if made else 0.0
+    return Weights(weights, weights), peak, left
 
 
 def size_of(tree) -> float:
