@@ -9,7 +9,7 @@ import pytest
 import tiny_roller as t
 from scipy import stats
 
-from jaxreason import sharding
+from jaxreason import cost, sharding
 from jaxreason.environment import single_turn
 from jaxreason.model import ModelConfig, transformer
 from jaxreason.model.config import Lora
@@ -388,6 +388,23 @@ def test_weights_are_merged_and_cast_on_their_shards_and_then_gathered(lora, sca
     jax.tree.map(np.testing.assert_array_equal, prepared, whole(params))
     (kernel,) = (x["layers"]["attention"]["q"]["kernel"] for x in sent)
     assert (kernel.dtype, kernel.sharding.shard_shape(kernel.shape)) == (jnp.bfloat16, (2, 4, 2, 8))
+
+
+@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 1, "fsdp": 4, "tensor": 2}], ids=str)
+def test_prompts_are_prefilled_by_all_devices_together(axes):
+    """Seven prompts: one each, or two each by halves."""
+    shape = {"vocab_size": 24, "width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_size": 8, "feed_forward": 32}
+    model = transformer(ModelConfig(**shape, scan_layers=True))
+    params = jax.jit(model.init)(jax.random.key(0))
+
+    def flops(mesh):
+        sampler = compile_sampler(model, slots=8, length=16, eos_ids=(0,), prefill_tokens=16, mesh=mesh)
+        weights = sampler.prepare(params)
+        program = sampler.prefill.lower(weights, np.zeros((7, 16), np.int32), np.ones(7, np.int32)).compile()
+        assert {x.shape[1] for x in jax.tree.leaves(program.out_info)} == {7}
+        return cost.program_cost(program.as_text(), devices=8).flops
+
+    assert flops(make_mesh(**axes)) == pytest.approx(flops(None) / 7)
 
 
 def test_slots_must_divide_over_the_mesh():

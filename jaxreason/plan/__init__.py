@@ -17,7 +17,8 @@ optimizer and reference throughout; sampler's weights, slots, and two batches of
 (verifiers, layout of batches), checkpoints and evaluations, memory lost to fragmentation, programs but the one that runs. On
 several hosts all of them are supposed to sample together, as one program.
 
-A column "of formula" above 1 says that devices compute the same thing: of prefill they do, along data and fsdp.
+A column "of formula" above 1 says that devices compute the same thing, or nothing: of prefill where a batch of prompts does not
+divide over data x fsdp.
 
 Findings, 2026-11-24 (jax 0.10.2, libtpu 0.0.42, no TPU at hand: nothing here has been held against one).
 - FLOPs of train step and decode equal the formula to three digits: Qwen3-8B on v5e:4x8, Qwen2.5-0.5B on v5e:2x4.

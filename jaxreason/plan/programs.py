@@ -142,15 +142,13 @@ def compile_reference(work: Work) -> Compiled:
 def compile_prefill(work: Work) -> Compiled:
     roller, (weights, _, _) = roller_of(work), weights_of(work)
     columns, width = roller.prompt_buckets[-1], dict(work.sampler)["prefill_tokens"]
-    together = min(max(1, width // columns), roller.rows)
-    rows = -(-roller.rows // together) * together
     prompts = [number(work, roller.rows, columns), number(work, roller.rows)]
     return compile_program(
         f"prefill, {roller.rows} prompts",
         work,
         lambda: roller.sampler.prefill.lower(weights, *prompts),
         trips=-(-columns // width),
-        flops=sum(cost.dense_flops(work.shape, rows, columns, columns, 0).values()),
+        flops=sum(cost.dense_flops(work.shape, roller.rows, columns, columns, 0).values()),
         kernel_flops=0.0,
         times=-(-work.problems // roller.rows),
     )
