@@ -33,7 +33,7 @@ class Chip(NamedTuple):
     ici_bytes_per_s: float  # sent along one axis of the torus, both directions together
     usd_per_hour: float | None  # on demand; None: not known
     price_source: str
-    chips_per_host: int
+    chips_per_host: int  # at most; hosts of a slice of several have 4 each, as libtpu 0.0.42 has it
     topologies: tuple[str, ...]  # that are offered
 
 

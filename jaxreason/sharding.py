@@ -58,8 +58,8 @@ class Meshes(NamedTuple):
     sample: Mesh
 
 
-def make_meshes(mesh: dict, *, sampling_devices: int = 0, sampling_tensor: int | None = None) -> Meshes:
-    """Make the mesh of the learner, of these axes, and that of sampling.
+def make_meshes(mesh: dict, *, devices, process: int, sampling_devices: int = 0, sampling_tensor: int | None = None) -> Meshes:
+    """Make the mesh of the learner, of these axes, on the devices of all processes, and that on which `process` samples.
 
     Each process keeps the last `sampling_devices` of its own for sampling alone; with 0 it samples on those that it learns on.
     `sampling_tensor` of them share heads and vocabulary; None: as many as in the learner's mesh.
@@ -67,7 +67,7 @@ def make_meshes(mesh: dict, *, sampling_devices: int = 0, sampling_tensor: int |
     Raises:
       ValueError: numbers of devices that do not fit.
     """
-    by_process = [[d for d in jax.devices() if d.process_index == p] for p in range(jax.process_count())]
+    by_process = [[d for d in devices if d.process_index == p] for p in sorted({d.process_index for d in devices})]
     fewest = min(map(len, by_process))
     if not 0 <= sampling_devices < fewest:
         raise ValueError(
@@ -79,10 +79,10 @@ def make_meshes(mesh: dict, *, sampling_devices: int = 0, sampling_tensor: int |
     tensor = sampling_tensor or learn.shape["tensor"]
     if not sampling_devices and len(by_process) == 1 and tensor == learn.shape["tensor"]:
         return Meshes(learn, learn)
-    mine = by_process[jax.process_index()]
+    mine = by_process[process]
     kept = mine[len(mine) - sampling_devices :] if sampling_devices else [d for d in learn.devices.flat if d in mine]
     if not kept:
-        raise ValueError(f"mesh got {dict(learn.shape)}, which leaves process {jax.process_index()} without a device")
+        raise ValueError(f"mesh got {dict(learn.shape)}, which leaves process {process} without a device")
     if len(kept) % tensor:
         raise ValueError(
             f"sampling on {len(kept)} devices of each process got tensor={tensor}, which does not divide them; choose "

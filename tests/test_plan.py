@@ -226,6 +226,33 @@ def test_what_laying_out_the_samplers_weights_takes_and_leaves(fields, of_params
 
 
 @needs_libtpu
+def test_each_process_of_several_samples_its_share_on_its_own_chips():
+    axes = {"sharding.mesh.fsdp": 8, "sharding.mesh.data": 1, "sharding.mesh.tensor": 2, "sampler.slots": 64}
+    work = work_of("v5e:4x4", **axes)
+    roller, meshes = arrays.roller_of(work), arrays.meshes_of(work)
+    assert (arrays.processes_of(work), dict(meshes.sample.shape)) == (4, {"data": 2, "fsdp": 1, "tensor": 2})
+    assert len({d.process_index for d in meshes.sample.devices.flat}) == 1
+    assert roller.sampler.slots == 16
+    assert [w.slots for w in search.slot_choices(work)] == [64, 32, 16, 8]
+    assert arrays.processes_of(work_of(SMALL)) == 1
+    with pytest.raises(ValueError, match="slots got 62, which do not divide over 4 processes"):
+        work_of("v5e:4x4", **axes | {"sampler.slots": 62})
+    with pytest.raises(ValueError, match="sampling on 4 devices of each process got tensor=8"):
+        work_of("v5e:4x4", **axes | {"sharding.mesh.fsdp": 2, "sharding.mesh.tensor": 8})
+
+
+@needs_libtpu
+def test_devices_that_only_sample_hold_nothing_of_the_learner():
+    config = load_config("tiny")
+    config.sharding.sampling_devices = 4
+    work = read(config.to_dict(), SMALL, None)
+    assert (arrays.meshes_of(work).learn.size, arrays.meshes_of(work).sample.size) == (4, 4)
+    *_, laid_out = memory.still_stages(work)
+    assert set(laid_out.kinds) == {"sampler's weights"}
+    assert laid_out.bytes == arrays.size_of(arrays.state_of(work).params)
+
+
+@needs_libtpu
 def test_adapters_leave_the_base_where_it_is():
     config = load_config("tiny")
     with config.unlocked():

@@ -5,7 +5,8 @@ r"""What a config needs of a TPU slice, found on any machine: does it fit, what 
 
 Compiles the train step, the log-probs of a reference policy if there is one, prefill and decode for the topology, with libtpu,
 and reads memory, FLOPs, traffic and collectives from what was compiled. Nothing is downloaded and no task is loaded: a named size
-is taken from our own table, any other model from a folder with a config.json. If it does not fit, says what would.
+is taken from our own table, any other model from a folder with a config.json. If it does not fit, says what would. A host is a
+process, and each of several samples its share on its own chips, as a run does.
 
 The modules, in the order of what happens: `config` reads a piece of `work`, `arrays` are what stands for its state, `programs`
 compiles it, `memory` and `search` say what fits, `report` says all of it, `__main__` is the door.
@@ -14,8 +15,7 @@ Assumed, and worse than what will be: every sequence is as long as it may be, al
 attends to the longest cache. Assumed, and better: nothing but matrix products, memory and network takes time; `--efficiency` is
 the share of that roofline that is reached, and is a guess. HBM holds at each moment what the loop of `train` holds then: params,
 optimizer and reference throughout; sampler's weights, slots, and two batches of prompts while sampling. Left out: the host
-(verifiers, layout of batches), checkpoints and evaluations, memory lost to fragmentation, programs but the one that runs. On
-several hosts all of them are supposed to sample together, as one program.
+(verifiers, layout of batches), checkpoints and evaluations, memory lost to fragmentation, programs but the one that runs.
 
 A column "of formula" above 1 says that devices compute the same thing, or nothing: of prefill where a batch of prompts does not
 divide over data x fsdp.
@@ -27,6 +27,8 @@ Findings, 2026-11-24 (jax 0.10.2, libtpu 0.0.42, no TPU at hand: nothing here ha
 - XLA does not gather weights over `fsdp` here but adds up activations: with fsdp=8 a device of v5e:2x4 sends 731 GB in a step of
   `configs/gsm8k.py` in 4 micro-batches. With activations held to rows between layers (tried, not in) it would send 88 GB and
   compute half as much again.
-- While the sampler's weights are made Qwen3-8B takes 7.15 GiB of a chip on v5e:4x8 with fsdp=8, tensor=4, and Qwen3-32B 14.31 on
-  v5e:8x8 with fsdp=8, tensor=8: they are cast and then gathered. The other way round it was 14.31 and 28.61 of 15.75.
+- While the sampler's weights are made Qwen3-8B takes 7.15 GiB of a chip on v5e:4x8 with fsdp=8, tensor=4: they are cast and then
+  gathered. The other way round it was 14.31 of 15.75.
+- Qwen3-32B fits no slice of v5e: each host samples by itself, so its four chips must hold all weights, 15.3 GiB each (21.9 with
+  the learner's and while they are made, on v5e:8x8 with fsdp=16, tensor=4).
 """

@@ -89,7 +89,7 @@ def show_topologies() -> None:
         price = "no price known" if usd is None else f"${usd:.2f} a chip and hour"
         print(
             f"{name}: {chip.hbm_bytes / cost.GIB:.2f} GiB, {chip.flops_per_s / 1e12:.0f} TFLOP/s, "
-            f"{chip.hbm_bytes_per_s / 1e9:.0f} GB/s a chip, {chip.chips_per_host} chips a host, {price}"
+            f"{chip.hbm_bytes_per_s / 1e9:.0f} GB/s a chip, up to {chip.chips_per_host} chips a host, {price}"
         )
         print("  " + " ".join(f"{name}:{shape}" for shape in chip.topologies))
 

@@ -34,18 +34,37 @@ def devices_of(topology: str):
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no TPU is opened, so several processes may compile at a time
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # whatever it is: libtpu complains of having none
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    bounds = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
+    # By itself it has hosts of four chips.
+    on_one_host = {"1x1": (1, 1, 1), "2x4": (2, 4, 1)}.get(topology.partition(":")[2])
+    bounds = {} if on_one_host is None else {"chips_per_host_bounds": on_one_host}
     return topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds).devices
 
 
+def processes_of(work: Work) -> int:
+    """How many processes there are: one a host."""
+    return len({d.process_index for d in devices_of(work.topology)})
+
+
 @functools.cache
-def mesh_of(work: Work):
-    return sharding.make_mesh(**dict(work.mesh), devices=devices_of(work.topology))
+def meshes_of(work: Work) -> sharding.Meshes:
+    """The mesh of the learner, and that of sampling on the last process, which would be the first without a device."""
+    section, here = {"mesh": dict(work.mesh), **dict(work.sampling)}, {"process": processes_of(work) - 1}
+    return call(sharding.make_meshes, section, "config.sharding", devices=devices_of(work.topology), **here)
+
+
+def samples_apart(work: Work) -> bool:
+    """Whether sampling has devices of its own."""
+    return not set(meshes_of(work).sample.devices.flat) & set(meshes_of(work).learn.devices.flat)
+
+
+def slot_devices(work: Work) -> int:
+    """Over how many devices the slots of all processes are split."""
+    return sharding.row_devices(meshes_of(work).sample) * processes_of(work)
 
 
 @functools.cache
 def model_of(work: Work):
-    return transformer(work.shape, mesh_of(work))
+    return transformer(work.shape, meshes_of(work).learn)
 
 
 def placed(tree, where):
@@ -59,7 +78,7 @@ def placed(tree, where):
 def state_of(work: Work):
     """The train state."""
     state = jax.eval_shape(lambda: new_state(model_of(work).init(jax.random.key(0)), work.optimizer))
-    return placed(state, sharding.shardings(state, mesh_of(work)))
+    return placed(state, sharding.shardings(state, meshes_of(work).learn))
 
 
 def batch_of(work: Work):
@@ -67,30 +86,34 @@ def batch_of(work: Work):
     batch = batching.empty(work.rows, work.length)
     if work.objective.needs_reference:
         batch = dataclasses.replace(batch, reference_logp_BT=batch.weight_BT)
-    return placed(batch, sharding.rows(mesh_of(work)))
+    return placed(batch, sharding.rows(meshes_of(work).learn))
 
 
 @functools.cache
 def roller_of(work: Work):
-    """The sampler and the sizes of its prompts. Its tokenizer is not the model's; programs know the end of a sequence only."""
-    tokenizer = text.make("byte_level")
+    """The sampler of a process and the sizes of its prompts.
+
+    Its tokenizer is not the model's; programs know the end of a sequence only.
+    """
+    tokenizer, mesh = text.make("byte_level"), meshes_of(work).sample
     return call(
         build.make_roller,
         dict(work.sampler),
         "config.sampler",
-        model=model_of(work),
+        model=transformer(work.shape, mesh),
         tokenizer=tokenizer,
         format=text.plain(tokenizer),
-        mesh=mesh_of(work),
+        mesh=mesh,
+        processes=processes_of(work),
     )
 
 
 def weights_of(work: Work):
     """The sampler's weights in their layout, and how many bytes of a device making them takes and leaves beside the params."""
-    model, mesh, params = model_of(work), mesh_of(work), state_of(work).params
+    model, meshes, params = model_of(work), meshes_of(work), state_of(work).params
     merged = jax.eval_shape(model.merge, params)
     cast = jax.eval_shape(model.cast, merged)
-    split, whole = sharding.shardings(cast, mesh), sharding.gathered(cast, mesh)
+    split, whole = sharding.shardings(cast, meshes.learn), sharding.gathered(cast, meshes.sample)
     weights = placed(cast, whole)
     targets = [(part, target) for part, targets in params.get("lora", {}).items() for target in targets]
     adapted = {f"['layers']['{part}']['{target}']['kernel']" for part, target in targets}
@@ -99,7 +122,7 @@ def weights_of(work: Work):
     for (path, merged), (_, cast), (_, gathered) in zip(*found, strict=True):  # as `prepare` makes one from the other
         made = [size_of(merged)] if jax.tree_util.keystr(path) in adapted else []
         made += [size_of(cast)] if cast.dtype != merged.dtype else []
-        made += [size_of(gathered)] if not gathered.sharding.is_equivalent_to(cast.sharding, cast.ndim) else []
+        made += [size_of(gathered)] if size_of(gathered) != size_of(cast) or samples_apart(work) else []
         peak += sum(made)
         left += size_of(gathered) if made else 0.0
     return Weights(weights, weights), peak, left
@@ -111,8 +134,8 @@ def size_of(tree) -> float:
 
 
 def number(work: Work, *shape: int, dtype="int32"):
-    """What stands for a small array that every device has."""
-    everywhere = jax.NamedSharding(mesh_of(work), jax.P())
+    """What stands for a small array that every device of a sampler has."""
+    everywhere = jax.NamedSharding(meshes_of(work).sample, jax.P())
     return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
 
 

@@ -9,7 +9,7 @@ from jaxreason import build, objectives, optimizer, sharding
 from jaxreason.model import attention
 from jaxreason.model.config import SIZES
 from jaxreason.options import call, unknown
-from jaxreason.plan.arrays import devices_of, roller_of, state_of
+from jaxreason.plan.arrays import devices_of, roller_of, state_of, weights_of
 from jaxreason.plan.work import Work, microbatch_choices
 
 PREFILL_TOKENS = 1024  # what the sampler takes on an accelerator
@@ -29,7 +29,8 @@ def read(config: dict, topology: str, phase: str | None) -> Work:
     if phase not in config or phase in build.SECTIONS or not isinstance(config[phase], dict):
         raise ValueError(unknown("phase", phase, names))
     section = config[phase]
-    mesh = dict(call(sharding.make_mesh, config["sharding"]["mesh"], "config.sharding.mesh", devices=devices_of(topology)).shape)
+    here = {"devices": devices_of(topology), "process": 0}
+    mesh = call(sharding.make_meshes, config["sharding"], "config.sharding", **here).learn.shape
     shape = read_shape(config)
     objective = call(objectives.make, section["objective"], f"config.{phase}.objective")
     updates, steps = section.get("updates_per_batch", 1), section["steps"]
@@ -41,6 +42,7 @@ def read(config: dict, topology: str, phase: str | None) -> Work:
     work = Work(
         topology=topology,
         mesh=tuple(mesh.items()),
+        sampling=tuple((key, value) for key, value in config["sharding"].items() if key != "mesh"),
         shape=shape,
         phase=phase,
         objective=objective,
@@ -113,5 +115,6 @@ def check(work: Work) -> None:
             f"{allowed or 'nothing'}; or change problems x group (or rows), or config.sharding.mesh"
         )
     state_of(work)  # raises if an axis of a parameter does not divide
+    weights_of(work)
     if work.sampler is not None:
         roller_of(work)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxreason.plan.arrays import roller_of, size_of, slots_of, state_of, weights_of
+from jaxreason.plan.arrays import roller_of, samples_apart, size_of, slots_of, state_of, weights_of
 from jaxreason.plan.programs import Compiled, compile_decode, compile_prefill, compile_reference, compile_train
 from jaxreason.plan.work import Work
 
@@ -36,9 +36,14 @@ def resident(work: Work) -> dict[str, float]:
     }
 
 
+def beside_sampling(work: Work) -> dict[str, float]:
+    """What is there on a device that samples."""
+    return {} if samples_apart(work) else resident(work)
+
+
 def layout_stage(work: Work) -> Stage:
     """Making the sampler's weights. No program of ours: its size is computed, and needs no compiling."""
-    return Stage("lay out weights", resident(work) | {"sampler's weights": weights_of(work)[1]})
+    return Stage("lay out weights", beside_sampling(work) | {"sampler's weights": weights_of(work)[1]})
 
 
 def program_stage(name: str, compiled: Compiled, kinds: dict[str, float], given: str) -> Stage:
@@ -64,7 +69,7 @@ def sampler_stages(work: Work) -> list[Stage]:
     prefill, decode = compile_prefill(work), compile_decode(work)
     slots, prompts = size_of(slots_of(work)), prefill.results  # a batch of prompts waits while others are prefilled or placed
     before = size_of(slots_of(work, buckets[-2])) if len(buckets) > 1 else 0.0
-    kinds = resident(work) | {"sampler's weights": left, "KV cache": slots + prompts}
+    kinds = beside_sampling(work) | {"sampler's weights": left, "KV cache": slots + prompts}
     return [
         layout_stage(work),
         program_stage("prefill", prefill, kinds, "KV cache"),

@@ -12,9 +12,21 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxreason import cost, learner
-from jaxreason.plan.arrays import batch_of, mesh_of, model_of, number, roller_of, slots_of, state_of, weights_of
+from jaxreason.plan.arrays import (
+    batch_of,
+    meshes_of,
+    model_of,
+    number,
+    processes_of,
+    roller_of,
+    slot_devices,
+    slots_of,
+    state_of,
+    weights_of,
+)
 from jaxreason.plan.work import Work
 from jaxreason.sampler import Filter
 
@@ -35,11 +47,11 @@ class Compiled(NamedTuple):
 
 
 def compile_program(
-    name: str, work: Work, lower: Callable, *, trips: int, flops: float, kernel_flops: float, times: int
+    name: str, work: Work, mesh: Mesh, lower: Callable, *, trips: int, flops: float, kernel_flops: float, times: int
 ) -> Compiled:
-    """Lower, compile and read one program."""
+    """Lower, compile and read one program of a mesh; FLOPs are those of all its devices."""
     started_s = time.perf_counter()
-    say(f"compiling {name} for {work.topology}, mesh {work.mesh_text} ...")
+    say(f"compiling {name} for {work.topology}, mesh {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())} ...")
     try:
         compiled = lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -47,7 +59,7 @@ def compile_program(
             raise
         return Compiled(name, time.perf_counter() - started_s, needed(str(error)))
     memory = compiled.memory_analysis()
-    program = cost.program_cost(compiled.as_text(), unknown_trips=trips, devices=work.devices)
+    program = cost.program_cost(compiled.as_text(), unknown_trips=trips, devices=mesh.size)
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
         name=name,
@@ -57,8 +69,8 @@ def compile_program(
         results=results,
         temporaries=results + memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
-        program=program._replace(flops=program.flops + kernel_flops / work.devices),
-        flops=flops / work.devices,
+        program=program._replace(flops=program.flops + kernel_flops / mesh.size),
+        flops=flops / mesh.size,
         times=times,
     )
 
@@ -97,22 +109,23 @@ def decode_part(work: Work) -> Work:
 
 def prefill_part(work: Work) -> Work:
     """The same program whatever the number of slots, but for very few."""
-    return decode_part(work).with_slots(-(-roller_of(work).rows // work.row_devices) * work.row_devices)
+    devices = slot_devices(work)
+    return decode_part(work).with_slots(-(-roller_of(work).rows * processes_of(work) // devices) * devices)
 
 
 @once_for(learner_part)
 def compile_train(work: Work) -> Compiled:
-    state, c = state_of(work), work.shape
+    state, c, mesh = state_of(work), work.shape, meshes_of(work).learn
     where = jax.tree.map(lambda x: x.sharding, state)
     step = learner.compile_train_step(
         model_of(work), work.objective, work.optimizer, microbatches=work.microbatches, state_shardings=where
     )
     # As `token_outputs` decides it.
-    at_once = learner.logits_at_once(mesh_of(work))
-    chunked = work.rows // work.microbatches * work.length * c.vocab_size > at_once
+    chunked = work.rows // work.microbatches * work.length * c.vocab_size > learner.logits_at_once(mesh)
     return compile_program(
         f"train step, {work.microbatches} micro-batches",
         work,
+        mesh,
         lambda: step.lower(state, batch_of(work)),
         trips=work.microbatches,
         flops=cost.train_flops(c, work.rows, work.length, chunked),
@@ -123,13 +136,15 @@ def compile_train(work: Work) -> Compiled:
 
 @once_for(learner_part)
 def compile_reference(work: Work) -> Compiled:
-    logp = learner.compile_token_logp(model_of(work), work.microbatches, mesh_of(work))
+    mesh = meshes_of(work).learn
+    logp = learner.compile_token_logp(model_of(work), work.microbatches, mesh)
     parts = cost.dense_flops(work.shape, work.rows, work.length, work.length, work.rows * work.length)
     kernel = 0.0 if work.shape.attention == "xla" else parts["attention"] / 2
     parts["attention"] = kernel or parts["attention"]
     return compile_program(
         f"reference log-probs, {work.microbatches} micro-batches",
         work,
+        mesh,
         lambda: logp.lower(state_of(work).params, batch_of(work)),
         trips=work.microbatches,
         flops=sum(parts.values()) + cost.adapter_flops(work.shape, work.rows * work.length),
@@ -146,28 +161,35 @@ def compile_prefill(work: Work) -> Compiled:
     return compile_program(
         f"prefill, {roller.rows} prompts",
         work,
+        meshes_of(work).sample,
         lambda: roller.sampler.prefill.lower(weights, *prompts),
         trips=-(-columns // width),
         flops=sum(cost.dense_flops(work.shape, roller.rows, columns, columns, 0).values()),
         kernel_flops=0.0,
-        times=-(-work.problems // roller.rows),
+        times=-(-problems_each(work) // roller.rows),
     )
 
 
 @once_for(decode_part)
 def compile_decode(work: Work) -> Compiled:
     sampler, (weights, _, _) = roller_of(work).sampler, weights_of(work)
-    tokens = -(-work.problems * work.group // sampler.slots) * work.new_tokens  # steps: as many waves as it takes
+    steps = -(-problems_each(work) * work.group // sampler.slots) * work.new_tokens  # as many waves as it takes
     one = sum(cost.dense_flops(work.shape, sampler.slots, 1, sampler.length, sampler.slots).values())
     return compile_program(
         f"decode, {sampler.chunk_tokens} tokens in {sampler.slots} slots",
         work,
+        meshes_of(work).sample,
         lambda: sampler.decode.lower(weights, slots_of(work), number(work, dtype=jnp.float32), Filter()),
         trips=sampler.chunk_tokens,
         flops=sampler.chunk_tokens * one,
         kernel_flops=0.0,
-        times=-(-tokens // sampler.chunk_tokens),
+        times=-(-steps // sampler.chunk_tokens),
     )
+
+
+def problems_each(work: Work) -> int:
+    """How many problems a process samples, at most: each its share."""
+    return -(-work.problems // processes_of(work))
 
 
 def programs_of(work: Work) -> list[Compiled]:

@@ -16,7 +16,7 @@ from rich.table import Table
 from jaxreason import cost
 from jaxreason.model.config import count_parameters
 from jaxreason.options import unknown
-from jaxreason.plan.arrays import devices_of
+from jaxreason.plan.arrays import devices_of, processes_of
 from jaxreason.plan.memory import KINDS, Stage, fits, stages_of
 from jaxreason.plan.programs import Compiled, programs_of
 from jaxreason.plan.work import Work
@@ -87,6 +87,7 @@ def describe(work: Work, efficiency: float, prices: dict[str, float]) -> dict:
         "topology": work.topology,
         "chips": cost.chips_of(work.topology),
         "devices": len(devices_of(work.topology)),
+        "processes": processes_of(work),
         "mesh": dict(work.mesh),
         "parameters": count_parameters(work.shape),
         "phase": work.phase,
@@ -152,8 +153,10 @@ def show(found: dict) -> None:
 
     mesh = ", ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
     console.print(
-        f"{found['parameters'] / 1e9:.2f} G parameters on {found['topology']} ({found['chips']} chips), mesh {mesh}; phase "
-        f"{found['phase']}: {found['rows']} rows of {found['row_tokens']} tokens in {found['microbatches']} micro-batches"
+        f"{found['parameters'] / 1e9:.2f} G parameters on {found['topology']} ({found['chips']} chips), mesh {mesh}"
+        + (f", each of {found['processes']} processes sampling on its own chips" if found["processes"] > 1 else "")
+        + f"; phase {found['phase']}: {found['rows']} rows of {found['row_tokens']} tokens "
+        + f"in {found['microbatches']} micro-batches"
         + (f", {found['slots']} slots" if found["slots"] else "")
         + ("" if math.prod(found["mesh"].values()) == found["devices"] else "; the mesh leaves devices idle")
     )

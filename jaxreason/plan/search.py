@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from jaxreason import cost
-from jaxreason.plan.arrays import devices_of
+from jaxreason.plan.arrays import devices_of, slot_devices
 from jaxreason.plan.memory import fits, learner_stages, sampler_stages, still_stages
-from jaxreason.plan.work import Work, microbatch_choices, slot_choices
+from jaxreason.plan.work import Work, microbatch_choices
 
 MESHES = 3  # other meshes that are tried, at most
 
@@ -41,6 +41,16 @@ def first_that_fits(choices: Sequence[Work], fit: Callable[[Work], bool]) -> Wor
         middle = (low + high) // 2
         low, high = (low, middle) if fit(choices[middle]) else (middle + 1, high)
     return choices[low]
+
+
+def slot_choices(work: Work) -> list[Work]:
+    """As many slots as asked for, or a half, a quarter, ..., that divide over the devices."""
+    devices, counts = slot_devices(work), []
+    slots = work.slots // devices * devices
+    while slots:
+        counts.append(slots)
+        slots = slots // 2 // devices * devices
+    return [work.with_slots(n) for n in counts]
 
 
 def other_meshes(work: Work) -> list[tuple[tuple[str, int], ...]]:

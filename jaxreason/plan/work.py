@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 from jaxreason import cost
@@ -12,7 +11,8 @@ class Work(NamedTuple):
     """What is planned. Hashable, so that what was compiled for one part of it is kept."""
 
     topology: str
-    mesh: tuple[tuple[str, int], ...]
+    mesh: tuple[tuple[str, int], ...]  # of the learner
+    sampling: tuple[tuple[str, Any], ...]  # what else config.sharding has
     shape: Any  # ModelConfig
     phase: str
     objective: Any
@@ -32,14 +32,6 @@ class Work(NamedTuple):
         return cost.CHIPS[self.topology.partition(":")[0]]
 
     @property
-    def mesh_text(self) -> str:
-        return " x ".join(f"{axis} {size}" for axis, size in self.mesh)
-
-    @property
-    def devices(self) -> int:
-        return math.prod(size for _, size in self.mesh)
-
-    @property
     def row_devices(self) -> int:
         return dict(self.mesh)["data"] * dict(self.mesh)["fsdp"]
 
@@ -57,16 +49,6 @@ def microbatch_choices(work: Work) -> list[Work]:
     counts = [n for n in range(1, each + 1) if each % n == 0] if not rest else []
     enough = [n for n in counts if n >= work.microbatches]
     return [work._replace(microbatches=n) for n in enough or counts[-1:]]
-
-
-def slot_choices(work: Work) -> list[Work]:
-    """As many slots as asked for, or a half, a quarter, ..., that divide over the devices."""
-    slots = work.slots // work.row_devices * work.row_devices
-    counts = []
-    while slots:
-        counts.append(slots)
-        slots = slots // 2 // work.row_devices * work.row_devices
-    return [work.with_slots(n) for n in counts]
 
 
 def flags_for(work: Work, found: Work) -> list[str]:
