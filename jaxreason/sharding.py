@@ -6,6 +6,7 @@ heads, feed-forward and vocabulary over `tensor`. Mesh and shardings are argumen
 
 from __future__ import annotations
 
+import collections
 import functools
 import math
 import re
@@ -195,10 +196,25 @@ def send(params, mesh: Mesh):
     wanted = gathered(params, mesh)
     if jax.process_count() == 1:
         return jax.device_put(params, wanted)
-    # A process can only read what its own devices hold: so first the params are gathered on them, by all processes together.
+    # A process can only read what its own devices hold: so first all gather the params together, all of them on each process.
     home = jax.tree.leaves(params)[0].sharding.mesh
-    whole = gathered(params, home) if home.shape["tensor"] == mesh.shape["tensor"] else NamedSharding(home, P())
+    turned = within_processes(home, mesh.shape["tensor"])
+    whole = NamedSharding(home, P()) if turned is None else gathered(params, turned)
     return jax.tree.map(localise, jax.device_put(params, whole), wanted)
+
+
+def within_processes(mesh: Mesh, tensor: int) -> Mesh | None:
+    """The devices of a mesh as each process has them to sample on, `tensor` of them together; None if they do not divide.
+
+    jax lays a mesh along the wires: on a v5e:4x8, whose hosts have 2 x 2 chips, four along `tensor` belong to two hosts.
+    """
+    of_process = collections.defaultdict(list)
+    for device in mesh.devices.flat:
+        of_process[device.process_index].append(device)
+    if any(len(own) % tensor for own in of_process.values()):
+        return None
+    parts = [make_mesh(data=len(own) // tensor, tensor=tensor, devices=own).devices for _, own in sorted(of_process.items())]
+    return Mesh(np.concatenate(parts), mesh.axis_names, axis_types=mesh.axis_types)
 
 
 def localise(x: jax.Array, wanted: NamedSharding) -> jax.Array:

@@ -9,7 +9,7 @@ import sys
 import pytest
 from runs import ROOT, load_config
 
-from jaxreason import cost
+from jaxreason import cost, sharding
 from jaxreason.plan import arrays, memory, programs, report, search
 from jaxreason.plan.config import read
 from jaxreason.plan.work import flags_for
@@ -239,6 +239,17 @@ def test_each_process_of_several_samples_its_share_on_its_own_chips():
         work_of("v5e:4x4", **axes | {"sampler.slots": 62})
     with pytest.raises(ValueError, match="sampling on 4 devices of each process got tensor=8"):
         work_of("v5e:4x4", **axes | {"sharding.mesh.fsdp": 2, "sharding.mesh.tensor": 8})
+
+
+@needs_libtpu
+def test_on_a_slice_the_axis_tensor_spans_hosts_and_is_turned_into_them():
+    axes, devices = {"data": 1, "fsdp": 8, "tensor": 4}, arrays.devices_of("v5e:4x8")
+    learn, sample = sharding.make_meshes(axes, devices=devices, process=7)
+    turned = sharding.within_processes(learn, 4)
+    spanned = [{len({d.process_index for d in group}) for group in m.devices.reshape(-1, 4)} for m in (learn, turned)]
+    assert spanned == [{2}, {1}]
+    assert (turned.devices[7:] == sample.devices).all()  # so nothing moves once it is gathered
+    assert sharding.within_processes(learn, 8) is None
 
 
 @needs_libtpu
