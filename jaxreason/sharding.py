@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -48,8 +49,10 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -
     if len(devices) % known or (-1 not in sizes.values() and known > len(devices)):
         raise ValueError(f"mesh got {sizes}, which needs a multiple of {known} devices; there are {len(devices)}")
     sizes = {axis: len(devices) // known if n == -1 else n for axis, n in sizes.items()}
-    count = math.prod(sizes.values())
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices[:count], axis_types=(AxisType.Auto,) * len(sizes))
+    shape = tuple(sizes.values())
+    # An axis that is not made of whole axes of the torus is laid along parts of them, which jax.make_mesh does on a v5e alone.
+    laid = mesh_utils.create_device_mesh(shape, devices[: math.prod(shape)], allow_split_physical_axes=True)
+    return Mesh(laid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 class Meshes(NamedTuple):

@@ -242,6 +242,17 @@ def test_each_process_of_several_samples_its_share_on_its_own_chips():
 
 
 @needs_libtpu
+@pytest.mark.parametrize("topology", ["v5e:4x8", "v5p:2x2x4", "v6e:4x8"])
+def test_every_mesh_that_divides_can_be_laid_on_a_slice(topology):
+    devices = arrays.devices_of(topology)
+    for fsdp in (1, 2, 4, 8, 16):
+        tensor = 16 // fsdp
+        mesh = sharding.make_mesh(fsdp=fsdp, tensor=tensor, devices=devices)
+        assert mesh.devices.shape == (len(devices) // 16, fsdp, tensor)
+        assert set(mesh.devices.flat) == set(devices)
+
+
+@needs_libtpu
 def test_on_a_slice_the_axis_tensor_spans_hosts_and_is_turned_into_them():
     axes, devices = {"data": 1, "fsdp": 8, "tensor": 4}, arrays.devices_of("v5e:4x8")
     learn, sample = sharding.make_meshes(axes, devices=devices, process=7)
