@@ -21,12 +21,13 @@ A column "of formula" above 1 says that devices compute the same thing, or nothi
 divide over data x fsdp.
 
 Findings, 2026-11-24 (jax 0.10.2, libtpu 0.0.42, no TPU at hand: nothing here has been held against one).
-- FLOPs of train step and decode equal the formula to three digits: Qwen3-8B on v5e:4x8, Qwen2.5-0.5B on v5e:2x4.
+- FLOPs of train step, prefill and decode equal the formula to three digits: Qwen3-8B on v5e:4x8 (fsdp=8, tensor=4), Qwen2.5-0.5B
+  on v5e:2x4 (fsdp=8). Products of gradients that go around a ring while they are made are loops unrolled by two; as long as those
+  counted twice it seemed 1.24 and 1.19 of a train step. Prefill was 8.00, each of eight devices computing every prompt.
 - On one CPU the compiler's sizes are what a train step takes: temporaries of 2,902, 4,478 and 15,951 MiB, and the process grew by
   2,999, 4,541 and 15,938 (SmolLM2-135M, 8 x 256, remat full; the same in 2 micro-batches, none; Qwen3-0.6B, 4 x 256 in 2, dots).
-- XLA does not gather weights over `fsdp` here but adds up activations: with fsdp=8 a device of v5e:2x4 sends 731 GB in a step of
-  `configs/gsm8k.py` in 4 micro-batches. With activations held to rows between layers (tried, not in) it would send 88 GB and
-  compute half as much again.
+- Qwen2.5-0.5B with fsdp=8 sends 104 GB from a chip of v5e:2x4 in a step of `configs/gsm8k.py`. If the compiler were left to add
+  up activations over `fsdp` it would send 636 (see `sharding.gather_weights`).
 - While the sampler's weights are made Qwen3-8B takes 7.15 GiB of a chip on v5e:4x8 with fsdp=8, tensor=4: they are cast and then
   gathered. The other way round it was 14.31 of 15.75.
 - Qwen3-32B fits no slice of v5e: each host samples by itself, so its four chips must hold all weights, 15.3 GiB each (21.9 with

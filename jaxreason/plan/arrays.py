@@ -34,7 +34,7 @@ def devices_of(topology: str):
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no TPU is opened, so several processes may compile at a time
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # whatever it is: libtpu complains of having none
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    # By itself it has hosts of four chips.
+    # Hosts have four chips, but for those that are a slice by themselves.
     on_one_host = {"1x1": (1, 1, 1), "2x4": (2, 4, 1)}.get(topology.partition(":")[2])
     bounds = {} if on_one_host is None else {"chips_per_host_bounds": on_one_host}
     return topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds).devices
