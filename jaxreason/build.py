@@ -83,7 +83,8 @@ def build(config, *, resumes: bool = False, say: Callable[[str], None] = print) 
         if not isinstance(config[key], dict) or "source" not in config[key]:
             raise ValueError(unknown("field of the config", key, {*SECTIONS, *OPTIONAL, *phase_names}))
 
-    meshes = call(sharding.make_meshes, config["sharding"], "config.sharding")
+    here = {"devices": jax.devices(), "process": jax.process_index()}
+    meshes = call(sharding.make_meshes, config["sharding"], "config.sharding", **here)
     say = say if jax.process_index() == 0 else lambda line: None
     described = describe(config["model"], config["text"])
     _, tokenizer, format, shape, load = described
@@ -95,7 +96,7 @@ def build(config, *, resumes: bool = False, say: Callable[[str], None] = print) 
     for mesh in meshes:
         sharding.shardings(jax.eval_shape(model.init, jax.random.key(0)), mesh)  # raises if an axis does not divide
     given = {"model": sampled, "tokenizer": tokenizer, "format": format, "mesh": meshes.sample}
-    roller = call(make_roller, config["sampler"], "config.sampler", **given)
+    roller = call(make_roller, config["sampler"], "config.sampler", processes=jax.process_count(), **given)
     parts = Parts(
         seed=config["seed"],
         model=model,
@@ -272,6 +273,7 @@ def make_roller(
     tokenizer: text.Tokenizer,
     format: text.Format,
     mesh,
+    processes: int,
     slots: int,
     max_prompt_tokens: int,
     max_tokens: int,
@@ -285,7 +287,7 @@ def make_roller(
     untempered_logp: bool = False,
 ) -> Roller:
     """Compile-to-be sampler of `slots` sequences of at most `max_prompt_tokens` + `max_tokens` tokens, and the text around it.
-    The slots are those of all processes together.
+    The slots are those of all processes together, and the mesh is that of one.
 
     A turn ends with any of `stop_strings`, which stays in its text. After `thinking_tokens` tokens of a completion
     `end_of_thinking` is forced, unless it was written. `cache_dtype` is that of the model, or float32, bfloat16 or int8.
@@ -313,9 +315,9 @@ def make_roller(
                 "and a text that is more than white space"
             )
         thinking = Budget(thinking_tokens, end_of_thinking, tuple(tokenizer.encode(end_of_thinking)))
-    if slots % jax.process_count():
-        raise ValueError(f"config.sampler.slots got {slots}, which do not divide over {jax.process_count()} processes")
-    slots //= jax.process_count()
+    if slots % processes:
+        raise ValueError(f"config.sampler.slots got {slots}, which do not divide over {processes} processes")
+    slots //= processes
     sampler = compile_sampler(
         model,
         slots=slots,

@@ -1,9 +1,9 @@
 """What work costs: FLOPs by formula, the chips there are, and what a compiled program does, read from its HLO.
 
 `program_cost` walks a compiled module from its entry and multiplies what stands in a loop by how often it runs, which XLA's own
-cost analysis does not: it counts a body once. A trip count is XLA's `known_trip_count` where there is one (CPU and GPU), else the
-constant that the loop's condition compares with (TPU); of a loop whose length is data, such as that over the micro-batches in
-use, the caller says how often it runs. Of a conditional the costlier branch counts.
+cost analysis does not: it counts a body once. A trip count is XLA's `known_trip_count` where there is one (CPU and GPU), else how
+often the counter is raised until it reaches the constant that the condition compares it with (TPU); of a loop whose length is
+data, such as that over the micro-batches in use, the caller says how often it runs. Of a conditional the costlier branch counts.
 
 Counted are FLOPs of matrix products alone; bytes that the instructions of the schedule read from HBM and write to it, where
 what lies in a TPU's vector memory, `S(1)`, counts nothing; and bytes that a device sends in collectives. FLOPs of custom kernels
@@ -33,7 +33,7 @@ class Chip(NamedTuple):
     ici_bytes_per_s: float  # sent along one axis of the torus, both directions together
     usd_per_hour: float | None  # on demand; None: not known
     price_source: str
-    chips_per_host: int
+    chips_per_host: int  # at most; hosts of a slice of several have 4 each, as libtpu 0.0.42 has it
     topologies: tuple[str, ...]  # that are offered
 
 
@@ -318,7 +318,7 @@ class Walk:
         return found
 
     def constant_trips(self, loop: Instruction, computation) -> int | None:
-        """The trip count of a loop that counts by ones up to a constant; None if it does not."""
+        """The trip count of a loop that counts up to a constant; None if it does not."""
         condition = self.computations[called(loop, "condition")]
         root = next(i for i in condition.values() if i.root)
         if root.op != "compare" or "direction=LT" not in root.rest:
@@ -328,7 +328,7 @@ class Walk:
             return None
         index = int(re.search(r"index=(\d+)", counter.rest)[1])
         start = self.initial(loop, computation, index)
-        return max(0, int(limit.inside) - (start or 0))
+        return max(0, -(-(int(limit.inside) - (start or 0)) // self.step(loop, index)))
 
     def initial(self, loop: Instruction, computation, index: int) -> int | None:
         """The constant that a loop's counter starts from; None if it can't be read."""
@@ -339,6 +339,14 @@ class Walk:
         while value is not None and value.op in ("copy", "bitcast"):
             value = computation.get(value.operands[0])
         return int(value.inside) if value is not None and value.op == "constant" and value.inside.isdigit() else None
+
+    def step(self, loop: Instruction, index: int) -> int:
+        """What a loop adds to its counter each time: more than 1 where a TPU's compiler has unrolled it."""
+        body = self.computations[called(loop, "body")]
+        root = next(i for i in body.values() if i.root)
+        added = body.get(root.operands[index]) if root.op == "tuple" else None
+        constants = [body[name] for name in added.operands if body[name].op == "constant"] if added and added.op == "add" else []
+        return int(constants[0].inside) if constants else 1
 
     # --- collectives ---
 

@@ -185,8 +185,8 @@ def compile_sampler(
 ) -> Sampler:
     """Make the jitted sampler of `slots` sequences of at most `length` tokens, prompt included.
 
-    Prompts are prefilled `prefill_tokens` of them at a time, of one prompt or of several short ones; None for 128 on a CPU, where
-    more is no faster, and 1024 elsewhere. `buckets` are the sizes of the cache, the last of them `length`; None for
+    Prompts are prefilled `prefill_tokens` of them at a time on a device, of one prompt or of several short ones; None for 128 on
+    a CPU, where more is no faster, and 1024 elsewhere. `buckets` are the sizes of the cache, the last of them `length`; None for
     `cache_buckets(length)`. `sizes` are smaller numbers of slots, for when fewer rollouts are left. With a mesh, slots are split
     over its `data` and `fsdp` axes, heads and weights over `tensor`; `prepare` gathers weights over the others.
 
@@ -238,20 +238,23 @@ def compile_sampler(
         """Return the keys and values of prompts, which are padded on the right. Rows of length 1 cost nothing."""
         P, columns = tokens_PT.shape
         width = min(prefill_tokens, columns)
-        together = min(prefill_tokens // width, P)  # rows in a pass
+        together = -(-min(prefill_tokens // width * devices, P) // devices) * devices  # rows in a pass, as many on each device
         tokens_PT, length_P = jnp.pad(tokens_PT, ((0, -P % together), (0, 0))), jnp.pad(length_P, (0, -P % together))
         # All but the last token of a prompt: the first decode step feeds that one.
         column_PT = jnp.broadcast_to(jnp.arange(columns), tokens_PT.shape)
         position_PT = jnp.where(column_PT < length_P[:, None] - 1, column_PT, -1)
 
         def some(i, cache):
-            tokens, position = (jax.lax.dynamic_slice_in_dim(x, i * together, together) for x in (tokens_PT, position_PT))
+            cut = (jax.lax.dynamic_slice_in_dim(x, i * together, together) for x in (tokens_PT, position_PT))
+            tokens, position = (sharding.keep_rows(x, mesh) for x in cut)
             part = model.init_cache(together, columns, cache_dtype, stacked=True)
+            part = part if mesh is None else jax.lax.with_sharding_constraint(part, part_out)
             part = feed(weights.prefill, tokens, position, part, width)
             return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, i * together, axis=1), cache, part)
 
         cache = model.init_cache(len(length_P), columns, cache_dtype, stacked=True)
-        return jax.lax.fori_loop(0, len(length_P) // together, some, cache)
+        cache = jax.lax.fori_loop(0, len(length_P) // together, some, cache)
+        return jax.tree.map(lambda x: x[:, :P], cache)
 
     def place(slots: Slots, prefilled, row_S, tokens_ST, length_S, limit_S, key_S) -> Slots:
         """Start an attempt in each slot s with `row_S[s] >= 0`: at the prompt `tokens_ST[s]`, row `row_S[s]` of `prefilled`."""
@@ -371,9 +374,9 @@ def compile_sampler(
 
     def prepare(params) -> Weights:
         """Lay params out for sampling, once an update."""
+        params = model.cast(model.merge(params))  # before they are gathered: fewer bytes to move and to hold
         if mesh is not None:
             params = sharding.send(params, mesh)
-        params = model.merge(params)
         layout = model.decode_layout(params)
         return Weights(layout if model.config.scan_layers else params, layout)
 
@@ -383,7 +386,8 @@ def compile_sampler(
         layers = (None,) * model.config.scan_layers  # stacked
         whole, by_slot = jax.NamedSharding(mesh, jax.P()), sharding.rows(mesh)
         layer_out = jax.NamedSharding(mesh, jax.P(*layers, *sharding.ROWS, "tensor"))
-        prompts_out = jax.NamedSharding(mesh, jax.P(None, None, "tensor"))
+        part_out = jax.NamedSharding(mesh, jax.P(None, *sharding.ROWS, "tensor"))  # prompts while they are computed
+        prompts_out = jax.NamedSharding(mesh, jax.P(None, None, "tensor"))  # and then, as any slot may want any of them
         shapes = jax.eval_shape(empty)
         slots_out = dataclasses.replace(
             jax.tree.map(lambda _: by_slot, shapes), cache=jax.tree.map(lambda _: layer_out, shapes.cache)

@@ -6,6 +6,7 @@ heads, feed-forward and vocabulary over `tensor`. Mesh and shardings are argumen
 
 from __future__ import annotations
 
+import collections
 import functools
 import math
 import re
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -47,8 +49,10 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -
     if len(devices) % known or (-1 not in sizes.values() and known > len(devices)):
         raise ValueError(f"mesh got {sizes}, which needs a multiple of {known} devices; there are {len(devices)}")
     sizes = {axis: len(devices) // known if n == -1 else n for axis, n in sizes.items()}
-    count = math.prod(sizes.values())
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices[:count], axis_types=(AxisType.Auto,) * len(sizes))
+    shape = tuple(sizes.values())
+    # An axis that is not made of whole axes of the torus is laid along parts of them, which jax.make_mesh does on a v5e alone.
+    laid = mesh_utils.create_device_mesh(shape, devices[: math.prod(shape)], allow_split_physical_axes=True)
+    return Mesh(laid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 class Meshes(NamedTuple):
@@ -58,8 +62,8 @@ class Meshes(NamedTuple):
     sample: Mesh
 
 
-def make_meshes(mesh: dict, *, sampling_devices: int = 0, sampling_tensor: int | None = None) -> Meshes:
-    """Make the mesh of the learner, of these axes, and that of sampling.
+def make_meshes(mesh: dict, *, devices, process: int, sampling_devices: int = 0, sampling_tensor: int | None = None) -> Meshes:
+    """Make the mesh of the learner, of these axes, on the devices of all processes, and that on which `process` samples.
 
     Each process keeps the last `sampling_devices` of its own for sampling alone; with 0 it samples on those that it learns on.
     `sampling_tensor` of them share heads and vocabulary; None: as many as in the learner's mesh.
@@ -67,7 +71,7 @@ def make_meshes(mesh: dict, *, sampling_devices: int = 0, sampling_tensor: int |
     Raises:
       ValueError: numbers of devices that do not fit.
     """
-    by_process = [[d for d in jax.devices() if d.process_index == p] for p in range(jax.process_count())]
+    by_process = [[d for d in devices if d.process_index == p] for p in sorted({d.process_index for d in devices})]
     fewest = min(map(len, by_process))
     if not 0 <= sampling_devices < fewest:
         raise ValueError(
@@ -79,10 +83,10 @@ def make_meshes(mesh: dict, *, sampling_devices: int = 0, sampling_tensor: int |
     tensor = sampling_tensor or learn.shape["tensor"]
     if not sampling_devices and len(by_process) == 1 and tensor == learn.shape["tensor"]:
         return Meshes(learn, learn)
-    mine = by_process[jax.process_index()]
+    mine = by_process[process]
     kept = mine[len(mine) - sampling_devices :] if sampling_devices else [d for d in learn.devices.flat if d in mine]
     if not kept:
-        raise ValueError(f"mesh got {dict(learn.shape)}, which leaves process {jax.process_index()} without a device")
+        raise ValueError(f"mesh got {dict(learn.shape)}, which leaves process {process} without a device")
     if len(kept) % tensor:
         raise ValueError(
             f"sampling on {len(kept)} devices of each process got tensor={tensor}, which does not divide them; choose "
@@ -145,7 +149,7 @@ def gather_weights(tree, mesh: Mesh | None, prefix: str, *, layer: bool = False)
     """Make params whole over `fsdp` where they are used; their gradients are split again. `layer`: one layer of the stack.
 
     Left to itself the compiler multiplies parts of weights, and adds up activations over the devices: with fsdp=8 a train step of
-    a 0.5 B model in 32 micro-batches on a v5e:2x4 would send 644 GB from each chip, and 127 GB so (`plan`, 2026-11-24).
+    a 0.5 B model in 32 micro-batches on a v5e:2x4 would send 636 GB from each chip, and 104 GB so (`plan`, 2026-11-24).
     """
     if mesh is None or mesh.shape["fsdp"] == 1:
         return tree
@@ -195,10 +199,25 @@ def send(params, mesh: Mesh):
     wanted = gathered(params, mesh)
     if jax.process_count() == 1:
         return jax.device_put(params, wanted)
-    # A process can only read what its own devices hold: so first the params are gathered on them, by all processes together.
+    # A process can only read what its own devices hold: so first all gather the params together, all of them on each process.
     home = jax.tree.leaves(params)[0].sharding.mesh
-    whole = gathered(params, home) if home.shape["tensor"] == mesh.shape["tensor"] else NamedSharding(home, P())
+    turned = within_processes(home, mesh.shape["tensor"])
+    whole = NamedSharding(home, P()) if turned is None else gathered(params, turned)
     return jax.tree.map(localise, jax.device_put(params, whole), wanted)
+
+
+def within_processes(mesh: Mesh, tensor: int) -> Mesh | None:
+    """The devices of a mesh as each process has them to sample on, `tensor` of them together; None if they do not divide.
+
+    jax lays a mesh along the wires: on a v5e:4x8, whose hosts have 2 x 2 chips, four along `tensor` belong to two hosts.
+    """
+    of_process = collections.defaultdict(list)
+    for device in mesh.devices.flat:
+        of_process[device.process_index].append(device)
+    if any(len(own) % tensor for own in of_process.values()):
+        return None
+    parts = [make_mesh(data=len(own) // tensor, tensor=tensor, devices=own).devices for _, own in sorted(of_process.items())]
+    return Mesh(np.concatenate(parts), mesh.axis_names, axis_types=mesh.axis_types)
 
 
 def localise(x: jax.Array, wanted: NamedSharding) -> jax.Array:

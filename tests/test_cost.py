@@ -80,6 +80,13 @@ def test_a_loop_of_unknown_length_runs_as_often_as_one_says():
         assert (found.loops, found.unknown_loops, found.flops) == ((trips,), 1, trips * 2 * 8 * 16 * 16)
 
 
+@pytest.mark.parametrize(("step", "trips"), [(1, 5), (2, 3), (5, 1), (6, 1)])
+def test_a_loop_that_was_unrolled_counts_in_larger_steps(step, trips):
+    """As a TPU's compiler unrolls a product that is sent around a ring while it is made."""
+    text = MODULE.replace("LIMIT", "7").replace("%one = s32[] constant(1)", f"%one = s32[]{{:T(128)}} constant({step})")
+    assert cost.program_cost(text).loops == (trips,)
+
+
 def test_a_part_of_a_chain_of_fusions_is_the_same_collective():
     fused = """%part.NUMBER (x: f32[4]) -> f32[8] {
   %x = f32[4]{0} parameter(0)

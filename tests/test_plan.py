@@ -9,7 +9,10 @@ import sys
 import pytest
 from runs import ROOT, load_config
 
-from jaxreason import cost, plan
+from jaxreason import cost, sharding
+from jaxreason.plan import arrays, memory, programs, report, search
+from jaxreason.plan.config import read
+from jaxreason.plan.work import flags_for
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="no compiler for TPUs: pip install 'jaxreason[tpu]'"
@@ -28,7 +31,7 @@ def command(*arguments):
 
 def work_of(topology=SMALL, name="tiny", options="", **fields):
     config = load_config(name, options, **fields).to_dict()
-    return plan.read(config, topology, None)
+    return read(config, topology, None)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +57,7 @@ def test_a_mistyped_command_is_one_line(arguments, words):
 def test_a_missing_compiler_is_named_with_its_install_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install -e '\.\[tpu\]'"):
-        plan.devices_of.__wrapped__("v5e:2x4")
+        arrays.devices_of.__wrapped__("v5e:2x4")
 
 
 def test_the_list_shows_what_is_known():
@@ -73,16 +76,16 @@ def test_prices_are_checked(tmp_path):
     }.items():
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
-            plan.read_prices(str(path))
+            report.read_prices(str(path))
     path.write_text('{"v5e": 0.5}')
-    assert plan.read_prices(str(path)) == {"v5e": 0.5}
+    assert report.read_prices(str(path)) == {"v5e": 0.5}
 
 
 def test_what_the_compiler_says_it_lacks_is_read():
     refusal = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (2.50T) exceeds"
-    assert plan.needed(refusal) == 2.5 * 2**40
-    assert plan.needed("RESOURCE_EXHAUSTED: ... Used 20.10G of 15.75G hbm. Exceeded") == 20.1 * 2**30
-    assert plan.finite(plan.needed("RESOURCE_EXHAUSTED: something else")) is None
+    assert programs.needed(refusal) == 2.5 * 2**40
+    assert programs.needed("RESOURCE_EXHAUSTED: ... Used 20.10G of 15.75G hbm. Exceeded") == 20.1 * 2**30
+    assert report.finite(programs.needed("RESOURCE_EXHAUSTED: something else")) is None
 
 
 @pytest.mark.parametrize("answer", [*range(9), None])
@@ -93,7 +96,7 @@ def test_the_first_that_fits_is_found_in_few_tries(answer):
         tried.append(choice)
         return answer is not None and choice >= answer
 
-    assert plan.first_that_fits(range(9), fit) == answer
+    assert search.first_that_fits(range(9), fit) == answer
     assert len(tried) <= 5
     assert len(set(tried)) == len(tried)
 
@@ -101,7 +104,7 @@ def test_the_first_that_fits_is_found_in_few_tries(answer):
 @needs_libtpu
 @pytest.mark.parametrize("topology", cost.topology_names())
 def test_every_topology_that_is_listed_exists(topology):
-    assert len(plan.devices_of(topology)) == cost.chips_of(topology)
+    assert len(arrays.devices_of(topology)) == cost.chips_of(topology)
 
 
 @needs_libtpu
@@ -120,7 +123,7 @@ def test_every_topology_that_is_listed_exists(topology):
     ],
 )
 def test_a_bad_config_is_refused_before_anything_is_compiled(fields, message, monkeypatch):
-    monkeypatch.setattr(plan, "compile_program", None)
+    monkeypatch.setattr(programs, "compile_program", None)
     with pytest.raises(ValueError, match=message):
         work_of(**fields)
 
@@ -150,10 +153,7 @@ def test_the_command_plans_a_config_and_its_flops_are_those_of_the_formula():
     for name, program in found["programs"].items():
         assert program["loops_of_given_length"] <= 1, name  # the one whose length we know
         assert program["bytes"] > 0, name
-        if name.startswith("prefill"):  # whose rows several devices compute alike
-            assert program["flops"] > 0.97 * program["flops_by_formula"]
-        else:
-            assert program["flops"] == pytest.approx(program["flops_by_formula"], rel=0.03), name
+        assert program["flops"] == pytest.approx(program["flops_by_formula"], rel=0.03), name
     update = found["programs"]["train step, 8 micro-batches"]
     # Eight devices with an eighth of the rows each: the gradients of all params, float32, are summed in a ring.
     assert update["sent"]["all-reduce of 8"]["bytes"] >= 2 * 7 / 8 * 4 * found["parameters"]
@@ -175,16 +175,16 @@ def shrink(monkeypatch, hbm_bytes):
 @needs_libtpu
 def test_what_does_not_fit_gets_smaller_microbatches_and_fewer_slots(monkeypatch):
     work = work_of(**{"rl.microbatches": 1, "sampler.slots": 1024})
-    found = {stage.name: stage.bytes for stage in plan.stages_of(work)}
-    smaller = {stage.name: stage.bytes for stage in plan.stages_of(work._replace(microbatches=4).with_slots(256))}
+    found = {stage.name: stage.bytes for stage in memory.stages_of(work)}
+    smaller = {stage.name: stage.bytes for stage in memory.stages_of(work._replace(microbatches=4).with_slots(256))}
     for name in ("train step", "decode", "grow the cache"):
         assert smaller[name] < found[name]
     shrink(monkeypatch, max(smaller.values()))
-    assert not plan.fits(plan.stages_of(work), work)
-    other = plan.find_fitting(work)
-    assert plan.fits(plan.stages_of(other), other)
+    assert not memory.fits(memory.stages_of(work), work)
+    other = search.find_fitting(work)
+    assert memory.fits(memory.stages_of(other), other)
     assert other.mesh == work.mesh
-    changed = plan.flags_for(work, other)
+    changed = flags_for(work, other)
     assert f"--config.rl.microbatches={other.microbatches}" in changed
     assert 1 <= other.microbatches <= 4
     assert other.slots >= 256
@@ -193,15 +193,15 @@ def test_what_does_not_fit_gets_smaller_microbatches_and_fewer_slots(monkeypatch
 @needs_libtpu
 def test_params_that_do_not_fit_get_another_mesh(monkeypatch):
     work = work_of(**{"model.width": 256, "rl.microbatches": 1, "sampler.slots": 64})
-    whole = plan.still_stages(work)[0].bytes
+    whole = memory.still_stages(work)[0].bytes
     shrink(monkeypatch, 0.9 * whole)
-    assert [stage.name for stage in plan.stages_of(work)] == ["between steps", "lay out weights"]  # nothing is compiled for it
-    meshes = [dict(mesh) for mesh in plan.other_meshes(work)]
+    assert [stage.name for stage in memory.stages_of(work)] == ["between steps", "lay out weights"]  # nothing is compiled for it
+    meshes = [dict(mesh) for mesh in search.other_meshes(work)]
     assert meshes
     assert all(mesh["data"] * mesh["fsdp"] * mesh["tensor"] == 8 for mesh in meshes)
     assert meshes[0]["fsdp"] > 1
     tried = work._replace(mesh=tuple(meshes[0].items()))
-    assert f"--config.sharding.mesh.fsdp={meshes[0]['fsdp']}" in plan.flags_for(work, tried)
+    assert f"--config.sharding.mesh.fsdp={meshes[0]['fsdp']}" in flags_for(work, tried)
 
 
 @needs_libtpu
@@ -210,7 +210,7 @@ def test_params_that_do_not_fit_get_another_mesh(monkeypatch):
     [
         ({}, (0, 0)),  # the learner's own arrays
         ({"sharding.mesh.fsdp": 8, "sharding.mesh.data": 1}, (1, 1)),  # whole again, beside the eighths
-        ({"sharding.mesh.fsdp": 8, "sharding.mesh.data": 1, "model.dtype": "bfloat16"}, (1.5, 0.5)),  # and cast
+        ({"sharding.mesh.fsdp": 8, "sharding.mesh.data": 1, "model.dtype": "bfloat16"}, (0.5 + 1 / 16, 0.5)),  # and cast before
     ],
     ids=str,
 )
@@ -219,10 +219,59 @@ def test_what_laying_out_the_samplers_weights_takes_and_leaves(fields, of_params
     with config.unlocked():
         config.model.dtype = "float32"
         config.update_from_flattened_dict(fields)
-    work = plan.read(config.to_dict(), SMALL, None)
-    _, peak, left = plan.weights_of(work)
-    whole = plan.size_of(plan.state_of(work_of()).params)
+    work = read(config.to_dict(), SMALL, None)
+    _, peak, left = arrays.weights_of(work)
+    whole = arrays.size_of(arrays.state_of(work_of()).params)
     assert (peak / whole, left / whole) == (pytest.approx(of_params[0], rel=0.01), pytest.approx(of_params[1], rel=0.01))
+
+
+@needs_libtpu
+def test_each_process_of_several_samples_its_share_on_its_own_chips():
+    axes = {"sharding.mesh.fsdp": 8, "sharding.mesh.data": 1, "sharding.mesh.tensor": 2, "sampler.slots": 64}
+    work = work_of("v5e:4x4", **axes)
+    roller, meshes = arrays.roller_of(work), arrays.meshes_of(work)
+    assert (arrays.processes_of(work), dict(meshes.sample.shape)) == (4, {"data": 2, "fsdp": 1, "tensor": 2})
+    assert len({d.process_index for d in meshes.sample.devices.flat}) == 1
+    assert roller.sampler.slots == 16
+    assert [w.slots for w in search.slot_choices(work)] == [64, 32, 16, 8]
+    assert arrays.processes_of(work_of(SMALL)) == 1
+    with pytest.raises(ValueError, match="slots got 62, which do not divide over 4 processes"):
+        work_of("v5e:4x4", **axes | {"sampler.slots": 62})
+    with pytest.raises(ValueError, match="sampling on 4 devices of each process got tensor=8"):
+        work_of("v5e:4x4", **axes | {"sharding.mesh.fsdp": 2, "sharding.mesh.tensor": 8})
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology", ["v5e:4x8", "v5p:2x2x4", "v6e:4x8"])
+def test_every_mesh_that_divides_can_be_laid_on_a_slice(topology):
+    devices = arrays.devices_of(topology)
+    for fsdp in (1, 2, 4, 8, 16):
+        tensor = 16 // fsdp
+        mesh = sharding.make_mesh(fsdp=fsdp, tensor=tensor, devices=devices)
+        assert mesh.devices.shape == (len(devices) // 16, fsdp, tensor)
+        assert set(mesh.devices.flat) == set(devices)
+
+
+@needs_libtpu
+def test_on_a_slice_the_axis_tensor_spans_hosts_and_is_turned_into_them():
+    axes, devices = {"data": 1, "fsdp": 8, "tensor": 4}, arrays.devices_of("v5e:4x8")
+    learn, sample = sharding.make_meshes(axes, devices=devices, process=7)
+    turned = sharding.within_processes(learn, 4)
+    spanned = [{len({d.process_index for d in group}) for group in m.devices.reshape(-1, 4)} for m in (learn, turned)]
+    assert spanned == [{2}, {1}]
+    assert (turned.devices[7:] == sample.devices).all()  # so nothing moves once it is gathered
+    assert sharding.within_processes(learn, 8) is None
+
+
+@needs_libtpu
+def test_devices_that_only_sample_hold_nothing_of_the_learner():
+    config = load_config("tiny")
+    config.sharding.sampling_devices = 4
+    work = read(config.to_dict(), SMALL, None)
+    assert (arrays.meshes_of(work).learn.size, arrays.meshes_of(work).sample.size) == (4, 4)
+    *_, laid_out = memory.still_stages(work)
+    assert set(laid_out.kinds) == {"sampler's weights"}
+    assert laid_out.bytes == arrays.size_of(arrays.state_of(work).params)
 
 
 @needs_libtpu
@@ -230,8 +279,8 @@ def test_adapters_leave_the_base_where_it_is():
     config = load_config("tiny")
     with config.unlocked():
         config.model.lora = {"rank": 4, "targets": ("q", "v")}
-    work = plan.read(config.to_dict(), SMALL, None)
-    _, peak, left = plan.weights_of(work)
+    work = read(config.to_dict(), SMALL, None)
+    _, peak, left = arrays.weights_of(work)
     kernels = work.shape.layers * work.shape.width * work.shape.head_size * (work.shape.heads + work.shape.kv_heads) * 4
     assert (peak, left) == (kernels, kernels)  # of q and v, merged; all else is the learner's
-    assert plan.resident(work)["optimizer"] < plan.resident(work)["params"] / 2
+    assert memory.resident(work)["optimizer"] < memory.resident(work)["params"] / 2

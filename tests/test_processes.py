@@ -175,6 +175,27 @@ print("writes", processes.writes())
     assert lines[2] == ["ValueError process 1: no such file: here.json", "writes False"]
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_params_reach_a_process_that_shares_the_axis_tensor_with_another(tensor):
+    body = f"""
+from jax.sharding import AxisType, Mesh
+from jaxreason import sharding
+from jaxreason.model import ModelConfig, transformer
+
+home = Mesh(np.array(jax.devices()).reshape(2, 2).T[None], ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+assert len({{d.process_index for d in home.devices[0, 0]}}) == 2
+mesh = sharding.make_mesh(tensor={tensor}, devices=jax.local_devices())
+shape = {{"vocab_size": 24, "width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_size": 8, "feed_forward": 32}}
+params = jax.tree.map(np.asarray, jax.jit(transformer(ModelConfig(**shape)).init)(jax.random.key(0)))
+put = lambda x, where: jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+sent = sharding.send(jax.tree.map(put, params, sharding.shardings(params, home)), mesh)
+jax.tree.map(np.testing.assert_array_equal, jax.device_get(sent), params)
+assert jax.tree.map(lambda x: x.sharding, sent) == sharding.gathered(params, mesh)
+"""
+    for code, stderr, _ in finish(start(script(body), 2, 2)):
+        assert code == 0, stderr
+
+
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_process_that_is_killed_ends_the_others(tmp_path, dies):
     started = start(

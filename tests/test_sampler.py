@@ -9,7 +9,10 @@ import pytest
 import tiny_roller as t
 from scipy import stats
 
+from jaxreason import cost, sharding
 from jaxreason.environment import single_turn
+from jaxreason.model import ModelConfig, transformer
+from jaxreason.model.config import Lora
 from jaxreason.rollout import Request
 from jaxreason.sampler import (
     EMPTY,
@@ -370,6 +373,38 @@ def test_what_has_stopped_stays_as_it_is(small, made):
     assert slots.stop_S.tolist() == [LIMIT, EOS, EMPTY, EMPTY]
     again = jax.device_get(decode(compiled, params, jax.device_put(slots)))
     jax.tree.map(np.testing.assert_array_equal, slots, again)
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=2, targets=("q", "o", "down"), base_dtype="bfloat16")], ids=["plain", "lora"])
+@pytest.mark.parametrize("scan", [False, True])
+def test_weights_are_merged_and_cast_on_their_shards_and_then_gathered(lora, scan, monkeypatch):
+    shape = {"vocab_size": 24, "width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_size": 8, "feed_forward": 32}
+    model = transformer(ModelConfig(**shape, dtype="bfloat16", scan_layers=scan, lora=lora))
+    params = jax.tree.map(lambda x: x + jnp.asarray(0.1, x.dtype), jax.jit(model.init)(jax.random.key(0)))
+    mesh, sent, send = make_mesh(data=1, fsdp=4, tensor=2), [], sharding.send
+    monkeypatch.setattr(sharding, "send", lambda params, mesh: sent.append(params) or send(params, mesh))
+    whole, split = (compile_sampler(model, slots=4, length=8, eos_ids=(0,), mesh=m).prepare for m in (None, mesh))
+    prepared = split(jax.device_put(params, sharding.shardings(params, mesh)))
+    jax.tree.map(np.testing.assert_array_equal, prepared, whole(params))
+    (kernel,) = (x["layers"]["attention"]["q"]["kernel"] for x in sent)
+    assert (kernel.dtype, kernel.sharding.shard_shape(kernel.shape)) == (jnp.bfloat16, (2, 4, 2, 8))
+
+
+@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 1, "fsdp": 4, "tensor": 2}], ids=str)
+def test_prompts_are_prefilled_by_all_devices_together(axes):
+    """Seven prompts: one each, or two each by halves."""
+    shape = {"vocab_size": 24, "width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_size": 8, "feed_forward": 32}
+    model = transformer(ModelConfig(**shape, scan_layers=True))
+    params = jax.jit(model.init)(jax.random.key(0))
+
+    def flops(mesh):
+        sampler = compile_sampler(model, slots=8, length=16, eos_ids=(0,), prefill_tokens=16, mesh=mesh)
+        weights = sampler.prepare(params)
+        program = sampler.prefill.lower(weights, np.zeros((7, 16), np.int32), np.ones(7, np.int32)).compile()
+        assert {x.shape[1] for x in jax.tree.leaves(program.out_info)} == {7}
+        return cost.program_cost(program.as_text(), devices=8).flops
+
+    assert flops(make_mesh(**axes)) == pytest.approx(flops(None) / 7)
 
 
 def test_slots_must_divide_over_the_mesh():

@@ -16,7 +16,7 @@ from jaxreason import batching
 from jaxreason.learner import compile_train_step
 from jaxreason.model import ModelConfig, transformer
 from jaxreason.objectives import dapo
-from jaxreason.plan import devices_of, placed
+from jaxreason.plan.arrays import devices_of, placed
 from jaxreason.sampler import Filter, Weights, compile_sampler
 from jaxreason.sharding import gathered, make_mesh, rows, shardings
 from jaxreason.types import TrainState

@@ -115,7 +115,8 @@ def make_work():
         prompts = [tokenizer.encode(text)[: FLAGS.prompt_tokens] for text in digits]
     section = config["sampler"] | {"max_prompt_tokens": FLAGS.prompt_tokens, "max_tokens": FLAGS.tokens}
     section["slots"] = FLAGS.slots or FLAGS.prompts * FLAGS.group
-    roller = call(build.make_roller, section, "config.sampler", model=model, tokenizer=tokenizer, format=format, mesh=mesh)
+    given = {"model": model, "tokenizer": tokenizer, "format": format, "mesh": mesh, "processes": 1}
+    roller = call(build.make_roller, section, "config.sampler", **given)
     requests = [Request(task, p, g, prompts[p]) for p, task in enumerate(tasks) for g in range(FLAGS.group)]
     params = jax.block_until_ready(build.init_params(model, load, config["seed"], mesh))
     return model, params, roller, requests

@@ -32,13 +32,15 @@ class Model(NamedTuple):
     Gradients that come layer by layer can be added to a sum as they come, without ever standing beside it whole. Where `apply`
     scans its layers, and where params have none, parts are the params. Only good for gradients: the values of parts are not read.
     """
+    cast: Callable
+    """`cast(params) -> params` with what every step would cast cast once: what is computed is the same."""
     init_cache: Callable
     """`init_cache(batch, columns, cache_dtype=None, stacked=None) -> cache`, empty; see `model.cache`.
 
     With `stacked` its layers are stacked whatever the config says, and `apply` scans stacked params over it.
     """
     decode_layout: Callable
-    """`decode_layout(params) -> params` as decoding reads them fastest, without copying what is right as it is.
+    """`decode_layout(params) -> params` as decoding reads them fastest, `cast`, without copying what is right as it is.
 
     `apply` and `unembed` take either layout. Not to be jitted as a whole: it is a few small programs.
     """

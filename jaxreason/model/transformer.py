@@ -135,13 +135,16 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
             return make(stacked=config.layers)
         return tuple(make() for _ in range(config.layers))
 
-    def decode_layout(params):
-        # Cast once what every step would cast. Norms and the value head are small, and not all of their use is in `dtype`.
-        def cast(path, x):
+    def cast_used(params):
+        # Norms and the value head are small, and not all of their use is in `dtype`.
+        def of(path, x):
             often = path[-1].key in ("kernel", "embedding") and path[0].key != "value"
             return x.astype(dtype) if often and x.dtype != dtype else x
 
-        params = jax.tree_util.tree_map_with_path(cast, params)
+        return jax.tree_util.tree_map_with_path(of, params)
+
+    def decode_layout(params):
+        params = cast_used(params)
         if config.scan_layers:
             return params
         params = {**params, "layers": tuple(turned_layer(params["layers"], i) for i in range(config.layers))}
@@ -168,6 +171,7 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
         value=value if config.value_head else None,
         merge=functools.partial(lora.merge, lora=config.lora),
         by_layer=by_layer,
+        cast=cast_used,
         init_cache=init_cache,
         decode_layout=decode_layout,
     )

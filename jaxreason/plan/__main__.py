@@ -1,0 +1,111 @@
+"""The door of the plan: flags, and what is printed of what was found. It opens without jax."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from jaxreason import cost
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Define flags. Not at import: other doors have flags of the same names."""
+    config_flags.DEFINE_config_file("config", None, "As of jaxreason.main; --config.rl.microbatches=64 changes a field.")
+    flags.DEFINE_string("topology", None, "As v5e:4x8; 'list' shows what is known.")
+    flags.DEFINE_string("phase", None, "The phase to plan; default: the last.")
+    flags.DEFINE_float("efficiency", 0.5, "Share of the roofline that is supposed to be reached.", 0.01, 1.0)
+    flags.DEFINE_string("prices", None, 'JSON file of dollars a chip and hour, as {"v5e": 1.2}.')
+    flags.DEFINE_boolean("search", True, "If it does not fit, compile more to say what does.")
+    flags.DEFINE_boolean("json", False, "Print one JSON object and no tables.")
+
+
+def plan() -> bool:
+    """Plan what the flags say, print it, and return whether it fits."""
+    from jaxreason.plan.arrays import devices_of
+    from jaxreason.plan.config import read
+    from jaxreason.plan.report import describe, read_prices, show, verdict
+    from jaxreason.plan.search import find_fitting, larger_topology
+    from jaxreason.plan.work import flags_for
+
+    prices = read_prices(FLAGS.prices)
+    if FLAGS.topology is None:
+        raise ValueError("no --topology given; for example --topology=v5e:4x8, and --topology=list shows what is known")
+    devices_of(FLAGS.topology)
+    work = read(FLAGS.config.to_dict(), FLAGS.topology, FLAGS.phase)
+    found = describe(work, FLAGS.efficiency, prices)
+    other = find_fitting(work) if not found["fits"] and FLAGS.search else None
+    if not found["fits"] and FLAGS.search and other is None:
+        found["larger_topology"] = larger_topology(work)
+    if other is not None:
+        found["fits_with"] = {"flags": flags_for(work, other), **describe(other, FLAGS.efficiency, prices)}
+    if FLAGS.json:
+        print(json.dumps(found))
+        return found["fits"]
+    show(found)
+    print(verdict(found))
+    if other is not None:
+        print(f"\nfits with: {' '.join(found['fits_with']['flags'])}\n")
+        show(found["fits_with"])
+    elif not found["fits"] and FLAGS.search:
+        larger = found["larger_topology"]
+        hint = f"; params, optimizer and the sampler's weights would fit on {larger}, with another mesh" if larger else ""
+        print(f"nothing that was tried fits on {work.topology}: take other chips, a smaller model or shorter sequences{hint}")
+    return found["fits"]
+
+
+def fail(error: Exception) -> None:
+    """Bad input: one line, no traceback."""
+    sys.exit(f"error: {' '.join(str(error.args[0] if error.args else error).split())}")
+
+
+def parse_flags(argv):
+    define_flags()
+    file = next((word.partition("=")[2].partition(":")[0] for word in argv if re.match("--?config=", word)), "")
+    if file and not Path(file).is_file():
+        fail(ValueError(f"no config file {file!r}; configs are in configs/, options follow a colon: configs/tiny.py:smoke"))
+    try:
+        rest = FLAGS(argv)
+        if len(rest) > 1:
+            raise ValueError(f"got the words {' '.join(rest[1:])!r}; options of a config follow a colon: configs/tiny.py:smoke")
+        if FLAGS.config is None and FLAGS.topology != "list":
+            raise ValueError("no --config given; for example --config=configs/gsm8k.py:model=qwen3_8b")
+        return rest
+    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
+        fail(error)
+
+
+def show_topologies() -> None:
+    """Print what is known."""
+    for name, chip in cost.CHIPS.items():
+        usd = chip.usd_per_hour
+        price = "no price known" if usd is None else f"${usd:.2f} a chip and hour"
+        print(
+            f"{name}: {chip.hbm_bytes / cost.GIB:.2f} GiB, {chip.flops_per_s / 1e12:.0f} TFLOP/s, "
+            f"{chip.hbm_bytes_per_s / 1e9:.0f} GB/s a chip, up to {chip.chips_per_host} chips a host, {price}"
+        )
+        print("  " + " ".join(f"{name}:{shape}" for shape in chip.topologies))
+
+
+def main(argv) -> None:
+    logging.set_verbosity(logging.WARNING)
+    if FLAGS.topology == "list":
+        show_topologies()
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"  # also on a machine that has a TPU: it may be in use
+    try:
+        fitting = plan()
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        fail(error)
+    sys.exit(0 if fitting else 1)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,147 @@
+"""What stands for arrays of a topology's devices, of which none need be there: train state, batch, sampler's weights, slots."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import math
+import os
+
+import jax
+from jax.experimental import topologies
+
+from jaxreason import batching, build, cost, sharding, text
+from jaxreason.model import transformer
+from jaxreason.options import call, unknown
+from jaxreason.plan.work import Work
+from jaxreason.sampler import Weights
+from jaxreason.train import new_state
+
+
+@functools.cache
+def devices_of(topology: str):
+    """The devices of a topology, of which none need be there.
+
+    Raises:
+      ValueError: it is unknown, or libtpu is missing.
+    """
+    if topology not in cost.topology_names():
+        raise ValueError(f"{unknown('topology', topology, cost.topology_names())}; --topology=list shows them")
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("libtpu, the compiler for TPUs, is not installed; pip install -e '.[tpu]'")
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no cloud around that could say which TPU this is
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no TPU is opened, so several processes may compile at a time
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # whatever it is: libtpu complains of having none
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # Hosts have four chips, but for those that are a slice by themselves.
+    on_one_host = {"1x1": (1, 1, 1), "2x4": (2, 4, 1)}.get(topology.partition(":")[2])
+    bounds = {} if on_one_host is None else {"chips_per_host_bounds": on_one_host}
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds).devices
+
+
+def processes_of(work: Work) -> int:
+    """How many processes there are: one a host."""
+    return len({d.process_index for d in devices_of(work.topology)})
+
+
+@functools.cache
+def meshes_of(work: Work) -> sharding.Meshes:
+    """The mesh of the learner, and that of sampling on the last process, which would be the first without a device."""
+    section, here = {"mesh": dict(work.mesh), **dict(work.sampling)}, {"process": processes_of(work) - 1}
+    return call(sharding.make_meshes, section, "config.sharding", devices=devices_of(work.topology), **here)
+
+
+def samples_apart(work: Work) -> bool:
+    """Whether sampling has devices of its own."""
+    return not set(meshes_of(work).sample.devices.flat) & set(meshes_of(work).learn.devices.flat)
+
+
+def slot_devices(work: Work) -> int:
+    """Over how many devices the slots of all processes are split."""
+    return sharding.row_devices(meshes_of(work).sample) * processes_of(work)
+
+
+@functools.cache
+def model_of(work: Work):
+    return transformer(work.shape, meshes_of(work).learn)
+
+
+def placed(tree, where):
+    """What stands for arrays in `where`, a sharding or a tree of them."""
+    if isinstance(where, jax.sharding.Sharding):
+        where = jax.tree.map(lambda _: where, tree)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where)
+
+
+@functools.cache
+def state_of(work: Work):
+    """The train state."""
+    state = jax.eval_shape(lambda: new_state(model_of(work).init(jax.random.key(0)), work.optimizer))
+    return placed(state, sharding.shardings(state, meshes_of(work).learn))
+
+
+def batch_of(work: Work):
+    """A batch of full rows."""
+    batch = batching.empty(work.rows, work.length)
+    if work.objective.needs_reference:
+        batch = dataclasses.replace(batch, reference_logp_BT=batch.weight_BT)
+    return placed(batch, sharding.rows(meshes_of(work).learn))
+
+
+@functools.cache
+def roller_of(work: Work):
+    """The sampler of a process and the sizes of its prompts.
+
+    Its tokenizer is not the model's; programs know the end of a sequence only.
+    """
+    tokenizer, mesh = text.make("byte_level"), meshes_of(work).sample
+    return call(
+        build.make_roller,
+        dict(work.sampler),
+        "config.sampler",
+        model=transformer(work.shape, mesh),
+        tokenizer=tokenizer,
+        format=text.plain(tokenizer),
+        mesh=mesh,
+        processes=processes_of(work),
+    )
+
+
+def weights_of(work: Work):
+    """The sampler's weights in their layout, and how many bytes of a device making them takes and leaves beside the params."""
+    model, meshes, params = model_of(work), meshes_of(work), state_of(work).params
+    merged = jax.eval_shape(model.merge, params)
+    cast = jax.eval_shape(model.cast, merged)
+    split, whole = sharding.shardings(cast, meshes.learn), sharding.gathered(cast, meshes.sample)
+    weights = placed(cast, whole)
+    targets = [(part, target) for part, targets in params.get("lora", {}).items() for target in targets]
+    adapted = {f"['layers']['{part}']['{target}']['kernel']" for part, target in targets}
+    peak = left = 0.0
+    found = map(jax.tree_util.tree_leaves_with_path, (placed(merged, split), placed(cast, split), weights))
+    for (path, merged), (_, cast), (_, gathered) in zip(*found, strict=True):  # as `prepare` makes one from the other
+        made = [size_of(merged)] if jax.tree_util.keystr(path) in adapted else []
+        made += [size_of(cast)] if cast.dtype != merged.dtype else []
+        made += [size_of(gathered)] if size_of(gathered) != size_of(cast) or samples_apart(work) else []
+        peak += sum(made)
+        left += size_of(gathered) if made else 0.0
+    return Weights(weights, weights), peak, left
+
+
+def size_of(tree) -> float:
+    """Bytes of what stands for arrays, on one device."""
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+
+
+def number(work: Work, *shape: int, dtype="int32"):
+    """What stands for a small array that every device of a sampler has."""
+    everywhere = jax.NamedSharding(meshes_of(work).sample, jax.P())
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+
+
+@functools.cache
+def slots_of(work: Work, columns: int | None = None):
+    """What stands for the slots of the sampler, with the longest cache or one of so many columns."""
+    sampler = roller_of(work).sampler
+    slots = jax.eval_shape(lambda: sampler.resize(sampler.empty(), columns or sampler.length))
+    return placed(slots, sampler.empty.lower().compile().output_shardings)

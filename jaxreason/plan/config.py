@@ -1,0 +1,120 @@
+"""A config as a piece of work: read as `build` does, but for tasks, tokenizer and weights."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+from jaxreason import build, objectives, optimizer, sharding
+from jaxreason.model import attention
+from jaxreason.model.config import SIZES
+from jaxreason.options import call, unknown
+from jaxreason.plan.arrays import devices_of, roller_of, state_of, weights_of
+from jaxreason.plan.work import Work, microbatch_choices
+
+PREFILL_TOKENS = 1024  # what the sampler takes on an accelerator
+
+
+def read(config: dict, topology: str, phase: str | None) -> Work:
+    """Read a config as `build` does, but for tasks, tokenizer and weights.
+
+    Raises:
+      ValueError: anything wrong with it, in one line.
+    """
+    for key in build.SECTIONS:
+        if key not in config:
+            raise ValueError(f"the config lacks {key!r}; it has: {', '.join(sorted(config))}")
+    names = tuple(config["phases"])
+    phase = names[-1] if phase is None else phase
+    if phase not in config or phase in build.SECTIONS or not isinstance(config[phase], dict):
+        raise ValueError(unknown("phase", phase, names))
+    section = config[phase]
+    here = {"devices": devices_of(topology), "process": 0}
+    mesh = call(sharding.make_meshes, config["sharding"], "config.sharding", **here).learn.shape
+    shape = read_shape(config)
+    objective = call(objectives.make, section["objective"], f"config.{phase}.objective")
+    updates, steps = section.get("updates_per_batch", 1), section["steps"]
+    source = section["source"]
+    sizes = call(read_source, {"name": None} | source, f"config.{phase}.source", sampler=config["sampler"])
+    evaluated = bool(config["evaluate"].get("suites"))
+    sampler = {key: tuple(v) if isinstance(v, list) else v for key, v in config["sampler"].items()}
+    sampler["prefill_tokens"] = sampler.get("prefill_tokens") or PREFILL_TOKENS
+    work = Work(
+        topology=topology,
+        mesh=tuple(mesh.items()),
+        sampling=tuple((key, value) for key, value in config["sharding"].items() if key != "mesh"),
+        shape=shape,
+        phase=phase,
+        objective=objective,
+        optimizer=call(optimizer.make, section["optimizer"], f"config.{phase}.optimizer", steps=steps * updates),
+        microbatches=section.get("microbatches", 1),
+        updates=updates,
+        samples=source["name"] == "rollouts",
+        sampler=tuple(sampler.items()) if evaluated or source["name"] == "rollouts" else None,
+        **sizes,
+    )
+    check(work)
+    return work
+
+
+def read_shape(config: dict):
+    """The shape of the model, by `build.make_model`."""
+    section, folder, tokenizer = dict(config["model"]), None, None
+    name = section["name"]
+    if section.get("weights") == "pretrained":
+        section["weights"] = "random"
+        if name not in SIZES:
+            folder = Path(name)
+            if not (folder / "config.json").is_file():
+                raise ValueError(f"{unknown('model', name, SIZES)}; or a folder with a config.json (a plan downloads nothing)")
+    elif name == "tiny":
+        tokenizer, _ = call(build.make_text, config["text"], "config.text", folder=None)
+    if section.get("scan_layers") is None:
+        section["scan_layers"] = True  # as build chooses on an accelerator
+    shape, _ = call(build.make_model, section, "config.model", folder=folder, tokenizer=tokenizer)
+    attention.check_platform(shape, "tpu")
+    return shape
+
+
+def read_source(*, name: str, sampler: dict, **section) -> dict:
+    """How many rows a source's batches have, how long they are at most, and what is sampled for them."""
+    if name not in build.SOURCES:
+        raise ValueError(unknown("source", name, build.SOURCES))
+    allowed = inspect.signature(build.SOURCES[name]).parameters
+    for key in section:
+        if key not in allowed:
+            raise ValueError(unknown("field of the source", key, allowed))
+    new_tokens = sampler["max_tokens"]
+    if name != "rollouts":
+        return {
+            "rows": section["rows"],
+            "length": section["max_tokens" if name == "demonstrations" else "length"],
+            "problems": 0,
+            "group": 0,
+            "new_tokens": new_tokens,
+        }
+    if section.get("max_tokens") is not None:
+        new_tokens = section["max_tokens"]
+    problems, group = section["problems"], section["group"]
+    return {
+        "rows": problems * group,
+        "length": sampler["max_prompt_tokens"] + new_tokens,
+        "problems": problems,
+        "group": group,
+        "new_tokens": new_tokens,
+    }
+
+
+def check(work: Work) -> None:
+    """Raise ValueError for what does not divide."""
+    if work.microbatches < 1 or work.rows % (work.row_devices * work.microbatches):
+        allowed = ", ".join(str(w.microbatches) for w in microbatch_choices(work._replace(microbatches=1)))
+        raise ValueError(
+            f"config.{work.phase} has {work.rows} rows a batch, which do not divide over {work.row_devices} devices (data x "
+            f"fsdp) x {work.microbatches} micro-batches; on this mesh --config.{work.phase}.microbatches may be "
+            f"{allowed or 'nothing'}; or change problems x group (or rows), or config.sharding.mesh"
+        )
+    state_of(work)  # raises if an axis of a parameter does not divide
+    weights_of(work)
+    if work.sampler is not None:
+        roller_of(work)

@@ -1,0 +1,96 @@
+"""What stands in a device's HBM at each moment of the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxreason.plan.arrays import roller_of, samples_apart, size_of, slots_of, state_of, weights_of
+from jaxreason.plan.programs import Compiled, compile_decode, compile_prefill, compile_reference, compile_train
+from jaxreason.plan.work import Work
+
+
+class Stage(NamedTuple):
+    """A moment of the loop, and what stands in a device's HBM then, in bytes by kind."""
+
+    name: str
+    kinds: dict[str, float]
+    refused: str = ""  # what the compiler said, if it compiled nothing
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.kinds.values())
+
+
+KINDS = ("params", "optimizer", "reference", "sampler's weights", "KV cache", "batch", "temporaries", "programs")
+
+
+def resident(work: Work) -> dict[str, float]:
+    """What is there throughout."""
+    state = state_of(work)
+    params = size_of(state.params)
+    return {
+        "params": params,
+        "optimizer": size_of(state.opt_state),
+        "reference": params if work.objective.needs_reference else 0.0,
+    }
+
+
+def beside_sampling(work: Work) -> dict[str, float]:
+    """What is there on a device that samples."""
+    return {} if samples_apart(work) else resident(work)
+
+
+def layout_stage(work: Work) -> Stage:
+    """Making the sampler's weights. No program of ours: its size is computed, and needs no compiling."""
+    return Stage("lay out weights", beside_sampling(work) | {"sampler's weights": weights_of(work)[1]})
+
+
+def program_stage(name: str, compiled: Compiled, kinds: dict[str, float], given: str) -> Stage:
+    """A program that runs beside what is there: its arguments that are not in `kinds` are called `given`."""
+    if compiled.program is None:
+        return Stage(name, {"temporaries": compiled.needed_bytes}, refused="by the compiler, without what stands beside it")
+    return Stage(name, kinds | {given: kinds.get(given, 0.0), "temporaries": compiled.temporaries, "programs": compiled.code})
+
+
+def learner_stages(work: Work) -> list[Stage]:
+    """The moments of an update."""
+    kinds, compiled = resident(work), compile_train(work)
+    kinds["batch"] = max(0.0, compiled.arguments - kinds["params"] - kinds["optimizer"])
+    stages = [program_stage("train step", compiled, kinds, "batch")]
+    if work.objective.needs_reference:
+        stages.append(program_stage("reference log-probs", compile_reference(work), kinds, "batch"))
+    return stages
+
+
+def sampler_stages(work: Work) -> list[Stage]:
+    """The moments of sampling, the layout of weights included."""
+    buckets, (_, _, left) = roller_of(work).sampler.buckets, weights_of(work)
+    prefill, decode = compile_prefill(work), compile_decode(work)
+    slots, prompts = size_of(slots_of(work)), prefill.results  # a batch of prompts waits while others are prefilled or placed
+    before = size_of(slots_of(work, buckets[-2])) if len(buckets) > 1 else 0.0
+    kinds = beside_sampling(work) | {"sampler's weights": left, "KV cache": slots + prompts}
+    return [
+        layout_stage(work),
+        program_stage("prefill", prefill, kinds, "KV cache"),
+        program_stage("decode", decode, kinds, "KV cache"),
+        # The grown cache is a copy: both are there for a moment.
+        Stage("grow the cache", kinds | {"KV cache": slots + before + prompts, "programs": decode.code}),
+    ]
+
+
+def fits(stages: Sequence[Stage], work: Work) -> bool:
+    return all(stage.bytes <= work.chip.hbm_bytes and not stage.refused for stage in stages)
+
+
+def still_stages(work: Work) -> list[Stage]:
+    """What needs no compiling."""
+    return [Stage("between steps", resident(work))] + ([layout_stage(work)] if work.sampler is not None else [])
+
+
+def stages_of(work: Work) -> list[Stage]:
+    """All moments; if params and optimizer alone do not fit, only those that need no compiling."""
+    still = still_stages(work)
+    if not fits(still[:1], work):
+        return still
+    return learner_stages(work) + (sampler_stages(work) if work.sampler is not None else [])

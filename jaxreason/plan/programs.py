@@ -1,0 +1,199 @@
+"""The programs of a piece of work, compiled ahead of time, and what each of them does and needs."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxreason import cost, learner
+from jaxreason.plan.arrays import (
+    batch_of,
+    meshes_of,
+    model_of,
+    number,
+    processes_of,
+    roller_of,
+    slot_devices,
+    slots_of,
+    state_of,
+    weights_of,
+)
+from jaxreason.plan.work import Work
+from jaxreason.sampler import Filter
+
+
+class Compiled(NamedTuple):
+    """One program, or what it lacked."""
+
+    name: str
+    compile_s: float
+    needed_bytes: float  # of HBM; of one that was refused, what the compiler says
+    arguments: float = 0.0
+    results: float = 0.0  # that are not in the place of arguments
+    temporaries: float = 0.0  # and results
+    code: float = 0.0
+    program: cost.Program | None = None  # None: the compiler refused it
+    flops: float = 0.0  # by formula
+    times: int = 1  # in a step
+
+
+def compile_program(
+    name: str, work: Work, mesh: Mesh, lower: Callable, *, trips: int, flops: float, kernel_flops: float, times: int
+) -> Compiled:
+    """Lower, compile and read one program of a mesh; FLOPs are those of all its devices."""
+    started_s = time.perf_counter()
+    say(f"compiling {name} for {work.topology}, mesh {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())} ...")
+    try:
+        compiled = lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Compiled(name, time.perf_counter() - started_s, needed(str(error)))
+    memory = compiled.memory_analysis()
+    program = cost.program_cost(compiled.as_text(), unknown_trips=trips, devices=mesh.size)
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Compiled(
+        name=name,
+        compile_s=time.perf_counter() - started_s,
+        needed_bytes=memory.argument_size_in_bytes + results + memory.temp_size_in_bytes,
+        arguments=memory.argument_size_in_bytes,
+        results=results,
+        temporaries=results + memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+        program=program._replace(flops=program.flops + kernel_flops / mesh.size),
+        flops=flops / mesh.size,
+        times=times,
+    )
+
+
+def needed(message: str) -> float:
+    """Read from a compiler's refusal how many bytes it would have needed."""
+    found = re.search(r"[Uu]sed ([\d.]+)([KMGT])|temporaries \(([\d.]+)([KMGT])\)", message)
+    if not found:
+        return math.inf
+    number, unit = [group for group in found.groups() if group]
+    return float(number) * 1024 ** ("KMGT".index(unit) + 1)
+
+
+def say(text: str) -> None:
+    """Tell what is going on, apart from the results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def once_for(part: Callable[[Work], Work]) -> Callable:
+    """Compile once for all work that is alike in the part of it that a program knows of."""
+
+    def decorate(compile: Callable[[Work], Compiled]) -> Callable[[Work], Compiled]:
+        kept = functools.cache(compile)
+        return functools.wraps(compile)(lambda work: kept(part(work)))
+
+    return decorate
+
+
+def learner_part(work: Work) -> Work:
+    return work._replace(sampler=None)
+
+
+def decode_part(work: Work) -> Work:
+    return work._replace(microbatches=1)
+
+
+def prefill_part(work: Work) -> Work:
+    """The same program whatever the number of slots, but for very few."""
+    devices = slot_devices(work)
+    return decode_part(work).with_slots(-(-roller_of(work).rows * processes_of(work) // devices) * devices)
+
+
+@once_for(learner_part)
+def compile_train(work: Work) -> Compiled:
+    state, c, mesh = state_of(work), work.shape, meshes_of(work).learn
+    where = jax.tree.map(lambda x: x.sharding, state)
+    step = learner.compile_train_step(
+        model_of(work), work.objective, work.optimizer, microbatches=work.microbatches, state_shardings=where
+    )
+    # As `token_outputs` decides it.
+    chunked = work.rows // work.microbatches * work.length * c.vocab_size > learner.logits_at_once(mesh)
+    return compile_program(
+        f"train step, {work.microbatches} micro-batches",
+        work,
+        mesh,
+        lambda: step.lower(state, batch_of(work)),
+        trips=work.microbatches,
+        flops=cost.train_flops(c, work.rows, work.length, chunked),
+        kernel_flops=0.0 if c.attention == "xla" else cost.flash_flops(c, work.rows, work.length),
+        times=work.updates,
+    )
+
+
+@once_for(learner_part)
+def compile_reference(work: Work) -> Compiled:
+    mesh = meshes_of(work).learn
+    logp = learner.compile_token_logp(model_of(work), work.microbatches, mesh)
+    parts = cost.dense_flops(work.shape, work.rows, work.length, work.length, work.rows * work.length)
+    kernel = 0.0 if work.shape.attention == "xla" else parts["attention"] / 2
+    parts["attention"] = kernel or parts["attention"]
+    return compile_program(
+        f"reference log-probs, {work.microbatches} micro-batches",
+        work,
+        mesh,
+        lambda: logp.lower(state_of(work).params, batch_of(work)),
+        trips=work.microbatches,
+        flops=sum(parts.values()) + cost.adapter_flops(work.shape, work.rows * work.length),
+        kernel_flops=kernel,
+        times=1,
+    )
+
+
+@once_for(prefill_part)
+def compile_prefill(work: Work) -> Compiled:
+    roller, (weights, _, _) = roller_of(work), weights_of(work)
+    columns, width = roller.prompt_buckets[-1], dict(work.sampler)["prefill_tokens"]
+    prompts = [number(work, roller.rows, columns), number(work, roller.rows)]
+    return compile_program(
+        f"prefill, {roller.rows} prompts",
+        work,
+        meshes_of(work).sample,
+        lambda: roller.sampler.prefill.lower(weights, *prompts),
+        trips=-(-columns // width),
+        flops=sum(cost.dense_flops(work.shape, roller.rows, columns, columns, 0).values()),
+        kernel_flops=0.0,
+        times=-(-problems_each(work) // roller.rows),
+    )
+
+
+@once_for(decode_part)
+def compile_decode(work: Work) -> Compiled:
+    sampler, (weights, _, _) = roller_of(work).sampler, weights_of(work)
+    steps = -(-problems_each(work) * work.group // sampler.slots) * work.new_tokens  # as many waves as it takes
+    one = sum(cost.dense_flops(work.shape, sampler.slots, 1, sampler.length, sampler.slots).values())
+    return compile_program(
+        f"decode, {sampler.chunk_tokens} tokens in {sampler.slots} slots",
+        work,
+        meshes_of(work).sample,
+        lambda: sampler.decode.lower(weights, slots_of(work), number(work, dtype=jnp.float32), Filter()),
+        trips=sampler.chunk_tokens,
+        flops=sampler.chunk_tokens * one,
+        kernel_flops=0.0,
+        times=-(-steps // sampler.chunk_tokens),
+    )
+
+
+def problems_each(work: Work) -> int:
+    """How many problems a process samples, at most: each its share."""
+    return -(-work.problems // processes_of(work))
+
+
+def programs_of(work: Work) -> list[Compiled]:
+    """What was compiled, in the order of a step."""
+    sampling = [compile_prefill(work), compile_decode(work)] if work.sampler is not None else []
+    learning = [*([compile_reference(work)] if work.objective.needs_reference else []), compile_train(work)]
+    return sampling + learning

@@ -1,0 +1,218 @@
+"""What was found, as one dictionary for a script and as tables: memory, work, collectives, and the time and price of a step."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from jaxreason import cost
+from jaxreason.model.config import count_parameters
+from jaxreason.options import unknown
+from jaxreason.plan.arrays import devices_of, processes_of
+from jaxreason.plan.memory import KINDS, Stage, fits, stages_of
+from jaxreason.plan.programs import Compiled, programs_of
+from jaxreason.plan.work import Work
+
+# --- what it will take ---
+
+
+def read_prices(path: str | None) -> dict[str, float]:
+    """Read dollars per chip-hour."""
+    prices = {} if path is None else json.loads(Path(path).read_text())
+    if not isinstance(prices, dict):
+        raise ValueError(f'{path} holds a {type(prices).__name__}; needed: an object such as {{"v5e": 1.2}}')
+    for name, price in prices.items():
+        if name not in cost.CHIPS:
+            raise ValueError(unknown(f"chip in {path}", name, cost.CHIPS))
+        if not isinstance(price, (int, float)) or price < 0:
+            raise ValueError(f"price of {name} in {path} got {price!r}; allowed: a number, dollars a chip and hour")
+    return prices
+
+
+class Prediction(NamedTuple):
+    """Of one step at a share of the roofline."""
+
+    step_s: float
+    sampling_s: float
+    learning_s: float
+    sampled_tokens_per_s: float
+    trained_tokens_per_s: float  # of learning
+    steps_per_hour: float
+    chip_hours: float  # of 1,000 steps
+    usd: float | None  # of 1,000 steps
+
+
+def predict(work: Work, programs: Sequence[Compiled], efficiency: float, usd_per_hour: float | None) -> Prediction:
+    """Time a step. `usd_per_hour` is that of a chip."""
+    seconds = {p.name: p.times * cost.roofline(p.program, work.chip).seconds / efficiency for p in programs}
+    sampling = sum(s for name, s in seconds.items() if work.samples and name.startswith(("prefill", "decode")))
+    learning = sum(s for name, s in seconds.items() if name.startswith(("train", "reference")))
+    step_s = sampling + learning
+    devices = len(devices_of(work.topology))  # all are paid for, whatever the mesh
+    hours = 1000 * step_s / 3600
+    tokens = work.problems * work.group * work.new_tokens
+    return Prediction(
+        step_s=step_s,
+        sampling_s=sampling,
+        learning_s=learning,
+        sampled_tokens_per_s=tokens / sampling if sampling else 0.0,
+        trained_tokens_per_s=work.rows * work.length / learning,
+        steps_per_hour=3600 / step_s,
+        chip_hours=hours * devices,
+        usd=None if usd_per_hour is None else hours * devices * usd_per_hour,
+    )
+
+
+# --- what is said ---
+
+
+def describe(work: Work, efficiency: float, prices: dict[str, float]) -> dict:
+    """All that was found of one piece of work, as a script reads it."""
+    kind, chip = work.topology.partition(":")[0], work.chip
+    stages = stages_of(work)
+    fitting = fits(stages, work)
+    compiled = any(stage.name == "train step" for stage in stages)
+    programs = [p for p in (programs_of(work) if compiled else []) if p.program is not None]
+    usd = prices.get(kind, chip.usd_per_hour)
+    whole = compiled and len(programs) == len(programs_of(work))
+    return {
+        "topology": work.topology,
+        "chips": cost.chips_of(work.topology),
+        "devices": len(devices_of(work.topology)),
+        "processes": processes_of(work),
+        "mesh": dict(work.mesh),
+        "parameters": count_parameters(work.shape),
+        "phase": work.phase,
+        "rows": work.rows,
+        "row_tokens": work.length,
+        "microbatches": work.microbatches,
+        "slots": work.slots if work.sampler is not None else None,
+        "fits": fitting,
+        "hbm_bytes": chip.hbm_bytes,
+        "peak_bytes": finite(max(stage.bytes for stage in stages)),
+        "stages": {stage.name: describe_stage(stage) for stage in stages},
+        "programs": {p.name: describe_program(p, chip) for p in programs},
+        "efficiency": efficiency,
+        "usd_per_chip_hour": usd,
+        "price_source": "--prices" if kind in prices else chip.price_source,
+        "prediction": predict(work, programs, efficiency, usd)._asdict() if whole else None,
+    }
+
+
+def describe_stage(stage: Stage) -> dict:
+    kinds = {kind: finite(size) for kind, size in stage.kinds.items()}
+    return kinds | {"total": finite(stage.bytes)} | ({"refused": stage.refused} if stage.refused else {})
+
+
+def finite(size: float) -> float | None:
+    """None for a size that the compiler did not tell."""
+    return size if math.isfinite(size) else None
+
+
+def describe_program(p: Compiled, chip: cost.Chip) -> dict:
+    line, sent = cost.roofline(p.program, chip), sorted(p.program.sent.items())
+    return {
+        "compile_s": p.compile_s,
+        "times_a_step": p.times,
+        "flops": p.program.flops,
+        "flops_by_formula": p.flops,
+        "bytes": p.program.bytes,
+        "sent": {f"{kind} of {n}": {"bytes": size, "times": times} for (kind, n), (size, times) in sent},
+        "loops": p.program.loops,
+        "loops_of_given_length": p.program.unknown_loops,
+        **line._asdict(),
+        "seconds": line.seconds,
+        "bound": line.bound,
+    }
+
+
+def show(found: dict) -> None:
+    """Print what was found as tables."""
+    console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
+
+    def table(title: str, names: Sequence[str], rows) -> None:
+        made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+        for at, name in enumerate(names):
+            made.add_column(name, justify="right" if at else "left", no_wrap=True)
+        for row in rows:
+            made.add_row(*row)
+        console.print(made)
+
+    def gib(size: float | None) -> str:
+        if not size:
+            return "?" if size is None else ""
+        return f"{size / cost.GIB:,.2f}" if size > cost.GIB / 200 else "<0.01"
+
+    mesh = ", ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
+    console.print(
+        f"{found['parameters'] / 1e9:.2f} G parameters on {found['topology']} ({found['chips']} chips), mesh {mesh}"
+        + (f", each of {found['processes']} processes sampling on its own chips" if found["processes"] > 1 else "")
+        + f"; phase {found['phase']}: {found['rows']} rows of {found['row_tokens']} tokens "
+        + f"in {found['microbatches']} micro-batches"
+        + (f", {found['slots']} slots" if found["slots"] else "")
+        + ("" if math.prod(found["mesh"].values()) == found["devices"] else "; the mesh leaves devices idle")
+    )
+    used = [kind for kind in KINDS if any(stage.get(kind) for stage in found["stages"].values())]
+    rows = [[name, *(gib(s.get(kind, 0)) for kind in used), gib(s["total"])] for name, s in found["stages"].items()]
+    hbm = gib(found["hbm_bytes"])
+    table(f"HBM of a chip, GiB, of {hbm} that a program may use", ["when", *used, "all"], rows)
+    for name, stage in found["stages"].items():
+        if "refused" in stage:
+            console.print(f"{name}: refused {stage['refused']}; that alone needs {gib(stage['total'])} of {hbm} GiB")
+    if found["programs"]:
+        show_programs(found, table)
+    if found["prediction"]:
+        show_prediction(found, console)
+
+
+def short(x: float) -> str:
+    """Three digits or more."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def show_programs(found: dict, table: Callable) -> None:
+    rows = []
+    for name, p in found["programs"].items():
+        work = [p["flops"] / 1e12, p["bytes"] / 1e9, *(1e3 * p[kind] for kind in ("compute_s", "memory_s", "network_s"))]
+        tflop, *rest = map(short, work)
+        rows.append([name, str(p["times_a_step"]), tflop, f"{p['flops'] / p['flops_by_formula']:.2f}", *rest, p["bound"]])
+    names = ["program, a run", "runs a step", "TFLOP", "of formula", "HBM GB", "compute ms", "HBM ms", "network ms", "bound by"]
+    table("Work of a chip, and its time at the chip's peak", names, rows)
+    rows = [
+        [name, kind, f"{sent['times']:,.0f}", short(sent["bytes"] / 1e6)]
+        for name, p in found["programs"].items()
+        for kind, sent in p["sent"].items()
+        if sent["bytes"] > 0.001 * sum(other["bytes"] for other in p["sent"].values())
+    ]
+    if rows:
+        table("Collectives of a run, those above a thousandth", ["program", "kind", "times", "MB sent by a chip"], rows)
+
+
+def show_prediction(found: dict, console) -> None:
+    p = found["prediction"]
+    sampled = f"{short(p['sampled_tokens_per_s'])} tokens/s sampled and " if p["sampling_s"] else ""
+    console.print(
+        f"At {found['efficiency']:.0%} of that roofline, which is a guess: {short(p['step_s'])} s a step "
+        f"({short(p['sampling_s'])} sampling, {short(p['learning_s'])} learning), {short(p['steps_per_hour'])} steps an hour, "
+        f"{sampled}{short(p['trained_tokens_per_s'])} tokens/s learned from"
+    )
+    price = "no price known; give --prices"
+    if p["usd"] is not None:
+        price = f"${short(p['usd'])} at ${found['usd_per_chip_hour']:.2f} a chip and hour ({found['price_source']})"
+    console.print(f"1,000 steps: {short(p['chip_hours'])} chip-hours, {price}")
+
+
+def verdict(found: dict) -> str:
+    """Whether it fits, in a line."""
+    sizes = {name: stage["total"] for name, stage in found["stages"].items()}
+    worst = max(sizes, key=lambda name: math.inf if sizes[name] is None else sizes[name])
+    need = "more than was told" if sizes[worst] is None else f"{sizes[worst] / cost.GIB:.2f}"
+    return f"{'fits' if found['fits'] else 'does not fit'}: needs {need} of {found['hbm_bytes'] / cost.GIB:.2f} GiB ({worst})"

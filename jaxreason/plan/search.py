@@ -1,0 +1,80 @@
+"""What would fit, where something does not: smaller micro-batches, fewer slots, another mesh, more chips."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+from jaxreason import cost
+from jaxreason.plan.arrays import devices_of, slot_devices
+from jaxreason.plan.memory import fits, learner_stages, sampler_stages, still_stages
+from jaxreason.plan.work import Work, microbatch_choices
+
+MESHES = 3  # other meshes that are tried, at most
+
+
+def find_fitting(work: Work) -> Work | None:
+    """The largest micro-batch and number of slots that fit, on this mesh or else on another of as many devices."""
+    for mesh in [work.mesh, *other_meshes(work)][: 1 + MESHES]:
+        tried = work._replace(mesh=mesh)
+        if not fits(still_stages(tried), tried):
+            continue
+        learner = first_that_fits(microbatch_choices(tried), lambda w: fits(learner_stages(w), w))
+        if learner is None:
+            continue
+        if work.sampler is None:
+            return learner
+        sampler = first_that_fits(slot_choices(learner), lambda w: fits(sampler_stages(w), w))
+        if sampler is not None:
+            return sampler
+    return None
+
+
+def first_that_fits(choices: Sequence[Work], fit: Callable[[Work], bool]) -> Work | None:
+    """The first choice that fits: the first, or by bisection, as what comes later needs less; None if not even the last does."""
+    if choices and fit(choices[0]):
+        return choices[0]
+    if not choices or not fit(choices[-1]):
+        return None
+    low, high = 1, len(choices) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fit(choices[middle]) else (middle + 1, high)
+    return choices[low]
+
+
+def slot_choices(work: Work) -> list[Work]:
+    """As many slots as asked for, or a half, a quarter, ..., that divide over the devices."""
+    devices, counts = slot_devices(work), []
+    slots = work.slots // devices * devices
+    while slots:
+        counts.append(slots)
+        slots = slots // 2 // devices * devices
+    return [work.with_slots(n) for n in counts]
+
+
+def other_meshes(work: Work) -> list[tuple[tuple[str, int], ...]]:
+    """Meshes of all devices of the topology that hold the state and the layout of weights: `tensor` as small as may be."""
+    devices, found = len(devices_of(work.topology)), []
+    for tensor, fsdp in itertools.product(range(1, devices + 1), range(devices, 0, -1)):
+        if devices % (tensor * fsdp):
+            continue
+        mesh = (("data", devices // tensor // fsdp), ("fsdp", fsdp), ("tensor", tensor))
+        tried = work._replace(mesh=mesh)
+        if mesh == work.mesh or tensor in (dict(m)["tensor"] for m in found) or work.shape.kv_heads % tensor:
+            continue
+        try:
+            if microbatch_choices(tried) and fits(still_stages(tried), tried) and (not work.sampler or slot_choices(tried)):
+                found.append(mesh)
+        except ValueError:  # an axis does not divide
+            continue
+    return found
+
+
+def larger_topology(work: Work) -> str | None:
+    """The smallest topology of the same chips that would hold the state and the layout of weights; nothing is compiled for it."""
+    kind, chips = work.topology.partition(":")[0], cost.chips_of(work.topology)
+    for name in (f"{kind}:{shape}" for shape in work.chip.topologies):
+        if cost.chips_of(name) > chips and other_meshes(work._replace(topology=name)):
+            return name
+    return None
