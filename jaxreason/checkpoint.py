@@ -21,7 +21,7 @@ import math
 import os
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -260,8 +260,14 @@ def saved_steps(folder: str | os.PathLike) -> list[int]:
         return sorted(checkpoints.steps())
 
 
-def check_writable(folder: str | os.PathLike) -> None:
-    """Make `folder` and write a file in it, so that a run fails before its first step and not at its first checkpoint."""
+def check_writable(folder: str | os.PathLike, over: Sequence[str] = ()) -> None:
+    """Make `folder` and write a file in it, so that a run fails before its first step and not at its first checkpoint.
+
+    What it holds under the names `over` must be writable too.
+
+    Raises:
+      ValueError: it can't be written.
+    """
     folder = _absolute(folder)
     if "://" in folder:  # object stores: orbax itself makes the folder at once
         return
@@ -271,6 +277,9 @@ def check_writable(folder: str | os.PathLike) -> None:
             pass
     except OSError as error:
         raise ValueError(f"can't write to {folder}: {error.strerror}; choose another workdir") from None
+    for path in (os.path.join(folder, name) for name in over):
+        if os.path.exists(path) and not os.access(path, os.W_OK):
+            raise ValueError(f"can't write to {path}; make it writable, or choose another workdir")
 
 
 def _leaves(flat: dict[tuple, Any], params_only: bool) -> dict[str, str]:

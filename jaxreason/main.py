@@ -87,7 +87,10 @@ def keep_compiled(folder: str | None) -> None:
 
 def fail(error: Exception) -> None:
     """Bad input: one line, no traceback."""
-    message = " ".join(str(error.args[0] if error.args else error).split())
+    words = error.args[0] if error.args else error
+    if isinstance(error, OSError) and error.filename is not None:
+        words = f"{error.filename}: {error.strerror}"  # of which the first is a number
+    message = " ".join(str(words).split())
     sys.exit(f"error: {message}")
 
 
@@ -176,11 +179,11 @@ def run(config) -> None:
         how = {"resume": RESUME.value, "accept_config_change": ACCEPT_CONFIG_CHANGE.value, "say": tell}
         together(folders.check, workdir, text, **how)
         made = together(build, config, resumes=bool(saved_steps(workdir / "checkpoints")))
-        together(check_writable, workdir)
+        together(check_writable, workdir, over=folders.WRITTEN_OVER)
         unlock = together(folders.lock, workdir, tell) if writes() else together(lambda: None)
         section = config.checkpoint.to_dict()
         checkpoints = together(call, open_checkpoints, section, "config.checkpoint", folder=workdir / "checkpoints")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, PermissionError) as error:
         fail(error)
     if writes():
         (workdir / "config.json").write_text(text)

@@ -104,7 +104,7 @@ class RunLog:
         """Log `values` of the global `step`, which never decreases over a run; `phase_step` counts from the phase's start."""
         if self._file is None:
             return
-        time_s = round(time.time() - self._start_s, 3)
+        time_s = round(time.monotonic() - self._start_s, 3)
         record = {"step": step, "phase": phase, "phase_step": phase_step, "time_s": time_s}
         if clash := record.keys() & values.keys():
             raise ValueError(
@@ -180,7 +180,7 @@ def open_log(
       ValueError: W&B is asked for but not installed.
     """
     if not write:
-        return RunLog(None, None, None, None, total_steps=total_steps, start_s=time.time())
+        return RunLog(None, None, None, None, total_steps=total_steps, start_s=time.monotonic())
     wandb_run = None if wandb is None else _import_wandb().init(**{"dir": os.fspath(workdir), **wandb})
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ def open_log(
         wandb_run,
         Console(stderr=True, highlight=False) if live else None,
         total_steps=total_steps,
-        start_s=time.time() - (last["time_s"] if last else 0.0),
+        start_s=time.monotonic() - (last["time_s"] if last else 0.0),  # unlike that of the day this clock is never set back
     )
 
 

@@ -97,15 +97,14 @@ class History:
         self.evaluations = [Evaluation(**e) for e in saved["evaluations"]]
         self.losses: list[dict] = saved["losses"]
         self.rollouts: list[Rollout] = []  # of the last evaluation, to be shown
-        self.started_s = time.time() - saved["wall_s"]
+        self.started_s = time.monotonic() - saved["wall_s"]  # unlike that of the day this clock is never set back
         self.skipped = saved["skipped"]  # batches in a row, up to the last that was logged
         self.ledger: dict = saved["ledger"]
 
     def host(self) -> dict:
         evaluations = [e._asdict() for e in self.evaluations]
-        wall_s = max(0.0, time.time() - self.started_s)  # clocks are set back now and then
-        counts = {"skipped": self.skipped, "ledger": self.ledger}
-        return {"evaluations": evaluations, "losses": self.losses, "wall_s": wall_s, **counts}
+        times = {"wall_s": time.monotonic() - self.started_s}
+        return {"evaluations": evaluations, "losses": self.losses, **times, "skipped": self.skipped, "ledger": self.ledger}
 
     def summarise(self, step: int, done: bool) -> dict:
         found = {name: value for name, value in self.host().items() if name != "skipped"}

@@ -25,6 +25,7 @@ SAME_MATHS = re.compile(
     r"|model\.(scan_layers|remat|attention)$"
     r"|[^.]+\.(microbatches|log_every|evaluate_every|max_skipped)$"
 )
+WRITTEN_OVER = ("config.json", "lock", "tensorboard")  # what a run finds of one before and neither replaces nor checks itself
 BEAT_S = 10.0  # how often a run touches its lock
 
 

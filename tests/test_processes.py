@@ -1,7 +1,7 @@
 """Several processes on this machine: they do what one does, agree before they start, and end together.
 
 Injected: another number of processes, config or flag, an input that only one of them cannot read, a bug in one, and the death of
-either. Nobody hangs, and who it was is said.
+either. Nobody hangs, and who it was is said; started again they end as if nobody had died, bit for bit.
 """
 
 import json
@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import pytest
 from runs import read_lines, run_config
-from test_train import params_of
+from test_train import maths, params_of
 
 from jaxreason import processes
 
@@ -216,6 +216,58 @@ def test_a_process_that_is_killed_ends_the_others(tmp_path, dies):
     # These are jax's words: process 0, to which all others report, is the leader.
     named = r"leader task was preempted/died" if dies == 0 else r"tasks are unhealthy \(stopped sending heartbeats\):\s+1\s"
     assert re.search(named, stderr), stderr
+
+
+# A reference policy, and lines of metrics that sum up several steps.
+RESTARTED = """
+import runpy
+
+def get_config(arg=""):
+    config = runpy.run_path("configs/tiny.py")["get_config"]("smoke")
+    config.sharding.mesh = {"data": 2, "fsdp": 2, "tensor": 1}
+    config.prior.steps, config.prior.log_every = 8, 3
+    config.rl.steps, config.rl.log_every, config.rl.evaluate_every = 6, 3, 4
+    config.rl.objective = {"name": "dapo", "kl_coefficient": 0.1, "entropy_coefficient": 0.01}
+    config.evaluate.suites = {"chain": config.evaluate.suites.chain.to_dict()}
+    config.checkpoint.every_steps = 3
+    return config
+"""
+# `main`, but that the process of this number kills itself when it comes to a point (see killed_run.py) for so many times.
+KILLED = """
+import sys
+from absl import app
+from killed_run import set_up
+from jaxreason.main import main, parse_flags
+
+dies, point, count, process = sys.argv[1:5]
+set_up(point if process == dies else "none", int(count))
+app.run(main, argv=[sys.argv[0], *sys.argv[5:]], flags_parser=parse_flags)
+"""
+
+
+def test_one_process_is_killed_and_both_started_again_is_uninterrupted(tmp_path):
+    """First the one that writes, while it writes its second checkpoint; then the other, in the middle of a phase after one."""
+    path = tmp_path / "run.py"
+    path.write_text(RESTARTED)
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    code = KILLED.replace("{", "{{").replace("}", "}}")
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    for dies, point, count in ((0, "renaming", 3), (1, "batching", 5)):
+        begun = ["-c", code, str(dies), point, str(count), "{process}", *train_command(str(path), killed)[2:]]
+        found = finish(start(begun, 2, 2, PYTHONPATH=paths))
+        assert found[dies][0] == -signal.SIGKILL, found
+        assert found[1 - dies][0] not in (0, -signal.SIGKILL), found  # it ended by itself
+    for folder in (killed, whole):
+        found = finish(start(train_command(str(path), folder), 2, 2))
+        assert [code for code, _, _ in found] == [0, 0], found
+        assert ("in phase rl" in found[0][1]) == (folder == killed), found[0][1]  # where it went on
+    (step, state), (_, expected) = params_of(killed), params_of(whole)
+    assert step == 14
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    assert read_lines(killed / "rollouts.jsonl") == read_lines(whole / "rollouts.jsonl")
+    assert maths(killed) == maths(whole)
+    found, wanted = (json.loads((folder / "summary.json").read_text()) for folder in (killed, whole))
+    assert found["evaluations"] == wanted["evaluations"]
 
 
 def test_a_bug_in_one_process_ends_all_and_is_shown():

@@ -10,6 +10,19 @@ three steps, saved every fourth step, 30 steps in all. What is injected, each in
     evaluation, summary, phase               before an evaluation, before the summary is written, between phases
 
 Found in all of them: nothing was lost and nothing was done twice. The same for a batch sampled ahead on devices of its own.
+
+Other faults, and where they are injected; nothing was lost in any of them:
+
+    a checkpoint cut short, or with a flipped bit   test_checkpoint   noticed, or harmless; never does another state come back
+    a save that was killed                          test_checkpoint   never seen, and removed
+    SIGTERM, twice in one run                       test_workdir      saves and ends; goes on bit for bit
+    a full disk                                     test_workdir      a save fails, the run does not; the next one is tried
+    two runs in one folder, a lock left behind      test_workdir      refused; said and taken over, if nobody beats it
+    a folder or a file that can't be written        test_workdir      one line, before anything is compiled
+    a clock that is set back                        test_workdir      times go on; the newest checkpoint is that of the last step
+    one process of two killed, both started again   test_processes    the other ends by itself; they go on bit for bit
+    another mesh, micro-batches, processes          test_reshape      the same problems and texts; params to the last bit or so
+    gradients that are not finite                   test_train        skipped; the run stops before anything is spoilt
 """
 
 import json

@@ -12,10 +12,10 @@ import time
 import jax
 import numpy as np
 import pytest
-from runs import ROOT, load_config, read_lines
-from test_train import maths, params_of
+from runs import ROOT, load_config, read_lines, run_config
+from test_train import Killed, killed_after, maths, params_of
 
-from jaxreason import preemption, workdir
+from jaxreason import metrics, preemption, train, workdir
 from jaxreason.main import config_text
 
 
@@ -87,15 +87,18 @@ def test_one_run_at_a_time_and_a_dead_one_is_explained(tmp_path):
     assert said == []
 
 
-@pytest.mark.parametrize("alive", [True, False])
-def test_a_lock_of_another_host_is_watched(tmp_path, monkeypatch, alive):
+@pytest.mark.parametrize("clock", ["runs", "goes back", "stands still"])
+def test_a_lock_of_another_host_is_watched(tmp_path, monkeypatch, clock):
+    """It is alive if its lock is touched, at whatever time it believes that to be."""
     monkeypatch.setattr(workdir, "BEAT_S", 0.2)
     (tmp_path / "lock").write_text("host elsewhere, pid 7, since 2026-01-01 00:00:00\n")
-    ended = threading.Event()
+    alive, ended = clock != "stands still", threading.Event()
 
     def beat():
-        while alive and not ended.wait(0.1):
-            os.utime(tmp_path / "lock")
+        for i in range(1000):
+            if ended.wait(0.1) or not alive:
+                return
+            os.utime(tmp_path / "lock", None if clock == "runs" else (1e9 - 3600 * i, 1e9 - 3600 * i))
 
     thread = threading.Thread(target=beat)
     thread.start()
@@ -109,6 +112,84 @@ def test_a_lock_of_another_host_is_watched(tmp_path, monkeypatch, alive):
     ended.set()
     thread.join()
     assert "watching" in said[0]
+
+
+def test_a_clock_that_is_set_back_changes_nothing(tmp_path, monkeypatch):
+    """An hour at every line of metrics, in the run that is killed and in the one that goes on; files are as old as it said."""
+    config = load_config("tiny", "smoke", **{"phases": ("prior",), "prior.steps": 8, "prior.log_every": 1})
+    config.evaluate.suites, config.checkpoint.every_steps = {}, 2
+    run_config(config, tmp_path / "whole")
+
+    behind_s, now, now_ns, write, newest, found = [0], time.time, time.time_ns, metrics.RunLog.write, train.newest, []
+
+    def set_back(*args, **kwargs):
+        behind_s[0] += 3600
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(time, "time", lambda: now() - behind_s[0])
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns() - behind_s[0] * 10**9)
+    monkeypatch.setattr(metrics.RunLog, "write", set_back)
+    monkeypatch.setattr(train, "newest", lambda *args: found.append(newest(*args)) or found[-1])
+    with monkeypatch.context() as patch:
+        killed_after(patch, saves=3)
+        with pytest.raises(Killed):
+            run_config(config, tmp_path / "back")
+    checkpoints = tmp_path / "back" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["4", "6"]
+    for age_s, step in ((0, "4"), (86400, "6")):
+        for path in (checkpoints / step, *(checkpoints / step).rglob("*")):
+            os.utime(path, (now() - age_s, now() - age_s))
+    summary = run_config(config, tmp_path / "back")
+
+    assert found[1].step == 6
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["6", "8"]
+    jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path / "back")[1], params_of(tmp_path / "whole")[1])
+    assert maths(tmp_path / "back") == maths(tmp_path / "whole")
+    lines = read_lines(tmp_path / "back" / "metrics.jsonl")
+    times_s = [line["time_s"] for line in lines]
+    assert times_s[0] > 0
+    assert times_s == sorted(times_s)
+    assert all(line[name] > 0 for line in lines for name in line if name.startswith("time/"))
+    assert times_s[-2] / 2 < summary["wall_s"] < 600
+
+
+# --- folders that can't be written, or read ---
+
+# Root reads and writes whatever it likes, unless it gives that up for what it becomes: drops from its bounding set (prctl 24)
+# CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH. For anybody else that does nothing.
+WITHOUT_RIGHTS = """
+import ctypes, os, sys
+for right in (1, 2):
+    ctypes.CDLL(None).prctl(24, right, 0, 0, 0)
+os.execv(sys.executable, [sys.executable, "-m", "jaxreason.main", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize(
+    ("shut", "mode", "message"),
+    [
+        (".", 0o555, "can't write to {}: Permission denied; choose another workdir"),
+        ("checkpoints", 0o555, "can't write to {}: Permission denied; choose another workdir"),
+        ("lock", 0o444, "can't write to {}; make it writable, or choose another workdir"),
+        ("config.json", 0o444, "can't write to {}; make it writable, or choose another workdir"),
+        ("tensorboard", 0o555, "can't write to {}; make it writable, or choose another workdir"),
+        ("config.json", 0o000, "{}: Permission denied"),
+    ],
+)
+def test_a_folder_that_is_read_only_is_one_line_before_anything_is_compiled(tmp_path, shut, mode, message):
+    for name in ("checkpoints", "tensorboard"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "lock").touch()
+    (tmp_path / "config.json").write_text(config_text(load_config("tiny", "smoke")))
+    path = tmp_path / shut
+    path.chmod(mode)
+    command = [sys.executable, "-c", WITHOUT_RIGHTS, "--config=configs/tiny.py:smoke", f"--workdir={tmp_path}"]
+    got = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    path.chmod(0o755)
+    assert got.returncode == 1
+    assert got.stderr == f"error: {message.format(path)}\n"  # and not "compiling the sampler ..."
+    assert {found.name for found in tmp_path.iterdir()} == {"checkpoints", "tensorboard", "lock", "config.json"}
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 # --- being stopped ---
