@@ -362,9 +362,13 @@ def make_phase(
     updates_per_batch: int = 1,
     evaluate_every: int = 0,
     log_every: int = 1,
+    offload_reference: bool = False,
     max_skipped: int = 5,
 ) -> Phase:
-    """One phase: `Source x Objective x steps`. After `max_skipped` batches in a row that are not finite the run stops."""
+    """One phase: `Source x Objective x steps`. After `max_skipped` batches in a row that are not finite the run stops.
+
+    With `offload_reference` the reference policy lies in the host's memory, and on the devices only while it scores a batch.
+    """
     positive = {"steps": steps, "microbatches": microbatches, "updates_per_batch": updates_per_batch, "max_skipped": max_skipped}
     for key, value in positive.items():
         if value < 1:
@@ -378,6 +382,11 @@ def make_phase(
         raise ValueError(
             f"config.{name}: objective {objective['name']!r} compares the attempts at a problem, but there is "
             f"{section.get('group', 1)} of each; set {name}.source.group to 2 or more, or choose reinforce, lm or sft"
+        )
+    if offload_reference and not made_objective.needs_reference:
+        raise ValueError(
+            f"config.{name}.offload_reference got True, but the objective has no reference policy; allowed: False, or set "
+            f"{name}.objective.kl_coefficient above 0"
         )
     given = {"parts": parts, "objective": made_objective, "microbatches": microbatches, "steps": steps}
     made_source = call(SOURCES[kind], section, f"config.{name}.source", **given)
@@ -396,6 +405,7 @@ def make_phase(
         updates_per_batch,
         evaluate_every,
         log_every,
+        offload_reference,
         max_skipped,
     )
 

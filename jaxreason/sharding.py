@@ -232,6 +232,11 @@ def localise(x: jax.Array, wanted: NamedSharding) -> jax.Array:
     return jax.make_array_from_single_device_arrays(x.shape, wanted, parts)
 
 
+def keep_in(tree, memory: str):
+    """Put arrays into another memory of the devices that they are on: "device", or "pinned_host", that of the host."""
+    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(memory), tree))
+
+
 def rows(mesh: Mesh) -> NamedSharding:
     """The sharding of axis 0 of batches and slots."""
     return NamedSharding(mesh, ROWS)

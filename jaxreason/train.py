@@ -42,6 +42,7 @@ class Phase(NamedTuple):
     updates_per_batch: int = 1
     evaluate_every: int = 0  # steps; 0: at the end of the phase only
     log_every: int = 1  # steps that a line of metrics sums up
+    offload_reference: bool = False  # keep it in the host's memory; on the devices only while it is used
     max_skipped: int = 5  # batches in a row without a finite gradient, after which the run stops
 
 
@@ -64,7 +65,7 @@ class Run(NamedTuple):
 
 
 # What the host's part of a checkpoint must hold, beside what the run was made from.
-HOST = {"phase", "phase_step", "source", "waiting", "evaluations", "losses", "wall_s", "skipped", "ledger"}
+HOST = {"phase", "phase_step", "source", "waiting", "evaluations", "losses", "wall_s", "saving_s", "skipped", "ledger"}
 
 
 class Diverged(Exception):
@@ -92,18 +93,20 @@ class History:
     """What a run has found so far. Its `host()` goes into every checkpoint, its `summary()` into the folder."""
 
     def __init__(self, workdir: Path, description: dict, saved: dict | None = None):
-        saved = saved or {"evaluations": [], "losses": [], "wall_s": 0.0, "skipped": 0, "ledger": ledger.empty()}
+        nothing = {"evaluations": [], "losses": [], "wall_s": 0.0, "saving_s": 0.0, "skipped": 0, "ledger": ledger.empty()}
+        saved = saved or nothing
         self.path, self.description = workdir / "summary.json", description
         self.evaluations = [Evaluation(**e) for e in saved["evaluations"]]
         self.losses: list[dict] = saved["losses"]
         self.rollouts: list[Rollout] = []  # of the last evaluation, to be shown
         self.started_s = time.monotonic() - saved["wall_s"]  # unlike that of the day this clock is never set back
         self.skipped = saved["skipped"]  # batches in a row, up to the last that was logged
+        self.saving_s = saved["saving_s"]  # that the loop stood still for checkpoints
         self.ledger: dict = saved["ledger"]
 
     def host(self) -> dict:
         evaluations = [e._asdict() for e in self.evaluations]
-        times = {"wall_s": time.monotonic() - self.started_s}
+        times = {"wall_s": time.monotonic() - self.started_s, "saving_s": self.saving_s}
         return {"evaluations": evaluations, "losses": self.losses, **times, "skipped": self.skipped, "ledger": self.ledger}
 
     def summarise(self, step: int, done: bool) -> dict:
@@ -131,8 +134,9 @@ def train(
       Diverged: gradients were not finite for too long.
       NotResumable: the checkpoints do not fit the run, or none of them is whole.
     """
-    workdir = Path(workdir)
+    workdir, started_s = Path(workdir), time.monotonic()
     found = newest(run, checkpoints, say)
+    found_s = time.monotonic() - started_s
     # Up to which step each file has what the checkpoint supposes: metrics that wait in it are not in the log yet.
     written = {"metrics.jsonl": -1, "rollouts.jsonl": -1}
     if found is not None:
@@ -154,7 +158,8 @@ def train(
             evaluate(run, log, history, params, "start", 0, final=True)
         else:
             params = None
-            log.say(f"going on from step {found.step} of {total_steps}, in phase {run.phases[found.host['phase']].name}")
+            where = f"step {found.step} of {total_steps}, in phase {run.phases[found.host['phase']].name}"
+            log.say(f"going on from {where}; read in {found_s:.1f} s")
             there = found.host["versions"]
             differ = [
                 f"{name} {there.get(name)}, now {v}" for name, v in run.provenance["versions"].items() if v != there.get(name)
@@ -164,7 +169,9 @@ def train(
         for index in range(0 if found is None else found.host["phase"], len(run.phases)):
             params = train_phase(run, index, params, workdir, checkpoints, log, history, found, stop)
             found = None
+        save_started_s = time.monotonic()
         checkpoints.wait()
+        history.saving_s += time.monotonic() - save_started_s
         tell_failure(checkpoints, log)
     summary = history.summarise(total_steps, done=True)
     if writes:
@@ -229,6 +236,12 @@ def train_phase(
         state, reference = found.state, found.reference
         warm_up(run, log, state.params)
 
+    if needs_reference and phase.offload_reference:
+        reference = sharding.keep_in(reference, "pinned_host")
+
+    def on_devices(reference):
+        return sharding.keep_in(reference, "device") if needs_reference and phase.offload_reference else reference
+
     step_fn = compile_train_step(
         run.model, phase.objective, phase.optimizer, microbatches=phase.microbatches, state_shardings=placed
     )
@@ -241,7 +254,7 @@ def train_phase(
         drawn_s = time.perf_counter()
         batch = sharding.put_rows(drawn.batch, run.mesh)
         if needs_reference:
-            batch = dataclasses.replace(batch, reference_logp_BT=reference_logp(reference, batch))
+            batch = dataclasses.replace(batch, reference_logp_BT=reference_logp(on_devices(reference), batch))
         if len(waiting) >= phase.log_every:  # one step late, since reading a metric waits for the device
             write_metrics(log, history, phase, before, step - 1, waiting)
         learned = {}
@@ -266,8 +279,10 @@ def train_phase(
             evaluate(run, log, history, state.params, phase.name, before + step, final=last)
         if save_now:
             waiting = plain(waiting)
+            save_started_s = time.monotonic()
             host = {"phase": index, "phase_step": step, "source": phase.source.save(source_state), "waiting": waiting}
-            checkpoints.save(before + step, state, host | history.host() | run.provenance, reference)
+            checkpoints.save(before + step, state, host | history.host() | run.provenance, on_devices(reference))
+            history.saving_s += time.monotonic() - save_started_s
             tell_failure(checkpoints, log)
         if stopping:
             checkpoints.wait()

@@ -23,7 +23,7 @@ SAME_MATHS = re.compile(
     r"(log|checkpoint|evaluate|sharding)\."
     r"|sampler\.(slots|chunk_tokens|prompts_per_prefill|prefill_tokens)$"
     r"|model\.(scan_layers|remat|attention)$"
-    r"|[^.]+\.(microbatches|log_every|evaluate_every|max_skipped)$"
+    r"|[^.]+\.(microbatches|log_every|evaluate_every|offload_reference|max_skipped)$"
 )
 WRITTEN_OVER = ("config.json", "lock", "tensorboard")  # what a run finds of one before and neither replaces nor checks itself
 BEAT_S = 10.0  # how often a run touches its lock

@@ -275,6 +275,15 @@ def test_devices_that_only_sample_hold_nothing_of_the_learner():
 
 
 @needs_libtpu
+def test_a_reference_policy_in_the_hosts_memory_is_there_only_while_it_scores():
+    kl = {"rl.objective.kl_coefficient": 0.1, "model.layers": 1}
+    here, away = (memory.learner_stages(work_of(**kl, **{"rl.offload_reference": offload})) for offload in (False, True))
+    params = here[0].kinds["params"]
+    assert [stage.kinds["reference"] for stage in here] == [params, params]
+    assert [stage.kinds["reference"] for stage in away] == [0, params]
+
+
+@needs_libtpu
 def test_adapters_leave_the_base_where_it_is():
     config = load_config("tiny")
     with config.unlocked():

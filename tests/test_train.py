@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from runs import load_config, read_lines, run_config
 
-from jaxreason import checkpoint
+from jaxreason import checkpoint, sharding
 from jaxreason.train import Diverged
 
 FEW = {
@@ -112,6 +112,27 @@ def test_sampling_one_step_ahead_on_devices_of_its_own_is_sampling_in_place(tmp_
     gaps = [[line["rollout/logp_gap"] for line in maths(d) if "rollout/logp_gap" in line] for d in (here, fresh)]
     assert max(gaps[1]) < 1e-5 > gaps[0][0]  # on-policy, as the first batch of a phase is
     assert min(gaps[0][1:]) > 2e-5  # one update stale, the first of them at a fraction of the learning rate
+
+
+def test_a_reference_policy_in_the_hosts_memory_changes_nothing(tmp_path, monkeypatch, whole):
+    moves, keep_in = [], sharding.keep_in
+
+    def watched(tree, memory):
+        moved = keep_in(tree, memory)
+        moves.append((memory, {x.sharding.memory_kind for x in jax.tree.leaves(moved)}))
+        return moved
+
+    monkeypatch.setattr(sharding, "keep_in", watched)
+    config = load_config("tiny", "smoke", **FEW, **{"rl.offload_reference": True})
+    with monkeypatch.context() as patch:
+        killed_after(patch, saves=3)
+        with pytest.raises(Killed):
+            run_config(config, tmp_path)
+    run_config(config, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path)[1], params_of(whole[0])[1])
+    assert maths(tmp_path) == maths(whole[0])
+    assert all(kinds == {memory} for memory, kinds in moves)
+    assert [memory for memory, _ in moves].count("pinned_host") == 2  # as the phase begins, and as it goes on
 
 
 def test_a_finished_run_keeps_its_files_in_order(whole):

@@ -49,6 +49,7 @@ def read(config: dict, topology: str, phase: str | None) -> Work:
         optimizer=call(optimizer.make, section["optimizer"], f"config.{phase}.optimizer", steps=steps * updates),
         microbatches=section.get("microbatches", 1),
         updates=updates,
+        offload_reference=section.get("offload_reference", False),
         samples=source["name"] == "rollouts",
         sampler=tuple(sampler.items()) if evaluated or source["name"] == "rollouts" else None,
         **sizes,

@@ -32,7 +32,7 @@ def resident(work: Work) -> dict[str, float]:
     return {
         "params": params,
         "optimizer": size_of(state.opt_state),
-        "reference": params if work.objective.needs_reference else 0.0,
+        "reference": params if work.objective.needs_reference and not work.offload_reference else 0.0,
     }
 
 
@@ -59,7 +59,8 @@ def learner_stages(work: Work) -> list[Stage]:
     kinds["batch"] = max(0.0, compiled.arguments - kinds["params"] - kinds["optimizer"])
     stages = [program_stage("train step", compiled, kinds, "batch")]
     if work.objective.needs_reference:
-        stages.append(program_stage("reference log-probs", compile_reference(work), kinds, "batch"))
+        scoring = kinds | {"reference": kinds["params"]}
+        stages.append(program_stage("reference log-probs", compile_reference(work), scoring, "batch"))
     return stages
 
 

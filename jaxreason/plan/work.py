@@ -21,6 +21,7 @@ class Work(NamedTuple):
     length: int  # of a row
     microbatches: int
     updates: int  # of a batch
+    offload_reference: bool  # it is on the devices only while it is used
     samples: bool  # in every step; otherwise only for evaluations, if there is a sampler at all
     sampler: tuple[tuple[str, Any], ...] | None  # its section
     problems: int  # of a batch that is sampled
