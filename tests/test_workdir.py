@@ -149,7 +149,8 @@ def test_a_clock_that_is_set_back_changes_nothing(tmp_path, monkeypatch):
     times_s = [line["time_s"] for line in lines]
     assert times_s[0] > 0
     assert times_s == sorted(times_s)
-    assert all(line[name] > 0 for line in lines for name in line if name.startswith("time/"))
+    spent = [line[name] for line in lines for name in line if name.startswith("time/") and "ledger" not in name]
+    assert min(spent) > 0
     assert times_s[-2] / 2 < summary["wall_s"] < 600
 
 
