@@ -159,7 +159,8 @@ def test_the_sampler_is_measured(work):
         # Of medians: of two batches their mean, so not to the last digit.
         share = found["generated tokens"] / found[f"floor, {floor}"]
         assert found[f"share of the floor, {floor}"] == pytest.approx(share, rel=0.5)
-    assert found["floor, 2N"] > found["floor, full"] > found["floor, full, unshared"]
+    # Alike where reading the weights takes longer than all products: that is for the machine to say.
+    assert found["floor, 2N"] >= found["floor, full"] >= found["floor, full, unshared"] > 0
     assert found["peak memory"] > 50
     assert found["completed rollouts"] == pytest.approx(found["generated tokens"] / found["rollout length"], rel=0.5)
     for name in ("cold", "compiled programs kept"):
