@@ -603,6 +603,7 @@ def make_evaluate(
         for name, section in (texts or {}).items()
     ]
     mesh, config = parts.meshes.learn, parts.model.config
+    reading_flops = ledger.reading(config, [batch for text in made_texts for batch in text.batches])
     compiled = compile_token_logp(parts.model, mesh=mesh)
 
     def token_logp(params, batch):
@@ -623,7 +624,7 @@ def make_evaluate(
             filter=filter,
         )
         work = ledger.sampling(config, rollouts)
-        work["flops"] += ledger.reading(config, [batch for text in made_texts for batch in text.batches])
+        work["flops"] += reading_flops
         return evaluation.Result(evaluations, rollouts, nll, work)
 
     return evaluate, filter if suites else None

@@ -186,7 +186,8 @@ def newest(run: Run, checkpoints: Checkpoints, say: Callable[[str], None]) -> Fo
         try:
             host = checkpoints.peek(step)
             if missing := HOST - host.keys():
-                raise ValueError(f"checkpoint {step} lacks {', '.join(sorted(missing))}; it was made by another version")
+                lacks = ", ".join(sorted(missing))
+                raise ValueError(f"checkpoint {step} lacks {lacks}: another version made it; choose another --workdir")
             phase = run.phases[host["phase"]]
             abstract, placed = shape_of(run, phase)
             wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)

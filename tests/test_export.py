@@ -405,7 +405,7 @@ def test_a_folder_without_a_tokenizer_is_taken_at_its_word(run, exported, tmp_pa
 
 def test_every_config_has_the_field():
     for name, options in (("tiny", "smoke"), ("countdown", "smoke"), ("pretrain", "smoke"), ("sft", "smoke"), ("gsm8k", "smoke")):
-        load_config(name, options, init_from="runs/other")
+        assert load_config(name, options, init_from="runs/other").init_from == "runs/other"
 
 
 def test_all_read_the_step_that_process_0_found(monkeypatch, run):

@@ -84,6 +84,7 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
     remade = jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED)
     if policy is None and mesh is not None and mesh.shape["fsdp"] > 1:
         policy = remade
+    # What `tap` cuts out of the stack is cut again in the backward pass, and not kept until then.
     run_tapped = jax.checkpoint(run_plain, policy=policy or (lambda prim, *_, **__: prim.name != "custom_vjp_call"))
     if policy is not None:
         run_plain, run_adapted = (jax.checkpoint(f, policy=policy) for f in (run_plain, run_adapted))
