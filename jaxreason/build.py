@@ -30,7 +30,7 @@ from jaxreason.model import config as model_config
 from jaxreason.model import weights as weights_
 from jaxreason.options import call, unknown
 from jaxreason.rollout import Budget, Roller
-from jaxreason.sampler import ALL, Filter, compile_sampler
+from jaxreason.sampler import ALL, MEMBERS, Filter, cache_buckets, compile_sampler
 from jaxreason.tasks.procedural import ALPHABET
 from jaxreason.train import Phase, Run
 
@@ -281,6 +281,7 @@ def make_roller(
     cache_dtype: str | None = None,
     prompts_per_prefill: int = 8,
     prefill_tokens: int | None = None,
+    prompt_rows: int | None = None,
     stop_strings: Sequence[str] = (),
     thinking_tokens: int | None = None,
     end_of_thinking: str = "\n</think>\n\n",
@@ -291,6 +292,7 @@ def make_roller(
 
     A turn ends with any of `stop_strings`, which stays in its text. After `thinking_tokens` tokens of a completion
     `end_of_thinking` is forced, unless it was written. `cache_dtype` is that of the model, or float32, bfloat16 or int8.
+    Attempts at a problem share its prompt in one of `prompt_rows` rows, in each process; 0: each has a copy; None: as many as pay.
     """
     positive = {
         "slots": slots,
@@ -303,6 +305,8 @@ def make_roller(
     for name, value in positive.items():
         if value is not None and value < 1:
             raise ValueError(f"config.sampler.{name} got {value}; allowed: 1 or more")
+    if prompt_rows is not None and prompt_rows < 0:
+        raise ValueError(f"config.sampler.prompt_rows got {prompt_rows}; allowed: 0 or more")
     if cache_dtype not in CACHE_DTYPES:
         raise ValueError(unknown("config.sampler.cache_dtype", cache_dtype, map(str, CACHE_DTYPES)))
     if isinstance(stop_strings, str) or not all(isinstance(s, str) and s for s in stop_strings):
@@ -318,15 +322,26 @@ def make_roller(
     if slots % processes:
         raise ValueError(f"config.sampler.slots got {slots}, which do not divide over {processes} processes")
     slots //= processes
+    devices = sharding.row_devices(mesh)
+    if prompt_rows is None:
+        # Twice as many as a full house needs, whose stragglers are of other problems; none where a few slots are alone.
+        prompt_rows = 2 * slots // MEMBERS // devices * devices
+    length = max_prompt_tokens + max_tokens
+    smallest = length if model.config.attention == "cudnn" else 128
     sampler = compile_sampler(
         model,
         slots=slots,
-        length=max_prompt_tokens + max_tokens,
+        length=length,
         eos_ids=tokenizer.eos_ids,
         chunk_tokens=chunk_tokens,
         prefill_tokens=prefill_tokens,
+        # What continues a shared prompt takes columns for its completion alone. The kernel that goes with cudnn reads those that
+        # are there, however many there may be.
+        buckets=sorted({*cache_buckets(max_tokens if prompt_rows else length, smallest), length}),
         # A quarter for the stragglers, where that is worth another program to compile.
-        sizes=(slots // 4,) if slots >= 32 and slots // 4 % sharding.row_devices(mesh) == 0 else (),
+        sizes=(slots // 4,) if slots >= 32 and slots // 4 % devices == 0 else (),
+        prompt_rows=prompt_rows,
+        prompt_columns=max_prompt_tokens,
         cache_dtype=cache_dtype,
         untempered_logp=untempered_logp,
         mesh=mesh,

@@ -118,6 +118,13 @@ def dense_flops(c, rows: int, length: int, columns: int, logits: int) -> dict[st
     }
 
 
+def prefill_flops(c, rows: int, length: int) -> float:
+    """FLOPs of the keys and values of prompts, as they are computed: of the last layer nothing but these, and its queries."""
+    parts = dense_flops(c, rows, length, length, 0)
+    queries = 2.0 * c.width * c.head_size * (c.heads + 2 * c.kv_heads) * rows * length
+    return (parts["layers"] + parts["attention"]) * (c.layers - 1) / c.layers + queries
+
+
 def adapter_flops(c, tokens: int) -> float:
     """FLOPs of the adapters of a forward pass over so many tokens."""
     if c.lora is None:

@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxreason import processes
 from jaxreason.environment import Environment, Turn
-from jaxreason.sampler import ALL, RUNNING, STOPS, Filter, Sampler, Weights, attempt_keys
+from jaxreason.sampler import ALL, MEMBERS, RUNNING, STOPS, Filter, Sampler, Weights, attempt_keys
 from jaxreason.types import Rollout, Task
 
 THREADS = 8  # that environments run in
@@ -106,9 +106,14 @@ class Attempt:
     turn: int  # length at which the model's turn began
     thinking: bool  # its budget is not spent
     slot: int | None
+    prompt_row: int = -1  # that the slot continues; negative: its prompt is in its own columns
     stop: str = ""
     waits: bool = False  # for its environment
     rollout: Callable[..., Rollout] | None = None  # of the verdict, which is all that it lacks
+
+    def columns(self, length: int) -> int:
+        """How many of its slot's own columns a sequence of this length takes. Its last token has none yet."""
+        return length - 1 - (len(self.request.prompt) - 1 if self.prompt_row >= 0 else 0)
 
 
 def collect(
@@ -212,25 +217,28 @@ def warm_up(roller: Roller, weights: Weights, filters: Iterable[Filter] = (ALL,)
                 slots = sampler.force(weights, slots, *nothing(S, T))
         return sampler.halt(slots, np.zeros(S, bool)) if roller.stop_strings else slots
 
-    def smaller(slots, sizes):
-        """Decode with fewer slots, coming from this many in any bucket."""
-        for columns in reversed(sampler.buckets):
-            slots = sampler.resize(slots, columns)
-            few = sampler.compact(slots, np.arange(sizes[0], dtype=np.int32)) if sizes else None
+    def all_sizes(slots, sizes):
+        """Decode with this many slots and with fewer, coming from more in any bucket."""
+        slots = decode(slots)
         if sizes:
-            smaller(decode(few), sizes[1:])
-        return slots
+            for columns in reversed(sampler.buckets):
+                slots = sampler.resize(slots, columns)
+                few = sampler.compact(slots, np.arange(sizes[0], dtype=np.int32))
+            all_sizes(few, sizes[1:])
 
     with ThreadPoolExecutor(2) as threads:  # the longest to compile beside the rest
-        decoded = threads.submit(lambda: smaller(decode(sampler.empty()), sampler.sizes[1:]))
+        decoded = threads.submit(all_sizes, sampler.empty(), sampler.sizes[1:])
         prefilled = [prefill(longest) for longest in roller.prompt_buckets]
-        slots = decoded.result()
-    key_S = np.repeat(keys_of(jax.random.key(0), [Request(None, 0, 0, ())]), sampler.slots, axis=0)
-    none_S, tokens_ST, one_S, _ = nothing(sampler.slots, T)
+        decoded.result()
+    S, none_R = sampler.slots, np.full(sampler.prompt_rows, -1, np.int32)
+    key_S = np.repeat(keys_of(jax.random.key(0), [Request(None, 0, 0, ())]), S, axis=0)
+    none_S, tokens_ST, one_S, _ = nothing(S, T)
+    slots = sampler.empty()
     for columns in sampler.buckets:
         slots = sampler.resize(slots, columns)
         for prompts in prefilled:
-            slots = sampler.place(slots, prompts, none_S, tokens_ST, one_S, one_S, key_S)
+            slots = sampler.place(slots, prompts, none_S, none_R)
+    slots = sampler.start(slots, np.zeros(S, bool), tokens_ST, one_S, one_S, key_S, none_S, np.zeros_like(none_R))
     jax.block_until_ready(slots)
 
 
@@ -247,7 +255,7 @@ class Collection:
         self.threads, self.temperature, self.filter = threads, temperature, filter
         self.key_R = keys_of(key, requests)
         self.queue = collections.deque(enumerate(requests))
-        self.prompts = Prompts(roller, weights, requests)
+        self.prompts, self.rows = Prompts(roller, weights, requests), PromptRows(self.sampler)
         self.tenants: list[Attempt | None] = [None] * self.sampler.slots
         self.asked: dict[Future, Attempt] = {}
         self.rollouts: list[Rollout | None] = [None] * len(requests)
@@ -280,6 +288,7 @@ class Collection:
 
     def leave(self, attempt: Attempt) -> None:
         if attempt.slot is not None:
+            self.rows.leave(attempt.prompt_row)
             self.tenants[attempt.slot], attempt.slot = None, None
 
     def hear(self) -> None:
@@ -328,16 +337,25 @@ class Collection:
                 slot=s,
             )
             started.append(self.tenants[s])
+        S, T, R = len(self.tenants), self.sampler.length, self.sampler.prompt_rows
+        copies = [a for a in started if self.rows.enter(a, S, self.prompts.starts(a))]
         self.resize()
-        for prefilled, placed in self.prompts.of(started, self.queue):
-            S, T = len(self.tenants), self.sampler.length
-            row_S, tokens_ST = np.full(S, -1, np.int32), np.zeros((S, T), np.int32)
-            length_S, limit_S = np.ones(S, np.int32), np.ones(S, np.int32)
-            key_S = np.zeros((S, *self.key_R.shape[1:]), self.key_R.dtype)
+        if not started:
+            return
+        for prefilled, placed in self.prompts.of(copies, self.queue):
+            own_S, prompt_R = np.full(S, -1, np.int32), np.full(R, -1, np.int32)
             for a, row in placed:
-                row_S[a.slot], tokens_ST[a.slot, : a.length], key_S[a.slot] = row, a.request.prompt, self.key_R[a.index]
-                length_S[a.slot], limit_S[a.slot] = a.length, self.next_limit(a)
-            self.slots = self.sampler.place(self.slots, prefilled, row_S, tokens_ST, length_S, limit_S, key_S)
+                into, at = (own_S, a.slot) if a.prompt_row < 0 else (prompt_R, a.prompt_row)
+                into[at] = row
+            self.slots = self.sampler.place(self.slots, prefilled, own_S, prompt_R)
+        start_S, tokens_ST, prompt_S = np.zeros(S, bool), np.zeros((S, T), np.int32), np.full(S, -1, np.int32)
+        length_S, limit_S = np.ones(S, np.int32), np.ones(S, np.int32)
+        key_S = np.zeros((S, *self.key_R.shape[1:]), self.key_R.dtype)
+        for a in started:
+            start_S[a.slot], tokens_ST[a.slot, : a.length], key_S[a.slot] = True, a.request.prompt, self.key_R[a.index]
+            length_S[a.slot], limit_S[a.slot], prompt_S[a.slot] = a.length, self.next_limit(a), a.prompt_row
+        begun = (start_S, tokens_ST, length_S, limit_S, key_S, prompt_S, self.rows.tokens_R())
+        self.slots = self.sampler.start(self.slots, *begun)
 
     def next_limit(self, attempt: Attempt) -> int:
         """Length at which an attempt stops, if only for the end of its thinking to be forced."""
@@ -362,24 +380,28 @@ class Collection:
     def resize(self) -> None:
         """Give the cache the columns that the next chunk needs, one bucket after the other."""
         chunk, buckets = self.sampler.chunk_tokens, self.sampler.buckets
-        needed = [a.length if a.waits else min(a.length + chunk, self.sampler.length) for a in self.tenants if a is not None]
+        ends = [(a, a.length if a.waits else min(a.length + chunk, a.limit)) for a in self.tenants if a is not None]
+        needed = [a.columns(end) for a, end in ends]
         wanted = next(i for i, columns in enumerate(buckets) if columns >= max(needed, default=1))
         while (now := buckets.index(self.columns)) != wanted:
             self.columns = buckets[now + (1 if wanted > now else -1)]
             self.slots = self.sampler.resize(self.slots, self.columns)
 
     def compact(self) -> None:
-        """When no request waits and few are left, go on with fewer slots."""
-        left = [a for a in self.tenants if a is not None]
-        size = min(n for n in self.sampler.sizes if n >= len(left))
-        if self.queue or size >= len(self.tenants):
+        """When no request waits and few are left, go on with fewer slots. Each stays on its device, where its prompt is."""
+        S, D = len(self.tenants), self.sampler.devices
+        on = [range(d * S // D, (d + 1) * S // D) for d in range(D)]
+        most = max(sum(self.tenants[s] is not None for s in slots) for slots in on)
+        size = min(n for n in self.sampler.sizes if n // D >= most)
+        if self.queue or size >= S:
             return
-        free = (s for s, a in enumerate(self.tenants) if a is None)
-        rows = [a.slot for a in left] + list(itertools.islice(free, size - len(left)))
+        kept = [sorted(slots, key=lambda s: self.tenants[s] is None)[: size // D] for slots in on]
+        rows = list(itertools.chain(*kept))
         self.slots = self.sampler.compact(self.slots, np.array(rows, np.int32))
-        self.tenants = [*left, *[None] * (size - len(left))]
-        for s, attempt in enumerate(left):
-            attempt.slot = s
+        self.tenants = [self.tenants[s] for s in rows]
+        for s, attempt in enumerate(self.tenants):
+            if attempt is not None:
+                attempt.slot = s
 
     def decode(self) -> None:
         """Decode a chunk, and see who stopped."""
@@ -434,13 +456,52 @@ class Collection:
         self.force(said)
 
 
+class PromptRows:
+    """Which prompts stand in the rows that slots share, and how many slots continue each."""
+
+    def __init__(self, sampler: Sampler):
+        self.devices = sampler.devices
+        self.prompt: list[tuple] = [()] * sampler.prompt_rows
+        self.members = [0] * sampler.prompt_rows
+
+    def enter(self, attempt: Attempt, slots: int, left: int) -> bool:
+        """Find the row that an attempt in one of so many slots continues; return whether its prompt must be copied, there or
+        to the slot itself. `left` attempts at the prompt have none yet, this one included."""
+        prompt, R = tuple(attempt.request.prompt), len(self.prompt)
+        device = attempt.slot * self.devices // slots
+        mine = range(device * R // self.devices, (device + 1) * R // self.devices)
+        row = next((r for r in mine if self.prompt[r] == prompt and self.members[r] < MEMBERS), -1)
+        found = row >= 0
+        if not found and left > 1:
+            row = next((r for r in mine if not self.members[r]), -1)
+        if row >= 0:
+            self.prompt[row] = prompt
+            self.members[row] += 1
+        attempt.prompt_row = row
+        return not found
+
+    def leave(self, row: int) -> None:
+        if row >= 0:
+            self.members[row] -= 1
+
+    def tokens_R(self) -> np.ndarray:
+        """Tokens in each row: all of its prompt but the last."""
+        return np.array([max(len(prompt) - 1, 0) for prompt in self.prompt], np.int32)
+
+
 class Prompts:
-    """Prompts that are prefilled, some ahead of their time, and kept until the last of their attempts has its copy."""
+    """Prompts that are prefilled, some ahead of their time, and kept until all of their attempts have started."""
 
     def __init__(self, roller: Roller, weights: Weights, requests: Sequence[Request]):
         self.roller, self.weights, self.tokens = roller, weights, 0
         self.left = collections.Counter(tuple(r.prompt) for r in requests)
         self.ready: dict[tuple, tuple[Any, int]] = {}  # prompt -> a prefilled cache and its row there
+
+    def starts(self, attempt: Attempt) -> int:
+        """Count an attempt as started; return how many at its prompt had not, with this one."""
+        prompt = tuple(attempt.request.prompt)
+        self.left[prompt] -= 1
+        return self.left[prompt] + 1
 
     def of(self, attempts: Sequence[Attempt], queue: Iterable) -> list[tuple[Any, list[tuple[Attempt, int]]]]:
         """Return prefilled caches, each with the attempts that start from one of its rows, and the rows."""
@@ -452,9 +513,7 @@ class Prompts:
                 self.prefill(tuple(request.prompt) for request in coming)
             prefilled, row = self.ready[prompt]
             found.setdefault(id(prefilled), (prefilled, []))[1].append((attempt, row))
-            self.left[prompt] -= 1
-            if not self.left[prompt]:
-                del self.ready[prompt]
+        self.ready = {prompt: where for prompt, where in self.ready.items() if self.left[prompt]}
         return list(found.values())
 
     def prefill(self, coming: Iterable[tuple]) -> None:

@@ -2,12 +2,16 @@
 
     empty()                            no rollout anywhere
     prefill(weights, prompts)          keys and values of prompts, each computed once
-    place(slots, prefilled, ...)       copy them to the slots of their attempts
+    place(slots, prefilled, ...)       copy them to where slots read them
+    start(slots, ...)                  begin an attempt in some slots
     decode(weights, slots, ...)        sample up to `chunk_tokens` tokens in every running slot, in one dispatch
     force(weights, slots, ...)         append tokens that the model did not sample (tool output); never trained on
     halt(slots, ...), resize(slots, columns), compact(slots, rows), prepare(params)
 
-Invariant of a running slot: its cache holds the keys and values of all its tokens but the last; one decode step feeds the
+A prompt stands in one of a few rows of its own (`prompts`), which up to `MEMBERS` slots continue: a step reads it once for all of
+them. Where no row is free, or nobody to share it with, it is copied to the front of its slot's own columns.
+
+Invariant of a running slot: prompt and cache hold the keys and values of all its tokens but the last; one decode step feeds the
 last token, writes its column and samples the next. Columns past a slot's length hold leftovers that no token can see.
 
 The cache has as many columns as the longest rollout in it needs, rounded up to one of a few sizes (`buckets`): early tokens do
@@ -20,11 +24,13 @@ is the same in any slot, beside any neighbours, under any chunk size, in any buc
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxreason import sharding
 from jaxreason.model import Model
@@ -33,6 +39,7 @@ from jaxreason.model import cache as kv
 RUNNING, EOS, LIMIT, EMPTY = range(4)
 STOPS = {EOS: "eos", LIMIT: "limit"}
 FORCE_TOKENS = 32  # forced tokens that are fed at a time
+MEMBERS = 8  # slots that continue one row of prompts, at most
 
 
 @jax.tree_util.register_dataclass
@@ -41,6 +48,9 @@ class Slots:
     """State of the sampler. Row s of every array is slot s; T is the longest sequence, whatever the cache's bucket."""
 
     cache: Any
+    prompts: Any  # a cache of R rows; None: every slot has its prompt in its own columns
+    prompt_tokens_R: jax.Array  # int32, tokens that stand in each of them: all of a prompt but the last
+    prompt_S: jax.Array  # int32, which of them a slot continues; negative: none
     tokens_ST: jax.Array  # int32: prompt, then completion
     logp_ST: jax.Array  # float32, of the token in that column under the distribution it was sampled from; 0 elsewhere
     untempered_ST: jax.Array | None  # float32, the same under the model's own softmax; None unless it was asked for
@@ -78,10 +88,13 @@ class Sampler(NamedTuple):
     length: int  # of the longest sequence, prompt included
     buckets: tuple[int, ...]  # columns that the cache may have
     chunk_tokens: int
+    prompt_rows: int  # in which slots share their prompts
+    devices: int  # that slots and prompts are split over, in order: a slot continues a prompt of its own device
     empty: Callable
     prepare: Callable
     prefill: Callable
     place: Callable
+    start: Callable
     decode: Callable
     force: Callable
     halt: Callable
@@ -100,6 +113,15 @@ def attempt_keys(key, problem_R, attempt_R):
 
 
 attempt_keys = jax.jit(attempt_keys)
+
+
+def bare_of(slots: Slots) -> tuple[Slots, Any, Any]:
+    """Slots without their caches, and these: what moves the rest need not move them."""
+    return dataclasses.replace(slots, cache=None, prompts=None), slots.cache, slots.prompts
+
+
+def with_caches(bare: Slots, cache, prompts) -> Slots:
+    return dataclasses.replace(bare, cache=cache, prompts=prompts)
 
 
 # --- drawing a token ---
@@ -179,6 +201,8 @@ def compile_sampler(
     prefill_tokens: int | None = None,
     buckets: Sequence[int] | None = None,
     sizes: Sequence[int] = (),
+    prompt_rows: int = 0,
+    prompt_columns: int = 1,
     cache_dtype=None,
     untempered_logp: bool = False,
     mesh=None,
@@ -187,11 +211,12 @@ def compile_sampler(
 
     Prompts are prefilled `prefill_tokens` of them at a time on a device, of one prompt or of several short ones; None for 128 on
     a CPU, where more is no faster, and 1024 elsewhere. `buckets` are the sizes of the cache, the last of them `length`; None for
-    `cache_buckets(length)`. `sizes` are smaller numbers of slots, for when fewer rollouts are left. With a mesh, slots are split
-    over its `data` and `fsdp` axes, heads and weights over `tensor`; `prepare` gathers weights over the others.
+    `cache_buckets(length)`. `sizes` are smaller numbers of slots, for when fewer rollouts are left. Slots may share their prompts
+    in `prompt_rows` rows of `prompt_columns`. With a mesh, slots and prompts are split over its `data` and `fsdp` axes, heads and
+    weights over `tensor`; `prepare` gathers weights over the others.
 
     Raises:
-      ValueError: slots, heads or buckets that do not fit.
+      ValueError: slots, prompts, heads or buckets that do not fit.
     """
     S, T = slots, length
     sizes = (slots, *sizes)
@@ -203,15 +228,18 @@ def compile_sampler(
     if list(sizes) != sorted(set(sizes), reverse=True) or sizes[-1] < 1:
         raise ValueError(f"sampler got {S} slots and then {sizes[1:]}; allowed: falling numbers, 1 or more")
     devices = 1 if mesh is None else sharding.row_devices(mesh)
-    for size in sizes:
+    for size, what in [*((size, "slots") for size in sizes), (prompt_rows, "rows of prompts")]:
         if size % devices:
-            raise ValueError(f"sampler got {size} slots, which do not divide over {devices} devices; choose a multiple")
+            raise ValueError(f"sampler got {size} {what}, which do not divide over {devices} devices; choose a multiple")
     eos = jnp.asarray(eos_ids, jnp.int32)
 
     def empty() -> Slots:
         key_words = jax.random.key_data(jax.random.key(0)).shape
         return Slots(
             cache=model.init_cache(S, buckets[0], cache_dtype),
+            prompts=model.init_cache(prompt_rows, prompt_columns, cache_dtype) if prompt_rows else None,
+            prompt_tokens_R=jnp.zeros(prompt_rows, jnp.int32),
+            prompt_S=jnp.full(S, -1, jnp.int32),
             tokens_ST=jnp.zeros((S, T), jnp.int32),
             logp_ST=jnp.zeros((S, T), jnp.float32),
             untempered_ST=jnp.zeros((S, T), jnp.float32) if untempered_logp else None,
@@ -222,7 +250,13 @@ def compile_sampler(
             key_S=jnp.zeros((S, *key_words), jnp.uint32),
         )
 
-    def feed(params, tokens_BF, position_BF, cache, width: int):
+    def prefix(slots: Slots):
+        """The prompts that slots continue, for `model.apply`."""
+        if slots.prompts is None:
+            return None
+        return kv.Prefix(slots.prompts, kv.members(slots.prompt_S, slots.prompt_tokens_R, MEMBERS, devices))
+
+    def feed(params, tokens_BF, position_BF, cache, width: int, prefix=None):
         """Write the keys and values of tokens into a cache, `width` columns at a time, up to the last that has a position."""
         pad = ((0, 0), (0, -tokens_BF.shape[1] % width))
         tokens_BF, position_BF = jnp.pad(tokens_BF, pad), jnp.pad(position_BF, pad, constant_values=-1)
@@ -230,7 +264,7 @@ def compile_sampler(
 
         def some(i, cache):
             cut = [jax.lax.dynamic_slice_in_dim(x, i * width, width, axis=1) for x in (tokens_BF, position_BF)]
-            return model.apply(params, *cut, cache=cache)[1]
+            return model.apply(params, *cut, cache=cache, prefix=prefix)[1]
 
         return jax.lax.fori_loop(0, -(-last // width), some, cache)
 
@@ -247,32 +281,51 @@ def compile_sampler(
         def some(i, cache):
             cut = (jax.lax.dynamic_slice_in_dim(x, i * together, together) for x in (tokens_PT, position_PT))
             tokens, position = (sharding.keep_rows(x, mesh) for x in cut)
-            part = model.init_cache(together, columns, cache_dtype, stacked=True)
+            part = model.init_cache(together, columns, cache_dtype, stacked=stacked)
             part = part if mesh is None else jax.lax.with_sharding_constraint(part, part_out)
             part = feed(weights.prefill, tokens, position, part, width)
-            return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, i * together, axis=1), cache, part)
+            put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * together, axis=int(stacked))
+            return jax.tree.map(put, cache, part)
 
-        cache = model.init_cache(len(length_P), columns, cache_dtype, stacked=True)
+        stacked = not isinstance(weights.prefill["layers"], tuple)
+        cache = model.init_cache(len(length_P), columns, cache_dtype, stacked=stacked)
         cache = jax.lax.fori_loop(0, len(length_P) // together, some, cache)
-        return jax.tree.map(lambda x: x[:, :P], cache)
+        return jax.tree.map(lambda x: x[:, :P] if stacked else x[:P], cache)
 
-    def place(slots: Slots, prefilled, row_S, tokens_ST, length_S, limit_S, key_S) -> Slots:
-        """Start an attempt in each slot s with `row_S[s] >= 0`: at the prompt `tokens_ST[s]`, row `row_S[s]` of `prefilled`."""
-        cache, bare = slots.cache, dataclasses.replace(slots, cache=None)
-        slots, to_S, row_S, count = start(bare, row_S, tokens_ST, length_S, limit_S, key_S)
-        cache = kv.by_layer(lambda layer, i: copy_rows(layer, prefilled, i, to_S, row_S, count), cache)
-        return dataclasses.replace(slots, cache=cache)
+    def place(slots: Slots, prefilled, own_S, prompt_R) -> Slots:
+        """Copy row `own_S[s]` of what was prefilled to the own columns of slot s, and row `prompt_R[r]` to row r of the prompts.
 
-    def start(slots: Slots, row_S, tokens_ST, length_S, limit_S, key_S):
-        """Place all but the caches; also return the slots in an order in which the placed come first, their rows and number."""
-        placed_S = row_S >= 0
-        to_S = jnp.argsort(~placed_S)
+        Negative: nothing.
+        """
 
+        def put(cache, from_B):
+            """All rows are given, those that are copied first, and their number: one program, whatever they are."""
+            placed_B = from_B >= 0
+            to_B = np.argsort(~placed_B, kind="stable")
+            count = np.int32(placed_B.sum())
+            return kv.by_layer(lambda layer, i: copy_rows(layer, kv.layer(prefilled, i), i, to_B, from_B[to_B], count), cache)
+
+        prompts = slots.prompts if slots.prompts is None else put(slots.prompts, prompt_R)
+        return dataclasses.replace(slots, cache=put(slots.cache, own_S), prompts=prompts)
+
+    def start(slots: Slots, start_S, tokens_ST, length_S, limit_S, key_S, prompt_S, prompt_tokens_R) -> Slots:
+        """Start an attempt in each slot of `start_S`, at the prompt `tokens_ST[s]`, of which all tokens but the last are placed.
+
+        Slot s continues row `prompt_S[s]` of the prompts, if it is not negative. `prompt_tokens_R` are those of all rows.
+        """
+        bare, cache, prompts = bare_of(slots)
+        return with_caches(
+            start_bare(bare, start_S, tokens_ST, length_S, limit_S, key_S, prompt_S, prompt_tokens_R), cache, prompts
+        )
+
+    def start_bare(slots: Slots, start_S, tokens_ST, length_S, limit_S, key_S, prompt_S, prompt_tokens_R) -> Slots:
         def put(old, new):
-            return jnp.where(jnp.expand_dims(placed_S, tuple(range(1, old.ndim))), new, old)
+            return jnp.where(jnp.expand_dims(start_S, tuple(range(1, old.ndim))), new, old)
 
-        slots = Slots(
-            cache=slots.cache,
+        return dataclasses.replace(
+            slots,
+            prompt_tokens_R=prompt_tokens_R,
+            prompt_S=put(slots.prompt_S, prompt_S),
             tokens_ST=put(slots.tokens_ST, tokens_ST),
             logp_ST=put(slots.logp_ST, 0.0),
             untempered_ST=None if slots.untempered_ST is None else put(slots.untempered_ST, 0.0),
@@ -282,7 +335,6 @@ def compile_sampler(
             stop_S=put(slots.stop_S, jnp.where(length_S < limit_S, RUNNING, LIMIT)),
             key_S=put(slots.key_S, key_S),
         )
-        return slots, to_S, row_S[to_S], jnp.sum(placed_S)
 
     def force(weights: Weights, slots: Slots, start_S, tokens_ST, count_S, limit_S) -> Slots:
         """Append `count_S[s]` of `tokens_ST[s]` at length `start_S[s]`, if not negative, and let the slot run to a new limit.
@@ -305,7 +357,7 @@ def compile_sampler(
         limit_S = jnp.where(forced_S, limit_S, slots.limit_S)
         return dataclasses.replace(
             slots,
-            cache=feed(weights.decode, token_SF, position_SF, slots.cache, FORCE_TOKENS),
+            cache=feed(weights.decode, token_SF, position_SF, slots.cache, FORCE_TOKENS, prefix(slots)),
             tokens_ST=tokens_ST,
             logp_ST=jnp.where(cut_ST, 0.0, slots.logp_ST),
             untempered_ST=None if slots.untempered_ST is None else jnp.where(cut_ST, 0.0, slots.untempered_ST),
@@ -326,14 +378,18 @@ def compile_sampler(
 
     def compact(slots: Slots, row_R) -> Slots:
         """Keep the slots `row_R`, one of the sizes in number, in this order."""
-        cache = kv.by_layer(lambda layer, _: take_layer(layer, row_R), slots.cache)
-        return dataclasses.replace(take_bare(dataclasses.replace(slots, cache=None), row_R), cache=cache)
+        bare, cache, prompts = bare_of(slots)
+        return with_caches(take_bare(bare, row_R), kv.by_layer(lambda layer, _: take_layer(layer, row_R), cache), prompts)
 
-    def decode_one(params, slots: Slots, temperature, filter: Filter) -> Slots:
+    def take_slots(bare: Slots, row_R) -> Slots:
+        taken = jax.tree.map(lambda x: x[row_R], dataclasses.replace(bare, prompt_tokens_R=None))
+        return dataclasses.replace(taken, prompt_tokens_R=bare.prompt_tokens_R)
+
+    def decode_one(params, slots: Slots, prefix, temperature, filter: Filter) -> Slots:
         running_S = slots.stop_S == RUNNING
         last_S1 = jnp.take_along_axis(slots.tokens_ST, slots.length_S[:, None] - 1, axis=1)
         position_S = jnp.where(running_S, slots.length_S - 1, -1)  # an idle slot writes nothing
-        hidden_S1D, cache = model.apply(params, last_S1, position_S[:, None], cache=slots.cache)
+        hidden_S1D, cache = model.apply(params, last_S1, position_S[:, None], cache=slots.cache, prefix=prefix)
         keys_S = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(slots.key_S), slots.length_S)
         logits_SV = model.unembed(params, hidden_S1D[:, 0])
         token_S, logp_S = sample(logits_SV, keys_S, temperature, filter)
@@ -368,49 +424,54 @@ def compile_sampler(
 
         def advance(carry):
             step, slots = carry
-            return step + 1, decode_one(weights.decode, slots, temperature, filter)
+            return step + 1, decode_one(weights.decode, slots, shared, temperature, filter)
 
+        shared = prefix(slots)  # the same for all steps
         return jax.lax.while_loop(go_on, advance, (0, slots))[1]
 
     def prepare(params) -> Weights:
         """Lay params out for sampling, once an update."""
         params = model.cast(model.merge(params))  # before they are gathered: fewer bytes to move and to hold
-        if mesh is not None:
-            params = sharding.send(params, mesh)
-        layout = model.decode_layout(params)
-        return Weights(layout if model.config.scan_layers else params, layout)
+        send = (lambda part: part) if mesh is None else functools.partial(sharding.send, mesh=mesh)
+        layout = model.decode_layout(params, send)
+        # A CPU reads prompts from params that are not turned, and that are there anyway; an accelerator need not hold both.
+        return Weights(layout if model.config.scan_layers else send(params), layout)
 
-    # Slots along data and fsdp, key heads along tensor; what is of neither is whole everywhere.
-    slots_out = layer_out = prompts_out = None
+    # Slots and prompts along data and fsdp, key heads along tensor; what is of neither is whole everywhere.
+    slots_out = layer_out = part_out = prefilled_out = by_slot = bare_out = None
     if mesh is not None:
-        layers = (None,) * model.config.scan_layers  # stacked
         whole, by_slot = jax.NamedSharding(mesh, jax.P()), sharding.rows(mesh)
-        layer_out = jax.NamedSharding(mesh, jax.P(*layers, *sharding.ROWS, "tensor"))
-        part_out = jax.NamedSharding(mesh, jax.P(None, *sharding.ROWS, "tensor"))  # prompts while they are computed
-        prompts_out = jax.NamedSharding(mesh, jax.P(None, None, "tensor"))  # and then, as any slot may want any of them
+        layer_out = jax.NamedSharding(mesh, jax.P(*sharding.ROWS, "tensor"))
+        stack = (None,) * (not model.config.scan_layers)  # prompts of a CPU are computed from stacked params
+        part_out = jax.NamedSharding(mesh, jax.P(*stack, *sharding.ROWS, "tensor"))  # prompts while they are computed
+        prefilled_out = jax.NamedSharding(mesh, jax.P(*stack, None, "tensor"))  # and then, as any slot may want any of them
         shapes = jax.eval_shape(empty)
         slots_out = dataclasses.replace(
-            jax.tree.map(lambda _: by_slot, shapes), cache=jax.tree.map(lambda _: layer_out, shapes.cache)
+            jax.tree.map(lambda _: by_slot, shapes),
+            cache=jax.tree.map(lambda _: layer_out, shapes.cache),
+            prompts=jax.tree.map(lambda _: layer_out, shapes.prompts),
+            prompt_tokens_R=whole,
         )
-    bare_out = None if mesh is None else (dataclasses.replace(slots_out, cache=None), whole, whole, whole)
-    start = jax.jit(start, donate_argnums=0, out_shardings=bare_out)
-    halted = jax.jit(lambda stop_S, halted_S: jnp.where(halted_S, EMPTY, stop_S), out_shardings=None if mesh is None else by_slot)
+        bare_out = dataclasses.replace(slots_out, cache=None, prompts=None)
+    start_bare = jax.jit(start_bare, donate_argnums=0, out_shardings=bare_out)
+    halted = jax.jit(lambda stop_S, halted_S: jnp.where(halted_S, EMPTY, stop_S), out_shardings=by_slot)
     copy_rows = jax.jit(kv.copy_rows, donate_argnums=0, out_shardings=layer_out)
     resize_layer = jax.jit(kv.resize, static_argnums=1, out_shardings=layer_out)
     take_layer = jax.jit(kv.take_rows, out_shardings=layer_out)
-    take_bare = jax.jit(
-        lambda bare, row_R: jax.tree.map(lambda x: x[row_R], bare), out_shardings=None if mesh is None else bare_out[0]
-    )
+    take_bare = jax.jit(take_slots, out_shardings=bare_out)
 
     return Sampler(
         sizes=sizes,
         length=T,
         buckets=buckets,
         chunk_tokens=chunk_tokens,
+        prompt_rows=prompt_rows,
+        devices=devices,
         empty=jax.jit(empty, out_shardings=slots_out),
         prepare=prepare,
-        prefill=jax.jit(prefill, out_shardings=prompts_out),
+        prefill=jax.jit(prefill, out_shardings=prefilled_out),
         place=place,
+        start=start,
         decode=jax.jit(decode, donate_argnums=1, static_argnums=3, out_shardings=slots_out),
         force=jax.jit(force, donate_argnums=1, out_shardings=slots_out),
         halt=halt,

@@ -28,11 +28,16 @@ def test_floors_by_hand():
     assert layer_weights(SHAPE) == LAYER == 108
     weights = 2 * LAYER + 40
     # Two rollouts: 3 + 2 tokens, and 1 + 1. Before the tokens sampled stand 3 and 4 positions, and 1.
-    cost = decode_cost(SHAPE, [(3, 2), (1, 1)], slots=2)
+    cost = decode_cost(SHAPE, [(3, [2]), (1, [1])], slots=2)
     assert cost.flops == 2 * weights * 3 + 4 * 2 * 2 * 2 * (3 + 4 + 1)
     assert cost.bytes == 4 * (weights * 3 / 2 + 2 * 2 * 1 * 2 * (3 + 4 + 1))
-    bare = decode_cost(SHAPE, [(3, 2), (1, 1)], slots=2, attention=False, itemsize=2)
+    bare = decode_cost(SHAPE, [(3, [2]), (1, [1])], slots=2, attention=False, itemsize=2)
     assert (bare.flops, bare.bytes) == (2 * weights * 3, 2 * weights * 3 / 2)
+    # Three attempts at one prompt of 3 tokens: it is read at each of the two steps that the longest takes.
+    for shared, prompt in ((True, 3 * 2), (False, 3 * (2 + 1 + 2))):
+        cost = decode_cost(SHAPE, [(3, [2, 1, 2])], slots=3, shared=shared)
+        assert cost.bytes == 4 * (weights * 5 / 3 + 2 * 2 * 1 * 2 * (prompt + 1 + 0 + 1))
+        assert cost.flops == 2 * weights * 5 + 4 * 2 * 2 * 2 * (3 * 5 + 1 + 0 + 1)
     prefill = prefill_cost(SHAPE, [3, 1])
     assert prefill.flops == 2 * 2 * LAYER * 4 + 4 * 2 * 2 * 2 * (1 + 2 + 3 + 1)
     assert prefill.bytes == 4 * 2 * LAYER
@@ -56,14 +61,15 @@ def test_flops_of_a_forward_pass_by_hand_and_by_the_compiler():
 
 
 def test_the_floor_is_the_longer_of_computing_and_reading():
-    lengths, slow, fast = [(3, 2), (3, 2)], 1e-3, 1e30
-    computing = floors(SHAPE, lengths, [3], 2, Ceiling(slow, fast))
-    reading = floors(SHAPE, lengths, [3], 2, Ceiling(fast, slow))
-    decode, prefill = decode_cost(SHAPE, lengths, 2), prefill_cost(SHAPE, [3])
+    groups, slow, fast = [(3, [2, 2])], 1e-3, 1e30
+    computing = floors(SHAPE, groups, 2, Ceiling(slow, fast))
+    reading = floors(SHAPE, groups, 2, Ceiling(fast, slow))
+    decode, prefill = decode_cost(SHAPE, groups, 2), prefill_cost(SHAPE, [3])
     assert computing["full"] == pytest.approx((decode.flops + prefill.flops) / slow)
     assert reading["full"] == pytest.approx((decode.bytes + prefill.bytes) / slow)
     assert computing["full, unshared"] == pytest.approx((decode.flops + 2 * prefill.flops) / slow)
-    assert computing["2N"] < computing["full"]
+    assert computing["2N"] < computing["full"] > computing["decode"]
+    assert reading["full"] < reading["full, unshared"]
 
 
 @pytest.mark.parametrize(

@@ -150,9 +150,9 @@ def test_decode_layout_is_only_a_layout(tiny, scan_layers):
     np.testing.assert_allclose(forward(model, model.decode_layout(params)), forward(model, params), atol=1e-5)
 
 
-def decode(model, params, *, prompts, length, filler=0, stale=None, cache_dtype=None):
+def decode(model, params, *, prompts, length, filler=0, stale=None, cache_dtype=None, stacked=False):
     """Prefill prompts of unlike lengths, padded on the right, then feed one token a row and step; log-probs and cache."""
-    cache = model.init_cache(B, length, cache_dtype)
+    cache = model.init_cache(B, length, cache_dtype, stacked)
     if stale is not None:
         cache = jax.tree.map(lambda x: jnp.full_like(x, stale), cache)
     column, prompts = np.arange(T), np.asarray(prompts)[:, None]
@@ -186,15 +186,15 @@ def test_decoding_is_teacher_forcing(tiny, variant):
         np.testing.assert_allclose(logp_BTV, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-def test_padding_leaves_no_trace_in_a_cache(tiny, scan_layers):
-    model, params = tiny(scan_layers=scan_layers)
-    logp_BTV, prefilled, _ = decode(model, params, prompts=PROMPTS, length=T + 7)
-    other_BTV, other, _ = decode(model, params, prompts=PROMPTS, length=T + 7, filler=7)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_padding_leaves_no_trace_in_a_cache(tiny, stacked):
+    model, params = tiny(scan_layers=True)
+    logp_BTV, prefilled, _ = decode(model, params, prompts=PROMPTS, length=T + 7, stacked=stacked)
+    other_BTV, other, _ = decode(model, params, prompts=PROMPTS, length=T + 7, filler=7, stacked=stacked)
     jax.tree.map(np.testing.assert_array_equal, prefilled, other)
     np.testing.assert_array_equal(logp_BTV, other_BTV)
     for path, x in jax.tree_util.tree_leaves_with_path(prefilled):
-        x = x if scan_layers else x[None]
+        x = x if stacked else x[None]
         x = x.swapaxes(-1, -2) if path[-1].key == "k" else x  # columns to the last axis but one
         for row, prompt in enumerate(PROMPTS):
             assert x[:, row, :, :prompt].any(axis=-1).all()

@@ -256,7 +256,7 @@ def test_noise_is_never_shared_and_comes_back_with_its_key():
 def small(made):
     """A model, a compiled sampler of four slots and params that never end a sequence."""
     model, params = made
-    compiled = compile_sampler(model, slots=4, length=12, eos_ids=(t.EOS,), chunk_tokens=2)
+    compiled = compile_sampler(model, slots=4, length=12, eos_ids=(t.EOS,), chunk_tokens=2, prompt_rows=1, prompt_columns=4)
     return model, compiled, compiled.prepare(t.biased(params, _=-1e9))
 
 
@@ -265,15 +265,20 @@ LENGTHS = np.array([3, 2], np.int32)
 KEYS = np.asarray(attempt_keys(jax.random.key(0), np.arange(4, dtype=np.uint32), np.zeros(4, np.uint32)))
 
 
-def insert(compiled, params, slots, rows, places, limits):
-    """Put prompt `rows[i]`, with key i, into slot `places[i]`."""
-    row_S, limit_S, key_S = np.full(4, -1, np.int32), np.zeros(4, np.int32), np.zeros_like(KEYS)
-    tokens_ST, length_S = np.zeros((4, 12), np.int32), np.ones(4, np.int32)
+def insert(compiled, params, slots, rows, places, limits, shared=None):
+    """Put prompt `rows[i]`, with key i, into slot `places[i]`; but prompt `shared` into the row that its slots continue."""
+    own_S, limit_S, key_S = np.full(4, -1, np.int32), np.zeros(4, np.int32), np.zeros_like(KEYS)
+    start_S, tokens_ST, length_S = np.zeros(4, bool), np.zeros((4, 12), np.int32), np.ones(4, np.int32)
+    prompt_S, prompt_R = np.full(4, -1, np.int32), np.array([-1 if shared is None else shared], np.int32)
     for i, (row, s) in enumerate(zip(rows, places, strict=True)):
-        row_S[s], limit_S[s], key_S[s], length_S[s] = row, limits[i], KEYS[i], LENGTHS[row]
-        tokens_ST[s, :4] = PROMPTS[row]
-    prefilled = compiled.prefill(params, PROMPTS, LENGTHS)
-    return compiled.place(slots, prefilled, row_S, tokens_ST, length_S, limit_S, key_S)
+        start_S[s], limit_S[s], key_S[s], length_S[s], tokens_ST[s, :4] = True, limits[i], KEYS[i], LENGTHS[row], PROMPTS[row]
+        if row == shared:
+            prompt_S[s] = 0
+        else:
+            own_S[s] = row
+    slots = compiled.place(slots, compiled.prefill(params, PROMPTS, LENGTHS), own_S, prompt_R)
+    tokens_R = np.array([0 if shared is None else LENGTHS[shared] - 1], np.int32)
+    return compiled.start(slots, start_S, tokens_ST, length_S, limit_S, key_S, prompt_S, tokens_R)
 
 
 def decode(compiled, params, slots, times=1):
@@ -283,7 +288,7 @@ def decode(compiled, params, slots, times=1):
 
 
 def test_insert_fills_the_slots_it_is_told_to(small):
-    model, compiled, params = small
+    _, compiled, params = small
     slots = compiled.empty()
     assert slots.stop_S.tolist() == [EMPTY] * 4
     slots = insert(compiled, params, slots, [1, 0], [2, 0], [7, 3])
@@ -295,11 +300,27 @@ def test_insert_fills_the_slots_it_is_told_to(small):
     after = jax.device_get(decode(compiled, params, slots))
     assert after.length_S[[0, 2]].tolist() == [3, 4]  # chunk_tokens more in the one that runs
     assert after.sampled_ST[2].tolist() == [False, False, True, True] + [False] * 8
-    idle, axis = [0, 1, 3], 1 if model.config.scan_layers else 0
+    idle = [0, 1, 3]
     np.testing.assert_array_equal(before.tokens_ST[idle], after.tokens_ST[idle])
     for old, new in zip(jax.tree.leaves(before.cache), jax.tree.leaves(after.cache), strict=True):
-        np.testing.assert_array_equal(old.take(idle, axis), new.take(idle, axis))
-        assert (old.take(2, axis) != new.take(2, axis)).any()
+        np.testing.assert_array_equal(old[idle], new[idle])
+        assert (old[2] != new[2]).any()
+
+
+def test_slots_that_share_a_prompt_sample_as_with_a_copy_each(small):
+    """Slots 0 and 3 continue one prompt, in one place; slot 1 has another of its own. Who leaves and comes changes nothing."""
+    _, compiled, params = small
+    placed = ([0, 1, 0], [0, 1, 3], [12, 12, 12])
+    apart = decode(compiled, params, insert(compiled, params, compiled.empty(), *placed), 5)
+    used = decode(compiled, params, insert(compiled, params, compiled.empty(), [1], [3], [12], shared=1), 5)
+    slots = insert(compiled, params, used, *placed, shared=0)
+    together = decode(compiled, params, slots, 5)
+    for s in (0, 1, 3):
+        np.testing.assert_array_equal(together.tokens_ST[s], apart.tokens_ST[s])
+        np.testing.assert_allclose(together.logp_ST[s], apart.logp_ST[s], atol=1e-5)
+    # Nothing of the prompt is in their own columns: two tokens of theirs were written from column 0 on.
+    one = jax.device_get(decode(compiled, params, insert(compiled, params, compiled.empty(), [0], [0], [12], shared=0)))
+    assert [bool(one.cache[0]["v"][0, :, c].any()) for c in range(4)] == [True, True, False, False]
 
 
 def test_a_refilled_slot_sees_nothing_of_its_last_tenant(small):
@@ -386,8 +407,10 @@ def test_weights_are_merged_and_cast_on_their_shards_and_then_gathered(lora, sca
     whole, split = (compile_sampler(model, slots=4, length=8, eos_ids=(0,), mesh=m).prepare for m in (None, mesh))
     prepared = split(jax.device_put(params, sharding.shardings(params, mesh)))
     jax.tree.map(np.testing.assert_array_equal, prepared, whole(params))
-    (kernel,) = (x["layers"]["attention"]["q"]["kernel"] for x in sent)
-    assert (kernel.dtype, kernel.sharding.shard_shape(kernel.shape)) == (jnp.bfloat16, (2, 4, 2, 8))
+    kernels = [x["layers"]["attention"]["q"]["kernel"] for x in sent if "layers" in x]
+    assert [k.dtype for k in kernels] == [jnp.bfloat16] * len(kernels)
+    shards = [k.sharding.shard_shape(k.shape) for k in kernels]
+    assert shards == [(1, 4, 2, 8)] * 2 + [(2, 4, 2, 8)] * (not scan)  # layer by layer, and for prompts on a CPU as they are
 
 
 @pytest.mark.parametrize("axes", [{"data": 8}, {"data": 1, "fsdp": 4, "tensor": 2}], ids=str)
@@ -401,7 +424,7 @@ def test_prompts_are_prefilled_by_all_devices_together(axes):
         sampler = compile_sampler(model, slots=8, length=16, eos_ids=(0,), prefill_tokens=16, mesh=mesh)
         weights = sampler.prepare(params)
         program = sampler.prefill.lower(weights, np.zeros((7, 16), np.int32), np.ones(7, np.int32)).compile()
-        assert {x.shape[1] for x in jax.tree.leaves(program.out_info)} == {7}
+        assert {x.shape[0] for x in jax.tree.leaves(program.out_info)} == {7}
         return cost.program_cost(program.as_text(), devices=8).flops
 
     assert flops(make_mesh(**axes)) == pytest.approx(flops(None) / 7)
@@ -410,6 +433,8 @@ def test_prompts_are_prefilled_by_all_devices_together(axes):
 def test_slots_must_divide_over_the_mesh():
     with pytest.raises(ValueError, match="12 slots, which do not divide over 8 devices"):
         compile_sampler(t.make_model()[0], slots=12, length=8, eos_ids=(0,), mesh=make_mesh(data=4, fsdp=2))
+    with pytest.raises(ValueError, match="6 rows of prompts, which do not divide over 8 devices"):
+        compile_sampler(t.make_model()[0], slots=8, length=8, eos_ids=(0,), prompt_rows=6, mesh=make_mesh(data=4, fsdp=2))
 
 
 def test_buckets_must_end_with_the_length():

@@ -16,7 +16,7 @@ from jaxreason import batching
 from jaxreason.learner import compile_train_step
 from jaxreason.model import ModelConfig, transformer
 from jaxreason.objectives import dapo
-from jaxreason.plan.arrays import devices_of, placed
+from jaxreason.plan.arrays import devices_of, layout_of, placed
 from jaxreason.sampler import Filter, Weights, compile_sampler
 from jaxreason.sharding import gathered, make_mesh, rows, shardings
 from jaxreason.types import TrainState
@@ -79,7 +79,16 @@ def test_the_sampler_compiles(topology, cache_dtype):
     mesh = mesh_of(topology)
     model = transformer(dataclasses.replace(CONFIG, attention="splash"), mesh)
     sampler = compile_sampler(
-        model, slots=S, length=T, buckets=(128, T), eos_ids=(0,), prefill_tokens=64, cache_dtype=cache_dtype, mesh=mesh
+        model,
+        slots=S,
+        length=T,
+        buckets=(128, T),
+        eos_ids=(0,),
+        prefill_tokens=64,
+        prompt_rows=8,
+        prompt_columns=128,
+        cache_dtype=cache_dtype,
+        mesh=mesh,
     )
     everywhere = jax.NamedSharding(mesh, jax.P())
 
@@ -87,8 +96,7 @@ def test_the_sampler_compiles(topology, cache_dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
 
     params = jax.eval_shape(model.init, jax.random.key(0))
-    layout = jax.eval_shape(model.decode_layout, params)
-    layout = placed(layout, gathered(params, mesh))
+    layout = layout_of(placed(params, gathered(params, mesh)))
     weights = Weights(layout, layout)
     slots = placed(jax.eval_shape(sampler.empty), sampler.empty.lower().compile().output_shardings)
     row, prompt = numbers(S), numbers(S, T)

@@ -53,6 +53,7 @@ def biased(params, **bias) -> dict:
 def new_roller(
     model, *, slots=12, length=24, chunk_tokens=4, prompt_buckets=(8,), rows=4, max_tokens=12, eos_ids=(EOS,), **more
 ) -> Roller:
+    more = {"prompt_rows": 2, "prompt_columns": prompt_buckets[-1]} | more
     return Roller(
         sampler=compile_sampler(model, slots=slots, length=length, eos_ids=eos_ids, chunk_tokens=chunk_tokens, **more),
         encode=encode,

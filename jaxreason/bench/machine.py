@@ -62,8 +62,10 @@ def measure(shapes: Sequence[tuple[int, int, int]], dtype: str) -> Ceiling:
 
             best = max(best, 2 * rows * inputs * outputs * times / statistics.median(seconds(work)))
     numbers = jnp.ones((64 if big == 2048 else 512) * 2**20, jnp.float32)
-    total = jax.jit(jnp.sum)
+    total, copied = jax.jit(jnp.sum), jax.jit(lambda x: x + 1)
     read = numbers.nbytes / statistics.median(seconds(lambda: total(numbers).block_until_ready()))
+    # A GPU adds up more slowly than it copies, which reads and writes.
+    read = max(read, 2 * numbers.nbytes / statistics.median(seconds(lambda: copied(numbers).block_until_ready())))
     if big == 2048:  # XLA sums on one core and slowly; a dot product reads as fast as the memory gives
         import numpy as np
 

@@ -9,8 +9,9 @@ r"""How fast the sampler is, and which share of the machine's floor it reaches.
 sampler's layout beforehand; making it, once an update, is a line of its own.
 
 The floor is a time: what the machine's measured rates leave if nothing is lost. "2N" counts two FLOPs for each matrix weight and
-generated token; "full" also the attention over what stands before each token, and the prefill, with prompts shared by their
-group as they are here, or ("unshared") one by one as others do. Each is the longer of computing and reading memory.
+generated token; "full" also the attention over what stands before each token, and the prefill, with prompts computed and read
+once for their group as they are here, or ("unshared") one by one as others do. Each is the longer of computing and reading
+memory.
 """
 
 from __future__ import annotations
@@ -48,19 +49,22 @@ class Cost(NamedTuple):
         return max(self.flops / ceiling.flops_per_s, self.bytes / ceiling.bytes_per_s)
 
 
-def decode_cost(c, lengths, slots: int, attention: bool = True, itemsize: int = 4) -> Cost:
-    """The least cost of sampling rollouts of `lengths`, pairs of (prompt tokens, sampled tokens), in `slots` slots.
+def decode_cost(c, groups, slots: int, attention: bool = True, shared: bool = True, itemsize: int = 4) -> Cost:
+    """The least cost of sampling in `slots` slots: `groups` are pairs of (prompt tokens, the tokens sampled in each attempt).
 
     Each token: 2 FLOPs a matrix weight; 4 L N H for each position that it attends to, itself included. Each step, of which there
-    are tokens / slots at least: the weights are read once; and each token reads the keys and values before it.
+    are tokens / slots at least: the weights are read once; and each token reads the keys and values before it, but a prompt is
+    read once for all attempts that share it, who all run at a time at best.
     """
-    tokens = sum(g for _, g in lengths)
+    tokens = sum(sum(attempts) for _, attempts in groups)
     # The first sampled token is predicted from the last of the prompt, which attends to p positions, the last from p + g - 1.
-    attended = sum(g * p + g * (g - 1) / 2 for p, g in lengths) if attention else 0
+    own = sum(g * (g - 1) / 2 for _, attempts in groups for g in attempts) if attention else 0
+    prompts = sum(p * sum(attempts) for p, attempts in groups) if attention else 0
+    once = sum(p * max(attempts) for p, attempts in groups) if attention and shared else prompts
     weights = c.layers * layer_weights(c) + c.width * c.vocab_size
     return Cost(
-        flops=2 * weights * tokens + 4 * c.layers * c.heads * c.head_size * attended,
-        bytes=itemsize * (weights * tokens / slots + 2 * c.layers * c.kv_heads * c.head_size * attended),
+        flops=2 * weights * tokens + 4 * c.layers * c.heads * c.head_size * (own + prompts),
+        bytes=itemsize * (weights * tokens / slots + 2 * c.layers * c.kv_heads * c.head_size * (own + once)),
     )
 
 
@@ -71,15 +75,30 @@ def prefill_cost(c, prompts, itemsize: int = 4) -> Cost:
     return Cost(2 * weights * sum(prompts) + 4 * c.layers * c.heads * c.head_size * attended, itemsize * weights)
 
 
-def floors(c, lengths, prompts, slots: int, ceiling: machine.Ceiling) -> dict[str, float]:
-    """Seconds that some rollouts take at least, by name; `prompts` are the lengths of the different ones."""
+def floors(c, groups, slots: int, ceiling: machine.Ceiling) -> dict[str, float]:
+    """Seconds that some rollouts take at least, by name; `groups` are those of `decode_cost`."""
+
+    def decode(**how):
+        return decode_cost(c, groups, slots, itemsize=itemsize, **how).seconds(ceiling)
+
+    def prefill(prompts):
+        return prefill_cost(c, prompts, itemsize).seconds(ceiling)
+
     itemsize = 2 if c.dtype == "bfloat16" else 4
-    decode = decode_cost(c, lengths, slots, itemsize=itemsize).seconds(ceiling)
     return {
-        "2N": decode_cost(c, lengths, slots, attention=False, itemsize=itemsize).seconds(ceiling),
-        "full": decode + prefill_cost(c, prompts, itemsize).seconds(ceiling),
-        "full, unshared": decode + prefill_cost(c, [p for p, _ in lengths], itemsize).seconds(ceiling),
+        "2N": decode(attention=False),
+        "full": decode() + prefill([p for p, _ in groups]),
+        "full, unshared": decode(shared=False) + prefill([p for p, attempts in groups for _ in attempts]),
+        "decode": decode(),
     }
+
+
+def groups_of(rollouts) -> list[tuple[int, list[int]]]:
+    """The prompt's length and the attempts' of each problem."""
+    found = {}
+    for r in rollouts:
+        found.setdefault(r.problem, (len(r.prompt), []))[1].append(len(r.tokens))
+    return list(found.values())
 
 
 def make_work():
@@ -195,11 +214,11 @@ def bench(cores: int) -> None:
     show("completed rollouts", [len(requests) / s for s, *_ in found], "rollouts/s")
     show("rollout length", [spent.tokens / len(requests) for _, _, spent in found], "tokens")
     show("slot occupancy", [spent.tokens / spent.slot_steps for *_, spent in found], "")
-    prompts = [len(p) for p in {tuple(r.prompt) for r in requests}]
-    least = [floors(c, [(len(r.prompt), len(r.tokens)) for r in rollouts], prompts, slots, ceiling) for _, rollouts, _ in found]
+    least = [floors(c, groups_of(rollouts), slots, ceiling) for _, rollouts, _ in found]
     for name in least[0]:
         rate = [spent.tokens / floor[name] for floor, (*_, spent) in zip(least, found, strict=True)]
-        share = [floor[name] / s for floor, (s, *_) in zip(least, found, strict=True)]
+        taken = [s - (prefill_s[0] if name == "decode" else 0.0) for s, *_ in found]
+        share = [floor[name] / s for floor, s in zip(least, taken, strict=True)]
         show(f"floor, {name}", rate, "tokens/s")
         show(f"share of the floor, {name}", share, "")
     show("peak memory", machine.peak_bytes() / 2**20, "MiB")

@@ -5,9 +5,9 @@
     splash   the flash kernel for TPUs that comes with jax, `jax.experimental.pallas.ops.tpu.splash_attention`
 
 They differ in speed, memory and rounding only: with each, a token sees itself and what came before it in its segment. They serve
-the path without a cache (training, log-probs). With a cache it is always XLA: a decode step has one query a row and no square of
-scores for a flash kernel to save, and waits for the cache to be read once whatever the kernel; a prompt is prefilled once for
-all of its attempts.
+the path without a cache (training, log-probs). With a cache it is XLA: a decode step has one query a row and no square of scores
+for a flash kernel to save, and a prompt is prefilled once for all of its attempts; but with `cudnn` a decode step goes by
+`decode_attention`, one kernel that leaves out columns that hold nothing.
 
 No kernel here has been timed yet. Compiled for eight v5e chips (jax 0.10.2, 2026-11-24): a train step of Qwen3-0.6B's shape, one
 row a chip, remat="full", needs 1.72 GiB of temporary memory with splash and 4.03 with xla at 4096 tokens, 1.47 and 2.00 at 2048.
@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxreason.model import decode_attention
 from jaxreason.model.config import ModelConfig
-from jaxreason.model.layers import attend
+from jaxreason.model.layers import attend, read
 from jaxreason.sharding import ROWS
 
 LANES = 128  # a TPU kernel's blocks are whole multiples of them
@@ -40,6 +41,8 @@ class Kernel(NamedTuple):
     """`see(position_BT, segment_BT) -> seen`: what may be seen, as `attend` takes it; made once for all layers."""
     attend: Callable
     """`attend(q_BTNH, k_BTKH, v_BTKH, seen) -> mixed_BTNH`."""
+    read: Callable = read
+    """`read(q_BTNH, k_BTKH, v_BTKH, own, prompts, seen) -> (mixed_BTNH, own)`, with a cache; see `layers.read`."""
 
 
 def causal(position_BT, segment_BT):
@@ -79,7 +82,13 @@ def cudnn(config: ModelConfig, mesh=None, *, implementation: str = "cudnn") -> K
         mixed = jax.nn.dot_product_attention(q, k, v, mask=same_B1TT, is_causal=True, implementation=implementation)
         return mixed[:, :T]
 
-    return Kernel(see, split(attend_cudnn, config, mesh))
+    step = decode_attention.on_each_device(mesh, interpret=implementation == "xla")
+
+    def read_cudnn(q_BTNH, k_BTKH, v_BTKH, own, prompts, seen):
+        one_token = q_BTNH.shape[1] == 1 and decode_attention.fits(own)
+        return (step if one_token else read)(q_BTNH, k_BTKH, v_BTKH, own, prompts, seen)
+
+    return Kernel(see, split(attend_cudnn, config, mesh), read_cudnn)
 
 
 def splash(config: ModelConfig, mesh=None, *, interpret: bool = False) -> Kernel:

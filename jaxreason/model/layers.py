@@ -8,11 +8,13 @@ under bfloat16 compute. Sums that lose digits (norms, softmax, rotations) run in
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxreason.model.cache import Members
 from jaxreason.model.config import ModelConfig
 
 MASKED = -1e30  # finite: a row that may see nothing (padding) gives a uniform softmax, never NaN
@@ -86,54 +88,143 @@ def attend(q_BTNH, k_BKHC, v_BKCH, visible_BTC, k_scale_BK1C=None, v_scale_BK1C=
     in columns: a CPU transposes them otherwise, at every step (30 layers of 16 slots x 128 columns: 7 ms, and 46 ms in rows;
     one EPYC core, 2026-11-24).
     """
-    B, T, N, H = q_BTNH.shape
-    K, C = v_BKCH.shape[1:3]
-    q = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H)
-    scores = jnp.matmul(q * H**-0.5, k_BKHC.astype(q.dtype), preferred_element_type=jnp.float32)
-    if k_scale_BK1C is not None:
-        scores *= k_scale_BK1C
-    scores = scores.reshape(B, K, N // K, T, C)
-    scores = jnp.where(visible_BTC[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).reshape(B, K, N // K * T, C)
+    q_BKQH = by_key_head(q_BTNH, v_BKCH.shape[1])
+    scores = masked_scores(q_BKQH, k_BKHC, k_scale_BK1C, for_each_query(visible_BTC, q_BKQH))
+    weights = jax.nn.softmax(scores, axis=-1)
     if v_scale_BK1C is not None:
         weights *= v_scale_BK1C
-    mixed = jnp.matmul(weights.astype(q.dtype), v_BKCH.astype(q.dtype)).reshape(B, K, N // K, T, H)
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return by_token(jnp.matmul(weights.astype(q_BTNH.dtype), v_BKCH.astype(q_BTNH.dtype)), q_BTNH.shape)
+
+
+def by_key_head(q_BTNH, K: int):
+    """[B, T, N, H] -> [B, K, N / K * T, H]: the queries that share a key head, those of one head side by side."""
+    B, T, N, H = q_BTNH.shape
+    return q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H)
+
+
+def by_token(x_BKQH, shape):
+    """The other way round: to the shape [B, T, N, H]."""
+    B, T, N, H = shape
+    K = x_BKQH.shape[1]
+    return x_BKQH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def for_each_query(visible_BTC, q_BKQH):
+    """[B, T, C] -> [B, 1, Q, C], in the order of `by_key_head`."""
+    B, T, C = visible_BTC.shape
+    heads = q_BKQH.shape[2] // T
+    return jnp.broadcast_to(visible_BTC[:, None], (B, heads, T, C)).reshape(B, 1, heads * T, C)
+
+
+def masked_scores(q_BKQH, k_BKHC, k_scale_BK1C, visible):
+    """Scores, float32 [B, K, Q, C], of what may be seen: `visible` is broadcast to them."""
+    q_BKQH *= q_BKQH.shape[-1] ** -0.5
+    scores = jnp.matmul(q_BKQH, k_BKHC.astype(q_BKQH.dtype), preferred_element_type=jnp.float32)
+    if k_scale_BK1C is not None:
+        scores *= k_scale_BK1C
+    return jnp.where(visible, scores, MASKED)
+
+
+class Part(NamedTuple):
+    """Attention over some of the keys, to be merged with that over others. All float32."""
+
+    mixed: jax.Array  # [B, K, Q, H], values weighted by exp(score - highest)
+    highest: jax.Array  # [B, K, Q, 1]
+    total: jax.Array  # [B, K, Q, 1], sum of the weights
+
+
+def attend_part(q_BKQH, cache: dict, visible) -> Part:
+    """Attend to the columns of a cache; `visible` is broadcast to [B, K, Q, C]."""
+    scores = masked_scores(q_BKQH, cache["k"], cache.get("k_scale"), visible)
+    highest = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - highest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if "v_scale" in cache:
+        weights *= cache["v_scale"]
+    value = cache["v"].astype(q_BKQH.dtype)
+    return Part(jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32), highest, total)
+
+
+def merge(a: Part, b: Part):
+    """Attention over the keys of both."""
+    highest = jnp.maximum(a.highest, b.highest)
+    to_a, to_b = jnp.exp(a.highest - highest), jnp.exp(b.highest - highest)
+    return (a.mixed * to_a + b.mixed * to_b) / (a.total * to_a + b.total * to_b)
+
+
+class Seen(NamedTuple):
+    """What each token may see of a cache."""
+
+    column_BT: jax.Array  # the columns of its row up to this one, where its own key is put
+    members: Members | None  # and the prompt that the row continues
+
+
+def read(q_BTNH, k_BTKH, v_BTKH, own: dict, prompts: dict | None, seen: Seen) -> tuple:
+    """Put keys and values into a cache and attend to its columns, and to the prompts that its rows continue.
+
+    Each prompt is read once for all rows that continue it. Returns mixed_BTNH and the cache.
+    """
+    own = write(own, k_BTKH, v_BTKH, seen.column_BT)
+    visible_BTC = jnp.arange(own["v"].shape[2]) <= seen.column_BT[..., None]
+    if prompts is None:
+        return attend(q_BTNH, own["k"], own["v"], visible_BTC, own.get("k_scale"), own.get("v_scale")), own
+    q_BKQH, members = by_key_head(q_BTNH, own["v"].shape[1]), seen.members
+    near = attend_part(q_BKQH, own, for_each_query(visible_BTC, q_BKQH))
+    far = first_columns(members.gather(q_BKQH), prompts, members.length_R)
+    far = Part(*(members.scatter(x) for x in far))
+    # A row that continues no prompt has got some other row's: of weight 0.
+    far = far._replace(highest=jnp.where(members.belongs_B[:, None, None, None], far.highest, MASKED))
+    return by_token(merge(near, far).astype(q_BTNH.dtype), q_BTNH.shape), own
+
+
+def first_columns(q_BKQH, cache: dict, count_B) -> Part:
+    """Attend to the first `count_B` columns of each row."""
+    return attend_part(q_BKQH, cache, jnp.arange(cache["v"].shape[2]) < count_B[:, None, None, None])
 
 
 class Attention(nnx.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245), with QK norm and biases where the config has them.
 
-    Without a cache the tokens attend to each other by `kernel(q_BTNH, k_BTKH, v_BTKH, seen)`; with one `seen` is visible_BTC.
+    Without a cache the tokens attend to each other by `kernel.attend`, with one to what stands in it by `kernel.read`.
+    If `fused`, one product gives each key head's queries, its key and its value.
     """
 
-    def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
-        self.q = Projection((c.width,), (c.heads, c.head_size), bias=c.qkv_bias, rngs=rngs)
-        self.k = Projection((c.width,), (c.kv_heads, c.head_size), bias=c.qkv_bias, rngs=rngs)
-        self.v = Projection((c.width,), (c.kv_heads, c.head_size), bias=c.qkv_bias, rngs=rngs)
+    def __init__(self, c: ModelConfig, *, fused: bool = False, rngs: nnx.Rngs):
+        def projection(*outputs):
+            return Projection((c.width,), outputs, bias=c.qkv_bias, rngs=rngs)
+
+        K, H = c.kv_heads, c.head_size
+        self.q, self.k, self.v = (None,) * 3 if fused else (projection(n, H) for n in (c.heads, K, K))
+        self.qkv = projection(K, c.heads // K + 2, H) if fused else None
         self.o = Projection((c.heads, c.head_size), (c.width,), gain=(2 * c.layers) ** -0.5, rngs=rngs)
         self.q_norm = Norm(c.head_size, c.norm_eps) if c.qk_norm else None
         self.k_norm = Norm(c.head_size, c.norm_eps) if c.qk_norm else None
 
-    def __call__(self, x_BTD, rotations, seen, position_BT, cache, kernel):
-        q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+    def __call__(self, x_BTD, rotations, seen, cache, kernel):
+        q, k, v = self.project(x_BTD)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rotations), rotate(k, *rotations)
         if cache is None:
-            return self.o(kernel(q, k, v, seen)), None
-        cache = write(cache, k, v, position_BT)
-        return self.o(attend(q, cache["k"], cache["v"], seen, cache.get("k_scale"), cache.get("v_scale"))), cache
+            return self.o(kernel.attend(q, k, v, seen)), None
+        mixed, own = kernel.read(q, k, v, *cache, seen)
+        return self.o(mixed), own
+
+    def project(self, x_BTD) -> tuple:
+        if self.qkv is None:
+            return self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+        y = self.qkv(x_BTD)
+        return y[..., :-2, :].reshape(*x_BTD.shape[:2], -1, y.shape[-1]), y[..., -2, :], y[..., -1, :]
 
 
-def write(cache: dict, k_BTKH, v_BTKH, position_BT) -> dict:
-    """Put keys and values at their positions in a cache.
+def write(cache: dict, k_BTKH, v_BTKH, column_BT) -> dict:
+    """Put keys and values into columns of a cache.
 
-    A position outside 0..C-1 is dropped: this is how padding and idle slots leave no trace.
+    A column outside 0..C-1 is dropped: this is how padding and idle slots leave no trace.
     """
     C = cache["v"].shape[2]
-    row_B1 = jnp.arange(len(position_BT))[:, None]
-    column_BT = jnp.where(position_BT < 0, C, position_BT)  # a negative index would wrap, one past the end is dropped
+    row_B1 = jnp.arange(len(column_BT))[:, None]
+    column_BT = jnp.where(column_BT < 0, C, column_BT)  # a negative index would wrap, one past the end is dropped
     new = {"k": k_BTKH, "v": v_BTKH}
     if "k_scale" in cache:
         new["k"], new["k_scale"] = quantise(k_BTKH)
@@ -157,25 +248,35 @@ def quantise(x_BTKH):
 class MLP(nnx.Module):
     """Gated feed-forward with SiLU (Shazeer 2020, arXiv 2002.05202)."""
 
-    def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
-        self.gate = Projection((c.width,), (c.feed_forward,), rngs=rngs)
-        self.up = Projection((c.width,), (c.feed_forward,), rngs=rngs)
+    def __init__(self, c: ModelConfig, *, fused: bool = False, rngs: nnx.Rngs):
+        def projection(*outputs):
+            return Projection((c.width,), outputs, rngs=rngs)
+
+        self.gate, self.up = (None, None) if fused else (projection(c.feed_forward), projection(c.feed_forward))
+        self.gate_up = projection(c.feed_forward, 2) if fused else None
         self.down = Projection((c.feed_forward,), (c.width,), gain=(2 * c.layers) ** -0.5, rngs=rngs)
 
     def __call__(self, x_BTD):
-        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        if self.gate_up is None:
+            gate, up = self.gate(x_BTD), self.up(x_BTD)
+        else:
+            gate, up = jnp.moveaxis(self.gate_up(x_BTD), -1, 0)
+        return self.down(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):
-    """One pre-norm decoder layer. At the start its two outputs are scaled by 1/sqrt(2 L) (GPT-2), so depth adds no variance."""
+    """One pre-norm decoder layer. At the start its two outputs are scaled by 1/sqrt(2 L) (GPT-2), so depth adds no variance.
 
-    def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
+    If `fused`, products of the same input are one, as decoding reads weights best (see `transformer.decode_layer`).
+    """
+
+    def __init__(self, c: ModelConfig, *, fused: bool = False, rngs: nnx.Rngs):
         self.attention_norm = Norm(c.width, c.norm_eps)
-        self.attention = Attention(c, rngs=rngs)
+        self.attention = Attention(c, fused=fused, rngs=rngs)
         self.mlp_norm = Norm(c.width, c.norm_eps)
-        self.mlp = MLP(c, rngs=rngs)
+        self.mlp = MLP(c, fused=fused, rngs=rngs)
 
-    def __call__(self, x_BTD, rotations, seen, position_BT, cache, kernel):
-        mixed, cache = self.attention(self.attention_norm(x_BTD), rotations, seen, position_BT, cache, kernel)
+    def __call__(self, x_BTD, rotations, seen, cache, kernel):
+        mixed, cache = self.attention(self.attention_norm(x_BTD), rotations, seen, cache, kernel)
         x_BTD = x_BTD + mixed
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache

@@ -15,10 +15,11 @@ class Model(NamedTuple):
     init: Callable
     """`init(key) -> params`."""
     apply: Callable
-    """`apply(params, tokens_BT, position_BT, segment_BT=None, cache=None) -> (hidden_BTD, cache)`.
+    """`apply(params, tokens_BT, position_BT, segment_BT=None, cache=None, prefix=None) -> (hidden_BTD, cache)`.
 
     Without a cache it trains; with one it prefills (T > 1) or decodes (T = 1). Positions alone say where keys go and what
-    may be seen; a position outside the cache is written nowhere.
+    may be seen; a position outside the cache is written nowhere. Rows of a cache may continue the prompts of `prefix` (see
+    `model.cache.Prefix`): positions count from the prompt's first token, columns from the first one behind it.
     """
     unembed: Callable
     """`unembed(params, hidden) -> logits`, float32: apart from `apply`, so that `[B, T, V]` need never exist."""
@@ -35,12 +36,15 @@ class Model(NamedTuple):
     cast: Callable
     """`cast(params) -> params` with what every step would cast cast once: what is computed is the same."""
     init_cache: Callable
-    """`init_cache(batch, columns, cache_dtype=None, stacked=None) -> cache`, empty; see `model.cache`.
+    """`init_cache(batch, columns, cache_dtype=None, stacked=False) -> cache`, empty; see `model.cache`.
 
-    With `stacked` its layers are stacked whatever the config says, and `apply` scans stacked params over it.
+    If its layers are `stacked`, `apply` scans stacked params over it; if not, it goes through them one by one.
     """
     decode_layout: Callable
-    """`decode_layout(params) -> params` as decoding reads them fastest, `cast`, without copying what is right as it is.
+    """`decode_layout(params, send=...) -> params` as decoding reads them fastest, `cast`, without copying what is right as it is.
 
-    `apply` and `unembed` take either layout. Not to be jitted as a whole: it is a few small programs.
+    `send(part)` lays a part of the params, a layer or what is no layer, on the devices that decode; by default it stays.
+
+    `apply` and `unembed` take either layout, but for a cache that is stacked. Not to be jitted as a whole: it is a few small
+    programs.
     """

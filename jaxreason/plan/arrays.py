@@ -13,6 +13,7 @@ from jax.experimental import topologies
 
 from jaxreason import batching, build, cost, sharding, text
 from jaxreason.model import transformer
+from jaxreason.model.transformer import decode_layer
 from jaxreason.options import call, unknown
 from jaxreason.plan.work import Work
 from jaxreason.sampler import Weights
@@ -114,18 +115,28 @@ def weights_of(work: Work):
     merged = jax.eval_shape(model.merge, params)
     cast = jax.eval_shape(model.cast, merged)
     split, whole = sharding.shardings(cast, meshes.learn), sharding.gathered(cast, meshes.sample)
-    weights = placed(cast, whole)
+    sent = placed(cast, whole)
     targets = [(part, target) for part, targets in params.get("lora", {}).items() for target in targets]
     adapted = {f"['layers']['{part}']['{target}']['kernel']" for part, target in targets}
     peak = left = 0.0
-    found = map(jax.tree_util.tree_leaves_with_path, (placed(merged, split), placed(cast, split), weights))
+    found = map(jax.tree_util.tree_leaves_with_path, (placed(merged, split), placed(cast, split), sent))
     for (path, merged), (_, cast), (_, gathered) in zip(*found, strict=True):  # as `prepare` makes one from the other
         made = [size_of(merged)] if jax.tree_util.keystr(path) in adapted else []
         made += [size_of(cast)] if cast.dtype != merged.dtype else []
-        made += [size_of(gathered)] if size_of(gathered) != size_of(cast) or samples_apart(work) else []
+        copied = path[0].key == "layers" or size_of(gathered) != size_of(cast) or samples_apart(work)
+        made += [size_of(gathered)] if copied else []
         peak += sum(made)
         left += size_of(gathered) if made else 0.0
-    return Weights(weights, weights), peak, left
+    layout = layout_of(sent)
+    return Weights(layout, layout), peak, left
+
+
+def layout_of(sent) -> dict:
+    """An accelerator's layout for decoding (see `Model.decode_layout`) of what stands for params that were sent there."""
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype, sharding=x.sharding), sent["layers"])
+    layer = decode_layer.lower(one, False).compile()
+    count = sent["layers"]["attention_norm"]["scale"].shape[0]
+    return {**sent, "layers": (placed(layer.out_info, layer.output_shardings),) * count}
 
 
 def size_of(tree) -> float:

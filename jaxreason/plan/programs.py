@@ -28,7 +28,7 @@ from jaxreason.plan.arrays import (
     weights_of,
 )
 from jaxreason.plan.work import Work
-from jaxreason.sampler import Filter
+from jaxreason.sampler import MEMBERS, Filter
 
 
 class Compiled(NamedTuple):
@@ -164,7 +164,7 @@ def compile_prefill(work: Work) -> Compiled:
         meshes_of(work).sample,
         lambda: roller.sampler.prefill.lower(weights, *prompts),
         trips=-(-columns // width),
-        flops=sum(cost.dense_flops(work.shape, roller.rows, columns, columns, 0).values()),
+        flops=cost.prefill_flops(work.shape, roller.rows, columns),
         kernel_flops=0.0,
         times=-(-problems_each(work) // roller.rows),
     )
@@ -172,9 +172,11 @@ def compile_prefill(work: Work) -> Compiled:
 
 @once_for(decode_part)
 def compile_decode(work: Work) -> Compiled:
-    sampler, (weights, _, _) = roller_of(work).sampler, weights_of(work)
+    roller, (weights, _, _) = roller_of(work), weights_of(work)
+    sampler = roller.sampler
     steps = -(-problems_each(work) * work.group // sampler.slots) * work.new_tokens  # as many waves as it takes
     one = sum(cost.dense_flops(work.shape, sampler.slots, 1, sampler.length, sampler.slots).values())
+    one += cost.dense_flops(work.shape, sampler.prompt_rows * MEMBERS, 1, roller.prompt_buckets[-1], 0)["attention"]
     return compile_program(
         f"decode, {sampler.chunk_tokens} tokens in {sampler.slots} slots",
         work,

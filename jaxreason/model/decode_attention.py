@@ -1,0 +1,136 @@
+"""The attention of a decode step on a GPU, as one Pallas kernel for Triton: it reads the columns that are there and no others.
+
+A cache has as many columns as the longest rollout in it needs, and the plain products of `layers.read` read all of them in all
+rows. Here one program for each row and key head puts the new key and value in their place, and goes over the row's prompt and its
+own columns with the softmax of flash attention (Dao et al. 2022, arXiv 2205.14135): running maximum, running sum. Rows that share
+a prompt run side by side and find it in the card's cache. What is left out: heads that are no power of two, and int8.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxreason.model.layers import MASKED, Seen, by_key_head, by_token
+from jaxreason.sharding import ROWS
+
+COLUMNS = 64  # that a program reads at a time
+QUERIES = 16  # rows of the smallest product of a tensor core
+
+
+def fits(own: dict) -> bool:
+    """Whether the kernel can read this cache."""
+    H = own["v"].shape[-1]
+    return "v_scale" not in own and H >= 16 and H & (H - 1) == 0
+
+
+def attend_columns(q_BKQH, k_BKH, v_BKH, own: dict, prompts: dict, column_B, row_B, begins_B, *, interpret: bool = False):
+    """Put one key and value a row into `column_B` of a cache (negative: nowhere) and attend to its columns up to that one.
+
+    Row b also sees the first `begins_B[b]` columns of row `row_B[b]` of the prompts. With `interpret` it runs anywhere, slowly.
+    Returns mixed_BKQH and the cache.
+    """
+    # Imported where used: it takes a tenth of a second to load.
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    B, K, Q, H = q_BKQH.shape
+    (R, *_, P), C = prompts["k"].shape, own["v"].shape[2]
+    rows = max(QUERIES, pl.next_power_of_2(Q))
+    dtype = q_BKQH.dtype
+
+    def kernel(column_ref, row_ref, begins_ref, q_ref, k_ref, v_ref, keys, values, prompt_keys, prompt_values, *out):
+        mixed_ref, keys_out, values_out = out
+        column, row, begins = column_ref[0], row_ref[0], begins_ref[0]
+        asked = jnp.broadcast_to(jnp.arange(rows)[:, None] < Q, (rows, H))
+        q = triton.load(q_ref, mask=asked, other=0)
+        k_H, v_H = k_ref[...], v_ref[...]
+        here = jnp.broadcast_to((column >= 0) & (column < C), (H,))
+        at = jnp.clip(column, 0, C - 1)
+        triton.store(keys_out.at[:, at], k_H, mask=here)
+        triton.store(values_out.at[at, :], v_H, mask=here)
+
+        def over(count, load_k, load_v, carry):
+            """Go on over the first `count` columns of some keys and values."""
+
+            def some(i, carry):
+                mixed, highest, total = carry
+                columns = pl.ds(i * COLUMNS, COLUMNS)
+                there = i * COLUMNS + jnp.arange(COLUMNS) < count
+                k = load_k(columns, jnp.broadcast_to(there[None], (H, COLUMNS)))
+                scores = jnp.dot(q, k.astype(dtype), preferred_element_type=jnp.float32) * H**-0.5
+                scores = jnp.where(there[None], scores, MASKED)
+                higher = jnp.maximum(highest, jnp.max(scores, axis=1))
+                weights, back = jnp.exp(scores - higher[:, None]), jnp.exp(highest - higher)
+                v = load_v(columns, jnp.broadcast_to(there[:, None], (COLUMNS, H)))
+                more = jnp.dot(weights.astype(dtype), v.astype(dtype), preferred_element_type=jnp.float32)
+                return mixed * back[:, None] + more, higher, total * back + jnp.sum(weights, axis=1)
+
+            return jax.lax.fori_loop(0, pl.cdiv(count, COLUMNS), some, carry)
+
+        def load(ref, index):
+            return lambda columns, mask: triton.load(ref.at[index(columns)], mask=mask, other=0)
+
+        # The token itself comes first, so that no row is without a key.
+        alone = jnp.sum(q.astype(jnp.float32) * k_H.astype(jnp.float32)[None], axis=1) * H**-0.5
+        carry = (jnp.broadcast_to(v_H.astype(jnp.float32)[None], (rows, H)), alone, jnp.ones(rows, jnp.float32))
+        of_prompt = load(prompt_keys, lambda c: (row, slice(None), c)), load(prompt_values, lambda c: (row, c, slice(None)))
+        carry = over(begins, *of_prompt, carry)
+        of_own = load(keys, lambda c: (slice(None), c)), load(values, lambda c: (c, slice(None)))
+        mixed, _, total = over(jnp.clip(column, 0, C), *of_own, carry)
+        triton.store(mixed_ref, (mixed / total[:, None]).astype(dtype), mask=asked)
+
+    def block(*shape):
+        """Of an array [B, K, *shape], the part of row b and key head k."""
+        return pl.BlockSpec((None, None, *shape), lambda b, k: (b, k, *[0] * len(shape)))
+
+    def of_all_rows(*shape):
+        return pl.BlockSpec((R, None, *shape), lambda b, k: (0, k, *[0] * len(shape)))
+
+    number = pl.BlockSpec((1,), lambda b, k: (b,))
+    keys, values = own["k"], own["v"]
+    mixed, keys, values = pl.pallas_call(
+        kernel,
+        grid=(B, K),
+        in_specs=[
+            *[number] * 3,
+            *[block(rows, H), block(H), block(H)],
+            *[block(H, C), block(C, H)],
+            *[of_all_rows(H, P), of_all_rows(P, H)],
+        ],
+        out_specs=[block(rows, H), block(H, C), block(C, H)],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BKQH, keys, values)],
+        input_output_aliases={6: 1, 7: 2},
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+        name="attend_columns",
+    )(
+        *[x.astype(jnp.int32) for x in (column_B, row_B, begins_B)],
+        *[q_BKQH, k_BKH.astype(keys.dtype), v_BKH.astype(values.dtype)],
+        *[keys, values, prompts["k"], prompts["v"]],
+    )
+    return mixed, {"k": keys, "v": values}
+
+
+def on_each_device(mesh, *, interpret: bool = False):
+    """Make `read` of one token a row, as each device of a mesh runs it on its own rows and heads (see `attention.Kernel`)."""
+    attend = functools.partial(attend_columns, interpret=interpret)
+    if mesh is not None:
+        by_head, by_row = jax.P(*ROWS, "tensor"), jax.P(*ROWS)
+        specs = (*[by_head] * 5, *[by_row] * 3)
+        # Kernels do not say over which axes their results vary, which is what check_vma would check.
+        attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=by_head, check_vma=False)
+
+    def read(q_BTNH, k_BTKH, v_BTKH, own, prompts, seen: Seen):
+        q_BKQH, column_B = by_key_head(q_BTNH, own["v"].shape[1]), seen.column_BT[:, 0]
+        if prompts is None:
+            prompts, row_B = own, jnp.zeros_like(column_B)  # of which nothing is read
+            begins_B = row_B
+        else:
+            row_B, begins_B = seen.members.row_DB().reshape(-1), seen.members.begins_B()
+        mixed, own = attend(q_BKQH, k_BTKH[:, 0], v_BTKH[:, 0], own, prompts, column_B, row_B, begins_B)
+        return by_token(mixed, q_BTNH.shape), own
+
+    return read
