@@ -31,6 +31,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -130,22 +131,38 @@ def test_killed_at_every_point_and_resumed_is_uninterrupted(tmp_path, whole):
 
 @pytest.mark.slow
 def test_killed_at_fifty_random_times(tmp_path, whole):
+    """At any time between the start of a process and half as long again as a whole run takes: while it reads or saves as well."""
     config, expected = whole
-    draw, kills, finished = random.Random(0), 0, 0
-    while kills < 50:
-        process = begin(config, tmp_path / str(finished))
+
+    def ended(folder: Path, timeout_s: float) -> bool:
+        process = begin(config, folder)
         try:
-            output, _ = process.communicate(timeout=draw.uniform(5, 25))
+            output, _ = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            kills += 1
-            continue
+            return False
         assert process.returncode == 0, output
-        assert_same_run(tmp_path / str(finished), expected)
-        finished += 1
-    print(f"{kills} kills, {finished} runs finished meanwhile")
-    process = begin(config, tmp_path / str(finished))
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
-    assert_same_run(tmp_path / str(finished), expected)
+        assert_same_run(folder, expected)
+        return True
+
+    started_s = time.monotonic()
+    assert ended(tmp_path / "timed", 600)
+    run_s = time.monotonic() - started_s
+    draw, kills, finished, lives = random.Random(0), 0, 0, []
+    while kills < 50:
+        if ended(tmp_path / str(finished), draw.uniform(0, 1.5 * run_s)):
+            finished += 1
+        else:
+            kills += 1
+            lives.append(last_step(tmp_path / str(finished)))
+    assert ended(tmp_path / str(finished), 600)
+    took_s = time.monotonic() - started_s
+    print(f"\n{kills} kills in {took_s:.0f} s, {finished + 1} runs finished, one in {run_s:.1f} s; steps when killed: {lives}")
+
+
+def last_step(folder: Path) -> int:
+    """Of a run that was killed: the last one of which a whole line of metrics is written."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=-1)
