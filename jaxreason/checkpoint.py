@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -107,16 +108,21 @@ def open_checkpoints(
             cleanup_tmp_directories=not read_only,
             save_root_metadata=not read_only,  # it has nothing in it, but all processes would wait for each other
             preservation_policy=policy.AnyPreservationPolicy(kept),
+            # Else its threads wait at exit, for 5 minutes, for a folder that could not be made.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         ),
     )
 
-    failures: list[str] = []
+    failures: list[str] = []  # that nobody has asked for yet
+    failed: list[int] = []  # steps whose saves may have left something behind
 
     def attempt(step: int, function: Callable) -> None:
         try:
             function()
         except (OSError, ValueError) as error:  # tensorstore says ValueError of what the file system refuses
-            failures.append(f"the save of step {step} failed: {first_line(error)}; the newest checkpoint is of step {latest()}")
+            newest = "there is no checkpoint" if latest() is None else f"the newest checkpoint is of step {latest()}"
+            failures.append(f"the save of step {step} failed: {first_line(error)}; {newest}")
+            failed.append(step)
 
     def save(step: int, state: Any, host: dict[str, Any], reference: Any = None) -> None:
         if read_only:
@@ -129,6 +135,10 @@ def open_checkpoints(
         items["host"] = ocp.args.JsonSave({"host": host, "fingerprints": marks, "crc32": checksum(host, marks)})
         metrics = None if keep_best is None else {"best": score(host, keep_best)}
         wait()  # for the save before this one, whose failure is not this one's
+        while failed:  # what was written of them would take this one's space
+            if processes.writes() and "://" not in folder:
+                shutil.rmtree(Path(folder, f"{failed[-1]}.orbax-checkpoint-tmp"), ignore_errors=True)
+            failed.pop()
         # Without `force` orbax skips a step that is not newer than the last one, silently.
         attempt(step, lambda: manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True))
 
@@ -273,10 +283,11 @@ def check_writable(folder: str | os.PathLike, over: Sequence[str] = ()) -> None:
         return
     try:
         os.makedirs(folder, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            pass
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            file.write(b"\n")  # a full disk lets an empty file be made
+            file.flush()
     except OSError as error:
-        raise ValueError(f"can't write to {folder}: {error.strerror}; choose another workdir") from None
+        raise ValueError(f"can't write to {folder}: {error.strerror}; make room or choose another workdir") from None
     for path in (os.path.join(folder, name) for name in over):
         if os.path.exists(path) and not os.access(path, os.W_OK):
             raise ValueError(f"can't write to {path}; make it writable, or choose another workdir")
@@ -304,13 +315,16 @@ def _absolute(folder: str | os.PathLike) -> str:
 
 
 def _import_orbax():
-    """Import orbax (1 s, so not with this module) and keep its some 50 lines of information a save out of the log."""
+    """Import orbax (1 s, so not with this module) and keep out of the log its some 50 lines of information a save.
+
+    And its 200 of a save that fails, with the same traceback five times: it raises each of these errors too, and we say them.
+    """
     import orbax.checkpoint as ocp
     from absl import logging as absl_logging
 
-    absl_logging.get_absl_logger().addFilter(_not_orbax_info)  # adding the same filter again does nothing
+    absl_logging.get_absl_logger().addFilter(_worth_saying)  # adding the same filter again does nothing
     return ocp
 
 
-def _not_orbax_info(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
+def _worth_saying(record: logging.LogRecord) -> bool:
+    return record.levelno == logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname

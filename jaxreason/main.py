@@ -90,6 +90,8 @@ def fail(error: Exception) -> None:
     words = error.args[0] if error.args else error
     if isinstance(error, OSError) and error.filename is not None:
         words = f"{error.filename}: {error.strerror}"  # of which the first is a number
+    elif isinstance(error, OSError):
+        words = error.strerror or error
     message = " ".join(str(words).split())
     sys.exit(f"error: {message}")
 
@@ -159,9 +161,12 @@ def main(argv) -> None:
 
 def run(config) -> None:
     """Build the run of a config and train it, on this process and all others."""
+    import jax
+
     from jaxreason import preemption
     from jaxreason.build import build, make_log
     from jaxreason.checkpoint import check_writable, open_checkpoints, saved_steps
+    from jaxreason.metrics import Unwritable, replacing, writing
     from jaxreason.processes import gather, together, writes
     from jaxreason.train import Diverged, NotResumable, Stopped, train
 
@@ -183,10 +188,11 @@ def run(config) -> None:
         unlock = together(folders.lock, workdir, tell) if writes() else together(lambda: None)
         section = config.checkpoint.to_dict()
         checkpoints = together(call, open_checkpoints, section, "config.checkpoint", folder=workdir / "checkpoints")
-    except (ValueError, FileNotFoundError, PermissionError) as error:
+        if writes():  # in place of the one before, which a full disk must not cut short: a run without a config can't go on
+            with writing(workdir / "config.json"), replacing(workdir / "config.json") as file:
+                file.write(text)
+    except (ValueError, OSError, Unwritable) as error:
         fail(error)
-    if writes():
-        (workdir / "config.json").write_text(text)
     tell(f"workdir: {workdir}")
     ended = f"written: {workdir / 'summary.json'}, {workdir / 'rollouts.jsonl'}, {workdir / 'metrics.jsonl'}"
     try:
@@ -195,6 +201,10 @@ def run(config) -> None:
     except Stopped as stopped:
         ended = str(stopped)
     except (Diverged, NotResumable) as error:
+        fail(error)
+    except Unwritable as error:
+        if jax.process_count() > 1:  # the others can write, and would wait: `processes.end` ends them too
+            raise
         fail(error)
     finally:
         checkpoints.close()

@@ -6,6 +6,9 @@ the latest on one live line. Beside it are the other files and tables of a run: 
 
 Every line of every file is strict ASCII JSON: what is not finite becomes null. What a model wrote is data: its control characters
 and markup are shown, never obeyed. Only one process of a run writes (`write`); reading the files back is left to `report`.
+
+A file that can no longer be written (a full disk, one that is gone) is `Unwritable`, by its name. TensorBoard's events are not
+worth ending a run: it goes on without them, and says so.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -61,6 +64,19 @@ def divide(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
         name: float(total) / float(count) if count != 0 else math.nan
         for name, (total, count) in jax.device_get(dict(metrics)).items()
     }
+
+
+class Unwritable(Exception):
+    """A file of a run can't be written."""
+
+
+@contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Name the file that what is done within fails to write; the errors of a flush do not."""
+    try:
+        yield
+    except OSError as error:
+        raise Unwritable(f"can't write to {os.fspath(path)}: {error.strerror or error}") from None
 
 
 class Pace(NamedTuple):
@@ -111,18 +127,32 @@ class RunLog:
                 f"metrics named {', '.join(sorted(clash))}; these are fields of the log; use a name such as train/loss"
             )
         values = {name: float(value) for name, value in values.items()}
-        self._file.write(_json_line(record | values))
-        self._file.flush()
+        self._write_line(_json_line(record | values))
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         if self._board is not None:
-            for name, value in finite.items():  # tensorboardX warns at each NaN
-                self._board.add_scalar(name, value, step)
+            try:
+                self._board.write(step, finite)
+            except OSError as error:
+                board, self._board = self._board, None
+                self.say(
+                    f"warning: can't write to {board.folder}: {error.strerror or error}; TensorBoard gets no more of this run "
+                    "until it is started again, and metrics.jsonl has all of it"
+                )
         if self._wandb_run is not None:
             self._wandb_run.log(values, step=step)
         if "time/step_s" in finite:
             self._pace = self._pace.after(phase, finite["time/step_s"])
         self._latest = (self._latest if self._latest.get("phase") == phase else {}) | {"phase": phase} | values
         self._show(step, phase_step, phase_steps, now=any(name.startswith("eval/") for name in values))
+
+    def _write_line(self, line: str) -> None:
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            with suppress(OSError):  # it holds what it could not write, and would fail again at exit
+                self._file.close()
+            raise Unwritable(f"can't write to {self._file.name}: {error.strerror or error}") from None
 
     def _show(self, step: int, phase_step: int | None, phase_steps: int | None, now: bool) -> None:
         if self._console is None:
@@ -146,7 +176,8 @@ class RunLog:
         if self._live is not None:
             self._live.stop()
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):
+                self._board.close()
         if self._wandb_run is not None:
             self._wandb_run.finish()
         if self._file is not None:
@@ -158,6 +189,35 @@ class RunLog:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+class Board:
+    """TensorBoard's events, by tensorboardX's writer of records, in this thread.
+
+    Its `SummaryWriter` has a thread of its own: a full disk ends that, and then every call waits for ever, at exit too.
+    """
+
+    def __init__(self, folder: str | os.PathLike, purge_step: int | None = None):
+        """Open a new file of events; TensorBoard shows none of earlier files from `purge_step` on."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        self.folder, self._event, self._scalar = os.fspath(folder), Event, scalar
+        os.makedirs(folder, exist_ok=True)
+        self._writer = EventsWriter(os.path.join(folder, "events"))
+        if purge_step is not None:
+            self._writer.write_event(Event(step=purge_step, file_version="brain.Event:2"))
+            self._writer.write_event(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+        self._writer.flush()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.write_event(self._event(step=step, wall_time=time.time(), summary=self._scalar(name, value)))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def open_log(
@@ -178,22 +238,23 @@ def open_log(
 
     Raises:
       ValueError: W&B is asked for but not installed.
+      Unwritable: the folder can't be written; so does `write` of the log.
     """
     if not write:
         return RunLog(None, None, None, None, total_steps=total_steps, start_s=time.monotonic())
     wandb_run = None if wandb is None else _import_wandb().init(**{"dir": os.fspath(workdir), **wandb})
-    workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / "metrics.jsonl"
+    path = Path(workdir, "metrics.jsonl")
     last = None if resume_step is None else truncate(path, resume_step).last
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a", encoding="ascii")
     board = None
     if tensorboard:
-        from tensorboardX import SummaryWriter
-
-        purge_step = None if resume_step is None else resume_step + 1
-        board = SummaryWriter(logdir=str(workdir / "tensorboard"), purge_step=purge_step, flush_secs=10)
+        folder = path.with_name("tensorboard")
+        with writing(folder):
+            board = Board(folder, None if resume_step is None else resume_step + 1)
     return RunLog(
-        path.open("a", encoding="ascii"),
+        file,
         board,
         wandb_run,
         Console(stderr=True, highlight=False) if live else None,
@@ -250,7 +311,7 @@ def truncate(path: str | os.PathLike, step: int) -> Kept:
     if not path.exists():
         return Kept(None, 0)
     last, dropped = None, 0
-    with path.open(encoding="ascii", errors="replace") as lines, _replacing(path) as kept:
+    with path.open(encoding="ascii", errors="replace") as lines, writing(path), replacing(path) as kept:
         for line in lines:
             try:
                 record = json.loads(line)
@@ -267,7 +328,7 @@ def truncate(path: str | os.PathLike, step: int) -> Kept:
 def write_summary(path: str | os.PathLike, summary: Mapping[str, Any], *, write: bool = True) -> None:
     """Write `summary` as JSON, atomically: a reader finds the old file or the new one, whole."""
     if write:
-        with _replacing(Path(path)) as file:
+        with writing(path), replacing(Path(path)) as file:
             file.write(json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n")
 
 
@@ -283,7 +344,7 @@ def write_rollouts(
     """Append rollouts as JSONL; `decode` turns the prompt's token ids into text, and without it they are written as they are."""
     if not write:
         return
-    with Path(path).open("a", encoding="ascii") as file:
+    with writing(path), Path(path).open("a", encoding="ascii") as file:
         for rollout in rollouts:
             record = {
                 "step": step,
@@ -394,7 +455,7 @@ def _json_line(record: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[IO[str]]:
+def replacing(path: Path) -> Iterator[IO[str]]:
     """Yield a text file that takes the place of `path` once it is complete, and is removed if writing fails."""
     unfinished = path.with_name(f".{path.name}.tmp")  # in the same folder, so that the replacement is a rename
     try:

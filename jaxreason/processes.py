@@ -119,12 +119,12 @@ def together(function: Callable, *args, **kwargs) -> Any:
     """Call a function on every process; if its input is bad for any of them, raise on all: a run starts on all or on none.
 
     Raises:
-      ValueError, FileNotFoundError, PermissionError: as the function does, and ValueError where it failed on another process.
+      ValueError, OSError: as the function does, and ValueError where it failed on another process.
     """
     result = error = None
     try:
         result = function(*args, **kwargs)
-    except (ValueError, FileNotFoundError, PermissionError) as caught:
+    except (ValueError, OSError) as caught:
         error = caught
     others = gather(error)
     if error is not None:

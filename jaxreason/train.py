@@ -103,6 +103,7 @@ class History:
         self.skipped = saved["skipped"]  # batches in a row, up to the last that was logged
         self.saving_s = saved["saving_s"]  # that the loop stood still for checkpoints
         self.ledger: dict = saved["ledger"]
+        self.failure: str | None = None  # of the last save that failed, if any has
 
     def host(self) -> dict:
         evaluations = [e._asdict() for e in self.evaluations]
@@ -133,8 +134,25 @@ def train(
       Stopped: `stop` said so; a checkpoint of the last step is there.
       Diverged: gradients were not finite for too long.
       NotResumable: the checkpoints do not fit the run, or none of them is whole.
+      Unwritable: metrics, rollouts, the summary or the last checkpoint can't be written; what was saved before is whole.
     """
-    workdir, started_s = Path(workdir), time.monotonic()
+    try:
+        return train_all(run, Path(workdir), checkpoints, log_options or {}, stop, say)
+    except m.Unwritable as error:
+        checkpoints.wait()  # it may be the newest
+        raise m.Unwritable(f"{error}; make room, or make it writable; {goes_on(checkpoints)}") from None
+
+
+def train_all(
+    run: Run,
+    workdir: Path,
+    checkpoints: Checkpoints,
+    log_options: dict,
+    stop: Callable[[], bool],
+    say: Callable[[str], None],
+) -> dict:
+    """What `train` does; what can't be written is named, and not yet how to go on."""
+    started_s = time.monotonic()
     found = newest(run, checkpoints, say)
     found_s = time.monotonic() - started_s
     # Up to which step each file has what the checkpoint supposes: metrics that wait in it are not in the log yet.
@@ -150,7 +168,7 @@ def train(
             say(f"dropped lines of steps that will be made again: {counts}")
     total_steps = sum(phase.steps for phase in run.phases)
     resume = {"resume_step": written["metrics.jsonl"]}
-    log = m.open_log(workdir, total_steps=total_steps, write=writes, **resume, **(log_options or {}))
+    log = m.open_log(workdir, total_steps=total_steps, write=writes, **resume, **log_options)
     with log:
         if found is None:
             params = run.init()
@@ -172,7 +190,9 @@ def train(
         save_started_s = time.monotonic()
         checkpoints.wait()
         history.saving_s += time.monotonic() - save_started_s
-        tell_failure(checkpoints, log)
+        tell_failure(checkpoints, log, history)
+        if total_steps and checkpoints.latest() != total_steps:  # what the run was for is not on disk, so it is not done
+            raise m.Unwritable(history.failure or f"there is no checkpoint of step {total_steps}, the last one")
     summary = history.summarise(total_steps, done=True)
     if writes:
         report(run, history)
@@ -284,11 +304,11 @@ def train_phase(
             host = {"phase": index, "phase_step": step, "source": phase.source.save(source_state), "waiting": waiting}
             checkpoints.save(before + step, state, host | history.host() | run.provenance, on_devices(reference))
             history.saving_s += time.monotonic() - save_started_s
-            tell_failure(checkpoints, log)
+            tell_failure(checkpoints, log, history)
         if stopping:
             checkpoints.wait()
-            tell_failure(checkpoints, log)
-            raise Stopped(f"stopped after step {before + step}; the same command goes on from step {checkpoints.latest()}")
+            tell_failure(checkpoints, log, history)
+            raise Stopped(f"stopped after step {before + step}; {goes_on(checkpoints)}")
     return state.params
 
 
@@ -305,10 +325,16 @@ def enter(history: History, run: Run, phase: Phase, drawn: Drawn, learn_s: float
         history.ledger = ledger.add(history.ledger, kind, **amounts, device_s=device_s, watts=run.watts)
 
 
-def tell_failure(checkpoints: Checkpoints, log: m.RunLog) -> None:
+def tell_failure(checkpoints: Checkpoints, log: m.RunLog, history: History) -> None:
     """Say if a save has failed: training goes on to the next."""
     if failure := checkpoints.failure():
-        log.say(f"warning: {failure}")
+        history.failure = failure
+        log.say(f"warning: {failure}; make room, or make it writable, before the next save")
+
+
+def goes_on(checkpoints: Checkpoints) -> str:
+    latest = checkpoints.latest()
+    return f"the same command goes on from {'the start' if latest is None else f'step {latest}'}"
 
 
 def warm_up(run: Run, log: m.RunLog, params) -> None:

@@ -7,6 +7,7 @@ process that touches it. What a lock says of a process that has died is told and
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -98,13 +99,15 @@ def lock(folder: Path, say: Callable[[str], None]) -> Callable[[], None]:
 
     def beat():
         while not ended.wait(BEAT_S):
-            os.utime(file.fileno())
+            with contextlib.suppress(OSError):  # a disk that is gone for a while
+                os.utime(file.fileno())
 
     threading.Thread(target=beat, daemon=True).start()
 
     def give_back() -> None:
         ended.set()
-        file.truncate(0)
+        with contextlib.suppress(OSError):  # then the next run finds it, and that its process has ended
+            file.truncate(0)
         file.close()
 
     return give_back

@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices for every test, and a maker of small models that keeps what it made."""
+"""Eight virtual CPU devices for every test, up to four processes of them, and a maker of small models that keeps what it made."""
 
 import functools
 import os
@@ -12,6 +12,13 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 import pytest
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """How many processes `-n auto` means: some tests need 2 GiB, and what they start is not counted."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(4, cores or 1)
 
 
 @pytest.fixture(scope="session")

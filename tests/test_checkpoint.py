@@ -3,6 +3,8 @@
 import logging
 import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import optax
 import pytest
 from absl import logging as absl_logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from runs import ROOT
 
 from jaxreason.checkpoint import Damaged, check_writable, fingerprints, open_checkpoints
 from jaxreason.types import TrainState
@@ -169,6 +172,33 @@ def test_a_save_that_fails_is_said_and_the_next_is_tried(checkpoints, tmp_path):
     checkpoints.wait()
     assert checkpoints.failure() is None
     assert checkpoints.steps() == [2, 1]
+
+
+def test_a_folder_that_is_gone_is_one_line_and_holds_nobody_up(tmp_path):
+    """Neither a page of orbax's own errors, nor its threads, which at exit wait 5 minutes for a folder that was never made."""
+    body = """
+import sys
+from pathlib import Path
+import jax.numpy as jnp
+from jaxreason.checkpoint import open_checkpoints
+folder = Path(sys.argv[1], "checkpoints")
+opened = open_checkpoints(folder)
+for step in (1, 2):
+    opened.save(step, {"w": jnp.ones(2)}, {})
+    opened.wait()
+    print(opened.failure())
+    if step == 1:
+        folder.rename(folder.with_name("aside"))
+        folder.touch()
+opened.close()
+"""
+    command, environment = [sys.executable, "-c", body, str(tmp_path)], os.environ | {"PYTHONPATH": str(ROOT)}
+    got = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+    assert (got.returncode, got.stderr) == (0, "")
+    first, second = got.stdout.splitlines()
+    assert first == "None"
+    assert second.startswith("the save of step 2 failed: [Errno 20] Not a directory: ")
+    assert second.endswith("the newest checkpoint is of step 1")
 
 
 def flip_a_bit(path, at: float):

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -99,6 +100,26 @@ def test_tensorboard_has_the_values_without_tensorflow(tmp_path):
         data = data[16 + length :]
     assert seen == [(7, "train/loss", 0.25)]
     assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full")
+def test_a_full_disk_ends_tensorboard_and_not_the_run(tmp_path):
+    """More lines than any queue holds, since a writer that nobody reads from would wait for ever."""
+    said = []
+    with metrics.open_log(tmp_path, total_steps=40, live=False) as log:
+        log.say = said.append
+        log.write(1, "rl", {"train/loss": 0.5})
+        (events,) = (tmp_path / "tensorboard").iterdir()
+        before, full = events.read_bytes(), os.open("/dev/full", os.O_WRONLY)
+        (opened,) = (fd for fd in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{fd}") == str(events))
+        os.dup2(full, int(opened))
+        os.close(full)
+        for step in range(2, 41):
+            log.write(step, "rl", {"train/loss": 0.5})
+    (line,) = said
+    assert line.startswith(f"warning: can't write to {tmp_path}/tensorboard: No space left on device; ")
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == list(range(1, 41))
+    assert events.read_bytes() == before
 
 
 def test_resume_cuts_what_came_after_and_time_goes_on(tmp_path):

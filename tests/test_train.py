@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from runs import load_config, read_lines, run_config
 
-from jaxreason import checkpoint, sharding
+from jaxreason import checkpoint, sharding, train
 from jaxreason.train import Diverged
 
 FEW = {
@@ -133,6 +133,23 @@ def test_a_reference_policy_in_the_hosts_memory_changes_nothing(tmp_path, monkey
     assert maths(tmp_path) == maths(whole[0])
     assert all(kinds == {memory} for memory, kinds in moves)
     assert [memory for memory, _ in moves].count("pinned_host") == 2  # as the phase begins, and as it goes on
+
+
+def test_a_checkpoint_without_an_item_of_the_hosts_part_is_refused_by_its_name(tmp_path, whole):
+    """Before anything else of it is read: nothing is guessed in its place. All that is demanded is what a run saves."""
+    made = checkpoint.open_checkpoints(whole[0] / "checkpoints", read_only=True)
+    host = made.peek(made.latest())
+    made.close()
+    assert host.keys() == train.HOST | {"config", "versions", "revision"}
+    for name in sorted(train.HOST):
+        made = checkpoint.open_checkpoints(tmp_path / name)
+        made.save(7, {"w": np.zeros(1)}, {key: value for key, value in host.items() if key != name})
+        made.wait()
+        message = f"^checkpoint 7 lacks {name}: another version made it; choose another --workdir$"
+        with pytest.raises(train.NotResumable, match=message):
+            train.newest(None, made, print)
+        assert made.steps() == [7]  # it is not damaged, and stays
+        made.close()
 
 
 def test_a_finished_run_keeps_its_files_in_order(whole):

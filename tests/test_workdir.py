@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from runs import ROOT, load_config, read_lines, run_config
 from test_train import Killed, killed_after, maths, params_of
 
-from jaxreason import metrics, preemption, train, workdir
+from jaxreason import checkpoint, metrics, preemption, train, workdir
 from jaxreason.main import config_text
 
 
@@ -169,8 +170,8 @@ os.execv(sys.executable, [sys.executable, "-m", "jaxreason.main", *sys.argv[1:]]
 @pytest.mark.parametrize(
     ("shut", "mode", "message"),
     [
-        (".", 0o555, "can't write to {}: Permission denied; choose another workdir"),
-        ("checkpoints", 0o555, "can't write to {}: Permission denied; choose another workdir"),
+        (".", 0o555, "can't write to {}: Permission denied; make room or choose another workdir"),
+        ("checkpoints", 0o555, "can't write to {}: Permission denied; make room or choose another workdir"),
         ("lock", 0o444, "can't write to {}; make it writable, or choose another workdir"),
         ("config.json", 0o444, "can't write to {}; make it writable, or choose another workdir"),
         ("tensorboard", 0o555, "can't write to {}; make it writable, or choose another workdir"),
@@ -325,4 +326,179 @@ run_config(config, Path(sys.argv[1]))
     for line, step in zip(saves[1:3], (2, 3), strict=True):
         assert line.startswith(f"SAVE {step} [1] the save of step {step} failed: ")
         assert line.endswith("the newest checkpoint is of step 1")
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "5"]  # nothing of 2 and 3
     assert saves[3:] == ["SAVE 4 [4, 1] None", "SAVE 5 [5, 4] None"]
+
+
+# --- files that can no longer be written, in the middle of a run ---
+
+CUT = {
+    "sharding.mesh.data": 1,
+    "prior.steps": 3,
+    "prior.log_every": 1,
+    "rl.steps": 4,
+    "rl.evaluate_every": 2,
+    "checkpoint.every_steps": 2,
+}
+
+
+def cut_config():
+    config = load_config("tiny", "smoke", **CUT)
+    config.evaluate.suites = {"chain": config.evaluate.suites.chain.to_dict()}
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    run_config(cut_config(), folder)
+    return folder
+
+
+def assert_same(folder, whole):
+    jax.tree.map(np.testing.assert_array_equal, params_of(folder)[1], params_of(whole)[1])
+    assert maths(folder) == maths(whole)
+    assert read_lines(folder / "rollouts.jsonl") == read_lines(whole / "rollouts.jsonl")
+    found, wanted = (json.loads((each / "summary.json").read_text()) for each in (folder, whole))
+    assert found["done"]
+    assert found["evaluations"] == wanted["evaluations"]
+
+
+def full_at(monkeypatch, owner, name, path, call):
+    """At the call-th call of what writes a file, that may grow by 40 bytes and no more: what is written ends in mid-line."""
+    write, calls = getattr(owner, name), [0]
+
+    def limited(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] != call:
+            return write(*args, **kwargs)
+        size = path.stat().st_size if path.suffix == ".jsonl" else 0  # what is not added to is written anew
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 40, resource.RLIM_INFINITY))
+        try:
+            return write(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    monkeypatch.setattr(owner, name, limited)
+
+
+@pytest.mark.parametrize(
+    ("file", "owner", "name", "call"),
+    [
+        ("metrics.jsonl", metrics.RunLog, "write", 9),
+        ("rollouts.jsonl", metrics, "write_rollouts", 6),
+        ("summary.json", metrics, "write_summary", 3),
+        ("summary.json", metrics, "write_summary", 5),  # the last, when all else is written
+    ],
+)
+def test_a_file_that_cannot_be_written_ends_the_run_and_loses_nothing(tmp_path, monkeypatch, whole, file, owner, name, call):
+    with monkeypatch.context() as patch:
+        full_at(patch, owner, name, tmp_path / file, call)
+        with pytest.raises(metrics.Unwritable) as caught:
+            run_config(cut_config(), tmp_path)
+    found = params_of(tmp_path)[0]
+    assert str(caught.value) == (
+        f"can't write to {tmp_path / file}: File too large; make room, or make it writable; the same command goes on from step "
+        f"{found}"
+    )
+    assert found >= 2
+    if file != "summary.json":
+        assert not (tmp_path / file).read_text().endswith("\n")
+    run_config(cut_config(), tmp_path)
+    assert_same(tmp_path, whole)
+
+
+def test_checkpoints_that_cannot_be_written_end_a_run_at_its_last_step_and_not_before(tmp_path, monkeypatch, whole):
+    """A file stands where their folder was: from step 4 on no save succeeds, step 7 is the last."""
+    folder, aside, made, said = tmp_path / "checkpoints", tmp_path / "aside", checkpoint.open_checkpoints, []
+
+    def opened(*args, **kwargs):
+        opened = made(*args, **kwargs)
+
+        def save(step, *args, **kwargs):
+            opened.wait()
+            if step == 4:
+                folder.rename(aside)
+                folder.touch()
+            opened.save(step, *args, **kwargs)
+
+        return opened._replace(save=save)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "open_checkpoints", opened)
+        patch.setattr(metrics.RunLog, "say", lambda log, line: said.append(line))
+        with pytest.raises(metrics.Unwritable) as caught:
+            run_config(cut_config(), tmp_path)
+    told = [line for line in said if line.startswith("warning: ")]
+    for line, step in zip(told, (4, 6, 7), strict=True):
+        assert line.startswith(f"warning: the save of step {step} failed: [Errno 20] Not a directory: '{folder}/{step}.")
+        assert line.endswith("the newest checkpoint is of step 3; make room, or make it writable, before the next save")
+    assert str(caught.value).startswith(f"the save of step 7 failed: [Errno 20] Not a directory: '{folder}/7.")
+    assert str(caught.value).endswith("make room, or make it writable; the same command goes on from step 3")
+    assert not json.loads((tmp_path / "summary.json").read_text())["done"]
+    folder.unlink()
+    aside.rename(folder)
+    run_config(cut_config(), tmp_path)
+    assert_same(tmp_path, whole)
+
+
+FILLED = """
+import pathlib, resource, sys, time
+from absl import app
+from jaxreason import main, metrics
+
+def fill():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+
+write, calls = metrics.RunLog.write, []
+
+def in_mid_run(*args, **kwargs):
+    calls.append(args)
+    if len(calls) == 4:
+        while list(pathlib.Path(sys.argv[2], "checkpoints").glob("*tmp*")):  # a save that fails meanwhile says more
+            time.sleep(0.01)
+        fill()
+    write(*args, **kwargs)
+
+if sys.argv[1] == "in mid-run":
+    metrics.RunLog.write = in_mid_run
+if sys.argv[1] == "from the start":
+    fill()
+arguments = ["main", "--config=configs/tiny.py:smoke", f"--workdir={sys.argv[2]}", *sys.argv[3:]]
+app.run(main.main, argv=arguments, flags_parser=main.parse_flags)
+"""
+
+
+def test_a_full_disk_is_one_line_and_room_is_all_that_the_same_command_needs(tmp_path):
+    fields = [
+        "--config.phases=('prior',)",
+        "--config.prior.steps=5",
+        "--config.prior.log_every=1",
+        "--config.checkpoint.every_steps=1",
+    ]
+
+    def start(filled):
+        command = [sys.executable, "-c", FILLED, filled, str(tmp_path), *fields]
+        got = subprocess.run(
+            command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
+        )
+        assert "Traceback" not in got.stderr, got.stderr
+        return got.returncode, got.stderr.splitlines()
+
+    code, err = start("in mid-run")
+    assert code == 1
+    assert [line for line in err if line.startswith("error: ")] == [err[-1]]
+    way_out = f"{tmp_path}/metrics.jsonl: File too large; make room, or make it writable; the same command goes on from step "
+    assert err[-1].startswith(f"error: can't write to {way_out}")
+    at = int(err[-1].rsplit(" ", 1)[1])
+    assert at == params_of(tmp_path)[0] > 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"}
+    assert start("from the start") == (
+        1,
+        [f"error: can't write to {tmp_path}: File too large; make room or choose another workdir"],
+    )
+    assert {path: path.read_bytes() for path in before} == before
+    code, err = start("no")
+    assert code == 0
+    assert any(f"going on from step {at} of 5" in line for line in err)
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5, 5]
