@@ -7,7 +7,6 @@ accelerators) and an unrolled loop (twice as fast on a CPU at 3 layers).
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 
@@ -72,8 +71,6 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
     kernel = KERNELS[config.attention](config, mesh)
 
     def run(block, x_BTD, layer, rotations, seen, position_BT, cache):
-        if isinstance(layer, Tapped):
-            layer = tap(layer.layers, layer.gradient, layer.index)
         if cache is None:
             layer = sharding.gather_weights(layer, mesh, "layers", layer=True)
         x_BTD, cache = nnx.merge(block, layer)(x_BTD, rotations, seen, position_BT, cache, kernel.attend)
@@ -84,8 +81,6 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
     remade = jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED)
     if policy is None and mesh is not None and mesh.shape["fsdp"] > 1:
         policy = remade
-    # What `tap` cuts out of the stack is cut again in the backward pass, and not kept until then.
-    run_tapped = jax.checkpoint(run_plain, policy=policy or (lambda prim, *_, **__: prim.name != "custom_vjp_call"))
     if policy is not None:
         run_plain, run_adapted = (jax.checkpoint(f, policy=policy) for f in (run_plain, run_adapted))
 
@@ -107,7 +102,6 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
             x_BTD, cache = jax.lax.scan(step, x_BTD, (layers, cache))
         else:
             run_layer = functools.partial(run, decode_block) if in_decode_layout(params) else run_block
-            run_layer = run_tapped if isinstance(layers, tuple) and isinstance(layers[0], Tapped) else run_layer
             layers = layers if isinstance(layers, tuple) else unstack(layers, config.layers)
             caches = cache or (None,) * config.layers
             new_caches = []
@@ -155,14 +149,8 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
 
     def by_layer(params):
         if config.scan_layers or "layers" not in params:
-            return params, lambda parts: parts
-        layers = params["layers"]
-        gradients = (jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), layers),) * config.layers
-
-        def join(parts):
-            return {**parts, "layers": tuple(Tapped(layers, gradient, i) for i, gradient in enumerate(parts["layers"]))}
-
-        return {**params, "layers": gradients}, join
+            return params
+        return {**params, "layers": unstack(params["layers"], config.layers)}
 
     return Model(
         config=config,
@@ -179,8 +167,8 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
 
 
 def in_decode_layout(params) -> bool:
-    """Whether params are as `decode_layout` of an unrolled model gives them: one tree a layer, kernels transposed."""
-    return isinstance(params["layers"], tuple) and not isinstance(params["layers"][0], Tapped)
+    """Whether params are as `decode_layout` of an unrolled model gives them: one tree a layer, kernels matrices, transposed."""
+    return isinstance(params["layers"], tuple) and params["layers"][0]["attention"]["q"]["kernel"].ndim == 2
 
 
 def transposed(block: Block) -> Block:
@@ -216,24 +204,6 @@ def turned_layer(layers, i):
         return x.reshape(math.prod(x.shape[:inputs]), -1).T
 
     return jax.tree_util.tree_map_with_path(of, layers)
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["layers", "gradient"], meta_fields=["index"])
-@dataclasses.dataclass(frozen=True)
-class Tapped:
-    """Layer `index` of stacked `layers`, whose gradient goes to `gradient`: shaped like the layer, and not read."""
-
-    layers: dict
-    gradient: dict
-    index: int
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def tap(layers, gradient, index: int):
-    return jax.tree.map(lambda x: x[index], layers)
-
-
-tap.defvjp(lambda layers, gradient, index: (tap(layers, gradient, index), None), lambda index, _, gradient: (None, gradient))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
