@@ -159,7 +159,7 @@ def main(argv) -> None:
 
 def run(config) -> None:
     """Build the run of a config and train it, on this process and all others."""
-    from jaxreason import preemption
+    from jaxreason import freed, preemption
     from jaxreason.build import build, make_log
     from jaxreason.checkpoint import check_writable, open_checkpoints, saved_steps
     from jaxreason.processes import gather, together, writes
@@ -169,6 +169,7 @@ def run(config) -> None:
         if writes():
             print(line, flush=True)
 
+    freed.give_back()
     mine = config_text(config)
     wanted = WORKDIR.value or default_workdir(flags.FLAGS["config"].config_filename, mine)
     texts, workdirs = zip(*gather((mine, Path(wanted))), strict=True)
