@@ -292,7 +292,7 @@ def make_roller(
 
     A turn ends with any of `stop_strings`, which stays in its text. After `thinking_tokens` tokens of a completion
     `end_of_thinking` is forced, unless it was written. `cache_dtype` is that of the model, or float32, bfloat16 or int8.
-    Attempts at a problem share its prompt in one of `prompt_rows` rows, in each process; 0: each has a copy; None: as many as pay.
+    Attempts at a problem share its prompt in one of `prompt_rows` rows of a process; 0: each has a copy; None: as many as pay.
     """
     positive = {
         "slots": slots,

@@ -35,8 +35,9 @@ def logits_at_once(mesh=None) -> int:
 def token_outputs(model: Model, params, batch: Batch, logits: int | None = None) -> Outputs:
     """Score every token of a batch that has a weight, given the tokens before it, at the temperature it was sampled at.
 
-    Logits are made for a few columns at a time, at most `logits` of them, and made again in the backward pass: `[B, T, V]` never
-    exists when it is large. In each row the tokens that are scored come first, so that chunks without any are left out.
+    Logits are made for a few columns at a time, at most `logits` of them, and made again in the backward pass where those of all
+    columns are more: `[B, T, V]` never exists when it is large. In each row the tokens that are scored come first, so that chunks
+    without any are left out.
     """
     B, T = batch.tokens_BT.shape
     hidden_BTD, _ = model.apply(params, batch.tokens_BT, batch.position_BT, batch.segment_BT)
@@ -46,22 +47,12 @@ def token_outputs(model: Model, params, batch: Batch, logits: int | None = None)
     )
     wanted_BT = wanted_BT.at[:, -1].set(False)
 
-    def score(hidden, target, temperature):
-        # Sums over the vocabulary, without the log-probs of all of it: of 128 x 49,152 logits in 165 ms, not 300 (one Xeon core,
-        # once, 2026-11-25).
-        logits = model.unembed(params, hidden) / temperature[..., None]
-        most = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-        odds = jnp.exp(logits - most)
-        total = jnp.sum(odds, axis=-1)
-        log_total = jnp.log(total) + most[..., 0]
-        logp = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0] - log_total
-        return logp, log_total - jnp.sum(odds * logits, axis=-1) / total
-
     needed = -(-B * T * model.config.vocab_size // (logits or logits_at_once()))
-    if needed == 1:
-        logp_BT, entropy_BT = (jnp.where(wanted_BT, x, 0.0) for x in score(hidden_BTD, target_BT, temperature_BT))
-    else:
-        logp_BT, entropy_BT = in_chunks(score, wanted_BT, (hidden_BTD, target_BT, temperature_BT), needed)
+    # Two chunks at least: where prompts are half of a batch, one of them is left out.
+    cut, uncut = chunks(wanted_BT, max(2, needed))
+    arrays = map(cut, (wanted_BT, hidden_BTD, target_BT, temperature_BT))
+    found = scores(functools.partial(model.unembed, params), needed == 1, *arrays)
+    logp_BT, entropy_BT = (jnp.where(wanted_BT, uncut(x), 0.0) for x in found)
 
     def align(x_BT):
         return jnp.roll(x_BT, 1, axis=1).at[:, 0].set(0.0)
@@ -70,10 +61,86 @@ def token_outputs(model: Model, params, batch: Batch, logits: int | None = None)
     return Outputs(align(logp_BT), align(entropy_BT), value)
 
 
-def in_chunks(function, wanted_BT, arrays, count: int) -> list:
-    """Apply `function` to arrays of [B, T, ...], in `count` chunks or somewhat more; where nothing is wanted the result is 0.
+def scores(unembed, keep: bool, wanted_CBT, hidden_CBTD, target_CBT, temperature_CBT):
+    """Log-probs of targets and entropies over the vocabulary, chunk by chunk; 0 in a chunk of which nothing is wanted.
 
-    A chunk has some columns of all rows, so that rows stay where they are, or if that is too much one column of some rows.
+    The gradient is written out, since that of a scan keeps one of all weights for each chunk, zeros of those left out included.
+    It needs the logits again: with `keep` they are kept, all of them, otherwise made once more.
+    """
+    flat = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), (wanted_CBT, hidden_CBTD, target_CBT, temperature_CBT))
+    unembed, weights = jax.closure_convert(unembed, flat[1][0])
+
+    def each_chunk(first, wanted_CR, function, state):
+        """Replace state by function(i, state) for each chunk from `first` on of which something is wanted."""
+
+        def step(i, state):
+            return jax.lax.cond(jnp.any(wanted_CR[i]), functools.partial(function, i), lambda state: state, state)
+
+        return jax.lax.fori_loop(first, len(wanted_CR), step, state)
+
+    def forward(weights, wanted_CR, hidden_CRD, target_CR, temperature_CR):
+        C, R = wanted_CR.shape
+        V = jax.eval_shape(unembed, hidden_CRD[0], *weights).shape[-1]
+
+        def score(i, state):
+            logits_RV = unembed(hidden_CRD[i], *weights) / temperature_CR[i, :, None]
+            # Sums over the vocabulary, without the log-probs of all of it: of 128 x 49,152 logits in 165 ms, not 300 (one Xeon
+            # core, once, 2026-11-25).
+            most_R1 = jnp.max(logits_RV, axis=-1, keepdims=True)
+            odds_RV = jnp.exp(logits_RV - most_R1)
+            total_R = jnp.sum(odds_RV, axis=-1)
+            log_total_R = jnp.log(total_R) + most_R1[:, 0]
+            logp_R = jnp.take_along_axis(logits_RV, target_CR[i, :, None], axis=-1)[:, 0] - log_total_R
+            entropy_R = log_total_R - jnp.sum(odds_RV * logits_RV, axis=-1) / total_R
+            found = (logp_R, entropy_R, log_total_R, logits_RV)
+            return jax.tree.map(lambda all, x: all.at[i].set(x), state, found[: len(state)])
+
+        zeros = jnp.zeros((C, R), jnp.float32)
+        kept = [jnp.zeros((C, R, V), jnp.float32)] * keep
+        logp_CR, entropy_CR, *rest = each_chunk(0, wanted_CR, score, (zeros, zeros, zeros, *kept))
+        return (logp_CR, entropy_CR), (entropy_CR, rest)
+
+    @jax.custom_vjp
+    def scored(*inputs):
+        return forward(*inputs)[0]
+
+    def backward(kept, gradients):
+        (weights, wanted_CR, hidden_CRD, target_CR, temperature_CR), (entropy_CR, (log_total_CR, *logits)) = kept
+        by_logp_CR, by_entropy_CR = gradients
+
+        def gradient(i):
+            again_RV, back = jax.vjp(lambda weights, hidden_RD: unembed(hidden_RD, *weights), weights, hidden_CRD[i])
+            all_logp_RV = (logits[0][i] if keep else again_RV / temperature_CR[i, :, None]) - log_total_CR[i, :, None]
+            p_RV = jnp.exp(all_logp_RV)
+            chosen_RV = jnp.arange(p_RV.shape[-1]) == target_CR[i, :, None]
+            by_logits_RV = by_logp_CR[i, :, None] * (chosen_RV - p_RV)
+            by_logits_RV -= by_entropy_CR[i, :, None] * p_RV * (all_logp_RV + entropy_CR[i, :, None])
+            return back(by_logits_RV / temperature_CR[i, :, None])
+
+        def add(i, state):
+            by_weights, by_hidden_CRD = state
+            more, by_hidden_RD = gradient(i)
+            return jax.tree.map(jnp.add, by_weights, more), by_hidden_CRD.at[i].set(by_hidden_RD)
+
+        # The first chunk is what the others are added to, wanted or not: weights as large as the embedding are not cleared first.
+        by_weights, by_hidden_RD = gradient(0)
+        state = by_weights, jnp.zeros_like(hidden_CRD).at[0].set(by_hidden_RD)
+        by_weights, by_hidden_CRD = each_chunk(1, wanted_CR, add, state)
+        return by_weights, None, by_hidden_CRD, None, None
+
+    def keep_inputs(*inputs):
+        found, kept = forward(*inputs)
+        return found, (inputs, kept)
+
+    scored.defvjp(keep_inputs, backward)
+    return [x.reshape(wanted_CBT.shape) for x in scored(weights, *flat)]
+
+
+def chunks(wanted_BT, count: int):
+    """Make `cut`, [B, T, ...] -> chunks of [B', T', ...], and `uncut`, back to [B, T]: `count` chunks or somewhat more.
+
+    A chunk has some columns of all rows, so that rows stay where they are, or if that is too much one column of some rows. What
+    is wanted stands in the first ones.
     """
     B, T = wanted_BT.shape
     columns = next(c for c in range(min(count, T), T + 1) if T % c == 0)
@@ -81,7 +148,6 @@ def in_chunks(function, wanted_BT, arrays, count: int) -> list:
     order_BT = jnp.argsort(~wanted_BT, axis=1, stable=True)
 
     def cut(x):
-        """[B, T, ...] -> [chunks, B / rows, T / columns, ...]."""
         x = jnp.take_along_axis(x, order_BT.reshape(B, T, *[1] * (x.ndim - 2)), axis=1)
         x = x.reshape(B // rows, rows, columns, T // columns, *x.shape[2:])
         return jnp.moveaxis(x, (2, 1), (0, 1)).reshape(columns * rows, B // rows, T // columns, *x.shape[4:])
@@ -90,14 +156,7 @@ def in_chunks(function, wanted_BT, arrays, count: int) -> list:
         x = jnp.moveaxis(x.reshape(columns, rows, B // rows, T // columns), (0, 1), (2, 1)).reshape(B, T)
         return jnp.take_along_axis(x, jnp.argsort(order_BT, axis=1), axis=1)
 
-    def chunk(wanted, *inputs):
-        def applied():
-            return [jnp.where(wanted, x, 0.0) for x in jax.checkpoint(function)(*inputs)]
-
-        nothing = [jnp.zeros(wanted.shape, x.dtype) for x in jax.eval_shape(function, *inputs)]
-        return jax.lax.cond(jnp.any(wanted), applied, lambda: nothing)
-
-    return [uncut(x) for x in jax.lax.map(lambda x: chunk(*x), tuple(map(cut, (wanted_BT, *arrays))))]
+    return cut, uncut
 
 
 def loss(params, batch: Batch, *, model: Model, objective: Objective, logits: int | None = None):
@@ -141,9 +200,9 @@ def train_step(
 
     gradient = jax.value_and_grad(trained_loss, has_aux=True)
 
+    by_layer = model.by_layer(trained)
+
     def accumulate(i, total):
-        by_layer, join = model.by_layer(trained)
-        gradient = jax.value_and_grad(lambda by_layer, rows: trained_loss(join(by_layer), rows), has_aux=True)
         (value, metrics), grads = gradient(by_layer, jax.tree.map(lambda x: x[i], parts))
         return (*jax.tree.map(jnp.add, total[:2], (value, metrics)), add_up(total[2], grads))
 

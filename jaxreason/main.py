@@ -163,7 +163,7 @@ def run(config) -> None:
     """Build the run of a config and train it, on this process and all others."""
     import jax
 
-    from jaxreason import preemption
+    from jaxreason import freed, preemption
     from jaxreason.build import build, make_log
     from jaxreason.checkpoint import check_writable, open_checkpoints, saved_steps
     from jaxreason.metrics import Unwritable, replacing, writing
@@ -174,6 +174,7 @@ def run(config) -> None:
         if writes():
             print(line, flush=True)
 
+    freed.give_back()
     mine = config_text(config)
     wanted = WORKDIR.value or default_workdir(flags.FLAGS["config"].config_filename, mine)
     texts, workdirs = zip(*gather((mine, Path(wanted))), strict=True)

@@ -60,11 +60,12 @@ def bench(cores: int, whole: bool) -> None:
     """Measure and print."""
     import jax
 
-    from jaxreason import batching, learner, objectives, optimizer, sharding
+    from jaxreason import batching, freed, learner, objectives, optimizer, sharding
     from jaxreason.options import call
     from jaxreason.train import new_state
     from jaxreason.types import Verdict
 
+    freed.give_back()  # as `main` does
     model, params, roller, requests = sampling.make_work()
     c, config = model.config, FLAGS.config.to_dict()
     phase = config[config["phases"][-1]]

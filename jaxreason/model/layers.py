@@ -30,7 +30,32 @@ class Norm(nnx.Module):
     def __call__(self, x):
         x32 = x.astype(jnp.float32)
         x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return x32.astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return scaled(x32.astype(x.dtype), self.scale[...].astype(x.dtype))
+
+
+@jax.custom_vjp
+def scaled(x, scale_D):
+    """`x * scale_D`, whose gradient by the scale is a matrix product with ones.
+
+    XLA:CPU would sum into a row of the stacked scales, [1, D], one number at a time: 128 x 576 in 0.23 ms, and so in 0.04 ms (one
+    core of a Zen 5 EPYC, 2026-11-26).
+    """
+    return x * scale_D
+
+
+def scaled_forward(x, scale_D):
+    return x * scale_D, (x, scale_D)
+
+
+def scaled_backward(kept, gradient):
+    x, scale_D = kept
+    products_RD = (gradient * x).reshape(-1, x.shape[-1])
+    ones_R = jnp.ones(len(products_RD), x.dtype)
+    by_scale_D = jnp.matmul(ones_R, products_RD, precision="highest", preferred_element_type=jnp.float32)
+    return gradient * scale_D, by_scale_D.astype(scale_D.dtype)
+
+
+scaled.defvjp(scaled_forward, scaled_backward)
 
 
 class Projection(nnx.Module):
@@ -53,11 +78,35 @@ class Projection(nnx.Module):
         if self.transposed:
             y = from_left(kernel, x)
         else:
-            y = x @ kernel.reshape(math.prod(self.inputs), math.prod(self.outputs))
+            y = product(x, kernel.reshape(math.prod(self.inputs), math.prod(self.outputs)))
         y = y.reshape(*lead, *self.outputs)
         if self.scale:
             y += self.scale * self.b(self.a(whole))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+@jax.custom_vjp
+def product(x, kernel_IO):
+    """`x @ kernel_IO`, whose gradient by the kernel comes as [I, O].
+
+    jax gives it as [O, I] and turned, for which XLA:CPU copies the wider factor and takes its slower product: 60 to 75 GFLOP/s of
+    130 to 168, 128 to 512 wide (tiny; one core of a Zen 5 EPYC, 2026-11-26).
+    """
+    return x @ kernel_IO
+
+
+def product_forward(x, kernel_IO):
+    return x @ kernel_IO, (x, kernel_IO)
+
+
+def product_backward(kept, gradient):
+    x, kernel_IO = kept
+    rows = tuple(range(x.ndim - 1))
+    by_kernel_IO = jax.lax.dot_general(x, gradient, ((rows, rows), ((), ())))
+    return gradient @ kernel_IO.T, by_kernel_IO
+
+
+product.defvjp(product_forward, product_backward)
 
 
 def from_left(kernel_OI, x, out_dtype=None):

@@ -28,10 +28,10 @@ class Model(NamedTuple):
     merge: Callable
     """`merge(params) -> params` without adapters, for sampling and export; what has none comes back as it is."""
     by_layer: Callable
-    """`by_layer(params) -> (parts, join)`: `apply` takes `join(parts)`, and the gradient of parts has one tree a layer.
+    """`by_layer(params) -> params` that `apply` takes too, and whose gradient has one tree a layer.
 
-    Gradients that come layer by layer can be added to a sum as they come, without ever standing beside it whole. Where `apply`
-    scans its layers, and where params have none, parts are the params. Only good for gradients: the values of parts are not read.
+    Gradients that come layer by layer can be added to a sum as they come, without ever standing beside it whole. A copy of the
+    layers. Where `apply` scans its layers, and where params have none, they come back as they are.
     """
     cast: Callable
     """`cast(params) -> params` with what every step would cast cast once: what is computed is the same."""

@@ -9,7 +9,6 @@ sampler that was, 2.4 ms unrolled in a prototype; 2026-11-26).
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 
@@ -75,8 +74,6 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
     kernel = KERNELS[config.attention](config, mesh)
 
     def run(block, x_BTD, layer, rotations, seen, cache):
-        if isinstance(layer, Tapped):
-            layer = tap(layer.layers, layer.gradient, layer.index)
         if cache is None:
             layer = sharding.gather_weights(layer, mesh, "layers", layer=True)
         x_BTD, cache = nnx.merge(block, layer)(x_BTD, rotations, seen, cache, kernel)
@@ -87,8 +84,6 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
     remade = jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED)
     if policy is None and mesh is not None and mesh.shape["fsdp"] > 1:
         policy = remade
-    # What `tap` cuts out of the stack is cut again in the backward pass, and not kept until then.
-    run_tapped = jax.checkpoint(run_plain, policy=policy or (lambda prim, *_, **__: prim.name != "custom_vjp_call"))
     if policy is not None:
         run_plain, run_adapted = (jax.checkpoint(f, policy=policy) for f in (run_plain, run_adapted))
 
@@ -110,7 +105,6 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
             x_BTD, cache = jax.lax.scan(step, x_BTD, (layers, cache))
         else:
             run_layer = functools.partial(run, decode_block) if in_decode_layout(params) else run_block
-            run_layer = run_tapped if isinstance(layers, tuple) and isinstance(layers[0], Tapped) else run_layer
             layers = layers if isinstance(layers, tuple) else unstack(layers, config.layers)
             nothing = (None,) * config.layers
             caches = nothing if cache is None else zip(cache, nothing if prefix is None else prefix.layers, strict=True)
@@ -161,14 +155,8 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
 
     def by_layer(params):
         if config.scan_layers or "layers" not in params:
-            return params, lambda parts: parts
-        layers = params["layers"]
-        gradients = (jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), layers),) * config.layers
-
-        def join(parts):
-            return {**parts, "layers": tuple(Tapped(layers, gradient, i) for i, gradient in enumerate(parts["layers"]))}
-
-        return {**params, "layers": gradients}, join
+            return params
+        return {**params, "layers": unstack(params["layers"], config.layers)}
 
     return Model(
         config=config,
@@ -185,8 +173,8 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
 
 
 def in_decode_layout(params) -> bool:
-    """Whether params are as `decode_layout` gives them: one tree a layer."""
-    return isinstance(params["layers"], tuple) and not isinstance(params["layers"][0], Tapped)
+    """Whether params are as `decode_layout` gives them: one tree a layer, products of the same input fused."""
+    return isinstance(params["layers"], tuple) and "qkv" in params["layers"][0]["attention"]
 
 
 def transposed(block: Block) -> Block:
@@ -241,24 +229,6 @@ def decode_layer(stack_of_one, turned: bool):
         return x.reshape(math.prod(x.shape[:inputs]), -1).T
 
     return jax.tree_util.tree_map_with_path(turn, layer) if turned else layer
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["layers", "gradient"], meta_fields=["index"])
-@dataclasses.dataclass(frozen=True)
-class Tapped:
-    """Layer `index` of stacked `layers`, whose gradient goes to `gradient`: shaped like the layer, and not read."""
-
-    layers: dict
-    gradient: dict
-    index: int
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def tap(layers, gradient, index: int):
-    return jax.tree.map(lambda x: x[index], layers)
-
-
-tap.defvjp(lambda layers, gradient, index: (tap(layers, gradient, index), None), lambda index, _, gradient: (None, gradient))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -1,0 +1,49 @@
+"""Freed memory goes back to the system."""
+
+import subprocess
+import sys
+
+import pytest
+
+# All blocks but the last are freed, so that glibc can't lower the end of its heap.
+PROGRAM = """
+import ctypes, os
+import jax
+from jaxreason import freed
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+mib = lambda: int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+def leave_free(size, blocks):
+    made = [libc.malloc(size) for _ in range(blocks)]
+    for block in made:
+        ctypes.memset(block, 1, size)
+    for block in made[:-1]:
+        libc.free(block)
+
+freed.give_back()
+jax.jit(lambda x: x + 1)(1)
+start = mib()
+leave_free(30 * 2**20, 2)  # glibc by itself would now keep all that is smaller than this
+leave_free(20 * 2**20, 6)
+before = mib()
+leave_free(60_000, 2_000)
+small = mib()
+jax.monitoring.record_event_duration_secs(freed.COMPILED, 0.1)
+short = mib()
+jax.monitoring.record_event_duration_secs(freed.COMPILED, 2.0)
+long = mib()
+print(round(before - start), *(round(x - before) for x in (small, short, long)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_what_compilers_and_large_arrays_leave_is_given_back():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120)
+    assert not done.returncode, done.stderr
+    large, small, short, long = map(int, done.stdout.split())
+    assert large < 30 + 20 + 20  # the last block of each is not freed, the other five of 20 MiB are
+    assert small > 100  # kept by glibc: else this test tests nothing
+    assert short > 100  # a short compilation leaves little, and trimming takes time
+    assert long < 20
