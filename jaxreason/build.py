@@ -337,7 +337,7 @@ def make_roller(
         prefill_tokens=prefill_tokens,
         # What continues a shared prompt takes columns for its completion alone. The kernel that goes with cudnn reads those that
         # are there, however many there may be.
-        buckets=sorted({*cache_buckets(max_tokens if prompt_rows else length, smallest), length}),
+        buckets=sorted({*cache_buckets(max_tokens if prompt_rows and length > smallest else length, smallest), length}),
         # A quarter for the stragglers, where that is worth another program to compile.
         sizes=(slots // 4,) if slots >= 32 and slots // 4 % devices == 0 else (),
         prompt_rows=prompt_rows,

@@ -22,8 +22,9 @@ run of each):
     once a group                        8.8   11.6     26     32.8     54    108
 
 No way to write is the faster one at every shape (this was not repeated), so each slot keeps its own columns. Reading a prompt
-once a group would save 3 to 15 ms of the 80 to 120 ms of a step of 16 slots with prompts of 64 to 256 tokens, and most of it
-with prompts of 1024. It is not built: attempts of one group would have to stay side by side while slots are refilled.
+once a group saves 3 to 15 ms of the 80 to 120 ms of a step of 16 slots with prompts of 64 to 256 tokens, and most of it with
+prompts of 1024. The sampler does so since 2026-11-26: by rows of prompts that slots point to, so that attempts of one group need
+not stand side by side (`model.cache.Members`).
 """
 
 from __future__ import annotations

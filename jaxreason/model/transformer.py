@@ -3,8 +3,8 @@
 Layers are defined with `flax.nnx` and merged inside `apply`; only nested dicts of arrays cross the seam, with the layers
 stacked on axis 0. `ModelConfig.scan_layers` chooses between `lax.scan` over the stack (compile time flat in depth: for
 accelerators) and an unrolled loop (twice as fast on a CPU at 3 layers). Decoding is unrolled everywhere: a scan copies each
-layer's cache out of the stack and back (Qwen3-0.6B's shape, 64 slots x 512 columns, one H200: 11.4 ms a step in a scan of the
-sampler that was, 2.4 ms unrolled in a prototype; 2026-11-26).
+layer's cache out of the stack and back (Qwen3-0.6B's shape, 64 slots, XLA's attention, 2026-11-26: 11.4 ms a step in a scan, with
+256 + 256 tokens on one H200; 3.5 ms unrolled, with 256 + 512 on one H100).
 """
 
 from __future__ import annotations
