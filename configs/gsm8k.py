@@ -48,6 +48,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "max_tokens": 512,
         "chunk_tokens": 32,
         "cache_dtype": config_dict.placeholder(str),
+        "prompt_rows": config_dict.placeholder(int),
         "stop_strings": (),
         "thinking_tokens": config_dict.placeholder(int),
     }

@@ -267,6 +267,13 @@ def make_text(
     return made, text.chat(made, text.load_template(folder), system=system, instruction=instruction)
 
 
+# Prompts that may be so long are shared on a CPU, which pays for the products of rows that nobody continues: a step of SmolLM2's
+# shape in 16 slots with 256 columns of their own takes 60.5 ms of one core with a copy of 128 tokens each and 64.6 ms with shared
+# ones, 65.7 and 65.2 with 256 tokens (AMD EPYC, Zen 5, float32, best of four, once, 2026-11-26). What stands idle on an
+# accelerator costs nothing.
+SHARED_TOKENS = 512
+
+
 def make_roller(
     *,
     model,
@@ -323,7 +330,9 @@ def make_roller(
         raise ValueError(f"config.sampler.slots got {slots}, which do not divide over {processes} processes")
     slots //= processes
     devices = sharding.row_devices(mesh)
-    if prompt_rows is None:
+    if prompt_rows is None and mesh.devices.flat[0].platform == "cpu" and max_prompt_tokens < SHARED_TOKENS:
+        prompt_rows = 0
+    elif prompt_rows is None:
         # Twice as many as a full house needs, whose stragglers are of other problems; none where a few slots are alone.
         prompt_rows = 2 * slots // MEMBERS // devices * devices
     length = max_prompt_tokens + max_tokens
@@ -337,7 +346,7 @@ def make_roller(
         prefill_tokens=prefill_tokens,
         # What continues a shared prompt takes columns for its completion alone. The kernel that goes with cudnn reads those that
         # are there, however many there may be.
-        buckets=sorted({*cache_buckets(max_tokens if prompt_rows and length > smallest else length, smallest), length}),
+        buckets=sorted({*cache_buckets(length, smallest), *([max_tokens] if prompt_rows and length > smallest else [])}),
         # A quarter for the stragglers, where that is worth another program to compile.
         sizes=(slots // 4,) if slots >= 32 and slots // 4 % devices == 0 else (),
         prompt_rows=prompt_rows,

@@ -220,11 +220,11 @@ def warm_up(roller: Roller, weights: Weights, filters: Iterable[Filter] = (ALL,)
     def all_sizes(slots, sizes):
         """Decode with this many slots and with fewer, coming from more in any bucket."""
         slots = decode(slots)
+        for columns in reversed(sampler.buckets):
+            slots = sampler.resize(slots, columns)
+            few = [sampler.compact(slots, np.arange(size, dtype=np.int32)) for size in sizes]
         if sizes:
-            for columns in reversed(sampler.buckets):
-                slots = sampler.resize(slots, columns)
-                few = sampler.compact(slots, np.arange(sizes[0], dtype=np.int32))
-            all_sizes(few, sizes[1:])
+            all_sizes(few[0], sizes[1:])
 
     with ThreadPoolExecutor(2) as threads:  # the longest to compile beside the rest
         decoded = threads.submit(all_sizes, sampler.empty(), sampler.sizes[1:])

@@ -17,8 +17,9 @@ last token, writes its column and samples the next. Columns past a slot's length
 The cache has as many columns as the longest rollout in it needs, rounded up to one of a few sizes (`buckets`): early tokens do
 not pay for attention over the longest length. All shapes are fixed inside a bucket, and each program is compiled once a bucket.
 
-The noise of a sample is keyed by (the caller's key of the attempt, position in the sequence) and by nothing else: a rollout
-is the same in any slot, beside any neighbours, under any chunk size, in any bucket and on any mesh.
+The noise of a sample is keyed by (the caller's key of the attempt, position in the sequence) and by nothing else: up to rounding
+a rollout is the same in any slot, beside any neighbours, under any chunk size, in any bucket and on any mesh, with its prompt
+shared or not.
 """
 
 from __future__ import annotations
@@ -202,7 +203,7 @@ def compile_sampler(
     buckets: Sequence[int] | None = None,
     sizes: Sequence[int] = (),
     prompt_rows: int = 0,
-    prompt_columns: int = 1,
+    prompt_columns: int | None = None,
     cache_dtype=None,
     untempered_logp: bool = False,
     mesh=None,
@@ -212,8 +213,8 @@ def compile_sampler(
     Prompts are prefilled `prefill_tokens` of them at a time on a device, of one prompt or of several short ones; None for 128 on
     a CPU, where more is no faster, and 1024 elsewhere. `buckets` are the sizes of the cache, the last of them `length`; None for
     `cache_buckets(length)`. `sizes` are smaller numbers of slots, for when fewer rollouts are left. Slots may share their prompts
-    in `prompt_rows` rows of `prompt_columns`. With a mesh, slots and prompts are split over its `data` and `fsdp` axes, heads and
-    weights over `tensor`; `prepare` gathers weights over the others.
+    in `prompt_rows` rows of `prompt_columns` (None: `length`). With a mesh, slots and prompts are split over its `data` and
+    `fsdp` axes, heads and weights over `tensor`; `prepare` gathers weights over the others.
 
     Raises:
       ValueError: slots, prompts, heads or buckets that do not fit.
@@ -237,7 +238,7 @@ def compile_sampler(
         key_words = jax.random.key_data(jax.random.key(0)).shape
         return Slots(
             cache=model.init_cache(S, buckets[0], cache_dtype),
-            prompts=model.init_cache(prompt_rows, prompt_columns, cache_dtype) if prompt_rows else None,
+            prompts=model.init_cache(prompt_rows, prompt_columns or T, cache_dtype) if prompt_rows else None,
             prompt_tokens_R=jnp.zeros(prompt_rows, jnp.int32),
             prompt_S=jnp.full(S, -1, jnp.int32),
             tokens_ST=jnp.zeros((S, T), jnp.int32),
@@ -250,11 +251,15 @@ def compile_sampler(
             key_S=jnp.zeros((S, *key_words), jnp.uint32),
         )
 
-    def prefix(slots: Slots):
-        """The prompts that slots continue, for `model.apply`."""
+    def prefix(slots: Slots, read_S):
+        """The prompts that the slots `read_S` continue, for `model.apply`.
+
+        A slot that has stopped still names its prompt: counted among its `MEMBERS`, it would push out one that runs.
+        """
         if slots.prompts is None:
             return None
-        return kv.Prefix(slots.prompts, kv.members(slots.prompt_S, slots.prompt_tokens_R, MEMBERS, devices))
+        row_S = jnp.where(read_S, slots.prompt_S, -1)
+        return kv.Prefix(slots.prompts, kv.members(row_S, slots.prompt_tokens_R, MEMBERS, devices))
 
     def feed(params, tokens_BF, position_BF, cache, width: int, prefix=None):
         """Write the keys and values of tokens into a cache, `width` columns at a time, up to the last that has a position."""
@@ -297,6 +302,9 @@ def compile_sampler(
 
         Negative: nothing.
         """
+
+        fits = slots.prompts is None or kv.columns_of(prefilled) <= kv.columns_of(slots.prompts)
+        assert fits, "a row of prompts must hold the longest"
 
         def put(cache, from_B):
             """All rows are given, those that are copied first, and their number: one program, whatever they are."""
@@ -357,7 +365,7 @@ def compile_sampler(
         limit_S = jnp.where(forced_S, limit_S, slots.limit_S)
         return dataclasses.replace(
             slots,
-            cache=feed(weights.decode, token_SF, position_SF, slots.cache, FORCE_TOKENS, prefix(slots)),
+            cache=feed(weights.decode, token_SF, position_SF, slots.cache, FORCE_TOKENS, prefix(slots, forced_S)),
             tokens_ST=tokens_ST,
             logp_ST=jnp.where(cut_ST, 0.0, slots.logp_ST),
             untempered_ST=None if slots.untempered_ST is None else jnp.where(cut_ST, 0.0, slots.untempered_ST),
@@ -426,7 +434,7 @@ def compile_sampler(
             step, slots = carry
             return step + 1, decode_one(weights.decode, slots, shared, temperature, filter)
 
-        shared = prefix(slots)  # the same for all steps
+        shared = prefix(slots, slots.stop_S == RUNNING)  # the same for all steps
         return jax.lax.while_loop(go_on, advance, (0, slots))[1]
 
     def prepare(params) -> Weights:

@@ -69,6 +69,34 @@ def test_rollouts_do_not_depend_on_the_sampler(made, requests, expected, variant
     t.assert_same(got, expected)
 
 
+def test_a_prompt_of_more_attempts_than_share_it(made):
+    """The ninth attempt of problem 1 takes the slot of problem 0 and a place that another has left, whose slot stays empty.
+
+    With keys that were seen to give such an order: counting the empty slot, too, made one of them another rollout.
+    """
+    prompts = ([1, 2, 3], [4, 5, 6, 7])
+    wanted = [Request(Task("", "a"), p, g, prompts[p]) for p, attempts in enumerate((1, 9)) for g in range(attempts)]
+    for key in range(20):
+        alone, shared = (
+            t.roll(t.make_roller(made[0], slots=9, prompt_rows=rows), made[1], wanted, JUDGE, key=key) for rows in (0, 2)
+        )
+        t.assert_same(shared, alone)
+
+
+@pytest.mark.parametrize(("problems", "attempts", "shared", "own"), [(6, 3, 6, 0), (6, 1, 0, 6), (1, 9, 1, 0)])
+def test_a_prompt_is_copied_once_for_those_who_share_it(made, problems, attempts, shared, own):
+    """To a row of prompts if there is somebody to share it with, else to the slot. Rows are free again when all have left."""
+    roller, copies = t.make_roller(made[0], slots=3, prompt_rows=2), []
+
+    def place(slots, prefilled, own_S, prompt_R):
+        copies.append(((prompt_R >= 0).sum(), (own_S >= 0).sum()))
+        return roller.sampler.place(slots, prefilled, own_S, prompt_R)
+
+    spied = roller._replace(sampler=roller.sampler._replace(place=place))
+    t.roll(spied, t.biased(made[1], _=ALWAYS), t.make_requests(problems, attempts), JUDGE)
+    assert np.sum(copies, axis=0).tolist() == [shared, own]
+
+
 def test_rollouts_do_not_depend_on_order_or_neighbours(made, requests, expected):
     model, params = made
     roller = t.make_roller(model, slots=12)
@@ -97,7 +125,8 @@ def test_rollouts_do_not_depend_on_the_mesh(made, requests, expected, axes, scan
     mesh, model = make_mesh(**axes), t.make_model(scan_layers=scan)[0]
     params = jax.device_put(made[1], shardings(made[1], mesh))
     rows, tensor = row_devices(mesh), mesh.shape["tensor"]
-    roller = t.new_roller(model, slots=16, mesh=mesh, buckets=(8, 24), prompt_rows=rows)
+    sizes = (8,) if rows < 8 else ()
+    roller = t.new_roller(model, slots=16, sizes=sizes, mesh=mesh, buckets=(8, 24), prompt_rows=rows)
     t.assert_same(t.roll(roller, params, requests, JUDGE, temperature=0.9), expected)
     greedy = t.roll(t.make_roller(made[0]), made[1], requests, JUDGE, temperature=0.0)
     t.assert_same(t.roll(roller, params, requests, JUDGE, temperature=0.0), greedy)
@@ -106,7 +135,7 @@ def test_rollouts_do_not_depend_on_the_mesh(made, requests, expected, axes, scan
         assert slots.tokens_ST.addressable_shards[0].data.shape == (16 // rows, 24)
         shards = {x.sharding.shard_shape(x.shape)[:2] for x in jax.tree.leaves(slots.cache)}
         assert shards == {(16 // rows, 2 // tensor)}  # slots, and heads of keys and values
-    assert roller.sampler.decode._cache_size() == 2
+    assert 2 <= roller.sampler.decode._cache_size() <= 2 * (1 + len(sizes))
     assert roller.sampler.prefill._cache_size() == 1
     layers = roller.sampler.prepare(params).decode["layers"]
     for kernel in (layers[0]["mlp"]["gate_up"]["kernel"], layers[0]["attention"]["qkv"]["kernel"]):
@@ -511,9 +540,10 @@ def test_each_shape_is_compiled_once(made, requests, expected, caplog):
     assert run(jax.tree.map(lambda x: x + 0.01, params), key=1, temperature=0.7)[1] == []
 
 
-def test_after_a_warm_up_nothing_is_compiled(made, caplog):
+@pytest.mark.parametrize("sizes", [(), (2, 1)])
+def test_after_a_warm_up_nothing_is_compiled(made, caplog, sizes):
     """A long ragged run over all buckets, with observations, stop strings, a thinking budget and two filters."""
-    sampler = {"slots": 5, "sizes": (2, 1), "length": 44, "max_tokens": 30, "prompt_buckets": (4, 8), "buckets": (8, 16, 44)}
+    sampler = {"slots": 5, "sizes": sizes, "length": 44, "max_tokens": 30, "prompt_buckets": (4, 8), "buckets": (8, 16, 44)}
     roller = with_stops(thinker(t.new_roller(made[0], **sampler), tokens=14), "ab")
     filters = (ALL, Filter(top_k=6))
     weights = roller.sampler.prepare(made[1])
@@ -528,7 +558,7 @@ def test_after_a_warm_up_nothing_is_compiled(made, caplog):
     assert len({len(r.prompt) + len(r.tokens) for r in found}) > 20
     compiled = [r.getMessage() for r in caplog.records if "XLA compilation" in r.getMessage()]
     assert compiled == []
-    assert roller.sampler.decode._cache_size() == 3 * 3 * 2  # buckets x sizes x filters
+    assert roller.sampler.decode._cache_size() == 3 * (1 + len(sizes)) * 2  # buckets x sizes x filters
 
 
 def test_observations_of_many_lengths_share_few_shapes(made, conversations):

@@ -53,7 +53,10 @@ class Members(NamedTuple):
 
 
 def members(row_B, length_R, most: int, devices: int = 1) -> Members:
-    """Say who continues what: row b the prompt `row_B[b]`, or none if that is negative. At most `most` continue one."""
+    """Say who continues what: row b the prompt `row_B[b]`, or none if that is negative.
+
+    No more than `most` may continue one: the next would read another's.
+    """
     R, belongs_B = len(length_R) // devices, row_B >= 0
     row_DB = row_B.reshape(devices, -1) - R * jnp.arange(devices)[:, None]
     earlier_BB = jnp.tril(jnp.ones((row_DB.shape[1],) * 2, bool), -1)

@@ -3,7 +3,7 @@
 A cache has as many columns as the longest rollout in it needs, and the plain products of `layers.read` read all of them in all
 rows. Here one program for each row and key head puts the new key and value in their place, and goes over the row's prompt and its
 own columns with the softmax of flash attention (Dao et al. 2022, arXiv 2205.14135): running maximum, running sum. Rows that share
-a prompt run side by side and find it in the card's cache. What is left out: heads that are no power of two, and int8.
+a prompt mostly run side by side, and then find it in the card's cache. Left out: heads that are no power of two, and int8.
 """
 
 from __future__ import annotations
@@ -126,8 +126,9 @@ def on_each_device(mesh, *, interpret: bool = False):
     def read(q_BTNH, k_BTKH, v_BTKH, own, prompts, seen: Seen):
         q_BKQH, column_B = by_key_head(q_BTNH, own["v"].shape[1]), seen.column_BT[:, 0]
         if prompts is None:
-            prompts, row_B = own, jnp.zeros_like(column_B)  # of which nothing is read
-            begins_B = row_B
+            # Something of the right kind, of which nothing is read. Not `own` itself: it is written in place.
+            prompts = {"k": own["k"][..., :1], "v": own["v"][:, :, :1]}
+            row_B = begins_B = jnp.zeros_like(column_B)
         else:
             row_B, begins_B = seen.members.row_DB().reshape(-1), seen.members.begins_B()
         mixed, own = attend(q_BKQH, k_BTKH[:, 0], v_BTKH[:, 0], own, prompts, column_B, row_B, begins_B)

@@ -69,7 +69,7 @@ def sampler_stages(work: Work) -> list[Stage]:
     buckets, (_, _, left) = roller_of(work).sampler.buckets, weights_of(work)
     prefill, decode = compile_prefill(work), compile_decode(work)
     slots, prompts = size_of(slots_of(work)), prefill.results  # a batch of prompts waits while others are prefilled or placed
-    before = size_of(slots_of(work, buckets[-2])) if len(buckets) > 1 else 0.0
+    before = size_of(slots_of(work, buckets[-2]).cache) if len(buckets) > 1 else 0.0
     kinds = beside_sampling(work) | {"sampler's weights": left, "KV cache": slots + prompts}
     return [
         layout_stage(work),
