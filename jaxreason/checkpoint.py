@@ -135,15 +135,21 @@ def open_checkpoints(
         items["host"] = ocp.args.JsonSave({"host": host, "fingerprints": marks, "crc32": checksum(host, marks)})
         metrics = None if keep_best is None else {"best": score(host, keep_best)}
         wait()  # for the save before this one, whose failure is not this one's
-        while failed:  # what was written of them would take this one's space
-            if processes.writes() and "://" not in folder:
-                shutil.rmtree(Path(folder, f"{failed[-1]}.orbax-checkpoint-tmp"), ignore_errors=True)
-            failed.pop()
+        sweep()
         # Without `force` orbax skips a step that is not newer than the last one, silently.
         attempt(step, lambda: manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True))
 
     def wait() -> None:
         attempt(max(manager.all_steps(), default=0), manager.wait_until_finished)
+
+    def sweep() -> None:
+        """Remove what was written of saves that failed: it takes the space of others.
+
+        Again and again, as threads of a failed save may write on for a while. Never while a save is under way.
+        """
+        for step in failed:
+            if processes.writes() and "://" not in folder:
+                shutil.rmtree(Path(folder, f"{step}.orbax-checkpoint-tmp"), ignore_errors=True)
 
     def latest() -> int | None:
         return manager.latest_step()
@@ -186,6 +192,10 @@ def open_checkpoints(
                 raise damaged(step, f"{item}.{path} is not what was saved")
         return tree
 
+    def close() -> None:
+        manager.close()
+        sweep()
+
     def set_aside(step: int) -> None:
         if processes.writes():
             Path(folder, str(step)).rename(Path(folder, f"{step}.damaged"))
@@ -205,7 +215,7 @@ def open_checkpoints(
         check_params=lambda step, abstract: check_item(step, "state", {"params": abstract}, partial=True),
         restore_reference=lambda step, abstract: restore_item(step, "reference", abstract),
         wait=wait,
-        close=manager.close,
+        close=close,
     )
 
 

@@ -165,11 +165,11 @@ def test_a_train_step_computes_what_the_formula_says(fields):
 def test_the_walk_agrees_with_xla_where_nothing_loops_and_corrects_it_where_something_does():
     flat, looped = (compiled_train_step(dataclasses.replace(SHAPE, scan_layers=scan)) for scan in (False, True))
     walked = cost.program_cost(flat.as_text())
-    assert walked.loops == ()
-    assert walked.flops == pytest.approx(flat.cost_analysis()["flops"], rel=0.1)  # XLA counts norms and softmax too
+    assert walked.loops == (2,)  # logits come in two chunks at least; XLA counts one of them
+    assert walked.flops == pytest.approx(flat.cost_analysis()["flops"], rel=0.1)  # it counts norms and softmax too
     assert walked.bytes == pytest.approx(flat.cost_analysis()["bytes accessed"], rel=0.25)
     again = cost.program_cost(looped.as_text())
-    assert again.loops == (SHAPE.layers, SHAPE.layers)
+    assert sorted(again.loops) == [2, SHAPE.layers, SHAPE.layers]
     assert again.flops == walked.flops
     assert looped.cost_analysis()["flops"] < 0.6 * walked.flops
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     "types options",
     "model text tasks verify tools objectives estimators sharding optimizer data checkpoint metrics cost processes workdir",
-    "learner sampler environment batching origin ledger",
+    "learner sampler environment batching origin freed ledger",
     "rollout sources preemption",
     "evaluate build train",
     "main export sweep launch plan bench report view",

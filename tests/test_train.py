@@ -90,7 +90,7 @@ def test_cut_off_and_started_again_is_uninterrupted(tmp_path, monkeypatch, whole
 
 def test_sampling_one_step_ahead_on_devices_of_its_own_is_sampling_in_place(tmp_path, monkeypatch):
     """The same lag gives the same run, bit for bit, wherever it samples, and cut off with a batch ahead and started again."""
-    lagged = FEW | {"rl.objective.name": "dapo", "rl.source.lag": 1, "prior.steps": 2, "rl.steps": 5, "rl.source.problems": 8}
+    lagged = FEW | {"rl.objective.name": "dapo", "rl.source.lag": 1, "prior.steps": 30, "rl.steps": 5, "rl.source.problems": 8}
     places = {
         "in place": {"sharding.mesh.data": 4},
         "apart": {"sharding.mesh.data": -1, "sharding.sampling_devices": 4},
@@ -111,7 +111,7 @@ def test_sampling_one_step_ahead_on_devices_of_its_own_is_sampling_in_place(tmp_
     assert maths(apart) == maths(here)
     gaps = [[line["rollout/logp_gap"] for line in maths(d) if "rollout/logp_gap" in line] for d in (here, fresh)]
     assert max(gaps[1]) < 1e-5 > gaps[0][0]  # on-policy, as the first batch of a phase is
-    assert min(gaps[0][1:]) > 2e-5  # one update stale, the first of them at a fraction of the learning rate
+    assert max(gaps[0]) > 1e-3  # one update stale, after one that some attempt was paid in
 
 
 def test_a_reference_policy_in_the_hosts_memory_changes_nothing(tmp_path, monkeypatch, whole):
