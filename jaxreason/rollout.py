@@ -435,6 +435,7 @@ class Collection:
                     ended = self.roller.thinking.end.strip() in text_of(self.roller, tokens_ST[s, completion])
                     said.append((a, [] if ended else self.roller.thinking.ids))
                     continue
+            text = text_of(self.roller, tokens_ST[s, completion])
             a.rollout = functools.partial(
                 Rollout,
                 task=a.request.task,
@@ -446,11 +447,11 @@ class Collection:
                 untempered_logp=None if untempered_ST is None else untempered_ST[s, completion].copy(),
                 sampled=sampled_ST[s, completion].copy(),
                 stop=a.stop,
-                text=text_of(self.roller, tokens_ST[s, completion]),
+                text=text,
                 temperature=self.temperature,
             )
-            turn = Turn(text_of(self.roller, tokens_ST[s, a.turn : a.length]), a.stop, final=a.length >= a.limit)
-            self.ask(a, turn)
+            said_now = text if a.turn == completion.start else text_of(self.roller, tokens_ST[s, a.turn : a.length])
+            self.ask(a, Turn(said_now, a.stop, final=a.length >= a.limit))
         if halted_S.any():
             self.slots = self.sampler.halt(self.slots, halted_S)
         self.force(said)

@@ -184,9 +184,9 @@ def invert(p_SN, u_S):
 
 
 def cache_buckets(length: int, smallest: int = 128) -> tuple[int, ...]:
-    """Columns that a cache may have, doubling from `smallest` up to `length`; the last step is at least by a half."""
+    """Columns that a cache may have, doubling from `smallest` up to `length`; the last step is at least by a quarter."""
     sizes = []
-    while smallest * 1.5 <= length:
+    while smallest * 1.25 <= length:
         sizes.append(smallest)
         smallest *= 2
     return (*sizes, length)

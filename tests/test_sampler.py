@@ -75,7 +75,7 @@ def test_in_bfloat16_sampler_and_learner_round_alike():
         assert t.largest_gap(model, params, rollouts) < 0.1
 
 
-@pytest.mark.parametrize(("length", "expected"), [(24, (24,)), (191, (191,)), (192, (128, 192)), (1000, (128, 256, 512, 1000))])
+@pytest.mark.parametrize(("length", "expected"), [(24, (24,)), (159, (159,)), (160, (128, 160)), (1000, (128, 256, 512, 1000))])
 def test_cache_buckets_double(length, expected):
     assert cache_buckets(length) == expected
 

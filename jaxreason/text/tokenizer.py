@@ -193,7 +193,8 @@ def load(folder: str | Path) -> Tokenizer:
     plain_reader.encode_special_tokens = True
     special = {token.content: i for i, token in reader.get_added_tokens_decoder().items() if token.special}
     texts = {i: t for t, i in special.items()}
-    size = max(reader.get_vocab().values()) + 1
+    known = frozenset(reader.get_vocab().values())
+    size = max(known) + 1
     bos_id, eos_ids, pad_id = _special_ids(folder, reader.token_to_id)
 
     def encode(text, special=True):
@@ -203,13 +204,10 @@ def load(folder: str | Path) -> Tokenizer:
     def decode(ids, skip_special=False):
         ids = [int(i) for i in ids]
         out, start = [], 0
-        for end in [*(n for n, i in enumerate(ids) if reader_lacks(i)), len(ids)]:
+        for end in [*(n for n, i in enumerate(ids) if i not in known), len(ids)]:
             out.append(reader.decode(ids[start:end], skip_special_tokens=skip_special))
             start = end + 1
         return UNKNOWN.join(out)
-
-    def reader_lacks(i):
-        return not 0 <= i < size or reader.id_to_token(i) is None
 
     def token_text(i):
         return texts.get(int(i)) or decode([i])
