@@ -137,7 +137,9 @@ def sample(logits_SV, keys_S, temperature, filter: Filter = ALL):
     scaled_SV = logits_SV / jnp.where(greedy, 1.0, temperature)
     highest_S = jnp.max(scaled_SV, axis=-1)
     p_SV = kept(jnp.exp(scaled_SV - highest_S[:, None]), filter)
-    token_S = jnp.where(greedy, jnp.argmax(scaled_SV, axis=-1), draw(p_SV, keys_S)).astype(jnp.int32)
+    # The likeliest has exactly 1. An argmax over all words took 3.9 ms of the 55 ms of a decode step, used or not (16 rows of
+    # SmolLM2-135M's shape, one EPYC core, Zen 5, 2026-11-26).
+    token_S = draw(jnp.where(greedy, p_SV == 1, p_SV), keys_S, first=greedy).astype(jnp.int32)
     chosen_S = jnp.take_along_axis(scaled_SV, token_S[:, None], axis=1)[:, 0]
     return token_S, chosen_S - highest_S - jnp.log(jnp.sum(p_SV, axis=-1))
 
@@ -158,15 +160,16 @@ def kept(p_SV, filter: Filter):
     return p_SV
 
 
-def draw(p_SV, keys_S, width: int = 128):
+def draw(p_SV, keys_S, width: int = 128, first=False):
     """Draw an index a row in proportion to `p_SV`, which need not sum to one: the inverse of its cumulative sum at two uniforms.
 
+    With `first` the first that is not 0, whatever the keys.
     One picks a block of `width` words, the other a word in it. Gumbel noise, one number for each word, took a quarter of a
     decode step on a CPU (16 rows of SmolLM2-135M's shape, one EPYC core, 2026-11-24: 99 ms with it, 73 ms so).
     """
     S, V = p_SV.shape
     p_SNW = jnp.pad(p_SV, ((0, 0), (0, -V % width))).reshape(S, -1, width)
-    u_S2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_S)
+    u_S2 = jnp.where(first, 0.0, jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_S))
     block_S = invert(jnp.sum(p_SNW, axis=-1), u_S2[:, 0])
     word_S = invert(jnp.take_along_axis(p_SNW, block_S[:, None, None], axis=1)[:, 0], u_S2[:, 1])
     return block_S * width + word_S
