@@ -360,7 +360,7 @@ def make_roller(
         encode=format.forced,
         decode=functools.partial(tokenizer.decode, skip_special=False),
         eos_ids=tokenizer.eos_ids,
-        prompt_buckets=batching.length_buckets(max_prompt_tokens, count=2),
+        prompt_buckets=batching.length_buckets(max_prompt_tokens, count=2 if max_prompt_tokens > 64 else 1),
         rows=min(prompts_per_prefill, slots),
         max_tokens=max_tokens,
         stop_strings=tuple(stop_strings),

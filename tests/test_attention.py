@@ -112,7 +112,7 @@ def test_a_model_is_the_same_under_each_kernel(tiny, monkeypatch, name, scan_lay
 
 
 @pytest.mark.parametrize("name", ANYWHERE)
-def test_with_a_cache_it_is_always_xla(name):
+def test_several_tokens_read_a_cache_by_xla(name):
     """On this CPU another kernel would raise, as it does without a cache."""
     model = transformer(dataclasses.replace(CONFIG, attention=name))
     params = jax.jit(model.init)(jax.random.key(0))

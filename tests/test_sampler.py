@@ -56,7 +56,7 @@ def test_decoded_logp_is_teacher_forced_logp(made, slots, length):
         assert t.largest_gap(model, params, rollouts) < 1e-5
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.1), ("int8", 0.1)])  # nats; 0.047 and MEASURED measured
+@pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.1), ("int8", 0.1)])  # nats
 def test_a_smaller_cache_costs_little_and_not_nothing(made, dtype, bound):
     model, params = made
     roller = t.make_roller(model, slots=16, cache_dtype=dtype)
