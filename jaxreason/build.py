@@ -269,8 +269,8 @@ def make_text(
 
 # Prompts that may be so long are shared on a CPU, which pays for the products of rows that nobody continues: a step of SmolLM2's
 # shape in 16 slots with 256 columns of their own takes 60.5 ms of one core with a copy of 128 tokens each and 64.6 ms with shared
-# ones, 65.7 and 65.2 with 256 tokens (AMD EPYC, Zen 5, float32, best of four, once, 2026-11-26). What stands idle on an
-# accelerator costs nothing.
+# ones, 65.7 and 65.2 with 256 tokens, 90.7 and 84.8 with 1,024 (AMD EPYC, Zen 5, float32, best of four, once, 2026-11-26). What
+# stands idle on an accelerator costs nothing.
 SHARED_TOKENS = 512
 
 
