@@ -466,8 +466,10 @@ class PromptRows:
         self.members = [0] * sampler.prompt_rows
 
     def enter(self, attempt: Attempt, slots: int, left: int) -> bool:
-        """Find the row that an attempt in one of so many slots continues; return whether its prompt must be copied, there or
-        to the slot itself. `left` attempts at the prompt have none yet, this one included."""
+        """Find the row that an attempt in one of so many slots continues; say whether its prompt must be copied.
+
+        There, or to the slot itself if it shares none. `left` attempts at the prompt have not started, this one included.
+        """
         prompt, R = tuple(attempt.request.prompt), len(self.prompt)
         device = attempt.slot * self.devices // slots
         mine = range(device * R // self.devices, (device + 1) * R // self.devices)
