@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxreason.cost import shared_length
 from jaxreason.objectives import Objective
 from jaxreason.types import Batch, Rollout
 
@@ -29,25 +30,39 @@ def from_rollouts(
     limit: int,
     pack: bool = False,
     microbatches: int = 1,
+    share: int = 1,
 ) -> Batch:
-    """Make a batch of R rows from rollouts that stand in order of (problem, attempt), `group` to a problem.
+    """Make a batch of R / `share` rows from R rollouts that stand in order of (problem, attempt), `group` to a problem.
 
-    Only sampled tokens are trained on. `limit` is the longest completion, which `per_slot` divides by. With `pack` rollouts share
-    rows, and fill one of `microbatches` equal parts after the other, which must divide R.
+    Only sampled tokens are trained on. `limit` is the longest completion, which `per_slot` divides by. `share` attempts at a
+    problem, which must divide `group`, stand behind one copy of its prompt as branches of one segment (see `attention.causal`):
+    the first goes on from the prompt, each other one begins with the prompt's last token again, which predicts its first. With
+    `pack` rows are shared further, and fill one of `microbatches` equal parts after the other, which must divide their number.
     """
     R = len(rollouts)
     reward_PG = np.array([r.verdict.reward for r in rollouts], np.float64).reshape(-1, group)
     advantage_R = objective.advantage(reward_PG).reshape(R)
     length_R = np.array([r.sampled.sum() for r in rollouts])
     weight_R = objective.weigh(length_R, advantage_R, limit)
-    batch, spans = lay_out([len(r.prompt) + len(r.tokens) for r in rollouts], buckets, pack, microbatches)
-    for i, (r, (row, begin, stop)) in enumerate(zip(rollouts, spans, strict=True)):
-        start = begin + len(r.prompt)
-        batch.tokens_BT[row, begin:start], batch.tokens_BT[row, start:stop] = r.prompt, r.tokens
-        batch.weight_BT[row, start:stop] = np.where(r.sampled, weight_R[i], 0.0)
-        batch.advantage_BT[row, start:stop] = advantage_R[i]
-        batch.behaviour_logp_BT[row, start:stop] = r.logp
-        batch.temperature_BT[row, begin:stop] = r.temperature
+    shared = [rollouts[i : i + share] for i in range(0, R, share)]
+    lengths = [shared_length(len(some[0].prompt), [len(r.tokens) for r in some]) for some in shared]
+    batch, spans = lay_out(lengths, buckets, pack, microbatches)
+    for first, (some, (row, begin, _)) in enumerate(zip(shared, spans, strict=True)):
+        prompt = some[0].prompt
+        start = begin + len(prompt)
+        batch.tokens_BT[row, begin:start], batch.temperature_BT[row, begin:start] = prompt, some[0].temperature
+        for i, r in enumerate(some, start=first * share):
+            if r is not some[0]:
+                assert np.array_equal(r.prompt, prompt), "attempts that share a prompt must be at one problem"
+                batch.tokens_BT[row, start], start = prompt[-1], start + 1
+            stop = start + len(r.tokens)
+            batch.tokens_BT[row, start:stop] = r.tokens
+            batch.position_BT[row, start - 1 : stop] = len(prompt) - 1 + np.arange(stop - start + 1)
+            batch.weight_BT[row, start:stop] = np.where(r.sampled, weight_R[i], 0.0)
+            batch.advantage_BT[row, start:stop] = advantage_R[i]
+            batch.behaviour_logp_BT[row, start:stop] = r.logp
+            batch.temperature_BT[row, start - 1 : stop] = r.temperature
+            start = stop
     return batch
 
 

@@ -23,6 +23,7 @@ from jaxreason import evaluate as evaluation
 from jaxreason import objectives as objectives_
 from jaxreason import optimizer as optimizer_
 from jaxreason import origin as origin_
+from jaxreason.cost import attempts_behind_a_prompt, shared_length
 from jaxreason.environment import Environment, single_turn
 from jaxreason.learner import compile_token_logp
 from jaxreason.model import Model, ModelConfig, attention, transformer
@@ -512,6 +513,7 @@ def rollouts(
     dynamic_sampling: int = 1,
     lag: int = 0,
     pack: bool = True,
+    share_prompts: int | None = None,
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
@@ -519,6 +521,7 @@ def rollouts(
     """`group` verified attempts at each of `problems` tasks a step, sampled from the params `lag` updates ago.
 
     With `dynamic_sampling` of n up to n times as many problems are drawn, until enough have attempts that differ in reward.
+    The learner reads `share_prompts` attempts at a problem behind one copy of its prompt; None: as many as pay.
 
     Words may not be left out by `top_k`, `top_p` or `min_p`: they are here to say why.
     """
@@ -541,6 +544,14 @@ def rollouts(
             raise ValueError(f"source.max_tokens got {max_tokens}; allowed: 1 to sampler.max_tokens={roller.max_tokens}")
         roller = roller._replace(max_tokens=max_tokens)
     longest_prompt = roller.sampler.length - parts.roller.max_tokens
+    share = attempts_that_share(
+        share_prompts,
+        parts.model.config,
+        group=group,
+        rows=problems * group,
+        multiple=parts.devices * microbatches,
+        lengths=(longest_prompt, roller.max_tokens),
+    )
     items = fitting(load_tasks(task, seed=parts.seed), prompt, longest_prompt, f"task {task['name']!r}", parts.say)
     return sources.rollouts(
         data.shuffled(items, seed=parts.seed),
@@ -551,15 +562,34 @@ def rollouts(
         problems=problems,
         group=group,
         temperature=temperature,
-        buckets=batching.length_buckets(longest_prompt + roller.max_tokens),
+        buckets=batching.length_buckets(shared_length(longest_prompt, [roller.max_tokens] * share)),
         reward=reward,
         dynamic_sampling=dynamic_sampling,
         pack=pack,
         microbatches=microbatches,
+        share=share,
         lag=lag,
         background=not set(parts.meshes.sample.devices.flat) & set(parts.meshes.learn.devices.flat),
         steps=steps,
     )
+
+
+def attempts_that_share(
+    asked: int | None, shape: ModelConfig, *, group: int, rows: int, multiple: int, lengths: tuple[int, int]
+) -> int:
+    """How many attempts at a problem stand behind one copy of its prompt; `lengths` are those of prompt and completion at most.
+
+    None asks for as many as pay, of those that leave a `multiple` of rows: devices x micro-batches.
+    """
+    alone = shape.attention != "xla"  # the kernels know segments, but no branches of one
+    if asked is None:
+        choices = [n for n in range(1, group + 1) if group % n == 0 and rows // n % multiple == 0]
+        return 1 if alone else attempts_behind_a_prompt(shape, choices or [1], *lengths)
+    if asked < 1 or group % asked:
+        raise ValueError(f"source.share_prompts got {asked}; allowed: a divisor of group={group}, or None for as many as pay")
+    if asked > 1 and alone:
+        raise ValueError(f"source.share_prompts got {asked} with attention={shape.attention!r}; allowed: 1, or attention='xla'")
+    return asked
 
 
 def warm_up(roller: Roller, filters: Sequence[Filter], params) -> None:

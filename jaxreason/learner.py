@@ -146,20 +146,23 @@ def chunks(wanted_BT, count: int):
     """Make `cut`, [B, T, ...] -> chunks of [B', T', ...], and `uncut`, back to [B, T]: `count` chunks or somewhat more.
 
     A chunk has some columns of all rows, so that rows stay where they are, or if that is too much one column of some rows. What
-    is wanted stands in the first ones.
+    is wanted stands in the first ones; the last may be filled up with more of the last column.
     """
     B, T = wanted_BT.shape
-    columns = next(c for c in range(min(count, T), T + 1) if T % c == 0)
+    width = max(1, T // count)
+    columns = -(-T // width)
+    padded = columns * width
     rows = next(r for r in range(min(-(-count // columns), B), B + 1) if B % r == 0)
     order_BT = jnp.argsort(~wanted_BT, axis=1, stable=True)
 
     def cut(x):
         x = jnp.take_along_axis(x, order_BT.reshape(B, T, *[1] * (x.ndim - 2)), axis=1)
-        x = x.reshape(B // rows, rows, columns, T // columns, *x.shape[2:])
-        return jnp.moveaxis(x, (2, 1), (0, 1)).reshape(columns * rows, B // rows, T // columns, *x.shape[4:])
+        x = jnp.pad(x, ((0, 0), (0, padded - T), *[(0, 0)] * (x.ndim - 2)), mode="edge")  # no temperature of 0
+        x = x.reshape(B // rows, rows, columns, width, *x.shape[2:])
+        return jnp.moveaxis(x, (2, 1), (0, 1)).reshape(columns * rows, B // rows, width, *x.shape[4:])
 
     def uncut(x):
-        x = jnp.moveaxis(x.reshape(columns, rows, B // rows, T // columns), (0, 1), (2, 1)).reshape(B, T)
+        x = jnp.moveaxis(x.reshape(columns, rows, B // rows, width), (0, 1), (2, 1)).reshape(B, padded)[:, :T]
         return jnp.take_along_axis(x, jnp.argsort(order_BT, axis=1), axis=1)
 
     return cut, uncut

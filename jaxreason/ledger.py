@@ -58,24 +58,28 @@ def learning(c, batch: Batch, *, updates: int, reference: bool) -> dict[str, flo
 
     Backward is twice forward; of a frozen base it is once, as its weights have no gradient.
     """
-    lengths = segment_lengths(batch)
-    tokens = sum(rest + trained for rest, trained in lengths)
-    forward, adapters = forward_flops(c, lengths), adapter_flops(c, tokens)
+    tokens, forward = float((batch.segment_BT > 0).sum()), reading(c, [batch])
+    adapters = adapter_flops(c, tokens)
     update = (3 if c.lora is None else 2) * forward + 3 * adapters
-    return {"tokens": float(tokens * updates), "flops": updates * update + reference * (forward + adapters)}
+    return {"tokens": tokens * updates, "flops": updates * update + reference * (forward + adapters)}
 
 
 def reading(c, batches: Sequence[Batch]) -> float:
     """FLOPs of scoring every token of batches that has a weight."""
-    return sum(forward_flops(c, segment_lengths(batch)) for batch in batches)
+    branches = [branch for batch in batches for branch in branches_of(batch)]
+    whole = forward_flops(c, [(first + rest, trained) for first, rest, trained in branches])
+    return whole - forward_flops(c, [(first, 0) for first, *_ in branches])
 
 
-def segment_lengths(batch: Batch) -> list[tuple[int, int]]:
-    """Of each segment of a numpy batch how many tokens have no weight, and how many have one."""
-    B, _ = batch.segment_BT.shape
-    S = int(batch.segment_BT.max(initial=0)) + 1
-    segment_N = (batch.segment_BT + np.arange(B)[:, None] * S).ravel()
-    tokens_S, trained_S = (np.bincount(segment_N, x, B * S) for x in (None, (batch.weight_BT != 0).ravel()))
-    real = np.arange(B * S) % S > 0  # 0 is padding
-    pairs = zip(tokens_S[real], trained_S[real], strict=True)
-    return [(int(tokens - trained), int(trained)) for tokens, trained in pairs if tokens]
+def branches_of(batch: Batch) -> list[tuple[int, int, int]]:
+    """Of each branch in a numpy batch (see `attention.causal`) its first position, and how many tokens without and with a weight.
+
+    What stands before the first position was read with another branch.
+    """
+    begins_BT = (np.diff(batch.position_BT, axis=1, prepend=-2) != 1) | (np.diff(batch.segment_BT, axis=1, prepend=0) != 0)
+    begins_BT[:, 0] = True
+    branch_N = np.cumsum(begins_BT) - 1
+    first_N, real_N = batch.position_BT[begins_BT], batch.segment_BT[begins_BT] > 0
+    trained_BT = batch.weight_BT != 0
+    rest_N, trained_N = (np.bincount(branch_N, x.ravel()) for x in (~trained_BT, trained_BT))
+    return [tuple(map(int, branch)) for branch in np.stack([first_N, rest_N, trained_N], axis=1)[real_N]]

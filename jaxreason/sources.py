@@ -114,6 +114,7 @@ def rollouts(
     reward: str = "verdict",
     pack: bool = False,
     microbatches: int = 1,
+    share: int = 1,
     lag: int = 0,
     background: bool = False,
     steps: int | None = None,
@@ -130,6 +131,8 @@ def rollouts(
     2503.14476, sec. 3.2); the batch has the first that do, and if they are too few, the first others. How many problems a step
     draws is where the next begins, and all the state there is. Of several processes that sample in the background each does
     only the first round there: to know whether another is needed, they must exchange what they have, which is not for threads.
+
+    In the batch `share` attempts at a problem stand behind one copy of its prompt (see `batching.from_rollouts`).
 
     `reward="random"` is the control: each attempt earns 1 with the batch's own share of right answers, whatever it says.
 
@@ -208,15 +211,25 @@ def rollouts(
         rollouts, spent = sampled.rollouts, sampled.spent
         taught = kept(rollouts)
         batch = batching.from_rollouts(
-            taught, objective, group=group, buckets=buckets, limit=roller.max_tokens, pack=pack, microbatches=microbatches
+            taught,
+            objective,
+            group=group,
+            buckets=buckets,
+            limit=roller.max_tokens,
+            pack=pack,
+            microbatches=microbatches,
+            share=share,
         )
-        tokens = float(sum(len(r.prompt) + len(r.tokens) for r in taught))
+        tokens = float((batch.segment_BT > 0).sum())
         metrics = measure(rollouts, group) | {
             "rollout/oversampling": (float(len(rollouts)), float(len(taught))),
             "time/sample_s": (spent.sample_s, 1.0),
             "time/verify_s": (spent.verify_s, 1.0),
             "train/tokens": (tokens, 1.0),
-            "train/packing_efficiency": (tokens, float(batching.computed_tokens(batch, microbatches))),
+            "train/packing_efficiency": (
+                float((batch.segment_BT > 0).sum()),
+                float(batching.computed_tokens(batch, microbatches)),
+            ),
             "perf/sample_tokens_per_s": (float(spent.tokens), spent.sample_s),
             "rollout/slot_occupancy": (float(spent.tokens), float(spent.slot_steps)),
         }
@@ -230,7 +243,7 @@ def rollouts(
         return state | ({"ahead": [pack_rollouts(*batch()) for batch in state["ahead"]]} if lag else {})
 
     init = {"position": 0} | ({"begun": 0, "ahead": []} if lag else {})
-    return Source(lambda: dict(init), next, problems * group, samples=True, save=save)
+    return Source(lambda: dict(init), next, problems * group // share, samples=True, save=save)
 
 
 def teaches(rollouts: Sequence[Rollout], group: int) -> np.ndarray:

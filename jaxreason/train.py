@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxreason import ledger, processes, sharding
+from jaxreason import freed, ledger, processes, sharding
 from jaxreason import metrics as m
 from jaxreason.checkpoint import Checkpoints, Damaged
 from jaxreason.evaluate import Result
@@ -272,6 +272,8 @@ def train_phase(
     for step in range(start + 1, phase.steps + 1):
         started_s = time.perf_counter()
         source_state, drawn = phase.source.next(source_state, state.params, key)
+        if phase.source.samples:
+            freed.trim()  # the sampler's weights and caches are gone
         drawn_s = time.perf_counter()
         batch = sharding.put_rows(drawn.batch, run.mesh)
         if needs_reference:

@@ -60,6 +60,36 @@ def test_a_kernel_gives_what_xla_gives(name, T, segmented):
         np.testing.assert_allclose(x, y, atol=2e-5, err_msg=part)
 
 
+@pytest.mark.parametrize("prompt", [1, 4])
+def test_branches_see_the_prompt_and_themselves(prompt):
+    """Attempts behind one copy of a prompt mix what each would mix behind a copy of its own."""
+    rng = np.random.default_rng(0)
+    lengths, heads = (3, 1, 5), {"q": CONFIG.heads, "k": CONFIG.kv_heads, "v": CONFIG.kv_heads}
+    kernel = attention.xla(CONFIG)
+
+    def mix(tokens, position, segment):
+        made = [np.stack([table[name][t] for t in tokens])[None] for name in "qkv"]
+        return kernel.attend(*made, kernel.see(jnp.array([position]), jnp.array([segment])))[0]
+
+    count = prompt + sum(lengths)
+    table = {name: rng.normal(size=(count, n, CONFIG.head_size)).astype(np.float32) for name, n in heads.items()}
+    begin, tokens, position, own = prompt, list(range(prompt)), list(range(prompt)), []
+    for i, n in enumerate(lengths):
+        again = [prompt - 1] if i else []
+        own.append(slice(len(tokens) + len(again), len(tokens) + len(again) + n))
+        tokens += [*again, *range(begin, begin + n)]
+        position += range(prompt - len(again), prompt + n)
+        begin += n
+    # Behind another segment, which must not be seen either, and before padding.
+    shared = mix([0, 1, *tokens, 0], [0, 1, *position, 9], [1, 1, *[2] * len(tokens), 0])[2:-1]
+    begin = prompt
+    for n, where in zip(lengths, own, strict=True):
+        alone = mix([*range(prompt), *range(begin, begin + n)], range(prompt + n), [1] * (prompt + n))
+        np.testing.assert_allclose(shared[where], alone[prompt:], atol=1e-6)
+        np.testing.assert_allclose(shared[where.start - 1], alone[prompt - 1], atol=1e-6)  # what predicts its first token
+        begin += n
+
+
 @pytest.mark.parametrize("segmented", [False, True])
 def test_cudnn_gets_an_even_number_of_tokens(monkeypatch, segmented):
     """It has no gradient at any other; XLA, which stands in for it here, takes all."""

@@ -144,6 +144,37 @@ def test_rows_have_the_length_of_the_smallest_bucket_that_holds_them(longest, T)
         assert x.shape == (2, T)
 
 
+# --- attempts behind one copy of their prompt ---
+
+
+def test_attempts_share_a_prompt_by_hand():
+    rollouts = [
+        rollout([5, 6], [1, EOS], 1.0, logp=[-1, -2]),
+        rollout([5, 6], [3, 4, 8], 0.0, sampled=[1, 0, 1], temperature=0.7),
+        rollout([7], [], 1.0),
+        rollout([7], [EOS], 0.0),
+    ]
+    how = {"group": 2, "buckets": (4, 8), "limit": 10, "share": 2}
+    batch = from_rollouts(rollouts, objectives.dr_grpo(), **how)
+    assert batch.tokens_BT.tolist() == [[5, 6, 1, EOS, 6, 3, 4, 8], [7, 7, EOS, 0, 0, 0, 0, 0]]
+    assert batch.segment_BT.tolist() == [[1] * 8, [1] * 3 + [0] * 5]
+    assert batch.position_BT.tolist() == [[0, 1, 2, 3, 1, 2, 3, 4], [0, 0, 1, 3, 4, 5, 6, 7]]
+    w = 1 / (4 * 10)
+    np.testing.assert_allclose(batch.weight_BT, [[0, 0, w, w, 0, w, 0, w], [0, 0, w, 0, 0, 0, 0, 0]])
+    np.testing.assert_allclose(batch.advantage_BT[0], np.array([0, 0, 1, 1, 0, -1, -1, -1]) / 2)
+    np.testing.assert_allclose(batch.behaviour_logp_BT[0], [0, 0, -1, -2, 0, -1, -2, -3])
+    np.testing.assert_allclose(batch.temperature_BT[0], [1] * 4 + [0.7] * 4, rtol=1e-6)
+    packed = from_rollouts(rollouts, objectives.dr_grpo(), **how | {"buckets": (11,)}, pack=True)
+    assert packed.segment_BT.tolist() == [[1] * 8 + [2] * 3, [0] * 11]
+    np.testing.assert_array_equal(packed.weight_BT[0], [*batch.weight_BT[0], *batch.weight_BT[1, :3]])
+    assert packed.position_BT[0].tolist() == [*batch.position_BT[0], *batch.position_BT[1, :3]]
+
+
+def test_only_attempts_at_one_problem_share_a_prompt():
+    with pytest.raises(AssertionError, match="must be at one problem"):
+        from_rollouts([rollout([5], [1]), rollout([6], [1])], objectives.dr_grpo(), group=2, buckets=(8,), limit=10, share=2)
+
+
 # --- packing ---
 
 

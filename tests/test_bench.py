@@ -218,7 +218,7 @@ def test_choices_of_the_cache_are_measured():
         (["sampler", *TINY, "--questions=/nowhere.jsonl"], "/nowhere.jsonl"),
         (
             ["learner", *TINY, "--microbatches=4", "--config.sharding.mesh.data=1"],
-            "6 rollouts do not divide over 4 micro-batches",
+            "6 rows do not divide over 4 micro-batches",
         ),
         (["lookup", "--config=configs/tiny.py:smoke"], "--rollouts=FILE"),
     ],

@@ -1,16 +1,17 @@
 """Costs: compiled programs walked with their loops, beside XLA's own count and the formulas; what is sent and moved, by hand."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
-from jaxreason import batching, cost
+from jaxreason import batching, build, cost
 from jaxreason.learner import compile_train_step
 from jaxreason.model import ModelConfig, transformer
-from jaxreason.model.config import Lora
+from jaxreason.model.config import Lora, sized
 from jaxreason.objectives import dapo
 from jaxreason.train import new_state
 
@@ -196,3 +197,30 @@ def test_the_roofline_names_what_takes_longest():
 def test_topologies_are_named_and_counted():
     assert "v5e:4x8" in cost.topology_names()
     assert [cost.chips_of(name) for name in ("v5e:1x1", "v5e:4x8", "v5p:2x2x4")] == [1, 32, 16]
+
+
+# --- attempts behind one copy of their prompt ---
+
+
+def test_attempts_share_a_prompt_where_that_is_less_work():
+    shape, choices = sized("smollm2_135m"), (1, 2, 4, 8)
+    assert cost.attempts_behind_a_prompt(shape, choices, 16, 1024) == 1  # most of what shares would be masked
+    assert cost.attempts_behind_a_prompt(shape, choices, 64, 64) == 4
+    assert cost.attempts_behind_a_prompt(shape, choices, 1024, 8) == 8
+    assert cost.attempts_behind_a_prompt(shape, (1, 2), 1024, 8) == 2
+
+
+def test_what_config_asks_for_is_taken_or_refused():
+    shape, how = sized("smollm2_135m"), {"group": 8, "rows": 32, "lengths": (1024, 8)}
+    choose = functools.partial(build.attempts_that_share, **how)
+    assert choose(None, shape, multiple=4) == 8
+    assert choose(None, shape, multiple=16) == 2  # as many as leave rows for all devices and micro-batches
+    assert choose(None, shape, multiple=5) == 1  # the error about rows is another's
+    assert choose(4, shape, multiple=16) == 4
+    flash = dataclasses.replace(shape, attention="splash")
+    assert choose(None, flash, multiple=4) == choose(1, flash, multiple=4) == 1
+    with pytest.raises(ValueError, match=r"share_prompts got 2 with attention='splash'; allowed: 1, or attention='xla'"):
+        choose(2, flash, multiple=4)
+    for asked in (0, 3, 16):
+        with pytest.raises(ValueError, match=rf"share_prompts got {asked}; allowed: a divisor of group=8"):
+            choose(asked, shape, multiple=4)

@@ -138,7 +138,7 @@ def test_no_more_logits_exist_than_the_limit_says(tiny, monkeypatch, limit):
     assert largest_logits(*tiny(), random_batch()) <= limit
 
 
-@pytest.mark.parametrize("count", [1, 3, T, 3 * T, B * T])
+@pytest.mark.parametrize("count", [1, 3, 5, T, 3 * T, B * T])
 def test_chunks_put_every_result_where_it_belongs_and_leave_out_what_nobody_wants(tiny, count):
     model, params = tiny()
     rng = np.random.default_rng(count)
@@ -335,6 +335,38 @@ def test_packing_changes_nothing(tiny, microbatches, axes):
         return jax.device_get((metrics, state.params))
 
     assert_trees_close(update(microbatches, axes, True), update(1, None, False))
+
+
+@pytest.mark.parametrize(
+    ("share", "pack", "microbatches", "axes"),
+    [(4, False, 1, None), (2, False, 4, None), (2, True, 2, None), (4, True, 1, None), (2, False, 1, (2, 2))],
+)
+def test_attempts_behind_one_prompt_change_nothing(tiny, share, pack, microbatches, axes):
+    """The same update, metrics included, as with a copy of the prompt before each attempt."""
+    model, params = tiny()
+    objective, optimizer = make("grpo", kl_coefficient=0.1, entropy_coefficient=0.01), optax.sgd(0.1)
+    rollouts = ragged_rollouts(16)
+    rollouts = [dataclasses.replace(r, prompt=rollouts[i // 4 * 4].prompt) for i, r in enumerate(rollouts)]
+
+    def update(share, pack, microbatches, axes):
+        state, put, placed = fresh(params, optimizer), lambda batch: batch, None
+        if axes is not None:
+            mesh = sharding.make_mesh(data=axes[0], fsdp=axes[1], devices=jax.devices()[: math.prod(axes)])
+            placed = sharding.shardings(state, mesh)
+            state, put = jax.device_put(state, placed), functools.partial(sharding.put_rows, mesh=mesh)
+        longest = max(len(r.prompt) for r in rollouts) + share * (max(len(r.tokens) for r in rollouts) + 1) - 1
+        how = {"group": 4, "buckets": (longest,), "limit": T, "pack": pack, "microbatches": microbatches}
+        batch = batching.from_rollouts(rollouts, objective, **how, share=share)
+        assert len(batch.tokens_BT) == 16 // share
+        reference = learner.compile_token_logp(model, microbatches)(params, put(batch))
+        batch = dataclasses.replace(put(batch), reference_logp_BT=0.9 * reference)
+        step = learner.compile_train_step(model, objective, optimizer, microbatches=microbatches, state_shardings=placed)
+        state, metrics = step(state, batch)
+        return jax.device_get((metrics, state.params))
+
+    expected = update(1, False, 1, None)
+    assert not expected[0]["skipped"][0]
+    assert_trees_close(update(share, pack, microbatches, axes), expected)
 
 
 def test_empty_microbatches_cost_nothing(tiny):

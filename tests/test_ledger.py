@@ -67,6 +67,18 @@ def test_learning_is_three_times_forward_however_rows_are_packed(pack):
     assert work["flops"] == pytest.approx(2 * forward + 3 * adapters, rel=1e-12)
 
 
+def test_learning_reads_a_shared_prompt_once():
+    rollouts = [rollout(7, 5, 3), rollout(7, 5, 4, forced=2), rollout(8, 1, 2), rollout(8, 1, 1)]
+    how = {"group": 2, "buckets": (14,), "limit": 4, "share": 2, "pack": True}
+    batch = batching.from_rollouts(rollouts, objectives.reinforce_batch(), **how)
+    # Each later attempt reads the prompt's last token again, at its position, and its own.
+    positions = [*range(8), *range(4, 9), *range(3), *range(2)]
+    trained = int((batch.weight_BT != 0).sum())
+    work = ledger.learning(CONFIG, batch, updates=1, reference=False)
+    assert work["tokens"] == len(positions)
+    assert work["flops"] == pytest.approx(3 * by_hand(CONFIG, positions, trained), rel=1e-12)
+
+
 def test_amounts_add_up_by_kind():
     first = ledger.add(ledger.empty(), "learn", tokens=3, flops=5.0, device_s=2.0, watts=None)
     both = ledger.add(first, "learn", tokens=4, flops=1.0, device_s=0.5, watts=100.0)

@@ -129,6 +129,14 @@ def test_a_bad_config_is_refused_before_anything_is_compiled(fields, message, mo
 
 
 @needs_libtpu
+def test_attempts_that_share_a_prompt_stand_in_one_row():
+    alone, shared = (work_of(**{"rl.microbatches": 1, "rl.source.share_prompts": n}) for n in (1, 4))
+    prompt, completion = dict(alone.sampler)["max_prompt_tokens"], alone.new_tokens
+    assert (alone.rows, alone.length) == (256, prompt + completion)
+    assert (shared.rows, shared.length) == (64, prompt + 4 * completion + 3)
+
+
+@needs_libtpu
 def test_a_pretrained_model_needs_no_download(tmp_path):
     shape = work_of(name="gsm8k", options="model=qwen3_8b", **{"rl.microbatches": 1}).shape
     assert (shape.layers, shape.vocab_size, shape.scan_layers) == (36, 151936, True)

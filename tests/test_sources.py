@@ -57,8 +57,7 @@ def make_rollouts(roller, tasks=None, objective=None, **more):
         problems=PROBLEMS,
         group=GROUP,
         temperature=0.9,
-        buckets=(8, 20),
-        **more,
+        **{"buckets": (8, 20), **more},
     )
 
 
@@ -297,6 +296,19 @@ def test_problems_are_drawn_until_enough_teach_something(roller, params, most):
         _, first = plain.next({"position": start}, params, key)
         for a, b in zip(first.rollouts, drawn.rollouts, strict=False):
             np.testing.assert_array_equal(a.tokens, b.tokens)
+
+
+def test_attempts_share_their_prompt_in_the_batch(roller, params):
+    key = jax.random.key(5)
+    source, alone = make_rollouts(roller, share=GROUP, buckets=(64,)), make_rollouts(roller)
+    (_, drawn), (_, expected) = (s.next({"position": 8}, params, key) for s in (source, alone))
+    assert (source.rows, alone.rows) == (PROBLEMS, PROBLEMS * GROUP)
+    assert len(drawn.batch.tokens_BT) == PROBLEMS
+    assert (drawn.batch.weight_BT != 0).sum() == (expected.batch.weight_BT != 0).sum()
+    # All but the last token of a prompt stands there once.
+    spared = sum(len(drawn.rollouts[p * GROUP].prompt) - 1 for p in range(PROBLEMS)) * (GROUP - 1)
+    assert drawn.metrics["train/tokens"][0] == expected.metrics["train/tokens"][0] - spared
+    assert drawn.metrics["train/packing_efficiency"][0] <= drawn.metrics["train/packing_efficiency"][1]
 
 
 def test_dynamic_sampling_draws_more_than_a_round_here(roller, params):

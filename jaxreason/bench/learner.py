@@ -9,7 +9,8 @@ the optimizer and the micro-batches of the config's last phase, which `--kl` and
 is scored if there is a KL coefficient. An update ends when the new params are there.
 
 The floor is the time of the matrix products that cannot be left out, at the best rate measured here: forward, and twice that
-backward; logits of trained tokens only. Norms, softmax, rotations, the optimizer and padding are above it.
+backward; logits of trained tokens only, prompts as often as they stand in the batch (`--share_prompts`). Norms, softmax,
+rotations, the optimizer and padding are above it. Tokens a second count every rollout with its prompt.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from absl import app, flags, logging
 
 from jaxreason.bench import machine
 from jaxreason.bench import sampler as sampling
-from jaxreason.cost import forward_flops
+from jaxreason.cost import shared_length
 
 FLAGS = flags.FLAGS
 
@@ -60,7 +61,8 @@ def bench(cores: int, whole: bool) -> None:
     """Measure and print."""
     import jax
 
-    from jaxreason import batching, freed, learner, objectives, optimizer, sharding
+    from jaxreason import batching, freed, learner, ledger, objectives, optimizer, sharding
+    from jaxreason.build import attempts_that_share
     from jaxreason.options import call
     from jaxreason.train import new_state
     from jaxreason.types import Verdict
@@ -74,8 +76,11 @@ def bench(cores: int, whole: bool) -> None:
     made = call(optimizer.make, phase["optimizer"] | {"warmup_steps": 0}, "optimizer", steps=phase["steps"])
     microbatches = FLAGS.microbatches or phase["microbatches"]
     mesh = call(sharding.make_mesh, config["sharding"]["mesh"], "config.sharding.mesh")
-    if len(requests) % (microbatches * sharding.row_devices(mesh)):
-        raise ValueError(f"{len(requests)} rollouts do not divide over {microbatches} micro-batches; set --microbatches")
+    multiple = microbatches * sharding.row_devices(mesh)
+    lengths = (roller.sampler.length - roller.max_tokens, roller.max_tokens)
+    share = attempts_that_share(FLAGS.share_prompts, c, group=FLAGS.group, rows=len(requests), multiple=multiple, lengths=lengths)
+    if len(requests) // share % multiple:
+        raise ValueError(f"{len(requests) // share} rows do not divide over {microbatches} micro-batches; set --microbatches")
     placed = sharding.shardings(jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), made)), mesh)
     reference = jax.tree.map(jax.numpy.copy, params) if objective.needs_reference else None
     state = jax.jit(new_state, static_argnums=1, donate_argnums=0, out_shardings=placed)(params, made)
@@ -85,13 +90,15 @@ def bench(cores: int, whole: bool) -> None:
         batching.from_rollouts,
         objective=objective,
         group=FLAGS.group,
-        buckets=batching.length_buckets(roller.sampler.length),
+        buckets=batching.length_buckets(shared_length(lengths[0], [lengths[1]] * share)),
         limit=roller.max_tokens,
         pack=FLAGS.pack,
         microbatches=microbatches,
+        share=share,
     )
-    lengths = f"{FLAGS.prompt_tokens}+{FLAGS.tokens} tokens, {microbatches} micro-batches, {c.dtype}, remat {c.remat}"
-    show = machine.printer(f"{FLAGS.config.model.name} {FLAGS.work}: {FLAGS.prompts}x{FLAGS.group} rollouts, {lengths}", cores)
+    sizes = f"{FLAGS.prompt_tokens}+{FLAGS.tokens} tokens, {share} to a prompt, {microbatches} micro-batches"
+    work = f"{FLAGS.config.model.name} {FLAGS.work}: {FLAGS.prompts}x{FLAGS.group} rollouts, {sizes}, {c.dtype}, remat {c.remat}"
+    show = machine.printer(work, cores)
     ceiling = machine.measure([], c.dtype)
     show("matrix products, best", ceiling.flops_per_s / 1e9, "GFLOP/s")
 
@@ -104,6 +111,7 @@ def bench(cores: int, whole: bool) -> None:
         if whole:
             rollouts, _ = sampling.batch(roller, roller.sampler.prepare(state.params), requests, number)
             rollouts = [dataclasses.replace(r, verdict=Verdict(float(r.attempt % 2), False)) for r in rollouts]
+            freed.trim()
         times.append(time.perf_counter())
         host = to_batch(rollouts)
         batch = sharding.put_rows(host, mesh)
@@ -117,10 +125,11 @@ def bench(cores: int, whole: bool) -> None:
         if number >= FLAGS.warmup:
             for name, seconds in zip(parts, [b - a for a, b in itertools.pairwise(times)] + [times[-1] - times[0]], strict=True):
                 parts[name].append(seconds)
-            found.append((rollouts, batching.computed_tokens(host, microbatches)))
+            found.append((rollouts, host))
     tokens = [sum(len(r.prompt) + len(r.tokens) for r in rollouts) for rollouts, _ in found]
-    floor = [forward_flops(c, [(len(r.prompt), len(r.tokens)) for r in rollouts]) / ceiling.flops_per_s for rollouts, _ in found]
-    show("packing efficiency", [n / computed for n, (_, computed) in zip(tokens, found, strict=True)], "")
+    floor = [ledger.reading(c, [host]) / ceiling.flops_per_s for _, host in found]
+    efficiency = [(host.segment_BT > 0).sum() / batching.computed_tokens(host, microbatches) for _, host in found]
+    show("packing efficiency", efficiency, "")
     for name, passes in (("reference", 1), ("update", 3)):
         if name == "update" or reference is not None:
             show(name, parts[name], "s")
@@ -138,6 +147,7 @@ def run(whole: bool = False) -> None:
     sampling.define_flags()
     flags.DEFINE_float("kl", None, "KL coefficient, in the place of the config's.", lower_bound=0.0)
     flags.DEFINE_integer("microbatches", 0, "0: those of the config.", lower_bound=0)
+    flags.DEFINE_integer("share_prompts", None, "Attempts behind one copy of a prompt; default: as many as pay.", lower_bound=1)
     flags.DEFINE_boolean("pack", True, "Let short rollouts share a row.")
 
     def main(argv) -> None:

@@ -48,12 +48,21 @@ class Kernel(NamedTuple):
 
 
 def causal(position_BT, segment_BT):
-    """Which tokens of its row each token may see: itself and what came before it in its segment."""
-    T = position_BT.shape[1]
+    """Which tokens of its row each token may see: itself and what came before it in its segment.
+
+    Where positions fall back within a segment a branch begins: it sees, of what came before it, positions before its own first.
+    So attempts at a problem can stand one behind the other after a single copy of its prompt.
+    """
+    B, T = position_BT.shape
     earlier_TT = jnp.tril(jnp.ones((T, T), bool))
     if segment_BT is None:
-        return jnp.broadcast_to(earlier_TT, (position_BT.shape[0], T, T))
-    return earlier_TT & (segment_BT[:, :, None] == segment_BT[:, None, :])
+        return jnp.broadcast_to(earlier_TT, (B, T, T))
+    follows_BT = (jnp.diff(position_BT, axis=1, prepend=-1) == 1) & (jnp.diff(segment_BT, axis=1, prepend=-1) == 0)
+    branch_BT = jax.lax.cummax(jnp.where(follows_BT, 0, jnp.arange(T)), axis=1)  # the column that it begins at
+    first_BT = jnp.take_along_axis(position_BT, branch_BT, axis=1)
+    same_BTT = segment_BT[:, :, None] == segment_BT[:, None, :]
+    branch_BTT = branch_BT[:, :, None] == branch_BT[:, None, :]
+    return earlier_TT & same_BTT & (branch_BTT | (position_BT[:, None, :] < first_BT[:, :, None]))
 
 
 def xla(config: ModelConfig, mesh=None) -> Kernel:

@@ -6,6 +6,7 @@ import inspect
 from pathlib import Path
 
 from jaxreason import build, objectives, optimizer, sharding
+from jaxreason.cost import shared_length
 from jaxreason.model import attention
 from jaxreason.model.config import SIZES
 from jaxreason.options import call, unknown
@@ -35,7 +36,9 @@ def read(config: dict, topology: str, phase: str | None) -> Work:
     objective = call(objectives.make, section["objective"], f"config.{phase}.objective")
     updates, steps = section.get("updates_per_batch", 1), section["steps"]
     source = section["source"]
-    sizes = call(read_source, {"name": None} | source, f"config.{phase}.source", sampler=config["sampler"])
+    microbatches = section.get("microbatches", 1)
+    how = {"sampler": config["sampler"], "shape": shape, "multiple": mesh["data"] * mesh["fsdp"] * microbatches}
+    sizes = call(read_source, {"name": None} | source, f"config.{phase}.source", **how)
     evaluated = bool(config["evaluate"].get("suites"))
     sampler = {key: tuple(v) if isinstance(v, list) else v for key, v in config["sampler"].items()}
     sampler["prefill_tokens"] = sampler.get("prefill_tokens") or PREFILL_TOKENS
@@ -47,7 +50,7 @@ def read(config: dict, topology: str, phase: str | None) -> Work:
         phase=phase,
         objective=objective,
         optimizer=call(optimizer.make, section["optimizer"], f"config.{phase}.optimizer", steps=steps * updates),
-        microbatches=section.get("microbatches", 1),
+        microbatches=microbatches,
         updates=updates,
         offload_reference=section.get("offload_reference", False),
         samples=source["name"] == "rollouts",
@@ -77,7 +80,7 @@ def read_shape(config: dict):
     return shape
 
 
-def read_source(*, name: str, sampler: dict, **section) -> dict:
+def read_source(*, name: str, sampler: dict, shape, multiple: int, **section) -> dict:
     """How many rows a source's batches have, how long they are at most, and what is sampled for them."""
     if name not in build.SOURCES:
         raise ValueError(unknown("source", name, build.SOURCES))
@@ -96,10 +99,12 @@ def read_source(*, name: str, sampler: dict, **section) -> dict:
         }
     if section.get("max_tokens") is not None:
         new_tokens = section["max_tokens"]
-    problems, group = section["problems"], section["group"]
+    problems, group, lengths = section["problems"], section["group"], (sampler["max_prompt_tokens"], new_tokens)
+    how = {"group": group, "rows": problems * group, "multiple": multiple, "lengths": lengths}
+    share = build.attempts_that_share(section.get("share_prompts"), shape, **how)
     return {
-        "rows": problems * group,
-        "length": sampler["max_prompt_tokens"] + new_tokens,
+        "rows": problems * group // share,
+        "length": shared_length(lengths[0], [new_tokens] * share),
         "problems": problems,
         "group": group,
         "new_tokens": new_tokens,
