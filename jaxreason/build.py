@@ -550,7 +550,8 @@ def rollouts(
         group=group,
         rows=problems * group,
         multiple=parts.devices * microbatches,
-        lengths=(longest_prompt, roller.max_tokens),
+        prompt=longest_prompt // 2,
+        completion=roller.max_tokens,
     )
     items = fitting(load_tasks(task, seed=parts.seed), prompt, longest_prompt, f"task {task['name']!r}", parts.say)
     return sources.rollouts(
@@ -575,16 +576,17 @@ def rollouts(
 
 
 def attempts_that_share(
-    asked: int | None, shape: ModelConfig, *, group: int, rows: int, multiple: int, lengths: tuple[int, int]
+    asked: int | None, shape: ModelConfig, *, group: int, rows: int, multiple: int, prompt: int, completion: int
 ) -> int:
-    """How many attempts at a problem stand behind one copy of its prompt; `lengths` are those of prompt and completion at most.
+    """How many attempts at a problem stand behind one copy of its prompt.
 
-    None asks for as many as pay, of those that leave a `multiple` of rows: devices x micro-batches.
+    None asks for as many as pay with a typical `prompt` and the longest `completion`, of those that leave a `multiple` of rows:
+    devices x micro-batches.
     """
     alone = shape.attention != "xla"  # the kernels know segments, but no branches of one
     if asked is None:
         choices = [n for n in range(1, group + 1) if group % n == 0 and rows // n % multiple == 0]
-        return 1 if alone else attempts_behind_a_prompt(shape, choices or [1], *lengths)
+        return 1 if alone else attempts_behind_a_prompt(shape, choices or [1], prompt, completion)
     if asked < 1 or group % asked:
         raise ValueError(f"source.share_prompts got {asked}; allowed: a divisor of group={group}, or None for as many as pay")
     if asked > 1 and alone:

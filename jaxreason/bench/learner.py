@@ -77,8 +77,10 @@ def bench(cores: int, whole: bool) -> None:
     microbatches = FLAGS.microbatches or phase["microbatches"]
     mesh = call(sharding.make_mesh, config["sharding"]["mesh"], "config.sharding.mesh")
     multiple = microbatches * sharding.row_devices(mesh)
-    lengths = (roller.sampler.length - roller.max_tokens, roller.max_tokens)
-    share = attempts_that_share(FLAGS.share_prompts, c, group=FLAGS.group, rows=len(requests), multiple=multiple, lengths=lengths)
+    how = {"group": FLAGS.group, "rows": len(requests), "multiple": multiple, "completion": roller.max_tokens}
+    how["prompt"] = sum(len(r.prompt) for r in requests) // len(requests)
+    share = attempts_that_share(FLAGS.share_prompts, c, **how)
+    longest_prompt = roller.sampler.length - roller.max_tokens
     if len(requests) // share % multiple:
         raise ValueError(f"{len(requests) // share} rows do not divide over {microbatches} micro-batches; set --microbatches")
     placed = sharding.shardings(jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), made)), mesh)
@@ -90,7 +92,7 @@ def bench(cores: int, whole: bool) -> None:
         batching.from_rollouts,
         objective=objective,
         group=FLAGS.group,
-        buckets=batching.length_buckets(shared_length(lengths[0], [lengths[1]] * share)),
+        buckets=batching.length_buckets(shared_length(longest_prompt, [roller.max_tokens] * share)),
         limit=roller.max_tokens,
         pack=FLAGS.pack,
         microbatches=microbatches,

@@ -99,12 +99,13 @@ def read_source(*, name: str, sampler: dict, shape, multiple: int, **section) ->
         }
     if section.get("max_tokens") is not None:
         new_tokens = section["max_tokens"]
-    problems, group, lengths = section["problems"], section["group"], (sampler["max_prompt_tokens"], new_tokens)
-    how = {"group": group, "rows": problems * group, "multiple": multiple, "lengths": lengths}
+    problems, group, longest_prompt = section["problems"], section["group"], sampler["max_prompt_tokens"]
+    how = {"group": group, "rows": problems * group, "multiple": multiple}
+    how |= {"prompt": longest_prompt // 2, "completion": new_tokens}  # as `build` has them
     share = build.attempts_that_share(section.get("share_prompts"), shape, **how)
     return {
         "rows": problems * group // share,
-        "length": shared_length(lengths[0], [new_tokens] * share),
+        "length": shared_length(longest_prompt, [new_tokens] * share),
         "problems": problems,
         "group": group,
         "new_tokens": new_tokens,
