@@ -78,7 +78,9 @@ class Batch:
     """What one train step consumes. The loss is `sum(weight_BT * token_loss_BT)`: every normalisation is in the weights."""
 
     tokens_BT: jax.Array  # int32
-    position_BT: jax.Array  # int32, restarts at 0 in each segment
+    position_BT: (
+        jax.Array
+    )  # int32, restarts at 0 in each segment; where it falls back in one, a branch begins (`attention.causal`)
     segment_BT: jax.Array  # int32, 0 is padding; attention never crosses a segment
     weight_BT: jax.Array  # float32, 0 where a token is not trained on
     advantage_BT: jax.Array  # float32

@@ -143,6 +143,17 @@ def test_scan_is_the_unrolled_loop(tiny, variant):
     np.testing.assert_allclose(forward(scanned, params), forward(model, params), atol=1e-5)
 
 
+def test_decode_layout_of_large_kernels_is_only_a_layout(tiny):
+    """Kernels that are not turned, and one whose rows, of whole pages, get columns more."""
+    wide = {"width": 256, "heads": 16, "kv_heads": 16, "head_size": 16, "feed_forward": 512, "tied_embeddings": False}
+    model, params = tiny(layers=1, scan_layers=False, **wide)
+    layout = model.decode_layout(params)
+    shapes = {jax.tree_util.keystr(path[-3:]): x.shape for path, x in jax.tree_util.tree_leaves_with_path(layout["layers"])}
+    assert shapes["['mlp']['gate_up']['kernel']"] == (256, 1024 + 16)
+    assert shapes["['mlp']['down']['kernel']"] == (256, 512)  # small enough to be turned
+    np.testing.assert_allclose(forward(model, layout), forward(model, params), atol=1e-5)
+
+
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_decode_layout_is_only_a_layout(tiny, scan_layers):
     model, params = tiny(scan_layers=scan_layers, qkv_bias=True)
