@@ -418,7 +418,7 @@ def make_phase(
     if made_source.rows % (parts.devices * microbatches):
         raise ValueError(
             f"config.{name} has {made_source.rows} rows a batch, which do not divide over {parts.devices} devices x "
-            f"{microbatches} micro-batches; change rows, problems x group or microbatches"
+            f"{microbatches} micro-batches; change rows, problems x group, source.share_prompts or microbatches"
         )
     return Phase(
         name,

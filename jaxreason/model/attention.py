@@ -4,7 +4,8 @@
     cudnn    cuDNN's flash attention, by way of `jax.nn.dot_product_attention`: NVIDIA GPUs, bfloat16
     splash   the flash kernel for TPUs that comes with jax, `jax.experimental.pallas.ops.tpu.splash_attention`
 
-They differ in speed, memory and rounding only: with each, a token sees itself and what came before it in its segment. They serve
+They differ in speed, memory and rounding only: with each, a token sees itself and what came before it in its segment. Branches of
+a segment (`causal`), by which attempts share a prompt, are for xla alone. They serve
 the path without a cache (training, log-probs). With a cache it is XLA: a decode step has one query a row and no square of scores
 for a flash kernel to save, and a prompt is prefilled once for all of its attempts; but with `cudnn` a decode step goes by
 `decode_attention`, one kernel that leaves out columns that hold nothing.

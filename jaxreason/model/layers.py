@@ -133,7 +133,8 @@ def from_left(kernel_OI, x, out_dtype=None):
 def from_columns(x, kernel_IO):
     """`x @ kernel` with the rows of x in columns, which XLA:CPU leaves to Eigen and not to YNNPACK.
 
-    YNNPACK reads what it multiplies from memory as it goes, in pieces too short to be fetched ahead; Eigen copies a block first.
+    576 x 3072 with 16 rows: 100 GFLOP/s by YNNPACK and 125 by Eigen with kernels that come from memory, 210 and more by either
+    from a cache (one core of a Zen 5 EPYC, float32, 2026-11-26). We suppose that YNNPACK waits for memory as it multiplies.
     """
     x_IR = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
     return jax.lax.dot_general(x_IR, kernel_IO, (((0,), (0,)), ((), ()))).reshape(*x.shape[:-1], -1)

@@ -232,7 +232,8 @@ def decode_layer(stack_of_one, few_rows: bool):
         x = x.reshape(math.prod(x.shape[:inputs]), -1)
         if turned(x.size):
             return x.T
-        # A row of a whole number of pages would have all rows share a few lines of the cache: 13.6 ms for 12.5 of gate and up.
+        # A row of a whole number of pages would have all rows share a few lines of the cache: gate and up of SmolLM2-135M in
+        # 13.6 ms, 12.5 with more columns (16 rows, 30 layers, one core of a Zen 5 EPYC, 2026-11-26).
         pad = 16 if x.shape[1] * x.dtype.itemsize % 4096 == 0 else 0
         return jnp.pad(x, ((0, 0), (0, pad)))
 
