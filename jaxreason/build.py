@@ -338,6 +338,9 @@ def make_roller(
         prompt_rows = 2 * slots // MEMBERS // devices * devices
     length = max_prompt_tokens + max_tokens
     smallest = length if model.config.attention == "cudnn" else 128
+    # Where a decode step reads more of the cache than of the weights; but each size is a program, long to compile elsewhere.
+    cached = 2 * model.config.layers * model.config.kv_heads * model.config.head_size * slots * length
+    fine = mesh.devices.flat[0].platform == "cpu" and cached > model_config.count_parameters(model.config)
     sampler = compile_sampler(
         model,
         slots=slots,
@@ -347,7 +350,7 @@ def make_roller(
         prefill_tokens=prefill_tokens,
         # What continues a shared prompt takes columns for its completion alone. The kernel that goes with cudnn reads those that
         # are there, however many there may be.
-        buckets=sorted({*cache_buckets(length, smallest), *([max_tokens] if prompt_rows and length > smallest else [])}),
+        buckets=sorted({*cache_buckets(length, smallest, fine), *([max_tokens] if prompt_rows and length > smallest else [])}),
         # A quarter for the stragglers, where that is worth another program to compile.
         sizes=(slots // 4,) if slots >= 32 and slots // 4 % devices == 0 else (),
         prompt_rows=prompt_rows,

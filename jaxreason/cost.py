@@ -106,7 +106,7 @@ def forward_flops(c, lengths) -> float:
     return 2 * weights * tokens + 4 * c.layers * c.heads * c.head_size * attended + 2 * c.width * c.vocab_size * trained
 
 
-def dense_flops(c, rows: int, length: int, columns: int, logits: int) -> dict[str, float]:
+def dense_flops(c, rows: int, length: int, columns: float, logits: int) -> dict[str, float]:
     """FLOPs of a forward pass as it is computed, padding, masked squares and all: of layers, attention and logits.
 
     `rows` x `length` tokens attend to `columns` columns each; `logits` is how many rows of them are made.
@@ -127,16 +127,24 @@ def shared_length(prompt: int, completions: Sequence[int]) -> int:
 def attempts_behind_a_prompt(c, choices, prompt: int, completion: int) -> int:
     """How many attempts at a problem the learner best has behind one copy of its prompt, of some `choices`.
 
-    Fewer tokens then, but a larger square of scores, of which most is masked. A FLOP of the square counts five times: softmax and
-    masks go with it (from updates of 2 x 320 tokens and of 541 in one row, SmolLM2-135M, one core of a Zen 5 EPYC, 2026-11-26).
+    Fewer tokens then, but more scores, of which most are masked. A FLOP of theirs counts four times: softmax and masks go with it
+    (96 + 256 tokens with one, two and four to a prompt: 14.6, 14.1 and 15.8 s an update of eight; SmolLM2-135M, one core of a
+    Zen 5 EPYC, 2026-11-26). Sharing must promise a tenth: completions of unlike lengths leave more room in longer rows.
     """
 
     def flops(attempts: int) -> float:
         length = shared_length(prompt, [completion] * attempts)
-        parts = dense_flops(c, 1, length, length, 0)
-        return (parts["layers"] + 5 * parts["attention"]) / attempts
+        parts = dense_flops(c, 1, length, causal_columns(length), 0)
+        return (parts["layers"] + 4 * parts["attention"]) / attempts * (1.1 if attempts > 1 else 1)
 
     return min(choices, key=flops)
+
+
+def causal_columns(length: int) -> float:
+    """To how many columns each of `length` tokens attends in the plain kernel, on average, those included that are masked."""
+    from jaxreason.model.attention import query_parts  # here, as it takes jax with it
+
+    return sum((stop - first) * stop for first, stop in query_parts(length)) / length
 
 
 def prefill_flops(c, rows: int, length: int) -> float:
@@ -156,18 +164,18 @@ def adapter_flops(c, tokens: int) -> float:
     return 2.0 * c.layers * c.lora.rank * sum(sizes[target] for target in c.lora.targets) * tokens
 
 
-def train_flops(c, rows: int, length: int, chunked: bool) -> float:
+def train_flops(c, rows: int, length: int, remade: bool) -> float:
     """FLOPs of the matrix products of a train step over `rows` full rows, with what is computed again.
 
-    Backward is twice forward; of a frozen base half of that, as its weights have no gradient. Logits that are made in chunks
-    are made twice. `c.remat` "full" does all of a layer again but its last product, "dots" attention alone.
+    Backward is twice forward; of a frozen base half of that, as its weights have no gradient. `remade`: logits are
+    made once more. `c.remat` "full" does all of a layer again but its last product, "dots" attention alone.
     """
-    parts = dense_flops(c, rows, length, length, rows * length)
+    parts = dense_flops(c, rows, length, causal_columns(length), rows * length)
     adapters = adapter_flops(c, rows * length)
     full, gradient = c.remat == "full", c.lora is None
     last = 2.0 * c.layers * c.width * c.feed_forward * rows * length
     layers = parts["layers"] * (2 + gradient + full) - last * full + adapters * (3 + full)
-    logits = parts["logits"] * (2 + gradient + chunked)
+    logits = parts["logits"] * (2 + gradient + remade)
     attention = parts["attention"] * (3 + (c.remat != "none")) if c.attention == "xla" else flash_flops(c, rows, length)
     return layers + logits + attention
 

@@ -8,6 +8,7 @@ the rounding of a sum.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,24 +28,36 @@ from jaxreason.types import Batch, Outputs, TrainState
 # 2026-11-26).
 LARGE_GPU_BYTES = 48 * 2**30
 LOGITS_AT_ONCE = {"cpu": 2**23, "gpu": 2**27, "tpu": 2**27}
+# Those of a micro-batch are kept for the backward pass if they are no more than that: 256 MiB on a CPU (an update
+# of SmolLM2-135M, two micro-batches of 2 x 384 tokens, takes 8.4 s so and 8.8 with all made again; one core of a Zen 5 EPYC,
+# 2026-11-26). Elsewhere what is made in chunks is made again.
+LOGITS_KEPT = {"cpu": 2**26, "gpu": 2**27, "tpu": 2**27}
 
 
-def logits_at_once(mesh=None) -> int:
-    """How many logits may exist at a time on all devices of a mesh; None: on one device of the default kind."""
+class Limits(NamedTuple):
+    """How many logits may exist on all devices of a mesh."""
+
+    at_once: int  # while they are computed
+    kept: int  # between a forward and its backward pass
+
+
+def logits_limits(mesh=None) -> Limits:
+    """The limits on a mesh; None: on one device of the default kind."""
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    limit = LOGITS_AT_ONCE[platform]
+    times = 1 if mesh is None else sharding.row_devices(mesh)
     if platform == jax.default_backend() == "gpu" and jax.local_devices()[0].memory_stats()["bytes_limit"] >= LARGE_GPU_BYTES:
-        limit *= 4
-    return limit * (1 if mesh is None else sharding.row_devices(mesh))
+        times *= 4
+    return Limits(LOGITS_AT_ONCE[platform] * times, LOGITS_KEPT[platform] * times)
 
 
-def token_outputs(model: Model, params, batch: Batch, logits: int | None = None) -> Outputs:
+def token_outputs(model: Model, params, batch: Batch, limits: Limits | None = None) -> Outputs:
     """Score every token of a batch that has a weight, given the tokens before it, at the temperature it was sampled at.
 
-    Logits are made for a few columns at a time, at most `logits` of them, and made again in the backward pass where those of all
-    columns are more: `[B, T, V]` never exists when it is large. In each row the tokens that are scored come first, so that chunks
-    without any are left out.
+    Logits are made for a few columns at a time, and made again in the backward pass where those of all columns are more than may
+    be kept: `[B, T, V]` never exists when it is large. In each row the tokens that are scored come first, so that chunks without
+    any are left out.
     """
+    limits = limits or logits_limits()
     B, T = batch.tokens_BT.shape
     hidden_BTD, _ = model.apply(params, batch.tokens_BT, batch.position_BT, batch.segment_BT)
     # Token t is predicted by position t - 1; what stands in column T - 1 predicts nothing and is rolled into column 0.
@@ -53,11 +66,11 @@ def token_outputs(model: Model, params, batch: Batch, logits: int | None = None)
     )
     wanted_BT = wanted_BT.at[:, -1].set(False)
 
-    needed = -(-B * T * model.config.vocab_size // (logits or logits_at_once()))
+    logits = B * T * model.config.vocab_size
     # Two chunks at least: where prompts are half of a batch, one of them is left out.
-    cut, uncut = chunks(wanted_BT, max(2, needed))
+    cut, uncut = chunks(wanted_BT, max(2, -(-logits // limits.at_once)))
     arrays = map(cut, (wanted_BT, hidden_BTD, target_BT, temperature_BT))
-    found = scores(functools.partial(model.unembed, params), needed == 1, *arrays)
+    found = scores(functools.partial(model.unembed, params), logits <= limits.kept, *arrays)
     logp_BT, entropy_BT = (jnp.where(wanted_BT, uncut(x), 0.0) for x in found)
 
     def align(x_BT):
@@ -84,7 +97,7 @@ def scores(unembed, keep: bool, wanted_CBT, hidden_CBTD, target_CBT, temperature
 
         return jax.lax.fori_loop(first, len(wanted_CR), step, state)
 
-    def forward(weights, wanted_CR, hidden_CRD, target_CR, temperature_CR):
+    def forward(keep, weights, wanted_CR, hidden_CRD, target_CR, temperature_CR):
         C, R = wanted_CR.shape
         V = jax.eval_shape(unembed, hidden_CRD[0], *weights).shape[-1]
 
@@ -108,7 +121,7 @@ def scores(unembed, keep: bool, wanted_CBT, hidden_CBTD, target_CBT, temperature
 
     @jax.custom_vjp
     def scored(*inputs):
-        return forward(*inputs)[0]
+        return forward(False, *inputs)[0]
 
     def backward(kept, gradients):
         (weights, wanted_CR, hidden_CRD, target_CR, temperature_CR), (entropy_CR, (log_total_CR, *logits)) = kept
@@ -135,7 +148,7 @@ def scores(unembed, keep: bool, wanted_CBT, hidden_CBTD, target_CBT, temperature
         return by_weights, None, by_hidden_CRD, None, None
 
     def keep_inputs(*inputs):
-        found, kept = forward(*inputs)
+        found, kept = forward(keep, *inputs)
         return found, (inputs, kept)
 
     scored.defvjp(keep_inputs, backward)
@@ -168,9 +181,9 @@ def chunks(wanted_BT, count: int):
     return cut, uncut
 
 
-def loss(params, batch: Batch, *, model: Model, objective: Objective, logits: int | None = None):
+def loss(params, batch: Batch, *, model: Model, objective: Objective, limits: Limits | None = None):
     """`sum(weight_BT * loss_BT)` and its metrics as (sum, count) pairs over the tokens that are trained on."""
-    outputs = token_outputs(model, params, batch, logits)
+    outputs = token_outputs(model, params, batch, limits)
     loss_BT, stats = objective.token_loss(outputs, batch)
     trained_BT = batch.weight_BT != 0
     count = jnp.sum(trained_BT, dtype=jnp.float32)
@@ -195,7 +208,7 @@ def train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     microbatches: int = 1,
-    logits: int | None = None,
+    limits: Limits | None = None,
 ) -> tuple[TrainState, dict]:
     """Make one update from one batch, in `microbatches` equal parts of its rows. Metrics are (sum, count) pairs.
 
@@ -205,7 +218,7 @@ def train_step(
     trained, frozen = split_frozen(state.params)
 
     def trained_loss(trained, rows):
-        return loss(trained | frozen, rows, model=model, objective=objective, logits=logits)
+        return loss(trained | frozen, rows, model=model, objective=objective, limits=limits)
 
     gradient = jax.value_and_grad(trained_loss, has_aux=True)
 
@@ -288,7 +301,7 @@ def compile_train_step(model, objective, optimizer, *, microbatches: int = 1, st
         objective=objective,
         optimizer=optimizer,
         microbatches=microbatches,
-        logits=logits_at_once(None if state_shardings is None else jax.tree.leaves(state_shardings)[0].mesh),
+        limits=logits_limits(None if state_shardings is None else jax.tree.leaves(state_shardings)[0].mesh),
     )
     if state_shardings is None:
         return jax.jit(step, donate_argnums=0, compiler_options=saving_memory(jax.default_backend()))
@@ -309,16 +322,16 @@ def compile_token_logp(model, microbatches: int = 1, mesh=None):
     Of the tokens that have a weight; in as many parts, and leaving out the same, as `train_step`.
     """
 
-    logits = logits_at_once(mesh)
+    limits = logits_limits(mesh)
 
     def token_logp(params, batch):
         if microbatches == 1:
-            return token_outputs(model, params, batch, logits).logp_BT
+            return token_outputs(model, params, batch, limits).logp_BT
         parts = jax.tree.map(lambda x: split_rows(x, microbatches), batch)
 
         def score(i, logp_PBT):
             rows = jax.tree.map(lambda x: x[i], parts)
-            return logp_PBT.at[i].set(token_outputs(model, params, rows, logits).logp_BT)
+            return logp_PBT.at[i].set(token_outputs(model, params, rows, limits).logp_BT)
 
         logp_PBT = jax.lax.fori_loop(0, used_parts(parts), score, jnp.zeros(parts.weight_BT.shape, jnp.float32))
         return logp_PBT.swapaxes(0, 1).reshape(batch.tokens_BT.shape)

@@ -381,8 +381,10 @@ class Collection:
         """Give the cache the columns that the next chunk needs, one bucket after the other."""
         chunk, buckets = self.sampler.chunk_tokens, self.sampler.buckets
         ends = [(a, a.length if a.waits else min(a.length + chunk, a.limit)) for a in self.tenants if a is not None]
-        needed = [a.columns(end) for a, end in ends]
-        wanted = next(i for i, columns in enumerate(buckets) if columns >= max(needed, default=1))
+        if not ends:
+            return
+        needed = max(a.columns(end) for a, end in ends)
+        wanted = next(i for i, columns in enumerate(buckets) if columns >= needed)
         while (now := buckets.index(self.columns)) != wanted:
             self.columns = buckets[now + (1 if wanted > now else -1)]
             self.slots = self.sampler.resize(self.slots, self.columns)

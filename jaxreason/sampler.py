@@ -128,8 +128,14 @@ def with_caches(bare: Slots, cache, prompts) -> Slots:
 # --- drawing a token ---
 
 
-def sample(logits_SV, keys_S, temperature, filter: Filter = ALL):
-    """Sample a token a row, and its log-prob under the tempered and filtered distribution.
+def uniforms(key_S, position_S):
+    """Two uniforms for the token at a position of each rollout, [S, 2]; `key_S` are the key data of (problem, attempt)."""
+    keys_S = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(key_S), position_S)
+    return jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_S)
+
+
+def sample(logits_SV, u_S2, temperature, filter: Filter = ALL):
+    """Sample a token a row by its two uniforms, and its log-prob under the tempered and filtered distribution.
 
     Temperature 0 takes the most likely token; the log-prob is then that of temperature 1.
     """
@@ -139,7 +145,7 @@ def sample(logits_SV, keys_S, temperature, filter: Filter = ALL):
     p_SV = kept(jnp.exp(scaled_SV - highest_S[:, None]), filter)
     # The likeliest has exactly 1. An argmax over all words took 3.9 ms of the 55 ms of a decode step, used or not (16 rows of
     # SmolLM2-135M's shape, one EPYC core, Zen 5, 2026-11-26).
-    token_S = draw(jnp.where(greedy, p_SV == 1, p_SV), keys_S, first=greedy).astype(jnp.int32)
+    token_S = draw(jnp.where(greedy, p_SV == 1, p_SV), jnp.where(greedy, 0.0, u_S2)).astype(jnp.int32)
     chosen_S = jnp.take_along_axis(scaled_SV, token_S[:, None], axis=1)[:, 0]
     return token_S, chosen_S - highest_S - jnp.log(jnp.sum(p_SV, axis=-1))
 
@@ -160,16 +166,15 @@ def kept(p_SV, filter: Filter):
     return p_SV
 
 
-def draw(p_SV, keys_S, width: int = 128, first=False):
+def draw(p_SV, u_S2, width: int = 128):
     """Draw an index a row in proportion to `p_SV`, which need not sum to one: the inverse of its cumulative sum at two uniforms.
 
-    With `first` the first that is not 0, whatever the keys.
-    One picks a block of `width` words, the other a word in it. Gumbel noise, one number for each word, took a quarter of a
-    decode step on a CPU (16 rows of SmolLM2-135M's shape, one EPYC core, 2026-11-24: 99 ms with it, 73 ms so).
+    One picks a block of `width` words, the other a word in it; two zeros pick the first that is not 0. Gumbel noise, one number
+    for each word, took a quarter of a decode step on a CPU (16 rows of SmolLM2-135M's shape, one EPYC core, 2026-11-24: 99 ms
+    with it, 73 ms so).
     """
     S, V = p_SV.shape
     p_SNW = jnp.pad(p_SV, ((0, 0), (0, -V % width))).reshape(S, -1, width)
-    u_S2 = jnp.where(first, 0.0, jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_S))
     block_S = invert(jnp.sum(p_SNW, axis=-1), u_S2[:, 0])
     word_S = invert(jnp.take_along_axis(p_SNW, block_S[:, None, None], axis=1)[:, 0], u_S2[:, 1])
     return block_S * width + word_S
@@ -180,19 +185,23 @@ def invert(p_SN, u_S):
     sum_SN = jnp.cumsum(p_SN, axis=-1)
     # A sum made in parallel may rise by a rounding where p is 0, and may nowhere be above u times itself.
     above_SN = (sum_SN > u_S[:, None] * sum_SN[:, -1:]) & (p_SN > 0)
-    return jnp.where(jnp.any(above_SN, axis=-1), jnp.argmax(above_SN, axis=-1), jnp.argmax(p_SN, axis=-1))
+    none_S1 = ~jnp.any(above_SN, axis=-1, keepdims=True)
+    # An argmax of numbers is slower than a maximum and one of truths: 35 us and 8 (64 x 128, one core of a Zen 5 EPYC, 2026-11-26).
+    return jnp.argmax(above_SN | (none_S1 & (p_SN == jnp.max(p_SN, axis=-1, keepdims=True))), axis=-1)
 
 
 # --- the sampler ---
 
 
-def cache_buckets(length: int, smallest: int = 128) -> tuple[int, ...]:
-    """Columns that a cache may have, doubling from `smallest` up to `length`; the last step is at least by a quarter."""
-    sizes = []
-    while smallest * 1.25 <= length:
-        sizes.append(smallest)
-        smallest *= 2
-    return (*sizes, length)
+def cache_buckets(length: int, smallest: int = 128, fine: bool = False) -> tuple[int, ...]:
+    """Columns that a cache may have, doubling from `smallest` up to `length`; the last step is at least by a quarter.
+
+    If `fine`, from half of that, and with one more between any two.
+    """
+    sizes = [smallest << i for i in range(length.bit_length())]
+    if fine:
+        sizes = [part for size in sizes for part in (size // 2, size * 3 // 4)]
+    return (*(size for size in sizes if size * 1.25 <= length), length)
 
 
 def compile_sampler(
@@ -396,14 +405,13 @@ def compile_sampler(
         taken = jax.tree.map(lambda x: x[row_R], dataclasses.replace(bare, prompt_tokens_R=None))
         return dataclasses.replace(taken, prompt_tokens_R=bare.prompt_tokens_R)
 
-    def decode_one(params, slots: Slots, prefix, temperature, filter: Filter) -> Slots:
+    def decode_one(params, slots: Slots, prefix, u_S2, temperature, filter: Filter) -> Slots:
         running_S = slots.stop_S == RUNNING
         last_S1 = jnp.take_along_axis(slots.tokens_ST, slots.length_S[:, None] - 1, axis=1)
         position_S = jnp.where(running_S, slots.length_S - 1, -1)  # an idle slot writes nothing
         hidden_S1D, cache = model.apply(params, last_S1, position_S[:, None], cache=slots.cache, prefix=prefix)
-        keys_S = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(slots.key_S), slots.length_S)
         logits_SV = model.unembed(params, hidden_S1D[:, 0])
-        token_S, logp_S = sample(logits_SV, keys_S, temperature, filter)
+        token_S, logp_S = sample(logits_SV, u_S2, temperature, filter)
         column_S = jnp.where(running_S, slots.length_S, T)
 
         def put(into_ST, value_S):
@@ -435,9 +443,12 @@ def compile_sampler(
 
         def advance(carry):
             step, slots = carry
-            return step + 1, decode_one(weights.decode, slots, shared, temperature, filter)
+            return step + 1, decode_one(weights.decode, slots, shared, u_CS2[step], temperature, filter)
 
         shared = prefix(slots, slots.stop_S == RUNNING)  # the same for all steps
+        # All at once: a slot that runs comes one position further with each step.
+        step_C1 = jnp.arange(chunk_tokens)[:, None]
+        u_CS2 = jax.vmap(uniforms, in_axes=(None, 0))(slots.key_S, slots.length_S + step_C1)
         return jax.lax.while_loop(go_on, advance, (0, slots))[1]
 
     def prepare(params) -> Weights:

@@ -160,7 +160,7 @@ def test_a_train_step_computes_what_the_formula_says(fields):
     shape = dataclasses.replace(SHAPE, **fields)
     found = cost.program_cost(compiled_train_step(shape, 4).as_text(), unknown_trips=4)
     assert found.unknown_loops == 1  # that over the micro-batches in use
-    assert found.flops == pytest.approx(cost.train_flops(shape, B, T, chunked=False), rel=0.02)
+    assert found.flops == pytest.approx(cost.train_flops(shape, B, T, remade=False), rel=0.02)
 
 
 def test_the_walk_agrees_with_xla_where_nothing_loops_and_corrects_it_where_something_does():

@@ -113,13 +113,15 @@ def test_ratio_is_one_on_policy_at_temperature_0_7(tiny):
     assert gap / count > 0.05
 
 
+@pytest.mark.parametrize("kept", [0, 2**20])
 @pytest.mark.parametrize("chunks", [2, 6, B * T])
-def test_chunks_of_logits_change_nothing(tiny, monkeypatch, chunks):
+def test_chunks_of_logits_change_nothing(tiny, monkeypatch, chunks, kept):
     model, params = tiny()
     batch = random_batch()
     objective = make("grpo", entropy_coefficient=0.1)
     whole = loss_and_gradient(model, params, batch, objective)
     monkeypatch.setitem(learner.LOGITS_AT_ONCE, "cpu", B * T * 24 // chunks)
+    monkeypatch.setitem(learner.LOGITS_KEPT, "cpu", kept)
     chunked = loss_and_gradient(model, params, batch, objectives.make("grpo", entropy_coefficient=0.1))
     assert largest_logits(model, params, batch) == B * T // chunks * 24
     assert_trees_close(chunked, whole)

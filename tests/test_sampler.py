@@ -80,6 +80,13 @@ def test_cache_buckets_double(length, expected):
     assert cache_buckets(length) == expected
 
 
+@pytest.mark.parametrize(
+    ("length", "expected"), [(24, (24,)), (79, (79,)), (80, (64, 80)), (160, (64, 96, 128, 160)), (300, (64, 96, 128, 192, 300))]
+)
+def test_fine_cache_buckets_have_one_between_any_two(length, expected):
+    assert cache_buckets(length, fine=True) == expected
+
+
 # --- the distribution ---
 
 LOGITS = np.array([0.0, 1.0, -1.0, 0.5, 2.0, -2.0, 0.3, 1.5, -0.5, 0.1], np.float32)
@@ -93,8 +100,8 @@ def tempered(logits, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_samples_follow_the_tempered_softmax(temperature):
     draws = 4000
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(1), i))(jnp.arange(draws))
-    tokens, logp = jax.jit(sample)(jnp.tile(LOGITS, (draws, 1)), keys, temperature)
+    uniforms = jax.random.uniform(jax.random.key(1), (draws, 2))
+    tokens, logp = jax.jit(sample)(jnp.tile(LOGITS, (draws, 1)), uniforms, temperature)
     expected = tempered(LOGITS, temperature)
     observed = np.bincount(tokens, minlength=len(LOGITS))
     assert stats.chisquare(observed, draws * expected).pvalue > 0.01
@@ -110,8 +117,8 @@ def test_draws_follow_their_weights_over_blocks(words):
     weight_V = rng.exponential(size=words).astype(np.float32)
     weight_V[rng.permutation(words)[: words // 3]] = 0
     draws = 200 * words
-    keys = jax.random.split(jax.random.key(3), draws)
-    observed = np.bincount(np.asarray(draw(jnp.broadcast_to(weight_V, (draws, words)), keys)), minlength=words)
+    uniforms = jax.random.uniform(jax.random.key(3), (draws, 2))
+    observed = np.bincount(np.asarray(draw(jnp.broadcast_to(weight_V, (draws, words)), uniforms)), minlength=words)
     assert len(observed) == words
     assert not observed[weight_V == 0].any()
     expected = draws * weight_V.astype(np.float64) / weight_V.sum(dtype=np.float64)
@@ -163,9 +170,9 @@ def test_filters_keep_what_they_say(filter):
 @pytest.mark.parametrize("filter", FILTERS[4:], ids=str)
 def test_samples_follow_the_filtered_distribution_and_so_does_their_logp(filter):
     draws, temperature = 4000, 0.8
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(2), i))(jnp.arange(draws))
+    uniforms = jax.random.uniform(jax.random.key(2), (draws, 2))
     step = jax.jit(sample, static_argnums=3)
-    tokens, logp = step(jnp.tile(LOGITS, (draws, 1)), keys, temperature, Filter(*filter))
+    tokens, logp = step(jnp.tile(LOGITS, (draws, 1)), uniforms, temperature, Filter(*filter))
     expected = np.zeros(len(LOGITS))
     words = slow_kept(tempered(LOGITS, temperature), *filter)
     expected[words] = tempered(LOGITS, temperature)[words]

@@ -73,8 +73,8 @@ def time_step(model, weights, slots: int, tokens: int, columns: int, repeats: in
         position_ST = start + jnp.broadcast_to(jnp.arange(tokens), (slots, tokens))
         hidden_STD, cache = model.apply(params, tokens_ST, position_ST, cache=cache)
         logits = model.unembed(params, hidden_STD.reshape(slots * tokens, -1))
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(slots * tokens))
-        return cache, sample(logits, keys, 1.0)[0].reshape(slots, tokens)
+        uniforms = jax.random.uniform(jax.random.key(0), (slots * tokens, 2))
+        return cache, sample(logits, uniforms, 1.0)[0].reshape(slots, tokens)
 
     @jax.jit
     def several(params, cache, tokens_ST):

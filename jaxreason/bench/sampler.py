@@ -188,6 +188,9 @@ def bench(cores: int) -> None:
     """Measure and print."""
     import jax
 
+    from jaxreason import freed
+
+    freed.give_back()  # as `main` does
     model, params, roller, requests = make_work()
     c, slots = model.config, roller.sampler.slots
     lengths = f"{FLAGS.prompt_tokens}+{FLAGS.tokens} tokens, {slots} slots, {c.dtype}"

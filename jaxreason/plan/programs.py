@@ -121,14 +121,14 @@ def compile_train(work: Work) -> Compiled:
         model_of(work), work.objective, work.optimizer, microbatches=work.microbatches, state_shardings=where
     )
     # As `token_outputs` decides it.
-    chunked = work.rows // work.microbatches * work.length * c.vocab_size > learner.logits_at_once(mesh)
+    remade = work.rows // work.microbatches * work.length * c.vocab_size > learner.logits_limits(mesh).kept
     return compile_program(
         f"train step, {work.microbatches} micro-batches",
         work,
         mesh,
         lambda: step.lower(state, batch_of(work)),
         trips=work.microbatches,
-        flops=cost.train_flops(c, work.rows, work.length, chunked),
+        flops=cost.train_flops(c, work.rows, work.length, remade),
         kernel_flops=0.0 if c.attention == "xla" else cost.flash_flops(c, work.rows, work.length),
         times=work.updates,
     )
@@ -138,9 +138,9 @@ def compile_train(work: Work) -> Compiled:
 def compile_reference(work: Work) -> Compiled:
     mesh = meshes_of(work).learn
     logp = learner.compile_token_logp(model_of(work), work.microbatches, mesh)
-    parts = cost.dense_flops(work.shape, work.rows, work.length, work.length, work.rows * work.length)
-    kernel = 0.0 if work.shape.attention == "xla" else parts["attention"] / 2
-    parts["attention"] = kernel or parts["attention"]
+    plain = work.shape.attention == "xla"
+    columns = cost.causal_columns(work.length) if plain else work.length / 2
+    parts = cost.dense_flops(work.shape, work.rows, work.length, columns, work.rows * work.length)
     return compile_program(
         f"reference log-probs, {work.microbatches} micro-batches",
         work,
@@ -148,7 +148,7 @@ def compile_reference(work: Work) -> Compiled:
         lambda: logp.lower(state_of(work).params, batch_of(work)),
         trips=work.microbatches,
         flops=sum(parts.values()) + cost.adapter_flops(work.shape, work.rows * work.length),
-        kernel_flops=kernel,
+        kernel_flops=0.0 if plain else parts["attention"],
         times=1,
     )
 
