@@ -49,8 +49,9 @@ def with_gradients(kernel, q, k, v, segment_BT):
 
 
 @pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize(("name", "T"), [("cudnn", 9), ("cudnn", 10), ("splash", 9), ("splash", 300)])  # 300: three blocks
+@pytest.mark.parametrize(("name", "T"), [("cudnn", 9), ("cudnn", 10), ("cudnn", 401), ("splash", 9), ("splash", 300)])
 def test_a_kernel_gives_what_xla_gives(name, T, segmented):
+    """Of 300 tokens splash makes three blocks, of 300 and 401 the plain kernel two parts and three."""
     q, k, v, segment_BT = rows(T)
     segment_BT = segment_BT if segmented else None
     expected = with_gradients(attention.xla(CONFIG), q, k, v, segment_BT)

@@ -140,12 +140,13 @@ def test_products_written_as_convolutions():
     assert flops(summed, x="f32[4,384,256]", w="f32[4,384,128]") == 2 * 4 * 384 * 256 * 128
 
 
-def compiled_train_step(shape, microbatches=1):
+def compiled_train_step(shape, microbatches=1, tokens=T):
     model = transformer(shape)
     state = jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), OPTIMIZER))
-    return compile_train_step(model, dapo(), OPTIMIZER, microbatches=microbatches).lower(state, batching.empty(B, T)).compile()
+    return compile_train_step(model, dapo(), OPTIMIZER, microbatches=microbatches).lower(state, batching.empty(B, tokens)).compile()
 
 
+@pytest.mark.parametrize("tokens", [T, 300])  # attention in one part and in two
 @pytest.mark.parametrize(
     "fields",
     [
@@ -156,11 +157,11 @@ def compiled_train_step(shape, microbatches=1):
     ],
     ids=str,
 )
-def test_a_train_step_computes_what_the_formula_says(fields):
+def test_a_train_step_computes_what_the_formula_says(fields, tokens):
     shape = dataclasses.replace(SHAPE, **fields)
-    found = cost.program_cost(compiled_train_step(shape, 4).as_text(), unknown_trips=4)
+    found = cost.program_cost(compiled_train_step(shape, 4, tokens).as_text(), unknown_trips=4)
     assert found.unknown_loops == 1  # that over the micro-batches in use
-    assert found.flops == pytest.approx(cost.train_flops(shape, B, T, remade=False), rel=0.02)
+    assert found.flops == pytest.approx(cost.train_flops(shape, B, tokens, remade=False), rel=0.02)
 
 
 def test_the_walk_agrees_with_xla_where_nothing_loops_and_corrects_it_where_something_does():
