@@ -143,7 +143,8 @@ def test_products_written_as_convolutions():
 def compiled_train_step(shape, microbatches=1, tokens=T):
     model = transformer(shape)
     state = jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), OPTIMIZER))
-    return compile_train_step(model, dapo(), OPTIMIZER, microbatches=microbatches).lower(state, batching.empty(B, tokens)).compile()
+    step = compile_train_step(model, dapo(), OPTIMIZER, microbatches=microbatches)
+    return step.lower(state, batching.empty(B, tokens)).compile()
 
 
 @pytest.mark.parametrize("tokens", [T, 300])  # attention in one part and in two

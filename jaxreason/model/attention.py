@@ -1,6 +1,7 @@
 """How T tokens attend to each other: one of `KERNELS`, chosen by `ModelConfig.attention`.
 
-    xla      two batched matrix products around a softmax: any device, any dtype; its scores are [B, N, T, T]
+    xla      two batched matrix products around a softmax: any device, any dtype; of its scores, [B, N, T, T], it makes half
+             and somewhat more
     cudnn    cuDNN's flash attention, by way of `jax.nn.dot_product_attention`: NVIDIA GPUs, bfloat16
     splash   the flash kernel for TPUs that comes with jax, `jax.experimental.pallas.ops.tpu.splash_attention`
 

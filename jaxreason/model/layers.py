@@ -61,13 +61,12 @@ scaled.defvjp(scaled_forward, scaled_backward)
 class Projection(nnx.Module):
     """A linear map from the last `inputs` axes to `outputs` axes, drawn from a normal of variance gain^2 / fan-in.
 
-    With `few_rows`, its product is the one that a CPU is fastest at for the few rows of a decode step, and its kernel a matrix as
-    that takes it (see `turned`).
+    `product` may be another (see `of_few_rows`), and the kernel then a matrix as that takes it.
     """
 
     def __init__(self, inputs: tuple, outputs: tuple, *, gain: float = 1.0, bias: bool = False, rngs: nnx.Rngs):
         fan_in = math.prod(inputs)
-        self.inputs, self.outputs, self.few_rows = inputs, outputs, False
+        self.inputs, self.outputs, self.product = inputs, outputs, product
         self.scale = 0.0  # of the adapters a and b, for those who add them
         self.kernel = nnx.Param(gain * fan_in**-0.5 * jax.random.normal(rngs.params(), (*inputs, *outputs)))
         # A bias starts at zero, as in every published model that has one: its gradient does not vanish with it.
@@ -75,15 +74,13 @@ class Projection(nnx.Module):
 
     def __call__(self, x):
         lead = x.shape[: x.ndim - len(self.inputs)]
-        kernel, whole, x = self.kernel[...].astype(x.dtype), x, x.reshape(*lead, -1)
-        if self.few_rows and turned(kernel.size):
-            y = from_left(kernel, x)
-        else:
+        kernel = self.kernel[...].astype(x.dtype)
+        if kernel.ndim > 2:
             kernel = kernel.reshape(math.prod(self.inputs), -1)
-            y = from_columns(x, kernel)[..., : math.prod(self.outputs)] if self.few_rows else product(x, kernel)
+        y = self.product(x.reshape(*lead, -1), kernel)[..., : math.prod(self.outputs)]  # a row of the kernel may be filled up
         y = y.reshape(*lead, *self.outputs)
         if self.scale:
-            y += self.scale * self.b(self.a(whole))
+            y += self.scale * self.b(self.a(x))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -111,16 +108,20 @@ def product_backward(kept, gradient):
 product.defvjp(product_forward, product_backward)
 
 
-def turned(size: int) -> bool:
-    """Whether the product of a few rows with a kernel of so many numbers is faster with the kernel turned, on a CPU.
+def of_few_rows(name: str, size: int):
+    """The product of a few rows with a kernel of so many numbers that a CPU is fastest at; `from_left` takes the kernel turned.
 
-    It is while kernels stay in the caches. 64 rows, tiny's four layers: 0.75 ms by `from_left`, 0.90 by `from_columns`, 0.79 by
-    x @ kernel. 16 rows, the thirty layers of SmolLM2-135M: 33.0, 26.3, 34.2 (one core of a Zen 5 EPYC, float32, 2026-11-26).
+    It is fastest while kernels stay in the caches. 64 rows, tiny's four layers: 0.75 ms by `from_left`, 0.90 by `from_columns`,
+    0.79 by x @ kernel. 16 rows, the thirty layers of SmolLM2-135M: 33.0, 26.3, 34.2. But it gives columns, and what comes next
+    for queries and keys is slow at those: tiny's decode step takes 0.98 ms with qkv as x @ kernel and 1.02 with it from the left
+    (64 rows, 96 columns of cache). All on one core of a Zen 5 EPYC, float32, 2026-11-26.
     """
-    return size < 2**18
+    if size >= 2**18:
+        return from_columns
+    return product if name == "qkv" else from_left
 
 
-def from_left(kernel_OI, x, out_dtype=None):
+def from_left(x, kernel_OI, out_dtype=None):
     """`x @ kernel.T` with the kernel as the left factor.
 
     The barriers keep XLA from folding the transposes away, back into x @ kernel.T, which is slower than either.

@@ -21,7 +21,7 @@ from jaxreason.model import cache as kv
 from jaxreason.model import lora
 from jaxreason.model.attention import KERNELS
 from jaxreason.model.config import LORA_TARGETS, Lora, ModelConfig, rope_frequencies
-from jaxreason.model.layers import Block, Norm, Projection, Seen, from_left, turned
+from jaxreason.model.layers import Block, Norm, Projection, Seen, from_columns, from_left, of_few_rows
 from jaxreason.model.seam import Model
 
 REMAT = {
@@ -122,7 +122,7 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
         params = params.get("frozen", params)
         if in_decode_layout(params) and not config.scan_layers:
             kernel_VD = params["embed"]["embedding"] if config.tied_embeddings else params["unembed"]["kernel"]
-            return from_left(kernel_VD.astype(hidden.dtype), hidden, jnp.float32)
+            return from_left(hidden, kernel_VD.astype(hidden.dtype), jnp.float32)
         name = "embed" if config.tied_embeddings else "unembed"
         used = sharding.gather_weights(params[name], mesh, name)
         kernel = used["embedding"].T if config.tied_embeddings else used["kernel"]
@@ -182,9 +182,9 @@ def in_decode_layout(params) -> bool:
 
 def for_few_rows(block: Block) -> Block:
     """Make the projections of a block take their kernels as `decode_layout` lays them out for a CPU."""
-    for _, module in nnx.iter_graph(block):
+    for path, module in nnx.iter_graph(block):
         if isinstance(module, Projection):
-            module.few_rows = True
+            module.product = of_few_rows(path[-1], math.prod(module.inputs) * math.prod(module.outputs))
     return block
 
 
@@ -230,11 +230,12 @@ def decode_layer(stack_of_one, few_rows: bool):
             return x
         inputs = 2 if path[-2].key == "o" else 1  # attention's output reads heads x head size
         x = x.reshape(math.prod(x.shape[:inputs]), -1)
-        if turned(x.size):
+        product = of_few_rows(path[-2].key, x.size)
+        if product is from_left:
             return x.T
         # A row of a whole number of pages would have all rows share a few lines of the cache: gate and up of SmolLM2-135M in
         # 13.6 ms, 12.5 with more columns (16 rows, 30 layers, one core of a Zen 5 EPYC, 2026-11-26).
-        pad = 16 if x.shape[1] * x.dtype.itemsize % 4096 == 0 else 0
+        pad = 16 if product is from_columns and x.shape[1] * x.dtype.itemsize % 4096 == 0 else 0
         return jnp.pad(x, ((0, 0), (0, pad)))
 
     return jax.tree_util.tree_map_with_path(turn, layer) if few_rows else layer
