@@ -128,8 +128,8 @@ def attempts_behind_a_prompt(c, choices, prompt: int, completion: int) -> int:
     """How many attempts at a problem the learner best has behind one copy of its prompt, of some `choices`.
 
     Fewer tokens then, but more scores, of which most are masked. A FLOP of theirs counts four times: softmax and masks go with it
-    (96 + 256 tokens with one, two and four to a prompt: 14.6, 14.1 and 15.8 s an update of eight; SmolLM2-135M, one core of a
-    Zen 5 EPYC, 2026-11-26). Sharing must promise a tenth: completions of unlike lengths leave more room in longer rows.
+    (96 + 256 tokens with one, two and four to a prompt: 14.6, 14.2 and 15.8 s an update of eight, means of two; SmolLM2-135M, one
+    core of a Zen 5 EPYC, 2026-11-26). Sharing must promise a tenth: completions of unlike lengths leave more room in longer rows.
     """
 
     def flops(attempts: int) -> float:
@@ -167,8 +167,8 @@ def adapter_flops(c, tokens: int) -> float:
 def train_flops(c, rows: int, length: int, remade: bool) -> float:
     """FLOPs of the matrix products of a train step over `rows` full rows, with what is computed again.
 
-    Backward is twice forward; of a frozen base half of that, as its weights have no gradient. `remade`: logits are
-    made once more. `c.remat` "full" does all of a layer again but its last product, "dots" attention alone.
+    Backward is twice forward; of a frozen base half of that, as its weights have no gradient. If `remade`, logits are made once
+    more (`learner.LOGITS_KEPT`). `c.remat` "full" does all of a layer again but its last product, "dots" attention alone.
     """
     parts = dense_flops(c, rows, length, causal_columns(length), rows * length)
     adapters = adapter_flops(c, rows * length)

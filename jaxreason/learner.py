@@ -28,9 +28,9 @@ from jaxreason.types import Batch, Outputs, TrainState
 # 2026-11-26).
 LARGE_GPU_BYTES = 48 * 2**30
 LOGITS_AT_ONCE = {"cpu": 2**23, "gpu": 2**27, "tpu": 2**27}
-# Those of a micro-batch are kept for the backward pass if they are no more than that: 256 MiB on a CPU (an update
-# of SmolLM2-135M, two micro-batches of 2 x 384 tokens, takes 8.4 s so and 8.8 with all made again; one core of a Zen 5 EPYC,
-# 2026-11-26). Elsewhere what is made in chunks is made again.
+# Those of a micro-batch are kept for the backward pass if they are no more than that: 256 MiB on a CPU (an update of
+# SmolLM2-135M, two micro-batches of 2 x 384 tokens, takes 8.4 s so and 8.8 with all made again; means of four, one core of a
+# Zen 5 EPYC, 2026-11-26). Elsewhere what is made in chunks is made again.
 LOGITS_KEPT = {"cpu": 2**26, "gpu": 2**27, "tpu": 2**27}
 
 
@@ -115,7 +115,7 @@ def scores(unembed, keep: bool, wanted_CBT, hidden_CBTD, target_CBT, temperature
             return jax.tree.map(lambda all, x: all.at[i].set(x), state, found[: len(state)])
 
         zeros = jnp.zeros((C, R), jnp.float32)
-        kept = [jnp.zeros((C, R, V), jnp.float32)] * keep
+        kept = [jnp.zeros((C, R, V), jnp.float32)] if keep else []
         logp_CR, entropy_CR, *rest = each_chunk(0, wanted_CR, score, (zeros, zeros, zeros, *kept))
         return (logp_CR, entropy_CR), (entropy_CR, rest)
 

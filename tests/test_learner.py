@@ -134,6 +134,17 @@ def largest_logits(model, params, batch) -> int:
     return max(math.prod(map(int, shape.split(","))) for shape in found)
 
 
+@pytest.mark.parametrize("few", [True, False])
+def test_logits_are_kept_for_the_backward_pass_only_where_they_are_few(tiny, monkeypatch, few):
+    model, params = tiny()
+    monkeypatch.setitem(learner.LOGITS_AT_ONCE, "cpu", B * T * 24 // 2)
+    monkeypatch.setitem(learner.LOGITS_KEPT, "cpu", B * T * 24 - (not few))
+    gradient = jax.grad(functools.partial(learner.loss, model=model, objective=make("grpo")), has_aux=True)
+    text = str(jax.make_jaxpr(gradient)(params, random_batch()))
+    kept = re.findall(rf"f32\[2,{B * T // 2},24\]", text)  # chunks x tokens x words
+    assert bool(kept) == few
+
+
 @pytest.mark.parametrize("limit", [100, B * T * 24 - 1, B * T * 24 * 2 // 3])
 def test_no_more_logits_exist_than_the_limit_says(tiny, monkeypatch, limit):
     monkeypatch.setitem(learner.LOGITS_AT_ONCE, "cpu", limit)

@@ -6,10 +6,10 @@
     splash   the flash kernel for TPUs that comes with jax, `jax.experimental.pallas.ops.tpu.splash_attention`
 
 They differ in speed, memory and rounding only: with each, a token sees itself and what came before it in its segment. Branches of
-a segment (`causal`), by which attempts share a prompt, are for xla alone. They serve
-the path without a cache (training, log-probs). With a cache it is XLA: a decode step has one query a row and no square of scores
-for a flash kernel to save, and a prompt is prefilled once for all of its attempts; but with `cudnn` a decode step goes by
-`decode_attention`, one kernel that leaves out columns that hold nothing.
+a segment (`causal`), by which attempts share a prompt, are for xla alone. They serve the path without a cache (training,
+log-probs). With a cache it is XLA: a decode step has one query a row and no square of scores for a flash kernel to save, and a
+prompt is prefilled once for all of its attempts; but with `cudnn` a decode step goes by `decode_attention`, one kernel that
+leaves out columns that hold nothing.
 
 On one H200 (jax 0.11.2, 2026-11-26) an update of Qwen3-0.6B's shape on 64 x 512 tokens, remat="full", 8 micro-batches, reached
 25 % of the card's best rate with cudnn and 20 % with xla; a decode step on one H100 takes 3.1 ms with cudnn and 3.5 ms with xla
@@ -73,11 +73,16 @@ def xla(config: ModelConfig, mesh=None) -> Kernel:
     """Make the plain one; the compiler splits it over any mesh by itself.
 
     Queries are taken some at a time, since those in front need not be multiplied with the keys behind them: an update of
-    SmolLM2-135M on 2 x 512 tokens in 6.2 s, not 6.8, and on 2 x 323 in 4.15, not 4.35 (one core of a Zen 5 EPYC, 2026-11-26).
+    SmolLM2-135M on 2 x 512 tokens in 6.2 s, not 6.9, and on 2 x 323 in 4.2, not 4.4 (means of two, random tokens, one core of a
+    Zen 5 EPYC, float32, 2026-11-26).
     """
 
     def see(position_BT, segment_BT):
-        """What is added to scores. XLA:CPU makes a sum along with the product, a choice in a pass of its own."""
+        """What is added to scores, float32 [B, T, T].
+
+        A choice between scores and `MASKED` is slower on a CPU: attention of 2 x 512 tokens, 9 heads of 64, and its gradient in
+        20.4 ms, and so in 18.0 (best of 12, means of two; one core of a Zen 5 EPYC, float32, 2026-11-26).
+        """
         return jnp.where(causal(position_BT, segment_BT), jnp.float32(0), jnp.float32(MASKED))
 
     def attend_xla(q_BTNH, k_BTKH, v_BTKH, bias_BTT):
@@ -97,7 +102,8 @@ def xla(config: ModelConfig, mesh=None) -> Kernel:
 def query_parts(tokens: int) -> list[tuple[int, int]]:
     """The parts in which the plain kernel takes its queries, first and end of each: 128 to 256 tokens, or an eighth of them.
 
-    Of 64 tokens they are no faster with SmolLM2-135M (128, 323 and 384 tokens a row), and longer to compile.
+    Of 64 tokens they are no faster in an update of SmolLM2-135M (128, 323 and 384 tokens a row; within 3 %), which then takes
+    19 s to compile, not 16 (one core of a Zen 5 EPYC, 2026-11-26).
     """
     count = min(max(1, tokens // 128), 8)
     return list(itertools.pairwise(tokens * i // count for i in range(count + 1)))
