@@ -74,7 +74,7 @@ class Roller(NamedTuple):
 def text_of(roller: Roller, tokens) -> str:
     """The text of tokens, without the end of sequence that may stand behind it."""
     kept = tokens[:-1] if len(tokens) and tokens[-1] in roller.eos_ids else tokens
-    return roller.decode([int(t) for t in kept])
+    return roller.decode(np.asarray(kept).tolist())
 
 
 def find_stop(roller: Roller, tokens_T, turn: int, before: int, length: int) -> int | None:
@@ -395,7 +395,7 @@ class Collection:
         on = [range(d * S // D, (d + 1) * S // D) for d in range(D)]
         most = max(sum(self.tenants[s] is not None for s in slots) for slots in on)
         size = min(n for n in self.sampler.sizes if n // D >= most)
-        if self.queue or size >= S:
+        if self.queue or size >= S or not most:
             return
         kept = [sorted(slots, key=lambda s: self.tenants[s] is None)[: size // D] for slots in on]
         rows = list(itertools.chain(*kept))

@@ -129,8 +129,9 @@ def test_draws_follow_their_weights_over_blocks(words):
 
 def test_a_share_that_rounds_to_the_whole_draws_something_possible():
     p_SN = jnp.array([[0.0, 2.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
-    assert invert(p_SN, jnp.array([1.0, 1.0])).tolist() == [1, 3]
-    assert invert(p_SN, jnp.array([0.0, 0.0])).tolist() == [1, 3]
+    for width in (1, 2, 4, 16):
+        assert invert(p_SN, jnp.array([1.0, 1.0]), width).tolist() == [2, 3]
+        assert invert(p_SN, jnp.array([0.0, 0.0]), width).tolist() == [1, 3]
 
 
 def slow_kept(p, top_k, top_p, min_p):
