@@ -30,7 +30,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.init_from = config_dict.placeholder(str)  # a run, RUN/checkpoints/STEP or a Hugging Face folder
     config.model = {"name": "tiny", "layers": 3}
     config.text = {"tokenizer": "characters", "format": "plain"}
-    config.sampler = {"slots": 128, "max_prompt_tokens": 24, "max_tokens": 72, "chunk_tokens": 8, "prompts_per_prefill": 16}
+    config.sampler = {"slots": 64, "max_prompt_tokens": 24, "max_tokens": 72, "chunk_tokens": 8, "prompts_per_prefill": 16}
     config.verifier = verifier
     config.sharding = {"mesh": {"data": -1, "fsdp": 1, "tensor": 1}, "sampling_devices": 0}
 

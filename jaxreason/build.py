@@ -297,7 +297,7 @@ def make_roller(
 ) -> Roller:
     """Compile-to-be sampler of `slots` sequences of at most `max_prompt_tokens` + `max_tokens` tokens, and the text around it.
     The slots are those of all processes together, and the mesh is that of one. On a CPU a small model is fastest with so few that
-    their cache stays in the processor's.
+    their keys and values stay in the processor's caches.
 
     A turn ends with any of `stop_strings`, which stays in its text. After `thinking_tokens` tokens of a completion
     `end_of_thinking` is forced, unless it was written. `cache_dtype` is that of the model, or float32, bfloat16 or int8.

@@ -71,10 +71,10 @@ class Roller(NamedTuple):
     thinking: Budget | None = None
 
 
-def text_of(roller: Roller, tokens) -> str:
+def text_of(roller: Roller, tokens: np.ndarray) -> str:
     """The text of tokens, without the end of sequence that may stand behind it."""
     kept = tokens[:-1] if len(tokens) and tokens[-1] in roller.eos_ids else tokens
-    return roller.decode(np.asarray(kept).tolist())
+    return roller.decode(kept.tolist())
 
 
 def find_stop(roller: Roller, tokens_T, turn: int, before: int, length: int) -> int | None:
@@ -390,7 +390,7 @@ class Collection:
             self.slots = self.sampler.resize(self.slots, self.columns)
 
     def compact(self) -> None:
-        """When no request waits and few are left, go on with fewer slots. Each stays on its device, where its prompt is."""
+        """When no request waits and few rollouts run, go on with fewer slots. Each stays on its device, where its prompt is."""
         S, D = len(self.tenants), self.sampler.devices
         on = [range(d * S // D, (d + 1) * S // D) for d in range(D)]
         most = max(sum(self.tenants[s] is not None for s in slots) for slots in on)

@@ -173,40 +173,43 @@ def draw(p_SV, u_S2, width: int = 128):
     for each word, took a quarter of a decode step on a CPU (16 rows of SmolLM2-135M's shape, one EPYC core, 2026-11-24: 99 ms
     with it, 73 ms so).
     """
-    p_SNW = in_blocks(p_SV, width)
+    p_SNW = split_blocks(p_SV, width)
     block_S = invert(jnp.sum(p_SNW, axis=-1), u_S2[:, 0])
     return block_S * width + invert(take_block(p_SNW, block_S), u_S2[:, 1])
 
 
-def invert(p_SN, u_S, width: int = 16):
+def invert(p_SV, u_S, width: int = 16):
     """Return the first index of each row at which the cumulative sum is above the share `u_S` of the whole.
 
     First the block of `width` that it is in: two short cumulative sums take less than a long one (a draw from 64 x 128 words in
     12 us, not 32; from 16 x 49152 in 335, not 359; softmax included, one Zen 5 EPYC core, 2026-11-26).
     """
-    p_SNW = in_blocks(p_SN, width)
+    p_SNW = split_blocks(p_SV, width)
     sum_SN = jnp.sum(p_SNW, axis=-1)
     block_S, left_S = first_above(sum_SN, u_S * jnp.sum(sum_SN, axis=-1))
-    return block_S * width + first_above(take_block(p_SNW, block_S), left_S)[0]
+    word_S, _ = first_above(take_block(p_SNW, block_S), left_S)
+    return block_S * width + word_S
 
 
-def first_above(p_SN, target_S):
+def first_above(p_SV, target_S):
     """Return the first index of each row at which the cumulative sum is above the target, and the target less what is before it.
 
-    The last that is not 0, if rounding has it that none is.
+    If by rounding there is none: the last index that is not 0.
     """
-    index_N = jnp.arange(p_SN.shape[1])
-    sum_SN = jnp.cumsum(p_SN, axis=-1)
+    _, V = p_SV.shape
+    index_V, possible_SV = jnp.arange(V), p_SV > 0
+    sum_SV = jnp.cumsum(p_SV, axis=-1)
     # A sum made in parallel may rise by a rounding where p is 0.
-    first_S = jnp.min(jnp.where((sum_SN > target_S[:, None]) & (p_SN > 0), index_N, len(index_N)), axis=-1)
-    index_S = jnp.minimum(first_S, jnp.max(jnp.where(p_SN > 0, index_N, 0), axis=-1))
-    before_S = jnp.take_along_axis(sum_SN - p_SN, index_S[:, None], axis=1)[:, 0]
+    first_S = jnp.min(jnp.where(possible_SV & (sum_SV > target_S[:, None]), index_V, V), axis=-1)
+    index_S = jnp.minimum(first_S, jnp.max(jnp.where(possible_SV, index_V, 0), axis=-1))
+    before_S = jnp.take_along_axis(sum_SV - p_SV, index_S[:, None], axis=1)[:, 0]
     return index_S, target_S - before_S
 
 
-def in_blocks(p_SN, width: int):
-    """[S, N] -> [S, N / width, width], filled up with zeros."""
-    return jnp.pad(p_SN, ((0, 0), (0, -p_SN.shape[1] % width))).reshape(len(p_SN), -1, width)
+def split_blocks(p_SV, width: int):
+    """Split each row into N blocks of `width`, the last filled up with zeros: [S, N, W]."""
+    S, V = p_SV.shape
+    return jnp.pad(p_SV, ((0, 0), (0, -V % width))).reshape(S, -1, width)
 
 
 def take_block(p_SNW, block_S):

@@ -131,6 +131,17 @@ def test_positions_matter_and_only_their_differences(tiny):
     assert np.abs(forward(model, params) - near).max() > 1e-3
 
 
+def test_cosines_are_computed_once_a_pass(tiny):
+    """Not anew in each fusion that reads them: in a program for a CPU that is seen."""
+    model, params = tiny()
+
+    def loss(params, *tokens):
+        return jnp.sum(model.apply(params, *tokens)[0])
+
+    compiled = jax.jit(jax.grad(loss)).lower(params, TOKENS_BT, POSITION_BT).compile()
+    assert compiled.as_text().count(" cosine(") == 1
+
+
 # --- ways of computing the same ---
 
 

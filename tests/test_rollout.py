@@ -11,7 +11,7 @@ import tiny_roller as t
 
 from jaxreason.environment import Environment, Step, single_turn
 from jaxreason.rollout import Budget, Request, collect, warm_up
-from jaxreason.sampler import ALL, Filter
+from jaxreason.sampler import ALL, RUNNING, Filter
 from jaxreason.sharding import make_mesh, row_devices, shardings
 from jaxreason.types import Task, Verdict
 
@@ -517,6 +517,21 @@ def test_occupancy_counts_the_steps_of_all_slots(made, requests):
     talk = [r._replace(task=dataclasses.replace(r.task, id=f"{r.problem * 3 + r.attempt}")) for r in t.make_requests(4, 3)]
     rollouts, spent = spend(t.biased(made[1], _=2.0), talk, scripted(several), slots=1, length=36, max_tokens=28)
     assert spent.slot_steps == spent.tokens < sum(len(r.tokens) for r in rollouts)
+
+
+def test_no_slots_are_moved_when_nobody_is_left_in_them(made, requests):
+    model, params = made
+    roller = t.make_roller(model, slots=12, sizes=(6, 2))
+    still_running = []
+
+    def compact(slots, row_R):
+        still_running.append(int(np.sum(np.asarray(slots.stop_S)[row_R] == RUNNING)))
+        return roller.sampler.compact(slots, row_R)
+
+    counting = roller._replace(sampler=roller.sampler._replace(compact=compact))
+    weights = roller.sampler.prepare(t.biased(params, _=-1e9))  # all end at once, at the limit
+    collect(counting, weights, requests[:6], JUDGE, key=jax.random.key(0), temperature=1.0)
+    assert still_running == [6]
 
 
 def test_each_shape_is_compiled_once(made, requests, expected, caplog):
