@@ -10,7 +10,7 @@ import pytest
 
 from jaxreason.model import ModelConfig, attention, transformer
 from jaxreason.model import cache as kv
-from jaxreason.model.layers import Seen, attend
+from jaxreason.model.layers import Seen, attend, rotate, rotate_by_product
 from jaxreason.sharding import make_mesh
 
 B, N, K, H = 4, 4, 2, 8
@@ -46,6 +46,22 @@ def with_gradients(kernel, q, k, v, segment_BT):
 
     gradients, mixed = jax.grad(run, argnums=(0, 1, 2), has_aux=True)(q, k, v)
     return mixed, *gradients
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_rotation_by_a_product_is_a_rotation(dtype):
+    rng = np.random.default_rng(0)
+    x, weight = (jnp.asarray(rng.normal(size=(B, 9, N, H)), dtype) for _ in range(2))
+    angle = np.tile(rng.normal(size=(B, 9, H // 2)), 2)
+    turns = jnp.float32(np.cos(angle)), jnp.float32(np.sin(angle))
+    (expected, back), (got, got_back) = (jax.vjp(lambda x, f=f: f(x, *turns), x) for f in (rotate, rotate_by_product))
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_allclose(
+        got_back(weight)[0].astype(np.float32),
+        back(weight)[0].astype(np.float32),
+        rtol=1e-6 if dtype == "float32" else 2**-7,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("segmented", [False, True])

@@ -14,8 +14,8 @@ leaves out columns that hold nothing.
 On one H200 (jax 0.11.2, 2026-11-26) an update of Qwen3-0.6B's shape on 64 x 512 tokens, remat="full", 8 micro-batches, reached
 25 % of the card's best rate with cudnn and 20 % with xla; a decode step on one H100 takes 3.1 ms with cudnn and 3.5 ms with xla
 (64 slots, 256 + 512 tokens). splash has not been timed. Compiled for eight v5e chips (`jaxreason.plan`, jax 0.10.2, 2026-11-26) a
-train step of that shape, remat="full", one row of 4096 tokens a chip, has 3.95 GiB of temporary arrays with splash and 5.03 with
-xla, gradients included, and moves 88 and 152 GB; with all queries of xla at once it was 6.79 GiB and 308 GB.
+train step of that shape, remat="full", one row of 4096 tokens a chip, has 3.84 GiB of temporary arrays with splash and 5.03 with
+xla, gradients included, and moves 84 and 152 GB; with all queries of xla at once it was 6.79 GiB and 308 GB.
 
 Left out: tokamax (0.0.12), whose public attention has no segments and, on a TPU, takes no mask that differs from row to row; its
 TPU kernel is a relative of splash.
@@ -33,7 +33,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxreason.model import decode_attention
 from jaxreason.model.config import ModelConfig
-from jaxreason.model.layers import MASKED, by_key_head, by_token, for_each_query, read
+from jaxreason.model.layers import MASKED, by_key_head, by_token, for_each_query, read, rotate, rotate_by_product
 from jaxreason.sharding import ROWS
 
 LANES = 128  # a TPU kernel's blocks are whole multiples of them
@@ -47,6 +47,8 @@ class Kernel(NamedTuple):
     """`see(position_BT, segment_BT) -> seen`: what may be seen, as `attend` takes it; made once for all layers."""
     attend: Callable
     """`attend(q_BTNH, k_BTKH, v_BTKH, seen) -> mixed_BTNH`."""
+    rotate: Callable = rotate
+    """`rotate(x_BTNH, cos_BTH, sin_BTH) -> x_BTNH`, without a cache."""
     read: Callable = read
     """`read(q_BTNH, k_BTKH, v_BTKH, own, prompts, seen) -> (mixed_BTNH, own)`, with a cache; see `layers.read`."""
 
@@ -168,7 +170,7 @@ def cudnn(config: ModelConfig, mesh=None, *, implementation: str = "cudnn") -> K
         one_token = q_BTNH.shape[1] == 1 and decode_attention.fits(own)
         return (step if one_token else read)(q_BTNH, k_BTKH, v_BTKH, own, prompts, seen)
 
-    return Kernel(see, split(attend_cudnn, config, mesh), read_cudnn)
+    return Kernel(see, split(attend_cudnn, config, mesh), read=read_cudnn)
 
 
 def splash(config: ModelConfig, mesh=None, *, interpret: bool = False) -> Kernel:
@@ -197,7 +199,7 @@ def splash(config: ModelConfig, mesh=None, *, interpret: bool = False) -> Kernel
             segments = kernels.SegmentIds(segment_BT, segment_BT)
         return jax.vmap(kernel)(q, k, v, segments).swapaxes(1, 2)[:, :T]
 
-    return Kernel(lambda position_BT, segment_BT: segment_BT, split(attend_splash, config, mesh))
+    return Kernel(lambda position_BT, segment_BT: segment_BT, split(attend_splash, config, mesh), rotate=rotate_by_product)
 
 
 KERNELS = {"xla": xla, "cudnn": cudnn, "splash": splash}

@@ -149,6 +149,36 @@ def rotate(x_BTNH, cos_BTH, sin_BTH):
     return (x32 * cos_BTH[:, :, None] + turned * sin_BTH[:, :, None]).astype(x_BTNH.dtype)
 
 
+@jax.custom_vjp
+def rotate_by_product(x_BTNH, cos_BTH, sin_BTH):
+    """`rotate` for a TPU, where halves of 64 lanes would be arrays of their own: the halves are swapped by a product with ones.
+
+    That is exact in any dtype: one term of each sum is not zero. The gradient is a rotation by the opposite angle; cosines and
+    sines get none. A train step of Qwen3-0.6B's shape, compiled for four v5p chips (64 rows of 768 tokens a chip in 4
+    micro-batches, splash), moves 880 GB a chip so and 1,127 with `rotate` if remat="full", 1,221 and 1,658 if "dots"
+    (`jaxreason.plan`, jax 0.10.2, 2026-11-26; not timed).
+    """
+    _, _, _, H = x_BTNH.shape
+    half = jnp.eye(H // 2, dtype=x_BTNH.dtype)
+    zero = jnp.zeros_like(half)
+    precision = None if x_BTNH.dtype == jnp.bfloat16 else "highest"
+    turned_BTNH = jnp.matmul(x_BTNH, jnp.block([[zero, half], [-half, zero]]), precision=precision)
+    x32, turned32 = x_BTNH.astype(jnp.float32), turned_BTNH.astype(jnp.float32)
+    return (x32 * cos_BTH[:, :, None] + turned32 * sin_BTH[:, :, None]).astype(x_BTNH.dtype)
+
+
+def rotate_by_product_forward(x_BTNH, cos_BTH, sin_BTH):
+    return rotate_by_product(x_BTNH, cos_BTH, sin_BTH), (cos_BTH, sin_BTH)
+
+
+def rotate_by_product_backward(kept, gradient):
+    cos_BTH, sin_BTH = kept
+    return rotate_by_product(gradient, cos_BTH, -sin_BTH), None, None
+
+
+rotate_by_product.defvjp(rotate_by_product_forward, rotate_by_product_backward)
+
+
 def attend(q_BTNH, k_BKHC, v_BKCH, visible_BTC, k_scale_BK1C=None, v_scale_BK1C=None):
     """Softmax attention of grouped queries over C keys, as two plain batched matrix products.
 
@@ -274,7 +304,8 @@ class Attention(nnx.Module):
         q, k, v = self.project(x_BTD)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *rotations), rotate(k, *rotations)
+        turn = kernel.rotate if cache is None else rotate
+        q, k = turn(q, *rotations), turn(k, *rotations)
         if cache is None:
             return self.o(kernel.attend(q, k, v, seen)), None
         mixed, own = kernel.read(q, k, v, *cache, seen)
