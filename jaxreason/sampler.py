@@ -182,7 +182,7 @@ def invert(p_SV, u_S, width: int = 16):
     """Return the first index of each row at which the cumulative sum is above the share `u_S` of the whole.
 
     First the block of `width` that it is in: two short cumulative sums take less than a long one (a draw from 64 x 128 words in
-    12 us, not 32; from 16 x 49152 in 335, not 359; softmax included, one Zen 5 EPYC core, 2026-11-26).
+    12 us, not 32, best of 12; from 16 x 49152 in 335, not 359, best of 3; softmax included, one Zen 5 EPYC core, 2026-11-26).
     """
     p_SNW = split_blocks(p_SV, width)
     sum_SN = jnp.sum(p_SNW, axis=-1)
