@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
 import json
-import os
 import runpy
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -20,27 +16,12 @@ def load_config(name: str, options: str = "", **fields):
     return config
 
 
-@functools.cache
-def compiled() -> Path:
-    """A folder for compiled programs that goes with the process, or with the one that started it."""
-    if "TESTS_COMPILED" in os.environ:
-        return Path(os.environ["TESTS_COMPILED"])
-    folder = tempfile.TemporaryDirectory()
-    atexit.register(folder.cleanup)
-    return Path(folder.name)
-
-
 def run_config(config, workdir: Path) -> dict:
     """Build and train; return the summary as written."""
-    import jax
-
     from jaxreason import checkpoint
     from jaxreason.build import build
     from jaxreason.train import train
 
-    # Runs of one process make the same programs over and over.
-    jax.config.update("jax_compilation_cache_dir", str(compiled()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     run = build(config)
     checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", **config.checkpoint.to_dict())
     train(run, workdir, checkpoints, log_options={"live": False})

@@ -43,7 +43,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import ROOT, compiled, read_lines
+from runs import ROOT, read_lines
 from test_train import maths, params_of
 
 CONFIG = """
@@ -86,7 +86,7 @@ POINTS = [
 def begin(config: Path, workdir: Path, point: str = "none", count: int = 0) -> subprocess.Popen:
     flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": paths, "TESTS_COMPILED": str(compiled())}
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": paths}
     return subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "killed_run.py"), str(config), str(workdir), point, str(count)],
         cwd=ROOT,
