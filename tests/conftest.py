@@ -1,4 +1,6 @@
-"""Eight virtual CPU devices for every test, one folder of compiled programs for all, and a maker of small models that keeps what it made."""
+"""Eight virtual CPU devices, one folder of compiled programs for all tests, and a maker of
+small models that keeps the params that it made.
+"""
 
 import functools
 import os
