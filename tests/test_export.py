@@ -16,6 +16,7 @@ from runs import ROOT, load_config, run_config
 from test_main import main
 from test_weights import assert_equal, logits
 
+import jaxreason
 from jaxreason import checkpoint, origin, text
 from jaxreason.build import build
 from jaxreason.export import export
@@ -251,6 +252,15 @@ def test_the_command(run, exported, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------- init_from
+
+
+def test_the_front_door_loads_a_run(run, adapted):
+    """With the text of its config; adapters as they are, or merged where they are said to be none."""
+    policy = jaxreason.load(run, max_prompt_tokens=24, max_tokens=4)
+    assert_equal(policy.params, saved(run)[1])
+    assert len(jaxreason.sample(policy, ["1+1:"], n=2)[0]) == 2
+    assert "lora" in jaxreason.load(adapted / "checkpoints" / "2", max_tokens=4).params
+    assert "lora" not in jaxreason.load(adapted, max_tokens=4, model={"lora": None}).params
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ FLOORS = (
     "learner sampler environment batching origin freed ledger",
     "rollout sources preemption",
     "evaluate build train",
-    "main export sweep launch plan bench report view",
+    "main api export sweep launch plan bench report view",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 DOORS = FLOORS[-1].split()

@@ -1,0 +1,200 @@
+"""The front door for notebooks: load a model, sample from it, make a train step.
+
+The same parts that `main` builds from a config, with a value in the place of a run folder:
+a `Policy` goes into `sample` and `train_step`, and `train_step` gives the next one. Left
+out: what makes a run last (checkpoints, logs, evaluation) and a reference policy; for these
+write a config and start `python -m jaxreason.main`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxreason import batching, build, learner, metrics, objectives, origin, sharding, sources
+from jaxreason import optimizer as optimizers
+from jaxreason.environment import single_turn
+from jaxreason.model import Model, transformer
+from jaxreason.options import call
+from jaxreason.rollout import Request, Roller, collect
+from jaxreason.text import Format, Tokenizer, check_vocabulary
+from jaxreason.train import name_learned, new_state
+from jaxreason.types import Rollout, Task, TrainState, Verdict
+
+
+class Policy(NamedTuple):
+    """A model with its tokenizer and sampler, and all that training changes of it."""
+
+    model: Model
+    tokenizer: Tokenizer
+    format: Format
+    roller: Roller
+    mesh: jax.sharding.Mesh
+    state: TrainState  # `opt_state` is None before the first train step
+    learning: tuple | None = None  # objective and optimizer that `state.opt_state` belongs to
+
+    @property
+    def params(self) -> Any:
+        return self.state.params
+
+
+def load(
+    path: str | Path,
+    *,
+    max_prompt_tokens: int = 512,
+    max_tokens: int = 256,
+    slots: int = 16,
+    mesh: Mapping[str, int] | None = None,
+    seed: int = 0,
+    model: Mapping[str, Any] | None = None,
+    text: Mapping[str, Any] | None = None,
+) -> Policy:
+    """Load a model to sample from and to train.
+
+    Args:
+      path: a Hugging Face id, a named size ("qwen2.5_0.5b"), the folder of a checkpoint in
+        their format, or a run of ours (RUN, or RUN/checkpoints/STEP).
+      max_prompt_tokens: the longest prompt.
+      max_tokens: the longest completion.
+      slots: how many completions are sampled at a time.
+      mesh: sizes of the axes data, fsdp and tensor; None is one device.
+      seed: of the weights that a checkpoint lacks, such as new adapters.
+      model: fields of a config's `model` section. By default the computation is in float32
+        on a CPU and bfloat16 elsewhere, and params are float32; a run keeps its own.
+      text: fields of a config's `text` section. By default the chat template, with the
+        question as it is; a run keeps its own.
+
+    Raises:
+      ValueError, FileNotFoundError: no such model, or fields that do not fit it.
+    """
+    sizes = {"data": 1} if mesh is None else dict(mesh)
+    devices = jax.devices()[: math.prod(sizes.values())]
+    placed = call(sharding.make_mesh, sizes, "mesh", devices=devices)
+    described = describe(path, model or {}, text or {}, devices[0].platform)
+    check_vocabulary(described.tokenizer, described.shape)
+    made = transformer(described.shape, placed)
+    words = {"tokenizer": described.tokenizer, "format": described.format}
+    limits = {"slots": slots, "max_prompt_tokens": max_prompt_tokens, "max_tokens": max_tokens}
+    roller = build.make_roller(model=made, mesh=placed, processes=1, **words, **limits)
+    params = build.init_params(made, described.load, seed, placed)
+    return Policy(made, **words, roller=roller, mesh=placed, state=TrainState(params, None, jnp.int32(0)))
+
+
+def describe(path: str | Path, model: Mapping, text: Mapping, platform: str) -> build.Described:
+    """Read the shape and the text of what a path holds, and how its params are loaded."""
+    folder = Path(path).expanduser()
+    if not (folder / "checkpoints").is_dir() and folder.parent.name != "checkpoints":
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+        pretrained = {"name": str(path), "weights": "pretrained", "dtype": dtype, **model}
+        return build.describe(pretrained, {"tokenizer": "pretrained", "format": "chat", **text})
+    found, theirs = build.find_described(folder)
+    mine = build.describe({**found.config["model"], **model}, {**found.config["text"], **text})
+    origin.check(found, theirs.shape, mine.shape)
+    return mine._replace(load=functools.partial(origin.load, found, theirs.shape, mine.shape))
+
+
+def unjudged(text: str, task: Task) -> Verdict:
+    """The verdict where no verifier is given."""
+    return Verdict(0.0, False, None, "not judged")
+
+
+def sample(
+    policy: Policy,
+    prompts: Sequence[str | Task],
+    n: int = 1,
+    *,
+    temperature: float = 1.0,
+    verify: Callable[[str, Task], Verdict] = unjudged,
+    seed: int = 0,
+) -> list[list[Rollout]]:
+    """Sample `n` completions of each prompt; return one group of rollouts per prompt.
+
+    A prompt is a question or a `Task`, and is put to the model in its chat format. A
+    temperature of 0 is greedy. `verify(text, task)` judges each completion. Equal seeds
+    give equal samples, whatever the order of the slots.
+
+    Raises:
+      ValueError: a prompt that is too long, no prompt, or n below 1.
+    """
+    if isinstance(prompts, str | Task) or not prompts or n < 1:
+        raise ValueError(f"sample got prompts={prompts!r}, n={n}; allowed: a list of questions or tasks, and n of 1 or more")
+    if not temperature >= 0:
+        raise ValueError(f"sample got temperature={temperature}; allowed: 0 (greedy) or more")
+    tasks = [Task(prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
+    ids = [policy.format.prompt(task) for task in tasks]
+    requests = [Request(task, p, g, ids[p]) for p, task in enumerate(tasks) for g in range(n)]
+    weights = policy.roller.sampler.prepare(policy.params)
+    key = jax.random.key(seed)
+    rollouts, _ = collect(policy.roller, weights, requests, single_turn(verify), key=key, temperature=temperature)
+    return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
+
+
+def train_step(
+    policy: Policy,
+    groups: Sequence[Sequence[Rollout]],
+    *,
+    objective: str = "grpo",
+    lr: float,
+    microbatches: int = 1,
+    objective_options: Mapping[str, Any] | None = None,
+    optimizer_options: Mapping[str, Any] | None = None,
+) -> tuple[Policy, dict[str, float]]:
+    """Make one update from groups of rollouts; return the new policy and its metrics.
+
+    The params of `policy` are donated: use the policy that is returned. The optimizer's
+    state goes on from step to step and starts anew when the objective or the optimizer
+    changes. Metrics have the names that they have in `metrics.jsonl`.
+
+    Args:
+      policy: as `load` or `train_step` gave it.
+      groups: of `sample`, all of one size.
+      objective: a name of `objectives.OBJECTIVES`, without a KL to a reference policy.
+      lr: the learning rate, constant.
+      microbatches: parts that the gradient is added up over, to save memory.
+      objective_options: further fields of a config's `objective` section.
+      optimizer_options: further fields of a config's `optimizer` section (default: AdamW).
+
+    Raises:
+      ValueError: groups of different sizes, or a field that does not fit.
+    """
+    size = len(groups[0]) if groups else 0
+    if not size or any(len(group) != size for group in groups):
+        raise ValueError(f"train_step got groups of {[len(group) for group in groups]} rollouts; allowed: one size, 1 or more")
+    learning = _frozen({"name": objective, **(objective_options or {})}), _frozen({"lr": lr, **(optimizer_options or {})})
+    made, optimizer, step = compiled_step(policy.model, policy.mesh, microbatches, *learning)
+    if made.needs_group and size < 2:
+        raise ValueError(
+            f"objective {objective!r} compares the rollouts of a group; got groups of {size}; sample with n=2 or more"
+        )
+    rollouts = [rollout for group in groups for rollout in group]
+    longest = max(len(r.prompt) + len(r.tokens) for r in rollouts)
+    limits = {"buckets": batching.length_buckets(max(longest, policy.roller.sampler.length)), "limit": policy.roller.max_tokens}
+    batch = batching.from_rollouts(rollouts, made, group=size, microbatches=microbatches, **limits)
+    state = policy.state
+    if policy.learning != learning:
+        state = jax.jit(new_state, static_argnums=1, donate_argnums=0)(state.params, optimizer)
+    state, learned = step(state, sharding.put_rows(batch, policy.mesh))
+    measured = name_learned(learned, sampled=True) | sources.measure(rollouts, size)
+    return policy._replace(state=state, learning=learning), metrics.divide(jax.device_get(measured))
+
+
+@functools.lru_cache(maxsize=4)
+def compiled_step(model: Model, mesh, microbatches: int, objective: tuple, optimizer: tuple) -> tuple:
+    """Make the objective and the optimizer of these fields, and compile the train step."""
+    made = call(objectives.make, dict(objective), "objective")
+    if made.needs_reference:
+        raise ValueError("train_step keeps no reference policy; allowed: kl_coefficient=0, or a config and `jaxreason.main`")
+    rule = call(optimizers.make, dict(optimizer), "optimizer", steps=1)
+    abstract = jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), rule))
+    placed = sharding.shardings(abstract, mesh)
+    return made, rule, learner.compile_train_step(model, made, rule, microbatches=microbatches, state_shardings=placed)
+
+
+def _frozen(fields: Mapping[str, Any]) -> tuple:
+    return tuple(sorted(fields.items()))

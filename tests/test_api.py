@@ -1,0 +1,109 @@
+"""The front door: README's example as it stands, a run and a checkpoint as policies, and errors in one line."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from runs import ROOT
+
+import jaxreason as jr
+from jaxreason import text
+from jaxreason.model import ModelConfig, transformer, weights
+
+CHAT = Path(__file__).parent / "golden" / "chat"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A Hugging Face folder with random weights, a tokenizer and a chat template."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    shape = ModelConfig(text.load(CHAT).vocab_size, 16, 1, 2, 2, 8, 32, tied_embeddings=True)
+    weights.save(folder, shape, transformer(shape).init(jax.random.key(0)), tokenizer_folder=CHAT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def policy(checkpoint):
+    return jr.load(checkpoint, max_prompt_tokens=64, max_tokens=8, slots=8)
+
+
+def length_parity(words, task):
+    return jr.Verdict(float(len(words) % 2), bool(len(words) % 2))
+
+
+def test_the_example_of_the_readme(checkpoint, capsys):
+    """Its code, with this checkpoint in the place of a downloaded one."""
+    example = next(
+        code for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "jr.load" in code
+    )
+    assert len(example.strip().splitlines()) <= 12
+    code = re.sub(r'jr\.load\("[^"]+"', f"jr.load({str(checkpoint)!r}, max_prompt_tokens=64", example)
+    code = re.sub(r"max_tokens=\d+\)", "max_tokens=8)", code).replace("range(10)", "range(2)")
+    exec(code, {})
+    assert len(capsys.readouterr().out.splitlines()) >= 3
+
+
+def test_groups_come_in_the_order_of_their_prompts_and_again_with_their_seed(policy):
+    groups = jr.sample(policy, ["one", jr.Task("two", "2", id="x")], n=3, seed=5)
+    assert [[(r.task.question, r.attempt) for r in group] for group in groups] == [
+        [("one", 0), ("one", 1), ("one", 2)],
+        [("two", 0), ("two", 1), ("two", 2)],
+    ]
+    assert groups[1][0].task.id == "x"
+    assert groups[0][0].verdict.reason == "not judged"
+    again, other = jr.sample(policy, ["one"], n=3, seed=5), jr.sample(policy, ["one"], n=3, seed=6)
+    assert [r.text for r in again[0]] == [r.text for r in groups[0]]
+    assert [r.tokens.tolist() for r in other[0]] != [r.tokens.tolist() for r in again[0]]
+    greedy = jr.sample(policy, ["one"], n=2, temperature=0)[0]
+    assert greedy[0].tokens.tolist() == greedy[1].tokens.tolist()
+
+
+def test_a_step_changes_the_policy_and_the_next_goes_on_from_it(checkpoint):
+    policy = jr.load(checkpoint, max_prompt_tokens=64, max_tokens=8, slots=8)
+    groups = jr.sample(policy, ["one", "two"], n=4, verify=length_parity)
+    before = np.asarray(policy.params["final_norm"]["scale"])
+    policy, metrics = jr.train_step(policy, groups, objective="grpo", lr=1e-2)
+    assert (np.asarray(policy.params["final_norm"]["scale"]) != before).any()
+    assert 0 < metrics["rollout/reward"] < 1
+    assert metrics["rollout/logp_gap"] < 1e-4  # what was sampled is what is learned from
+    assert metrics["train/grad_norm"] > 0
+    policy, _ = jr.train_step(policy, groups, objective="grpo", lr=1e-2)
+    assert int(policy.state.step) == 2
+    policy, _ = jr.train_step(policy, groups, objective="dapo", lr=1e-2, optimizer_options={"name": "sgd"})
+    assert int(policy.state.step) == 1  # another optimizer: its state starts anew
+
+
+def test_wrong_calls_are_one_line(policy, checkpoint, tmp_path):
+    groups = jr.sample(policy, ["one"], n=2)
+    for call, message in [
+        (lambda: jr.sample(policy, "one"), "allowed: a list of questions"),
+        (lambda: jr.sample(policy, [], n=2), "allowed: a list of questions"),
+        (lambda: jr.sample(policy, ["one"], n=0), "n of 1 or more"),
+        (lambda: jr.sample(policy, ["one"], temperature=float("nan")), "temperature=nan"),
+        (lambda: jr.sample(policy, ["one " * 99]), "allowed: 1 to 64"),
+        (lambda: jr.train_step(policy, [], lr=1.0), "allowed: one size"),
+        (lambda: jr.train_step(policy, [groups[0], groups[0][:1]], lr=1.0), r"groups of \[2, 1\] rollouts"),
+        (lambda: jr.train_step(policy, [groups[0][:1]], lr=1.0), "sample with n=2 or more"),
+        (lambda: jr.train_step(policy, groups, objective="grop", lr=1.0), "did you mean 'grpo'"),
+        (lambda: jr.train_step(policy, groups, lr=1.0, optimizer_options={"b3": 1}), "unknown field of optimizer 'b3'"),
+        (lambda: jr.train_step(policy, groups, lr=1.0, objective_options={"kl_coefficient": 0.1}), "keeps no reference policy"),
+        (lambda: jr.load(checkpoint, mesh={"dta": 1}), "did you mean 'data'"),
+        (lambda: jr.load(checkpoint, model={"widht": 1}), "did you mean 'width'"),
+    ]:
+        with pytest.raises(ValueError, match=message) as error:
+            call()
+        assert "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        jr.load(tmp_path / "nothing")
+    with pytest.raises(AttributeError, match="load, sample"):
+        jr.samples  # noqa: B018
+
+
+def test_import_does_not_wait_for_jax():
+    code = "import sys, jaxreason; assert not {'jax', 'flax'} & sys.modules.keys(); print(sorted(dir(jaxreason)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "train_step" in done.stdout
