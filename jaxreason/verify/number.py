@@ -1,43 +1,39 @@
 r"""The answer is a number, written as people and models write it: `\boxed{1{,}234}`, `#### $1,234.50`, `the answer is -3/4.`
 
-The last box counts; without one the last `####` line, then the last "answer is" line, then the last number in the text.
-Numbers are compared exactly, as fractions. Only the end of a long text is read, and every pattern here is linear in it.
+Three steps, each linear in the text. *Normalise*: markup, currency and percent signs go,
+LaTeX fractions and Unicode forms become plain. *Find the region*: the last box that is not
+empty counts; without one the last `####` that has something behind it, then the last
+affirmative "answer is", then the last number in the text. *Read one value*: a region that
+gives no single number, such as `24 + 18`, `2x` or `5, 6`, is no answer; it is never
+guessed at. Numbers are compared exactly, as fractions.
 """
 
 from __future__ import annotations
 
 import re
-from collections import deque
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Iterator
 from fractions import Fraction
+from typing import NamedTuple
 
 from jaxreason.types import Task, Verdict
 from jaxreason.verify.exact import verdict
 
 READ = 20_000  # characters from the end of the text
 LONGEST = 64  # characters of a number
-
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+"
-_NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)\]}])-)?(?:[$€£¥]\s?)?(?P<minus>(?<=[$€£¥])-)?"
-    rf"(?P<digits>{_DIGITS})(?:[eE](?P<exponent>[+-]?[0-9]{{1,3}})(?![0-9.]))?"
-    r"(?:\s?/\s?(?P<below>[0-9]{1,32})(?![0-9]|[.,][0-9]))?"
-)
-_FRACTION = re.compile(r"(-?)\\[dt]?frac\s?(?:\{\s?(-?[0-9]{1,32})\s?\}\s?\{\s?([0-9]{1,32})\s?\}|([0-9])([0-9]))")
-_SAYS = re.compile(r"answer\s?(?:is|:|=)", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"[.!?]\s")
-_LATEX = (("\\$", "$"), ("{,}", ","), ("\\,", ""), ("\\!", ""), ("\\%", "%"), ("−", "-"), ("\\left", ""), ("\\right", ""))
+HIGHEST = 64  # the largest power that is worked out
 
 
 def number(strict: bool = False, fractions: bool = True) -> Callable[[str, Task], Verdict]:
     """Compare the number that the text gives as its answer with that of `task.answer`.
 
-    `strict` accepts a box or a `####` only. With `fractions=False`, `3/4` is two numbers. Currency signs, thousands commas,
-    percent signs and units are ignored: "50%" is 50. Reasons: right, wrong, no answer, bad key (`task.answer` is not one number).
+    `strict` accepts a box or a `####` only. With `fractions=False`, `3/4` is two numbers.
+    Currency, percent signs and units are ignored: "50%" is 50. Reasons: right, wrong, no
+    answer, bad key (`task.answer` is not one number).
     """
 
     def verify(text: str, task: Task) -> Verdict:
-        key = _only(_clean(task.answer), fractions)
+        key = only_value(normalise(task.answer), fractions)
         if key is None:
             return verdict(False, None, "bad key")
         value = read_number(text, strict, fractions)
@@ -49,78 +45,283 @@ def number(strict: bool = False, fractions: bool = True) -> Callable[[str, Task]
 
 
 def read_number(text: str, strict: bool = False, fractions: bool = True) -> Fraction | None:
-    """Find the number that a text gives as its answer; None where there is none, or a box holds several."""
-    text = _clean(text[-READ:])
-    box = _last_box(text)
+    """Find the number that a text gives as its answer; None where there is none, or no single one."""
+    text = normalise(text[-READ:])
+    box = last_box(text)
     if box is not None:
-        return _only(_right_side(box), fractions)
-    _, found, after = text.rpartition("####")
-    if found:
-        return _first(_right_side(_line(after)), fractions)
+        return only_value(box, fractions)
+    marked = last_marked(text)
+    if marked is not None:
+        return value_of_lines(marked, fractions)
     if strict:
         return None
-    says = list(_SAYS.finditer(text))
-    if says:
-        value = _first(_right_side(_SENTENCE_END.split(_line(text[says[-1].end() :]))[0]), fractions)
-        if value is not None:
-            return value
-    return _last(text, fractions)
+    said = last_said(text)
+    if said is not None:
+        return value_of_lines(said, fractions)
+    return last_value(text, fractions)
 
 
-def _clean(text: str) -> str:
-    for latex, plain in _LATEX:
-        text = text.replace(latex, plain)
-    return _FRACTION.sub(lambda m: f" {m[1]}{m[2] or m[4]}/{m[3] or m[5]} ", text)
+# --- normalise ---
+
+_MINUS = re.compile("[−–—‒﹣－]")
+_GROUP_SPACE = re.compile(r"(?<=[0-9])(?:\\[,;:! ]|\{,\}|[\u00a0\u2009\u202f'’])(?=[0-9]{3}(?![0-9]))")
+_SUPERSCRIPT = str.maketrans({c: f"^{i}" for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")})
+_VULGAR = str.maketrans({c: f" {unicodedata.normalize('NFKC', c).replace('⁄', '/')} " for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"})
+_TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|mbox|operatorname)\s?\{([^{}]*)\}")
+_DROPPED = re.compile(
+    r"\\?[$€£¥%]|°|\^?\{?\\circ\}?|\\(?:degree|left|right|displaystyle)(?![A-Za-z])|\*\*|__|`|\\!|</?[|]?\w+[|]?>"
+)
+_SPACES = re.compile(r"\\[,;: ()\[\]]|\\q?quad(?![A-Za-z])|~|\\\\|[\u00a0\u2009\u202f]|(?<![<>=!])&")
+_CROSS = re.compile(r"(?<=[0-9])\s?x\s?(?=[0-9])")
+_TIMES = re.compile(r"\\(?:times|cdot)(?![A-Za-z])|[×·]")
+_EQUALS = re.compile(r"\\(?:approx|equiv)(?![A-Za-z])|[≈≡]")
+_COMPARES = re.compile(r"\\(?:leq?|geq?|neq?|lt|gt)(?![A-Za-z])|<=|>=|!=|[≤≥≠]")
+_PART = r"\s?(?:\{\s?(-?[0-9][0-9,.]{0,31})\s?\}|([0-9]))"
+_FRAC = re.compile(rf"(-?)\\[dt]?frac{_PART}{_PART}")
+_NEGATED = re.compile(r"-\s?\(\s?([0-9][^()]{0,63})\)")
+_NEGATIVE = re.compile(r"\bnegative[\s{}]+(?=[0-9.(])", re.IGNORECASE)
 
 
-def _line(text: str) -> str:
-    return text.lstrip().partition("\n")[0]
+def normalise(text: str) -> str:
+    """Rewrite LaTeX, Markdown and Unicode forms of one thing as one plain form."""
+    text = _MINUS.sub("-", text.translate(_SUPERSCRIPT).translate(_VULGAR))
+    text = _GROUP_SPACE.sub(",", text)
+    text = _CROSS.sub("*", text)
+    text = _TEXT.sub(r"\1", re.sub(r"(?<=[0-9])\*\*(?=[0-9])", "^", text))
+    text = _SPACES.sub(" ", _DROPPED.sub("", text))
+    text = _COMPARES.sub(" < ", _EQUALS.sub("=", _TIMES.sub("*", text)))
+    text = _FRAC.sub(_plain_fraction, text)
+    return _NEGATED.sub(r"-\1", _NEGATIVE.sub("-", text))
 
 
-def _right_side(text: str) -> str:
-    return text.rpartition("=")[2] if _NUMBER.search(text.rpartition("=")[2]) else text
+def _plain_fraction(match: re.Match) -> str:
+    """Write `-\\frac{1}{-2}` as ` 1/2 `, with one sign in front or none."""
+    parts = match[1], match[2] or match[3], match[4] or match[5]
+    negative = sum(part.startswith("-") for part in parts) % 2
+    return f" {'-' * negative}{parts[1].lstrip('-')}/{parts[2].lstrip('-')} "
 
 
-def _last_box(text: str) -> str | None:
-    """Return what the last closed `\\boxed{...}` holds, braces balanced."""
+# --- find the region ---
+
+_SAYS = re.compile(r"answer\s?(?:is\b|was\b|:|=)(?!\s*(?:not|never|n't)\b)", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
+_MARK = re.compile("#{4,}")
+_DIGIT = re.compile("[0-9]")
+
+
+def last_box(text: str) -> str | None:
+    """Return what the last closed `\\boxed{...}` that is not empty holds, braces balanced."""
     stop = len(text)
-    while (start := text.rfind("\\boxed{", 0, stop)) >= 0:
+    while (start := text.rfind("\\boxed", 0, stop)) >= 0:
+        opened = start + 6 + (text[start + 6 : start + 7] == " ")
         depth = 0
-        for i in range(start + 6, stop):
+        for i in range(opened, stop if text[opened : opened + 1] == "{" else opened):
             depth += (text[i] == "{") - (text[i] == "}")
             if depth == 0:
-                return text[start + 7 : i]
-        stop = start  # never closed before the next box: so each character is looked at once
+                if any(c.isalnum() for c in text[opened:i]):
+                    return text[opened + 1 : i]
+                break
+        stop = start  # each character is looked at once
     return None
 
 
-def _values(text: str, fractions: bool):
-    """Yield the numbers of a text in order, None for one that is no number after all (too long, or over zero)."""
-    for match in _NUMBER.finditer(text):
-        if match["below"] and not fractions:
-            yield _fraction(match, None)
-            yield _fraction(None, match["below"])
+def last_marked(text: str) -> str | None:
+    """Return what is behind the last `####` that something is behind; None without one."""
+    parts = _MARK.split(text)
+    return next((part for part in reversed(parts[1:]) if _DIGIT.search(part) or any(c.isalnum() for c in part)), None)
+
+
+def last_said(text: str) -> str | None:
+    """Return the rest of the sentence behind the last affirmative "answer is" that has a digit in it."""
+    for match in reversed(list(_SAYS.finditer(text))[-20:]):
+        lines = text[match.end() :].lstrip(" :*")
+        sentence = _SENTENCE_END.split(lines.lstrip().partition("\n")[0])[0]
+        if _DIGIT.search(sentence):
+            return sentence
+    return None
+
+
+# --- read one value ---
+
+_GROUPED = r"[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}"
+_BELOW = r"(?P<below>[0-9][0-9.]{0,31})(?![0-9/]|,[0-9])"
+_MIXED = r"[ ](?P<over>[0-9]{1,32})/(?P<part>[0-9]{1,32})(?![0-9/]|[.,][0-9])"
+
+
+def _token_pattern(whole: str, comma: str, joins: str) -> re.Pattern:
+    """The pattern of a token: more ways to write `whole` digits, a decimal `comma`, and what `joins` digits to no number."""
+    return re.compile(
+        rf"(?P<sign>(?<![\w)\]}}])-[ ]?)?"
+        rf"(?P<digits>(?:{_GROUPED}{whole}|[0-9]+)(?![0-9])(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+{comma})(?![0-9]|[{joins}][0-9])"
+        r"(?:[eE](?P<exponent>[+-]?[0-9]{1,3})(?![0-9.]))?"
+        rf"(?:{_MIXED}|[ ]?/[ ]?{_BELOW})?"
+        r"(?P<power>\^\{?(?P<to>-?[0-9]{1,3})\}?)?"
+        r"(?:[ ]?[*x][ ]?10\^\{?(?P<ten>-?[0-9]{1,3})\}?)?"
+        r"(?:[ ]?(?P<scale>thousand|million|billion|trillion)\b)?"
+        r"|(?P<unread>[0-9](?:[0-9,.:']*[0-9])?)"
+        r"|(?P<equals>=)|(?P<compare>[<>])|(?P<macro>\\[A-Za-z]+|[√±∞πθ∑∫])"
+        r"|(?P<word>[^\W\d_]+(?:[-'][^\W\d_]+)*(?:\^\{?-?[0-9]+\}?)?)"
+        r"|(?P<operator>[-+*/^!])|(?P<open>[(\[])|(?P<close>[)\]])|(?P<stop>[,;.:?\n|]+)"
+    )
+
+
+# Spaces between thousands and a decimal comma are read where an answer is, not in running text.
+_ANSWER = _token_pattern(r"|[0-9]{1,3}(?: [0-9]{3})+", "|[0-9]+,[0-9]{1,2}(?![0-9,])", ",.:'")
+_RUNNING = _token_pattern("", "", ".:")
+_SCALES = {None: 0, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_UNITS = frozenset("mghslLNJWVAKCF")  # of one letter, that may follow a number without a space: 5m, but not 2x
+_UNKNOWNS = frozenset("abcdeijknpqrtuvwxyzXYZ")
+
+
+class Token(NamedTuple):
+    """A piece of a region. A `number` has a value, or None where it can't be worked out."""
+
+    kind: str
+    value: Fraction | None
+    text: str
+    attached: bool  # to the token before it, without a space
+
+
+def tokens(text: str, fractions: bool, pattern: re.Pattern = _ANSWER) -> Iterator[Token]:
+    """Cut a text into numbers, words and signs. What is none of these is left out."""
+    end, before, numbers = -1, None, 0
+    for match in pattern.finditer(text):
+        attached, end = match.start() == end, match.end()
+        kind = "number" if match["digits"] or match["unread"] else match.lastgroup
+        if kind != "number" or match["unread"]:
+            yield Token(kind, None, match[0], attached)
+        elif match["below"] and not fractions:
+            yield Token("number", _plain(match["digits"]), match["digits"], attached)
+            yield Token("number", _plain(match["below"]), match["below"], False)
         else:
-            yield _fraction(match, match["below"])
+            sign, value = match["sign"] or "", _value(match)
+            minus = before in ("number", "close") or (before == "word" and numbers and sign == "- ")
+            if sign and minus:
+                yield Token("operator", None, "-", attached)
+            dash = sign == "- " and (before == "word" or pattern is _RUNNING)
+            negative = sign and not minus and not dash and value is not None
+            yield Token("number", -value if negative else value, match[0], attached)
+        before, numbers = kind, numbers + (kind == "number")
 
 
-def _fraction(match: re.Match | None, below: str | None) -> Fraction | None:
-    if match is None:
-        return Fraction(below) if len(below) <= LONGEST else None
-    if len(match[0]) > LONGEST or (below and not int(below)):
+def _plain(digits: str) -> Fraction | None:
+    """The value of digits with thousands separators, or with a comma before their last one or two."""
+    if len(digits) > LONGEST or digits.count(".") > 1:
         return None
-    value = Fraction(match["digits"].replace(",", "")) * Fraction(10) ** int(match["exponent"] or 0)
-    return (-value if match["sign"] or match["minus"] else value) / int(below or 1)
+    if re.fullmatch(r"[0-9]+,[0-9]{1,2}", digits):
+        return Fraction(digits.replace(",", "."))
+    return Fraction(digits.replace(",", "").replace(" ", "").rstrip("."))
 
 
-def _first(text: str, fractions: bool) -> Fraction | None:
-    return next(_values(text, fractions), None)
+def _value(match: re.Match) -> Fraction | None:
+    """The value of a matched number without its sign; None if it is too long, over zero, or a power too high."""
+    value = _plain(match["digits"])
+    powers = [int(match[name] or 0) for name in ("exponent", "to", "ten")]
+    below = _plain(match["below"] or match["part"] or "1")
+    if value is None or not below or len(match[0]) > LONGEST + 20 or any(abs(p) > 999 for p in powers):
+        return None
+    exponent, to, ten = powers
+    if match["part"]:
+        if value.denominator != 1 or int(match["over"]) >= below:
+            return None
+        value += int(match["over"]) / below
+    elif match["below"]:
+        value /= below
+    if match["power"]:
+        if abs(to) > HIGHEST or (not value and to < 0):
+            return None
+        value = value**to
+    value *= Fraction(10) ** (exponent + ten + _SCALES[match["scale"]])
+    return value
 
 
-def _last(text: str, fractions: bool) -> Fraction | None:
-    return next(iter(deque(_values(text, fractions), maxlen=1)), None)
+def only_value(text: str, fractions: bool) -> Fraction | None:
+    """Read the one number of a text that holds nothing else but words and units, or says that it equals it."""
+    found = list(tokens(text, fractions))
+    equal = [i for i, token in enumerate(found) if token.kind == "equals"]
+    if equal and any(token.kind == "number" for token in found[equal[-1] :]):
+        found = found[equal[-1] + 1 :]
+    at = [i for i, token in enumerate(found) if token.kind == "number"]
+    if len(at) != 1 or any(token.kind in ("compare", "macro") for token in found):
+        return None
+    if "(" in text and "," in found[at[0]].text and _plain_pair(found[at[0]].text):
+        return None
+    return found[at[0]].value if is_complete(found, at[0], factorial=True) else None
 
 
-def _only(text: str, fractions: bool) -> Fraction | None:
-    values = list(_values(text, fractions))
-    return values[0] if len(values) == 1 else None
+def _plain_pair(text: str) -> bool:
+    """Whether what reads as a decimal comma may be a pair: 3,4."""
+    return re.fullmatch(r"-?\s?[0-9]+,[0-9]{1,2}", text) is not None
+
+
+def is_complete(found: list[Token], at: int, factorial: bool = False) -> bool:
+    """Whether a number is not a part of a term: of 2x, 5!, f(3), 3 + a."""
+    before, after = found[at - 1] if at else None, found[at + 1] if at + 1 < len(found) else None
+    if after is not None and after.kind == "word" and len(re.split(r"\^", after.text)[0]) == 1:
+        letter = after.text[0]
+        if letter in _UNKNOWNS or (after.attached and letter not in _UNITS):
+            return False
+    if after is not None and after.kind == "operator" and ((after.text in "^!" and factorial) or operates(found, at + 1)):
+        return False
+    if after is not None and after.kind in ("macro", "open") and after.attached:
+        return False
+    return not (before is not None and (before.kind == "macro" or (before.kind == "operator" and operates(found, at - 1))))
+
+
+def operates(found: list[Token], at: int) -> bool:
+    """Whether a sign stands between two operands, and is not a dash, a bullet or a slash between words."""
+    if at == 0 or at + 1 >= len(found) or found[at].text == "!":
+        return False
+    after = found[at + 1]
+    return after.kind in ("number", "open", "macro") or (
+        after.kind == "word" and after.text[0] in _UNKNOWNS and len(after.text) == 1
+    )
+
+
+def value_of_lines(text: str, fractions: bool) -> Fraction | None:
+    """Read the answer on the first line; where that has no digit, on the next, if that is a number alone."""
+    lines = [line for line in text.splitlines() if any(c.isalnum() for c in line)][:2]
+    if lines and not _DIGIT.search(lines[0]):
+        return only_value(lines[1], fractions) if len(lines) > 1 else None
+    return first_value(lines[0], fractions) if lines else None
+
+
+def first_value(line: str, fractions: bool) -> Fraction | None:
+    """Read the first number of a line, or what the calculation that it begins comes to: `3 + 4 = 7 apples` is 7."""
+    found = list(tokens(line, fractions))
+    at = next((i for i, token in enumerate(found) if token.kind == "number"), None)
+    if at is None or any(token.kind in ("compare", "macro") for token in found[max(0, at - 1) : at]):
+        return None
+    calculates = False
+    while True:
+        value, words = found[at].value, 0
+        complete = is_complete(found, at)
+        after = at + 1
+        while after < len(found) and words < 4 and found[after].kind in ("word", "close"):
+            words, after = words + 1, after + 1
+        then = found[after] if after < len(found) else None
+        if then is not None and then.kind == "equals":
+            following = next((i for i in range(after + 1, len(found)) if found[i].kind == "number"), None)
+            if following is None:
+                return value if complete else None
+            at, calculates = following, False
+        elif then is not None and then.kind == "operator" and operates(found, after) and _next_number(found, after) is not None:
+            at, calculates = _next_number(found, after), True
+        else:
+            break
+    hedges = then is not None and then.kind == "number" and found[after - 1].text.lower() in ("or", "and") and words == 1
+    listed = then is not None and then.text == "," and after + 1 < len(found) and found[after + 1].kind == "number"
+    return None if calculates or hedges or listed or not complete else value
+
+
+def _next_number(found: list[Token], at: int) -> int | None:
+    return next((i for i in range(at + 1, min(at + 3, len(found))) if found[i].kind == "number"), None)
+
+
+def last_value(text: str, fractions: bool) -> Fraction | None:
+    """Read the last number of a text that can be read."""
+    value = None
+    for token in tokens(text, fractions, _RUNNING):
+        if token.kind == "number" and not (token.value is None and ":" in token.text):
+            value = token.value
+    return value
