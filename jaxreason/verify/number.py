@@ -77,9 +77,11 @@ _TIMES = re.compile(r"\\(?:times|cdot)(?![A-Za-z])|[×·]")
 _EQUALS = re.compile(r"\\(?:approx|equiv)(?![A-Za-z])|[≈≡]")
 _COMPARES = re.compile(r"\\(?:leq?|geq?|neq?|lt|gt)(?![A-Za-z])|<=|>=|!=|[≤≥≠]")
 _PART = r"\s?(?:\{\s?(-?[0-9][0-9,.]{0,31})\s?\}|([0-9]))"
-_FRAC = re.compile(rf"(-?)\\[dt]?frac{_PART}{_PART}")
+_FRAC = re.compile(rf"(-?)\\[dtc]?frac{_PART}{_PART}")
+_BRACED = re.compile(r"(?<!boxed)(?<!boxed )\{\s?(-?[0-9.,]+)\s?\}")
 _NEGATED = re.compile(r"-\s?\(\s?([0-9][^()]{0,63})\)")
-_NEGATIVE = re.compile(r"\bnegative[\s{}]+(?=[0-9.(])", re.IGNORECASE)
+_NEGATIVE = re.compile(r"(?:\bnegative|(?<=\bis )minus)[\s{}]+(?=[0-9.(])", re.IGNORECASE)
+_BLANKS = re.compile(r"[ \t]+")
 
 
 def normalise(text: str) -> str:
@@ -90,8 +92,8 @@ def normalise(text: str) -> str:
     text = _TEXT.sub(r"\1", re.sub(r"(?<=[0-9])\*\*(?=[0-9])", "^", text))
     text = _SPACES.sub(" ", _DROPPED.sub("", text))
     text = _COMPARES.sub(" < ", _EQUALS.sub("=", _TIMES.sub("*", text)))
-    text = _FRAC.sub(_plain_fraction, text)
-    return _NEGATED.sub(r"-\1", _NEGATIVE.sub("-", text))
+    text = _BRACED.sub(r"\1", _FRAC.sub(_plain_fraction, text))
+    return _NEGATED.sub(r"-\1", _NEGATIVE.sub("-", _BLANKS.sub(" ", text)))
 
 
 def _plain_fraction(match: re.Match) -> str:
@@ -159,9 +161,9 @@ def _token_pattern(whole: str, comma: str, joins: str) -> re.Pattern:
         r"(?:[ ]?[*x][ ]?10\^\{?(?P<ten>-?[0-9]{1,3})\}?)?"
         r"(?:[ ]?(?P<scale>thousand|million|billion|trillion)\b)?"
         r"|(?P<unread>[0-9](?:[0-9,.:']*[0-9])?)"
-        r"|(?P<equals>=)|(?P<compare>[<>])|(?P<macro>\\[A-Za-z]+|[√±∞πθ∑∫])"
+        r"|(?P<equals>=)|(?P<compare>[<>])|(?P<macro>\\[A-Za-z]+|[√±∞πθ∑∫|])"
         r"|(?P<word>[^\W\d_]+(?:[-'][^\W\d_]+)*(?:\^\{?-?[0-9]+\}?)?)"
-        r"|(?P<operator>[-+*/^!])|(?P<open>[(\[])|(?P<close>[)\]])|(?P<stop>[,;.:?\n|]+)"
+        r"|(?P<operator>[-+*/^!])|(?P<open>[(\[])|(?P<close>[)\]])|(?P<stop>[,;.:?\n]+)"
     )
 
 
@@ -265,6 +267,8 @@ def is_complete(found: list[Token], at: int, factorial: bool = False) -> bool:
         return False
     if after is not None and after.kind in ("macro", "open") and after.attached:
         return False
+    if at > 1 and before.kind == "open" and before.attached and found[at - 2].kind == "word":
+        return False
     return not (before is not None and (before.kind == "macro" or (before.kind == "operator" and operates(found, at - 1))))
 
 
@@ -292,26 +296,25 @@ def first_value(line: str, fractions: bool) -> Fraction | None:
     at = next((i for i, token in enumerate(found) if token.kind == "number"), None)
     if at is None or any(token.kind in ("compare", "macro") for token in found[max(0, at - 1) : at]):
         return None
-    calculates = False
+    value, calculates = None, False
     while True:
-        value, words = found[at].value, 0
-        complete = is_complete(found, at)
+        side = None if calculates or not is_complete(found, at) else found[at].value
         after = at + 1
-        while after < len(found) and words < 4 and found[after].kind in ("word", "close"):
-            words, after = words + 1, after + 1
+        while after < min(len(found), at + 5) and found[after].kind in ("word", "close"):
+            after += 1
         then = found[after] if after < len(found) else None
         if then is not None and then.kind == "equals":
-            following = next((i for i in range(after + 1, len(found)) if found[i].kind == "number"), None)
-            if following is None:
-                return value if complete else None
-            at, calculates = following, False
+            value, calculates = value if side is None else side, False
+            at = next((i for i in range(after + 1, len(found)) if found[i].kind == "number"), None)
+            if at is None:
+                return value
         elif then is not None and then.kind == "operator" and operates(found, after) and _next_number(found, after) is not None:
             at, calculates = _next_number(found, after), True
         else:
             break
-    hedges = then is not None and then.kind == "number" and found[after - 1].text.lower() in ("or", "and") and words == 1
+    hedges = then is not None and then.kind == "number" and found[after - 1].text.lower() in ("or", "and")
     listed = then is not None and then.text == "," and after + 1 < len(found) and found[after + 1].kind == "number"
-    return None if calculates or hedges or listed or not complete else value
+    return None if hedges or listed else value if side is None else side
 
 
 def _next_number(found: list[Token], at: int) -> int | None:
