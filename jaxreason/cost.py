@@ -282,7 +282,14 @@ def elements(shape: str, everywhere: bool = False) -> list[float]:
 
 # What moves no bytes by itself: names of values, and the second half of what was started.
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id", "iota"}
+# What only names memory that later instructions write.
+ALLOCATES = re.compile(r'custom_call_target="(AllocateBuffer|CreateBuffer)"')
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+
+
+def is_free(i: Instruction) -> bool:
+    """Whether an instruction moves no bytes by itself."""
+    return i.op in FREE or i.op.endswith(("-done", "-update")) or bool(i.op == "custom-call" and ALLOCATES.search(i.rest))
 
 
 class Walk:
@@ -334,7 +341,7 @@ class Walk:
                 else:
                     add(sent, {key: value}, 1)
                 moved += 0 if fused else self.moved(i, computation)
-            elif not fused and i.op not in FREE and not i.op.endswith(("-done", "-update")):
+            elif not fused and not is_free(i):
                 moved += self.moved(i, computation)
         if fused:
             sent.update(chained)
@@ -438,8 +445,10 @@ class Walk:
         return whole if parameter is None else min(whole, self.used(computation, parameter.name, shape))
 
     def used(self, computation, name: str, shape: str) -> float:
-        """Bytes of a value that the instructions of a fused computation read."""
+        """Bytes of a value that the instructions of a fused computation read, or that it passes out."""
         whole, total = sum(elements(shape)), 0.0
+        if computation[name].root:
+            return whole
         for user in computation.values():
             if name not in user.operands:
                 continue
@@ -451,10 +460,20 @@ class Walk:
                 total += self.used(computation, user.name, shape)
             elif user.op == "fusion":
                 inner = called(user, "calls")
-                total += sum(self.read(inner, at, shape) for at, o in enumerate(user.operands) if o == name)
+                for at in (at for at, operand in enumerate(user.operands) if operand == name):
+                    passes = self.passes(inner, at)
+                    total += self.used(computation, user.name, shape) if passes else self.read(inner, at, shape)
             else:
                 return whole
         return total
+
+    def passes(self, name: str, at: int) -> bool:
+        """Whether all that a fusion makes of its operand number `at` is to pass it out as it is."""
+        computation = self.computations[name]
+        part = next(i for i in computation.values() if i.root)
+        while part.op == "bitcast" and part.operands[0] in computation:
+            part = computation[part.operands[0]]
+        return part.op == "parameter" and part.inside == str(at)
 
     def written(self, name: str, shape: str) -> float:
         """Bytes that a fusion writes."""

@@ -212,8 +212,10 @@ def train_step(
 ) -> tuple[TrainState, dict]:
     """Make one update from one batch, in `microbatches` equal parts of its rows. Metrics are (sum, count) pairs.
 
-    Micro-batches after the last that trains anything are left out, at no cost: packing empties them. An update whose loss or
-    gradient is not finite is not made; it counts in `skipped`, and as a step.
+    Micro-batches after the last that trains anything are left out, at no cost: packing
+    empties them. An update whose loss or gradient is not finite is not made; it counts in
+    `skipped`, and as a step. So does one that the optimizer makes of a finite gradient but
+    is not finite itself: the arrays that it is not finite for stay as they are.
     """
     trained, frozen = split_frozen(state.params)
 
@@ -245,22 +247,24 @@ def train_step(
     def update(trained, opt_state):
         updates, opt_state = optimizer.update(grads, opt_state, trained)
         squares = jax.tree.map(lambda u: jnp.sum(jnp.square(u)), updates)
-        # Adding nothing, but something that needs the squares: else all updates would be kept until their norm is taken.
-        updates = jax.tree.map(lambda u, square: u + jnp.minimum(square, 0), updates, squares)
+        # Array by array: a decision over all of them would keep all updates until it is made.
+        updates = jax.tree.map(lambda u, square: jnp.where(jnp.isfinite(square), u, 0), updates, squares)
         params = optax.apply_updates(trained, updates)
-        update_norm = jnp.sqrt(sum(jax.tree.leaves(squares)))
+        total = sum(jax.tree.leaves(squares))
+        finite = jnp.isfinite(total)
+        update_norm = jnp.where(finite, jnp.sqrt(total), 0)
         norms = {"grad_norm": grad_norm, "update_norm": update_norm, "param_norm": optax.global_norm(params)}
-        return params, opt_state, metrics | {name: (norm, one) for name, norm in {"loss": value, **norms}.items()}
+        norms = {"loss": value, **norms, "skipped": 1 - finite.astype(jnp.float32)}
+        return params, opt_state, metrics | {name: (norm, one) for name, norm in norms.items()}
 
     def skip(trained, opt_state):
         """Change nothing, and say nothing but that it was skipped."""
-        said = jax.eval_shape(update, trained, opt_state)[2]
-        return trained, opt_state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), said)
+        said = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(update, trained, opt_state)[2])
+        return trained, opt_state, said | {"skipped": (one, one)}
 
     # A branch, since selecting between old and new would keep both: twice the params more.
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     params, opt_state, metrics = jax.lax.cond(finite, update, skip, trained, state.opt_state)
-    metrics |= {"skipped": (1 - finite.astype(jnp.float32), one)}
     return TrainState(params | frozen, opt_state, state.step + 1), metrics
 
 

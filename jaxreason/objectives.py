@@ -75,13 +75,32 @@ def keep_correct(reward_PG):
 # --- weightings: numpy, [R] -> weight of one token of each rollout ---
 
 
+def token_sum(length_R, advantage_R, limit):
+    """Sum over the tokens of each rollout, mean over rollouts.
+
+    With the score function this is an unbiased gradient of the expected reward, as in
+    Williams 1992 and Ahmadian et al. 2024 (arXiv 2402.14740): the log-prob of
+    a rollout is the sum of those of its tokens.
+    """
+    return np.full(len(length_R), 1.0 / len(length_R))
+
+
 def per_sequence(length_R, advantage_R, limit):
-    """Every rollout weighs the same: mean over its tokens, then over rollouts."""
+    """Mean over the tokens of each rollout, then over rollouts (arXiv 2402.03300, eq. 3).
+
+    Biased as a gradient of the expected reward: dividing by the length makes long wrong
+    rollouts cost less, and long right ones earn less (arXiv 2503.20783, sec. 3.1).
+    """
     return 1.0 / (len(length_R) * np.maximum(length_R, 1))
 
 
 def per_token(length_R, advantage_R, limit):
-    """Every token weighs the same: mean over all tokens of the batch (Yu et al. 2025, arXiv 2503.14476, DAPO)."""
+    """Mean over all tokens of the batch: every token weighs the same.
+
+    DAPO's eq. 8 (Yu et al. 2025, arXiv 2503.14476) takes this mean inside each group and
+    then averages the groups; over the whole batch, as TRL and verl do, a group of long
+    rollouts weighs more.
+    """
     return np.full(len(length_R), 1.0 / max(length_R.sum(), 1))
 
 
@@ -174,34 +193,46 @@ def with_entropy(objective: Objective, coefficient: float) -> Objective:
 
 
 def lm():
+    """Next-token prediction."""
     return Objective(ones, per_token, nll)
 
 
 def sft():
+    """Imitation of worked solutions: next-token prediction on completions."""
     return Objective(ones, per_token, nll)
 
 
 def reinforce_batch():
-    return Objective(centre_batch, per_sequence, reinforce, on_policy=True)
+    """REINFORCE with the mean reward of the batch as its baseline (Williams 1992)."""
+    return Objective(centre_batch, token_sum, reinforce, on_policy=True)
 
 
 def rloo():
-    return Objective(leave_one_out, per_sequence, reinforce, needs_group=True, on_policy=True)
+    """REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv 2402.14740)."""
+    return Objective(leave_one_out, token_sum, reinforce, needs_group=True, on_policy=True)
 
 
 def grpo(clip: float = 0.2):
+    """Group relative policy optimisation (Shao et al. 2024, arXiv 2402.03300, eq. 3)."""
     return Objective(zscore_group, per_sequence, clipped(clip, clip), needs_group=True)
 
 
 def dr_grpo(clip: float = 0.2):
+    """GRPO without its two normalisations (Liu et al. 2025, arXiv 2503.20783, sec. 3.2)."""
     return Objective(centre_group, per_slot, clipped(clip, clip), needs_group=True)
 
 
 def dapo(lo: float = 0.2, hi: float = 0.28):
+    """Clip-higher and token-level loss (Yu et al. 2025, arXiv 2503.14476, eq. 8).
+
+    The mean over tokens is over the whole batch, not inside each group as in eq. 8 (see
+    `per_token`). Dynamic sampling is a field of the source, overlong shaping is left out.
+    """
     return Objective(zscore_group, per_token, clipped(lo, hi), needs_group=True)
 
 
 def expert_iteration():
+    """Imitation of the rollouts that were right (Anthony et al. 2017, arXiv 1705.08439)."""
     return Objective(keep_correct, per_kept_token, nll)
 
 
@@ -224,6 +255,7 @@ ADVANTAGES = {
     "keep_correct": keep_correct,
 }
 WEIGHTINGS = {
+    "token_sum": token_sum,
     "per_sequence": per_sequence,
     "per_token": per_token,
     "per_kept_token": per_kept_token,

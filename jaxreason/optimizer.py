@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -87,6 +89,17 @@ def make(
     """
     if name not in OPTIMIZERS:
         raise ValueError(unknown("optimizer", name, OPTIMIZERS))
+    _check_numbers(
+        lr=(lr, lr > 0, "above 0"),
+        adam_lr=(adam_lr, adam_lr is None or adam_lr > 0, "None, or above 0"),
+        final_share=(final_share, 0 <= final_share <= 1, "0 to 1"),
+        b1=(b1, 0 <= b1 < 1, "0 to below 1"),
+        b2=(b2, 0 <= b2 < 1, "0 to below 1"),
+        eps=(eps, eps > 0, "above 0: without it a parameter that never had a gradient becomes 0 / 0"),
+        weight_decay=(weight_decay, weight_decay >= 0, "0 or more"),
+        clip_norm=(clip_norm, clip_norm is None or clip_norm > 0, "None, or above 0"),
+        muon_momentum=(muon_momentum, 0 <= muon_momentum < 1, "0 to below 1"),
+    )
     if state_dtype not in (None, *STATE_DTYPES):
         raise ValueError(unknown("state_dtype", state_dtype, (None, *STATE_DTYPES)))
     if state_dtype is not None and name not in HAVE_STATE_DTYPE:
@@ -130,6 +143,13 @@ def make(
     if clip_norm is not None:
         chain.insert(0, optax.clip_by_global_norm(clip_norm))
     return optax.chain(*chain)
+
+
+def _check_numbers(**numbers: tuple) -> None:
+    """Raise ValueError for the first of (value, whether it is in range, the range) that is out of range or not finite."""
+    for name, (value, fits, allowed) in numbers.items():
+        if value is not None and not (fits and math.isfinite(value)):
+            raise ValueError(f"{name} got {value}; allowed: {allowed}")
 
 
 def decayed(params):

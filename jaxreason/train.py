@@ -365,9 +365,9 @@ def write_metrics(log: m.RunLog, history: History, phase: Phase, before: int, st
         history.skipped = history.skipped + 1 if skipped == updates else 0
         if history.skipped >= phase.max_skipped:
             raise Diverged(
-                f"the gradient was not finite for {history.skipped} batches in a row, up to step {before + step} (phase "
-                f"{phase.name}); none of them was learned from. Lower {phase.name}.optimizer.lr, or look at the last rollouts; "
-                "the newest checkpoint is kept"
+                f"the gradient or the update was not finite for {history.skipped} batches in a row, up to step "
+                f"{before + step} (phase {phase.name}); none of them was learned from. Lower {phase.name}.optimizer.lr, or look "
+                "at the last rollouts; the newest checkpoint is kept"
             )
 
 

@@ -74,6 +74,48 @@ def test_a_program_by_hand():
     assert found.bytes == (64 + 4 + 64) + 5 * (2 * 512 + 2 * 512 + 3 * 4)
 
 
+FUSIONS = """HloModule fusions, is_scheduled=true
+
+%passed (p: f32[16,16]) -> f32[16,16] {
+  %p = f32[16,16]{1,0} parameter(0)
+  ROOT %same = f32[16,16]{1,0} bitcast(%p)
+}
+
+%product (x: f32[8,16], w: f32[16,16]) -> f32[8,16] {
+  %x = f32[8,16]{1,0} parameter(0)
+  %w = f32[16,16]{1,0} parameter(1)
+  %inner = f32[16,16]{1,0} fusion(%w), kind=kLoop, calls=%passed
+  ROOT %y = f32[8,16]{1,0} USE
+}
+
+ENTRY %main (x: f32[8,16], w: f32[16,16]) -> f32[8,16] {
+  %x = f32[8,16]{1,0} parameter(0)
+  %w = f32[16,16]{1,0} parameter(1)
+  %room = f32[1000]{0} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %y = f32[8,16]{1,0} fusion(%x, %w), kind=kOutput, calls=%product
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("use", "read"),
+    [
+        ("dot(%x, %inner), lhs_contracting_dims={1}, rhs_contracting_dims={0}", 16 * 16 + 8 * 16),  # a weight is read
+        ("dynamic-slice(%inner, %x, %x), dynamic_slice_sizes={8,16}", 8 * 16 + 8 * 16),  # a part of it
+        ("add(%x, %x)", 8 * 16),  # nothing of it
+    ],
+)
+def test_what_a_nested_fusion_passes_on_is_read_by_its_users(use, read):
+    """And a buffer that is only allocated is no write."""
+    program = cost.program_cost(FUSIONS.replace("USE", use))
+    assert program.bytes == 4 * (read + 8 * 16)
+
+
+def test_a_fusion_that_passes_its_operand_out_reads_it():
+    copies = FUSIONS.replace("calls=%product", "calls=%passed").replace("fusion(%x, %w), kind=kOutput", "fusion(%w), kind=kLoop")
+    assert cost.program_cost(copies.replace("USE", "add(%x, %x)")).bytes == 4 * (16 * 16 + 8 * 16)
+
+
 def test_a_loop_of_unknown_length_runs_as_often_as_one_says():
     text = MODULE.replace("%limit = s32[] constant(LIMIT)", "%limit = s32[] get-tuple-element(%state), index=0")
     for trips in (1, 9):

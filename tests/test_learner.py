@@ -498,6 +498,26 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tiny, microbat
     assert float(optax.global_norm(jax.tree.map(jnp.subtract, state.params, before[0]))) > 0
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "weights"),
+    [
+        (optax.adam(1e-2, eps=0), 0.0),  # a batch without reward: 0 / 0
+        (optax.sgd(1e38), 1e4),  # overflows, also where the square of a finite update does
+        (optax.chain(optax.scale(1e30), optax.scale(-1e30)), 1.0),
+    ],
+)
+def test_an_update_that_is_not_finite_is_not_made_and_is_counted(tiny, optimizer, weights):
+    model, params = tiny(layers=1)
+    step = learner.compile_train_step(model, make("grpo"), optimizer)
+    batch = random_batch()
+    batch.weight_BT[:] *= weights
+    state, metrics = step(fresh(params, optimizer), batch)
+    assert_trees_close(state.params, params, rtol=0, atol=0)
+    assert np.isfinite(metrics["grad_norm"][0])
+    assert metrics["skipped"] == (1.0, 1.0)
+    assert metrics["update_norm"] == (0.0, 1.0)
+
+
 GOLDEN_LOSS, GOLDEN_GRAD_NORM = 0.196247, 2.93953
 
 

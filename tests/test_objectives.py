@@ -97,6 +97,7 @@ def test_keep_correct_drops_zero_and_negative_rewards():
 @pytest.mark.parametrize(
     ("name", "expected_R"),
     [
+        ("token_sum", [1 / 3] * 3),
         ("per_sequence", [1 / 6, 1 / 3, 1 / 15]),
         ("per_token", [1 / 8] * 3),
         ("per_kept_token", [1 / 7, 0, 1 / 7]),
@@ -114,6 +115,8 @@ def test_weights_add_up_to_one(name):
     length_R, advantage_R = rng.integers(1, 9, 6), np.array([0.0, 1, 1, 0, -1, 1])
     if name == "per_slot":
         length_R[:] = 9  # a constant denominator: one only for rollouts of full length
+    if name == "token_sum":
+        length_R[:] = 1  # a sum, not a mean: one only for rollouts of one token
     weight_R = objectives.WEIGHTINGS[name](length_R, advantage_R, 9)
     np.testing.assert_allclose((weight_R * length_R).sum(), 1)
 
@@ -304,8 +307,8 @@ def test_with_entropy_rewards_entropy():
     [
         ("lm", "ones", "per_token"),
         ("sft", "ones", "per_token"),
-        ("reinforce", "centre_batch", "per_sequence"),
-        ("rloo", "leave_one_out", "per_sequence"),
+        ("reinforce", "centre_batch", "token_sum"),
+        ("rloo", "leave_one_out", "token_sum"),
         ("grpo", "zscore_group", "per_sequence"),
         ("dr_grpo", "centre_group", "per_slot"),
         ("dapo", "zscore_group", "per_token"),
@@ -354,7 +357,7 @@ def test_ablation_is_a_cross_product():
     seen = tokens([-1.0, -2.0], advantage=[1.0, -1.0], behaviour=[-1.5, -1.5], reference=[-1.0, -1.2], entropy=0.5)
     lists = objectives.OBJECTIVES, objectives.ADVANTAGES, objectives.WEIGHTINGS
     made = [objectives.make(name, advantage=a, weigh=w) for name, a, w in itertools.product(*lists)]
-    assert len(made) == 8 * 6 * 4
+    assert len(made) == 8 * 6 * 5
     for objective, (name, a, w) in zip(made, itertools.product(*lists), strict=True):
         assert objective.advantage is objectives.ADVANTAGES[a]
         assert objective.weigh is objectives.WEIGHTINGS[w]
@@ -365,3 +368,57 @@ def test_ablation_is_a_cross_product():
     for name, kl in itertools.product(objectives.OBJECTIVES, objectives.KL_ESTIMATORS):
         whole = objectives.make(name, kl_coefficient=0.1, kl_estimator=kl, entropy_coefficient=0.1)
         assert jnp.isfinite(whole.token_loss(*seen)[0]).all()
+
+
+# --- the gradient of the expected reward, by enumeration ---
+
+WORDS, LONGEST = 3, 3  # word 0 ends a rollout; one of LONGEST words is cut
+
+
+def all_rollouts(prefix=()):
+    """Every rollout of a policy over WORDS words."""
+    if prefix and (prefix[-1] == 0 or len(prefix) == LONGEST):
+        return [prefix]
+    return [rollout for word in range(WORDS) for rollout in all_rollouts((*prefix, word))]
+
+
+def expected_gradients(seed, name, **fields):
+    """The gradient of the expected reward, and what an objective expects to go along with groups of two."""
+    rng = np.random.default_rng(seed)
+    every = all_rollouts()
+    states = sorted({rollout[:t] for rollout in every for t in range(len(rollout))})
+    prob_SV = rng.dirichlet(np.ones(WORDS), len(states))
+    length_R, reward_R = np.array([len(r) for r in every]), rng.integers(0, 2, len(every)).astype(float)
+    prob_R, score_RSV = np.ones(len(every)), np.zeros((len(every), *prob_SV.shape))
+    for i, rollout in enumerate(every):
+        for t, word in enumerate(rollout):
+            state = states.index(rollout[:t])
+            prob_R[i] *= prob_SV[state, word]
+            score_RSV[i, state] += np.eye(WORDS)[word] - prob_SV[state]  # of the log-softmax, by its logits
+    objective = objectives.make(name, **fields)
+    found = 0.0
+    for i, j in itertools.product(range(len(every)), repeat=2):
+        pair = [i, j]
+        advantage = objective.advantage(reward_R[pair][None])[0]
+        weight = objective.weigh(length_R[pair], advantage, LONGEST)
+        found = found + prob_R[i] * prob_R[j] * np.tensordot(weight * advantage, score_RSV[pair], 1)
+    return np.tensordot(prob_R * reward_R, score_RSV, 1), found
+
+
+def cosine(a, b):
+    return (a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum())
+
+
+@pytest.mark.parametrize("name", ["reinforce", "rloo"])
+def test_the_expected_gradient_is_that_of_the_expected_reward(name):
+    """Williams 1992 and Ahmadian et al. 2024 sum over tokens; a mean over a rollout's tokens points elsewhere."""
+    ours, means = [], []
+    for seed in range(40):
+        exact, found = expected_gradients(seed, name)
+        ours.append(cosine(exact, found))
+        means.append(cosine(*expected_gradients(seed, name, weigh="per_sequence")))
+        if name == "rloo":
+            np.testing.assert_allclose(found, exact, atol=1e-12)
+    assert min(ours) > 1 - 1e-9
+    assert max(means) < 1 - 1e-6
+    assert np.mean(means) < 0.99

@@ -234,3 +234,27 @@ def test_eight_devices_make_the_update_of_one(name, axes):
         assert not (large and x.sharding.is_fully_replicated), jax.tree_util.keystr(path)
     # Newton-Schulz makes much of the last digit of a small singular value.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3 if name == "muon" else 1e-5, rtol=1e-4), one, many)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lr": 0.0}, "lr got 0.0; allowed: above 0"),
+        ({"lr": float("nan")}, "lr got nan"),
+        ({"lr": float("inf")}, "lr got inf"),
+        ({"lr": -1e-3}, "lr got -0.001"),
+        ({"eps": 0.0}, "eps got 0.0; allowed: above 0"),
+        ({"b1": 1.0}, "b1 got 1.0; allowed: 0 to below 1"),
+        ({"b2": 2.0}, "b2 got 2.0"),
+        ({"b2": -0.1}, "b2 got -0.1"),
+        ({"weight_decay": -0.1}, "weight_decay got -0.1; allowed: 0 or more"),
+        ({"weight_decay": float("inf")}, "weight_decay got inf"),
+        ({"clip_norm": 0.0}, "clip_norm got 0.0; allowed: None, or above 0"),
+        ({"final_share": 1.5}, "final_share got 1.5; allowed: 0 to 1"),
+        ({"name": "muon", "adam_lr": -1.0}, "adam_lr got -1.0"),
+        ({"name": "muon", "muon_momentum": 1.0}, "muon_momentum got 1.0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        optimizer.make(10, **{"lr": 1e-3} | fields)
