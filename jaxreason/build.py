@@ -61,6 +61,9 @@ class Parts(NamedTuple):
     meshes: sharding.Meshes
     devices: int  # that rows are split over
     say: Callable[[str], None]
+    trained: Sequence[dict] = ()  # the task sections of all sources
+    held_out: Sequence[dict] = ()  # those of all suites and texts
+    loaded: list[tuple[str, Sequence]] | None = None  # tasks of the sources, each with its name
 
 
 def build(config, *, resumes: bool = False, say: Callable[[str], None] = print) -> Run:
@@ -108,6 +111,9 @@ def build(config, *, resumes: bool = False, say: Callable[[str], None] = print) 
         meshes=meshes,
         devices=sharding.row_devices(meshes.learn),
         say=say,
+        trained=[config[name]["source"].get("task") or {} for name in phase_names],
+        held_out=held_out_sections(**config["evaluate"]),
+        loaded=[],
     )
     phases = [call(make_phase, config[name], f"config.{name}", name=name, parts=parts) for name in phase_names]
     evaluate, filter = call(make_evaluate, config["evaluate"], "config.evaluate", parts=parts)
@@ -449,6 +455,45 @@ def load_tasks(section: dict, **defaults) -> Sequence:
     return tasks.load(name, **section)
 
 
+def load_trained(section: dict, parts: Parts) -> Sequence:
+    """Load the tasks of a source; of files that a suite or a text reads too, the split for training."""
+    split = {"split": "train"} if shares_files(section, parts.held_out) else {}
+    items = load_tasks(section, seed=parts.seed, **split)
+    parts.loaded.append((section["name"], items))
+    parts.say(f"source: {len(items):,} of task {section['name']!r}{tasks.of_split(section | split)}")
+    return items
+
+
+def load_held_out(section: dict, parts: Parts, what: str, allow_overlap: bool, **defaults) -> Sequence:
+    """Load the tasks of a suite or a text: a test split, or the whole of files that no source reads.
+
+    Raises:
+      ValueError: a source trains on some of them.
+    """
+    whole = tasks.splits_files(section.get("name")) and not shares_files(section, parts.trained)
+    split = {"split": None if whole else "test"}
+    items = load_tasks(section, **split, **defaults)
+    parts.say(f"{what}: {len(items):,} of task {section['name']!r}{tasks.of_split(section | split)}")
+    for name, trained in parts.loaded:
+        if shared := tasks.overlap(trained, items):
+            message = f"{what} holds {shared:,} of its {len(items):,} questions or texts in common with the source task {name!r}"
+            if not allow_overlap:
+                raise ValueError(f"{message}; set their split, or another path, or config.evaluate.allow_overlap=True to insist")
+            parts.say(f"warning: {message}")
+    return items
+
+
+def held_out_sections(suites: dict | None = None, texts: dict | None = None, **_) -> list[dict]:
+    """The task sections of all suites and texts."""
+    return [*(suites or {}).values(), *(text.get("task") or {} for text in (texts or {}).values())]
+
+
+def shares_files(section: dict, others: Sequence[dict]) -> bool:
+    """Whether a task family reads files, some of which are read by other sections too."""
+    files = tasks.files(section)
+    return any(files & tasks.files(other) for other in others)
+
+
 def fitting(items: Sequence, prompt: Callable, limit: int, what: str, say: Callable[[str], None]) -> list:
     """The tasks whose prompts have at most `limit` tokens; says how many were dropped, refuses if all were."""
     if not len(items):
@@ -466,7 +511,7 @@ def fitting(items: Sequence, prompt: Callable, limit: int, what: str, say: Calla
 
 def corpus(*, parts: Parts, objective, microbatches: int, steps: int, task: dict, rows: int, length: int) -> sources.Source:
     """Windows of `length` tokens from the packed stream of a text corpus or of a family's worked solutions."""
-    windows = data.token_windows(encode_documents(load_tasks(task, seed=parts.seed), parts, task), length)
+    windows = data.token_windows(encode_documents(load_trained(task, parts), parts, task), length)
     return sources.corpus(data.batches(data.shuffled(windows, seed=parts.seed), rows), objective, rows=rows)
 
 
@@ -483,7 +528,7 @@ def demonstrations(
     *, parts: Parts, objective, microbatches: int, steps: int, task: dict, rows: int, max_tokens: int, pack: bool = True
 ) -> sources.Source:
     """`rows` worked solutions a batch, of at most `max_tokens` tokens, prompt included; longer ones are cut."""
-    items = check_solutions(load_tasks(task, seed=parts.seed), task)
+    items = check_solutions(load_trained(task, parts), task)
     buckets = batching.length_buckets(max_tokens)
     return sources.demonstrations(
         data.shuffled(items, seed=parts.seed),
@@ -557,7 +602,7 @@ def rollouts(
         prompt=longest_prompt // 2,
         completion=roller.max_tokens,
     )
-    items = fitting(load_tasks(task, seed=parts.seed), prompt, longest_prompt, f"task {task['name']!r}", parts.say)
+    items = fitting(load_trained(task, parts), prompt, longest_prompt, f"task {task['name']!r}", parts.say)
     return sources.rollouts(
         data.shuffled(items, seed=parts.seed),
         prompt,
@@ -638,13 +683,16 @@ def make_evaluate(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    allow_overlap: bool = False,
 ) -> tuple[Callable, Filter | None]:
     """Return `evaluate(params, phase, step, final)`: n tasks of each suite, `final_n` at the start and the end of a phase.
 
     Also return which words its attempts may use, None if it makes none.
 
     A suite's section is that of its tasks, and may have a `verifier` of its own. A text's section is that of its documents, with
-    the `length` and the number of `rows` of its windows.
+    the `length` and the number of `rows` of its windows. Of files that a source reads too, sources get the train split and
+    suites the test split, unless they say which; files that nothing trains on are held out whole. Questions that a source
+    trains on are refused in a suite, unless `allow_overlap`.
     """
     prompt, roller = parts.format.prompt, parts.roller
     filter = make_filter(top_k, top_p, min_p, "config.evaluate")
@@ -654,12 +702,13 @@ def make_evaluate(
     made = []
     for name, section in suites.items():
         environment = make_environment(section.get("verifier", parts.verifier))
-        items = load_tasks({k: v for k, v in section.items() if k != "verifier"}, split="test", size=max(n, final_n or n))
+        task = {k: v for k, v in section.items() if k != "verifier"}
+        items = load_held_out(task, parts, f"suite {name!r}", allow_overlap, size=max(n, final_n or n))
         items = fitting(items, prompt, longest_prompt, f"suite {name!r}", parts.say)
         made.append(evaluation.Suite(name, items, environment))
 
     made_texts = [
-        call(held_out_text, section, f"config.evaluate.texts.{name}", name=name, parts=parts)
+        call(held_out_text, section, f"config.evaluate.texts.{name}", name=name, parts=parts, allow_overlap=allow_overlap)
         for name, section in (texts or {}).items()
     ]
     mesh, config = parts.meshes.learn, parts.model.config
@@ -690,9 +739,11 @@ def make_evaluate(
     return evaluate, filter if suites else None
 
 
-def held_out_text(*, name: str, parts: Parts, task: dict, length: int, rows: int = 64) -> evaluation.Text:
+def held_out_text(*, name: str, parts: Parts, allow_overlap: bool, task: dict, length: int, rows: int = 64) -> evaluation.Text:
     """The first `rows` windows of held-out documents, in batches of eight rows."""
-    windows = data.token_windows(encode_documents(load_tasks(task, split="test"), parts, task), length)[:rows]
+    windows = data.token_windows(
+        encode_documents(load_held_out(task, parts, f"text {name!r}", allow_overlap), parts, task), length
+    )[:rows]
     each = min(8 * parts.devices, len(windows) // parts.devices * parts.devices)
     if not each:
         raise ValueError(

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jaxreason.options import call, unknown
 from jaxreason.tasks import corpus, gsm8k, jsonl, procedural
@@ -33,3 +36,38 @@ def load(name: str, **kwargs) -> Sequence[Task]:
     if name not in TASKS:
         raise ValueError(unknown("task", name, TASKS))
     return call(TASKS[name], kwargs, f"task {name!r}")
+
+
+# --- what is trained on, and what is held out ---
+
+
+def splits_files(name: str) -> bool:
+    """Whether a family reads a user's files and splits them by the hash of each question or text."""
+    return name in TASKS and "held_out" in inspect.signature(TASKS[name]).parameters
+
+
+def files(section: Mapping[str, Any]) -> set[str]:
+    """The files that a section of a config names, if its family splits files."""
+    path = section.get("path")
+    if not splits_files(section.get("name")) or not isinstance(path, str | list | tuple):
+        return set()
+    with contextlib.suppress(FileNotFoundError):  # which the family itself will say
+        return {str(file.resolve()) for file in corpus.find_files([path] if isinstance(path, str) else path)}
+    return set()
+
+
+def of_split(section: Mapping[str, Any]) -> str:
+    """The split of a section, in words, for a line on the screen."""
+    return f", split {section['split']!r}" if section.get("split") else ""
+
+
+def overlap(trained: Sequence, held_out: Sequence) -> int:
+    """Count the held-out tasks (or texts) whose question is among those trained on, up to case and white space."""
+    if procedural.are_disjoint(trained, held_out):
+        return 0
+    questions = {_question(item) for item in trained}
+    return sum(_question(item) in questions for item in held_out)
+
+
+def _question(item: Task | str) -> str:
+    return " ".join((item if isinstance(item, str) else item.question).casefold().split())

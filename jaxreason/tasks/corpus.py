@@ -11,36 +11,41 @@ from jaxreason.options import unknown
 from jaxreason.tasks import splits
 
 
-def corpus(path: str | Sequence[str], split: str = "train", by: str = "paragraph", held_out: float = 0.1) -> Sequence[str]:
+def corpus(path: str | Sequence[str], split: str | None = "train", by: str = "paragraph", held_out: float = 0.1) -> Sequence[str]:
     """Load the documents of a text file, of a glob such as `books/*.txt`, or of several of either. They are texts, not tasks.
 
     `by` "paragraph" cuts at blank lines, "file" takes each file whole. A document's own hash decides its split, so equal
-    documents are never in both; a share `held_out` of the distinct ones is test.
+    documents are never in both; a share `held_out` of the distinct ones is test. A `split` of None is all of them.
 
     Raises:
       FileNotFoundError: nothing matches.
       ValueError: an unknown split or `by`, a file that is not UTF-8, or no document in the split.
     """
-    if split not in splits.SPLITS:
+    if split not in (None, *splits.SPLITS):
         raise ValueError(unknown("split of task 'corpus'", split, splits.SPLITS))
     if by not in ("paragraph", "file"):
         raise ValueError(unknown("by of task 'corpus'", by, ("paragraph", "file")))
-    texts = [_read(file) for file in _files([path] if isinstance(path, str) else path)]
+    texts = [_read(file) for file in find_files([path] if isinstance(path, str) else path)]
     documents = texts if by == "file" else [piece for text in texts for piece in re.split(r"\n[^\S\n]*\n", text)]
     documents = [document.strip() for document in documents]
-    kept = [document for document in documents if document and splits.split_of(document, held_out) == split]
+    kept = [document for document in documents if document and split in (None, splits.split_of(document, held_out))]
     if not kept:
         raise ValueError(f"{path}: no document in split {split!r} ({len(documents)} in all, held_out={held_out}, by={by!r})")
     return kept
 
 
-def _files(paths: Sequence[str]) -> list[Path]:
+def find_files(paths: Sequence[str]) -> list[Path]:
+    """Find the files that paths and globs name, each once, in order.
+
+    Raises:
+      FileNotFoundError: one matches nothing.
+    """
     files: set[str] = set()
     for pattern in map(str, paths):
         name = str(Path(pattern).expanduser())
         found = [name] if Path(name).is_file() else [hit for hit in glob.glob(name, recursive=True) if Path(hit).is_file()]
         if not found:
-            raise FileNotFoundError(f"task 'corpus': no file matches {pattern!r}")
+            raise FileNotFoundError(f"no file matches {pattern!r}; give a file, or a glob such as books/*.txt")
         files.update(found)
     return [Path(name) for name in sorted(files)]
 

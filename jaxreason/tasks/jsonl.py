@@ -25,13 +25,15 @@ def jsonl(
 ) -> Sequence[Task]:
     """Load tasks from the named fields of each line; `question="Body+Question"` joins several with a space.
 
-    Numbers lose a zero fraction (145.0 -> "145"). With `marker`, the answer is what follows its last occurrence in the
-    answer field, and without a `solution` field the whole answer field is the solution (GSM8K's own files: marker="####").
-    `split` "train" or "test" takes the part of the questions whose hash says so (a share `held_out` is test); None takes all.
+    Numbers lose a zero fraction (145.0 -> "145"). With `marker`, the answer is what follows
+    its last occurrence in the answer field, and without a `solution` field the whole answer
+    field is the solution (GSM8K's own files: marker="####"). `split` "train" or "test" takes
+    the part of the questions whose hash says so (a share `held_out` is test); None takes
+    all. A config that names one file for a source and a suite gives them "train" and "test".
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: a bad line (named as file:line), a missing field, or nothing left.
+      ValueError: a bad line (named as file:line), a missing or empty field, or nothing left.
     """
     if split not in (None, *splits.SPLITS):
         raise ValueError(unknown("split of task 'jsonl'", split, splits.SPLITS))
@@ -63,6 +65,9 @@ def _task(row: dict, where: str, question: str, answer: str, solution: str | Non
         if not found:
             raise ValueError(f"{where}: no marker {marker!r} in field {answer!r}")
         answered, worked = last.strip(), worked or answered
+    for name, text in ((question, asked), (answer, answered)):
+        if not text:
+            raise ValueError(f"{where}: field {name!r} is empty; allowed: some text, or leave the line out")
     return Task(asked, answered, worked, id)
 
 
@@ -82,7 +87,11 @@ def _text(row: dict, name: str, where: str) -> str:
     if name not in row:
         raise ValueError(f"{where}: {unknown('field', name, row)}")
     value: Any = row[name]
-    if (isinstance(value, float) and not math.isfinite(value)) or not isinstance(value, str | int | float):
+    if (
+        (isinstance(value, float) and not math.isfinite(value))
+        or not isinstance(value, str | int | float)
+        or isinstance(value, bool)
+    ):
         raise ValueError(f"{where}: field {name!r} got {value!r}; allowed: text or a finite number")
     if isinstance(value, float) and value.is_integer():
         value = int(value)

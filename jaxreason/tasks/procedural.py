@@ -87,10 +87,10 @@ class Dice:
 
 
 class Drawn(Sequence):
-    """Tasks made on first use and kept."""
+    """Tasks of one family and split, made on first use and kept."""
 
-    def __init__(self, make: Callable[[int], Task], size: int):
-        self._make = make
+    def __init__(self, make: Callable[[int], Task], size: int, family: str, split: str):
+        self._make, self.family, self.split = make, family, split
         self._tasks: list[Task | None] = [None] * size
         self[0]  # an impossible difficulty fails here, not in the middle of a run
 
@@ -105,6 +105,11 @@ class Drawn(Sequence):
         if task is None:
             task = self._tasks[index] = self._make(index)
         return task
+
+
+def are_disjoint(a: Sequence, b: Sequence) -> bool:
+    """Whether no question can be in both, as they are drawn from two splits of one family."""
+    return isinstance(a, Drawn) and isinstance(b, Drawn) and a.family == b.family and a.split != b.split
 
 
 def chain(
@@ -423,7 +428,7 @@ def _tasks(name, split, size, seed, demonstrations, draw, human, expert) -> Sequ
         data = {**question.data, "forced": forced} if forced else question.data
         return Task(question.text, question.answer, text, f"{name}/{split}/{seed}/{index}", data)
 
-    return Drawn(make, size)
+    return Drawn(make, size, name, split)
 
 
 def _difficulty(name: str, value: int | Sequence[int], weights: Sequence[float] | None = None) -> Callable[[Dice], int]:

@@ -1,0 +1,105 @@
+"""What is held out is not trained on: splits by default, and questions that are in both are counted and refused."""
+
+import json
+
+import pytest
+from runs import load_config
+
+from jaxreason import tasks
+from jaxreason.build import build
+
+
+def write(path, questions):
+    path.write_text("".join(json.dumps({"question": q, "answer": str(i)}) + "\n" for i, q in enumerate(questions)))
+    return str(path)
+
+
+QUESTIONS = [f"{a}+{b}:" for a in range(10) for b in range(20)]
+
+
+def built(source, suite, **evaluate):
+    """What a run of tiny with this task and this suite says, and the tasks of its suite."""
+    config = load_config("tiny", "smoke")
+    said = []
+    with config.unlocked():
+        config.phases, config.rl.source.task, config.rl.source.problems = ("rl",), source, 8
+        config.evaluate = {"suites": {"held": suite}, "n": 1000, **evaluate}
+    build(config, say=said.append)
+    return [line for line in said if "of task" in line or "common" in line]
+
+
+def count(lines, what):
+    return int(next(line for line in lines if line.startswith(what)).split(": ")[1].split(" ")[0].replace(",", ""))
+
+
+def test_a_source_and_a_suite_of_one_file_share_no_question(tmp_path):
+    path = write(tmp_path / "all.jsonl", QUESTIONS)
+    said = built({"name": "jsonl", "path": path}, {"name": "jsonl", "path": path})
+    assert count(said, "source") + count(said, "suite") == len(QUESTIONS)
+    assert count(said, "suite") == len(tasks.load("jsonl", path=path, split="test"))
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    assert count(built({"name": "jsonl", "path": path}, {"name": "jsonl", "path": str(link)}), "suite") == count(said, "suite")
+
+
+def test_a_file_of_a_suite_alone_is_whole(tmp_path):
+    train, test = write(tmp_path / "train.jsonl", QUESTIONS[:100]), write(tmp_path / "test.jsonl", QUESTIONS[100:])
+    said = built({"name": "jsonl", "path": train}, {"name": "jsonl", "path": test})
+    assert (count(said, "source"), count(said, "suite")) == (100, 100)
+    assert count(built({"name": "jsonl", "path": train}, {"name": "jsonl", "path": test, "split": "test"}), "suite") < 50
+
+
+def test_questions_in_common_are_counted_and_refused(tmp_path):
+    train = write(tmp_path / "train.jsonl", [q.replace("+", " +  ") for q in QUESTIONS[:100]])
+    test = write(tmp_path / "test.jsonl", [q.replace("+", " + ") for q in QUESTIONS[90:]])
+    sections = {"name": "jsonl", "path": train}, {"name": "jsonl", "path": test}
+    with pytest.raises(ValueError, match=r"suite 'held' holds 10 of its 110 .*source task 'jsonl'.*allow_overlap=True"):
+        built(*sections)
+    assert any("warning: suite 'held' holds 10" in line for line in built(*sections, allow_overlap=True))
+    path = write(tmp_path / "all.jsonl", QUESTIONS)
+    with pytest.raises(ValueError, match="of its 200 "):
+        built({"name": "jsonl", "path": path}, {"name": "jsonl", "path": path, "split": None})
+
+
+def test_a_suite_made_by_rule_that_is_trained_on_is_refused():
+    chain = {"name": "chain", "ops": 1, "size": 64}
+    with pytest.raises(ValueError, match=r"suite 'held' holds \d+ of its 8 questions"):
+        built(chain, chain | {"split": "train", "size": 8}, final_n=8)
+    assert built(chain, {"name": "chain", "ops": 1, "size": 8})[1].startswith("suite 'held': 8 ")
+
+
+def test_texts_of_a_file_that_nothing_reads_are_whole(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(f"first {i:04}" for i in range(200)))
+    (tmp_path / "b.txt").write_text("\n\n".join(f"other {i:04}" for i in range(200)))
+
+    def texts(path):
+        config = load_config("pretrain", f"path={tmp_path / 'a.txt'},smoke")
+        said = []
+        config.evaluate.texts.held_out.task.path, config.evaluate.texts.held_out.length = str(path), 16
+        build(config, say=said.append)
+        return said
+
+    assert count(texts(tmp_path / "b.txt"), "text") == 200
+    assert count(texts(tmp_path / "a.txt"), "text") < 50
+    (tmp_path / "b.txt").write_text("\n\n".join(f"first {i:04}" for i in range(150, 350)))
+    with pytest.raises(ValueError, match="questions or texts in common"):
+        texts(tmp_path / "b.txt")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"question": "", "answer": "1"}', "field 'question' is empty"),
+        ('{"question": "  ", "answer": "1"}', "field 'question' is empty"),
+        ('{"question": "q", "answer": ""}', "field 'answer' is empty"),
+        ('{"question": "q", "answer": true}', "field 'answer' got True; allowed: text or a finite number"),
+        ('{"question": "q", "answer": null}', "got None"),
+        ('{"question": ["q"], "answer": "1"}', "allowed: text"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, row, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"question": "q", "answer": "1"}\n' + row + "\n")
+    with pytest.raises(ValueError, match=r"bad\.jsonl:2: ") as error:
+        tasks.load("jsonl", path=str(path))
+    assert message in str(error.value)
