@@ -330,6 +330,9 @@ def test_ends_that_are_no_tokens_are_named(folder, name, value):
 
 @pytest.mark.parametrize("name", ["special_tokens_map.json", "tokenizer_config.json"])
 def test_tokens_that_the_tokenizer_does_not_have_are_named(folder, name):
+    (folder / name).write_text(json.dumps({"eos_token": "\ud800"}))
+    with pytest.raises(ValueError, match=rf"{name}: eos_token got"):
+        eos(folder)
     for value in ("<|other|>", {"content": "<|other|>"}):
         for key in ("eos_token", "bos_token"):
             (folder / "tokenizer_config.json").unlink(missing_ok=True)

@@ -198,7 +198,9 @@ def load(folder: str | Path) -> Tokenizer:
     def new_reader():
         try:
             made = tokenizers.Tokenizer.from_str(source)
-        except Exception as error:  # the library raises bare Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exception, and panics
             raise ValueError(f"{path} is not a tokenizer that the tokenizers library reads ({error})") from None
         made.no_truncation()  # some files say to cut or pad every text to a length
         made.no_padding()
@@ -343,7 +345,10 @@ def _id_of(path: Path, name: str, text: Any, token_to_id: Callable) -> int | Non
     text = text.get("content") if isinstance(text, dict) else text
     if not isinstance(text, str):
         raise ValueError(f"{path}: {name} got {text!r}; allowed: the text of a token")
-    found = token_to_id(text)
+    try:
+        found = token_to_id(text)
+    except UnicodeEncodeError:  # half a character, which JSON can hold
+        found = None
     if found is None and name != "pad_token":
         raise ValueError(f"{path}: {name} got {text!r}, which is no token of tokenizer.json; do they belong together?")
     return found
