@@ -7,6 +7,7 @@ refused by name. Everything that can be wrong with a config is found here, befor
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import importlib.metadata
 import inspect
@@ -91,10 +92,12 @@ def build(config, *, resumes: bool = False, say: Callable[[str], None] = print) 
     meshes = call(sharding.make_meshes, config["sharding"], "config.sharding", **here)
     say = say if jax.process_index() == 0 else lambda line: None
     described = describe(config["model"], config["text"])
-    _, tokenizer, format, shape, load = described
+    folder, tokenizer, format, shape, load = described
     text.check_vocabulary(tokenizer, shape)
     if config.get("init_from") and not resumes:
         load = start_from(config["init_from"], described, say)
+    elif load is not None and not resumes:
+        weights_.check(folder, shape)
     attention.check_platform(shape, meshes.learn.devices.flat[0].platform)
     model, sampled = (transformer(shape, mesh) for mesh in meshes)
     for mesh in meshes:
@@ -202,7 +205,7 @@ def make_model(
         if name == "tiny":
             fields.setdefault("vocab_size", tokenizer.vocab_size)
         return model_config.sized(name, **fields), None
-    shape = model_config.from_hf(json.loads((folder / "config.json").read_text()), **fields)
+    shape = model_config.read_hf(folder, **fields)
     return shape, functools.partial(origin_.load_folder, folder, shape)
 
 
@@ -228,7 +231,7 @@ def find_described(path: str, step: int | None = None) -> tuple[origin_.Origin, 
     if found.step is not None:
         return found, describe(found.config["model"], found.config["text"])
     tokenizer = text.load(found.folder) if (found.folder / "tokenizer.json").is_file() else None
-    return found, Described(found.folder, tokenizer, None, model_config.from_hf(found.config), None)
+    return found, Described(found.folder, tokenizer, None, model_config.read_hf(found.folder), None)
 
 
 def init_params(model, load: Callable | None, seed: int, mesh):
@@ -257,21 +260,42 @@ def make_text(
     alphabet: str = ALPHABET,
     system: str = "",
     instruction: str = "{question}",
+    eos: Sequence[str | int] = (),
+    template: dict | None = None,
+    date: str | None = None,
 ) -> tuple[text.Tokenizer, text.Format]:
-    """Make the tokenizer and how tasks are put to the model."""
+    """Make the tokenizer and how tasks are put to the model.
+
+    `{question}` in `instruction` stands for the question. `eos` are further tokens that end a completion, by their texts or ids.
+    Of a chat model: `system` is its system message; `template` are arguments that its chat template reads, such as
+    {"enable_thinking": False}; `date` (YYYY-MM-DD) is the day that it takes for today, None the day on which the run began.
+    """
     if tokenizer == "pretrained":
         if folder is None:
             raise ValueError("text.tokenizer is 'pretrained' but model.weights is 'random'; choose characters or byte_level")
         made = text.load(folder)
     else:
         made = text.make(tokenizer, **({"alphabet": alphabet} if tokenizer == "characters" else {}))
+    made = text.with_eos(made, eos)
     if format not in text.FORMATS:
         raise ValueError(unknown("format", format, text.FORMATS))
     if format == "plain":
-        return made, text.plain(made)
+        if system or template:
+            field = "system" if system else "template"
+            raise ValueError(f"text.format is 'plain', which reads no text.{field}; choose chat, or put it into text.instruction")
+        return made, text.plain(made, instruction)
     if folder is None:
         raise ValueError("text.format is 'chat' but model.weights is 'random', so there is no chat template; choose plain")
-    return made, text.chat(made, text.load_template(folder), system=system, instruction=instruction)
+    source, path = text.load_template(folder), text.template_path(folder)
+    how = {"system": system, "instruction": instruction, "arguments": template or {}}
+    return made, text.chat(made, source, **how, date=to_date(date), path=path)
+
+
+def to_date(date: str | None) -> datetime.date | None:
+    try:
+        return None if date is None else datetime.date.fromisoformat(date)
+    except (TypeError, ValueError):
+        raise ValueError(f"text.date got {date!r}; allowed: YYYY-MM-DD, or None for the day on which the run began") from None
 
 
 # Prompts that may be so long are shared on a CPU, which pays for the products of rows that nobody continues: a step of SmolLM2's
@@ -333,7 +357,7 @@ def make_roller(
                 f"config.sampler got thinking_tokens={thinking_tokens}, end_of_thinking={end_of_thinking!r}; allowed: 1 or more, "
                 "and a text that is more than white space"
             )
-        thinking = Budget(thinking_tokens, end_of_thinking, tuple(tokenizer.encode(end_of_thinking)))
+        thinking = Budget(thinking_tokens, end_of_thinking, tuple(tokenizer.encode(end_of_thinking, continues=True)))
     if slots % processes:
         raise ValueError(f"config.sampler.slots got {slots}, which do not divide over {processes} processes")
     slots //= processes
@@ -369,7 +393,7 @@ def make_roller(
     return Roller(
         sampler=sampler,
         encode=format.forced,
-        decode=functools.partial(tokenizer.decode, skip_special=False),
+        decode=functools.partial(tokenizer.decode, continues=True),
         eos_ids=tokenizer.eos_ids,
         prompt_buckets=batching.length_buckets(max_prompt_tokens, count=2 if max_prompt_tokens > 64 else 1),
         rows=min(prompts_per_prefill, slots),
@@ -529,6 +553,7 @@ def demonstrations(
 ) -> sources.Source:
     """`rows` worked solutions a batch, of at most `max_tokens` tokens, prompt included; longer ones are cut."""
     items = check_solutions(load_trained(task, parts), task)
+    parts.format.demonstration(items[0])  # raises for a template that has no demonstrations
     buckets = batching.length_buckets(max_tokens)
     return sources.demonstrations(
         data.shuffled(items, seed=parts.seed),

@@ -9,6 +9,7 @@ themselves which process is which; elsewhere `--coordinator_address=HOST:PORT --
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import itertools
 import json
@@ -62,6 +63,17 @@ def default_workdir(config_flag: str, text: str) -> Path:
         folder = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
         if not folders.is_done(folder):
             return folder
+
+
+def dated(config, date: str | None):
+    """A config whose chat template takes `date` for today, unless it names a date of its own."""
+    section = config.get("text", {})
+    if section.get("format") != "chat" or section.get("date") is not None:
+        return config
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.text.date = date
+    return config
 
 
 def keep_compiled(folder: str | None) -> None:
@@ -167,6 +179,7 @@ def run(config) -> None:
     from jaxreason.build import build, make_log
     from jaxreason.checkpoint import check_writable, open_checkpoints, saved_steps
     from jaxreason.metrics import Unwritable, replacing, writing
+    from jaxreason.model.weights import BadWeights
     from jaxreason.processes import gather, together, writes
     from jaxreason.train import Diverged, NotResumable, Stopped, train
 
@@ -177,11 +190,14 @@ def run(config) -> None:
     freed.give_back()
     mine = config_text(config)
     wanted = WORKDIR.value or default_workdir(flags.FLAGS["config"].config_filename, mine)
-    texts, workdirs = zip(*gather((mine, Path(wanted))), strict=True)
+    today = datetime.date.today().isoformat()
+    texts, workdirs, dates = zip(*gather((mine, Path(wanted), today)), strict=True)
     text, workdir = texts[0], workdirs[0]
     try:
         if differ := [process for process, other in enumerate(texts) if other != text]:
             raise ValueError(f"process {differ[0]} has another config than process 0; start all with the same command")
+        config = dated(config, gather(together(folders.begun, workdir, dates[0]))[0])
+        text = config_text(config)
         how = {"resume": RESUME.value, "accept_config_change": ACCEPT_CONFIG_CHANGE.value, "say": tell}
         together(folders.check, workdir, text, **how)
         made = together(build, config, resumes=bool(saved_steps(workdir / "checkpoints")))
@@ -201,7 +217,7 @@ def run(config) -> None:
         train(made, workdir, checkpoints, log_options=log_options, stop=preemption.watch(), say=tell)
     except Stopped as stopped:
         ended = str(stopped)
-    except (Diverged, NotResumable) as error:
+    except (Diverged, NotResumable, BadWeights) as error:
         fail(error)
     except Unwritable as error:
         if jax.process_count() > 1:  # the others can write, and would wait: `processes.end` ends them too

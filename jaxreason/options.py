@@ -1,4 +1,4 @@
-"""Names and numbers that a user gives, checked: options of a config file, fields of a section, names of a family.
+"""Names and numbers that a user gives, checked: options of a config file, fields of a section, names of a family, JSON files.
 
 Options are the part after the colon of `--config=configs/tiny.py:task=countdown,smoke`.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,3 +68,32 @@ def call(function: Callable, section: Mapping[str, Any], where: str, /, **given)
         if parameters[name].default is inspect.Parameter.empty and name not in section:
             raise ValueError(f"{where} needs {name}=...")
     return function(**section, **given)
+
+
+def read_text(path: Path) -> str:
+    """Read a text file of UTF-8, without the byte order mark that some editors put in front.
+
+    Raises:
+      ValueError: it is not UTF-8; the message names the file.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+      ValueError: it is not JSON, or holds something else; the message names the file.
+    """
+    try:
+        value = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); it is damaged: write or download it anew") from None
+    except RecursionError:
+        raise ValueError(f"{path} is JSON that is nested too deep; write or download it anew") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}; allowed: a JSON object, {{...}}")
+    return value

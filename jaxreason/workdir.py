@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from jaxreason.options import read_object
+
 RESUME = ("auto", "must", "never")
 # Fields of a config that decide when something is written or measured, or how the same sums are split.
 SAME_MATHS = re.compile(
@@ -33,6 +35,13 @@ BEAT_S = 10.0  # how often a run touches its lock
 def is_done(folder: Path) -> bool:
     summary = folder / "summary.json"
     return summary.is_file() and json.loads(summary.read_text())["done"]
+
+
+def begun(folder: Path, today: str) -> str | None:
+    """The date on which the run in a folder began, as its config recorded it: today, if there is none."""
+    path = folder / "config.json"
+    section = read_object(path).get("text") if path.is_file() else {"date": today}
+    return section.get("date") if isinstance(section, dict) else None
 
 
 def check(folder: Path, text: str, *, resume: str, accept_config_change: bool, say: Callable[[str], None]) -> None:

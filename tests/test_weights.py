@@ -143,7 +143,7 @@ def test_bad_numbers_are_refused():
     good = sized("tiny", vocab_size=32)
     for change, message in [
         ({"heads": 3}, "heads got 3; allowed: a multiple of kv_heads"),
-        ({"layers": 0}, "layers got 0; allowed: a positive number"),
+        ({"layers": 0}, "layers got 0; allowed: a positive whole number"),
         ({"dtype": "float16"}, "unknown dtype 'float16'"),
         ({"remat": "ful"}, "did you mean 'full'"),
         ({"head_size": 15}, "even"),
@@ -336,7 +336,7 @@ def test_quantised_tensors_are_refused(checkpoint):
 def test_harmless_extras_are_ignored(tmp_path):
     shutil.copytree(GOLDEN / "qwen2", tmp_path, dirs_exist_ok=True)
     tensors = load_file(tmp_path / "model.safetensors")
-    extra = {"lm_head.weight": np.ones((96, 32), np.float32)}  # stored although tied
+    extra = {"lm_head.weight": tensors["model.embed_tokens.weight"]}  # stored although tied
     extra["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
     save_file(tensors | extra, tmp_path / "model.safetensors")
     assert_equal(weights.load(GOLDEN / "qwen2")[1], weights.load(tmp_path)[1])

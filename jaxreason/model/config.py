@@ -12,11 +12,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxreason.options import unknown
+from jaxreason.options import read_object, unknown
 
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "dots")
@@ -25,10 +27,14 @@ ROPE_KINDS = ("linear", "llama3", "yarn")
 LORA_TARGETS = dict.fromkeys("qkvo", "attention") | dict.fromkeys(("gate", "up", "down"), "mlp")  # and where in a block
 
 
-def _positive(owner, *names: str) -> None:
+def _positive(owner, *names: str, kind: type = Real) -> None:
     for name in names:
-        if not getattr(owner, name) > 0:
-            raise ValueError(f"{name} got {getattr(owner, name)!r}; allowed: a positive number")
+        _check_positive(name, getattr(owner, name), kind)
+
+
+def _check_positive(name: str, value, kind: type = Real) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{name} got {value!r}; allowed: a positive {'whole ' if kind is Integral else ''}number")
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,8 @@ class RopeScaling:
     def __post_init__(self):
         if self.kind not in ROPE_KINDS:
             raise ValueError(unknown("rope scaling", self.kind, ROPE_KINDS))
-        _positive(self, "factor", "original_max_position", "low_freq_factor", "beta_fast", "beta_slow")
+        numbers = ("factor", "original_max_position", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
+        _positive(self, *numbers, *(n for n in ("attention_factor", "mscale", "mscale_all_dim") if getattr(self, n) is not None))
         if not self.high_freq_factor > self.low_freq_factor:
             raise ValueError(f"high_freq_factor got {self.high_freq_factor}; allowed: above {self.low_freq_factor=}")
 
@@ -112,7 +119,7 @@ class ModelConfig:
     attention: str = "xla"  # the kernel: "cudnn" on NVIDIA GPUs, "splash" on TPUs (see attention.py)
 
     def __post_init__(self):
-        _positive(self, "vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "feed_forward")
+        _positive(self, "vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "feed_forward", kind=Integral)
         _positive(self, "rope_theta", "norm_eps")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads got {self.heads}; allowed: a multiple of kv_heads ({self.kv_heads})")
@@ -196,6 +203,21 @@ def _yarn_frequencies(frequency: np.ndarray, s: RopeScaling, theta: float) -> tu
 # ------------------------------------------------------------------------------------------- Hugging Face's config.json
 
 FAMILIES = ("llama", "qwen2", "qwen3")
+WHOLE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
+
+def read_hf(folder: Path, **overrides) -> ModelConfig:
+    """`from_hf` of a folder's config.json; errors name the file.
+
+    Raises:
+      ValueError: as `from_hf` does, or the file is no JSON object.
+    """
+    path = folder / "config.json"
+    config_json = read_object(path)
+    try:
+        return from_hf(config_json, **overrides)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def from_hf(config_json: Mapping[str, Any], **overrides) -> ModelConfig:
@@ -205,18 +227,18 @@ def from_hf(config_json: Mapping[str, Any], **overrides) -> ModelConfig:
     choices of a run, not properties of a checkpoint.
 
     Raises:
-      ValueError: a model type, or a variant of one, that this code base does not compute.
+      ValueError: a model type, or a variant of one, that this code base does not compute; a value of the wrong type.
     """
     c = config_json
     family = c.get("model_type")
     if family not in FAMILIES:
         raise ValueError(unknown("model_type", family, FAMILIES))
     _refuse_variants(c, family)
-    missing = [
-        k for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size") if k not in c
-    ]
+    missing = [k for k in WHOLE if k not in c]
     if missing:
         raise ValueError(f"config.json of a {family} model lacks {', '.join(missing)}; is it the right config.json?")
+    for key in (*WHOLE, *(k for k in ("num_key_value_heads", "head_dim") if c.get(k) is not None)):
+        _check_positive(key, c[key], Integral)
     width, heads = c["hidden_size"], c["num_attention_heads"]
     rope_theta, rope_scaling = _rope_from_hf(c)
     fields = {
@@ -229,10 +251,10 @@ def from_hf(config_json: Mapping[str, Any], **overrides) -> ModelConfig:
         "feed_forward": c["intermediate_size"],
         "rope_theta": rope_theta,
         "rope_scaling": rope_scaling,
-        "norm_eps": _given(c, "rms_norm_eps", 1e-6),
+        "norm_eps": _number(c, "rms_norm_eps", 1e-6),
         "qkv_bias": family == "qwen2",
         "qk_norm": family == "qwen3",
-        "tied_embeddings": _given(c, "tie_word_embeddings", False),
+        "tied_embeddings": _flag(c, "tie_word_embeddings"),
     }
     for name in overrides:
         if name not in ModelConfig.__dataclass_fields__:
@@ -245,14 +267,29 @@ def _given(c: Mapping[str, Any], key: str, default):
     return default if c.get(key) is None else c[key]
 
 
+def _number(c: Mapping[str, Any], key: str, default: float | None = None) -> float | None:
+    value = _given(c, key, default)
+    if value is not default:
+        _check_positive(key, value)
+    return value
+
+
+def _flag(c: Mapping[str, Any], key: str) -> bool:
+    value = _given(c, key, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} got {value!r}; allowed: true or false")
+    return value
+
+
 def _refuse_variants(c: Mapping[str, Any], family: str) -> None:
     """Raise for settings that change the computation and that the block does not have."""
+    kinds = c.get("layer_types") or ()
     refused = {
         "hidden_act": c.get("hidden_act", "silu") not in ("silu", "swish"),
-        "attention_bias": family != "qwen2" and bool(c.get("attention_bias")),  # biases the output projection too
-        "mlp_bias": bool(c.get("mlp_bias")),
-        "use_sliding_window": bool(c.get("use_sliding_window")),
-        "layer_types": any(kind != "full_attention" for kind in c.get("layer_types") or ()),
+        "attention_bias": family != "qwen2" and _flag(c, "attention_bias"),  # biases the output projection too
+        "mlp_bias": _flag(c, "mlp_bias"),
+        "use_sliding_window": _flag(c, "use_sliding_window"),
+        "layer_types": not isinstance(kinds, list | tuple) or any(kind != "full_attention" for kind in kinds),
         "quantization_config": c.get("quantization_config") is not None,
     }
     for key, bad in refused.items():
@@ -261,37 +298,79 @@ def _refuse_variants(c: Mapping[str, Any], family: str) -> None:
             raise ValueError(f"config.json: {key} got {got}; not supported for {family}: choose a checkpoint without it")
 
 
+YARN_NUMBERS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+ROPE_KEYS = {  # all that may be in rope_parameters or rope_scaling; those of another kind than the model's are not read
+    *("rope_type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings"),
+    *("low_freq_factor", "high_freq_factor", "truncate", *YARN_NUMBERS),
+    *("max_position_embeddings", "finetuned"),  # remarks of those who stretched a model, which no implementation reads
+}
+
+
 def _rope_from_hf(c: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Read both forms: `rope_theta` beside `rope_scaling`, and transformers 5's `rope_parameters` that holds all."""
-    rope = {**(c.get("rope_parameters") or {}), **(c.get("rope_scaling") or {})}
-    theta = float(_given(rope, "rope_theta", _given(c, "rope_theta", 10000.0)))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    partial_rotary = _given(rope, "partial_rotary_factor", _given(c, "partial_rotary_factor", 1.0))
+    """Read RoPE from wherever the versions of transformers have put it (see `_rope_parameters`)."""
+    rope = _rope_parameters(c)
+    theta = float(_number(rope, "rope_theta", _number(c, "rope_theta", 10000.0)))
+    kind = rope.get("rope_type", "default")
+    partial_rotary = _number(rope, "partial_rotary_factor", _number(c, "partial_rotary_factor", 1.0))
     if partial_rotary != 1:
         raise ValueError(f"config.json: partial_rotary_factor got {partial_rotary}; allowed: 1")
+    factor = _number(rope, "factor")
     if kind == "default":
+        if factor not in (None, 1):
+            raise ValueError(
+                f"config.json: RoPE has a factor of {factor} but no rope_type to use it; give rope_type, "
+                f"one of: {', '.join(ROPE_KINDS)}"
+            )
         return theta, None
     if kind not in ROPE_KINDS:
         raise ValueError(unknown("rope_type in config.json", kind, ("default", *ROPE_KINDS)))
-    original = _given(rope, "original_max_position_embeddings", c.get("max_position_embeddings"))
-    factor = rope.get("factor")
+    most = _number(c, "max_position_embeddings")
+    # As in transformers, what is beside rope_parameters counts before what is in it.
+    original = _number(c, "original_max_position_embeddings", _number(rope, "original_max_position_embeddings", most))
     if factor is None and kind == "yarn" and original:
-        factor = c.get("max_position_embeddings", original) / original
+        factor = (most or original) / original
     needed = {"factor": factor}
     if kind == "llama3":
-        needed |= {k: rope.get(k) for k in ("low_freq_factor", "high_freq_factor")}
+        needed |= {k: _number(rope, k) for k in ("low_freq_factor", "high_freq_factor")}
     if kind != "linear":
         needed["original_max_position_embeddings"] = original
     for key, value in needed.items():
         if value is None:
             raise ValueError(f"config.json: rope_type {kind!r} lacks {key}")
-    names = ["low_freq_factor", "high_freq_factor"] if kind == "llama3" else []
-    if kind == "yarn":
-        names = ["beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"]
-    more = {k: rope[k] for k in names if rope.get(k) is not None}
+    names = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": YARN_NUMBERS}.get(kind, ())
+    more = {k: _number(rope, k) for k in names if rope.get(k) is not None}
+    if kind == "yarn" and rope.get("truncate") is not None:
+        more["truncate"] = _flag(rope, "truncate")
     if kind != "linear":
         more["original_max_position"] = original
     return theta, RopeScaling(kind=kind, factor=factor, **more)
+
+
+def _rope_parameters(c: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge `rope_scaling` and transformers 5's `rope_parameters`, which may hold a mapping for each kind of layer.
+
+    Raises:
+      ValueError: they contradict each other, or hold a key that nobody here reads.
+    """
+    rope: dict[str, Any] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        given = _given(c, name, {})
+        if isinstance(given, Mapping) and "full_attention" in given:
+            given = _given(given, "full_attention", {})  # all layers are of that kind, or `_refuse_variants` had raised
+        if not isinstance(given, Mapping):
+            raise ValueError(f"config.json: {name} got {given!r}; allowed: null or an object")
+        found = {key: value for key, value in given.items() if key != "type" and value is not None}
+        if given.get("type") is not None and found.setdefault("rope_type", given["type"]) != given["type"]:
+            raise ValueError(f"config.json: {name} has type {given['type']!r} and rope_type {given['rope_type']!r}; keep one")
+        for key, value in found.items():
+            if key not in ROPE_KEYS:
+                raise ValueError(unknown(f"key of {name} in config.json", key, ROPE_KEYS))
+            if key in rope and rope[key] != value and (key, rope[key]) != ("rope_type", "default"):
+                raise ValueError(
+                    f"config.json: {key} is {rope[key]!r} in rope_parameters and {value!r} in rope_scaling; keep one"
+                )
+        rope |= found
+    return rope
 
 
 def to_hf(config: ModelConfig, **tokens) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 `table(config)` is the one list of (their name, our path, how to reshape) and drives both directions. Loading fills each
 stacked array layer by layer, straight from the file, and hands it to the devices before the next is begun: host memory
-stays near one copy of the model. Whatever does not fit (a tensor missing, left over or misshapen) is an error that names it.
+stays near one copy of the model. Whatever does not fit (a tensor missing, left over, misshapen or not finite) is an error that
+names it, found by the headers of the files before anything is allocated where it can be.
 Left out: the value head, which no Hugging Face checkpoint has; pickled and quantised checkpoints.
 """
 
@@ -12,7 +13,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxreason.model.config import HUB_IDS, ModelConfig, from_hf, to_hf
+from jaxreason.model.config import HUB_IDS, ModelConfig, read_hf, to_hf
+from jaxreason.options import read_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
@@ -55,9 +57,9 @@ class Row(NamedTuple):
     def stacked(self) -> bool:
         return self.path[0] == "layers"
 
-    def names(self, config: ModelConfig) -> list[str]:
+    def names(self, config: ModelConfig) -> Iterator[str]:
         """Their names, one a layer or just one."""
-        return [self.name.format(i) for i in range(config.layers if self.stacked else 1)]
+        return (self.name.format(i) for i in range(config.layers if self.stacked else 1))
 
     def from_theirs(self, array: np.ndarray) -> np.ndarray:
         return array.reshape(self.split).transpose(self.axes)
@@ -150,15 +152,8 @@ def _is_complete(folder: Path) -> bool:
     if not (folder / "config.json").is_file():
         return False
     if (folder / INDEX).is_file():
-        return all((folder / file).is_file() for file in _read_json(folder / INDEX)["weight_map"].values())
+        return all((folder / file).is_file() for file in _weight_map(folder).values())
     return (folder / SINGLE).is_file()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); download it again") from None
 
 
 def _open(path: Path):
@@ -170,6 +165,14 @@ def _open(path: Path):
         raise ValueError(f"{path} is not a whole safetensors file ({error}); download it again") from None
 
 
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Which file of a sharded checkpoint holds which tensor, as its index says."""
+    found = read_object(folder / INDEX).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(file, str) and Path(file).name == file for file in found.values()):
+        raise ValueError(f"{folder / INDEX} has no weight_map of tensors to names of files beside it; download it again")
+    return found
+
+
 def _files(folder: Path) -> dict[str, Path]:
     """Which file holds which tensor."""
     if (folder / SINGLE).is_file():
@@ -177,7 +180,7 @@ def _files(folder: Path) -> dict[str, Path]:
             return dict.fromkeys(file.keys(), folder / SINGLE)
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}; pickled weights (.bin) are not read")
-    files = {name: folder / file for name, file in _read_json(folder / INDEX)["weight_map"].items()}
+    files = {name: folder / file for name, file in _weight_map(folder).items()}
     for path in sorted(set(files.values())):
         with _open(path) as file:
             for name in {n for n, p in files.items() if p == path} - set(file.keys()):
@@ -213,18 +216,25 @@ def load(
     Raises:
       FileNotFoundError: no such checkpoint, or a file of it is missing.
       ValueError: a file is damaged, or a tensor is missing, left over or misshapen: the message names it.
+      BadWeights: a tensor is not finite in `param_dtype`, or a head that config.json says is tied differs from the embedding.
     """
     folder = resolve(path_or_hub_id)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json; pass the folder of a Hugging Face checkpoint")
-    config = from_hf(_read_json(folder / "config.json"), dtype=dtype, param_dtype=param_dtype, value_head=value_head, **overrides)
+    config = read_hf(folder, dtype=dtype, param_dtype=param_dtype, value_head=value_head, **overrides)
     rows, files = table(config), _files(folder)
-    _check_names(config, rows, files, folder)
+    _check_headers(config, rows, files, folder)
+    if config.tied_embeddings and HEAD in files:
+        _check_tied(files, folder)
     params: dict[str, Any] = {}
     for row in rows:
         stack = np.empty((*([config.layers] if row.stacked else []), *row.ours), np.dtype(param_dtype))
         for i, name in enumerate(row.names(config)):
-            (stack[i] if row.stacked else stack)[...] = row.from_theirs(_read(files[name], name, row.shape))
+            ours = stack[i] if row.stacked else stack
+            with np.errstate(over="ignore"):  # said below, by name
+                ours[...] = row.from_theirs(_read(files[name], name))
+            if not _is_finite(ours):
+                raise BadWeights(f"tensor {name} in {files[name]} holds NaN or infinity as {param_dtype}; download it again")
         _put(params, row.path, _to_devices(stack, _at(sharding, row.path)))
     if value_head and init is not None:
         params["value"] = init["value"]
@@ -237,36 +247,42 @@ def check(folder: str | Path, config: ModelConfig) -> None:
     Raises:
       FileNotFoundError, ValueError: as `load` does.
     """
-    rows, files = table(config), _files(Path(folder))
-    _check_names(config, rows, files, Path(folder))
-    for row in rows:
-        for name in row.names(config):
-            with _open(files[name]) as file:
-                _check_tensor(file, files[name], name, row.shape)
+    _check_headers(config, table(config), _files(Path(folder)), Path(folder))
 
 
-def _check_names(config: ModelConfig, rows: list[Row], files: Mapping[str, Path], folder: Path) -> None:
-    wanted = {name: row.shape for row in rows for name in row.names(config)}
-    missing = [name for name in wanted if name not in files]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(
-            f"{folder} lacks tensor {missing[0]} of shape {wanted[missing[0]]}{more}; does config.json belong to it?"
-        )
+class BadWeights(ValueError):
+    """Weights that no run can begin with, which only reading them shows."""
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+LAYER = re.compile(r"(model\.layers\.)(0|[1-9]\d{0,8})(\..+)")
+
+
+def _check_headers(config: ModelConfig, rows: list[Row], files: Mapping[str, Path], folder: Path) -> None:
+    """Raise ValueError if a tensor is missing, left over, misshapen or of a type that is not read."""
+    row_of, wanted = {row.name: row for row in rows}, {}
+    for name in files:
+        found = LAYER.fullmatch(name)
+        row = row_of.get(f"{found[1]}{{}}{found[3]}" if found else name)
+        if row is not None and (int(found[2]) < config.layers if found else not row.stacked):
+            wanted[name] = row.shape
+    # Not all names are made, of which a wrong config.json may want any number: the first that is missing comes soon.
+    more = sum(config.layers if row.stacked else 1 for row in rows) - len(wanted) - 1
+    if more >= 0:
+        missing, shape = next((name, row.shape) for row in rows for name in row.names(config) if name not in files)
+        also = f" and {more} more" if more else ""
+        raise ValueError(f"{folder} lacks tensor {missing} of shape {shape}{also}; does config.json belong to it?")
     # Old checkpoints store the RoPE frequencies, which config.json determines; some store a tied head twice.
-    extra = sorted(n for n in files if n not in wanted and not n.endswith("rotary_emb.inv_freq") and n != "lm_head.weight")
+    extra = sorted(n for n in files if n not in wanted and not n.endswith("rotary_emb.inv_freq") and n != HEAD)
     if extra:
-        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        also = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise ValueError(
-            f"{folder} has tensor {extra[0]}{more}, which this config has no place for; is it another kind of model?"
+            f"{folder} has tensor {extra[0]}{also}, which this config has no place for; is it another kind of model?"
         )
-
-
-def _read(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Read one tensor. The file is opened anew for each: its mapped pages would count as our memory until it is closed."""
-    with _open(path) as file:
-        _check_tensor(file, path, name, shape)
-        return file.get_tensor(name)
+    for path in sorted({files[name] for name in wanted}):
+        with _open(path) as file:
+            for name in (n for n in wanted if files[n] == path):
+                _check_tensor(file, path, name, wanted[name])
 
 
 def _check_tensor(file, path: Path, name: str, shape: tuple[int, ...]) -> None:
@@ -276,6 +292,30 @@ def _check_tensor(file, path: Path, name: str, shape: tuple[int, ...]) -> None:
         raise ValueError(f"tensor {name} in {path} got shape {got}; config.json asks for {shape}")
     if kind not in ("F64", "F32", "F16", "BF16"):
         raise ValueError(f"tensor {name} in {path} got dtype {kind}; allowed: F64, F32, F16, BF16 (no quantised weights)")
+
+
+def _check_tied(files: Mapping[str, Path], folder: Path) -> None:
+    """Raise BadWeights if a checkpoint with tied embeddings has a head of its own: which of the two is meant?"""
+    head, embedding = _read(files[HEAD], HEAD), _read(files[EMBEDDING], EMBEDDING)
+    if head.shape != embedding.shape or not np.array_equal(head, embedding):
+        raise BadWeights(
+            f"tensor {HEAD} in {files[HEAD]} differs from {EMBEDDING}, although {folder / 'config.json'} says "
+            "tie_word_embeddings: true; set it to false there to use the head, or remove the head from the file"
+        )
+
+
+def _read(path: Path, name: str) -> np.ndarray:
+    """Read one tensor. The file is opened anew for each: its mapped pages would count as our memory until it is closed."""
+    with _open(path) as file:
+        return file.get_tensor(name)
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """Whether no number is NaN or infinite, without a temporary array of the same size where there is a way."""
+    if array.dtype == np.float32:  # both ends are NaN if any number is
+        return bool(np.isfinite(array.max()) and np.isfinite(array.min()))
+    exponent = np.uint16(0x7F80)  # bfloat16's, all ones in what is not finite; NumPy has no fast loops for the type itself
+    return not ((array.view(np.uint16) & exponent) == exponent).any()
 
 
 def _to_devices(array: np.ndarray, sharding) -> jax.Array:
@@ -343,7 +383,7 @@ def save(
     _write_json(folder / "config.json", to_hf(config, torch_dtype=str(stored), **tokens))
     _write_shards(folder, config, rows, params, stored, max_shard_bytes)
     path = folder / "generation_config.json"
-    copied = _read_json(path) if path.is_file() and tokenizer_folder is not None else {}
+    copied = read_object(path) if path.is_file() and tokenizer_folder is not None else {}
     tokens = given if copied else tokens  # what was copied knows its ids better than a config.json, but not than our caller
     ids = {k: tokens[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if tokens.get(k) is not None}
     if copied or "eos_token_id" in ids:
@@ -357,7 +397,7 @@ def _copy_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
     for name in TOKENIZER_FILES:
         if (source / name).is_file() and source.resolve() != folder.resolve():
             shutil.copyfile(source / name, folder / name)
-    config_json = _read_json(source / "config.json") if (source / "config.json").is_file() else {}
+    config_json = read_object(source / "config.json") if (source / "config.json").is_file() else {}
     keys = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
     return {key: config_json[key] for key in keys if key in config_json}
 

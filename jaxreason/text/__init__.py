@@ -1,7 +1,18 @@
 """Text to token ids and back: tokenizers, chat templates, and the prompt formats that training and sampling share."""
 
-from jaxreason.text.chat import Format, chat, encode_chat, load_template, plain, render
-from jaxreason.text.tokenizer import TOKENIZERS, Tokenizer, byte_level, characters, check_same, check_vocabulary, load, make
+from jaxreason.text.chat import Format, chat, encode_chat, plain
+from jaxreason.text.template import load_template, render, template_path
+from jaxreason.text.tokenizer import (
+    TOKENIZERS,
+    Tokenizer,
+    byte_level,
+    characters,
+    check_same,
+    check_vocabulary,
+    load,
+    make,
+    with_eos,
+)
 
 FORMATS = {"plain": plain, "chat": chat}
 
@@ -21,4 +32,6 @@ __all__ = [
     "make",
     "plain",
     "render",
+    "template_path",
+    "with_eos",
 ]

@@ -2,25 +2,24 @@
 
 A `Format` is how one run talks to its model: `plain` (the question, then the model writes) or `chat` (a checkpoint's own
 Jinja template). Training and sampling see the same ids: what the model writes is encoded by itself and appended as ids to
-the prompt's, never re-tokenised with it. Text that comes from outside cannot smuggle in special tokens: those written
-in a message are encoded as plain characters.
+the prompt's, never re-tokenised with it. Text that comes from outside cannot smuggle in tokens with a meaning of their own:
+those written in a message are encoded as plain characters (of what the assistant wrote, only special ones are: a worked
+solution may think and call tools, but not end its turn).
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import itertools
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import jinja2
-import jinja2.ext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from jaxreason.text.template import check_arguments, clock, render
 from jaxreason.text.tokenizer import Tokenizer
 from jaxreason.types import Message, Task
 
@@ -41,70 +40,141 @@ class Format(NamedTuple):
 
 # ---------------------------------------------------------------------------------------------------------- formats
 
+QUESTION = "{question}"
+PROBE = "\ue004"  # stands for a text where a template is tried
 
-def plain(tokenizer: Tokenizer) -> Format:
-    """Make the format of a model without a chat template: bos (if there is one), the question, and the model writes on."""
+
+def plain(tokenizer: Tokenizer, instruction: str = QUESTION) -> Format:
+    """Make the format of a model without a chat template: bos (if there is one), the question, and the model writes on.
+
+    Raises:
+      ValueError: an instruction without `{question}`.
+    """
+    check_instruction(instruction)
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    forced = functools.partial(tokenizer.encode, special=False)
+    forced = functools.partial(tokenizer.encode, added=False, continues=True)
+    written = functools.partial(tokenizer.encode, special=False, continues=True)
 
     def prompt(task):
-        return start + forced(task.question)
+        return start + tokenizer.encode(instruction.replace(QUESTION, task.question), added=False)
 
-    return Format(prompt, functools.partial(_demonstrate, prompt, forced, tokenizer.eos_ids[0]), forced)
+    def demonstration(task):
+        ids = prompt(task)
+        trainable = [False] * len(ids)
+        for text, is_forced in spans(task):
+            piece = (forced if is_forced else written)(text)
+            ids += piece
+            trainable += [not is_forced] * len(piece)
+        return [*ids, tokenizer.eos_ids[0]], [*trainable, True]
+
+    return Format(prompt, demonstration, forced)
 
 
-def chat(tokenizer: Tokenizer, template: str, system: str = "", instruction: str = "{question}", **template_kwargs) -> Format:
+def chat(
+    tokenizer: Tokenizer,
+    template: str,
+    system: str = "",
+    instruction: str = QUESTION,
+    *,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
+    date: datetime.date | None = None,
+    path: Path | None = None,
+) -> Format:
     """Make the format of a chat model: the question is the user's turn, and the model writes the assistant's.
+
+    A template whose prompt opens the assistant's turn in another way than it renders one (R1 and QwQ open `<think>`) has
+    prompts, but refuses demonstrations.
 
     Args:
       tokenizer: its eos ids must hold the token that ends a turn in this template.
       template: Jinja source, as from `load_template`.
       system: the system message; none is sent if empty (a template may then put in its own).
       instruction: the user's message; `{question}` in it stands for the question.
-      **template_kwargs: what the template reads beyond messages, such as `enable_thinking=False`.
+      arguments: what the template reads beyond messages, such as `{"enable_thinking": False}`.
+      date: what the template takes for today; None: the day on which this is called.
+      path: the file of the template, for errors to name.
 
     Raises:
-      ValueError: a template that does not work, or an instruction without `{question}`.
+      ValueError: a template that does not work, an argument that it does not read, or an instruction without `{question}`.
     """
-    if "{question}" not in instruction:
-        raise ValueError(f"instruction got {instruction!r}; it must contain {{question}}")
-    # Which of the eos tokens ends a turn only the template knows. Asking it here also shows early that it works.
-    probe = [Message("user", "?"), Message("assistant", "!")]
-    ids, trainable = encode_chat(tokenizer, template, probe, **template_kwargs)
-    end_of_turn = ids[max(i for i, t in enumerate(trainable) if t)]
-    forced = functools.partial(tokenizer.encode, special=False)
+    check_instruction(instruction)
+    with naming(path):
+        check_arguments(template, arguments)
+    arguments = {**arguments, "strftime_now": clock(date or datetime.date.today())}
+
+    def messages(question):
+        # Not str.format: questions and instructions contain braces.
+        asked = Message("user", instruction.replace(QUESTION, question))
+        return [Message("system", system), asked] if system else [asked]
 
     def prompt(task):
-        # Not str.format: questions and instructions contain braces.
-        messages = [Message("user", instruction.replace("{question}", task.question))]
-        if system:
-            messages.insert(0, Message("system", system))
-        return encode_chat(tokenizer, template, messages, add_generation_prompt=True, **template_kwargs)[0]
+        with naming(path):
+            return encode_chat(tokenizer, template, messages(task.question), add_generation_prompt=True, **arguments)[0]
 
-    return Format(prompt, functools.partial(_demonstrate, prompt, forced, end_of_turn), forced, template)
+    def demonstration(task):
+        with naming(path):
+            solution = {"role": "assistant", "content": [*spans(task)]}
+            ids, trainable = encode_chat(tokenizer, template, [*messages(task.question), solution], **arguments)
+        end = max(i for i, is_trained in enumerate(trainable) if is_trained) + 1  # what follows the turn is nobody's
+        return ids[:end], trainable[:end]
+
+    with naming(path):
+        check_template(tokenizer, template, messages(PROBE), **arguments)
+    forced = functools.partial(tokenizer.encode, added=False, continues=True)
+    return Format(prompt, demonstration, forced, template)
 
 
-def _demonstrate(prompt: Callable, encode: Callable, end_id: int, task: Task) -> tuple[list[int], list[bool]]:
-    """Append a task's worked solution to its prompt; forced spans are encoded by themselves, as they are when sampling."""
-    ids = list(prompt(task))
-    trainable = [False] * len(ids)
-    at = 0
+def check_instruction(instruction: str) -> None:
+    if QUESTION not in instruction:
+        raise ValueError(f"instruction got {instruction!r}; it must contain {QUESTION}")
+
+
+def check_template(tokenizer: Tokenizer, template: str, messages: Sequence[Message], **arguments) -> None:
+    """Check that a template writes all that it is given, and ends the assistant's turn so that a sampler stops.
+
+    Raises:
+      ValueError: it does not.
+    """
+    names = special_names(tokenizer) | arguments
+    asked = render(template, messages, True, **names)
+    for message in messages:
+        if message.content.strip() not in asked:
+            raise ValueError(
+                f"the chat template leaves out the {message.role}'s message, or changes it; does it belong to this model, and "
+                "does it take text?"
+            )
+    answered = render(template, [*messages, Message("assistant", PROBE)], False, **names)
+    if answered.count(PROBE) <= asked.count(PROBE):
+        raise ValueError("the chat template leaves out what the assistant wrote; does it belong to this model?")
+    first_end(tokenizer, tokenizer.encode(answered.rpartition(PROBE)[2], continues=True))
+
+
+@contextlib.contextmanager
+def naming(path: Path | None):
+    """Put the name of a file in front of errors."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}" if path else str(error)) from None
+
+
+def spans(task: Task) -> list[tuple[str, bool]]:
+    """Split a worked solution into what the model writes and what is forced (`task.data["forced"]`)."""
+    found, at = [], 0
     for start, end in [*sorted(task.data.get("forced", ())), (len(task.solution),) * 2]:
         if not at <= start <= end <= len(task.solution):
             raise ValueError(f"task {task.id!r}: forced span ({start}, {end}) overlaps another or leaves the solution")
-        for text, train in ((task.solution[at:start], True), (task.solution[start:end], False)):
-            piece = encode(text) if text else []
-            ids += piece
-            trainable += [train] * len(piece)
+        found += [(task.solution[at:start], False), (task.solution[start:end], True)]
         at = end
-    return [*ids, end_id], [*trainable, True]
+    return [(text, is_forced) for text, is_forced in found if text]
 
 
 # --------------------------------------------------------------------------------------------------------- messages
 
-# Private-use characters put around special tokens that stand in a message's content, to tell them, in the rendered text,
-# from those that the template wrote.
-OPEN, CLOSE = "\ue000", "\ue001"
+# Private-use characters put around what stands in a message's content and is to be encoded as plain characters (special tokens),
+# and around what is forced in it, to tell them, in the rendered text, from what the template wrote.
+OPEN, CLOSE, FORCED, GIVEN = "\ue000", "\ue001", "\ue002", "\ue003"
+MARKED = re.compile(f"{OPEN}([^{OPEN}{CLOSE}]*){CLOSE}|{FORCED}([^{FORCED}{GIVEN}]*){GIVEN}|[{OPEN}{CLOSE}{FORCED}{GIVEN}]")
 
 
 def encode_chat(
@@ -112,130 +182,90 @@ def encode_chat(
     template: str,
     messages: Sequence[Message | Mapping[str, Any]],
     add_generation_prompt: bool = False,
-    **template_kwargs,
+    **arguments,
 ) -> tuple[list[int], list[bool]]:
     """Encode a conversation; mark what the assistant wrote: its contents, each with the token that ends its turn.
 
     Each turn of the assistant is encoded apart from what stands before it, as when it was sampled. Where a template drops
-    parts of earlier turns (Qwen3 drops their reasoning), they are dropped here too, and not trained on.
+    parts of earlier turns (Qwen3 drops their reasoning), they are dropped here too, and not trained on. A content may be a list
+    of `(text, is_forced)`: what is forced is encoded as text from outside, and not trained on.
 
     Raises:
       ValueError: the template fails, changes the prompt of an earlier turn, or ends a turn with no eos token.
     """
-    messages = [_guarded(_plain(m), tokenizer.special) for m in messages]
-    names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_ids[0], "pad_token": tokenizer.pad_id}
-    kwargs = {k: tokenizer.token_text(i) for k, i in names.items() if i is not None} | template_kwargs
-    text = render(template, messages, add_generation_prompt, **kwargs)
+    messages = [_guarded(_plain(m), tokenizer) for m in messages]
+    arguments = special_names(tokenizer) | arguments
+    text = render(template, messages, add_generation_prompt, **arguments)
     cuts = []
     for n, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = render(template, messages[:n], True, **kwargs)
+            before = render(template, messages[:n], True, **arguments)
             if not text.startswith(before):
                 raise ValueError(
                     f"the chat template renders what stands before message {n} differently with and without that message, so "
                     "no prompt of a sampler can be trained on; split the conversation, or use a template that appends only"
                 )
             cuts.append(len(before))
-    ids = _encode_guarded(tokenizer, text[: cuts[0]] if cuts else text)
+    ids, _ = _encode_guarded(tokenizer, text[: cuts[0]] if cuts else text)
     trainable = [False] * len(ids)
     for start, end in itertools.pairwise([*cuts, len(text)]):
-        piece = _encode_guarded(tokenizer, text[start:end])
-        ends = [i for i, token in enumerate(piece) if token in tokenizer.eos_ids]
-        if not ends:
-            raise ValueError(
-                f"the chat template ends an assistant's turn with none of the tokenizer's eos tokens "
-                f"({', '.join(map(tokenizer.token_text, tokenizer.eos_ids))}), so a sampler would never stop there; add the "
-                "right one: tokenizer._replace(eos_ids=...)"
-            )
+        piece, forced = _encode_guarded(tokenizer, text[start:end], continues=True)
+        last = first_end(tokenizer, piece)
         ids += piece
-        trainable += [i <= ends[0] for i in range(len(piece))]
+        trainable += [i <= last and not is_forced for i, is_forced in enumerate(forced)]
     return ids, trainable
+
+
+def special_names(tokenizer: Tokenizer) -> dict[str, str]:
+    """What a template reads of a tokenizer: the texts of its special tokens."""
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_ids[0], "pad_token": tokenizer.pad_id}
+    return {name: tokenizer.token_text(i) for name, i in ids.items() if i is not None}
+
+
+def first_end(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
+    """Where the assistant's turn ends.
+
+    Raises:
+      ValueError: nowhere.
+    """
+    for i, token in enumerate(ids):
+        if token in tokenizer.eos_ids:
+            return i
+    raise ValueError(
+        f"the chat template ends an assistant's turn with none of the tokenizer's eos tokens "
+        f"({', '.join(map(tokenizer.token_text, tokenizer.eos_ids))}), so a sampler would never stop there; add the "
+        "right one: text.eos=('...',)"
+    )
 
 
 def _plain(message: Message | Mapping[str, Any]) -> dict[str, Any]:
     return {"role": message.role, "content": message.content} if isinstance(message, Message) else dict(message)
 
 
-def _guarded(message: dict[str, Any], special: Mapping[str, int]) -> dict[str, Any]:
-    """Put marks around special tokens in what a message says."""
-    if not isinstance(message["content"], str):
-        raise ValueError(f"a message's content got {type(message['content']).__name__}; allowed: str (text only)")
-    text = message["content"]
-    if special:
-        longest_first = sorted(special, key=len, reverse=True)
-        text = re.sub("|".join(map(re.escape, longest_first)), lambda m: f"{OPEN}{m[0]}{CLOSE}", text)
-    return {**message, "content": text}
-
-
-def _encode_guarded(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Encode rendered text; what stands between marks as plain characters. A mark that lost its partner is dropped."""
-    ids = []
-    for i, part in enumerate(re.split(f"{OPEN}([^{OPEN}{CLOSE}]*){CLOSE}|[{OPEN}{CLOSE}]", text)):
-        if part:
-            ids += tokenizer.encode(part, special=i % 2 == 0)
-    return ids
-
-
-# --------------------------------------------------------------------------------------------------------- templates
-
-
-def load_template(folder: str | Path) -> str:
-    """Read the chat template of a checkpoint: chat_template.jinja, or the entry of tokenizer_config.json.
-
-    Raises:
-      FileNotFoundError: it has none, as a base model.
-    """
-    folder = Path(folder)
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    path = folder / "tokenizer_config.json"
-    template = json.loads(path.read_text(encoding="utf-8")).get("chat_template") if path.is_file() else None
-    if isinstance(template, list):  # named templates; the others are for tools and retrieval
-        template = {t["name"]: t["template"] for t in template}.get("default")
-    if not template:
-        raise FileNotFoundError(f"{folder} has no chat template; use the plain format, or write one to chat_template.jinja")
-    return template
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what the assistant wrote; renders as find where that is without it, so it does nothing here."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@functools.lru_cache(maxsize=64)
-def _compiled(template: str) -> jinja2.Template:
-    # The environment that templates are written for: the settings and names of transformers' apply_chat_template.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
+def _guarded(message: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Put marks around what is forced in a message, and around tokens that it may not write."""
+    content = message["content"]
+    pieces = [(content, False)] if isinstance(content, str) else content
+    if not all(isinstance(piece, tuple) for piece in pieces):
+        raise ValueError(f"a message's content got {type(content).__name__}; allowed: str (text only)")
+    words = [*tokenizer.special] + ([] if message["role"] == "assistant" else [*tokenizer.added])
+    longest_first = "|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)"
+    guarded = (
+        f"{FORCED}{text}{GIVEN}" if is_forced else re.sub(longest_first, lambda m: f"{OPEN}{m[0]}{CLOSE}", text)
+        for text, is_forced in pieces
     )
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment.filters["tojson"] = tojson  # Jinja's own escapes HTML
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(template)
+    return {**message, "content": "".join(guarded)}
 
 
-def render(template: str, messages: Sequence[Message | Mapping[str, Any]], add_generation_prompt: bool, **template_kwargs) -> str:
-    """Render a conversation to text; `add_generation_prompt` ends it where the assistant starts to write.
+def _encode_guarded(tokenizer: Tokenizer, text: str, continues: bool = False) -> tuple[list[int], list[bool]]:
+    """Encode rendered text, with what stands between marks as plain characters; say of each id whether it is forced.
 
-    Raises:
-      ValueError: the template is not valid, or refuses these messages.
+    A mark that lost its partner is dropped.
     """
-    try:
-        return _compiled(template).render(
-            messages=[_plain(m) for m in messages], add_generation_prompt=add_generation_prompt, **template_kwargs
-        )
-    except (jinja2.TemplateError, TypeError, KeyError, AttributeError, IndexError) as error:
-        line = f" (line {error.lineno})" if getattr(error, "lineno", None) else ""
-        raise ValueError(f"the chat template failed{line}: {error}; does it belong to this model and these roles?") from None
+    ids, forced = [], []
+    for i, part in enumerate(MARKED.split(text)):
+        if part:
+            piece = tokenizer.encode(part, added=i % 3 == 0, continues=continues or bool(ids))
+            ids += piece
+            forced += [i % 3 == 2] * len(piece)
+    return ids, forced

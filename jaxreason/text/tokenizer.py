@@ -1,19 +1,25 @@
 """Tokenizers behind one NamedTuple of functions: characters of an alphabet, bytes, or a `tokenizer.json`.
 
 Encoding never adds tokens. It recognises special tokens written in the text, because chat templates write them;
-`special=False` reads them as plain characters, which is how text from outside (questions, solutions, tool output) is
-encoded, so that it cannot end a turn or open another. Decoding is total: whatever ids a model samples, it gives a text.
+`special=False` reads them as plain characters, which is how a solution is encoded, so that it cannot end a turn or open
+another; `added=False` reads all tokens with a meaning of their own so (Qwen3's `</think>` is not special), which is how text
+from outside (questions, tool output) is encoded. Decoding is total: whatever ids a model samples, it gives a text.
+
+Tokenizers of the SentencePiece kind (Llama 2) write a space in front of a text and take it away when they decode. What
+continues a text has none: `continues=True`, for every piece that is encoded or decoded apart from what is before it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from jaxreason.options import unknown
+from jaxreason.options import read_object, read_text, unknown
 
 UNKNOWN = "\ufffd"  # what an id without a token decodes to: checkpoints pad their vocabulary, and models sample from all of it
 
@@ -27,13 +33,17 @@ class Tokenizer(NamedTuple):
     pad_id: int  # may equal an eos id: lengths and masks are data, never inferred from it
     special: Mapping[str, int]  # special tokens: text to id
     encode: Callable[..., list[int]]
-    """`encode(text, special=True) -> ids`; special tokens written in the text are recognised unless `special` is False."""
+    """`encode(text, special=True, added=True, continues=False) -> ids`. Special tokens written in the text are recognised unless
+    `special` is False; with `added=False` neither they nor those of `added` are."""
     decode: Callable[..., str]
-    """`decode(ids, skip_special=False) -> text`; never raises."""
+    """`decode(ids, skip_special=False, continues=False) -> text`; never raises. What ids decode to depends on no others, but for
+    the bytes of a character."""
     token_text: Callable[[int], str]
     """`token_text(id) -> text` of one token, to show to a person."""
     save: Callable[[Path], None] | None
     """`save(folder)` writes the files that `load` and transformers read; None for one that was read from such files."""
+    added: Mapping[str, int] = MappingProxyType({})
+    """Tokens with a meaning of their own that are not special, as `</think>` in Qwen3: text to id."""
 
 
 # ------------------------------------------------------------------------------------------------- made by us
@@ -52,13 +62,13 @@ def _made(
         raise ValueError(f"vocab_size got {vocab_size}; allowed: at least {first + pieces} ({pieces} + pad, bos, eos)")
     splitter = re.compile("(" + "|".join(map(re.escape, ids_of)) + ")")
 
-    def encode(text, special=True):
-        ids = []
+    def encode(text, special=True, added=True, continues=False):
+        ids, special = [], special and added
         for part in splitter.split(text) if special else [text]:
             ids += [ids_of[part]] if special and part in ids_of else [first + i for i in encode_plain(part)]
         return ids
 
-    def decode(ids, skip_special=False):
+    def decode(ids, skip_special=False, continues=False):
         out, run = [], []
         for i in [*map(int, ids), None]:
             if i is not None and first <= i < first + pieces:
@@ -167,14 +177,15 @@ def load(folder: str | Path) -> Tokenizer:
     """Load a `tokenizer.json` and what stands beside it.
 
     eos ids: `eos_token` of tokenizer_config.json first, then those of generation_config.json (Llama and Qwen list several
-    there), else those of config.json. bos: tokenizer_config.json alone, as some families name one that they never use.
+    there); where that has none, those of config.json. bos: tokenizer_config.json alone, as some families name one that they
+    never use.
 
     Args:
       folder: of a checkpoint; for a Hugging Face id pass `weights.resolve(id)`.
 
     Raises:
       FileNotFoundError: no tokenizer.json.
-      ValueError: it cannot be read, or no end-of-sequence token is known.
+      ValueError: a file cannot be read, no end-of-sequence token is known, or one that the tokenizer does not have.
     """
     import tokenizers  # here: 30 ms that characters and bytes need not pay
 
@@ -182,62 +193,205 @@ def load(folder: str | Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"no {path}; pass the folder of a checkpoint (for a Hugging Face id: weights.resolve(id))")
-    text = path.read_text(encoding="utf-8")
-    try:
-        reader, plain_reader = tokenizers.Tokenizer.from_str(text), tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path} is not a tokenizer that the tokenizers library reads ({error})") from None
-    for one in (reader, plain_reader):  # some files say to cut or pad every text to a length
-        one.no_truncation()
-        one.no_padding()
+    source = read_text(path)
+
+    def new_reader():
+        try:
+            made = tokenizers.Tokenizer.from_str(source)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exception, and panics
+            raise ValueError(f"{path} is not a tokenizer that the tokenizers library reads ({error})") from None
+        made.no_truncation()  # some files say to cut or pad every text to a length
+        made.no_padding()
+        return made
+
+    reader, plain_reader = new_reader(), new_reader()
     plain_reader.encode_special_tokens = True
-    special = {token.content: i for i, token in reader.get_added_tokens_decoder().items() if token.special}
+    tokens = {token.content: (i, token.special) for i, token in reader.get_added_tokens_decoder().items()}
+    special = {content: i for content, (i, is_special) in tokens.items() if is_special}
+    # Runs of white space, which some tokenizers add as tokens, mean nothing but themselves.
+    added = {content: i for content, (i, is_special) in tokens.items() if not is_special and content.strip()}
+    outside_reader = plain_reader
+    if added:
+        outside_reader = new_reader()
+        outside_reader.add_special_tokens(list(added))  # which are there already: they become special
+        outside_reader.encode_special_tokens = True
+    bare = _bare(reader)  # parts that add no space and take none away
+    starts, strips = ("normalizer" in bare or "pre_tokenizer" in bare), "decoder" in bare
+    inner_reader = new_reader() if starts else outside_reader
+    if starts:
+        inner_reader.add_special_tokens(list(added))
+        inner_reader.encode_special_tokens = True
+    decoder = new_reader() if strips else reader
+    for one, names in ((inner_reader, ("normalizer", "pre_tokenizer")), (decoder, ("decoder",))):
+        for name in names:
+            if name in bare:
+                setattr(one, name, bare[name])
     texts = {i: t for t, i in special.items()}
     known = frozenset(reader.get_vocab().values())
     size = max(known) + 1
-    bos_id, eos_ids, pad_id = _special_ids(folder, reader.token_to_id)
+    byte_of = _bytes_of(reader)
+    bos_id, eos_ids, pad_id = _special_ids(folder, reader.token_to_id, known)
+    any_token = {one: _any(found) for one, found in ((True, [*special, *added]), (False, added))}
 
-    def encode(text, special=True):
+    def encode(text, special=True, added=True, continues=False):
         text = text.encode("utf-8", errors="replace").decode("utf-8")
-        return (reader if special else plain_reader).encode(text, add_special_tokens=False).ids
+        one = outside_reader if not added else reader if special else plain_reader
+        inner = 0
+        if continues and starts:  # up to the first token that `one` recognises: it knows what follows such a token
+            found = any_token[bool(special)].search(text) if added else None
+            inner = found.start() if found else len(text)
+        before = inner_reader.encode(text[:inner], add_special_tokens=False).ids if inner else []
+        return before + one.encode(text[inner:], add_special_tokens=False).ids
 
-    def decode(ids, skip_special=False):
-        ids = [int(i) for i in ids]
-        out, start = [], 0
-        for end in [*(n for n, i in enumerate(ids) if i not in known), len(ids)]:
-            out.append(reader.decode(ids[start:end], skip_special_tokens=skip_special))
-            start = end + 1
-        return UNKNOWN.join(out)
+    def kind(i):
+        return bytes if i in byte_of else str if i in known else None
+
+    def decode(ids, skip_special=False, continues=False):
+        out = []
+        for what, run in itertools.groupby(map(int, ids), kind):
+            if what is bytes:  # the library gives up a whole run of bytes for one that is wrong
+                out.append(bytes(byte_of[i] for i in run).decode("utf-8", errors="replace"))
+            elif what is str:
+                out.append(decoder.decode(list(run), skip_special_tokens=skip_special))
+            else:
+                out.extend(UNKNOWN for _ in run)
+        text = "".join(out)
+        return text[1:] if strips and not continues and text.startswith(" ") else text
 
     def token_text(i):
-        return texts.get(int(i)) or decode([i])
+        return texts.get(int(i)) or decode([i], continues=True)
 
-    return Tokenizer(size, bos_id, eos_ids, pad_id, special, encode, decode, token_text, None)
+    return Tokenizer(size, bos_id, eos_ids, pad_id, special, encode, decode, token_text, None, added)
 
 
-def _special_ids(folder: Path, token_to_id: Callable) -> tuple[int | None, tuple[int, ...], int]:
+def _any(words: Iterable[str]) -> re.Pattern:
+    """A pattern of any of these words, the longest first; it matches nowhere if there are none."""
+    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
+
+
+# ---------------------------------------------------------------------------- the space in front of a text, and bytes
+
+PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}  # and their key in a sequence
+
+
+def _bare(reader) -> dict[str, Any]:
+    """Make the parts of a tokenizer anew that put a space in front of a text or take it away, so that they don't; by name."""
+    import tokenizers
+
+    shell = tokenizers.Tokenizer(tokenizers.models.BPE())  # its parts alone, without the vocabulary
+    for name in PARTS:
+        if getattr(reader, name) is not None:
+            setattr(shell, name, getattr(reader, name))
+    there = json.loads(shell.to_str())
+    had = {name: there[name] for name in PARTS if there[name] is not None}
+    left = {name: _without_space(name, part) or {"type": "Sequence", PARTS[name]: []} for name, part in had.items()}
+    made = tokenizers.Tokenizer.from_str(json.dumps(there | left))
+    return {name: getattr(made, name) for name in had if left[name] != had[name]}
+
+
+def _without_space(name: str, part: dict[str, Any]) -> dict[str, Any] | None:
+    """A part of a tokenizer.json, or of a sequence there, without the space; None if nothing is left of it."""
+    kind = part["type"]
+    if kind == "Sequence":
+        left = [_without_space(name, one) for one in part[PARTS[name]]]
+        return part | {PARTS[name]: [one for one in left if one is not None]}
+    if kind == "Metaspace":
+        return part | {"prepend_scheme": "never"} | ({"add_prefix_space": False} if "add_prefix_space" in part else {})
+    if kind == "ByteLevel" and name == "pre_tokenizer":
+        return part | {"add_prefix_space": False}
+    if kind == "Prepend" or (kind == "Strip" and name == "decoder"):
+        return None
+    return part
+
+
+def _bytes_of(reader) -> dict[int, int]:
+    """The tokens that are single bytes, of a tokenizer that falls back on them: id to byte."""
+    if reader.decoder is None or "ByteFallback" not in str(reader.decoder):
+        return {}
+    ids = {byte: reader.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+    return {i: byte for byte, i in ids.items() if i is not None}
+
+
+# ------------------------------------------------------------------------------------------------- bos, eos and pad
+
+
+def _special_ids(folder: Path, token_to_id: Callable, known: frozenset[int]) -> tuple[int | None, tuple[int, ...], int]:
     """Read bos, eos and pad from the files beside a tokenizer.json."""
-    names: dict[str, Any] = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):  # the latter wins
-        names |= {k: v for k, v in _json(folder / file).items() if k.endswith("_token") and v}
-    ids = {k: token_to_id(v["content"] if isinstance(v, dict) else v) for k, v in names.items() if isinstance(v, str | dict)}
-    generation, model = _json(folder / "generation_config.json"), _json(folder / "config.json")
-    eos = [ids.get("eos_token"), *_list(generation.get("eos_token_id"))]
-    if not any(i is not None for i in eos):
-        eos = _list(model.get("eos_token_id"))
-    eos = tuple(dict.fromkeys(i for i in eos if i is not None))
+    files = ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json", "config.json")
+    there = {file: read_object(folder / file) if (folder / file).is_file() else {} for file in files}
+    ids: dict[str, int | None] = {}
+    for file in files[:2]:  # the latter wins
+        for name in ("bos_token", "eos_token", "pad_token"):
+            if text := there[file].get(name):
+                ids[name] = _id_of(folder / file, name, text, token_to_id)
+    for file in files[2:]:
+        listed = _ids(folder / file, "eos_token_id", there[file], known)
+        if listed:
+            break
+    eos = tuple(dict.fromkeys(i for i in (ids.get("eos_token"), *listed) if i is not None))
     if not eos:
         raise ValueError(f"{folder} names no end-of-sequence token; set eos_token in its tokenizer_config.json")
-    pads = (ids.get("pad_token"), generation.get("pad_token_id"), eos[0])
-    return ids.get("bos_token"), eos, next(i for i in pads if i is not None)
+    pads = (
+        ids.get("pad_token"),
+        *_ids(folder / "generation_config.json", "pad_token_id", there["generation_config.json"], known),
+    )
+    return ids.get("bos_token"), eos, next((i for i in pads if i is not None), eos[0])
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _id_of(path: Path, name: str, text: Any, token_to_id: Callable) -> int | None:
+    """The id of a token that a file names; None for padding that the tokenizer does not have, as nothing reads it."""
+    text = text.get("content") if isinstance(text, dict) else text
+    if not isinstance(text, str):
+        raise ValueError(f"{path}: {name} got {text!r}; allowed: the text of a token")
+    try:
+        found = token_to_id(text)
+    except UnicodeEncodeError:  # half a character, which JSON can hold
+        found = None
+    if found is None and name != "pad_token":
+        raise ValueError(f"{path}: {name} got {text!r}, which is no token of tokenizer.json; do they belong together?")
+    return found
 
 
-def _list(value) -> Sequence[int]:
-    return value if isinstance(value, list) else [value]
+def _ids(path: Path, name: str, there: dict[str, Any], known: frozenset[int]) -> list[int]:
+    """The token ids, one or several, that a file gives under a name."""
+    value = there.get(name)
+    if value is None or (name == "pad_token_id" and value == -1):  # so Llama 1 said that there is none
+        return []
+    found = value if isinstance(value, list) else [value]
+    for i in found:
+        if not isinstance(i, int) or isinstance(i, bool) or i not in known:
+            raise ValueError(f"{path}: {name} got {i!r}; allowed: ids of tokenizer.json's tokens, 0 to {max(known)}")
+    return found
+
+
+def with_eos(tokenizer: Tokenizer, eos: Sequence[str | int]) -> Tokenizer:
+    """Add end-of-sequence tokens, given as their texts or ids, behind those that a tokenizer has.
+
+    Raises:
+      ValueError: one that it does not have, or a text that is more than one token.
+    """
+    if isinstance(eos, str) or not isinstance(eos, Sequence):
+        raise ValueError(f"text.eos got {eos!r}; allowed: a tuple of token texts or ids, such as ('<|im_end|>',)")
+    return tokenizer._replace(eos_ids=tuple(dict.fromkeys([*tokenizer.eos_ids, *(_one_token(tokenizer, one) for one in eos)])))
+
+
+def _one_token(tokenizer: Tokenizer, one: str | int) -> int:
+    if isinstance(one, int) and not isinstance(one, bool):
+        if not 0 <= one < tokenizer.vocab_size or tokenizer.token_text(one) == UNKNOWN:
+            raise ValueError(f"text.eos got {one}; allowed: ids of the tokenizer's tokens, below {tokenizer.vocab_size}")
+        return one
+    if not isinstance(one, str) or not one:
+        raise ValueError(f"text.eos got {one!r}; allowed: token texts or ids")
+    try:
+        ids = tokenizer.encode(one, continues=True)
+    except ValueError:  # a character that is not in an alphabet
+        ids = []
+    if len(ids) != 1 or tokenizer.token_text(ids[0]) != one:
+        near = ", ".join(repr(text) for text in (*tokenizer.special, *tokenizer.added))
+        raise ValueError(f"text.eos got {one!r}, which is no token of the tokenizer; its own: {near[:300]}, and pieces of text")
+    return ids[0]
 
 
 TOKENIZERS = {"characters": characters, "byte_level": byte_level, "pretrained": load}
