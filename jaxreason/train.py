@@ -147,6 +147,7 @@ def train(
     try:
         return train_all(run, Path(workdir), checkpoints, log_options or {}, stop, check_stays, say)
     except m.Unwritable as error:
+        check_stays()  # if the folder is gone, that is the error to show
         checkpoints.wait()  # it may be the newest
         raise m.Unwritable(f"{error}; make room, or make it writable; {goes_on(checkpoints)}") from None
 
