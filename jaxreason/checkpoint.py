@@ -19,7 +19,9 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -32,6 +34,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxreason import processes
+from jaxreason.workdir import free_name
+
+# Errors of a read that say nothing of what is read: to set a checkpoint aside would be wrong.
+NOT_THE_CHECKPOINTS = re.compile(
+    r"MemoryError|RESOURCE_EXHAUSTED|[Oo]ut of memory|Cannot allocate memory|PERMISSION_DENIED|Permission denied"
+    r"|Too many open files|Input/output error|Stale file handle|UNAVAILABLE|DEADLINE_EXCEEDED"
+)
 
 
 class Damaged(ValueError):
@@ -46,6 +55,7 @@ class Checkpoints(NamedTuple):
     failure: Callable[[], str | None]  # why the last save failed, if it has; said once
     steps: Callable[[], list[int]]  # of the complete checkpoints, the newest first
     latest: Callable[[], int | None]  # step of the newest complete checkpoint
+    gone: Callable[[], list[int]]  # steps of complete checkpoints that somebody has removed since; told once
     set_aside: Callable[[int], None]  # (step): rename a damaged one, so that it is no longer among the steps
     peek: Callable[[int], dict[str, Any]]  # (step) -> host
     restore: Callable[[int, Any], tuple[Any, dict[str, Any]]]  # (step, abstract_state) -> (state, host)
@@ -53,7 +63,7 @@ class Checkpoints(NamedTuple):
     check_params: Callable[[int, Any], None]  # (step, abstract_params): raise if `restore_params` would; reads no array
     restore_reference: Callable[[int, Any], Any]  # (step, abstract_params) -> reference params
     wait: Callable[[], None]  # until all saves are complete, or have failed
-    close: Callable[[], None]  # waits too
+    close: Callable[[], None]  # waits too; a save that fails meanwhile is told by `failure`
 
 
 def open_checkpoints(
@@ -114,12 +124,13 @@ def open_checkpoints(
     )
 
     failures: list[str] = []  # that nobody has asked for yet
+    missed: set[int] = set()  # steps whose checkpoints were found to be gone
     failed: list[int] = []  # steps whose saves may have left something behind
 
     def attempt(step: int, function: Callable) -> None:
         try:
             function()
-        except (OSError, ValueError) as error:  # tensorstore says ValueError of what the file system refuses
+        except Exception as error:  # OSError, or whatever orbax and tensorstore make of it
             newest = "there is no checkpoint" if latest() is None else f"the newest checkpoint is of step {latest()}"
             failures.append(f"the save of step {step} failed: {first_line(error)}; {newest}")
             failed.append(step)
@@ -151,8 +162,24 @@ def open_checkpoints(
             if processes.writes() and "://" not in folder:
                 shutil.rmtree(Path(folder, f"{step}.orbax-checkpoint-tmp"), ignore_errors=True)
 
+    def is_there(step: int) -> bool:
+        # The folders themselves: orbax remembers checkpoints that have been removed. Only on the process that writes, since a
+        # network file system may show a new folder to others late.
+        return "://" in folder or not processes.writes() or Path(folder, str(step)).is_dir()
+
+    def steps() -> list[int]:
+        return sorted(filter(is_there, manager.all_steps()), reverse=True)
+
     def latest() -> int | None:
-        return manager.latest_step()
+        return max(steps(), default=None)
+
+    def gone() -> list[int]:
+        wait()  # a save under way has no folder yet
+        missing = sorted(step for step in manager.all_steps() if not is_there(step) and step not in missed)
+        missed.update(missing)
+        if missing and os.path.isdir(folder):
+            manager.reload()
+        return missing
 
     def damaged(step: int, what: object) -> Damaged:
         return Damaged(f"the checkpoint of step {step} at {folder} is damaged: {what}")
@@ -161,23 +188,26 @@ def open_checkpoints(
         try:
             return manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
+            if NOT_THE_CHECKPOINTS.search(f"{type(error).__name__}: {error}"):
+                raise ValueError(f"can't read the checkpoint of step {step} at {folder}: {first_line(error)}") from None
             raise damaged(step, first_line(error)) from None
 
     def read_host(step: int) -> dict:
         found = read(step, host=ocp.args.JsonRestore())["host"]
-        if checksum(found.get("host"), found.get("fingerprints")) != found.get("crc32"):
+        if not isinstance(found, dict) or checksum(found.get("host"), found.get("fingerprints")) != found.get("crc32"):
             raise damaged(step, "host/metadata is not what was saved")
         return found
 
     def check_item(step: int, item: str, abstract: Any, partial: bool = False) -> None:
+        if item not in read_host(step)["fingerprints"]:
+            raise ValueError(f"the checkpoint of step {step} at {folder} has no {item}")
         try:
-            metadata = manager.item_metadata(step)
-            missing = item not in metadata or metadata[item] is None
-            saved = None if missing else _leaves(ocp.tree.to_flat_dict(metadata[item].tree), partial)
+            metadata = manager.item_metadata(step).get(item)
+            saved = None if metadata is None else _leaves(ocp.tree.to_flat_dict(metadata.tree), partial)
         except Exception as error:
             raise damaged(step, first_line(error)) from None
-        if missing:
-            raise ValueError(f"the checkpoint of step {step} at {folder} has no {item}")
+        if saved is None:
+            raise damaged(step, f"{item} was saved, but it or its _METADATA is missing")
         _check_fit(f"{item} at step {step} of {folder}", saved, _leaves(ocp.tree.to_flat_dict(abstract), partial))
 
     def restore_item(step: int, item: str, abstract: Any, partial: bool = False) -> Any:
@@ -193,12 +223,13 @@ def open_checkpoints(
         return tree
 
     def close() -> None:
-        manager.close()
+        attempt(max(manager.all_steps(), default=0), manager.close)
         sweep()
 
     def set_aside(step: int) -> None:
         if processes.writes():
-            Path(folder, str(step)).rename(Path(folder, f"{step}.damaged"))
+            path = Path(folder, f"{step}.damaged")
+            Path(folder, str(step)).rename(free_name(path) if path.exists() else path)
         processes.gather(None)  # until it is done
         manager.reload()
 
@@ -206,8 +237,9 @@ def open_checkpoints(
         due=lambda step: step % every_steps == 0,
         save=save,
         failure=lambda: failures.pop(0) if failures else None,
-        steps=lambda: sorted(manager.all_steps(), reverse=True),
+        steps=steps,
         latest=latest,
+        gone=gone,
         set_aside=set_aside,
         peek=lambda step: read_host(step)["host"],
         restore=lambda step, abstract_state: (restore_item(step, "state", abstract_state), read_host(step)["host"]),
@@ -328,13 +360,31 @@ def _import_orbax():
     """Import orbax (1 s, so not with this module) and keep out of the log its some 50 lines of information a save.
 
     And its 200 of a save that fails, with the same traceback five times: it raises each of these errors too, and we say them.
+    Tensorstore adds one traceback for each array of such a save, since orbax closes the event loop at the first error.
     """
     import orbax.checkpoint as ocp
     from absl import logging as absl_logging
 
     absl_logging.get_absl_logger().addFilter(_worth_saying)  # adding the same filter again does nothing
+    logging.getLogger("asyncio").addFilter(_worth_saying)
+    if not getattr(sys.unraisablehook, "skips_closed_loops", False):
+        sys.unraisablehook = _skip_closed_loops(sys.unraisablehook)
     return ocp
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:
-    return record.levelno == logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
+    if record.name == "asyncio":
+        message = record.getMessage()
+        return "exception was never retrieved" not in message or not re.search("orbax|tensorstore|OCDBT", message)
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _skip_closed_loops(show: Callable) -> Callable:
+    """Return a hook that shows what cannot be raised, other than that a future of tensorstore found its event loop closed."""
+
+    def hook(unraisable) -> None:
+        if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    hook.skips_closed_loops = True
+    return hook

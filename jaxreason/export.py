@@ -11,6 +11,7 @@ SmolLM2-135M in float32, 7 s (two cores of an AMD EPYC, 2026-11-24).
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def export(run: str, out: str, *, step: int | None = None, dtype: str | None = N
     found, described = build.find_described(run, step)
     if found.step is None:
         raise ValueError(f"{run} is a Hugging Face folder already; give the folder of a run")
-    target = Path(out).expanduser()
+    target = Path(os.path.expanduser(out))
     check_target(target, [folder for folder in (found.folder, described.folder) if folder], overwrite)
     theirs, tokenizer = described.shape, described.tokenizer
     shape = dataclasses.replace(theirs, lora=None, value_head=False, param_dtype=dtype or theirs.param_dtype)
@@ -96,4 +97,8 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    try:
+        app.run(main, flags_parser=parse_flags)
+    except KeyboardInterrupt:
+        print("interrupted; what is written is not whole: give the same command with --overwrite", file=sys.stderr)
+        sys.exit(130)

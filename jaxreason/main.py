@@ -9,6 +9,7 @@ themselves which process is which; elsewhere `--coordinator_address=HOST:PORT --
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import itertools
@@ -17,6 +18,7 @@ import os
 import platform
 import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -37,7 +39,10 @@ COMPILATION_CACHE = flags.DEFINE_string(
 )
 
 RESUME = flags.DEFINE_enum(
-    "resume", "auto", folders.RESUME, "Whether a run in the folder goes on: if there is one, for sure or an error, or never."
+    "resume",
+    "auto",
+    folders.RESUME,
+    "Whether a run in the folder continues: if there is one, must, or never: then what is there is moved aside.",
 )
 ACCEPT_CONFIG_CHANGE = flags.DEFINE_bool(
     "accept_config_change", False, "Go on with a config that is not the one the run was begun with."
@@ -48,6 +53,9 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, fr
 HEARTBEAT_TIMEOUT_S = flags.DEFINE_integer(
     "heartbeat_timeout_s", 100, "A process that is not heard of for so long is dead, which ends the others.", lower_bound=1
 )
+
+
+INTERRUPTED = 130  # the exit code: 128 + SIGINT
 
 
 def config_text(config) -> str:
@@ -85,6 +93,7 @@ def keep_compiled(folder: str | None) -> None:
             return
         folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "jaxreason")
     if folder:
+        folder = os.path.expanduser(folder)
         # What was compiled for one kind of CPU may not run on another, and JAX's key does not tell them apart.
         cpu = Path("/proc/cpuinfo")
         kind = (
@@ -181,54 +190,88 @@ def run(config) -> None:
     from jaxreason.metrics import Unwritable, replacing, writing
     from jaxreason.model.weights import BadWeights
     from jaxreason.processes import gather, together, writes
-    from jaxreason.train import Diverged, NotResumable, Stopped, train
+    from jaxreason.train import Diverged, Interrupted, NotResumable, Stopped, train
 
     def tell(line: str) -> None:
         if writes():
             print(line, flush=True)
 
+    def ending() -> str:
+        unlock()
+        return f"interrupted; {folders.continues(workdir)}"
+
     freed.give_back()
     mine = config_text(config)
     wanted = WORKDIR.value or default_workdir(flags.FLAGS["config"].config_filename, mine)
     today = datetime.date.today().isoformat()
-    texts, workdirs, dates = zip(*gather((mine, Path(wanted), today)), strict=True)
+    texts, workdirs, dates = zip(*gather((mine, Path(os.path.expanduser(wanted)), today)), strict=True)
     text, workdir = texts[0], workdirs[0]
-    try:
-        if differ := [process for process, other in enumerate(texts) if other != text]:
-            raise ValueError(f"process {differ[0]} has another config than process 0; start all with the same command")
-        config = dated(config, gather(together(folders.begun, workdir, dates[0]))[0])
-        text = config_text(config)
-        how = {"resume": RESUME.value, "accept_config_change": ACCEPT_CONFIG_CHANGE.value, "say": tell}
-        together(folders.check, workdir, text, **how)
-        made = together(build, config, resumes=bool(saved_steps(workdir / "checkpoints")))
-        together(check_writable, workdir, over=folders.WRITTEN_OVER)
-        unlock = together(folders.lock, workdir, tell) if writes() else together(lambda: None)
-        section = config.checkpoint.to_dict()
-        checkpoints = together(call, open_checkpoints, section, "config.checkpoint", folder=workdir / "checkpoints")
-        if writes():  # in place of the one before, which a full disk must not cut short: a run without a config can't go on
-            with writing(workdir / "config.json"), replacing(workdir / "config.json") as file:
-                file.write(text)
-    except (ValueError, OSError, Unwritable) as error:
-        fail(error)
-    tell(f"workdir: {workdir}")
-    ended = f"written: {workdir / 'summary.json'}, {workdir / 'rollouts.jsonl'}, {workdir / 'metrics.jsonl'}"
-    try:
-        log_options = make_log(**config.log.to_dict())[1]
-        train(made, workdir, checkpoints, log_options=log_options, stop=preemption.watch(), say=tell)
-    except Stopped as stopped:
-        ended = str(stopped)
-    except (Diverged, NotResumable, BadWeights) as error:
-        fail(error)
-    except Unwritable as error:
-        if jax.process_count() > 1:  # the others can write, and would wait: `processes.end` ends them too
-            raise
-        fail(error)
-    finally:
-        checkpoints.close()
-        if unlock is not None:
-            unlock()
-    tell(ended)
+    unlock, check_stays, anew = (lambda: None), (lambda: None), RESUME.value == "never"
+    with contextlib.ExitStack() as opened:
+        stop = opened.enter_context(preemption.watch(ending))
+        try:
+            if differ := [process for process, other in enumerate(texts) if other != text]:
+                raise ValueError(f"process {differ[0]} has another config than process 0; start all with the same command")
+            begun = dates[0] if anew else together(folders.begun, workdir, dates[0])
+            config = dated(config, gather(begun)[0])
+            text = config_text(config)
+            how = {"resume": RESUME.value, "accept_config_change": ACCEPT_CONFIG_CHANGE.value, "say": tell}
+            together(folders.check, workdir, text, **how)
+            made = together(build, config, resumes=not anew and bool(saved_steps(workdir / "checkpoints")))
+            together(check_writable, workdir, over=folders.WRITTEN_OVER)
+            if writes():
+                unlock = together(folders.lock, workdir, tell)
+                check_stays = folders.stays(workdir)
+            else:
+                together(lambda: None)
+            opened.callback(unlock)
+            together(folders.set_aside if anew and writes() else lambda *_: None, workdir, tell)
+            section = config.checkpoint.to_dict()
+            checkpoints = together(call, open_checkpoints, section, "config.checkpoint", folder=workdir / "checkpoints")
+            opened.callback(checkpoints.close)
+            if writes():  # in place of the one before, which a full disk must not cut short: a run without a config can't go on
+                with writing(workdir / "config.json"), replacing(workdir / "config.json") as file:
+                    file.write(text)
+        except (ValueError, OSError, Unwritable) as error:
+            fail(error)
+        tell(f"workdir: {workdir}")
+        try:
+            log_options = make_log(**config.log.to_dict())[1]
+            train(made, workdir, checkpoints, log_options=log_options, stop=stop, check_stays=check_stays, say=tell)
+        except Interrupted as interrupted:
+            if writes():
+                print(interrupted, file=sys.stderr, flush=True)
+            sys.exit(INTERRUPTED)
+        except Stopped as stopped:
+            return tell(str(stopped))
+        except (Diverged, NotResumable, BadWeights) as error:
+            fail(error)
+        except (Unwritable, folders.Moved) as error:
+            if jax.process_count() > 1:  # the others can write, and would wait: `processes.end` ends them too
+                raise
+            fail(error)
+    for line in what_next(workdir, flags.FLAGS["config"].config_filename):
+        tell(line)
+
+
+def what_next(workdir: Path, config_flag: str) -> list[str]:
+    """What was written, and what to do with it: a path or a command a line, to be copied."""
+    written = [workdir / name for name in ("summary.json", "metrics.jsonl", "rollouts.jsonl") if (workdir / name).is_file()]
+    run, export = shlex.quote(str(workdir)), shlex.quote(f"{workdir}-export")
+    todo = {
+        "see a rollout": f"tail -n 1 {shlex.quote(str(workdir / 'rollouts.jsonl'))} | python -m json.tool",
+        "export the weights": f"python -m jaxreason.export {run} {export}",
+        "begin another run with them": f"python -m jaxreason.main --config={shlex.quote(config_flag)} --config.init_from={run}",
+    }
+    if workdir / "rollouts.jsonl" not in written:
+        del todo["see a rollout"]
+    lines = ["written:", *(f"  {path}" for path in written)]
+    return lines + [line for what, command in todo.items() for line in (f"to {what}:", f"  {command}")]
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    try:
+        app.run(main, flags_parser=parse_flags)
+    except KeyboardInterrupt:  # before the run listens for it, or after its end
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)

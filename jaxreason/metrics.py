@@ -17,6 +17,7 @@ import atexit
 import json
 import math
 import os
+import shutil
 import sys
 import time
 import unicodedata
@@ -34,6 +35,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxreason.types import Evaluation, Rollout
+from jaxreason.workdir import free_name
 
 PLAIN_EVERY_S = 10.0  # without a terminal, at most one line of progress in this time
 
@@ -88,8 +90,8 @@ class Pace(NamedTuple):
 
     def after(self, phase: str, step_s: float) -> Pace:
         if phase != self.phase:
-            return Pace(phase, 1, step_s)
-        if self.steps == 1:  # the first step of a phase compiled, and says nothing of the next
+            return Pace(phase, 1)  # the first step of a phase compiled, and says nothing of the next
+        if self.steps == 1:
             return Pace(phase, 2, step_s)
         return Pace(phase, self.steps + 1, 0.9 * self.step_s + 0.1 * step_s)
 
@@ -99,12 +101,14 @@ class RunLog:
 
     def __init__(self, file, board, wandb_run, console: Console | None, *, total_steps: int, start_s: float):
         self._file, self._board, self._wandb_run, self._console = file, board, wandb_run, console
+        self._doing, self._doing_s, self._shown, self._size = "starting", time.monotonic(), "", 0
         self._total_steps, self._start_s = total_steps, start_s
         self._pace, self._latest, self._printed_s = Pace(), {}, -math.inf
         self._live = None
         if console is not None and console.is_terminal:
             # Redirecting a stdout that is no terminal would send to the terminal what was meant for a file.
-            self._live = Live(Text("starting"), console=console, refresh_per_second=4, redirect_stdout=sys.stdout.isatty())
+            redirect = {"redirect_stdout": sys.stdout.isatty()}
+            self._live = Live(get_renderable=self._line, console=console, refresh_per_second=4, **redirect)
             self._live.start()
         atexit.register(self.close)  # a run that ends in an error must give the cursor back
 
@@ -127,6 +131,7 @@ class RunLog:
                 f"metrics named {', '.join(sorted(clash))}; these are fields of the log; use a name such as train/loss"
             )
         values = {name: float(value) for name, value in values.items()}
+        self._reopen(step)
         self._write_line(_json_line(record | values))
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         if self._board is not None:
@@ -145,10 +150,26 @@ class RunLog:
         self._latest = (self._latest if self._latest.get("phase") == phase else {}) | {"phase": phase} | values
         self._show(step, phase_step, phase_steps, now=any(name.startswith("eval/") for name in values))
 
+    def _reopen(self, step: int) -> None:
+        """Notice that somebody has moved, removed or cut the file that lines go to, and begin another where it was."""
+        path = getattr(self._file, "name", None)
+        if path is None:
+            return
+        with suppress(OSError):
+            there, mine = os.stat(path) if os.path.exists(path) else None, os.fstat(self._file.fileno())
+            if there is not None and os.path.samestat(there, mine) and mine.st_size >= self._size:
+                return
+            what = "moved or removed" if there is None else "replaced or cut"
+            self.say(f"warning: {path} was {what} while the run wrote it; the lines from step {step} on go to {path}")
+            file = open(path, "a", encoding="ascii")  # noqa: SIM115  (open for as long as the run)
+            self._file.close()
+            self._file = file
+
     def _write_line(self, line: str) -> None:
         try:
             self._file.write(line)
             self._file.flush()
+            self._size = self._file.tell()
         except OSError as error:
             with suppress(OSError):  # it holds what it could not write, and would fail again at exit
                 self._file.close()
@@ -159,11 +180,22 @@ class RunLog:
             return
         step_s = self._pace.step_s if self._pace.phase == self._latest["phase"] else math.nan
         line = progress(self._latest, step, self._total_steps, phase_step, phase_steps, step_s)
+        self._doing, self._shown = "", line
         if self._live is not None:
-            self._live.update(Text(line))
+            self._live.refresh()
         elif now or step >= self._total_steps or time.monotonic() - self._printed_s >= PLAIN_EVERY_S:
             self._printed_s = time.monotonic()
             self._console.print(Text(line), soft_wrap=True)
+
+    def _line(self) -> Text:
+        """The live line: of the last metrics, or else of what has been under way since; never more than one line."""
+        took = f" {_duration(time.monotonic() - self._doing_s)}"
+        line = visible(self._doing + took) if self._doing else self._shown
+        return Text(fitted(line, self._console.width), no_wrap=True, overflow="ellipsis")
+
+    def doing(self, what: str) -> None:
+        """Say on the live line what is under way, and for how long, until there are other metrics."""
+        self._doing, self._doing_s = what, time.monotonic()
 
     def say(self, text: str) -> None:
         """Print a line above the live one."""
@@ -259,8 +291,13 @@ def open_log(
         wandb_run,
         Console(stderr=True, highlight=False) if live else None,
         total_steps=total_steps,
-        start_s=time.monotonic() - (last["time_s"] if last else 0.0),  # unlike that of the day this clock is never set back
+        start_s=time.monotonic() - _time_s(last),  # unlike that of the day this clock is never set back
     )
+
+
+def _time_s(record: Mapping[str, Any] | None) -> float:
+    time_s = (record or {}).get("time_s", 0.0)
+    return time_s if isinstance(time_s, (int, float)) and math.isfinite(time_s) else 0.0
 
 
 def progress(
@@ -294,35 +331,72 @@ def progress(
     return "  ".join(parts)
 
 
+def fitted(line: str, width: int) -> str:
+    """Leave out the last parts of a line of progress, until it fits `width`."""
+    parts = line.split("  ")
+    while len(parts) > 1 and len("  ".join(parts)) > width:
+        parts.pop()
+    return "  ".join(parts)
+
+
 class Kept(NamedTuple):
     """What `truncate` has left of a file."""
 
-    last: dict[str, Any] | None  # line
-    dropped: int  # lines
+    last: dict[str, Any] | None = None  # line
+    dropped: int = 0  # lines of later steps, and a torn last one
+    steps: Sequence[int] = ()  # of the lines that are left
+    aside: Path | None = None  # the file as it was, if it had lines that are not of a log
 
 
 def truncate(path: str | os.PathLike, step: int) -> Kept:
     """Drop the lines of a JSONL file whose `step` is above the given one, and a torn last line.
 
     For `metrics.jsonl` and `rollouts.jsonl` when a run goes on from a checkpoint older than its log. Atomic; a missing file is
-    an empty one.
+    an empty one. If other lines can't be read, the file as it was is kept beside the new one.
     """
     path = Path(path)
     if not path.exists():
-        return Kept(None, 0)
-    last, dropped = None, 0
+        return Kept()
+    last, dropped, steps, strange = None, 0, [], 0
     with path.open(encoding="ascii", errors="replace") as lines, writing(path), replacing(path) as kept:
         for line in lines:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                record = None  # torn: the process was killed while it wrote
-            if record is None or record["step"] > step:
+            record = _record(line)
+            if record is not None and record["step"] <= step:
+                kept.write(line if line.endswith("\n") else line + "\n")
+                last = record
+                steps.append(record["step"])
+            elif record is not None or not line.endswith("\n"):  # torn: the process was killed while it wrote
                 dropped += 1
-                continue
-            kept.write(line if line.endswith("\n") else line + "\n")
-            last = record
-    return Kept(last, dropped)
+            else:
+                strange += 1
+        aside = free_name(path) if strange else None
+        if aside is not None:
+            shutil.copy2(path, aside)
+    return Kept(last, dropped, steps, aside)
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    """A line of a log; None for anything else."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
+
+
+def lacking(steps: Iterable[int], stretches: Iterable[tuple[int, int, int]]) -> str:
+    """Name the steps that a log should have lines of and has none; "" if it has all.
+
+    A stretch is (first step, last step, how many steps a line is for at most); its last step has a line.
+    """
+    there, missing = set(steps), []
+    for first, last, every in stretches:
+        before = first - 1
+        for step in [step for step in range(first, last + 1) if step in there] + [last + every]:
+            if step > before + every:
+                missing.append((before + 1, min(step - 1, last)))
+            before = step
+    return ", ".join(f"{first} to {last}" if first < last else f"{first}" for first, last in missing if first <= last)
 
 
 def write_summary(path: str | os.PathLike, summary: Mapping[str, Any], *, write: bool = True) -> None:

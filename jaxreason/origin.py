@@ -41,7 +41,7 @@ def find(path: str | os.PathLike, step: int | None = None) -> Origin:
     Raises:
       ValueError, FileNotFoundError: none of these, or not that step.
     """
-    folder = Path(os.path.abspath(Path(path).expanduser()))
+    folder = Path(os.path.abspath(os.path.expanduser(path)))
     if folder.parent.name == "checkpoints" and folder.name.isdecimal() and step is None:
         folder, step = folder.parents[1], int(folder.name)
     if not folder.is_dir():
@@ -55,6 +55,8 @@ def find(path: str | os.PathLike, step: int | None = None) -> Origin:
             f"{folder} is neither a run (config.json with a model and a text, and checkpoints) nor a Hugging Face folder "
             "(config.json with a model_type)"
         )
+    if not all(isinstance(config[name], dict) for name in ("model", "text")):
+        raise ValueError(f"{file} is no config of a run: its model and its text must be objects")
     steps = saved_steps(folder / "checkpoints")
     if not steps:
         raise ValueError(f"{folder} has no complete checkpoint yet; a run writes one every checkpoint.every_steps and at its end")

@@ -28,6 +28,7 @@ from jaxreason.model import Model
 from jaxreason.objectives import Objective
 from jaxreason.sources import Drawn, Source
 from jaxreason.types import Evaluation, Rollout, TrainState
+from jaxreason.workdir import free_name
 
 
 class Phase(NamedTuple):
@@ -80,6 +81,10 @@ class Stopped(Exception):
     """The run was asked to stop, and has saved what it needs to go on."""
 
 
+class Interrupted(Stopped):
+    """The same, by somebody at the keyboard."""
+
+
 class Found(NamedTuple):
     """What a run goes on from."""
 
@@ -104,6 +109,7 @@ class History:
         self.saving_s = saved["saving_s"]  # that the loop stood still for checkpoints
         self.ledger: dict = saved["ledger"]
         self.failure: str | None = None  # of the last save that failed, if any has
+        self.saved: int | None = None  # step of the newest checkpoint when last looked at
 
     def host(self) -> dict:
         evaluations = [e._asdict() for e in self.evaluations]
@@ -112,7 +118,7 @@ class History:
 
     def summarise(self, step: int, done: bool) -> dict:
         found = {name: value for name, value in self.host().items() if name != "skipped"}
-        summary = {"done": done, "steps": step, **found, **self.description}
+        summary = {"done": done, "steps": step, "saved": self.saved, **found, **self.description}
         m.write_summary(self.path, summary, write=processes.writes())
         return summary
 
@@ -123,22 +129,25 @@ def train(
     checkpoints: Checkpoints,
     *,
     log_options: dict | None = None,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[], str] = lambda: "",
+    check_stays: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = print,
 ) -> dict:
     """Train all phases in `workdir`, from its newest checkpoint if there is one; return the summary that is also written.
 
-    `stop` is asked after every step. `say` tells what was found in the folder, before the log is open.
+    `stop` is asked after every step; "stopped" or "interrupted" ends the run. `check_stays` is called before anything is written,
+    and raises if the folder is no longer the one the run began in. `say` tells what was found in it, before the log is open.
 
     Raises:
-      Stopped: `stop` said so; a checkpoint of the last step is there.
+      Stopped, Interrupted: `stop` said so; a checkpoint of the last step is there.
       Diverged: gradients were not finite for too long.
       NotResumable: the checkpoints do not fit the run, or none of them is whole.
       Unwritable: metrics, rollouts, the summary or the last checkpoint can't be written; what was saved before is whole.
     """
     try:
-        return train_all(run, Path(workdir), checkpoints, log_options or {}, stop, say)
+        return train_all(run, Path(workdir), checkpoints, log_options or {}, stop, check_stays, say)
     except m.Unwritable as error:
+        check_stays()  # if the folder is gone, that is the error to show
         checkpoints.wait()  # it may be the newest
         raise m.Unwritable(f"{error}; make room, or make it writable; {goes_on(checkpoints)}") from None
 
@@ -148,29 +157,29 @@ def train_all(
     workdir: Path,
     checkpoints: Checkpoints,
     log_options: dict,
-    stop: Callable[[], bool],
+    stop: Callable[[], str],
+    check_stays: Callable[[], None],
     say: Callable[[str], None],
 ) -> dict:
     """What `train` does; what can't be written is named, and not yet how to go on."""
     started_s = time.monotonic()
     found = newest(run, checkpoints, say)
     found_s = time.monotonic() - started_s
-    # Up to which step each file has what the checkpoint supposes: metrics that wait in it are not in the log yet.
-    written = {"metrics.jsonl": -1, "rollouts.jsonl": -1}
-    if found is not None:
-        written = {"metrics.jsonl": found.step - len(found.host["waiting"]), "rollouts.jsonl": found.step}
+    # Up to which step the log has what the checkpoint supposes: metrics that wait in it are not there yet.
+    logged = -1 if found is None else found.step - len(found.host["waiting"])
     history = History(workdir, run.description, None if found is None else found.host)
+    history.saved = checkpoints.latest()
     writes = processes.writes()
-    if writes:
-        dropped = {name: m.truncate(workdir / name, step).dropped for name, step in written.items()}
-        if any(dropped.values()):
-            counts = ", ".join(f"{count} of {name}" for name, count in dropped.items())
-            say(f"dropped lines of steps that will be made again: {counts}")
+    if writes and found is None:
+        begin_logs(workdir, say)
+    elif writes:
+        cut_logs(run, workdir, found, logged, say)
     total_steps = sum(phase.steps for phase in run.phases)
-    resume = {"resume_step": written["metrics.jsonl"]}
+    resume = {"resume_step": logged}
     log = m.open_log(workdir, total_steps=total_steps, write=writes, **resume, **log_options)
     with log:
         if found is None:
+            log.doing("making the params")
             params = run.init()
             warm_up(run, log, params)
             evaluate(run, log, history, params, "start", 0, final=True)
@@ -185,18 +194,53 @@ def train_all(
             if differ:
                 log.say(f"warning: the checkpoint was made with {'; '.join(differ)}; what follows may differ in rounding")
         for index in range(0 if found is None else found.host["phase"], len(run.phases)):
-            params = train_phase(run, index, params, workdir, checkpoints, log, history, found, stop)
+            params = train_phase(run, index, params, workdir, checkpoints, log, history, found, stop, check_stays)
             found = None
+        log.doing("waiting for the last checkpoint")
         save_started_s = time.monotonic()
         checkpoints.wait()
         history.saving_s += time.monotonic() - save_started_s
         tell_failure(checkpoints, log, history)
+        check_stays()
         if total_steps and checkpoints.latest() != total_steps:  # what the run was for is not on disk, so it is not done
             raise m.Unwritable(history.failure or f"there is no checkpoint of step {total_steps}, the last one")
+    history.saved = checkpoints.latest()
     summary = history.summarise(total_steps, done=True)
     if writes:
         report(run, history)
     return summary
+
+
+def begin_logs(workdir: Path, say: Callable[[str], None]) -> None:
+    """Move aside what a run has logged that ended before its first checkpoint."""
+    for path in (workdir / "metrics.jsonl", workdir / "rollouts.jsonl"):
+        if path.is_file() and path.stat().st_size:
+            aside = free_name(path)
+            with m.writing(path):
+                path.rename(aside)
+            say(f"there is no checkpoint, so the run starts anew; the {path.name} that was there is now {aside}")
+
+
+def cut_logs(run: Run, workdir: Path, found: Found, logged: int, say: Callable[[str], None]) -> None:
+    """Drop the lines after the checkpoint, and say if lines before it are missing."""
+    config, begun, stretches = found.host["config"], 0, {"metrics.jsonl": [(0, 0, 1)], "rollouts.jsonl": []}
+    for phase in run.phases:  # where each file has lines, and how many steps one is for
+        first, last = begun + 1, min(begun := begun + phase.steps, found.step)
+        every = max(phase.log_every, config.get(phase.name, {}).get("log_every", 1))  # it may have been another before
+        stretches["metrics.jsonl"].append((first, min(last, logged), every))
+        if phase.source.samples and run.rollouts_kept and config.get("log", {}).get("rollouts_kept", 1):
+            stretches["rollouts.jsonl"].append((first, last, 1))
+    dropped = {}
+    for name, step in {"metrics.jsonl": logged, "rollouts.jsonl": found.step}.items():
+        got = m.truncate(workdir / name, step)
+        dropped[name] = got.dropped
+        if got.aside is not None:
+            say(f"warning: {workdir / name} had lines that are not of a log; they are left out, and {got.aside} has them")
+        if missing := m.lacking(got.steps, stretches[name]):
+            say(f"warning: {workdir / name} lacks steps {missing}, which are not made again")
+    if any(dropped.values()):
+        counts = ", ".join(f"{count} of {name}" for name, count in dropped.items())
+        say(f"dropped lines of steps that will be made again: {counts}")
 
 
 def newest(run: Run, checkpoints: Checkpoints, say: Callable[[str], None]) -> Found | None:
@@ -208,6 +252,9 @@ def newest(run: Run, checkpoints: Checkpoints, say: Callable[[str], None]) -> Fo
             if missing := HOST - host.keys():
                 lacks = ", ".join(sorted(missing))
                 raise ValueError(f"checkpoint {step} lacks {lacks}: another version made it; choose another --workdir")
+            if host["phase"] >= len(run.phases):
+                had, has = host["phase"] + 1, len(run.phases)
+                raise ValueError(f"checkpoint {step} is of phase {had}, and the config has {has}; choose another --workdir")
             phase = run.phases[host["phase"]]
             abstract, placed = shape_of(run, phase)
             wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
@@ -220,7 +267,10 @@ def newest(run: Run, checkpoints: Checkpoints, say: Callable[[str], None]) -> Fo
         except ValueError as error:
             raise NotResumable(str(error)) from None
     if steps:
-        raise NotResumable("none of the checkpoints is whole, so there is nothing to go on from; choose another --workdir")
+        raise NotResumable(
+            "none of the checkpoints is whole, so there is nothing to go on from; choose another --workdir, or start "
+            "anew with --resume=never, which moves all that is there aside"
+        )
     return None
 
 
@@ -239,7 +289,8 @@ def train_phase(
     log: m.RunLog,
     history: History,
     found: Found | None,
-    stop: Callable[[], bool],
+    stop: Callable[[], str],
+    check_stays: Callable[[], None],
 ):
     """Train one phase, from `params` (donated) or from where it was found; return the params."""
     phase = run.phases[index]
@@ -271,13 +322,18 @@ def train_phase(
 
     for step in range(start + 1, phase.steps + 1):
         started_s = time.perf_counter()
+        if step == start + 1:
+            log.doing(f"{phase.name} {start}/{phase.steps}  drawing the first batch")
         source_state, drawn = phase.source.next(source_state, state.params, key)
         if phase.source.samples:
             freed.trim()  # the sampler's weights and caches are gone
         drawn_s = time.perf_counter()
+        if step == start + 1:
+            log.doing(f"{phase.name} {start}/{phase.steps}  compiling the train step, and making the first")
         batch = sharding.put_rows(drawn.batch, run.mesh)
         if needs_reference:
             batch = dataclasses.replace(batch, reference_logp_BT=reference_logp(on_devices(reference), batch))
+        check_stays()
         if len(waiting) >= phase.log_every:  # one step late, since reading a metric waits for the device
             write_metrics(log, history, phase, before, step - 1, waiting)
         learned = {}
@@ -291,6 +347,7 @@ def train_phase(
         enter(history, run, phase, drawn, learn_s=ended_s - (drawn_s if phase.source.samples else started_s))
         waiting.append(name_learned(learned, sampled=phase.source.samples) | drawn.metrics | times)
         kept = drawn.rollouts[: run.rollouts_kept]
+        check_stays()
         m.write_rollouts(workdir / "rollouts.jsonl", kept, before + step, phase.name, decode=run.decode, write=writes)
 
         last = step == phase.steps
@@ -302,7 +359,13 @@ def train_phase(
             evaluate(run, log, history, state.params, phase.name, before + step, final=last)
         if save_now:
             waiting = plain(waiting)
+            check_stays()
             save_started_s = time.monotonic()
+            if gone := checkpoints.gone():
+                log.say(f"warning: somebody has removed the checkpoints of steps {', '.join(map(str, gone))}; the run continues")
+            if history.saved is None and checkpoints.latest() is not None:  # without it a next start could not know of any
+                history.saved = checkpoints.latest()
+                history.summarise(before + step, done=False)
             host = {"phase": index, "phase_step": step, "source": phase.source.save(source_state), "waiting": waiting}
             checkpoints.save(before + step, state, host | history.host() | run.provenance, on_devices(reference))
             history.saving_s += time.monotonic() - save_started_s
@@ -310,6 +373,8 @@ def train_phase(
         if stopping:
             checkpoints.wait()
             tell_failure(checkpoints, log, history)
+            if stopping == "interrupted":
+                raise Interrupted(f"interrupted; {goes_on(checkpoints)}")
             raise Stopped(f"stopped after step {before + step}; {goes_on(checkpoints)}")
     return state.params
 
@@ -336,7 +401,7 @@ def tell_failure(checkpoints: Checkpoints, log: m.RunLog, history: History) -> N
 
 def goes_on(checkpoints: Checkpoints) -> str:
     latest = checkpoints.latest()
-    return f"the same command goes on from {'the start' if latest is None else f'step {latest}'}"
+    return f"the same command continues from {'the start' if latest is None else f'step {latest}'}"
 
 
 def warm_up(run: Run, log: m.RunLog, params) -> None:
@@ -345,6 +410,7 @@ def warm_up(run: Run, log: m.RunLog, params) -> None:
         return
     started_s = time.perf_counter()
     log.say("compiling the sampler ...")
+    log.doing("compiling the sampler")
     run.warm_up(params)
     log.say(f"compiled the sampler in {time.perf_counter() - started_s:.0f} s")
 
@@ -379,6 +445,7 @@ def plain(metrics: list[dict]) -> list[dict]:
 def evaluate(run: Run, log: m.RunLog, history: History, params, phase: str, step: int, *, final: bool) -> None:
     """Evaluate, log, and write the summary so far; `final` uses the full number of tasks."""
     started_s = time.perf_counter()
+    log.doing(f"{phase}, step {step}: evaluating")
     result = run.evaluate(params, phase=phase, step=step, final=final)
     device_s = (time.perf_counter() - started_s) * run.sample_devices
     history.ledger = ledger.add(history.ledger, "evaluate", **result.work, device_s=device_s, watts=run.watts)

@@ -3,19 +3,22 @@
 A change of the config that leaves the maths alone is said and allowed; any other is refused, unless it is accepted. The lock is
 the file `lock`: the system's own, which ends with the process, and for file systems whose locks do not reach other hosts a
 process that touches it. What a lock says of a process that has died is told and taken over.
+
+A folder that once had checkpoints is never begun anew by itself, and what it holds is moved aside, never removed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import re
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jaxreason.options import read_object
@@ -28,13 +31,40 @@ SAME_MATHS = re.compile(
     r"|model\.(scan_layers|remat|attention)$"
     r"|[^.]+\.(microbatches|log_every|evaluate_every|offload_reference|max_skipped)$"
 )
+FOLDERS = ("checkpoints", "tensorboard")
+RECORDS = ("checkpoints", "config.json", "summary.json", "metrics.jsonl", "rollouts.jsonl", "tensorboard")  # what a run leaves
 WRITTEN_OVER = ("config.json", "lock", "tensorboard")  # what a run finds of one before and neither replaces nor checks itself
 BEAT_S = 10.0  # how often a run touches its lock
 
 
 def is_done(folder: Path) -> bool:
-    summary = folder / "summary.json"
-    return summary.is_file() and json.loads(summary.read_text())["done"]
+    try:
+        return (read_object(folder / "summary.json") or {}).get("done") is True
+    except OSError:
+        return False
+
+
+def read_object(path: Path) -> dict | None:
+    """The JSON object in a file; None if there is no such file, or anything else in it."""
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def saved_at(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a run's folder, whole or damaged, oldest first."""
+    found = (folder / "checkpoints").glob("*") if (folder / "checkpoints").is_dir() else ()
+    return sorted(int(path.name) for path in found if re.fullmatch(r"0|[1-9]\d*", path.name) and path.is_dir())
+
+
+def continues(folder: Path) -> str:
+    """What the same command does next, as far as the folder tells."""
+    steps = saved_at(folder)
+    return f"the same command continues from {f'step {steps[-1]}' if steps else 'the start'}"
 
 
 def begun(folder: Path, today: str) -> str | None:
@@ -46,14 +76,15 @@ def begun(folder: Path, today: str) -> str | None:
 
 def check(folder: Path, text: str, *, resume: str, accept_config_change: bool, say: Callable[[str], None]) -> None:
     """Raise ValueError if a run of the config `text` may not go on, or start, in `folder`."""
-    saved = [path.name for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
-    if resume == "never" and saved:
-        raise ValueError(f"{folder} holds checkpoints, and --resume=never; choose another --workdir, or --resume=auto")
-    if resume == "must" and not saved:
-        raise ValueError(f"{folder} holds no checkpoint, and --resume=must; give the --workdir of a run, or --resume=auto")
-    path = folder / "config.json"
-    if path.is_file():
-        changed = differences(json.loads(path.read_text()), json.loads(text))
+    check_kinds(folder)
+    if resume == "never":  # `set_aside` makes room for it
+        return
+    saved, summary = saved_at(folder), folder / "summary.json"
+    if not saved:
+        check_is_new(folder, resume)
+    there = recorded_config(folder, saved, say)
+    if there is not None:
+        changed = differences(there, json.loads(text))
         refused = [line for name, line in changed.items() if not SAME_MATHS.match(name)]
         if refused and not accept_config_change:
             more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
@@ -64,7 +95,88 @@ def check(folder: Path, text: str, *, resume: str, accept_config_change: bool, s
         for line in changed.values():
             say(f"config changed: {line}")
     if is_done(folder):
-        raise ValueError(f"the run in {folder} is finished; choose another --workdir")
+        raise ValueError(f"the run in {folder} is finished; choose another --workdir, or --resume=never to start anew in it")
+    if summary.is_file() and not isinstance((read_object(summary) or {}).get("done"), bool):
+        say(f"{summary} is no summary of a run; the next evaluation writes it anew, with all that the checkpoint has of it")
+
+
+def check_kinds(folder: Path) -> None:
+    """Raise ValueError if a folder stands in the place of a file of a run, or the other way round."""
+    for name in (*RECORDS, "lock"):
+        if (path := folder / name).exists() and path.is_file() == (name in FOLDERS):
+            is_one, wanted = ("no folder", "folder") if name in FOLDERS else ("no file", "file")
+            raise ValueError(f"{path} is {is_one}, and a run has a {wanted} of this name; move it away")
+
+
+def check_is_new(folder: Path, resume: str) -> None:
+    """Raise ValueError if there are no checkpoints where there must be some, or have been some."""
+    damaged = [path.name for path in (folder / "checkpoints").glob("*.damaged*")]
+    last = (read_object(folder / "summary.json") or {}).get("saved")
+    if damaged or last:
+        only = f"only damaged checkpoints ({', '.join(sorted(damaged))})"
+        had = only if damaged else f"none of its checkpoints any more (the last known was of step {last})"
+        raise ValueError(
+            f"{folder} has {had}; bring one back, choose another --workdir, or start anew with --resume=never, which "
+            "moves all that is there aside"
+        )
+    if resume == "must":
+        raise ValueError(f"{folder} holds no checkpoint, and --resume=must; give the --workdir of a run, or --resume=auto")
+
+
+def recorded_config(folder: Path, saved: Sequence[int], say: Callable[[str], None]) -> dict | None:
+    """The config that a run was begun with: of `config.json`, or else of its newest checkpoint that tells."""
+    path = folder / "config.json"
+    if (found := read_object(path)) is not None:
+        return found
+    what = "is no config of a run" if path.is_file() else "is missing"
+    for step in reversed(saved):
+        held = (read_object(folder / "checkpoints" / str(step) / "host" / "metadata") or {}).get("host")
+        if isinstance(held, dict) and isinstance(held.get("config"), dict):
+            say(f"{path} {what}; written anew, after a comparison with the config in the checkpoint of step {step}")
+            return held["config"]
+    if path.is_file():
+        say(f"{path} {what}; written anew")
+    return None
+
+
+def set_aside(folder: Path, say: Callable[[str], None]) -> None:
+    """Make room for a new run: give all that there is of earlier ones names that end in .1, .2, ..., the same for all."""
+    paths = [folder / name for name in RECORDS]
+    there = [path.name for path in paths if path.is_file() or (path.is_dir() and any(path.iterdir()))]
+    if not there:
+        return
+    number = next(n for n in itertools.count(1) if not any(os.path.lexists(folder / f"{name}.{n}") for name in RECORDS))
+    for name in there:
+        (folder / name).rename(folder / f"{name}.{number}")
+    say(f"--resume=never: what {folder} held is now {', '.join(f'{name}.{number}' for name in there)}")
+
+
+def free_name(path: Path) -> Path:
+    """The first of `path`.1, `path`.2, ... that is not there."""
+    return next(name for n in itertools.count(1) if not os.path.lexists(name := path.with_name(f"{path.name}.{n}")))
+
+
+class Moved(Exception):
+    """The folder of a run is no longer where it was."""
+
+
+def stays(folder: Path) -> Callable[[], None]:
+    """Return what raises Moved once `folder`, which this process has locked, is renamed, removed or replaced."""
+    handle = os.open(folder, os.O_RDONLY)
+    began, mine = os.fstat(handle), (folder / "lock").read_bytes()
+
+    def check_stays() -> None:
+        with contextlib.suppress(OSError):
+            # The lock counts too, since some network file systems give the same folder another number now and then.
+            if os.path.samestat(began, os.stat(folder)) or (folder / "lock").read_bytes() == mine:
+                return
+        # Linux knows under which name an open folder is now.
+        where = Path(os.path.realpath(f"/proc/self/fd/{handle}"))
+        if where.is_dir() and os.path.samestat(began, os.stat(where)):
+            raise Moved(f"{folder} was moved to {where} while the run wrote in it; with --workdir={where} {continues(where)}")
+        raise Moved(f"{folder} was removed or replaced while the run wrote in it; {continues(folder)}")
+
+    return check_stays
 
 
 def differences(there: dict, here: dict) -> dict[str, str]:
@@ -88,9 +200,9 @@ def lock(folder: Path, say: Callable[[str], None]) -> Callable[[], None]:
       ValueError: another run has it.
     """
     path = folder / "lock"
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  (open for as long as the run)
+    file = open(path, "a+", encoding="ascii", errors="backslashreplace")  # noqa: SIM115  (open for as long as the run)
     file.seek(0)
-    holder = file.read().strip()
+    holder = file.read(200).strip().encode("unicode_escape").decode()  # whatever it holds, it is shown and not obeyed
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         held = holder and f"host {socket.gethostname()}" not in holder and beats(path, say)
@@ -114,6 +226,8 @@ def lock(folder: Path, say: Callable[[str], None]) -> Callable[[], None]:
     threading.Thread(target=beat, daemon=True).start()
 
     def give_back() -> None:
+        if ended.is_set():
+            return
         ended.set()
         with contextlib.suppress(OSError):  # then the next run finds it, and that its process has ended
             file.truncate(0)

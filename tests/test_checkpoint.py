@@ -198,7 +198,7 @@ opened.close()
     first, second = got.stdout.splitlines()
     assert first == "None"
     assert second.startswith("the save of step 2 failed: [Errno 20] Not a directory: ")
-    assert second.endswith("the newest checkpoint is of step 1")
+    assert second.endswith("there is no checkpoint")
 
 
 def flip_a_bit(path, at: float):

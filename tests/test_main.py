@@ -178,6 +178,25 @@ def test_the_command_runs_refuses_another_config_and_finishes_once(tmp_path):
     assert "is finished" in err
 
 
+def test_what_to_do_next_is_a_path_or_a_command_a_line(tmp_path):
+    from jaxreason.main import what_next
+
+    folder = tmp_path / "my run"
+    folder.mkdir()
+    (folder / "summary.json").touch()
+    lines = what_next(folder, "configs/tiny.py:smoke")
+    assert lines == [
+        "written:",
+        f"  {folder}/summary.json",
+        "to export the weights:",
+        f"  python -m jaxreason.export '{folder}' '{folder}-export'",
+        "to begin another run with them:",
+        f"  python -m jaxreason.main --config=configs/tiny.py:smoke --config.init_from='{folder}'",
+    ]
+    (folder / "rollouts.jsonl").touch()
+    assert f"  tail -n 1 '{folder}/rollouts.jsonl' | python -m json.tool" in what_next(folder, "configs/tiny.py")
+
+
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     code, _, err = main(f"--config={SMOKE}", f"--workdir={tmp_path / 'file' / 'run'}")

@@ -136,16 +136,16 @@ def test_resume_cuts_what_came_after_and_time_goes_on(tmp_path):
 
 def test_truncate(tmp_path):
     path = tmp_path / "rollouts.jsonl"
-    assert metrics.truncate(path, 3) == (None, 0)
+    assert metrics.truncate(path, 3) == metrics.Kept()
     path.write_text('{"step": 1}\n{"step": 1, "b": 2}\n{"step": 2}\n{"step": 3}')
-    assert metrics.truncate(path, 3) == ({"step": 3}, 0)
+    assert metrics.truncate(path, 3) == ({"step": 3}, 0, [1, 1, 2, 3], None)
     assert path.read_text().endswith('{"step": 3}\n')  # a whole last line is kept, and ended
-    assert metrics.truncate(path, 1) == ({"step": 1, "b": 2}, 2)
+    assert metrics.truncate(path, 1) == ({"step": 1, "b": 2}, 2, [1, 1], None)
     assert path.read_text() == '{"step": 1}\n{"step": 1, "b": 2}\n'
-    assert metrics.truncate(path, 0) == (None, 2)
+    assert metrics.truncate(path, 0) == (None, 2, [], None)
     assert path.read_text() == ""
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "text": "to')  # cut off while it was written
-    assert metrics.truncate(path, 9) == ({"step": 2}, 1)
+    assert metrics.truncate(path, 9) == ({"step": 2}, 1, [1, 2], None)
 
 
 def test_a_process_that_does_not_write_leaves_no_trace(tmp_path):
@@ -191,7 +191,7 @@ def test_pace_forgets_the_compiling_step_and_the_last_phase():
     for step_s in (60.0, 1.0, 2.0):
         pace = pace.after("prior", step_s)
     assert pace.step_s == pytest.approx(1.1)
-    assert pace.after("rl", 30.0).step_s == 30.0
+    assert math.isnan(pace.after("rl", 30.0).step_s)
 
 
 def test_without_a_terminal_lines_are_plain_and_rare(monkeypatch):
@@ -215,11 +215,44 @@ def test_on_a_terminal_there_is_one_live_line():
     console, printed = on_paper(terminal=True)
     log = metrics.RunLog(io.StringIO(), None, None, console, total_steps=100, start_s=0.0)
     log.write(1, "rl", {"rollout/reward": 0.5, "time/step_s": 2.0}, phase_step=1, phase_steps=10)
-    log.write(2, "rl", {"train/loss": 0.125}, phase_step=2, phase_steps=10)
+    log.write(2, "rl", {"train/loss": 0.125, "time/step_s": 2.0}, phase_step=2, phase_steps=10)
     log.close()
     log.close()
     assert "rl 2/10  step 2/100  eta 16s  run 3m16s at this pace  reward 0.500  loss 0.1250" in printed()
     assert printed().rstrip("\n").endswith("\x1b[?25h")  # the cursor is back
+
+
+@pytest.mark.parametrize("width", [20, 60, 110])
+def test_the_live_line_never_wraps_and_says_what_is_under_way(width, monkeypatch):
+    monkeypatch.setattr(metrics.Live, "start", lambda live: None)  # no thread
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: 7.0)
+    console, _ = on_paper(terminal=True, width=width)
+    log = metrics.RunLog(io.StringIO(), None, None, console, total_steps=2000, start_s=0.0)
+
+    def shown():
+        lines = console.render_lines(log._line())
+        assert len(lines) == 1
+        return "".join(segment.text for segment in lines[0]).rstrip()
+
+    assert shown() == "starting 0s"
+    log.doing("compiling the sampler")
+    assert shown() == ("compiling the sampler 0s" if width > 20 else "compiling the sampl…")
+    values = {
+        "rollout/reward": 0.5,
+        "rollout/correct": 0.25,
+        "perf/tokens_per_s": 12345.0,
+        "time/sample_s": 2.0,
+        "time/step_s": 4.0,
+    }
+    for step in (1, 2):
+        log.write(step, "rl", values, phase_step=step, phase_steps=160)
+        assert shown().startswith(f"rl {step}/160")
+    whole = (
+        "rl 2/160  step 2/2000  eta 10m32s  run 2h13m at this pace  reward 0.500  accuracy 0.250  tokens/s 12,345  sampling 100%"
+    )
+    assert whole.startswith(shown())
+    assert shown().endswith({20: "rl 2/160", 60: "run 2h13m at this pace", 110: "tokens/s 12,345"}[width])
+    log.close()
 
 
 def test_evaluations_before_and_after():

@@ -15,6 +15,10 @@ at fifty random times each: 2026-11-26, 100 kills, 41 runs that came to their en
 Other faults, and where they are injected; nothing was lost in any of them:
 
     a checkpoint cut short, or with a flipped bit   test_checkpoint   noticed, or harmless; never does another state come back
+    a checkpoint that lacks any of its files        test_damage       the same; all damaged: refused, again and again
+    a folder moved or removed while the run writes  test_damage       one line, with the folder's new name
+    files of a run that hold nonsense, or are gone  test_damage       made good or named; what was there is kept aside
+    Ctrl-C, once and twice, into whatever hangs     test_interrupt    saves and ends; ends at once
     a save that was killed                          test_checkpoint   never seen, and removed
     SIGTERM, twice in one run                       test_workdir      saves and ends; goes on bit for bit
     a full disk                                     test_workdir      a save fails, the run does not; the next one is tried

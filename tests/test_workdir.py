@@ -59,12 +59,10 @@ def test_a_change_of_the_maths_is_refused_unless_accepted(folder, field):
 
 def test_resume_never_auto_and_must(folder, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
-    for resume in ("auto", "must"):
+    for resume in ("auto", "must", "never"):
         check(folder, resume=resume)
     for resume in ("auto", "never"):
         check(empty, resume=resume)
-    with pytest.raises(ValueError, match="holds checkpoints, and --resume=never; choose another --workdir"):
-        check(folder, resume="never")
     with pytest.raises(ValueError, match="holds no checkpoint, and --resume=must"):
         check(empty, resume="must")
 
@@ -221,23 +219,25 @@ def await_step(process, folder, step, timeout_s=240):
     raise TimeoutError
 
 
-def test_sigterm_saves_and_ends_and_the_run_goes_on_as_if_nothing_had_been(tmp_path):
+def test_sigterm_and_ctrl_c_save_and_end_and_the_run_goes_on_as_if_nothing_had_been(tmp_path):
     """Stopped twice in the middle of a line of metrics that sums seven steps."""
     stopped = tmp_path / "stopped"
-    for step in (60, 200):
+    for step, number, code, name in ((60, signal.SIGTERM, 0, "SIGTERM"), (200, signal.SIGINT, 130, "Ctrl-C")):
         process = begin(stopped)
         await_step(process, stopped, step)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         started_s = time.time()
         out, err = process.communicate(timeout=60)
-        assert process.returncode == 0, err
+        assert process.returncode == code, err
         assert time.time() - started_s < 30
-        assert "got SIGTERM: saving after this step" in err
-        last = out.splitlines()[-1]
-        assert last.startswith("stopped after step ")
-        at = int(last.split(";")[0].rsplit(" ", 1)[1])
+        assert f"got {name}: saving after this step" in err
+        assert "Traceback" not in err
+        last = (out if number == signal.SIGTERM else err).splitlines()[-1]
+        assert last.startswith("stopped after step " if number == signal.SIGTERM else "interrupted; ")
+        at = int(last.rsplit(" ", 1)[1])
+        assert number == signal.SIGINT or last.startswith(f"stopped after step {at}; ")
         assert at >= step
-        assert last.endswith(f"the same command goes on from step {at}")
+        assert last.endswith(f"the same command continues from step {at}")
         assert (stopped / "checkpoints" / str(at)).is_dir()
         assert (stopped / "lock").read_text() == ""
     for folder in (stopped, tmp_path / "whole"):
@@ -253,12 +253,13 @@ def test_a_second_sigterm_ends_at_once():
     body = """
 import os, signal, sys, time
 from jaxreason import preemption
-stop = preemption.watch()
-assert not stop()
-os.kill(os.getpid(), signal.SIGTERM)
-assert stop()
-os.kill(os.getpid(), signal.SIGTERM)
-time.sleep(30)
+with preemption.watch() as stop:
+    assert not stop()
+    os.kill(os.getpid(), signal.SIGTERM)
+    while not stop():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
 """
     started_s = time.time()
     got = subprocess.run([sys.executable, "-c", body], cwd=ROOT, capture_output=True, text=True)
@@ -388,7 +389,7 @@ def full_at(monkeypatch, owner, name, path, call):
         ("metrics.jsonl", metrics.RunLog, "write", 9),
         ("rollouts.jsonl", metrics, "write_rollouts", 6),
         ("summary.json", metrics, "write_summary", 3),
-        ("summary.json", metrics, "write_summary", 5),  # the last, when all else is written
+        ("summary.json", metrics, "write_summary", 6),  # the last, when all else is written
     ],
 )
 def test_a_file_that_cannot_be_written_ends_the_run_and_loses_nothing(tmp_path, monkeypatch, whole, file, owner, name, call):
@@ -398,7 +399,7 @@ def test_a_file_that_cannot_be_written_ends_the_run_and_loses_nothing(tmp_path, 
             run_config(cut_config(), tmp_path)
     found = params_of(tmp_path)[0]
     assert str(caught.value) == (
-        f"can't write to {tmp_path / file}: File too large; make room, or make it writable; the same command goes on from step "
+        f"can't write to {tmp_path / file}: File too large; make room, or make it writable; the same command continues from step "
         f"{found}"
     )
     assert found >= 2
@@ -429,12 +430,14 @@ def test_checkpoints_that_cannot_be_written_end_a_run_at_its_last_step_and_not_b
         patch.setattr(metrics.RunLog, "say", lambda log, line: said.append(line))
         with pytest.raises(metrics.Unwritable) as caught:
             run_config(cut_config(), tmp_path)
-    told = [line for line in said if line.startswith("warning: ")]
+    told = [line for line in said if line.startswith("warning: the save")]
     for line, step in zip(told, (4, 6, 7), strict=True):
         assert line.startswith(f"warning: the save of step {step} failed: [Errno 20] Not a directory: '{folder}/{step}.")
-        assert line.endswith("the newest checkpoint is of step 3; make room, or make it writable, before the next save")
+        assert line.endswith("there is no checkpoint; make room, or make it writable, before the next save")
+    removed = "warning: somebody has removed the checkpoints of steps 2, 3; the run continues"
+    assert said.count(removed) == 1
     assert str(caught.value).startswith(f"the save of step 7 failed: [Errno 20] Not a directory: '{folder}/7.")
-    assert str(caught.value).endswith("make room, or make it writable; the same command goes on from step 3")
+    assert str(caught.value).endswith("make room, or make it writable; the same command continues from the start")
     assert not json.loads((tmp_path / "summary.json").read_text())["done"]
     folder.unlink()
     aside.rename(folder)
@@ -488,7 +491,7 @@ def test_a_full_disk_is_one_line_and_room_is_all_that_the_same_command_needs(tmp
     code, err = start("in mid-run")
     assert code == 1
     assert [line for line in err if line.startswith("error: ")] == [err[-1]]
-    way_out = f"{tmp_path}/metrics.jsonl: File too large; make room, or make it writable; the same command goes on from step "
+    way_out = f"{tmp_path}/metrics.jsonl: File too large; make room, or make it writable; the same command continues from step "
     assert err[-1].startswith(f"error: can't write to {way_out}")
     at = int(err[-1].rsplit(" ", 1)[1])
     assert at == params_of(tmp_path)[0] > 0

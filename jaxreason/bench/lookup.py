@@ -23,6 +23,7 @@ sampler has none of it. An accelerator may wait for the weights up to more slots
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -94,7 +95,7 @@ def bench(cores: int) -> None:
 
     config = FLAGS.config.to_dict()
     _, tokenizer, _, shape, load = build.describe(config["model"], config["text"])
-    lines = [json.loads(line) for line in Path(FLAGS.rollouts).read_text().splitlines()]
+    lines = [json.loads(line) for line in Path(os.path.expanduser(FLAGS.rollouts)).read_text().splitlines()]
     texts = [(tokenizer.encode(r["prompt"]), tokenizer.encode(r["text"], special=False)) for r in lines]
     texts = [(prompt, completion) for prompt, completion in texts if completion]
     show = machine.printer(f"{FLAGS.config.model.name}: look-up in {len(texts)} rollouts", cores)

@@ -123,7 +123,7 @@ def make_work():
         tokenizer = tokenizer._replace(eos_ids=(FLAGS.eos_id,))
     tasks = [Task("", "")] * FLAGS.prompts
     if FLAGS.questions:
-        lines = Path(FLAGS.questions).read_text().splitlines()
+        lines = Path(os.path.expanduser(FLAGS.questions)).read_text().splitlines()
         if len(lines) < FLAGS.prompts:
             raise ValueError(f"--prompts got {FLAGS.prompts}; allowed: at most the {len(lines)} lines of {FLAGS.questions}")
         tasks = [Task(json.loads(line)["question"], "") for line in lines[: FLAGS.prompts]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from pathlib import Path
 
 from jaxreason import build, objectives, optimizer, sharding
@@ -68,7 +69,7 @@ def read_shape(config: dict):
     if section.get("weights") == "pretrained":
         section["weights"] = "random"
         if name not in SIZES:
-            folder = Path(name)
+            folder = Path(os.path.expanduser(name))
             if not (folder / "config.json").is_file():
                 raise ValueError(f"{unknown('model', name, SIZES)}; or a folder with a config.json (a plan downloads nothing)")
     elif name == "tiny":

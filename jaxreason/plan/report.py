@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from jaxreason.plan.work import Work
 
 def read_prices(path: str | None) -> dict[str, float]:
     """Read dollars per chip-hour."""
-    prices = {} if path is None else json.loads(Path(path).read_text())
+    prices = {} if path is None else json.loads(Path(os.path.expanduser(path)).read_text())
     if not isinstance(prices, dict):
         raise ValueError(f'{path} holds a {type(prices).__name__}; needed: an object such as {{"v5e": 1.2}}')
     for name, price in prices.items():

@@ -84,6 +84,7 @@ class Pool:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            process_group=0,  # a Ctrl-C is for us alone: it must not make verdicts of this step wrong
         )
         theirs.close()
         child = Child(process, ours)
