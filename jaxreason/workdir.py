@@ -21,8 +21,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jaxreason.options import read_object
-
 RESUME = ("auto", "must", "never")
 # Fields of a config that decide when something is written or measured, or how the same sums are split.
 SAME_MATHS = re.compile(
@@ -39,12 +37,12 @@ BEAT_S = 10.0  # how often a run touches its lock
 
 def is_done(folder: Path) -> bool:
     try:
-        return (read_object(folder / "summary.json") or {}).get("done") is True
+        return (json_object(folder / "summary.json") or {}).get("done") is True
     except OSError:
         return False
 
 
-def read_object(path: Path) -> dict | None:
+def json_object(path: Path) -> dict | None:
     """The JSON object in a file; None if there is no such file, or anything else in it."""
     if not path.is_file():
         return None
@@ -69,8 +67,8 @@ def continues(folder: Path) -> str:
 
 def begun(folder: Path, today: str) -> str | None:
     """The date on which the run in a folder began, as its config recorded it: today, if there is none."""
-    path = folder / "config.json"
-    section = read_object(path).get("text") if path.is_file() else {"date": today}
+    there = recorded_config(folder, saved_at(folder), say=lambda line: None)
+    section = {"date": today} if there is None else there.get("text")
     return section.get("date") if isinstance(section, dict) else None
 
 
@@ -96,7 +94,7 @@ def check(folder: Path, text: str, *, resume: str, accept_config_change: bool, s
             say(f"config changed: {line}")
     if is_done(folder):
         raise ValueError(f"the run in {folder} is finished; choose another --workdir, or --resume=never to start anew in it")
-    if summary.is_file() and not isinstance((read_object(summary) or {}).get("done"), bool):
+    if summary.is_file() and not isinstance((json_object(summary) or {}).get("done"), bool):
         say(f"{summary} is no summary of a run; the next evaluation writes it anew, with all that the checkpoint has of it")
 
 
@@ -111,7 +109,7 @@ def check_kinds(folder: Path) -> None:
 def check_is_new(folder: Path, resume: str) -> None:
     """Raise ValueError if there are no checkpoints where there must be some, or have been some."""
     damaged = [path.name for path in (folder / "checkpoints").glob("*.damaged*")]
-    last = (read_object(folder / "summary.json") or {}).get("saved")
+    last = (json_object(folder / "summary.json") or {}).get("saved")
     if damaged or last:
         only = f"only damaged checkpoints ({', '.join(sorted(damaged))})"
         had = only if damaged else f"none of its checkpoints any more (the last known was of step {last})"
@@ -126,11 +124,11 @@ def check_is_new(folder: Path, resume: str) -> None:
 def recorded_config(folder: Path, saved: Sequence[int], say: Callable[[str], None]) -> dict | None:
     """The config that a run was begun with: of `config.json`, or else of its newest checkpoint that tells."""
     path = folder / "config.json"
-    if (found := read_object(path)) is not None:
+    if (found := json_object(path)) is not None:
         return found
     what = "is no config of a run" if path.is_file() else "is missing"
     for step in reversed(saved):
-        held = (read_object(folder / "checkpoints" / str(step) / "host" / "metadata") or {}).get("host")
+        held = (json_object(folder / "checkpoints" / str(step) / "host" / "metadata") or {}).get("host")
         if isinstance(held, dict) and isinstance(held.get("config"), dict):
             say(f"{path} {what}; written anew, after a comparison with the config in the checkpoint of step {step}")
             return held["config"]
