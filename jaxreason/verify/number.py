@@ -58,7 +58,8 @@ def read_number(text: str, strict: bool = False, fractions: bool = True) -> Frac
     said = last_said(text)
     if said is not None:
         return value_of_lines(said, fractions)
-    return last_value(text, fractions)
+    denied = list(_DENIES.finditer(text))
+    return last_value(text[denied[-1].end() :] if denied else text, fractions)
 
 
 # --- normalise ---
@@ -69,7 +70,7 @@ _SUPERSCRIPT = str.maketrans({c: f"^{i}" for i, c in enumerate("⁰¹²³⁴⁵�
 _VULGAR = str.maketrans({c: f" {unicodedata.normalize('NFKC', c).replace('⁄', '/')} " for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"})
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|mbox|operatorname)\s?\{([^{}]*)\}")
 _DROPPED = re.compile(
-    r"\\?[$€£¥%]|°|\^?\{?\\circ\}?|\\(?:degree|left|right|displaystyle)(?![A-Za-z])|\*\*|__|`|\\!|</?[|]?\w+[|]?>"
+    r"\\?[$€£¥%]|°|\^\{\\circ\}|\^?\\circ|\\(?:degree|left|right|displaystyle)(?![A-Za-z])|\*\*|__|`|\\!|</?[|]?\w+[|]?>"
 )
 _SPACES = re.compile(r"\\[,;: ()\[\]]|\\q?quad(?![A-Za-z])|~|\\\\|[\u00a0\u2009\u202f]|(?<![<>=!])&")
 _CROSS = re.compile(r"(?<=[0-9])\s?x\s?(?=[0-9])")
@@ -105,7 +106,9 @@ def _plain_fraction(match: re.Match) -> str:
 
 # --- find the region ---
 
-_SAYS = re.compile(r"answer\s?(?:is\b|was\b|:|=)(?!\s*(?:not|never|n't)\b)", re.IGNORECASE)
+_SAYS = re.compile(r"answer\s?(?:is\b|was\b|:|=)|(?:^|[.!?] )\W{0,4}(?:final )?answer *$", re.IGNORECASE | re.MULTILINE)
+# With the number that it denies.
+_DENIES = re.compile(r"answer\s?(?:(?:is|was)\s+(?:not|never)|(?:is|was)n['’]t)\b[^0-9\n]{0,40}[0-9.,]*[0-9]?", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
 _MARK = re.compile("#{4,}")
 _DIGIT = re.compile("[0-9]")
@@ -134,11 +137,15 @@ def last_marked(text: str) -> str | None:
 
 
 def last_said(text: str) -> str | None:
-    """Return the rest of the sentence behind the last affirmative "answer is" that has a digit in it."""
+    """Return the rest of the sentence behind the last "answer is" that has a digit in it; None if a later one denies."""
     for match in reversed(list(_SAYS.finditer(text))[-20:]):
+        if _DENIES.match(text, match.start()):
+            return None
         lines = text[match.end() :].lstrip(" :*")
-        sentence = _SENTENCE_END.split(lines.lstrip().partition("\n")[0])[0]
-        if _DIGIT.search(sentence):
+        line = lines.lstrip().partition("\n")[0]
+        end = _SENTENCE_END.search(line)
+        sentence = line[: end.start()] if end else line
+        if _DIGIT.search(sentence) and not (end and end[0].startswith("?")):
             return sentence
     return None
 
@@ -155,7 +162,7 @@ def _token_pattern(whole: str, comma: str, joins: str) -> re.Pattern:
     return re.compile(
         rf"(?P<sign>(?<![\w)\]}}])-[ ]?)?"
         rf"(?P<digits>(?:{_GROUPED}{whole}|[0-9]+)(?![0-9])(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+{comma})(?![0-9]|[{joins}][0-9])"
-        r"(?:[eE](?P<exponent>[+-]?[0-9]{1,3})(?![0-9.]))?"
+        r"(?:[eE](?P<exponent>[+-]?[0-9]{1,3})(?!\.?[0-9]))?"
         rf"(?:{_MIXED}|[ ]?/[ ]?{_BELOW})?"
         r"(?P<power>\^\{?(?P<to>-?[0-9]{1,3})\}?)?"
         r"(?:[ ]?[*x][ ]?10\^\{?(?P<ten>-?[0-9]{1,3})\}?)?"
@@ -169,7 +176,7 @@ def _token_pattern(whole: str, comma: str, joins: str) -> re.Pattern:
 
 # Spaces between thousands and a decimal comma are read where an answer is, not in running text.
 _ANSWER = _token_pattern(r"|[0-9]{1,3}(?: [0-9]{3})+", "|[0-9]+,[0-9]{1,2}(?![0-9,])", ",.:'")
-_RUNNING = _token_pattern("", "", ".:")
+_RUNNING = _token_pattern("|[0-9]{1,3}(?: [0-9]{3}){2,}", "", ".:")
 _SCALES = {None: 0, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _UNITS = frozenset("mghslLNJWVAKCF")  # of one letter, that may follow a number without a space: 5m, but not 2x
 _UNKNOWNS = frozenset("abcdeijknpqrtuvwxyzXYZ")
@@ -186,7 +193,7 @@ class Token(NamedTuple):
 
 def tokens(text: str, fractions: bool, pattern: re.Pattern = _ANSWER) -> Iterator[Token]:
     """Cut a text into numbers, words and signs. What is none of these is left out."""
-    end, before, numbers = -1, None, 0
+    end, before, numbers, named = -1, None, 0, False
     for match in pattern.finditer(text):
         attached, end = match.start() == end, match.end()
         kind = "number" if match["digits"] or match["unread"] else match.lastgroup
@@ -200,10 +207,10 @@ def tokens(text: str, fractions: bool, pattern: re.Pattern = _ANSWER) -> Iterato
             minus = before in ("number", "close") or (before == "word" and numbers and sign == "- ")
             if sign and minus:
                 yield Token("operator", None, "-", attached)
-            dash = sign == "- " and (before == "word" or pattern is _RUNNING)
+            dash = sign == "- " and (pattern is _RUNNING or (before == "word" and named))
             negative = sign and not minus and not dash and value is not None
             yield Token("number", -value if negative else value, match[0], attached)
-        before, numbers = kind, numbers + (kind == "number")
+        before, numbers, named = kind, numbers + (kind == "number"), match[0].lower() in ("answer", "result", "total")
 
 
 def _plain(digits: str) -> Fraction | None:
@@ -241,6 +248,8 @@ def only_value(text: str, fractions: bool) -> Fraction | None:
     """Read the one number of a text that holds nothing else but words and units, or says that it equals it."""
     found = list(tokens(text, fractions))
     equal = [i for i, token in enumerate(found) if token.kind == "equals"]
+    if equal and any(token.text in (",", ";") for token in found[: equal[-1]]):
+        return None  # several unknowns
     if equal and any(token.kind == "number" for token in found[equal[-1] :]):
         found = found[equal[-1] + 1 :]
     at = [i for i, token in enumerate(found) if token.kind == "number"]
@@ -259,10 +268,8 @@ def _plain_pair(text: str) -> bool:
 def is_complete(found: list[Token], at: int, factorial: bool = False) -> bool:
     """Whether a number is not a part of a term: of 2x, 5!, f(3), 3 + a."""
     before, after = found[at - 1] if at else None, found[at + 1] if at + 1 < len(found) else None
-    if after is not None and after.kind == "word" and len(re.split(r"\^", after.text)[0]) == 1:
-        letter = after.text[0]
-        if letter in _UNKNOWNS or (after.attached and letter not in _UNITS):
-            return False
+    if is_factor(found, at):
+        return False
     if after is not None and after.kind == "operator" and ((after.text in "^!" and factorial) or operates(found, at + 1)):
         return False
     if after is not None and after.kind in ("macro", "open") and after.attached:
@@ -270,6 +277,14 @@ def is_complete(found: list[Token], at: int, factorial: bool = False) -> bool:
     if at > 1 and before.kind == "open" and before.attached and found[at - 2].kind == "word":
         return False
     return not (before is not None and (before.kind == "macro" or (before.kind == "operator" and operates(found, at - 1))))
+
+
+def is_factor(found: list[Token], at: int) -> bool:
+    """Whether an unknown of one letter follows a number, and not a unit: 2x, 2 n, but not 2m."""
+    after = found[at + 1] if at + 1 < len(found) else None
+    if after is None or after.kind != "word" or len(after.text.partition("^")[0]) != 1:
+        return False
+    return after.text[0] in _UNKNOWNS or (after.attached and after.text[0] not in _UNITS)
 
 
 def operates(found: list[Token], at: int) -> bool:
@@ -322,9 +337,9 @@ def _next_number(found: list[Token], at: int) -> int | None:
 
 
 def last_value(text: str, fractions: bool) -> Fraction | None:
-    """Read the last number of a text that can be read."""
-    value = None
-    for token in tokens(text, fractions, _RUNNING):
-        if token.kind == "number" and not (token.value is None and ":" in token.text):
-            value = token.value
-    return value
+    """Read the last number of a text, unless it can't be read or is a factor, as in 2x."""
+    found = list(tokens(text, fractions, _RUNNING))
+    at = [i for i, token in enumerate(found) if token.kind == "number" and not (token.value is None and ":" in token.text)]
+    if not at or is_factor(found, at[-1]):
+        return None
+    return found[at[-1]].value
