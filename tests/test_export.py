@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from runs import ROOT, load_config, run_config
-from test_main import main
-from test_weights import assert_equal, logits
+from compare import assert_equal, logits
+from runs import ROOT, load_config, main, run_config
 
 import jaxreason
 from jaxreason import checkpoint, origin, text

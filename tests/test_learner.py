@@ -10,38 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compare import assert_trees_close
+from tiny_batch import SPANS, B, T, make, random_batch, whole_logits
 
 from jaxreason import batching, learner, objectives, sharding
 from jaxreason.types import Batch, Rollout, Task, TrainState, Verdict
-
-B, T = 8, 12
-# Prompt and whole length of each row: right-padded, as `batching` makes them.
-SPANS = [(3, 12), (2, 7), (5, 6), (1, 12), (4, 9), (2, 3), (6, 11), (3, 8)]
-
-
-def random_batch(seed=0, *, temperature=1.0, rows=B):
-    """A batch as of rollouts: prompts, completions, padding, per-sequence weights, advantages of both signs."""
-    rng = np.random.default_rng(seed)
-    batch = batching.empty(rows, T)
-    for i in range(rows):
-        start, stop = SPANS[i % B]
-        batch.tokens_BT[i, :stop] = rng.integers(1, 24, stop)
-        batch.segment_BT[i, :stop] = 1
-        batch.weight_BT[i, start:stop] = 1 / (rows * (stop - start))
-        batch.advantage_BT[i, start:stop] = rng.normal()
-        batch.behaviour_logp_BT[i, start:stop] = rng.normal(-2.7, 0.2, stop - start)
-    batch.temperature_BT[:] = temperature
-    return batch
 
 
 def fresh(params, optimizer):
     """A state of its own buffers, for a step that donates them."""
     params = jax.tree.map(jnp.copy, params)
     return TrainState(params, optimizer.init(params), jnp.int32(0))
-
-
-# Of one name and one set of numbers there is one objective, and so one compiled gradient, for all tests of this file.
-make = functools.cache(objectives.make)
 
 
 @functools.cache
@@ -55,18 +34,6 @@ def loss_and_gradient(model, params, batch, objective):
 
 
 token_logp = functools.cache(learner.compile_token_logp)
-
-
-@functools.cache
-def whole_logits(model):
-    def logits(params, batch):
-        return model.unembed(params, model.apply(params, batch.tokens_BT, batch.position_BT, batch.segment_BT)[0])
-
-    return jax.jit(logits)
-
-
-def assert_trees_close(a, b, **tolerance):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **{"rtol": 1e-4, "atol": 1e-6, **tolerance}), a, b)
 
 
 def reference_logp(model, params, batch):
@@ -547,11 +514,12 @@ def test_reference_costs_nothing_when_off(tiny):
     assert batch.reference_logp_BT is None
     assert len(jax.tree.leaves(batch)) == len(dataclasses.fields(Batch)) - 1
 
-    def program(**fields):
-        one = functools.partial(learner.loss, model=model, objective=make("grpo", **fields))
+    def program(objective):
+        one = functools.partial(learner.loss, model=model, objective=objective)
         return jax.jit(jax.value_and_grad(one, has_aux=True)).lower(params, batch).as_text()
 
-    assert program(kl_coefficient=0.0) == program()
+    assert program(make("grpo", kl_coefficient=0.0)) == program(objectives.grpo())
+    assert program(make("grpo", entropy_coefficient=0.1)) != program(objectives.grpo())  # it would show
 
 
 def test_reference_pulls_towards_itself(tiny):

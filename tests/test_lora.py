@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import load_config, read_lines, run_config
-from test_learner import B, assert_trees_close, make, random_batch, whole_logits
-from test_train import Killed, killed_after, params_of
+from compare import assert_trees_close
+from runs import Killed, killed_after, load_config, params_of, read_lines, run_config
+from tiny_batch import B, make, random_batch, whole_logits
 
 from jaxreason import learner, optimizer, sharding
 from jaxreason.build import build

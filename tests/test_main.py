@@ -1,23 +1,13 @@
 """The door: bad input is one clear line before anything is compiled, help is quick, and the real command runs and resumes."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
-from runs import ROOT, load_config
+from runs import ROOT, load_config, main
 
 SMOKE = "configs/tiny.py:smoke"
-
-
-def main(*arguments, cwd=ROOT, timeout=300, **environment):
-    """Run the real command on one device; return (exit code, stdout, stderr)."""
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT), **environment}
-    got = subprocess.run(
-        [sys.executable, "-m", "jaxreason.main", *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
-    )
-    return got.returncode, got.stdout, got.stderr
 
 
 @pytest.mark.parametrize(

@@ -9,22 +9,15 @@ import os
 import re
 import runpy
 import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from runs import read_lines, run_config
-from test_train import maths, params_of
+from runs import HEARTBEAT_S, ROOT, finish, maths, params_of, read_lines, run_config, start, train_command
 
 from jaxreason import processes
 
-ROOT = Path(__file__).parent.parent
-HEARTBEAT_S = 10
 # All three sources, a reference policy, and text and tasks held out.
 CONFIG = """
 import runpy
@@ -44,42 +37,6 @@ def get_config(arg=""):
     config.evaluate.texts = {"solutions": {"task": task, "length": 32, "rows": 16}}
     return config
 """
-
-
-def start(command: list[str], count: int, devices: int, **environment: str) -> list[subprocess.Popen]:
-    """Start processes with some virtual CPU devices each; words may hold {process}, those of the command {port} and {count}."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    return [
-        subprocess.Popen(
-            [sys.executable, *(word.format(port=port, count=count, process=process) for word in command)],
-            cwd=ROOT,
-            env=os.environ
-            | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
-            | {name: value.format(process=process) for name, value in environment.items()},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(count)
-    ]
-
-
-def finish(started: list[subprocess.Popen], timeout_s: float = 300) -> list[tuple[int, str, str]]:
-    """Wait for all; return what each ended with, and wrote."""
-    try:
-        return [(*process.communicate(timeout=timeout_s), process.returncode)[::-1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-
-
-def train_command(config: str, workdir: Path, *more: str) -> list[str]:
-    joined = ["--coordinator_address=localhost:{port}", "--num_processes={count}", "--process_id={process}"]
-    run = [f"--config={config}", f"--workdir={workdir}", f"--heartbeat_timeout_s={HEARTBEAT_S}"]
-    return ["-m", "jaxreason.main", *run, *joined, *more]
 
 
 def test_two_processes_train_as_one(tmp_path):

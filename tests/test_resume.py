@@ -43,8 +43,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import ROOT, read_lines
-from test_train import maths, params_of
+from runs import ROOT, maths, params_of, read_lines, xla_flags
 
 CONFIG = """
 import runpy
@@ -84,9 +83,8 @@ POINTS = [
 
 
 def begin(config: Path, workdir: Path, point: str = "none", count: int = 0) -> subprocess.Popen:
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": paths}
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(2), "PYTHONPATH": paths}
     return subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "killed_run.py"), str(config), str(workdir), point, str(count)],
         cwd=ROOT,

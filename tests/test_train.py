@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from runs import load_config, read_lines, run_config
+from runs import Killed, killed_after, load_config, maths, params_of, read_lines, run_config
 
 from jaxreason import checkpoint, sharding, train
 from jaxreason.train import Diverged
@@ -18,47 +18,6 @@ FEW = {
     "checkpoint.every_steps": 2,
     "rl.objective.kl_coefficient": 0.1,
 }
-
-
-class Killed(Exception):
-    pass
-
-
-def killed_after(monkeypatch, saves: int):
-    """Let the process die right after its n-th checkpoint; later steps were logged but not saved."""
-    open_checkpoints = checkpoint.open_checkpoints
-
-    def opened(*args, **kwargs):
-        made, count = open_checkpoints(*args, **kwargs), [0]
-
-        def save(*args, **kwargs):
-            if count[0] == saves:
-                made.wait()
-                raise Killed
-            count[0] += 1
-            made.save(*args, **kwargs)
-
-        return made._replace(save=save)
-
-    monkeypatch.setattr(checkpoint, "open_checkpoints", opened)
-
-
-def params_of(workdir):
-    made = checkpoint.open_checkpoints(workdir / "checkpoints", read_only=True)
-    step = made.latest()
-    import orbax.checkpoint as ocp
-
-    reader, state = ocp.PyTreeCheckpointer(), workdir / "checkpoints" / str(step) / "state"
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(state).item_metadata.tree)
-    tree = reader.restore(state, restore_args=as_numpy)  # whatever devices it was saved from
-    made.close()
-    return step, tree
-
-
-def maths(workdir) -> list[dict]:
-    """The lines of metrics, without times."""
-    lines = read_lines(workdir / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if not k.startswith(("time", "perf"))} for line in lines]
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from runs import ROOT, load_config, read_lines, run_config
-from test_train import Killed, killed_after, maths, params_of
+from runs import ROOT, Killed, killed_after, load_config, maths, params_of, read_lines, run_config, xla_flags
 
 from jaxreason import checkpoint, metrics, preemption, train, workdir
 from jaxreason.main import config_text
@@ -203,7 +202,7 @@ def begin(folder, *more):
     return subprocess.Popen(
         [sys.executable, "-m", "jaxreason.main", "--config=configs/tiny.py:smoke", f"--workdir={folder}", *FIELDS, *more],
         cwd=ROOT,
-        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"XLA_FLAGS": xla_flags(1), "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
