@@ -36,6 +36,14 @@ def pytest_xdist_auto_num_workers(config):
     return min(4, cores or 1)
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave out tests that are marked slow or soak, unless -m names their marker."""
+    left_out = {name for name in ("slow", "soak") if name not in config.option.markexpr}
+    dropped = [item for item in items if left_out & {mark.name for mark in item.iter_markers()}]
+    items[:] = [item for item in items if item not in dropped]
+    config.hook.pytest_deselected(items=dropped)
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """`tiny(**fields) -> (model, params)`: two layers, width 16, 24 words; `fields` replace fields of its ModelConfig."""

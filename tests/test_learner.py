@@ -83,7 +83,7 @@ def test_ratio_is_one_on_policy_at_temperature_0_7(tiny):
 @pytest.mark.parametrize("kept", [0, 2**20])
 @pytest.mark.parametrize("chunks", [2, 6, B * T])
 def test_chunks_of_logits_change_nothing(tiny, monkeypatch, chunks, kept):
-    model, params = tiny()
+    model, params = tiny(layers=1)
     batch = random_batch()
     objective = make("grpo", entropy_coefficient=0.1)
     whole = loss_and_gradient(model, params, batch, objective)
@@ -293,13 +293,14 @@ def ragged_rollouts(count: int) -> list[Rollout]:
     return made
 
 
-@pytest.mark.parametrize(("microbatches", "axes"), [(1, None), (4, None), (2, (2, 4))])
-def test_packing_changes_nothing(tiny, microbatches, axes):
-    """The same update, metrics included, from rollouts that share rows as from one a row; empty micro-batches are left out."""
-    model, params = tiny()
+@pytest.fixture(scope="module")
+def packing(tiny):
+    """`packing(microbatches, axes, pack) -> (metrics, params)` of one update."""
+    model, params = tiny(layers=1)
     objective, optimizer = make("grpo", kl_coefficient=0.1, entropy_coefficient=0.01), optax.sgd(0.1)
     rollouts = ragged_rollouts(16)
 
+    @functools.cache
     def update(microbatches, axes, pack):
         state, put, placed = fresh(params, optimizer), lambda batch: batch, None
         if axes is not None:
@@ -314,21 +315,25 @@ def test_packing_changes_nothing(tiny, microbatches, axes):
         state, metrics = step(state, batch)
         return jax.device_get((metrics, state.params))
 
-    assert_trees_close(update(microbatches, axes, True), update(1, None, False))
+    return update
 
 
-@pytest.mark.parametrize(
-    ("share", "pack", "microbatches", "axes"),
-    [(4, False, 1, None), (2, False, 4, None), (2, True, 2, None), (4, True, 1, None), (2, False, 1, (2, 2))],
-)
-def test_attempts_behind_one_prompt_change_nothing(tiny, share, pack, microbatches, axes):
-    """The same update, metrics included, as with a copy of the prompt before each attempt."""
-    model, params = tiny()
+@pytest.mark.parametrize(("microbatches", "axes"), [(1, None), (4, None), (2, (2, 4))])
+def test_packing_changes_nothing(packing, microbatches, axes):
+    """The same update, metrics included, from rollouts that share rows as from one a row; empty micro-batches are left out."""
+    assert_trees_close(packing(microbatches, axes, True), packing(1, None, False))
+
+
+@pytest.fixture(scope="module")
+def shared_prompts(tiny):
+    """`shared_prompts(share, pack, microbatches, axes, layers) -> (metrics, params)` of one update."""
     objective, optimizer = make("grpo", kl_coefficient=0.1, entropy_coefficient=0.01), optax.sgd(0.1)
     rollouts = ragged_rollouts(16)
     rollouts = [dataclasses.replace(r, prompt=rollouts[i // 4 * 4].prompt) for i, r in enumerate(rollouts)]
 
-    def update(share, pack, microbatches, axes):
+    @functools.cache
+    def update(share, pack, microbatches, axes, layers):
+        model, params = tiny(layers=layers)
         state, put, placed = fresh(params, optimizer), lambda batch: batch, None
         if axes is not None:
             mesh = sharding.make_mesh(data=axes[0], fsdp=axes[1], devices=jax.devices()[: math.prod(axes)])
@@ -344,14 +349,23 @@ def test_attempts_behind_one_prompt_change_nothing(tiny, share, pack, microbatch
         state, metrics = step(state, batch)
         return jax.device_get((metrics, state.params))
 
-    expected = update(1, False, 1, None)
+    return update
+
+
+@pytest.mark.parametrize(
+    ("share", "pack", "microbatches", "axes", "layers"),
+    [(4, False, 1, None, 1), (2, False, 4, None, 1), (2, True, 2, None, 2), (4, True, 1, None, 1), (2, False, 1, (2, 2), 1)],
+)
+def test_attempts_behind_one_prompt_change_nothing(shared_prompts, share, pack, microbatches, axes, layers):
+    """The same update, metrics included, as with a copy of the prompt before each attempt."""
+    expected = shared_prompts(1, False, 1, None, layers)
     assert not expected[0]["skipped"][0]
-    assert_trees_close(update(share, pack, microbatches, axes), expected)
+    assert_trees_close(shared_prompts(share, pack, microbatches, axes, layers), expected)
 
 
 def test_empty_microbatches_cost_nothing(tiny):
     """What stands in rows of micro-batches after the last that trains anything is never read: not even NaN."""
-    model, params = tiny()
+    model, params = tiny(layers=1)
     batch = random_batch()
     batch.weight_BT[np.arange(B) % 4 >= 2] = 0
     poisoned = dataclasses.replace(
@@ -372,7 +386,7 @@ def test_empty_microbatches_cost_nothing(tiny):
 
 @pytest.mark.parametrize("name", ["lm", "sft"])
 def test_loss_falls_on_a_fixed_batch(tiny, name):
-    model, params = tiny()
+    model, params = tiny(layers=1)
     objective = make(name)
     rng = np.random.default_rng(0)
     if name == "lm":
@@ -391,7 +405,7 @@ def test_loss_falls_on_a_fixed_batch(tiny, name):
 
 
 def test_reinforce_and_clipped_have_one_gradient_on_policy(tiny):
-    model, params = tiny()
+    model, params = tiny(layers=1)
     batch = random_batch(temperature=0.8)
     batch.behaviour_logp_BT[:] = token_logp(model)(params, batch)
     score = loss_and_gradient(model, params, batch, make("reinforce"))[2]
@@ -401,7 +415,7 @@ def test_reinforce_and_clipped_have_one_gradient_on_policy(tiny):
 
 
 def test_metrics_are_sums_and_counts(tiny):
-    model, params = tiny()
+    model, params = tiny(layers=1)
     batch, optimizer = random_batch(), optax.sgd(0.5)
     step = learner.compile_train_step(model, make("grpo"), optimizer)
     state, metrics = step(fresh(params, optimizer), batch)
@@ -430,7 +444,7 @@ def test_metrics_are_sums_and_counts(tiny):
     ],
 )
 def test_step_compiles_once_and_donates_its_state(tiny, param_dtype, microbatches):
-    model, params = tiny(param_dtype=param_dtype)
+    model, params = tiny(layers=1, param_dtype=param_dtype)
     optimizer = optax.adamw(1e-3)
     step = learner.compile_train_step(model, make("dapo"), optimizer, microbatches=microbatches)
     state = fresh(params, optimizer)
@@ -446,7 +460,7 @@ def test_step_compiles_once_and_donates_its_state(tiny, param_dtype, microbatche
 
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tiny, microbatches):
-    model, params = tiny()
+    model, params = tiny(layers=1)
     optimizer = optax.adamw(1e-2)
     step = learner.compile_train_step(model, make("grpo"), optimizer, microbatches=microbatches)
     bad = random_batch()
@@ -524,7 +538,7 @@ def test_reference_costs_nothing_when_off(tiny):
 
 def test_reference_pulls_towards_itself(tiny):
     """With the policy as its own reference the KL and its gradient are zero; with another one they are not."""
-    model, params = tiny()
+    model, params = tiny(layers=1)
     batch = random_batch()
     batch.advantage_BT[:] = 0
     own = np.asarray(token_logp(model)(params, batch))

@@ -134,6 +134,7 @@ def test_what_cannot_be_is_refused_before_anything_is_compiled():
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.process
 def test_a_whole_run_samples_from_its_adapters_and_goes_on_from_its_folder(tmp_path, monkeypatch):
     def config():
         config = load_config("tiny", "smoke", **{"sharding.mesh.data": 1, "prior.steps": 2, "checkpoint.every_steps": 1})

@@ -10,6 +10,7 @@ from runs import ROOT, load_config, main
 SMOKE = "configs/tiny.py:smoke"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -135,6 +136,7 @@ def test_a_folder_without_config_is_refused(tmp_path):
         build(changed({"model": {"name": str(tmp_path), "weights": "pretrained"}}))
 
 
+@pytest.mark.process
 def test_help_does_not_import_jax():
     code, out, _ = main("--help")
     assert code in (0, 1)  # absl exits with 1
@@ -144,6 +146,7 @@ def test_help_does_not_import_jax():
     assert got.stdout.strip() == "[]"
 
 
+@pytest.mark.process
 def test_the_command_runs_refuses_another_config_and_finishes_once(tmp_path):
     config = ROOT / SMOKE.partition(":")[0]
     command = [f"--config={config}:smoke", "--config.phases=('prior',)", f"--compilation_cache={tmp_path / 'compiled'}"]
@@ -168,6 +171,7 @@ def test_the_command_runs_refuses_another_config_and_finishes_once(tmp_path):
     assert "is finished" in err
 
 
+@pytest.mark.process
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     code, _, err = main(f"--config={SMOKE}", f"--workdir={tmp_path / 'file' / 'run'}")

@@ -23,6 +23,8 @@ from jaxreason.main import config_text
 CONFIG = """
 import runpy
 
+pytestmark = pytest.mark.process
+
 def get_config(arg=""):
     config = runpy.run_path("configs/tiny.py")["get_config"]("smoke")
     config.sharding.mesh = {"data": 1, "fsdp": 1, "tensor": 1}

@@ -48,6 +48,8 @@ from runs import ROOT, maths, params_of, read_lines, xla_flags
 CONFIG = """
 import runpy
 
+pytestmark = pytest.mark.process
+
 def get_config(arg=""):
     config = runpy.run_path("configs/tiny.py")["get_config"]("smoke")
     config.sharding = {{"mesh": {{"data": 1}}, "sampling_devices": {sampling_devices}}}
@@ -63,7 +65,8 @@ def get_config(arg=""):
 STEPS = 30
 KINDS = {"lag 0": {"lag": 0, "sampling_devices": 0}, "lag 1": {"lag": 1, "sampling_devices": 1}}
 # In the order in which a run comes to them; each process gets further than the one before.
-POINTS = [
+SOME = [("logging", 3), ("reference", 2), ("line", 5), ("renaming", 2), ("summary", 2)]
+ALL = [
     ("evaluation", 1),
     ("logging", 3),
     ("update", 3),
@@ -95,7 +98,7 @@ def begin(config: Path, workdir: Path, point: str = "none", count: int = 0) -> s
     )
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module")
 def whole(request, tmp_path_factory):
     """The config, and the folder of the run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole")
@@ -121,9 +124,18 @@ def assert_same_run(workdir: Path, whole: Path) -> None:
     assert amounts == expected
 
 
-def test_killed_at_every_point_and_resumed_is_uninterrupted(tmp_path, whole):
+@pytest.mark.parametrize(
+    ("whole", "points"),
+    [
+        pytest.param("lag 1", SOME, id="lag 1, some"),
+        pytest.param("lag 0", ALL, id="lag 0, all", marks=pytest.mark.slow),
+        pytest.param("lag 1", ALL, id="lag 1, all", marks=pytest.mark.slow),
+    ],
+    indirect=["whole"],
+)
+def test_killed_at_these_points_and_resumed_is_uninterrupted(tmp_path, whole, points):
     config, expected = whole
-    for point, count in POINTS:
+    for point, count in points:
         process = begin(config, tmp_path, point, count)
         output, _ = process.communicate(timeout=600)
         assert process.returncode == -signal.SIGKILL, f"{point} {count}: {output}"
@@ -133,7 +145,8 @@ def test_killed_at_every_point_and_resumed_is_uninterrupted(tmp_path, whole):
     assert_same_run(tmp_path, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.parametrize("whole", KINDS, indirect=True)
 def test_killed_at_fifty_random_times(tmp_path, whole):
     """At any time from the start of a process on, up to a fifth longer than a whole run takes: also while it reads or saves."""
     config, expected = whole
