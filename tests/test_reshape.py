@@ -19,11 +19,11 @@ from runs import Killed, finish, killed_after, maths, params_of, read_lines, run
 from jaxreason import workdir
 from jaxreason.main import config_text
 
+pytestmark = pytest.mark.process
+
 # All three sources and a reference policy. Of gradients that are rounding alone Adam would make whole steps, were eps below them.
 CONFIG = """
 import runpy
-
-pytestmark = pytest.mark.process
 
 def get_config(arg=""):
     config = runpy.run_path("configs/tiny.py")["get_config"]("smoke")

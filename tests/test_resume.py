@@ -47,10 +47,10 @@ import numpy as np
 import pytest
 from runs import ROOT, maths, params_of, read_lines, xla_flags
 
+pytestmark = pytest.mark.process
+
 CONFIG = """
 import runpy
-
-pytestmark = pytest.mark.process
 
 def get_config(arg=""):
     config = runpy.run_path("configs/tiny.py")["get_config"]("smoke")
