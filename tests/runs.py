@@ -15,6 +15,7 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 HEARTBEAT_S = 10
+HANG_S = 1200  # a process that takes longer hangs; no test depends on how busy a machine is
 
 
 def xla_flags(devices: int) -> str:
@@ -73,7 +74,7 @@ def killed_after(monkeypatch, saves: int):
 # --- as processes ---
 
 
-def main(*arguments, cwd=ROOT, timeout=300, **environment):
+def main(*arguments, cwd=ROOT, timeout=HANG_S, **environment):
     """Run the real command on one device; return (exit code, stdout, stderr)."""
     env = os.environ | {"XLA_FLAGS": xla_flags(1), "PYTHONPATH": str(ROOT), **environment}
     got = subprocess.run(
@@ -105,7 +106,7 @@ def start(command: list[str], count: int, devices: int, **environment: str) -> l
     ]
 
 
-def finish(started: list[subprocess.Popen], timeout_s: float = 300) -> list[tuple[int, str, str]]:
+def finish(started: list[subprocess.Popen], timeout_s: float = HANG_S) -> list[tuple[int, str, str]]:
     """Wait for all; return the exit code, stderr and stdout of each."""
     try:
         return [(*process.communicate(timeout=timeout_s), process.returncode)[::-1] for process in started]
