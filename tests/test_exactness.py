@@ -1,9 +1,10 @@
 """The train step is one function: devices, micro-batches, packing and remat change nothing of it but the rounding of its sums.
 
-Combinations of mesh, micro-batches, remat and objective make five updates, from five batches,
-each with rows of their own and with rows that rollouts share. Losses, whole gradients and
-parameter changes equal those of one device, one micro-batch, a row for each rollout and no
-remat. By default each pair of values occurs in some combination; the product of all is slow.
+Combinations of mesh, micro-batches, remat and objective make five updates, from five
+batches, each with rows of their own and with rows that rollouts share. Losses, whole
+gradients and parameter changes equal those of one device, one micro-batch, a row for each
+rollout and no remat. By default each pair of values occurs in some combination; the
+product of all is slow.
 
 The optimizer is AdamW with an eps of 1e-4. With the usual 1e-8 it makes whole steps of entries that are nothing but rounding, and
 runs part there by the learning rate. With an eps far above the rounding of a gradient, some 1e-8 here, they part by less than
