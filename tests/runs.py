@@ -1,12 +1,29 @@
-"""Run configs in this process, on small inputs, for tests: what `main` does, without flags."""
+"""Run configs, in this process and by the real command, and compare what runs leave behind."""
 
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
+import jax
+import numpy as np
+
 ROOT = Path(__file__).parent.parent
+HEARTBEAT_S = 10
+HANG_S = 1200  # a process that takes longer hangs; no test depends on how busy a machine is
+
+
+def xla_flags(devices: int) -> str:
+    """The flags of this process (tests/conftest.py) with another number of devices."""
+    return os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+
+
+# --- in this process: what `main` does, without flags ---
 
 
 def load_config(name: str, options: str = "", **fields):
@@ -29,5 +46,104 @@ def run_config(config, workdir: Path) -> dict:
     return json.loads((workdir / "summary.json").read_text())
 
 
+class Killed(Exception):
+    pass
+
+
+def killed_after(monkeypatch, saves: int):
+    """Let the process die right after its n-th checkpoint; later steps were logged but not saved."""
+    from jaxreason import checkpoint
+
+    open_checkpoints = checkpoint.open_checkpoints
+
+    def opened(*args, **kwargs):
+        made, count = open_checkpoints(*args, **kwargs), [0]
+
+        def save(*args, **kwargs):
+            if count[0] == saves:
+                made.wait()
+                raise Killed
+            count[0] += 1
+            made.save(*args, **kwargs)
+
+        return made._replace(save=save)
+
+    monkeypatch.setattr(checkpoint, "open_checkpoints", opened)
+
+
+# --- as processes ---
+
+
+def main(*arguments, cwd=ROOT, timeout=HANG_S, **environment):
+    """Run the real command on one device; return (exit code, stdout, stderr)."""
+    env = os.environ | {"XLA_FLAGS": xla_flags(1), "PYTHONPATH": str(ROOT), **environment}
+    got = subprocess.run(
+        [sys.executable, "-m", "jaxreason.main", *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
+    )
+    return got.returncode, got.stdout, got.stderr
+
+
+def start(command: list[str], count: int, devices: int, **environment: str) -> list[subprocess.Popen]:
+    """Start processes with some virtual CPU devices each.
+
+    Words may hold {process}, those of the command {port} and {count}.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [
+        subprocess.Popen(
+            [sys.executable, *(word.format(port=port, count=count, process=process) for word in command)],
+            cwd=ROOT,
+            env=os.environ
+            | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices), "PYTHONPATH": str(ROOT)}
+            | {name: value.format(process=process) for name, value in environment.items()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(count)
+    ]
+
+
+def finish(started: list[subprocess.Popen], timeout_s: float = HANG_S) -> list[tuple[int, str, str]]:
+    """Wait for all; return the exit code, stderr and stdout of each."""
+    try:
+        return [(*process.communicate(timeout=timeout_s), process.returncode)[::-1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def train_command(config: str, workdir: Path, *more: str) -> list[str]:
+    joined = ["--coordinator_address=localhost:{port}", "--num_processes={count}", "--process_id={process}"]
+    run = [f"--config={config}", f"--workdir={workdir}", f"--heartbeat_timeout_s={HEARTBEAT_S}"]
+    return ["-m", "jaxreason.main", *run, *joined, *more]
+
+
+# --- what runs leave behind ---
+
+
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def maths(workdir: Path) -> list[dict]:
+    """The lines of metrics, without times."""
+    lines = read_lines(workdir / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not k.startswith(("time", "perf"))} for line in lines]
+
+
+def params_of(workdir: Path) -> tuple[int, dict]:
+    """The newest checkpoint's step and state, as NumPy arrays whatever devices it was saved from."""
+    import orbax.checkpoint as ocp
+
+    from jaxreason import checkpoint
+
+    made = checkpoint.open_checkpoints(workdir / "checkpoints", read_only=True)
+    step = made.latest()
+    reader, state = ocp.PyTreeCheckpointer(), workdir / "checkpoints" / str(step) / "state"
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(state).item_metadata.tree)
+    tree = reader.restore(state, restore_args=as_numpy)
+    made.close()
+    return step, tree

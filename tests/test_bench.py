@@ -153,6 +153,7 @@ def bench(*arguments):
 TINY = ["--config=configs/tiny.py:smoke", "--model=vocab_size=64", "--prompts=3", "--group=2", "--tokens=9", "--prompt_tokens=5"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("work", ["exact", "natural"])
 def test_the_sampler_is_measured(work):
     code, lines, err = bench("sampler", *TINY, f"--work={work}", "--slots=8", "--eos_id=5", "--repeats=2")
@@ -173,6 +174,7 @@ def test_the_sampler_is_measured(work):
         assert 0 < found[f"first batch, {name}"] < found[f"start to first batch, {name}"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["learner", "step"])
 def test_the_learner_is_measured(name):
     work = ["--work=natural", "--microbatches=3", "--repeats=2", "--kl=0.1", "--eos_id=5", "--config.sharding.mesh.data=1"]
@@ -189,6 +191,7 @@ def test_the_learner_is_measured(name):
         assert found["step"] == pytest.approx(found["rollout"] + found["reference"] + found["update"], rel=0.3)
 
 
+@pytest.mark.process
 def test_lookup_is_measured(tmp_path):
     rows = [{"prompt": "12+34=", "text": "46;12+34=46"}, {"prompt": "1+1=", "text": "2"}, {"prompt": "3", "text": ""}]
     (tmp_path / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -201,6 +204,7 @@ def test_lookup_is_measured(tmp_path):
     assert cost["speedup"] == pytest.approx(value["tokens a step, 3 guessed"]["value"] / cost["value"], rel=0.01)
 
 
+@pytest.mark.process
 def test_choices_of_the_cache_are_measured():
     small = ["--layers=1", "--heads=2", "--kv_heads=1", "--head_size=4", "--slots=4", "--columns=16", "--prompts=8", "--group=2"]
     code, lines, err = bench("cache", *small)
@@ -209,6 +213,7 @@ def test_choices_of_the_cache_are_measured():
     assert all(line["value"] > 0 for line in lines)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

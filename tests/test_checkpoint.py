@@ -174,6 +174,7 @@ def test_a_save_that_fails_is_said_and_the_next_is_tried(checkpoints, tmp_path):
     assert checkpoints.steps() == [2, 1]
 
 
+@pytest.mark.process
 def test_a_folder_that_is_gone_is_one_line_and_holds_nobody_up(tmp_path):
     """Neither a page of orbax's own errors, nor its threads, which at exit wait 5 minutes for a folder that was never made."""
     body = """

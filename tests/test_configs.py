@@ -78,6 +78,7 @@ def test_pretrained_config(tmp_path, checkpoint, gsm8k, name, phase):
         assert "<|start|>" in first["prompt"]
 
 
+@pytest.mark.process
 def test_gsm8k_says_what_to_do_without_weights_or_data(tmp_path, checkpoint):
     """Offline, the real command: one line, exit code 2, nothing compiled."""
     environment = {"TFDS_DATA_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from runs import ROOT, load_config, run_config
-from test_main import main
-from test_weights import assert_equal, logits
+from compare import assert_equal, logits
+from runs import ROOT, load_config, main, run_config
 
 import jaxreason
 from jaxreason import checkpoint, origin, text
@@ -231,6 +230,7 @@ def test_what_cannot_be_exported_is_one_line(run, exported, pretrained, tmp_path
     assert (folder / "tokenizer.json").is_file()
 
 
+@pytest.mark.process
 def test_the_command(run, exported, tmp_path):
     def command(*arguments):
         words = [sys.executable, "-m", "jaxreason.export", *map(str, arguments)]
@@ -285,6 +285,7 @@ def test_a_whole_run_begins_there(run, tmp_path):
     assert_equal(saved(tmp_path)[1], saved(run)[1])
 
 
+@pytest.mark.process
 def test_a_run_that_goes_on_keeps_its_own(run, tmp_path):
     config = small(init_from=str(tmp_path / "gone"))
     with pytest.raises(ValueError, match=r"config.init_from got '.*gone': no folder .*gone"):

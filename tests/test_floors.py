@@ -115,6 +115,12 @@ def test_extras_are_imported_where_they_are_used():
         assert not top & rare, f"{module(path)} imports {top & rare} when it is loaded; import it in the function that needs it"
 
 
+def test_a_test_file_imports_no_other_test_file():
+    for path in (ROOT / "tests").glob("test_*.py"):
+        found = {name for name in imports(path) if name.startswith("test_")}
+        assert not found, f"{path.name} imports {found}; move what they share to tests/runs.py"
+
+
 def loaded_by(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(*{{name.partition('.')[0] for name in sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -10,38 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compare import assert_trees_close
+from tiny_batch import SPANS, B, T, make, random_batch, whole_logits
 
 from jaxreason import batching, learner, objectives, sharding
 from jaxreason.types import Batch, Rollout, Task, TrainState, Verdict
-
-B, T = 8, 12
-# Prompt and whole length of each row: right-padded, as `batching` makes them.
-SPANS = [(3, 12), (2, 7), (5, 6), (1, 12), (4, 9), (2, 3), (6, 11), (3, 8)]
-
-
-def random_batch(seed=0, *, temperature=1.0, rows=B):
-    """A batch as of rollouts: prompts, completions, padding, per-sequence weights, advantages of both signs."""
-    rng = np.random.default_rng(seed)
-    batch = batching.empty(rows, T)
-    for i in range(rows):
-        start, stop = SPANS[i % B]
-        batch.tokens_BT[i, :stop] = rng.integers(1, 24, stop)
-        batch.segment_BT[i, :stop] = 1
-        batch.weight_BT[i, start:stop] = 1 / (rows * (stop - start))
-        batch.advantage_BT[i, start:stop] = rng.normal()
-        batch.behaviour_logp_BT[i, start:stop] = rng.normal(-2.7, 0.2, stop - start)
-    batch.temperature_BT[:] = temperature
-    return batch
 
 
 def fresh(params, optimizer):
     """A state of its own buffers, for a step that donates them."""
     params = jax.tree.map(jnp.copy, params)
     return TrainState(params, optimizer.init(params), jnp.int32(0))
-
-
-# Of one name and one set of numbers there is one objective, and so one compiled gradient, for all tests of this file.
-make = functools.cache(objectives.make)
 
 
 @functools.cache
@@ -55,18 +34,6 @@ def loss_and_gradient(model, params, batch, objective):
 
 
 token_logp = functools.cache(learner.compile_token_logp)
-
-
-@functools.cache
-def whole_logits(model):
-    def logits(params, batch):
-        return model.unembed(params, model.apply(params, batch.tokens_BT, batch.position_BT, batch.segment_BT)[0])
-
-    return jax.jit(logits)
-
-
-def assert_trees_close(a, b, **tolerance):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **{"rtol": 1e-4, "atol": 1e-6, **tolerance}), a, b)
 
 
 def reference_logp(model, params, batch):
@@ -116,7 +83,7 @@ def test_ratio_is_one_on_policy_at_temperature_0_7(tiny):
 @pytest.mark.parametrize("kept", [0, 2**20])
 @pytest.mark.parametrize("chunks", [2, 6, B * T])
 def test_chunks_of_logits_change_nothing(tiny, monkeypatch, chunks, kept):
-    model, params = tiny()
+    model, params = tiny(layers=1)
     batch = random_batch()
     objective = make("grpo", entropy_coefficient=0.1)
     whole = loss_and_gradient(model, params, batch, objective)
@@ -326,13 +293,14 @@ def ragged_rollouts(count: int) -> list[Rollout]:
     return made
 
 
-@pytest.mark.parametrize(("microbatches", "axes"), [(1, None), (4, None), (2, (2, 4))])
-def test_packing_changes_nothing(tiny, microbatches, axes):
-    """The same update, metrics included, from rollouts that share rows as from one a row; empty micro-batches are left out."""
-    model, params = tiny()
+@pytest.fixture(scope="module")
+def packing(tiny):
+    """`packing(microbatches, axes, pack) -> (metrics, params)` of one update."""
+    model, params = tiny(layers=1)
     objective, optimizer = make("grpo", kl_coefficient=0.1, entropy_coefficient=0.01), optax.sgd(0.1)
     rollouts = ragged_rollouts(16)
 
+    @functools.cache
     def update(microbatches, axes, pack):
         state, put, placed = fresh(params, optimizer), lambda batch: batch, None
         if axes is not None:
@@ -347,21 +315,25 @@ def test_packing_changes_nothing(tiny, microbatches, axes):
         state, metrics = step(state, batch)
         return jax.device_get((metrics, state.params))
 
-    assert_trees_close(update(microbatches, axes, True), update(1, None, False))
+    return update
 
 
-@pytest.mark.parametrize(
-    ("share", "pack", "microbatches", "axes"),
-    [(4, False, 1, None), (2, False, 4, None), (2, True, 2, None), (4, True, 1, None), (2, False, 1, (2, 2))],
-)
-def test_attempts_behind_one_prompt_change_nothing(tiny, share, pack, microbatches, axes):
-    """The same update, metrics included, as with a copy of the prompt before each attempt."""
-    model, params = tiny()
+@pytest.mark.parametrize(("microbatches", "axes"), [(1, None), (4, None), (2, (2, 4))])
+def test_packing_changes_nothing(packing, microbatches, axes):
+    """The same update, metrics included, from rollouts that share rows as from one a row; empty micro-batches are left out."""
+    assert_trees_close(packing(microbatches, axes, True), packing(1, None, False))
+
+
+@pytest.fixture(scope="module")
+def shared_prompts(tiny):
+    """`shared_prompts(share, pack, microbatches, axes, layers) -> (metrics, params)` of one update."""
     objective, optimizer = make("grpo", kl_coefficient=0.1, entropy_coefficient=0.01), optax.sgd(0.1)
     rollouts = ragged_rollouts(16)
     rollouts = [dataclasses.replace(r, prompt=rollouts[i // 4 * 4].prompt) for i, r in enumerate(rollouts)]
 
-    def update(share, pack, microbatches, axes):
+    @functools.cache
+    def update(share, pack, microbatches, axes, layers):
+        model, params = tiny(layers=layers)
         state, put, placed = fresh(params, optimizer), lambda batch: batch, None
         if axes is not None:
             mesh = sharding.make_mesh(data=axes[0], fsdp=axes[1], devices=jax.devices()[: math.prod(axes)])
@@ -377,14 +349,23 @@ def test_attempts_behind_one_prompt_change_nothing(tiny, share, pack, microbatch
         state, metrics = step(state, batch)
         return jax.device_get((metrics, state.params))
 
-    expected = update(1, False, 1, None)
+    return update
+
+
+@pytest.mark.parametrize(
+    ("share", "pack", "microbatches", "axes", "layers"),
+    [(4, False, 1, None, 1), (2, False, 4, None, 1), (2, True, 2, None, 2), (4, True, 1, None, 1), (2, False, 1, (2, 2), 1)],
+)
+def test_attempts_behind_one_prompt_change_nothing(shared_prompts, share, pack, microbatches, axes, layers):
+    """The same update, metrics included, as with a copy of the prompt before each attempt."""
+    expected = shared_prompts(1, False, 1, None, layers)
     assert not expected[0]["skipped"][0]
-    assert_trees_close(update(share, pack, microbatches, axes), expected)
+    assert_trees_close(shared_prompts(share, pack, microbatches, axes, layers), expected)
 
 
 def test_empty_microbatches_cost_nothing(tiny):
     """What stands in rows of micro-batches after the last that trains anything is never read: not even NaN."""
-    model, params = tiny()
+    model, params = tiny(layers=1)
     batch = random_batch()
     batch.weight_BT[np.arange(B) % 4 >= 2] = 0
     poisoned = dataclasses.replace(
@@ -405,7 +386,7 @@ def test_empty_microbatches_cost_nothing(tiny):
 
 @pytest.mark.parametrize("name", ["lm", "sft"])
 def test_loss_falls_on_a_fixed_batch(tiny, name):
-    model, params = tiny()
+    model, params = tiny(layers=1)
     objective = make(name)
     rng = np.random.default_rng(0)
     if name == "lm":
@@ -424,7 +405,7 @@ def test_loss_falls_on_a_fixed_batch(tiny, name):
 
 
 def test_reinforce_and_clipped_have_one_gradient_on_policy(tiny):
-    model, params = tiny()
+    model, params = tiny(layers=1)
     batch = random_batch(temperature=0.8)
     batch.behaviour_logp_BT[:] = token_logp(model)(params, batch)
     score = loss_and_gradient(model, params, batch, make("reinforce"))[2]
@@ -434,7 +415,7 @@ def test_reinforce_and_clipped_have_one_gradient_on_policy(tiny):
 
 
 def test_metrics_are_sums_and_counts(tiny):
-    model, params = tiny()
+    model, params = tiny(layers=1)
     batch, optimizer = random_batch(), optax.sgd(0.5)
     step = learner.compile_train_step(model, make("grpo"), optimizer)
     state, metrics = step(fresh(params, optimizer), batch)
@@ -463,7 +444,7 @@ def test_metrics_are_sums_and_counts(tiny):
     ],
 )
 def test_step_compiles_once_and_donates_its_state(tiny, param_dtype, microbatches):
-    model, params = tiny(param_dtype=param_dtype)
+    model, params = tiny(layers=1, param_dtype=param_dtype)
     optimizer = optax.adamw(1e-3)
     step = learner.compile_train_step(model, make("dapo"), optimizer, microbatches=microbatches)
     state = fresh(params, optimizer)
@@ -479,7 +460,7 @@ def test_step_compiles_once_and_donates_its_state(tiny, param_dtype, microbatche
 
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tiny, microbatches):
-    model, params = tiny()
+    model, params = tiny(layers=1)
     optimizer = optax.adamw(1e-2)
     step = learner.compile_train_step(model, make("grpo"), optimizer, microbatches=microbatches)
     bad = random_batch()
@@ -547,16 +528,17 @@ def test_reference_costs_nothing_when_off(tiny):
     assert batch.reference_logp_BT is None
     assert len(jax.tree.leaves(batch)) == len(dataclasses.fields(Batch)) - 1
 
-    def program(**fields):
-        one = functools.partial(learner.loss, model=model, objective=make("grpo", **fields))
+    def program(objective):
+        one = functools.partial(learner.loss, model=model, objective=objective)
         return jax.jit(jax.value_and_grad(one, has_aux=True)).lower(params, batch).as_text()
 
-    assert program(kl_coefficient=0.0) == program()
+    assert program(make("grpo", kl_coefficient=0.0)) == program(objectives.grpo())
+    assert program(make("grpo", entropy_coefficient=0.1)) != program(objectives.grpo())  # it would show
 
 
 def test_reference_pulls_towards_itself(tiny):
     """With the policy as its own reference the KL and its gradient are zero; with another one they are not."""
-    model, params = tiny()
+    model, params = tiny(layers=1)
     batch = random_batch()
     batch.advantage_BT[:] = 0
     own = np.asarray(token_logp(model)(params, batch))

@@ -27,12 +27,10 @@ def train(model, params, source, objective, steps, lr=1e-2):
     return state.params, history
 
 
-@pytest.mark.parametrize("name", ["reinforce", "rloo", "grpo", "dr_grpo", "dapo", "expert_iteration"])
-def test_every_objective_finds_what_is_paid_for(tiny, name):
-    """One word of sixteen earns 1 as the first token. Chance is 1/16; each objective must find it nearly always."""
-    model, params = tiny()
-    roller = Roller(
-        sampler=compile_sampler(model, slots=64, length=8, eos_ids=(EOS_ID,), chunk_tokens=4),
+@pytest.fixture(scope="module")
+def roller(tiny):
+    return Roller(
+        sampler=compile_sampler(tiny(layers=1)[0], slots=64, length=8, eos_ids=(EOS_ID,), chunk_tokens=4),
         encode=lambda text: [],
         decode=lambda ids: " ".join(map(str, ids)),
         eos_ids=(EOS_ID,),
@@ -40,6 +38,12 @@ def test_every_objective_finds_what_is_paid_for(tiny, name):
         rows=8,
         max_tokens=3,
     )
+
+
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "grpo", "dr_grpo", "dapo", "expert_iteration"])
+def test_every_objective_finds_what_is_paid_for(tiny, roller, name):
+    """One word of sixteen earns 1 as the first token. Chance is 1/16; each objective must find it nearly always."""
+    model, params = tiny(layers=1)
 
     def verify(text, task):
         right = text.split(" ")[0] == str(PAID)
@@ -84,7 +88,7 @@ def test_next_token_prediction_reaches_the_bigram_count_model(tiny):
     bigram_nll = -np.log(bigram[test[:, :-1], test[:, 1:]]).mean()
     assert unigram_nll - bigram_nll > 0.5  # there is something to learn
 
-    model, params = tiny()
+    model, params = tiny(layers=1)
     objective = objectives.make("lm")
     batches = [train_windows[rng.permutation(len(train_windows))[:32]] for _ in range(200)]
     params, _ = train(model, params, sources.corpus(batches, objective, rows=32), objective, steps=200)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import load_config, read_lines, run_config
-from test_learner import B, assert_trees_close, make, random_batch, whole_logits
-from test_train import Killed, killed_after, params_of
+from compare import assert_trees_close
+from runs import Killed, killed_after, load_config, params_of, read_lines, run_config
+from tiny_batch import B, make, random_batch, whole_logits
 
 from jaxreason import learner, optimizer, sharding
 from jaxreason.build import build
@@ -134,6 +134,7 @@ def test_what_cannot_be_is_refused_before_anything_is_compiled():
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.process
 def test_a_whole_run_samples_from_its_adapters_and_goes_on_from_its_folder(tmp_path, monkeypatch):
     def config():
         config = load_config("tiny", "smoke", **{"sharding.mesh.data": 1, "prior.steps": 2, "checkpoint.every_steps": 1})

@@ -1,25 +1,16 @@
 """The door: bad input is one clear line before anything is compiled, help is quick, and the real command runs and resumes."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
-from runs import ROOT, load_config
+from runs import ROOT, load_config, main
 
 SMOKE = "configs/tiny.py:smoke"
 
 
-def main(*arguments, cwd=ROOT, timeout=300, **environment):
-    """Run the real command on one device; return (exit code, stdout, stderr)."""
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT), **environment}
-    got = subprocess.run(
-        [sys.executable, "-m", "jaxreason.main", *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
-    )
-    return got.returncode, got.stdout, got.stderr
-
-
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -145,6 +136,7 @@ def test_a_folder_without_config_is_refused(tmp_path):
         build(changed({"model": {"name": str(tmp_path), "weights": "pretrained"}}))
 
 
+@pytest.mark.process
 def test_help_does_not_import_jax():
     code, out, _ = main("--help")
     assert code in (0, 1)  # absl exits with 1
@@ -154,10 +146,11 @@ def test_help_does_not_import_jax():
     assert got.stdout.strip() == "[]"
 
 
+@pytest.mark.process
 def test_the_command_runs_refuses_another_config_and_finishes_once(tmp_path):
     config = ROOT / SMOKE.partition(":")[0]
     command = [f"--config={config}:smoke", "--config.phases=('prior',)", f"--compilation_cache={tmp_path / 'compiled'}"]
-    code, out, err = main(*command, cwd=tmp_path)
+    code, out, err = main(*command, cwd=tmp_path, XLA_FLAGS="")  # compiled as for a user
     assert code == 0, err
     (workdir,) = (tmp_path / "runs").iterdir()
     assert workdir.name.startswith("tiny-smoke-")
@@ -197,6 +190,7 @@ def test_what_to_do_next_is_a_path_or_a_command_a_line(tmp_path):
     assert f"  tail -n 1 '{folder}/rollouts.jsonl' | python -m json.tool" in what_next(folder, "configs/tiny.py")
 
 
+@pytest.mark.process
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     code, _, err = main(f"--config={SMOKE}", f"--workdir={tmp_path / 'file' / 'run'}")

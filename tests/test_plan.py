@@ -34,6 +34,7 @@ def work_of(topology=SMALL, name="tiny", options="", **fields):
     return read(config, topology, None)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -60,6 +61,7 @@ def test_a_missing_compiler_is_named_with_its_install_line(monkeypatch):
         arrays.devices_of.__wrapped__("v5e:2x4")
 
 
+@pytest.mark.process
 def test_the_list_shows_what_is_known():
     code, out, err = command("--topology=list")
     assert (code, err) == (0, "")
@@ -147,6 +149,7 @@ def test_a_pretrained_model_needs_no_download(tmp_path):
     assert work_of(name="gsm8k", options=f"model={tmp_path}", **{"rl.microbatches": 1}).shape.vocab_size == 320
 
 
+@pytest.mark.process
 @needs_libtpu
 def test_the_command_plans_a_config_and_its_flops_are_those_of_the_formula():
     code, out, err = command(

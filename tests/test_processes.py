@@ -9,22 +9,15 @@ import os
 import re
 import runpy
 import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from runs import read_lines, run_config
-from test_train import maths, params_of
+from runs import HEARTBEAT_S, ROOT, finish, maths, params_of, read_lines, run_config, start, train_command
 
 from jaxreason import processes
 
-ROOT = Path(__file__).parent.parent
-HEARTBEAT_S = 10
 # All three sources, a reference policy, and text and tasks held out.
 CONFIG = """
 import runpy
@@ -46,42 +39,7 @@ def get_config(arg=""):
 """
 
 
-def start(command: list[str], count: int, devices: int, **environment: str) -> list[subprocess.Popen]:
-    """Start processes with some virtual CPU devices each; words may hold {process}, those of the command {port} and {count}."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    return [
-        subprocess.Popen(
-            [sys.executable, *(word.format(port=port, count=count, process=process) for word in command)],
-            cwd=ROOT,
-            env=os.environ
-            | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
-            | {name: value.format(process=process) for name, value in environment.items()},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(count)
-    ]
-
-
-def finish(started: list[subprocess.Popen], timeout_s: float = 300) -> list[tuple[int, str, str]]:
-    """Wait for all; return what each ended with, and wrote."""
-    try:
-        return [(*process.communicate(timeout=timeout_s), process.returncode)[::-1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-
-
-def train_command(config: str, workdir: Path, *more: str) -> list[str]:
-    joined = ["--coordinator_address=localhost:{port}", "--num_processes={count}", "--process_id={process}"]
-    run = [f"--config={config}", f"--workdir={workdir}", f"--heartbeat_timeout_s={HEARTBEAT_S}"]
-    return ["-m", "jaxreason.main", *run, *joined, *more]
-
-
+@pytest.mark.process
 def test_two_processes_train_as_one(tmp_path):
     path = tmp_path / "all.py"
     path.write_text(CONFIG)
@@ -114,6 +72,7 @@ def get_config(arg=""):
 """
 
 
+@pytest.mark.process
 def test_two_processes_begin_with_the_params_of_another_run(tmp_path):
     path = tmp_path / "warm.py"
     path.write_text(WARM)
@@ -146,6 +105,7 @@ def script(body: str) -> list[str]:
     return ["-c", (SAY + body).replace("{", "{{").replace("}", "}}"), "{process}", "localhost:{port}", "{count}"]
 
 
+@pytest.mark.process
 def test_what_each_gives_all_get():
     body = """
 sizes = [0, 3_000_000, 2**20 - 200][index]
@@ -175,6 +135,7 @@ print("writes", processes.writes())
     assert lines[2] == ["ValueError process 1: no such file: here.json", "writes False"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_params_reach_a_process_that_shares_the_axis_tensor_with_another(tensor):
     body = f"""
@@ -196,6 +157,7 @@ assert jax.tree.map(lambda x: x.sharding, sent) == sharding.gathered(params, mes
         assert code == 0, stderr
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_process_that_is_killed_ends_the_others(tmp_path, dies):
     started = start(
@@ -245,6 +207,7 @@ app.run(main, argv=[sys.argv[0], *sys.argv[5:]], flags_parser=parse_flags)
 """
 
 
+@pytest.mark.process
 def test_one_process_is_killed_and_both_started_again_is_uninterrupted(tmp_path):
     """First the one that writes, while it writes its second checkpoint; then the other, in the middle of a phase after one."""
     path = tmp_path / "run.py"
@@ -270,6 +233,7 @@ def test_one_process_is_killed_and_both_started_again_is_uninterrupted(tmp_path)
     assert found["evaluations"] == wanted["evaluations"]
 
 
+@pytest.mark.process
 def test_a_bug_in_one_process_ends_all_and_is_shown():
     body = """
 if index == 1:
@@ -284,6 +248,7 @@ except Exception as error:
     assert "error: process 1 of 2 ends, and with it the others: KeyError: 'a bug'" in found[1][1]
 
 
+@pytest.mark.process
 def test_another_config_on_one_process_is_refused(tmp_path):
     started = start(train_command("configs/tiny.py:smoke", tmp_path, "--config.seed={process}"), 2, 2)
     for code, stderr, _ in finish(started):

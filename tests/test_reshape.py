@@ -14,12 +14,12 @@ import runpy
 import jax
 import numpy as np
 import pytest
-from runs import read_lines, run_config
-from test_processes import finish, start, train_command
-from test_train import Killed, killed_after, maths, params_of
+from runs import Killed, finish, killed_after, maths, params_of, read_lines, run_config, start, train_command
 
 from jaxreason import workdir
 from jaxreason.main import config_text
+
+pytestmark = pytest.mark.process
 
 # All three sources and a reference policy. Of gradients that are rounding alone Adam would make whole steps, were eps below them.
 CONFIG = """

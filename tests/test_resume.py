@@ -9,8 +9,10 @@ three steps, saved every fourth step, 30 steps in all. What is injected, each in
     saving, renaming                         before a save, and while it is written, before it gets its name
     evaluation, summary, phase               before an evaluation, before the summary is written, between phases
 
-Found in all of them: nothing was lost and nothing was done twice. The same for a batch sampled ahead on devices of its own, and
-at fifty random times each: 2026-11-26, 100 kills, 41 runs that came to their end, all of them equal; 14 minutes on one core.
+Some of these by default, all with -m slow. Found in all of them: nothing was lost and nothing was
+done twice. The same for a batch sampled ahead on devices of its own, and at fifty random times each
+(-m soak): 2026-11-26, 100 kills, 41 runs that came to their end, all of them equal; 14 minutes on
+one core.
 
 Other faults, and where they are injected; nothing was lost in any of them:
 
@@ -47,8 +49,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import ROOT, read_lines
-from test_train import maths, params_of
+from runs import ROOT, maths, params_of, read_lines, xla_flags
+
+pytestmark = pytest.mark.process
 
 CONFIG = """
 import runpy
@@ -68,7 +71,8 @@ def get_config(arg=""):
 STEPS = 30
 KINDS = {"lag 0": {"lag": 0, "sampling_devices": 0}, "lag 1": {"lag": 1, "sampling_devices": 1}}
 # In the order in which a run comes to them; each process gets further than the one before.
-POINTS = [
+SOME = [("logging", 3), ("reference", 2), ("line", 5), ("renaming", 2), ("summary", 2)]
+ALL = [
     ("evaluation", 1),
     ("logging", 3),
     ("update", 3),
@@ -88,9 +92,8 @@ POINTS = [
 
 
 def begin(config: Path, workdir: Path, point: str = "none", count: int = 0) -> subprocess.Popen:
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": paths}
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(2), "PYTHONPATH": paths}
     return subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "killed_run.py"), str(config), str(workdir), point, str(count)],
         cwd=ROOT,
@@ -101,7 +104,7 @@ def begin(config: Path, workdir: Path, point: str = "none", count: int = 0) -> s
     )
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module")
 def whole(request, tmp_path_factory):
     """The config, and the folder of the run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole")
@@ -127,9 +130,18 @@ def assert_same_run(workdir: Path, whole: Path) -> None:
     assert amounts == expected
 
 
-def test_killed_at_every_point_and_resumed_is_uninterrupted(tmp_path, whole):
+@pytest.mark.parametrize(
+    ("whole", "points"),
+    [
+        pytest.param("lag 1", SOME, id="lag 1, some"),
+        pytest.param("lag 0", ALL, id="lag 0, all", marks=pytest.mark.slow),
+        pytest.param("lag 1", ALL, id="lag 1, all", marks=pytest.mark.slow),
+    ],
+    indirect=["whole"],
+)
+def test_killed_at_these_points_and_resumed_is_uninterrupted(tmp_path, whole, points):
     config, expected = whole
-    for point, count in POINTS:
+    for point, count in points:
         process = begin(config, tmp_path, point, count)
         output, _ = process.communicate(timeout=600)
         assert process.returncode == -signal.SIGKILL, f"{point} {count}: {output}"
@@ -139,7 +151,8 @@ def test_killed_at_every_point_and_resumed_is_uninterrupted(tmp_path, whole):
     assert_same_run(tmp_path, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.parametrize("whole", KINDS, indirect=True)
 def test_killed_at_fifty_random_times(tmp_path, whole):
     """At any time from the start of a process on, up to a fifth longer than a whole run takes: also while it reads or saves."""
     config, expected = whole

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from runs import load_config, read_lines, run_config
+from runs import Killed, killed_after, load_config, maths, params_of, read_lines, run_config
 
 from jaxreason import checkpoint, sharding, train
 from jaxreason.train import Diverged
@@ -20,47 +20,6 @@ FEW = {
 }
 
 
-class Killed(Exception):
-    pass
-
-
-def killed_after(monkeypatch, saves: int):
-    """Let the process die right after its n-th checkpoint; later steps were logged but not saved."""
-    open_checkpoints = checkpoint.open_checkpoints
-
-    def opened(*args, **kwargs):
-        made, count = open_checkpoints(*args, **kwargs), [0]
-
-        def save(*args, **kwargs):
-            if count[0] == saves:
-                made.wait()
-                raise Killed
-            count[0] += 1
-            made.save(*args, **kwargs)
-
-        return made._replace(save=save)
-
-    monkeypatch.setattr(checkpoint, "open_checkpoints", opened)
-
-
-def params_of(workdir):
-    made = checkpoint.open_checkpoints(workdir / "checkpoints", read_only=True)
-    step = made.latest()
-    import orbax.checkpoint as ocp
-
-    reader, state = ocp.PyTreeCheckpointer(), workdir / "checkpoints" / str(step) / "state"
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(state).item_metadata.tree)
-    tree = reader.restore(state, restore_args=as_numpy)  # whatever devices it was saved from
-    made.close()
-    return step, tree
-
-
-def maths(workdir) -> list[dict]:
-    """The lines of metrics, without times."""
-    lines = read_lines(workdir / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if not k.startswith(("time", "perf"))} for line in lines]
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The run that nothing interrupts."""
@@ -68,6 +27,7 @@ def whole(tmp_path_factory):
     return workdir, run_config(load_config("tiny", "smoke", **FEW), workdir)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("saves", [1, 2, 3])  # in the first phase, at its end, in the second with its reference policy
 def test_cut_off_and_started_again_is_uninterrupted(tmp_path, monkeypatch, whole, saves):
     with monkeypatch.context() as patch:
@@ -88,6 +48,7 @@ def test_cut_off_and_started_again_is_uninterrupted(tmp_path, monkeypatch, whole
     assert lines_when_killed <= len(maths(tmp_path))
 
 
+@pytest.mark.process
 def test_sampling_one_step_ahead_on_devices_of_its_own_is_sampling_in_place(tmp_path, monkeypatch):
     """The same lag gives the same run, bit for bit, wherever it samples, and cut off with a batch ahead and started again."""
     lagged = FEW | {"rl.objective.name": "dapo", "rl.source.lag": 1, "prior.steps": 30, "rl.steps": 5, "rl.source.problems": 8}
@@ -114,6 +75,7 @@ def test_sampling_one_step_ahead_on_devices_of_its_own_is_sampling_in_place(tmp_
     assert max(gaps[0]) > 1e-3  # one update stale, after one that some attempt was paid in
 
 
+@pytest.mark.process
 def test_a_reference_policy_in_the_hosts_memory_changes_nothing(tmp_path, monkeypatch, whole):
     moves, keep_in = [], sharding.keep_in
 
@@ -168,18 +130,23 @@ def test_a_finished_run_keeps_its_files_in_order(whole):
     assert json.loads((workdir / "summary.json").read_text())["done"]
 
 
-@pytest.mark.parametrize("mesh", [{"data": 8, "fsdp": 1}, {"data": 2, "fsdp": 4}])
-def test_a_whole_run_on_eight_devices_is_the_run_on_one(tmp_path, mesh):
-    fields = {"prior.steps": 2, "rl.steps": 2, "rl.microbatches": 1, "prior.microbatches": 1, "evaluate.suites": {}}
-    meshes = ({"data": 1, "fsdp": 1}, mesh)
-    runs = []
-    for i, sizes in enumerate(meshes):
-        config = load_config("tiny", "smoke", **{f"sharding.mesh.{axis}": n for axis, n in sizes.items()})
-        config.evaluate.suites = {}
-        config.update_from_flattened_dict({k: v for k, v in fields.items() if k != "evaluate.suites"})
-        run_config(config, tmp_path / str(i))
-        runs.append((read_lines(tmp_path / str(i) / "rollouts.jsonl"), params_of(tmp_path / str(i))[1]["params"]))
-    (one, one_params), (many, many_params) = runs
+def run_on(workdir, data: int, fsdp: int):
+    """The rollouts and the params of a run on some devices."""
+    fields = {"prior.steps": 2, "rl.steps": 2, "rl.microbatches": 1, "prior.microbatches": 1}
+    config = load_config("tiny", "smoke", **fields, **{"sharding.mesh.data": data, "sharding.mesh.fsdp": fsdp})
+    config.evaluate.suites = {}
+    run_config(config, workdir)
+    return read_lines(workdir / "rollouts.jsonl"), params_of(workdir)[1]["params"]
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory):
+    return run_on(tmp_path_factory.mktemp("one"), 1, 1)
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (2, 4)])
+def test_a_whole_run_on_eight_devices_is_the_run_on_one(tmp_path, on_one_device, data, fsdp):
+    (one, one_params), (many, many_params) = on_one_device, run_on(tmp_path, data, fsdp)
     assert [r["text"] for r in one] == [r["text"] for r in many]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one_params, many_params)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compare import assert_equal, leaves, logits
 from safetensors.numpy import load_file, save_file
 
 from jaxreason.model import config as configs
@@ -18,28 +19,6 @@ from jaxreason.model.config import ModelConfig, RopeScaling, count_parameters, f
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINTS = ["llama", "llama_linear", "llama_yarn", "qwen2", "qwen3"]
-
-
-def logits(config, params, tokens):
-    model = transformer(config)
-
-    @jax.jit
-    def run(params, tokens_BT):
-        position_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        return model.unembed(params, model.apply(params, tokens_BT, position_BT)[0])
-
-    return np.asarray(run(params, jnp.asarray(tokens)))
-
-
-def leaves(tree):
-    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def assert_equal(a, b):
-    a, b = leaves(a), leaves(b)
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(np.asarray(a[name]), np.asarray(b[name]), err_msg=name)
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from runs import ROOT, load_config, read_lines, run_config
-from test_train import Killed, killed_after, maths, params_of
+from runs import ROOT, Killed, killed_after, load_config, maths, params_of, read_lines, run_config, xla_flags
 
 from jaxreason import checkpoint, metrics, preemption, train, workdir
 from jaxreason.main import config_text
@@ -67,6 +66,7 @@ def test_resume_never_auto_and_must(folder, tmp_path_factory):
         check(empty, resume="must")
 
 
+@pytest.mark.process
 def test_one_run_at_a_time_and_a_dead_one_is_explained(tmp_path):
     hold = "import sys, pathlib; from jaxreason import workdir; workdir.lock(pathlib.Path(sys.argv[1]), print); print('has it')"
     command = [sys.executable, "-c", hold + "; sys.stdout.flush(); sys.stdin.read()", str(tmp_path)]
@@ -113,6 +113,7 @@ def test_a_lock_of_another_host_is_watched(tmp_path, monkeypatch, clock):
     assert "watching" in said[0]
 
 
+@pytest.mark.process
 def test_a_clock_that_is_set_back_changes_nothing(tmp_path, monkeypatch):
     """An hour at every line of metrics, in the run that is killed and in the one that goes on; files are as old as it said."""
     config = load_config("tiny", "smoke", **{"phases": ("prior",), "prior.steps": 8, "prior.log_every": 1})
@@ -165,6 +166,7 @@ os.execv(sys.executable, [sys.executable, "-m", "jaxreason.main", *sys.argv[1:]]
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("shut", "mode", "message"),
     [
@@ -201,7 +203,7 @@ def begin(folder, *more):
     return subprocess.Popen(
         [sys.executable, "-m", "jaxreason.main", "--config=configs/tiny.py:smoke", f"--workdir={folder}", *FIELDS, *more],
         cwd=ROOT,
-        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"XLA_FLAGS": xla_flags(1), "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -219,6 +221,7 @@ def await_step(process, folder, step, timeout_s=240):
     raise TimeoutError
 
 
+@pytest.mark.process
 def test_sigterm_and_ctrl_c_save_and_end_and_the_run_goes_on_as_if_nothing_had_been(tmp_path):
     """Stopped twice in the middle of a line of metrics that sums seven steps."""
     stopped = tmp_path / "stopped"
@@ -249,6 +252,7 @@ def test_sigterm_and_ctrl_c_save_and_end_and_the_run_goes_on_as_if_nothing_had_b
     assert read_lines(stopped / "rollouts.jsonl") == read_lines(tmp_path / "whole" / "rollouts.jsonl")
 
 
+@pytest.mark.process
 def test_a_second_sigterm_ends_at_once():
     body = """
 import os, signal, sys, time
@@ -290,6 +294,7 @@ def test_the_maintenance_notice_of_a_cloud_tpu_is_heard(monkeypatch):
     assert asked == [("/computeMetadata/v1/instance/maintenance-event", "Google")] * 3
 
 
+@pytest.mark.process
 def test_a_disk_that_is_full_fails_a_save_and_not_the_run(tmp_path):
     """A limit on the size of files stands for a full disk: it is lifted after two saves have failed."""
     body = """
@@ -383,6 +388,7 @@ def full_at(monkeypatch, owner, name, path, call):
     monkeypatch.setattr(owner, name, limited)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("file", "owner", "name", "call"),
     [
@@ -409,6 +415,7 @@ def test_a_file_that_cannot_be_written_ends_the_run_and_loses_nothing(tmp_path, 
     assert_same(tmp_path, whole)
 
 
+@pytest.mark.process
 def test_checkpoints_that_cannot_be_written_end_a_run_at_its_last_step_and_not_before(tmp_path, monkeypatch, whole):
     """A file stands where their folder was: from step 4 on no save succeeds, step 7 is the last."""
     folder, aside, made, said = tmp_path / "checkpoints", tmp_path / "aside", checkpoint.open_checkpoints, []
@@ -472,6 +479,7 @@ app.run(main.main, argv=arguments, flags_parser=main.parse_flags)
 """
 
 
+@pytest.mark.process
 def test_a_full_disk_is_one_line_and_room_is_all_that_the_same_command_needs(tmp_path):
     fields = [
         "--config.phases=('prior',)",
