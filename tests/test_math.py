@@ -137,6 +137,8 @@ def test_the_quick_path_agrees_with_math_verify(children):
         if quick is not None and (answer, key) not in seen:
             seen.add((answer, key))
             assert children.ask([f"\\boxed{{{answer}}}"], [key])[0] == quick, (answer, key)
+    for text in ("I do not know", "x = y", "five percent", "(a, b)", "answer: none"):  # judged without a process, too
+        assert children.ask([text], ["5"]) == [False, None, "no answer"]
     assert {compare(*pair) for pair in (("1", ["2"]), ("1", ["x"]), ("2/6", ["0.333333"]))} == {False, None}
 
 
