@@ -429,9 +429,9 @@ def make_phase(
     With `offload_reference` the reference policy lies in the host's memory, and on the devices only while it scores a batch.
     """
     positive = {"steps": steps, "microbatches": microbatches, "updates_per_batch": updates_per_batch, "max_skipped": max_skipped}
-    for key, value in positive.items():
-        if value < 1:
-            raise ValueError(f"config.{name}.{key} got {value}; allowed: 1 or more")
+    check_positive(f"config.{name}", **positive, log_every=log_every)
+    if evaluate_every < 0:
+        raise ValueError(f"config.{name}.evaluate_every got {evaluate_every}; allowed: 0 (at the end only) or more")
     made_objective = call(objectives_.make, objective, f"config.{name}.objective")
     made_optimizer = call(optimizer_.make, optimizer, f"config.{name}.optimizer", steps=steps * updates_per_batch)
     kind, section = source.get("name"), {k: v for k, v in source.items() if k != "name"}
@@ -467,6 +467,12 @@ def make_phase(
         offload_reference,
         max_skipped,
     )
+
+
+def check_positive(where: str, **fields: int) -> None:
+    for name, value in fields.items():
+        if value < 1:
+            raise ValueError(f"{where}.{name} got {value}; allowed: 1 or more")
 
 
 def load_tasks(section: dict, **defaults) -> Sequence:
@@ -535,6 +541,7 @@ def fitting(items: Sequence, prompt: Callable, limit: int, what: str, say: Calla
 
 def corpus(*, parts: Parts, objective, microbatches: int, steps: int, task: dict, rows: int, length: int) -> sources.Source:
     """Windows of `length` tokens from the packed stream of a text corpus or of a family's worked solutions."""
+    check_positive("source", rows=rows, length=length)
     windows = data.token_windows(encode_documents(load_trained(task, parts), parts, task), length)
     return sources.corpus(data.batches(data.shuffled(windows, seed=parts.seed), rows), objective, rows=rows)
 
@@ -552,6 +559,7 @@ def demonstrations(
     *, parts: Parts, objective, microbatches: int, steps: int, task: dict, rows: int, max_tokens: int, pack: bool = True
 ) -> sources.Source:
     """`rows` worked solutions a batch, of at most `max_tokens` tokens, prompt included; longer ones are cut."""
+    check_positive("source", rows=rows, max_tokens=max_tokens)
     items = check_solutions(load_trained(task, parts), task)
     parts.format.demonstration(items[0])  # raises for a template that has no demonstrations
     buckets = batching.length_buckets(max_tokens)
@@ -605,8 +613,9 @@ def rollouts(
             "are over all words, so its ratio to the sampler's would be biased: below 1 on-policy by the share that is left out. "
             "Change the temperature instead, or set them in config.evaluate"
         )
-    if temperature <= 0:
-        raise ValueError(f"source.temperature got {temperature}; allowed: above 0 (greedy attempts are all alike)")
+    check_positive("source", problems=problems, group=group)
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"source.temperature got {temperature}; allowed: finite, above 0 (greedy attempts are all alike)")
     if lag and objective.on_policy:
         raise ValueError(
             f"source.lag got {lag}, but the objective has no importance ratio, so its gradient would be biased; allowed: 0, or "
@@ -628,10 +637,11 @@ def rollouts(
         completion=roller.max_tokens,
     )
     items = fitting(load_trained(task, parts), prompt, longest_prompt, f"task {task['name']!r}", parts.say)
+    check_keys(items, parts.verifier, f"task {task['name']!r}", parts.say)
     return sources.rollouts(
         data.shuffled(items, seed=parts.seed),
         prompt,
-        make_environment(parts.verifier),
+        call(make_environment, parts.verifier, "config.verifier"),
         roller,
         objective,
         problems=problems,
@@ -687,11 +697,37 @@ def make_filter(top_k: int, top_p: float, min_p: float, where: str) -> Filter:
     return Filter(top_k, top_p, min_p)
 
 
-def make_environment(section: dict) -> Environment:
-    """Make the environment that a `verifier` section asks for: its name, its fields, and `must_finish` (see single_turn)."""
-    section = {"name": None, **section}
-    must_finish = section.pop("must_finish", False)
-    return single_turn(verify.make(**section), must_finish)
+def make_environment(*, name: str, must_finish: bool = False, deadline_s: float | None = None, **section) -> Environment:
+    """Make the environment that a `verifier` section asks for (see single_turn).
+
+    `deadline_s` None: 60 seconds a verdict, or none for a verifier that keeps to a limit of its own.
+    """
+    if name in verify.BOUNDED and deadline_s is not None:
+        raise ValueError(f"verifier.deadline_s got {deadline_s}, but {name!r} has its own limit; set timeout_s instead")
+    own = {"deadline_s": None} if name in verify.BOUNDED else {"deadline_s": deadline_s} if deadline_s is not None else {}
+    return single_turn(verify.make(name, **section), must_finish, name=name, **own)
+
+
+KEYS_TRIED = 20_000  # at most; a verifier reads some ten thousand a second
+
+
+def check_keys(items: Sequence, section: dict, what: str, say: Callable[[str], None]) -> None:
+    """Say how many tasks have keys that their verifier can't judge, so that no answer would be right; refuse if all have.
+
+    A verifier that is not of this package is not asked: it may be slow, or cost money.
+    """
+    if section.get("name") not in verify.VERIFIERS:
+        return
+    step = -(-len(items) // KEYS_TRIED)
+    tried = items[::step]
+    bad = verify.bad_keys(verify.make(**{k: v for k, v in section.items() if k not in ("must_finish", "deadline_s")}), tried)
+    if not bad:
+        return
+    of = f"{len(tried)} keys" if step == 1 else f"{len(tried)} keys that were tried (of {len(items)})"
+    told = f"verifier {section['name']!r} can't judge {len(bad)} of {of}; the first is {bad[0].answer!r} of task {bad[0].id!r}"
+    if len(bad) == len(tried):
+        raise ValueError(f"{what}: {told}. Every reward would be 0; choose another verifier, or other fields of the task")
+    say(f"warning: {what}: {told}; such attempts earn 0 and are counted in rollout/bad_keys")
 
 
 # --- evaluation and logs ---
@@ -723,13 +759,20 @@ def make_evaluate(
     filter = make_filter(top_k, top_p, min_p, "config.evaluate")
     if suites and not temperatures:
         raise ValueError("config.evaluate.temperatures is empty; allowed: one or more, 0 is greedy")
+    check_positive("config.evaluate", n=n, final_n=n if final_n is None else final_n)
+    if wrong := [t for t in temperatures if not 0 <= t < float("inf")]:
+        raise ValueError(f"config.evaluate.temperatures got {wrong[0]}; allowed: 0 (greedy) or more, finite")
+    # Written as the metrics name them, so that none takes another's place.
+    if twice := [t for i, t in enumerate(temperatures) if f"{t:g}" in [f"{other:g}" for other in temperatures[:i]]]:
+        raise ValueError(f"config.evaluate.temperatures has {twice[0]:g} twice; allowed: each once")
     longest_prompt = roller.sampler.length - roller.max_tokens
     made = []
     for name, section in suites.items():
-        environment = make_environment(section.get("verifier", parts.verifier))
+        environment = call(make_environment, section.get("verifier", parts.verifier), "config.verifier")
         task = {k: v for k, v in section.items() if k != "verifier"}
         items = load_held_out(task, parts, f"suite {name!r}", allow_overlap, size=max(n, final_n or n))
         items = fitting(items, prompt, longest_prompt, f"suite {name!r}", parts.say)
+        check_keys(items, section.get("verifier", parts.verifier), f"suite {name!r}", parts.say)
         made.append(evaluation.Suite(name, items, environment))
 
     made_texts = [
@@ -766,6 +809,7 @@ def make_evaluate(
 
 def held_out_text(*, name: str, parts: Parts, allow_overlap: bool, task: dict, length: int, rows: int = 64) -> evaluation.Text:
     """The first `rows` windows of held-out documents, in batches of eight rows."""
+    check_positive(f"config.evaluate.texts.{name}", rows=rows, length=length)
     windows = data.token_windows(
         encode_documents(load_held_out(task, parts, f"text {name!r}", allow_overlap), parts, task), length
     )[:rows]
@@ -787,6 +831,8 @@ def make_log(
     wandb: dict | None = None,
 ) -> tuple[dict, dict]:
     """What the loop is to know of it: how many rollouts of a step are written, the watts of a device; and the log's options."""
+    if rollouts_kept < 0:
+        raise ValueError(f"config.log.rollouts_kept got {rollouts_kept}; allowed: 0 (none) or more of each step")
     if watts is not None and not watts > 0:
         raise ValueError(f"config.log.watts got {watts}; allowed: None, or what a device takes at work, above 0")
     return {"rollouts_kept": rollouts_kept, "watts": watts}, {"tensorboard": tensorboard, "live": live, "wandb": wandb}

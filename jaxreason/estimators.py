@@ -60,7 +60,6 @@ def majority_at_k(
     Exact, over all k-subsets of the samples and over all ways to break ties; k defaults to n, a plain vote. None (no answer
     was found) uses up a sample but never wins, and if it is all there is, the vote is lost. Answers are one class if equal, or,
     given `same`, if `same(first of the class, answer)`. Should a class mix right and wrong, its winner is one of them at random.
-    Needs n below about 1000 where k < n (binomials are held in float64).
     """
     if len(answers) != len(correct):
         raise ValueError(f"{len(answers)} answers but {len(correct)} verdicts; allowed: one verdict for each answer")
@@ -93,22 +92,29 @@ def _win_chance(size: int, sizes: Sequence[int], blanks: int, k: int) -> float:
         return (size == max(sizes)) / sizes.count(max(sizes))
     others = list(sizes)
     others.remove(size)
-    chance = 0.0
+
+    def drawn(members: int, j: int) -> float:
+        """Return the chance of j draws from a class if each sample is drawn with chance k / n.
+
+        Given k draws in all, these are as likely as k-subsets; and unlike binomials they are neither huge nor tiny.
+        """
+        return math.comb(members, j) * k**j * (n - k) ** (members - j) / n**members  # of exact integers, whatever their size
+
+    chance, none_K = 0.0, np.array([drawn(blanks, j) for j in range(k + 1)])
+    drawn_of = {other: [drawn(other, j) for j in range(min(other, k) + 1)] for other in others}
     for votes in range(1, min(size, k) + 1):
-        # ways_TK[t, j]: ways to draw j samples of the rest such that t other classes tie at `votes` and none has more.
+        # chance_TK[t, j]: of j draws of the rest such that t other classes tie at `votes` and none has more.
         T = min(len(others), k // votes)
-        ways_TK = np.zeros((T + 1, k + 1))
-        ways_TK[0] = [float(math.comb(blanks, j)) for j in range(k + 1)]
+        chance_TK = np.zeros((T + 1, k + 1))
+        chance_TK[0] = none_K
         for other in others:
-            drawn_TK = np.zeros_like(ways_TK)
-            for j in range(min(other, votes - 1) + 1):
-                drawn_TK[:, j:] += math.comb(other, j) * ways_TK[:, : k + 1 - j]
+            drawn_TK = np.stack([np.convolve(chance_K, drawn_of[other][:votes])[: k + 1] for chance_K in chance_TK])
             if other >= votes:
-                drawn_TK[1:, votes:] += math.comb(other, votes) * ways_TK[:-1, : k + 1 - votes]
-            ways_TK = drawn_TK
-        fair = ways_TK[:, k - votes] / np.arange(1, T + 2)
-        chance += math.comb(size, votes) * float(fair.sum())
-    return chance / math.comb(n, k)
+                drawn_TK[1:, votes:] += drawn_of[other][votes] * chance_TK[:-1, : k + 1 - votes]
+            chance_TK = drawn_TK
+        fair = chance_TK[:, k - votes] / np.arange(1, T + 2)
+        chance += drawn(size, votes) * float(fair.sum())
+    return chance / drawn(n, k)
 
 
 def mcnemar(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> float:

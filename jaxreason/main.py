@@ -187,6 +187,7 @@ def run(config) -> None:
     from jaxreason import freed, preemption
     from jaxreason.build import build, make_log
     from jaxreason.checkpoint import check_writable, open_checkpoints, saved_steps
+    from jaxreason.environment import VerifierFailed
     from jaxreason.metrics import Unwritable, replacing, writing
     from jaxreason.model.weights import BadWeights
     from jaxreason.processes import gather, together, writes
@@ -246,8 +247,8 @@ def run(config) -> None:
             return tell(str(stopped))
         except (Diverged, NotResumable, BadWeights) as error:
             fail(error)
-        except (Unwritable, folders.Moved) as error:
-            if jax.process_count() > 1:  # the others can write, and would wait: `processes.end` ends them too
+        except (Unwritable, VerifierFailed, folders.Moved) as error:
+            if jax.process_count() > 1:  # the others fare well, and would wait: `processes.end` ends them too
                 raise
             fail(error)
     for line in what_next(workdir, flags.FLAGS["config"].config_filename):

@@ -7,6 +7,7 @@ order: not on how many slots there are, who finished first or how long a verifie
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -20,7 +21,7 @@ import jax
 import numpy as np
 
 from jaxreason import processes
-from jaxreason.environment import Environment, Turn
+from jaxreason.environment import Environment, Step, Threads, Turn, late
 from jaxreason.sampler import ALL, MEMBERS, RUNNING, STOPS, Filter, Sampler, Weights, attempt_keys
 from jaxreason.types import Rollout, Task
 
@@ -28,6 +29,7 @@ THREADS = 8  # that environments run in
 # Held while something is sampled: two programs on several devices, started from two threads, could each wait for the other's.
 ALONE = threading.RLock()
 PATIENCE_S = 0.005  # how long a chunk waits for a tool that is about to answer
+TICK_S = 1.0  # how often deadlines are looked at; of more time that has passed (the machine slept) no more is counted
 
 
 class Request(NamedTuple):
@@ -109,6 +111,7 @@ class Attempt:
     prompt_row: int = -1  # that the slot continues; negative: its prompt is in its own columns
     stop: str = ""
     waits: bool = False  # for its environment
+    waited_s: float = 0.0  # for its environment's step, since that runs
     rollout: Callable[..., Rollout] | None = None  # of the verdict, which is all that it lacks
 
     def columns(self, length: int) -> int:
@@ -132,9 +135,10 @@ def collect(
 
     Raises:
       ValueError: a prompt is empty, or longer than the largest bucket.
+      VerifierFailed: the environment's verifier fails all the time.
     """
     check(roller, requests)
-    with ALONE, ThreadPoolExecutor(THREADS) as threads:
+    with ALONE, contextlib.closing(Threads(THREADS)) as threads:
         collection = Collection(roller, weights, requests, environment, threads, key, temperature, filter)
         while collection.goes_on():
             collection.hear()
@@ -261,6 +265,7 @@ class Collection:
         self.rollouts: list[Rollout | None] = [None] * len(requests)
         self.slots, self.columns = self.sampler.empty(), self.sampler.buckets[0]
         self.started_s, self.verify_s, self.slot_steps = time.perf_counter(), 0.0, 0
+        self.ticked_s = self.started_s
 
     def goes_on(self) -> bool:
         return bool(self.queue or self.asked or any(self.tenants))
@@ -281,7 +286,7 @@ class Collection:
 
     def ask(self, attempt: Attempt, turn: Turn) -> None:
         """Hand a turn to the attempt's environment. If that can only judge it, the slot is free at once."""
-        attempt.waits = True
+        attempt.waits, attempt.waited_s = True, 0.0
         self.asked[self.threads.submit(self.environment.step, attempt.state, turn)] = attempt
         if self.environment.one_turn:
             self.leave(attempt)
@@ -297,12 +302,17 @@ class Collection:
         if self.running() or (self.queue and None in self.tenants):
             answered = wait(self.asked, timeout=0 if self.environment.one_turn else PATIENCE_S).done
         else:
-            answered = wait(self.asked, return_when=FIRST_COMPLETED).done
+            limit_s = None if self.environment.deadline_s is None else TICK_S
+            answered = wait(self.asked, timeout=limit_s, return_when=FIRST_COMPLETED).done
         self.verify_s += time.perf_counter() - started_s
         said = []
-        for future in answered:
+        for future, step in itertools.chain(((f, None) for f in answered), self.overdue(answered)):
             attempt = self.asked.pop(future)
-            attempt.waits, (attempt.state, step) = False, future.result()
+            attempt.waits = False
+            if step is None:
+                attempt.state, step = future.result()
+            if self.environment.failures is not None:
+                self.environment.failures.hear(step)
             if step.verdict is not None:
                 self.rollouts[attempt.index] = attempt.rollout(verdict=step.verdict)
                 self.leave(attempt)
@@ -315,6 +325,20 @@ class Collection:
         self.force(said)
         for attempt, _ in said:
             attempt.turn = attempt.length
+
+    def overdue(self, answered: Iterable[Future]) -> list[tuple[Future, Step]]:
+        """Give up the steps that have run for longer than the deadline; return what is said in their place."""
+        now_s = time.perf_counter()
+        passed_s, self.ticked_s = min(now_s - self.ticked_s, TICK_S), now_s
+        if self.environment.deadline_s is None:
+            return []
+        found = []
+        for future, attempt in self.asked.items():
+            attempt.waited_s += passed_s if future.running() else 0.0
+            if attempt.waited_s > self.environment.deadline_s and future not in answered:
+                thread = self.threads.give_up(future)
+                found += [(future, late(self.environment, thread))] if thread is not None else []
+        return found
 
     # --- the device ---
 

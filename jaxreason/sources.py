@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from jaxreason import batching, processes
-from jaxreason.environment import VERIFIER_ERROR, Environment
+from jaxreason.environment import Environment, count_failures
 from jaxreason.objectives import EQUAL_REWARDS, Objective
 from jaxreason.options import unknown
 from jaxreason.rollout import Request, Roller, Share, Spent, collect_share, join_shares
@@ -333,5 +333,5 @@ def measure(drawn: Sequence[Rollout], group: int) -> dict:
         "rollout/informative_groups": (float(teaches(drawn, group).sum()), float(len(reward_PG))),
         "rollout/length": (float(length_R.sum()), R),
         "rollout/cut": (float(sum(r.stop == "limit" for r in drawn)), R),
-        "rollout/verifier_errors": (float(sum(r.verdict.reason.startswith(VERIFIER_ERROR) for r in drawn)), R),
+        **{f"rollout/{name}": (float(n), R) for name, n in count_failures(r.verdict for r in drawn).items()},
     }

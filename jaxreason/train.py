@@ -8,6 +8,7 @@ whole, and ends as if nothing had happened, bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -22,6 +23,7 @@ import optax
 from jaxreason import freed, ledger, processes, sharding
 from jaxreason import metrics as m
 from jaxreason.checkpoint import Checkpoints, Damaged
+from jaxreason.environment import VerifierFailed, count_failures, verifier_failed
 from jaxreason.evaluate import Result
 from jaxreason.learner import compile_token_logp, compile_train_step, split_frozen
 from jaxreason.model import Model
@@ -110,6 +112,7 @@ class History:
         self.ledger: dict = saved["ledger"]
         self.failure: str | None = None  # of the last save that failed, if any has
         self.saved: int | None = None  # step of the newest checkpoint when last looked at
+        self.verifier_warnings = 0  # said so far
 
     def host(self) -> dict:
         evaluations = [e._asdict() for e in self.evaluations]
@@ -142,6 +145,7 @@ def train(
       Stopped, Interrupted: `stop` said so; a checkpoint of the last step is there.
       Diverged: gradients were not finite for too long.
       NotResumable: the checkpoints do not fit the run, or none of them is whole.
+      VerifierFailed: a verifier fails all the time; `verifier_error.txt` in the folder has the first traceback.
       Unwritable: metrics, rollouts, the summary or the last checkpoint can't be written; what was saved before is whole.
     """
     try:
@@ -150,6 +154,13 @@ def train(
         check_stays()  # if the folder is gone, that is the error to show
         checkpoints.wait()  # it may be the newest
         raise m.Unwritable(f"{error}; make room, or make it writable; {goes_on(checkpoints)}") from None
+    except VerifierFailed as error:
+        checkpoints.wait()
+        path = Path(workdir) / "verifier_error.txt"
+        with contextlib.suppress(OSError):  # a full disk must not hide the cause
+            path.write_text(error.traceback, encoding="utf-8", errors="backslashreplace")
+        where = f"the traceback of the first failure is in {path}; {goes_on(checkpoints)}"
+        raise VerifierFailed(f"{error}; {where}", error.traceback) from None
 
 
 def train_all(
@@ -325,6 +336,7 @@ def train_phase(
         if step == start + 1:
             log.doing(f"{phase.name} {start}/{phase.steps}  drawing the first batch")
         source_state, drawn = phase.source.next(source_state, state.params, key)
+        tell_verifier(log, history, drawn.rollouts, f"step {before + step}")
         if phase.source.samples:
             freed.trim()  # the sampler's weights and caches are gone
         drawn_s = time.perf_counter()
@@ -399,6 +411,20 @@ def tell_failure(checkpoints: Checkpoints, log: m.RunLog, history: History) -> N
         log.say(f"warning: {failure}; make room, or make it writable, before the next save")
 
 
+VERIFIER_WARNINGS = 5  # said; more are only counted
+
+
+def tell_verifier(log: m.RunLog, history: History, rollouts: Sequence[Rollout], when: str) -> None:
+    """Say if a verifier has failed, for the first few times."""
+    failed = [r for r in rollouts if verifier_failed(r.verdict)]
+    if not failed or history.verifier_warnings >= VERIFIER_WARNINGS:
+        return
+    history.verifier_warnings += 1
+    first = f"the first at task {failed[0].task.id!r}: {failed[0].verdict.reason}"
+    last = "; from now on such failures are only counted" if history.verifier_warnings == VERIFIER_WARNINGS else ""
+    log.say(f"warning: {when}: {len(failed)} of {len(rollouts)} attempts earn 0 because their verifier failed; {first}{last}")
+
+
 def goes_on(checkpoints: Checkpoints) -> str:
     latest = checkpoints.latest()
     return f"the same command continues from {'the start' if latest is None else f'step {latest}'}"
@@ -452,7 +478,11 @@ def evaluate(run: Run, log: m.RunLog, history: History, params, phase: str, step
     history.evaluations += result.evaluations
     history.losses += [{"phase": phase, "step": step, "text": name, "nll": nll} for name, nll in result.nll.items()]
     history.rollouts = result.rollouts
+    tell_verifier(log, history, result.rollouts, f"evaluation at step {step}")
     values = {f"eval/{name}/nll": nll for name, nll in result.nll.items()}
+    if result.rollouts:
+        failures = count_failures(r.verdict for r in result.rollouts)
+        values |= {f"eval/{name}": count / len(result.rollouts) for name, count in failures.items()}
     for e in result.evaluations:
         mode = "greedy" if e.temperature == 0 else f"t{e.temperature:g}"
         values[f"eval/{e.suite}/{mode}/accuracy"] = e.accuracy

@@ -83,6 +83,22 @@ def test_majority_at_k_over_classes():
         estimators.majority_at_k(["a", "b"], [True])
 
 
+def test_majority_at_k_of_more_samples_than_binomials_in_float64():
+    """Of two classes the larger wins unless fewer than half of the draws are of it: a hypergeometric tail."""
+    for right, n, k in ((551, 1100, 551), (550, 1100, 550), (30, 5000, 9)):
+        answers = ["a"] * right + [None if n == 5000 else "b"] * (n - right)
+        got = estimators.majority_at_k(answers, [a == "a" for a in answers], k)
+        if n == 5000:  # the only class wins if it is drawn at all
+            expected = 1 - Fraction(math.comb(n - right, k), math.comb(n, k))
+        else:
+            ways = [
+                math.comb(right, i) * math.comb(n - right, k - i) * (1 if 2 * i > k else Fraction(2 * i == k, 2))
+                for i in range(k + 1)
+            ]
+            expected = Fraction(sum(ways), math.comb(n, k))
+        assert got == pytest.approx(float(expected), rel=1e-10)
+
+
 def test_majority_at_k_of_many_samples_is_finite_and_a_probability():
     rng = np.random.default_rng(0)
     answers = rng.integers(0, 40, size=256).tolist()

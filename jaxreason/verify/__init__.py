@@ -2,16 +2,18 @@
 
 Total in the text: whatever a model wrote, a verdict comes back in bounded time, with one of a few words as its `reason`.
 What can hang (computer algebra, patterns) runs in killable child processes: see `pool`. A task that lacks what its verifier
-needs is our own mistake, and raises. To add a verifier, write a file with one maker and name it here.
+needs is our own mistake, and raises. One whose key no answer could equal has the reason "bad key", whatever the text: the key is
+looked at first. To add a verifier, write a file with one maker and name it here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jaxreason.options import call, unknown
 from jaxreason.types import Task, Verdict
 from jaxreason.verify import countdown, exact, format, math, number
+from jaxreason.verify.exact import BAD_KEY
 
 VERIFIERS = {
     "exact": exact.exact,
@@ -20,6 +22,8 @@ VERIFIERS = {
     "math": math.math,
     "format": format.format,
 }
+
+BOUNDED = ("math", "format")  # they keep to a limit of their own, and wait for children that are busy
 
 
 def make(name: str, **kwargs) -> Callable[[str, Task], Verdict]:
@@ -31,3 +35,8 @@ def make(name: str, **kwargs) -> Callable[[str, Task], Verdict]:
     if name not in VERIFIERS:
         raise ValueError(unknown("verifier", name, VERIFIERS))
     return call(VERIFIERS[name], kwargs, f"verifier {name!r}")
+
+
+def bad_keys(verify: Callable[[str, Task], Verdict], tasks: Sequence[Task]) -> list[Task]:
+    """Return the tasks of `tasks` whose keys a verifier of this package can't judge."""
+    return [task for task in tasks if verify("", task).reason == BAD_KEY]

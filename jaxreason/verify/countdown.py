@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+from math import isfinite
 
 from jaxreason.types import Task, Verdict
-from jaxreason.verify.exact import answer_after, verdict
+from jaxreason.verify.exact import BAD_KEY, answer_after, verdict
 
 LONGEST = 256  # characters of an expression
 _TOKENS = re.compile(r"[0-9]{1,9}(?![0-9])|[-+*/()]")
@@ -23,7 +24,7 @@ def countdown(marker: str = "A", end: str = "", use_all: bool = True) -> Callabl
     """Check the expression after the last `marker` against `task.data["numbers"]` and `task.data["target"]`.
 
     Each number is used exactly once, or at most once without `use_all`. Reasons: right, wrong, no answer, not an
-    expression, wrong numbers.
+    expression, wrong numbers, bad key (the numbers or the target are such that no expression could be right).
 
     Raises:
       ValueError: the task has no numbers and target.
@@ -32,6 +33,8 @@ def countdown(marker: str = "A", end: str = "", use_all: bool = True) -> Callabl
     def verify(text: str, task: Task) -> Verdict:
         if "numbers" not in task.data or "target" not in task.data:
             raise ValueError(f"verifier 'countdown' needs data 'numbers' and 'target'; task {task.id!r} has {sorted(task.data)}")
+        if not can_judge(task.data["numbers"], task.data["target"], use_all):
+            return verdict(False, None, BAD_KEY)
         answer = answer_after(text, marker, end)
         if not answer:
             return verdict(False, None, "no answer")
@@ -45,6 +48,14 @@ def countdown(marker: str = "A", end: str = "", use_all: bool = True) -> Callabl
         return verdict(value == task.data["target"], answer)
 
     return verify
+
+
+def can_judge(numbers: Sequence[int], target: int | float | Fraction, use_all: bool) -> bool:
+    """Tell whether an expression can have these numbers, whole and of one to nine digits, and this target, exact and finite."""
+    if not isinstance(target, int | float | Fraction) or isinstance(target, bool) or not isfinite(target):
+        return False
+    writable = [isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 10**9 for n in numbers]
+    return (all if use_all else any)(writable) and bool(writable)
 
 
 def evaluate(expression: str) -> tuple[Fraction, list[int]]:

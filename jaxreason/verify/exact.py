@@ -7,6 +7,7 @@ from collections.abc import Callable
 from jaxreason.types import Task, Verdict
 
 SHOWN = 200  # characters of an answer that a verdict keeps
+BAD_KEY = "bad key"  # the reason of a verdict on any text, where no text could be right
 
 
 def answer_after(text: str, marker: str = "", end: str = "") -> str | None:
@@ -27,13 +28,17 @@ def verdict(correct: bool, parsed: str | None, reason: str = "") -> Verdict:
 def exact(marker: str = "", end: str = "") -> Callable[[str, Task], Verdict]:
     """Compare the text after the last `marker` with `task.answer` and, where a task has several, `task.data["answers"]`.
 
-    Reasons: right, wrong, no answer.
+    Reasons: right, wrong, no answer, bad key (no text could be equal: the key is empty, has white space at an end, or holds
+    `marker` or `end`).
     """
 
     def verify(text: str, task: Task) -> Verdict:
+        keys = (task.answer, *task.data.get("answers", ()))
+        if not any(key and answer_after(f"{marker}{key}{end}", marker, end) == key for key in keys):
+            return verdict(False, None, BAD_KEY)
         answer = answer_after(text, marker, end)
         if not answer:
             return verdict(False, None, "no answer")
-        return verdict(answer in (task.answer, *task.data.get("answers", ())), answer)
+        return verdict(answer in keys, answer)
 
     return verify

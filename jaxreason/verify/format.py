@@ -16,8 +16,8 @@ def format(
 ) -> Callable[[str, Task], Verdict]:
     """Pay 1.0 for exactly one `open`, then exactly one `close`, then some text; or for a match of `pattern` in the text.
 
-    `correct` is always False: this knows nothing of the answer. A pattern runs in a killable process, because a careless
-    one can take for ever. Reasons: form, no form, timeout, crashed.
+    `correct` is always False: this knows nothing of the answer. A pattern runs in a killable process for at most
+    `timeout_s` of CPU time, because a careless one can take for ever. Reasons: form, no form, timeout, crashed.
     """
     if pattern is not None:
         try:

@@ -1,25 +1,33 @@
 r"""The answer is mathematics: math-verify compares it with the key by computer algebra, in killable processes.
 
-Understands LaTeX in `\boxed{}` or dollars, and plain expressions: sets, intervals, matrices, roots, equations.
+Understands LaTeX in `\boxed{}` or dollars, and plain expressions: sets, intervals, matrices, roots, equations. The last box
+that holds something is the answer. Plain numbers and equal texts are compared here, without a process.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import re
+import unicodedata
 from collections.abc import Callable
+from fractions import Fraction
 
 from jaxreason.types import Task, Verdict
 from jaxreason.verify import pool
-from jaxreason.verify.exact import verdict
+from jaxreason.verify.exact import BAD_KEY, verdict
 
 
 def math(
     timeout_s: float = 5.0, processes: int = 2, memory_mb: int = 2048, max_chars: int = 10_000
 ) -> Callable[[str, Task], Verdict]:
-    """Compare the last `max_chars` of the text with `task.answer` (or any of `task.data["answers"]`), both as mathematics.
+    r"""Compare the last `max_chars` of the text with `task.answer` (or any of `task.data["answers"]`), both as mathematics.
+
+    A percent or currency sign that only one of them has is ignored. Boxes with nothing but a separator between them,
+    `\boxed{1} and \boxed{2}`, may also be one answer of several parts.
 
     At most `processes` children are started, on first use, each with `memory_mb` of address space; one that takes more
-    than `timeout_s` is killed. Reasons: right, wrong, no answer, bad key, timeout, crashed, out of memory.
+    than `timeout_s` of CPU time is killed, so a verdict does not depend on the load of the machine. Reasons: right, wrong, no
+    answer, bad key (`task.answer` is empty), timeout, crashed, out of memory.
 
     Raises:
       ValueError: math-verify is not installed.
@@ -29,11 +37,146 @@ def math(
     children = pool.shared("math", processes, timeout_s, memory_mb)
 
     def verify(text: str, task: Task) -> Verdict:
-        keys = [str(key) for key in (task.answer, *task.data.get("answers", ()))]
+        keys = [key for answer in (task.answer, *task.data.get("answers", ())) if (key := tidy(str(answer)))]
+        if not keys:
+            return verdict(False, None, BAD_KEY)
+        text = _EMPTY_BOX.sub("", text[-max_chars:])
+        boxes = last_boxes(text)
+        if not boxes and not _MAY_ANSWER.search(text):
+            return verdict(False, None, "no answer")
+        quick = compare(boxes[0], keys) if boxes else None
+        if quick or (quick is False and len(boxes) == 1):
+            return verdict(quick, boxes[0])
+        answers = [rf"\boxed{{{box}}}" for box in boxes] or [text]
         try:
-            correct, parsed, reason = children.ask(text[-max_chars:], keys)
+            correct, parsed, reason = children.ask(both_ways(answers), both_ways(keys))
         except pool.Failed as failure:
             return Verdict(0.0, False, None, str(failure))
-        return verdict(correct, parsed, reason)
+        return verdict(correct, boxes[0] if boxes and not reason else parsed, reason)
 
     return verify
+
+
+# --- what is the answer ---
+
+_EMPTY_BOX = re.compile(r"\\(?:boxed|fbox)\s{0,9}\{\s{0,9}\}")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s{0,9}\{")
+_BETWEEN = re.compile(
+    r"[\s$,;\\()\[\]]*(?:\\text\{\s*)?(?:and|or)?(?:\s*\})?[\s$,;\\()\[\]]*(?:[A-Za-z](?:_\w|_\{\w\})?\s*=\s*)?"
+)
+_LONGEST_BETWEEN = 40  # characters
+_MAY_ANSWER = re.compile(r"[\d$\\\[]")  # what math-verify finds in a text begins with one of these
+
+
+def last_boxes(text: str) -> list[str]:
+    r"""Return what the last closed `\boxed{...}` holds, tidied; second, if others belong to it, all of them as one list."""
+    found: list[str] = []
+    stop = follows = len(text)
+    for match in reversed(list(_BOX.finditer(text))):
+        close = _closing(text, match.end(), stop)
+        stop = match.start()  # a box that is not closed before the next is skipped: each character is looked at once
+        if close is None:
+            continue
+        between = text[close + 1 : follows]
+        if found and (len(between) > _LONGEST_BETWEEN or not _BETWEEN.fullmatch(between)):
+            break
+        if box := tidy(text[match.end() : close]):
+            follows = match.start()
+            found += [box] if box not in found else []
+    return [*found[:1], ", ".join(reversed(found))][: len(found)]
+
+
+def _closing(text: str, start: int, stop: int) -> int | None:
+    """Return where the brace that was opened before `start` is closed, None if that is not before `stop`."""
+    depth = 1
+    for i in range(start, stop):
+        depth += (text[i] == "{") - (text[i] == "}")
+        if depth == 0:
+            return i
+    return None
+
+
+# --- tidying ---
+
+_MATH = (("$$", "$$"), ("$", "$"), (r"\[", r"\]"), (r"\(", r"\)"))
+_WRAP = re.compile(r"\\(boxed|fbox|text|textbf|textrm|mbox|mathrm|mathbf)\s{0,9}\{")
+_THOUSANDS = re.compile(r"(?<=\d)(?:\\[,;:! ]|\{,\}|[~\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
+_AMOUNT = re.compile(r"([-+]?[$€£¥]?[0-9][0-9.,/]*)\s+([A-Za-z][A-Za-z ]*)")
+_ZEROS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_COUNTS = re.compile(rf"(?<=[0-9])\s{{0,3}}(?:\\text\{{\s{{0,3}}({'|'.join(_ZEROS)})s?\s{{0,3}}\}}|({'|'.join(_ZEROS)})s?\b)")
+_FRACTIONS = {c: unicodedata.normalize("NFKC", c).split("\u2044") for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"}
+_PLAINLY = str.maketrans({c: f"\\frac{{{above}}}{{{below}}}" for c, (above, below) in _FRACTIONS.items()} | {"−": "-"})
+_CURRENCY = "€£¥₹"
+
+
+def tidy(expression: str) -> str:
+    r"""Return an expression without what surrounds it: `\[18\]`, `$18$.`, `\boxed{18}`, `\text{18 apples}`, `18\,000`."""
+    for _ in range(9):  # more wraps are no answer
+        before, expression = expression, _unwrap(expression.strip())
+        if expression == before:
+            break
+    expression = _THOUSANDS.sub("", expression.translate(_PLAINLY)).strip(_CURRENCY)
+    return _COUNTS.sub(lambda m: rf" \cdot 10^{{{_ZEROS[m[1] or m[2]]}}} ", expression).strip()
+
+
+def _unwrap(expression: str) -> str:
+    """Remove one layer, if there is one."""
+    for open, close in _MATH:
+        inside = expression[len(open) : -len(close)]
+        if expression == open + inside + close and close not in inside and not inside.endswith("\\"):
+            return inside
+    match = _WRAP.match(expression)
+    if match and _closing(expression, match.end(), len(expression)) == len(expression) - 1:
+        inside = expression[match.end() : -1]
+        if match[1] in ("boxed", "fbox"):
+            return inside
+        if any(map(str.isdecimal, inside)):
+            amount = _AMOUNT.fullmatch(inside.strip(" ."))
+            return rf"{amount[1]}\text{{ {amount[2]}}}" if amount and amount[2].split()[0] not in _ZEROS else inside
+    if expression.endswith(".") and not expression.endswith(".."):
+        return expression[:-1]
+    return expression
+
+
+_PERCENT = re.compile(r"(?<=[\d}])(?:\\?%|\\?\s?\\text\{\s?(?:%|\\%|percent)\s?\}|\s?percent\b)|(?<=[\d}]) \\?%")
+
+
+def both_ways(expressions: list[str]) -> list[str]:
+    """Return expressions, and without their percent signs those that have any: 35.0% is 0.35, and as an answer also 35."""
+    return list(dict.fromkeys([*expressions, *(_PERCENT.sub("", e) for e in expressions)]))
+
+
+# --- the quick path ---
+
+_WHOLE = r"(?:0|[1-9][0-9]{0,2}(?:,[0-9]{3}){1,2}|[1-9][0-9]{0,8})"
+_PLAIN = re.compile(
+    rf"(?P<sign>-?)(?:\\?\$)?(?P<whole>{_WHOLE})(?P<decimals>\.[0-9]{{1,4}})?"
+    r"|(?P<minus>-?)(?:\\[dt]?frac\{(?P<above>[1-9][0-9]{0,5})\}\{(?P<below>[1-9][0-9]{0,5})\}|"
+    r"(?P<over>[1-9][0-9]{0,5})/(?P<under>[1-9][0-9]{0,5}))"
+)
+_CLOSE = Fraction(2, 10**6)  # math-verify rounds decimals to six places
+
+
+def compare(answer: str, keys: list[str]) -> bool | None:
+    """Tell whether plain numbers or equal texts are equal, as math-verify would; None where only it can tell."""
+    if answer in keys:
+        return True
+    value, (values, rounds) = plain(answer), ([plain(key) for key in keys], "." in answer)
+    if value is not None and value in values:
+        return True
+    if value is None or None in values:
+        return None
+    near = any((rounds or "." in key) and abs(value - other) <= _CLOSE for key, other in zip(keys, values, strict=True))
+    return None if near else False
+
+
+def plain(text: str) -> Fraction | None:
+    """Read a number that is written plainly, and not too long for math-verify to read it exactly."""
+    match = _PLAIN.fullmatch(text)
+    if match is None:
+        return None
+    if match["whole"]:
+        value = Fraction(match["whole"].replace(",", "") + (match["decimals"] or ""))
+        return -value if match["sign"] else value
+    value = Fraction(int(match["above"] or match["over"]), int(match["below"] or match["under"]))
+    return -value if match["minus"] else value

@@ -1,9 +1,10 @@
-"""Child processes for what may hang, blow up or crash: each question has a time limit, each child a memory limit.
+"""Child processes for what may hang, blow up or crash: each question has a limit of CPU time, each child one of memory.
 
 The child is the script `child.py`, run by its path: it imports neither this package (hence not jax) nor the program's main
 module, as multiprocessing's spawn would, and shares no lock with our threads, as its fork would. A pipe carries JSON both
 ways. No signal is used on this side, so any thread may ask. A child that fails is killed and another takes its place at the
-next question; a child whose parent is gone ends by itself.
+next question; a child whose parent is gone ends by itself. CPU time is counted, since on a busy machine an answer takes any
+time; a child that neither computes nor answers is given up after `PATIENCE` times as much.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import atexit
 import functools
 import json
 import queue
+import signal
 import subprocess
 import sys
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any, NamedTuple
 
-START_S = 60.0  # imports take about a second on an idle machine
+START_S = 600.0  # imports and a warm-up take two seconds on an idle machine
+PATIENCE = 60  # times the limit of CPU time
 
 
 class Failed(Exception):
@@ -31,7 +34,7 @@ class Child(NamedTuple):
 
 
 class Pool:
-    """Up to `processes` children of one kind of `child.KINDS`, started when first needed."""
+    """Up to `processes` children of one kind of `child.KINDS`, started when first needed; `timeout_s` is CPU time."""
 
     def __init__(self, kind: str, processes: int = 2, timeout_s: float = 5.0, memory_mb: int = 2048):
         if processes < 1 or timeout_s <= 0 or memory_mb < 1:
@@ -55,14 +58,14 @@ class Pool:
             child = child if child is not None and child.process.poll() is None else self._start()
             try:
                 child.pipe.send_bytes(json.dumps(question).encode())
-                if not child.pipe.poll(self._timeout_s):
+                if not child.pipe.poll(PATIENCE * self._timeout_s):
                     raise Failed("timeout")
                 failure, answer = json.loads(child.pipe.recv_bytes())
                 if failure:
                     raise Failed(failure)
                 return answer
             except (OSError, EOFError):
-                raise Failed("crashed") from None
+                raise Failed("timeout" if child.process.wait() == -signal.SIGPROF else "crashed") from None
         except BaseException:  # a KeyboardInterrupt too: an answer still to come would be taken for that of the next question
             child = _kill(child)
             raise
