@@ -370,6 +370,7 @@ def train_phase(
             write_metrics(log, history, phase, before, step, waiting)
             evaluate(run, log, history, state.params, phase.name, before + step, final=last)
         if save_now:
+            check_finite(state.params, learned, before + step)
             waiting = plain(waiting)
             check_stays()
             save_started_s = time.monotonic()
@@ -389,6 +390,19 @@ def train_phase(
                 raise Interrupted(f"interrupted; {goes_on(checkpoints)}")
             raise Stopped(f"stopped after step {before + step}; {goes_on(checkpoints)}")
     return state.params
+
+
+def check_finite(params, learned: dict, step: int) -> None:
+    """Raise Diverged if params that are about to be saved are not finite.
+
+    They are looked at only where the last update was skipped: one that was made is finite.
+    """
+    skipped, updates = learned["skipped"]
+    if skipped < updates or all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params)):
+        return
+    raise Diverged(
+        f"the params are not finite at step {step}, so they are not saved; look at the weights that the run began with"
+    )
 
 
 def enter(history: History, run: Run, phase: Phase, drawn: Drawn, learn_s: float) -> None:

@@ -180,3 +180,16 @@ def test_random_reward_control_pays_as_many_but_not_the_right_ones(tmp_path):
     assert sum(r.verdict.reward for r in dealt) == 8
     assert [r.verdict.correct for r in dealt] == [r.verdict.correct for r in drawn]
     assert 0 < sum(r.verdict.reward for r in dealt if r.verdict.correct) < 8
+
+
+def test_params_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """Fewer steps than it takes to stop a run whose gradients are NaN."""
+    from jaxreason import build as build_
+
+    config = load_config("tiny", "smoke", **{"checkpoint.every_steps": 1})
+    config.phases, config.evaluate.suites = ("prior",), {}
+    init = build_.init_params
+    monkeypatch.setattr(build_, "init_params", lambda *given: jax.tree.map(lambda x: x * np.nan, init(*given)))
+    with pytest.raises(Diverged, match="the params are not finite at step 1, so they are not saved"):
+        run_config(config, tmp_path)
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
