@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fnmatch
 import functools
 import importlib.metadata
 import inspect
 import json
+import re
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,25 +21,29 @@ from typing import NamedTuple
 
 import jax
 
-from jaxreason import __version__, batching, data, ledger, rollout, sharding, sources, tasks, text, verify
+from jaxreason import __version__, batching, data, fields, ledger, rollout, sharding, sources, tasks, text, verify
 from jaxreason import evaluate as evaluation
 from jaxreason import objectives as objectives_
 from jaxreason import optimizer as optimizer_
 from jaxreason import origin as origin_
+from jaxreason.checkpoint import open_checkpoints
 from jaxreason.cost import attempts_behind_a_prompt, shared_length
 from jaxreason.environment import Environment, single_turn
 from jaxreason.learner import compile_token_logp
 from jaxreason.model import Model, ModelConfig, attention, transformer
 from jaxreason.model import config as model_config
 from jaxreason.model import weights as weights_
-from jaxreason.options import call, unknown
+from jaxreason.options import call, find, lines_of, unknown
 from jaxreason.rollout import Budget, Roller
 from jaxreason.sampler import ALL, MEMBERS, Filter, cache_buckets, compile_sampler
 from jaxreason.tasks.procedural import ALPHABET
 from jaxreason.train import Phase, Run
+from jaxreason.types import Task, Verdict
 
 SECTIONS = ("seed", "model", "text", "sampler", "verifier", "phases", "evaluate", "sharding", "checkpoint", "log")
-OPTIONAL = ("init_from",)
+OPTIONAL = ("init_from", "version")
+# Counts changes of what a field, or its absence, means: see `CHANGED`.
+VERSION = 1
 
 
 class Described(NamedTuple):
@@ -81,12 +87,17 @@ def build(config, *, resumes: bool = False, say: Callable[[str], None] = print) 
         if key not in config:
             raise ValueError(f"the config lacks {key!r}; it has: {', '.join(sorted(config))}")
     for name in phase_names:
+        if not isinstance(name, str):
+            raise ValueError(f"config.phases got {phase_names!r}; allowed: a tuple of names, each a section of its own")
         if name not in config or name in (*SECTIONS, *OPTIONAL):
             raise ValueError(unknown("phase", name, set(config) - {*SECTIONS, *OPTIONAL}))
     for key in set(config) - {*SECTIONS, *OPTIONAL, *phase_names}:
         # A phase that is defined but not run is fine (that is how phases are left out); anything else would be read by nobody.
         if not isinstance(config[key], dict) or "source" not in config[key]:
             raise ValueError(unknown("field of the config", key, {*SECTIONS, *OPTIONAL, *phase_names}))
+    fields.check(layout(config), config)
+    if config.get("version", VERSION) != VERSION:
+        raise ValueError(f"config.version got {config['version']}; allowed: {VERSION}, that of this jaxreason")
 
     here = {"devices": jax.devices(), "process": jax.process_index()}
     meshes = call(sharding.make_meshes, config["sharding"], "config.sharding", **here)
@@ -139,6 +150,183 @@ def build(config, *, resumes: bool = False, say: Callable[[str], None] = print) 
     )
 
 
+# --- what each section is ---
+
+
+class Config(NamedTuple):
+    """The fields at the top of a config, where the sections of phases are too."""
+
+    seed: int  # of weights, data and samples
+    model: dict  # shape, weights, types and kernels
+    text: dict  # tokenizer and prompt format
+    sampler: dict  # how attempts are sampled
+    verifier: dict  # what judges an answer
+    phases: Sequence[str]  # the sections that are run, in this order
+    evaluate: dict  # held-out tasks and texts
+    sharding: dict  # devices
+    checkpoint: dict  # when it is saved, and what is kept
+    log: dict  # what is written and shown
+    init_from: str | None = None  # begin with params of a run, of RUN/checkpoints/STEP or of a Hugging Face folder
+    version: int = VERSION  # of the meaning of the fields; config.json has it, for runs that a later version continues
+
+
+def layout(config: dict) -> fields.Section:
+    """Which function's keyword arguments each section of a config is. A name that is not known brings no fields.
+
+    Raises:
+      ValueError: a name of a user's own code that does not load.
+    """
+    phases = {name: section_of_phase for name, value in config.items() if is_phase(name, value)}
+    return fields.Section(
+        (Config,),
+        sections=phases
+        | {
+            "model": section_of_model,
+            "text": section(make_text, "folder"),
+            "sampler": section(make_roller, "model", "tokenizer", "format", "mesh", "processes"),
+            "verifier": section_of_verifier,
+            "evaluate": section(make_evaluate, "parts", suites=each(section_of_suite), texts=each(section_of_text)),
+            "sharding": section(sharding.make_meshes, "devices", "process", mesh=section(sharding.make_mesh, "devices")),
+            "checkpoint": section(open_checkpoints, "folder", "read_only"),
+            "log": section(make_log),
+        },
+    )
+
+
+def is_phase(name: str, value) -> bool:
+    return isinstance(value, dict) and "source" in value and name not in (*SECTIONS, *OPTIONAL)
+
+
+def section(function: Callable, *given: str, **below) -> Callable[[dict], fields.Section]:
+    """A section that is the keyword arguments of one function, less those that are given, with the sections `below` in it."""
+    return lambda values: fields.Section((function,), given, below)
+
+
+def each(below: Callable[[dict], fields.Section]) -> Callable[[dict], fields.Section]:
+    """A section of sections that the user names."""
+    return lambda values: fields.Section(each=below)
+
+
+def named(what: str, family: dict, values: dict) -> tuple[Callable, ...]:
+    """The maker that a section names, if there is one."""
+    name = values.get("name")
+    known = isinstance(name, str) and (name in family or ":" in name)
+    return (find(what, name, family),) if known else ()
+
+
+# The model that is named, or its checkpoint, decides them where they are absent.
+OF_THE_MODEL = (
+    *("vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "feed_forward", "rope_theta", "rope_scaling"),
+    *("norm_eps", "qkv_bias", "qk_norm", "tied_embeddings"),
+)
+
+
+def section_of_model(values: dict) -> fields.Section:
+    below = {"lora": section(model_config.Lora), "rope_scaling": section(model_config.RopeScaling)}
+    decided = dict.fromkeys(OF_THE_MODEL, "of the model")
+    return fields.Section((make_model, ModelConfig), ("folder", "tokenizer"), below, decided)
+
+
+def section_of_verifier(values: dict) -> fields.Section:
+    return fields.Section((make_environment, *named("verifier", verify.VERIFIERS, values)))
+
+
+def section_of_task(values: dict, more: tuple[Callable, ...] = ()) -> fields.Section:
+    below = {"verifier": section_of_verifier} if more else {}
+    decided = {"seed": "that of the run", "split": "that of the use"} | ({"size": "as many as n"} if more else {})
+    return fields.Section((tasks.load, *named("task", tasks.TASKS, values), *more), sections=below, decided=decided)
+
+
+def section_of_suite(values: dict) -> fields.Section:
+    return section_of_task(values, (judged,))
+
+
+def section_of_text(values: dict) -> fields.Section:
+    return fields.Section((held_out_text,), ("name", "parts", "allow_overlap"), {"task": section_of_task})
+
+
+def section_of_phase(values: dict) -> fields.Section:
+    below = {
+        "source": section_of_source,
+        "objective": section_of_objective,
+        "optimizer": section(optimizer_.make, "steps"),
+    }
+    return fields.Section((make_phase,), ("name", "parts"), below)
+
+
+def section_of_source(values: dict) -> fields.Section:
+    given = ("parts", "objective", "microbatches", "steps")
+    return fields.Section((make_source, *named("source", SOURCES, values)), given, {"task": section_of_task})
+
+
+def section_of_objective(values: dict) -> fields.Section:
+    return fields.Section((objectives_.make, *named("objective", objectives_.OBJECTIVES, values)))
+
+
+def families() -> dict[str, dict[str, str]]:
+    """What a config can name, by family, and what each is."""
+    makers = {
+        "tasks": tasks.TASKS,
+        "verifiers": verify.VERIFIERS,
+        "objectives": objectives_.OBJECTIVES,
+        "sources": SOURCES,
+        "environments": {"single_turn": single_turn},
+        "tokenizers": text.TOKENIZERS,
+        "formats": text.FORMATS,
+    }
+    found = {family: {name: first_sentence(maker) for name, maker in members.items()} for family, members in makers.items()}
+    found["models"] = {name: model_config.HUB_IDS.get(name, "random weights") for name in model_config.SIZES}
+    return found | {"optimizers": dict.fromkeys(optimizer_.OPTIMIZERS, "")}
+
+
+def first_sentence(function: Callable) -> str:
+    """The first line of a docstring, up to its first full stop."""
+    line = (inspect.getdoc(function) or "").partition("\n")[0]
+    return re.split(r"(?<=[^.]{4})\. ", line)[0].rstrip(".")
+
+
+def complete(config: dict) -> dict:
+    """Add all fields that a config leaves out, with their defaults. Those that others decide stay absent."""
+    return fields.complete(layout(config), config)
+
+
+class Changed(NamedTuple):
+    """A field whose absence, or None, means something else since a version."""
+
+    since: int
+    field: str  # pattern of its full name
+    names: tuple[str, ...]  # of the family's members that it is about
+    was: object
+
+
+CHANGED = (Changed(1, "config.*.objective.weigh", ("rloo", "reinforce"), "per_sequence"),)
+
+
+def from_earlier(config: dict) -> tuple[dict, list[str]]:
+    """Read the config.json of a run as this version would have written it; also return the fields that it lacked.
+
+    Where a default has changed since, the field gets the value that it had then.
+
+    Raises:
+      ValueError: a field that this version does not have, or that has another name now.
+    """
+    version = config.get("version", 0)
+    if not isinstance(version, int) or version > VERSION:
+        raise ValueError(f"config.json is of version {version}, made by a later jaxreason; update this one (version {VERSION})")
+    for where, _, values in fields.sections_of(layout(config), config):
+        for change in CHANGED:
+            section_, _, name = change.field.rpartition(".")
+            concerned = version < change.since and fnmatch.fnmatchcase(where, section_) and values.get("name") in change.names
+            if concerned and values.get(name) is None:
+                values[name] = change.was
+    if gone := fields.unknown_fields(layout(config), config):
+        raise ValueError(f"config.json has {gone[0][0]}, which this version does not have ({gone[0][1]})")
+    whole = complete(config | {"version": VERSION})
+    before = {f"{where}.{name}" for where, _, values in fields.sections_of(layout(config), config) for name in values}
+    after = [f"{where}.{name}" for where, _, values in fields.sections_of(layout(whole), whole) for name in values]
+    return whole, [name.removeprefix("config.") for name in after if name not in before and name != "config.version"]
+
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
@@ -184,9 +372,9 @@ def make_model(
     *,
     folder: Path | None,
     tokenizer: text.Tokenizer,
-    name: str,
-    weights: str = "random",
-    scan_layers: bool | None = None,
+    name: str,  # a named size, a Hugging Face id or a folder
+    weights: str = "random",  # random, or pretrained: those of the model that is named
+    scan_layers: bool | None = None,  # scan over layers in the place of unrolling; None: on accelerators
     **fields,
 ) -> tuple[ModelConfig, Callable | None]:
     """Give the shape of a named size, folder or hub id, and what loads its weights (None for random ones).
@@ -196,8 +384,9 @@ def make_model(
     for key in fields:
         if key not in ModelConfig.__dataclass_fields__:
             raise ValueError(unknown("field of config.model", key, {"name", "weights", *ModelConfig.__dataclass_fields__}))
-    if fields.get("lora") is not None:
-        fields["lora"] = call(model_config.Lora, fields["lora"], "config.model.lora")
+    for key, made in (("lora", model_config.Lora), ("rope_scaling", model_config.RopeScaling)):
+        if fields.get(key) is not None:
+            fields[key] = call(made, fields[key], f"config.model.{key}")
     fields["scan_layers"] = jax.default_backend() != "cpu" if scan_layers is None else scan_layers
     if folder is None:
         if name not in model_config.SIZES:
@@ -255,14 +444,14 @@ INITIALISATION = 2**31 + 1  # folded into the seed's key for random weights; tra
 def make_text(
     *,
     folder: Path | None,
-    tokenizer: str = "characters",
-    format: str = "plain",
-    alphabet: str = ALPHABET,
-    system: str = "",
-    instruction: str = "{question}",
-    eos: Sequence[str | int] = (),
-    template: dict | None = None,
-    date: str | None = None,
+    tokenizer: str = "characters",  # characters, byte_level, or pretrained: that of the model
+    format: str = "plain",  # plain, or chat: by the model's own template
+    alphabet: str = ALPHABET,  # of the tokenizer `characters`
+    system: str = "",  # the system message of a chat
+    instruction: str = "{question}",  # what the model is asked; {question} in it stands for the question
+    eos: Sequence[str | int] = (),  # further tokens that end a completion, by their texts or ids
+    template: dict | None = None,  # arguments that the chat template reads, as {"enable_thinking": False}
+    date: str | None = None,  # YYYY-MM-DD that the chat template takes for today; None: the day on which the run began
 ) -> tuple[text.Tokenizer, text.Format]:
     """Make the tokenizer and how tasks are put to the model.
 
@@ -312,18 +501,18 @@ def make_roller(
     format: text.Format,
     mesh,
     processes: int,
-    slots: int,
-    max_prompt_tokens: int,
-    max_tokens: int,
-    chunk_tokens: int = 16,
-    cache_dtype: str | None = None,
-    prompts_per_prefill: int = 8,
-    prefill_tokens: int | None = None,
-    prompt_rows: int | None = None,
-    stop_strings: Sequence[str] = (),
-    thinking_tokens: int | None = None,
-    end_of_thinking: str = "\n</think>\n\n",
-    untempered_logp: bool = False,
+    slots: int,  # sequences that are decoded at once, on all processes together
+    max_prompt_tokens: int,  # longer prompts are dropped, and counted
+    max_tokens: int,  # of a completion
+    chunk_tokens: int = 16,  # decoded between two looks at which slots have finished
+    cache_dtype: str | None = None,  # of keys and values: float32, bfloat16, int8; None: that of the model
+    prompts_per_prefill: int = 8,  # read at once
+    prefill_tokens: int | None = None,  # read at once, of all of them; None: as the platform likes
+    prompt_rows: int | None = None,  # prompts that attempts share, of a process; 0: each has a copy; None: as many as pay
+    stop_strings: Sequence[str] = (),  # texts that end a turn, and stay in it
+    thinking_tokens: int | None = None,  # after which the end of thinking is forced; None: never
+    end_of_thinking: str = "\n</think>\n\n",  # the text that is forced
+    untempered_logp: bool = False,  # also keep log-probs at temperature 1
 ) -> Roller:
     """Compile-to-be sampler of `slots` sequences of at most `max_prompt_tokens` + `max_tokens` tokens, and the text around it.
     The slots are those of all processes together, and the mesh is that of one. On a CPU a small model is fastest with so few that
@@ -413,34 +602,34 @@ def make_phase(
     *,
     name: str,
     parts: Parts,
-    source: dict,
-    objective: dict,
-    optimizer: dict,
-    steps: int,
-    microbatches: int = 1,
-    updates_per_batch: int = 1,
-    evaluate_every: int = 0,
-    log_every: int = 1,
-    offload_reference: bool = False,
-    max_skipped: int = 5,
+    source: dict,  # where batches come from
+    objective: dict,  # what is trained towards
+    optimizer: dict,  # how params are updated
+    steps: int,  # batches that are drawn; 0: none, the phase is left out
+    microbatches: int = 1,  # parts of a batch whose gradients are added up
+    updates_per_batch: int = 1,  # train steps on each batch
+    evaluate_every: int = 0,  # steps; 0: at the end of the phase only
+    log_every: int = 1,  # steps that a line of metrics sums up
+    offload_reference: bool = False,  # keep the reference params in the host's memory while they are not used
+    max_skipped: int = 5,  # batches in a row without a finite gradient, after which the run stops
 ) -> Phase:
     """One phase: `Source x Objective x steps`. After `max_skipped` batches in a row that are not finite the run stops.
 
     With `offload_reference` the reference policy lies in the host's memory, and on the devices only while it scores a batch.
     """
-    positive = {"steps": steps, "microbatches": microbatches, "updates_per_batch": updates_per_batch, "max_skipped": max_skipped}
+    if steps < 0:
+        raise ValueError(f"config.{name}.steps got {steps}; allowed: 0 (evaluate only) or more")
+    positive = {"microbatches": microbatches, "updates_per_batch": updates_per_batch, "max_skipped": max_skipped}
     check_positive(f"config.{name}", **positive, log_every=log_every)
     if evaluate_every < 0:
         raise ValueError(f"config.{name}.evaluate_every got {evaluate_every}; allowed: 0 (at the end only) or more")
     made_objective = call(objectives_.make, objective, f"config.{name}.objective")
     made_optimizer = call(optimizer_.make, optimizer, f"config.{name}.optimizer", steps=steps * updates_per_batch)
-    kind, section = source.get("name"), {k: v for k, v in source.items() if k != "name"}
-    if kind not in SOURCES:
-        raise ValueError(unknown("source", kind, SOURCES))
-    if made_objective.needs_group and (kind != "rollouts" or section.get("group", 1) < 2):
+    kind, group = source.get("name"), source.get("group", 1)
+    if made_objective.needs_group and (kind in ("corpus", "demonstrations") or group < 2):
         raise ValueError(
             f"config.{name}: objective {objective['name']!r} compares the attempts at a problem, but there is "
-            f"{section.get('group', 1)} of each; set {name}.source.group to 2 or more, or choose reinforce, lm or sft"
+            f"{group} of each; set {name}.source.group to 2 or more, or choose reinforce, lm or sft"
         )
     if offload_reference and not made_objective.needs_reference:
         raise ValueError(
@@ -448,7 +637,7 @@ def make_phase(
             f"{name}.objective.kl_coefficient above 0"
         )
     given = {"parts": parts, "objective": made_objective, "microbatches": microbatches, "steps": steps}
-    made_source = call(SOURCES[kind], section, f"config.{name}.source", **given)
+    made_source = call(make_source, {"name": None} | source, f"config.{name}.source", **given)
     if made_source.rows % (parts.devices * microbatches):
         raise ValueError(
             f"config.{name} has {made_source.rows} rows a batch, which do not divide over {parts.devices} devices x "
@@ -475,12 +664,29 @@ def check_positive(where: str, **fields: int) -> None:
             raise ValueError(f"{where}.{name} got {value}; allowed: 1 or more")
 
 
+def make_source(
+    *,
+    name: str,  # corpus, demonstrations, rollouts, or module:maker of your own
+    parts: Parts,
+    objective,
+    microbatches: int,
+    steps: int,
+    **section,
+) -> sources.Source:
+    """Make the source of a name."""
+    given = {"parts": parts, "objective": objective, "microbatches": microbatches, "steps": steps}
+    made = call(find("source", name, SOURCES), section, f"source {name!r}", **given)
+    if not isinstance(made, sources.Source):
+        raise ValueError(f"source {name!r} made a {type(made).__name__}; allowed: a sources.Source")
+    return made
+
+
 def load_tasks(section: dict, **defaults) -> Sequence:
     """Load tasks from their section; `defaults` fill in fields that the family has and the section leaves open."""
     section = dict(section)
     name = section.pop("name", None)
-    if name in tasks.TASKS:
-        known = inspect.signature(tasks.TASKS[name]).parameters
+    for maker in named("task", tasks.TASKS, {"name": name}):
+        known = inspect.signature(maker).parameters
         section = {k: v for k, v in defaults.items() if k in known} | section
     return tasks.load(name, **section)
 
@@ -539,7 +745,16 @@ def fitting(items: Sequence, prompt: Callable, limit: int, what: str, say: Calla
     return kept
 
 
-def corpus(*, parts: Parts, objective, microbatches: int, steps: int, task: dict, rows: int, length: int) -> sources.Source:
+def corpus(
+    *,
+    parts: Parts,
+    objective,
+    microbatches: int,
+    steps: int,
+    task: dict,  # the texts, or tasks with worked solutions
+    rows: int,  # windows in a batch
+    length: int,  # of a window, in tokens
+) -> sources.Source:
     """Windows of `length` tokens from the packed stream of a text corpus or of a family's worked solutions."""
     check_positive("source", rows=rows, length=length)
     windows = data.token_windows(encode_documents(load_trained(task, parts), parts, task), length)
@@ -556,7 +771,15 @@ def encode_documents(documents: Sequence, parts: Parts, task: dict) -> list[list
 
 
 def demonstrations(
-    *, parts: Parts, objective, microbatches: int, steps: int, task: dict, rows: int, max_tokens: int, pack: bool = True
+    *,
+    parts: Parts,
+    objective,
+    microbatches: int,
+    steps: int,
+    task: dict,  # tasks with worked solutions
+    rows: int,  # solutions in a batch
+    max_tokens: int,  # of prompt and solution; longer ones are cut
+    pack: bool = True,  # put short ones into one row
 ) -> sources.Source:
     """`rows` worked solutions a batch, of at most `max_tokens` tokens, prompt included; longer ones are cut."""
     check_positive("source", rows=rows, max_tokens=max_tokens)
@@ -586,19 +809,19 @@ def rollouts(
     objective,
     microbatches: int,
     steps: int,
-    task: dict,
-    problems: int,
-    group: int,
-    temperature: float = 1.0,
-    max_tokens: int | None = None,
-    reward: str = "verdict",
-    dynamic_sampling: int = 1,
-    lag: int = 0,
-    pack: bool = True,
-    share_prompts: int | None = None,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
+    task: dict,  # what is attempted
+    problems: int,  # in a batch
+    group: int,  # attempts at each problem
+    temperature: float = 1.0,  # at which they are sampled
+    max_tokens: int | None = None,  # of an attempt; None: sampler.max_tokens
+    reward: str = "verdict",  # verdict, or random: a control that is paid by chance
+    dynamic_sampling: int = 1,  # draw up to this many times the problems, until enough have attempts that differ in reward
+    lag: int = 0,  # updates between the params that sample and those that learn
+    pack: bool = True,  # put short attempts into one row
+    share_prompts: int | None = None,  # attempts behind one copy of their prompt in the learner; None: as many as pay
+    top_k: int = 0,  # refused in training unless 0: the importance ratio would be biased
+    top_p: float = 1.0,  # refused in training unless 1
+    min_p: float = 0.0,  # refused in training unless 0
 ) -> sources.Source:
     """`group` verified attempts at each of `problems` tasks a step, sampled from the params `lag` updates ago.
 
@@ -641,7 +864,7 @@ def rollouts(
     return sources.rollouts(
         data.shuffled(items, seed=parts.seed),
         prompt,
-        call(make_environment, parts.verifier, "config.verifier"),
+        judge(parts.verifier, items),
         roller,
         objective,
         problems=problems,
@@ -659,6 +882,9 @@ def rollouts(
     )
 
 
+MOST_ATTEMPTS = 2**20  # at a problem, in a batch
+
+
 def attempts_that_share(
     asked: int | None, shape: ModelConfig, *, group: int, rows: int, multiple: int, prompt: int, completion: int
 ) -> int:
@@ -667,6 +893,8 @@ def attempts_that_share(
     None asks for as many as pay with a typical `prompt` and the longest `completion`, of those that leave a `multiple` of rows:
     devices x micro-batches.
     """
+    if not 1 <= group <= MOST_ATTEMPTS:
+        raise ValueError(f"source.group got {group}; allowed: 1 to {MOST_ATTEMPTS:,}")
     alone = shape.attention != "xla"  # the kernels know segments, but no branches of one
     if asked is None:
         choices = [n for n in range(1, group + 1) if group % n == 0 and rows // n % multiple == 0]
@@ -697,11 +925,17 @@ def make_filter(top_k: int, top_p: float, min_p: float, where: str) -> Filter:
     return Filter(top_k, top_p, min_p)
 
 
-def make_environment(*, name: str, must_finish: bool = False, deadline_s: float | None = None, **section) -> Environment:
-    """Make the environment that a `verifier` section asks for (see single_turn).
+OF_ENVIRONMENT = ("must_finish", "deadline_s")  # fields of a verifier section that its verifier does not get
 
-    `deadline_s` None: 60 seconds a verdict, or none for a verifier that keeps to a limit of its own.
-    """
+
+def make_environment(
+    *,
+    name: str,  # one of the verifiers, or module:maker of your own
+    must_finish: bool = False,  # an attempt that is cut off at its limit is wrong, whatever it says
+    deadline_s: float | None = None,  # of a verdict; None: 60, or none for a verifier that has a timeout_s
+    **section,
+) -> Environment:
+    """Make the environment that a `verifier` section asks for (see single_turn)."""
     if name in verify.BOUNDED and deadline_s is not None:
         raise ValueError(f"verifier.deadline_s got {deadline_s}, but {name!r} has its own limit; set timeout_s instead")
     own = {"deadline_s": None} if name in verify.BOUNDED else {"deadline_s": deadline_s} if deadline_s is not None else {}
@@ -720,7 +954,7 @@ def check_keys(items: Sequence, section: dict, what: str, say: Callable[[str], N
         return
     step = -(-len(items) // KEYS_TRIED)
     tried = items[::step]
-    bad = verify.bad_keys(verify.make(**{k: v for k, v in section.items() if k not in ("must_finish", "deadline_s")}), tried)
+    bad = verify.bad_keys(verify.make(**{k: v for k, v in section.items() if k not in OF_ENVIRONMENT}), tried)
     if not bad:
         return
     of = f"{len(tried)} keys" if step == 1 else f"{len(tried)} keys that were tried (of {len(items)})"
@@ -730,21 +964,38 @@ def check_keys(items: Sequence, section: dict, what: str, say: Callable[[str], N
     say(f"warning: {what}: {told}; such attempts earn 0 and are counted in rollout/bad_keys")
 
 
+def judge(section: dict, items: Sequence[Task]) -> Environment:
+    """Make the environment of a `verifier` section, whose verifier, if it is the user's own, is tried on the first task.
+
+    Raises:
+      ValueError: no verifier of that name, a wrong field, or a verifier of the user's that gives no Verdict.
+    """
+    section = {"name": None} | section
+    if isinstance(name := section["name"], str) and ":" in name and len(items):
+        judge_one = verify.make(**{key: value for key, value in section.items() if key not in OF_ENVIRONMENT})
+        for answer in (items[0].answer, ""):
+            with lines_of(f"verifier {name!r} on the first task"):
+                verdict = judge_one(answer, items[0])
+            if not isinstance(verdict, Verdict):
+                raise ValueError(f"verifier {name!r} gave {verdict!r} of the first task; allowed: a types.Verdict")
+    return call(make_environment, section, "config.verifier")
+
+
 # --- evaluation and logs ---
 
 
 def make_evaluate(
     *,
     parts: Parts,
-    suites: dict,
-    texts: dict | None = None,
-    temperatures: Sequence[float] = (0.0, 1.0),
-    n: int = 200,
-    final_n: int | None = None,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    allow_overlap: bool = False,
+    suites: dict,  # held-out tasks that are attempted: name -> the section of their tasks
+    texts: dict | None = None,  # held-out documents that are scored: name -> task, length and rows
+    temperatures: Sequence[float] = (0.0, 1.0),  # every suite is attempted once at each; 0 is greedy
+    n: int = 200,  # tasks of each suite
+    final_n: int | None = None,  # the same at the start and at the end of a phase; None: n
+    top_k: int = 0,  # draw from the likeliest k tokens; 0: all
+    top_p: float = 1.0,  # draw from the likeliest tokens that have this probability together
+    min_p: float = 0.0,  # draw from tokens with this fraction of the likeliest's probability
+    allow_overlap: bool = False,  # evaluate on questions that a source trains on too
 ) -> tuple[Callable, Filter | None]:
     """Return `evaluate(params, phase, step, final)`: n tasks of each suite, `final_n` at the start and the end of a phase.
 
@@ -768,12 +1019,13 @@ def make_evaluate(
     longest_prompt = roller.sampler.length - roller.max_tokens
     made = []
     for name, section in suites.items():
-        environment = call(make_environment, section.get("verifier", parts.verifier), "config.verifier")
         task = {k: v for k, v in section.items() if k != "verifier"}
         items = load_held_out(task, parts, f"suite {name!r}", allow_overlap, size=max(n, final_n or n))
         items = fitting(items, prompt, longest_prompt, f"suite {name!r}", parts.say)
-        check_keys(items, section.get("verifier", parts.verifier), f"suite {name!r}", parts.say)
-        made.append(evaluation.Suite(name, items, environment))
+        own = section.get("verifier")
+        verifier = parts.verifier if own is None else own
+        check_keys(items, verifier, f"suite {name!r}", parts.say)
+        made.append(evaluation.Suite(name, items, judge(verifier, items)))
 
     made_texts = [
         call(held_out_text, section, f"config.evaluate.texts.{name}", name=name, parts=parts, allow_overlap=allow_overlap)
@@ -807,7 +1059,22 @@ def make_evaluate(
     return evaluate, filter if suites else None
 
 
-def held_out_text(*, name: str, parts: Parts, allow_overlap: bool, task: dict, length: int, rows: int = 64) -> evaluation.Text:
+def judged(
+    *,
+    verifier: dict | None = None,  # of this suite alone; None: that of the config
+):
+    """The field of a suite beside those of its tasks."""
+
+
+def held_out_text(
+    *,
+    name: str,
+    parts: Parts,
+    allow_overlap: bool,
+    task: dict,  # the documents
+    length: int,  # of a window, in tokens
+    rows: int = 64,  # windows that are scored, at most
+) -> evaluation.Text:
     """The first `rows` windows of held-out documents, in batches of eight rows."""
     check_positive(f"config.evaluate.texts.{name}", rows=rows, length=length)
     windows = data.token_windows(
@@ -824,11 +1091,11 @@ def held_out_text(*, name: str, parts: Parts, allow_overlap: bool, task: dict, l
 
 def make_log(
     *,
-    rollouts_kept: int = 64,
-    watts: float | None = None,
-    tensorboard: bool = True,
-    live: bool = True,
-    wandb: dict | None = None,
+    rollouts_kept: int = 64,  # of each step, in rollouts.jsonl
+    watts: float | None = None,  # of a device at work, for joules in the ledger; None: no joules
+    tensorboard: bool = True,  # write tensorboard/
+    live: bool = True,  # show a live table, on a terminal
+    wandb: dict | None = None,  # arguments of wandb.init; None: not used
 ) -> tuple[dict, dict]:
     """What the loop is to know of it: how many rollouts of a step are written, the watts of a device; and the log's options."""
     if rollouts_kept < 0:

@@ -69,10 +69,10 @@ class Checkpoints(NamedTuple):
 def open_checkpoints(
     folder: str | os.PathLike,
     *,
-    keep: int = 2,
-    every_steps: int = 100,
-    keep_every_steps: int | None = None,
-    keep_best: str | None = None,
+    keep: int = 2,  # newest checkpoints that stay
+    every_steps: int = 100,  # steps between two saves; the last step of a phase is saved too
+    keep_every_steps: int | None = None,  # those of every so many steps stay too; None: none
+    keep_best: str | None = None,  # a suite: its best checkpoint stays too
     read_only: bool = False,
 ) -> Checkpoints:
     """Open the checkpoints in `folder`, of which the newest `keep` stay.

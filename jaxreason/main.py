@@ -3,6 +3,9 @@
 Reads flags, checks the config and the folder, builds the run and trains it. A run that was stopped goes on when the same command
 is given again: without `--workdir` its folder is named after the config, its options and a hash of all its fields.
 
+`--describe` prints all fields of a config with their types, defaults and meanings (`--describe=rl.optimizer` those of
+a section), and `--list` the names of tasks, verifiers, objectives and so on.
+
 On several hosts the same command runs on each, with a `--workdir` that all of them see. Cloud TPU, Slurm and Open MPI say by
 themselves which process is which; elsewhere `--coordinator_address=HOST:PORT --num_processes=2 --process_id=0` and so on.
 """
@@ -17,20 +20,17 @@ import json
 import os
 import platform
 import re
-import runpy
 import shlex
 import sys
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
+from jaxreason import command
 from jaxreason import workdir as folders
-from jaxreason.options import call, unknown
+from jaxreason.options import OFFERED, call, unknown
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file and options, as configs/tiny.py:task=countdown,smoke; --config.rl.steps=10 changes a field."
-)
+CONFIG = command.define("Config file and options, as configs/tiny.py:task=countdown,smoke; --config.rl.steps=10 changes a field.")
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; a run in it goes on. Default: runs/<config>-<hash of its fields>."
 )
@@ -47,6 +47,8 @@ RESUME = flags.DEFINE_enum(
 ACCEPT_CONFIG_CHANGE = flags.DEFINE_bool(
     "accept_config_change", False, "Go on with a config that is not the one the run was begun with."
 )
+DESCRIBE = flags.DEFINE_string("describe", None, "Print the fields of the config, or of a section as rl.optimizer, and end.")
+LIST = flags.DEFINE_string("list", None, "Print the names of all families, or of one as verifiers, and end.")
 COORDINATOR_ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, if there are several processes.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
@@ -118,39 +120,62 @@ def fail(error: Exception) -> None:
 
 
 def parse_flags(argv):
-    if (path := config_path(argv)[0]) and not Path(path).is_file():
-        fail(ValueError(f"no config file {path!r}; configs are in configs/, options follow a colon: configs/tiny.py:smoke"))
+    """Parse flags; print what `--describe` or `--list` ask for, and end."""
+    argv = [argv[0], *with_values(argv[1:])]
     try:
-        rest = flags.FLAGS(argv)
+        rest = command.parse(argv)
+        if LIST.value is not None:
+            show(list_families(LIST.value))
         if CONFIG.value is None:
             raise ValueError("no --config given; for example --config=configs/tiny.py")
+        if DESCRIBE.value is not None:
+            show(describe(CONFIG.value.to_dict(), DESCRIBE.value))
         return rest
-    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
-        fail(unknown_field(argv) or error)
+    except (flags.Error, ValueError, OSError) as error:
+        fail(error)
 
 
-def config_path(argv) -> tuple[str, str]:
-    """The file and the options of `--config=file:options`."""
-    path, _, options = next((a.split("=", 1)[1] for a in argv if re.match("--?config=", a)), "").partition(":")
-    return path, options
+def with_values(words: list[str]) -> list[str]:
+    """Give `--describe` and `--list` the word that follows as their value, or none."""
+    words, found = list(words), []
+    while words:
+        word = words.pop(0)
+        if re.fullmatch("--?(describe|list)", word):
+            word += "=" + (words.pop(0) if words and not words[0].startswith("-") else "")
+        found.append(word)
+    return found
 
 
-def unknown_field(argv) -> ValueError | None:
-    """The error of the first `--config.a.b=` that the config lacks, if there is one; ml_collections names its last word only."""
-    path, options = config_path(argv)
-    try:
-        config = runpy.run_path(path)["get_config"](options)
-    except Exception:  # then that is the error to show
-        return None
-    for word in argv:
-        match = re.match(r"--?config\.([\w.]+)", word)
-        at, where = config, "config"
-        for name in match[1].split(".") if match else ():
-            fields = at.keys() if hasattr(at, "keys") else ()
-            if name not in fields:
-                return ValueError(unknown(f"field of {where}", name, fields))
-            at, where = at[name], f"{where}.{name}"
-    return None
+def show(lines: list[str]) -> None:
+    print("\n".join(lines))
+    sys.exit(0)
+
+
+def describe(config: dict, section: str) -> list[str]:
+    """Lines about a section of a config, all of them and the file's options where none is named."""
+    from jaxreason import build, fields
+
+    lines = fields.describe(build.layout(config), config, section)
+    if section:
+        return lines
+    choices = {name: "|".join(map(str, allowed)) for name, (_, allowed) in OFFERED.items() if allowed is not None}
+    options = [f"  {n}={choices.get(n, type(d).__name__)}  default {d!r}" for n, (d, _) in OFFERED.items()]
+    return ["options, after a colon: --config=FILE:NAME=VALUE,NAME=VALUE", *(options or ["  none"]), "", *lines]
+
+
+def list_families(wanted: str) -> list[str]:
+    """The members of each family, a line each, or those of one family."""
+    from jaxreason import build
+
+    families = build.families()
+    if wanted and wanted not in families:
+        raise ValueError(unknown("family", wanted, families))
+    lines = []
+    for family, members in families.items():
+        if wanted in ("", family):
+            width = max(map(len, members))
+            lines += ["", f"{family}:", *(f"  {name.ljust(width)}  {what}".rstrip() for name, what in members.items())]
+    return lines[1:]
 
 
 def main(argv) -> None:
@@ -185,7 +210,7 @@ def run(config) -> None:
     import jax
 
     from jaxreason import freed, preemption
-    from jaxreason.build import build, make_log
+    from jaxreason.build import build, from_earlier, make_log
     from jaxreason.checkpoint import check_writable, open_checkpoints, saved_steps
     from jaxreason.environment import VerifierFailed
     from jaxreason.metrics import Unwritable, replacing, writing
@@ -217,7 +242,7 @@ def run(config) -> None:
             config = dated(config, gather(begun)[0])
             text = config_text(config)
             how = {"resume": RESUME.value, "accept_config_change": ACCEPT_CONFIG_CHANGE.value, "say": tell}
-            together(folders.check, workdir, text, **how)
+            together(folders.check, workdir, text, read=from_earlier, **how)
             made = together(build, config, resumes=not anew and bool(saved_steps(workdir / "checkpoints")))
             together(check_writable, workdir, over=folders.WRITTEN_OVER)
             if writes():

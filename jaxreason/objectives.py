@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreason.options import call, unknown
+from jaxreason.options import call, find, unknown
 
 # A group whose rewards differ by less than this is a group of equal rewards: float residue must not be blown up by 1/std.
 EQUAL_REWARDS = 1e-6
@@ -130,6 +130,8 @@ def reinforce(outputs, batch):
 
 def clipped(lo: float = 0.2, hi: float = 0.2):
     """Pessimistic clipped importance ratio (Schulman et al. 2017, arXiv 1707.06347, eq. 7), with its two sides apart."""
+    if not (0 <= lo <= 1 and hi >= 0):
+        raise ValueError(f"clip got {lo} below 1 and {hi} above; allowed: 0 to 1 below, 0 or more above")
 
     def token_loss(outputs, batch):
         ratio = jnp.exp(outputs.logp_BT - batch.behaviour_logp_BT)
@@ -212,17 +214,24 @@ def rloo():
     return Objective(leave_one_out, token_sum, reinforce, needs_group=True, on_policy=True)
 
 
-def grpo(clip: float = 0.2):
+def grpo(
+    clip: float = 0.2,  # of the importance ratio, from 1 to both sides
+):
     """Group relative policy optimisation (Shao et al. 2024, arXiv 2402.03300, eq. 3)."""
     return Objective(zscore_group, per_sequence, clipped(clip, clip), needs_group=True)
 
 
-def dr_grpo(clip: float = 0.2):
+def dr_grpo(
+    clip: float = 0.2,  # of the importance ratio, from 1 to both sides
+):
     """GRPO without its two normalisations (Liu et al. 2025, arXiv 2503.20783, sec. 3.2)."""
     return Objective(centre_group, per_slot, clipped(clip, clip), needs_group=True)
 
 
-def dapo(lo: float = 0.2, hi: float = 0.28):
+def dapo(
+    lo: float = 0.2,  # of the importance ratio, below 1
+    hi: float = 0.28,  # of the importance ratio, above 1
+):
     """Clip-higher and token-level loss (Yu et al. 2025, arXiv 2503.14476, eq. 8).
 
     The mean over tokens is over the whole batch, not inside each group as in eq. 8 (see
@@ -265,23 +274,25 @@ GROUP_BASELINES = (centre_group, leave_one_out, zscore_group)
 
 
 def make(
-    name: str,
+    name: str,  # one of the objectives, or module:maker of your own
     *,
-    advantage: str | None = None,
-    weigh: str | None = None,
-    kl_coefficient: float = 0.0,
-    kl_estimator: str = "k3",
-    entropy_coefficient: float = 0.0,
+    advantage: str | None = None,  # replaces the objective's own; one of ADVANTAGES
+    weigh: str | None = None,  # replaces the objective's own loss aggregation; one of WEIGHTINGS
+    kl_coefficient: float = 0.0,  # of the KL divergence to the params at the start of the phase; 0: none
+    kl_estimator: str = "k3",  # k1, k2 or k3
+    entropy_coefficient: float = 0.0,  # of a reward for entropy, per nat
     **kwargs,
 ) -> Objective:
-    """Make a named objective; `advantage` and `weigh` replace its own by name; `kwargs` are the algorithm's own numbers.
+    """Make a named objective, or a user's `module:maker`.
+
+    `advantage` and `weigh` replace its own by name; `kwargs` are the algorithm's own numbers.
 
     Raises:
       ValueError: an unknown name or number.
     """
-    if name not in OBJECTIVES:
-        raise ValueError(unknown("objective", name, OBJECTIVES))
-    objective = call(OBJECTIVES[name], kwargs, f"objective {name!r}")
+    objective = call(find("objective", name, OBJECTIVES), kwargs, f"objective {name!r}")
+    if not isinstance(objective, Objective):
+        raise ValueError(f"objective {name!r} made a {type(objective).__name__}; allowed: an objectives.Objective")
     if advantage is not None:
         if advantage not in ADVANTAGES:
             raise ValueError(unknown("advantage", advantage, ADVANTAGES))
@@ -291,6 +302,8 @@ def make(
         if weigh not in WEIGHTINGS:
             raise ValueError(unknown("weighting", weigh, WEIGHTINGS))
         objective = objective._replace(weigh=WEIGHTINGS[weigh])
+    if kl_coefficient < 0:
+        raise ValueError(f"kl_coefficient got {kl_coefficient}; allowed: 0 or more")
     if kl_estimator not in KL_ESTIMATORS:
         raise ValueError(unknown("KL estimator", kl_estimator, KL_ESTIMATORS))
     if entropy_coefficient:

@@ -37,7 +37,7 @@ def schedule(
     if warmup_share and warmup_steps:
         raise ValueError(f"got warmup_steps={warmup_steps} and warmup_share={warmup_share}; allowed: one of them, the other 0")
     warmup_steps = warmup_steps or round(warmup_share * steps)
-    if not 0 <= warmup_steps <= steps:
+    if not 0 <= warmup_steps <= steps and (steps or warmup_steps < 0):
         raise ValueError(f"warmup_steps got {warmup_steps}; allowed: 0 to the {steps} steps of the phase")
     rest = max(1, steps - warmup_steps)
     after = {
@@ -55,21 +55,21 @@ def schedule(
 def make(
     steps: int,
     *,
-    name: str = "adamw",
-    lr: float,
-    schedule_kind: str = "constant",
-    warmup_steps: int = 0,
-    warmup_share: float = 0.0,
-    final_share: float = 0.0,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    clip_norm: float | None = 1.0,
-    state_dtype: str | None = None,
-    adam_lr: float | None = None,
-    muon_momentum: float = 0.95,
-    muon_scale: str = "rms",
+    name: str = "adamw",  # adamw, adam, sgd, lion, adafactor or muon
+    lr: float,  # the learning rate after the warm-up
+    schedule_kind: str = "constant",  # constant, cosine or linear
+    warmup_steps: int = 0,  # in which the rate rises to lr
+    warmup_share: float = 0.0,  # the same as a fraction of all steps
+    final_share: float = 0.0,  # fraction of lr at the end of a decay
+    b1: float = 0.9,  # decay of the first moment (adamw, adam, lion, muon's adamw)
+    b2: float = 0.999,  # decay of the second moment
+    eps: float = 1e-8,  # added to the root of the second moment
+    weight_decay: float = 0.0,  # of matrices, times the rate
+    clip_norm: float | None = 1.0,  # longest gradient; None: any
+    state_dtype: str | None = None,  # of the first moment: float32 or bfloat16; None: that of the params
+    adam_lr: float | None = None,  # muon: the rate of embeddings, head and vectors; None: lr
+    muon_momentum: float = 0.95,  # muon
+    muon_scale: str = "rms",  # muon: rms, for rates as AdamW's, or width
 ) -> optax.GradientTransformation:
     """Make the optimizer of a phase of `steps` updates. Weight decay spares vectors (norms, biases) and is times the rate.
 

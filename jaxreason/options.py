@@ -1,17 +1,26 @@
 """Names and numbers that a user gives, checked: options of a config file, fields of a section, names of a family, JSON files.
 
-Options are the part after the colon of `--config=configs/tiny.py:task=countdown,smoke`.
+Options are the part after the colon of `--config=configs/tiny.py:task=countdown,smoke`. A name with a colon in it
+is a user's own code: `my_rewards:brevity` is the function `brevity` of the module `my_rewards`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import fnmatch
+import functools
+import importlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+# Fields that have another name now: `"config.*.source.old": "new"`. The old one is refused, in configs and run folders alike.
+RENAMED: dict[str, str] = {}
 
 
 def unknown(what: str, got: str, allowed: Iterable[str]) -> str:
@@ -22,6 +31,12 @@ def unknown(what: str, got: str, allowed: Iterable[str]) -> str:
     return f"unknown {what} {got!r}{hint}; one of: {', '.join(allowed) or 'none'}"
 
 
+def renamed(where: str, name: str) -> str:
+    """Say what a field is called now; nothing if it was not renamed."""
+    new = next((new for old, new in RENAMED.items() if fnmatch.fnmatchcase(f"{where}.{name}", old)), None)
+    return f"field {name!r} of {where} is called {new!r} now; write {where}.{new}" if new else ""
+
+
 def parse(arg: str, *, choices: dict[str, Iterable[Any]] | None = None, **defaults) -> SimpleNamespace:
     """Parse `"size=small,smoke"` into a namespace that has each of `defaults`, cast to the type of its default.
 
@@ -30,6 +45,7 @@ def parse(arg: str, *, choices: dict[str, Iterable[Any]] | None = None, **defaul
     Raises:
       ValueError: an unknown option, a value of the wrong type, or one that is not among the choices.
     """
+    OFFERED.update({name: (default, (choices or {}).get(name)) for name, default in defaults.items()})
     values = dict(defaults)
     for part in filter(None, (p.strip() for p in (arg or "").split(","))):
         name, given, text = part.partition("=")
@@ -52,6 +68,10 @@ def parse(arg: str, *, choices: dict[str, Iterable[Any]] | None = None, **defaul
     return SimpleNamespace(**values)
 
 
+# The options that were parsed for last, with their defaults and choices: how `--describe` learns of a file's options.
+OFFERED: dict[str, tuple[Any, Iterable[Any] | None]] = {}
+
+
 def call(function: Callable, section: Mapping[str, Any], where: str, /, **given):
     """Call `function(**section, **given)`, where `section` is a user's and `where` is what to call it.
 
@@ -63,7 +83,7 @@ def call(function: Callable, section: Mapping[str, Any], where: str, /, **given)
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for name in section:
             if name not in allowed:
-                raise ValueError(unknown(f"field of {where}", name, allowed))
+                raise ValueError(renamed(where, name) or unknown(f"field of {where}", name, allowed))
     for name in allowed:
         if parameters[name].default is inspect.Parameter.empty and name not in section:
             raise ValueError(f"{where} needs {name}=...")
@@ -97,3 +117,89 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}; allowed: a JSON object, {{...}}")
     return value
+
+
+# --- a user's own code ---
+
+
+def find(what: str, name: str, family: Mapping[str, Callable]) -> Callable:
+    """Find the function of a name: one of a family, or `module:function` of the user's.
+
+    Raises:
+      ValueError: there is none, or the user's module does not load.
+    """
+    if isinstance(name, str) and ":" in name:
+        return own(what, name)
+    if name not in family:
+        raise ValueError(unknown(what, name, family) + (OWN if isinstance(name, str) else ""))
+    return family[name]
+
+
+OWN = "; or module:function of your own"
+
+
+def own(what: str, name: str) -> Callable:
+    """A function of the user's, whose errors say where in the user's file they arose."""
+    module, _, attribute = name.partition(":")
+    what = f"{what} {name!r}"
+    with lines_of(what):
+        try:
+            loaded = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module.partition(".")[0]:
+                raise
+            raise ValueError(f"{what}: no module {module!r} beside the config, in this folder or installed") from None
+        except (TypeError, ValueError) as error:
+            if not module or module.startswith("."):
+                raise ValueError(f"{what}: {module!r} names no module; write module:function") from None
+            raise error
+    found = functools.reduce(lambda at, part: getattr(at, part, None), attribute.split("."), loaded)
+    if found is None:
+        names = [n for n, value in vars(loaded).items() if callable(value) and not n.startswith("_")]
+        raise ValueError(f"{what}: {unknown(f'name in {module}', attribute, names)}")
+    if not callable(found):
+        raise ValueError(f"{what} is a {type(found).__name__}; allowed: a function")
+
+    @functools.wraps(found)
+    def called(*arguments, **kwargs):
+        with lines_of(what):
+            return found(*arguments, **kwargs)
+
+    return called
+
+
+@contextlib.contextmanager
+def lines_of(what: str) -> Iterator[None]:
+    """Turn errors of a user's code in this block into a ValueError that says what, the file and the line.
+
+    A ValueError that this package raised for the user's code passes as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        place = line_of(error)
+        if isinstance(error, ValueError) and not place:
+            raise
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(": ".join(filter(None, ("" if place.startswith(what) else what, place, said)))) from None
+
+
+def line_of(error: BaseException) -> str:
+    """Say where in a user's file an error arose, as file:line; nothing if this package raised it."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    lines, traceback = [], error.__traceback__
+    while traceback is not None:
+        lines.append((traceback.tb_frame.f_code.co_filename, traceback.tb_lineno))
+        traceback = traceback.tb_next
+    ours = str(Path(__file__).parent)
+    if lines and lines[-1][0].startswith(ours) and isinstance(error, ValueError):
+        return ""
+    library = (ours, *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), "<")
+    return next((f"{file}:{line}" for file, line in reversed(lines) if not file.startswith(library)), "")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; a SyntaxError's without its place."""
+    said = error.msg if isinstance(error, SyntaxError) else error
+    return " ".join(str(said).split())

@@ -35,7 +35,13 @@ RULES = (
 ROWS = P(("data", "fsdp"))
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+def make_mesh(
+    *,
+    data: int = -1,  # devices that hold all params, each with rows of its own; -1: all that are left
+    fsdp: int = 1,  # devices that share the params, each with rows of its own
+    tensor: int = 1,  # devices that share heads and vocabulary
+    devices=None,
+) -> Mesh:
     """Make a mesh; one axis may be -1, for all devices that are left.
 
     Raises:
@@ -62,7 +68,14 @@ class Meshes(NamedTuple):
     sample: Mesh
 
 
-def make_meshes(mesh: dict, *, devices, process: int, sampling_devices: int = 0, sampling_tensor: int | None = None) -> Meshes:
+def make_meshes(
+    mesh: dict,  # axes of the learner's mesh
+    *,
+    devices,
+    process: int,
+    sampling_devices: int = 0,  # of each process, for sampling alone; 0: it samples where it learns
+    sampling_tensor: int | None = None,  # of them share heads and vocabulary; None: as many as in the learner's mesh
+) -> Meshes:
     """Make the mesh of the learner, of these axes, on the devices of all processes, and that on which `process` samples.
 
     Each process keeps the last `sampling_devices` of its own for sampling alone; with 0 it samples on those that it learns on.
@@ -73,6 +86,8 @@ def make_meshes(mesh: dict, *, devices, process: int, sampling_devices: int = 0,
     """
     by_process = [[d for d in devices if d.process_index == p] for p in sorted({d.process_index for d in devices})]
     fewest = min(map(len, by_process))
+    if sampling_tensor is not None and sampling_tensor < 1:
+        raise ValueError(f"sampling_tensor got {sampling_tensor}; allowed: 1 or more, or None for that of the learner's mesh")
     if not 0 <= sampling_devices < fewest:
         raise ValueError(
             f"sampling_devices got {sampling_devices}; allowed: 0, or fewer than the {fewest} devices of a process, so that some "

@@ -205,6 +205,8 @@ def train_all(
             if differ:
                 log.say(f"warning: the checkpoint was made with {'; '.join(differ)}; what follows may differ in rounding")
         for index in range(0 if found is None else found.host["phase"], len(run.phases)):
+            if not run.phases[index].steps:
+                continue
             params = train_phase(run, index, params, workdir, checkpoints, log, history, found, stop, check_stays)
             found = None
         log.doing("waiting for the last checkpoint")

@@ -72,8 +72,20 @@ def begun(folder: Path, today: str) -> str | None:
     return section.get("date") if isinstance(section, dict) else None
 
 
-def check(folder: Path, text: str, *, resume: str, accept_config_change: bool, say: Callable[[str], None]) -> None:
-    """Raise ValueError if a run of the config `text` may not go on, or start, in `folder`."""
+def check(
+    folder: Path,
+    text: str,
+    *,
+    resume: str,
+    accept_config_change: bool,
+    say: Callable[[str], None],
+    read: Callable[[dict], tuple[dict, list[str]]] = lambda config: (config, []),
+) -> None:
+    """Raise ValueError if a run of the config `text` may not go on, or start, in `folder`.
+
+    `read` makes of a config that an earlier version wrote what this one would have written, and names the fields that it
+    lacked. It raises ValueError for one that it can't read.
+    """
     check_kinds(folder)
     if resume == "never":  # `set_aside` makes room for it
         return
@@ -82,6 +94,11 @@ def check(folder: Path, text: str, *, resume: str, accept_config_change: bool, s
         check_is_new(folder, resume)
     there = recorded_config(folder, saved, say)
     if there is not None:
+        path = folder / "config.json"
+        try:
+            there, new = read(there)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; choose another --workdir, or go on with the version that began it") from None
         changed = differences(there, json.loads(text))
         refused = [line for name, line in changed.items() if not SAME_MATHS.match(name)]
         if refused and not accept_config_change:
@@ -90,6 +107,10 @@ def check(folder: Path, text: str, *, resume: str, accept_config_change: bool, s
                 f"{folder} holds a run of another config ({'; '.join(refused[:3])}{more}); choose another --workdir, or "
                 "--accept_config_change to go on with this one"
             )
+        if new:
+            more = f" and {len(new) - 6} more" if len(new) > 6 else ""
+            plural = "field takes its default" if len(new) == 1 else "fields take their defaults"
+            say(f"{path} is of an earlier version: {len(new)} {plural}: {', '.join(new[:6])}{more}")
         for line in changed.values():
             say(f"config changed: {line}")
     if is_done(folder):
@@ -179,7 +200,7 @@ def stays(folder: Path) -> Callable[[], None]:
 
 def differences(there: dict, here: dict) -> dict[str, str]:
     """What to say of each field that two configs do not have alike, by its name."""
-    there, here = flat(there), flat(here)
+    there, here = flat(json.loads(json.dumps(there, default=list))), flat(here)
     names = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
     return {name: f"{name}: {there.get(name, 'absent')} there, {here.get(name, 'absent')} here" for name in names}
 

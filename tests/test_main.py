@@ -79,7 +79,7 @@ def changed(changes):
         ({"rl.source.min_p": 0.1}, r"allowed in training"),
         ({"evaluate.top_p": 0.0}, r"config.evaluate got top_k=0, top_p=0.0, min_p=0.0; allowed: top_k 0"),
         ({"sampler.cache_dtype": "int4"}, r"unknown config.sampler.cache_dtype 'int4'"),
-        ({"sampler.stop_strings": "ab"}, r"stop_strings got 'ab'; allowed: a tuple of texts"),
+        ({"sampler.stop_strings": "ab"}, r"config.sampler.stop_strings got 'ab' \(str\); allowed: a tuple of str"),
         ({"sampler.thinking_tokens": 0}, r"thinking_tokens=0, .* allowed: 1 or more"),
         ({"sampler.prefill_tokens": 0}, r"config.sampler.prefill_tokens got 0; allowed: 1 or more"),
         ({"prior.objective.name": "grpo"}, r"config.prior: objective 'grpo' compares the attempts"),

@@ -1,15 +1,32 @@
-"""The door of the benchmarks: the first word says which, the rest are its flags."""
+"""The door of the benchmarks: the first word says which, the rest are its flags; `--help` lists them."""
 
+import ast
 import importlib
+import importlib.util
+import re
 import sys
+from pathlib import Path
 
 from jaxreason.options import unknown
 
 BENCHMARKS = {name: f"jaxreason.bench.{name}" for name in ("sampler", "learner", "step", "lookup", "cache")}
 
 
+def help() -> str:
+    """What each benchmark measures, a line each, from its docstring: nothing is imported."""
+    lines = ["python -m jaxreason.bench NAME [flags], one of:", ""]
+    for name, module in BENCHMARKS.items():
+        doc = ast.get_docstring(ast.parse(Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8"))) or ""
+        first = re.split(r"(?<=[.?;])\s", " ".join(doc.split()))[0].rstrip(".;")
+        lines.append(f"  {name.ljust(max(map(len, BENCHMARKS)))}  {first}")
+    return "\n".join([*lines, "", "python -m jaxreason.bench NAME --help lists its flags."])
+
+
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("-h", "-help", "--help", "--helpfull", "help"):
+        print(help())
+        return
     if name not in BENCHMARKS:
         sys.exit(f"error: {unknown('benchmark', name, BENCHMARKS)}; for example: python -m jaxreason.bench sampler --help")
     sys.argv[:2] = [f"python -m jaxreason.bench {name}"]

@@ -30,8 +30,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
+from jaxreason import command
 from jaxreason.bench import machine
 
 FLAGS = flags.FLAGS
@@ -130,11 +130,11 @@ def main(argv) -> None:
 
 def run() -> None:
     """Read flags, measure, print. They are defined here, since main.py has flags of the same names."""
-    config_flags.DEFINE_config_file("config", None, "As of jaxreason.main; its model and its tokenizer are used.")
+    command.define("As of jaxreason.main; its model and its tokenizer are used.")
     flags.DEFINE_string("rollouts", None, "JSONL file with the fields 'prompt' and 'text', as a run writes it.")
     flags.DEFINE_list("guesses", ["1", "3", "7"], "Tokens that are proposed at a time.")
     flags.DEFINE_list("slots", ["1", "4", "16", "64"], "Numbers of slots to time.")
     flags.DEFINE_integer("columns", 256, "Columns of the cache.", lower_bound=16)
     flags.DEFINE_integer("repeats", 5, "Timings of each.", lower_bound=1)
     flags.DEFINE_integer("cores", 0, "Cores of a CPU to use; 0: all that this process may.", lower_bound=0)
-    app.run(main)
+    app.run(main, flags_parser=command.parse_or_exit)

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
+from jaxreason import command
 from jaxreason.bench import machine
 from jaxreason.cost import layer_weights
 
@@ -259,7 +259,7 @@ def main(argv) -> None:
 
 def define_flags() -> None:
     """Define what says which work it is. Not at import: main.py has flags of the same names."""
-    config_flags.DEFINE_config_file("config", None, "As of jaxreason.main; its model, text, sampler and mesh are used.")
+    command.define("As of jaxreason.main; its model, text, sampler and mesh are used.")
     flags.DEFINE_string("model", "", "Fields of the ModelConfig that replace those of the config: layers=4,width=128")
     flags.DEFINE_enum("work", "exact", ["exact", "natural"], "Whether rollouts end by themselves.")
     flags.DEFINE_integer("prompts", 8, "How many prompts.", lower_bound=1)
@@ -280,4 +280,4 @@ def run() -> None:
     define_flags()
     flags.DEFINE_boolean("first", True, "Also time the first batch of a fresh process, without and with compiled programs kept.")
     flags.DEFINE_boolean("only_first", False, "Only print the seconds of this process's first batch.")
-    app.run(main)
+    app.run(main, flags_parser=command.parse_or_exit)

@@ -42,7 +42,7 @@ class RopeScaling:
     """How RoPE frequencies are stretched beyond the context a model was pretrained on. Hashable, like ModelConfig."""
 
     kind: str  # "linear", "llama3" or "yarn"
-    factor: float
+    factor: float  # of the context beyond the original
     original_max_position: int = 8192  # llama3 and yarn: the context before stretching, in tokens
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
@@ -69,10 +69,10 @@ class Lora:
     `base_dtype` is that of the frozen params; None is that of all params.
     """
 
-    rank: int = 8
-    alpha: float = 16.0
-    targets: tuple[str, ...] = ("q", "v")
-    base_dtype: str | None = None
+    rank: int = 8  # of A and B
+    alpha: float = 16.0  # the adapters' outputs are times alpha / rank
+    targets: tuple[str, ...] = ("q", "v")  # which projections: q, k, v, o, gate, up, down
+    base_dtype: str | None = None  # of the frozen params; None: that of all params
 
     def __post_init__(self):
         if self.rank < 1:
@@ -97,20 +97,20 @@ class Lora:
 class ModelConfig:
     """The shape of a decoder-only transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU."""
 
-    vocab_size: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    feed_forward: int
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    norm_eps: float = 1e-6
-    qkv_bias: bool = False  # Qwen2.5
-    qk_norm: bool = False  # Qwen3
-    tied_embeddings: bool = False
-    value_head: bool = False
+    vocab_size: int  # tokens that the model knows
+    width: int  # of the residual stream
+    layers: int  # blocks
+    heads: int  # of queries
+    kv_heads: int  # of keys and values
+    head_size: int  # of each head
+    feed_forward: int  # width inside a SwiGLU
+    rope_theta: float = 10000.0  # base of the rotation frequencies
+    rope_scaling: RopeScaling | None = None  # how frequencies are stretched for longer contexts
+    norm_eps: float = 1e-6  # added to a mean square
+    qkv_bias: bool = False  # biases of queries, keys and values (Qwen2.5)
+    qk_norm: bool = False  # norms of queries and keys (Qwen3)
+    tied_embeddings: bool = False  # one matrix is embedding and output
+    value_head: bool = False  # a second output: the value of a position
     lora: Lora | None = None  # adapters on a frozen base
     dtype: str = "float32"  # of the computation
     param_dtype: str = "float32"  # of the parameters at rest

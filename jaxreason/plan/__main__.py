@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
-from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-from jaxreason import cost
+from jaxreason import command, cost
 
 FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
     """Define flags. Not at import: other doors have flags of the same names."""
-    config_flags.DEFINE_config_file("config", None, "As of jaxreason.main; --config.rl.microbatches=64 changes a field.")
+    command.define("As of jaxreason.main; --config.rl.microbatches=64 changes a field.")
     flags.DEFINE_string("topology", None, "As v5e:4x8; 'list' shows what is known.")
     flags.DEFINE_string("phase", None, "The phase to plan; default: the last.")
     flags.DEFINE_float("efficiency", 0.5, "Share of the roofline that is supposed to be reached.", 0.01, 1.0)
@@ -68,17 +65,15 @@ def fail(error: Exception) -> None:
 
 def parse_flags(argv):
     define_flags()
-    file = next((word.partition("=")[2].partition(":")[0] for word in argv if re.match("--?config=", word)), "")
-    if file and not Path(file).is_file():
-        fail(ValueError(f"no config file {file!r}; configs are in configs/, options follow a colon: configs/tiny.py:smoke"))
+    os.environ["JAX_PLATFORMS"] = "cpu"  # also on a machine that has a TPU: it may be in use
     try:
-        rest = FLAGS(argv)
+        rest = command.parse(argv)
         if len(rest) > 1:
             raise ValueError(f"got the words {' '.join(rest[1:])!r}; options of a config follow a colon: configs/tiny.py:smoke")
         if FLAGS.config is None and FLAGS.topology != "list":
             raise ValueError("no --config given; for example --config=configs/gsm8k.py:model=qwen3_8b")
         return rest
-    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
+    except (flags.Error, ValueError, OSError) as error:
         fail(error)
 
 
@@ -99,7 +94,6 @@ def main(argv) -> None:
     if FLAGS.topology == "list":
         show_topologies()
         return
-    os.environ["JAX_PLATFORMS"] = "cpu"  # also on a machine that has a TPU: it may be in use
     try:
         fitting = plan()
     except (ValueError, KeyError, FileNotFoundError) as error:

@@ -6,7 +6,7 @@ import inspect
 import os
 from pathlib import Path
 
-from jaxreason import build, objectives, optimizer, sharding
+from jaxreason import build, fields, objectives, optimizer, sharding
 from jaxreason.cost import shared_length
 from jaxreason.model import attention
 from jaxreason.model.config import SIZES
@@ -26,6 +26,7 @@ def read(config: dict, topology: str, phase: str | None) -> Work:
     for key in build.SECTIONS:
         if key not in config:
             raise ValueError(f"the config lacks {key!r}; it has: {', '.join(sorted(config))}")
+    fields.check(build.layout(config), config)
     names = tuple(config["phases"])
     phase = names[-1] if phase is None else phase
     if phase not in config or phase in build.SECTIONS or not isinstance(config[phase], dict):

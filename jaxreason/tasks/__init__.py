@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxreason.options import call, unknown
+from jaxreason.options import call, find
 from jaxreason.tasks import corpus, gsm8k, jsonl, procedural
 from jaxreason.types import Task
 
@@ -27,15 +27,19 @@ TASKS = {
 }
 
 
-def load(name: str, **kwargs) -> Sequence[Task]:
-    """Make the tasks of a family; the keywords are those of its maker, its difficulty among them.
+def load(
+    name: str,  # one of the tasks, or module:maker of your own
+    **kwargs,
+) -> Sequence[Task]:
+    """Make the tasks of a family, or of a user's `module:maker`; the keywords are those of its maker.
 
     Raises:
       ValueError: an unknown name, an unknown, missing or impossible keyword.
     """
-    if name not in TASKS:
-        raise ValueError(unknown("task", name, TASKS))
-    return call(TASKS[name], kwargs, f"task {name!r}")
+    made = call(find("task", name, TASKS), kwargs, f"task {name!r}")
+    if not hasattr(made, "__len__") or (len(made) and not isinstance(made[0], Task | str)):
+        raise ValueError(f"task {name!r} made {type(made).__name__}; allowed: a sequence of Task, or of texts")
+    return made
 
 
 # --- what is trained on, and what is held out ---

@@ -11,7 +11,12 @@ from jaxreason.options import unknown
 from jaxreason.tasks import splits
 
 
-def corpus(path: str | Sequence[str], split: str | None = "train", by: str = "paragraph", held_out: float = 0.1) -> Sequence[str]:
+def corpus(
+    path: str | Sequence[str],  # a file, a glob such as books/*.txt, or several of either
+    split: str | None = "train",  # train or test, by the document's hash; None: all
+    by: str = "paragraph",  # what a document is: paragraph, cut at blank lines, or file
+    held_out: float = 0.1,  # fraction of the documents that are test
+) -> Sequence[str]:
     """Load the documents of a text file, of a glob such as `books/*.txt`, or of several of either. They are texts, not tasks.
 
     `by` "paragraph" cuts at blank lines, "file" takes each file whole. A document's own hash decides its split, so equal

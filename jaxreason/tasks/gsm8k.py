@@ -18,7 +18,10 @@ ANNOTATION = re.compile(r"<<[^<>]*>>")  # the data set's calculator calls: $<<3*
 
 
 def gsm8k(
-    split: str = "train", limit: int | None = None, data_dir: str | None = None, annotations: bool = False
+    split: str = "train",  # train or test
+    limit: int | None = None,  # tasks, at most
+    data_dir: str | None = None,  # that holds gsm8k/1.0.0; None: TFDS_DATA_DIR, else ~/tensorflow_datasets
+    annotations: bool = False,  # keep the calculator calls of the solutions
 ) -> Sequence[Task]:
     """Load GSM8K. The solution ends in `#### answer`; `annotations` keeps its calculator calls.
 

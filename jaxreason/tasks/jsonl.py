@@ -14,14 +14,14 @@ from jaxreason.types import Task
 
 
 def jsonl(
-    path: str,
-    question: str = "question",
-    answer: str = "answer",
-    solution: str | None = None,
-    marker: str | None = None,
-    split: str | None = None,
-    held_out: float = 0.1,
-    limit: int | None = None,
+    path: str,  # of the file
+    question: str = "question",  # its field, or several joined by +
+    answer: str = "answer",  # its field
+    solution: str | None = None,  # the field of worked solutions, if there is one
+    marker: str | None = None,  # the answer follows the last of it in its field
+    split: str | None = None,  # train or test, by the question's hash; None: all
+    held_out: float = 0.1,  # fraction of the questions that are test
+    limit: int | None = None,  # tasks, at most
 ) -> Sequence[Task]:
     """Load tasks from the named fields of each line; `question="Body+Question"` joins several with a space.
 

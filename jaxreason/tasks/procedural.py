@@ -86,6 +86,10 @@ class Dice:
         return next(self._block)
 
 
+HARDEST = 10_000  # operations, numbers or digits of a task
+LARGEST = 10**8  # tasks in a set: a list of so many is kept in memory
+
+
 class Drawn(Sequence):
     """Tasks of one family and split, made on first use and kept."""
 
@@ -113,22 +117,23 @@ def are_disjoint(a: Sequence, b: Sequence) -> bool:
 
 
 def chain(
-    split: str = "train",
-    size: int = 20_000,
-    seed: int = 0,
-    ops: int | tuple[int, int] = (2, 5),
-    ops_weights: Sequence[float] | None = None,
-    demonstrations: str = "none",
-    slip: float = 0.12,
-    guess: float = 0.5,
-    stop_early: float = 0.2,
-    guess_right: float = 0.25,
+    split: str = "train",  # train or test, which have no task in common
+    size: int = 20_000,  # tasks
+    seed: int = 0,  # of the draw of tasks
+    ops: int | tuple[int, int] = (2, 5),  # operations: a number, or the lowest and the highest
+    ops_weights: Sequence[float] | None = None,  # how often each number of operations; None: alike
+    demonstrations: str = "none",  # worked solutions: none, human (with slips and guesses) or expert
+    slip: float = 0.12,  # human: probability of a wrong step
+    guess: float = 0.5,  # human: probability of an answer without work
+    stop_early: float = 0.2,  # human: probability of an answer in the middle of the work
+    guess_right: float = 0.25,  # human: probability that a guess is right
 ) -> Sequence[Task]:
     """Make left-to-right arithmetic modulo 10: `7+5*3-2:` -> `7+5=2*3=6-2=4;A4`.
 
     A human guesses with probability `guess` (right in `guess_right` of those), stops part-way with `stop_early` and answers
     with the value so far, and otherwise works it all out; each step slips to a uniform digit with `slip` and goes on from there.
     """
+    _check_probabilities(slip=slip, guess=guess, stop_early=stop_early, guess_right=guess_right)
     draw_ops = _difficulty("ops", ops, ops_weights)
 
     def draw(dice: Dice) -> Question:
@@ -158,18 +163,18 @@ def chain(
 
 
 def inverse_chain(
-    split: str = "train",
-    size: int = 20_000,
-    seed: int = 0,
-    ops: int | tuple[int, int] = 2,
-    ops_weights: Sequence[float] | None = None,
-    demonstrations: str = "none",
-    max_answers: int = 2,
-    lucky: float = 0.05,
-    give_up: float = 0.45,
-    attempts: int = 4,
-    slip: float = 0.04,
-    check_slip: float = 0.05,
+    split: str = "train",  # train or test, which have no task in common
+    size: int = 20_000,  # tasks
+    seed: int = 0,  # of the draw of tasks
+    ops: int | tuple[int, int] = 2,  # operations: a number, or the lowest and the highest
+    ops_weights: Sequence[float] | None = None,  # how often each number of operations; None: alike
+    demonstrations: str = "none",  # worked solutions: none, human (with slips and guesses) or expert
+    max_answers: int = 2,  # first digits that solve a task, at most
+    lucky: float = 0.05,  # human: probability that the next attempt is a right one
+    give_up: float = 0.45,  # human: probability to stop after an attempt that failed
+    attempts: int = 4,  # in a demonstration, at most
+    slip: float = 0.04,  # human: probability of a wrong step
+    check_slip: float = 0.05,  # human: probability of a wrong check
 ) -> Sequence[Task]:
     """Make chains with a missing first digit, for trial and error: `?*7+5=2:` -> `3*7=1+5=6n4*7=8+5=3n1*7=7+5=2yA1`.
 
@@ -177,6 +182,7 @@ def inverse_chain(
     probability `lucky`, else a random one), gives up after a wrong attempt with `give_up` or when `attempts` are used up, and
     then answers with a guess; a step slips with `slip`, the y/n check with `check_slip`. An expert neither slips nor gives up.
     """
+    _check_probabilities(lucky=lucky, give_up=give_up, slip=slip, check_slip=check_slip)
     draw_ops = _difficulty("ops", ops, ops_weights)
 
     def draw(dice: Dice) -> Question | None:
@@ -216,15 +222,15 @@ def inverse_chain(
 
 
 def calculator(
-    split: str = "train",
-    size: int = 20_000,
-    seed: int = 0,
-    factor_digits: int | tuple[int, int] = 2,
-    addend_digits: int | tuple[int, int] = 3,
-    demonstrations: str = "none",
-    use_tool: float = 0.25,
-    chain_calls: float = 0.4,
-    sum_right: float = 0.3,
+    split: str = "train",  # train or test, which have no task in common
+    size: int = 20_000,  # tasks
+    seed: int = 0,  # of the draw of tasks
+    factor_digits: int | tuple[int, int] = 2,  # digits of each factor: a number, or the lowest and the highest
+    addend_digits: int | tuple[int, int] = 3,  # digits of the addend
+    demonstrations: str = "none",  # worked solutions: none, human (with slips and guesses) or expert
+    use_tool: float = 0.25,  # human: probability of a call of the calculator
+    chain_calls: float = 0.4,  # human: probability that a call is followed by that of the sum
+    sum_right: float = 0.3,  # human: probability that a sum without a call is right
     guess_right: float = 0.4,
 ) -> Sequence[Task]:
     """Make a product and a sum, hard without the tool: `47*83+512:` -> `[47*83=3901][3901+512=4413]A4413`.
@@ -233,6 +239,7 @@ def calculator(
     solution. A human calls with probability `use_tool` (then calls again for the sum with `chain_calls`, else guesses the sum,
     right in `sum_right`); otherwise guesses outright, right in `guess_right`. A wrong guess has one wrong digit.
     """
+    _check_probabilities(use_tool=use_tool, chain_calls=chain_calls, sum_right=sum_right, guess_right=guess_right)
     draw_factor, draw_addend = _difficulty("factor_digits", factor_digits), _difficulty("addend_digits", addend_digits)
 
     def number(dice: Dice, digits: int) -> int:
@@ -270,14 +277,14 @@ def calculator(
 
 
 def countdown(
-    split: str = "train",
-    size: int = 20_000,
-    seed: int = 0,
-    numbers: int | tuple[int, int] = 3,
-    max_number: int = 9,
-    max_target: int = 99,
-    demonstrations: str = "none",
-    direct: float = 0.1,
+    split: str = "train",  # train or test, which have no task in common
+    size: int = 20_000,  # tasks
+    seed: int = 0,  # of the draw of tasks
+    numbers: int | tuple[int, int] = 3,  # how many numbers: one number, or the lowest and the highest
+    max_number: int = 9,  # the largest of the numbers
+    max_target: int = 99,  # the largest target
+    demonstrations: str = "none",  # worked solutions: none, human (with slips and guesses) or expert
+    direct: float = 0.1,  # human: probability of an answer without a search
     lucky: float = 0.25,
     give_up: float = 0.3,
     attempts: int = 4,
@@ -290,6 +297,7 @@ def countdown(
     `Task.answer` is one, by construction: values are whole numbers >= 0 throughout. A human answers without a search with
     probability `direct`; the rest is as in `inverse_chain`, but an attempt may be repeated. The expert's last attempt succeeds.
     """
+    _check_probabilities(direct=direct, lucky=lucky, give_up=give_up, slip=slip, check_slip=check_slip)
     draw_count = _difficulty("numbers", numbers)
     if max_number < 1 or max_target < 1:
         raise ValueError(f"countdown got max_number={max_number}, max_target={max_target}; allowed: 1 or more")
@@ -336,11 +344,11 @@ def countdown(
 
 
 def reversal(
-    split: str = "train",
-    size: int = 20_000,
-    seed: int = 0,
-    length: int | tuple[int, int] = (3, 6),
-    demonstrations: str = "none",
+    split: str = "train",  # train or test, which have no task in common
+    size: int = 20_000,  # tasks
+    seed: int = 0,  # of the draw of tasks
+    length: int | tuple[int, int] = (3, 6),  # digits: a number, or the lowest and the highest
+    demonstrations: str = "none",  # worked solutions: none, human (with slips and guesses) or expert
     slip: float = 0.05,
     guess: float = 0.3,
 ) -> Sequence[Task]:
@@ -349,11 +357,11 @@ def reversal(
 
 
 def sorting(
-    split: str = "train",
-    size: int = 20_000,
-    seed: int = 0,
+    split: str = "train",  # train or test, which have no task in common
+    size: int = 20_000,  # tasks
+    seed: int = 0,  # of the draw of tasks
     length: int | tuple[int, int] = (3, 6),
-    demonstrations: str = "none",
+    demonstrations: str = "none",  # worked solutions: none, human (with slips and guesses) or expert
     slip: float = 0.05,
     guess: float = 0.3,
 ) -> Sequence[Task]:
@@ -363,6 +371,7 @@ def sorting(
 
 def _rearrange(name, sign, choose, split, size, seed, length, demonstrations, slip, guess) -> Sequence[Task]:
     """Move one digit at a time from the rest to the result. A human moves a random one with `slip`; a `guess` is any order."""
+    _check_probabilities(slip=slip, guess=guess)
     draw_length = _difficulty("length", length)
 
     def work(dice: Dice, digits: str, slip: float) -> tuple[str, str]:
@@ -397,8 +406,8 @@ def _tasks(name, split, size, seed, demonstrations, draw, human, expert) -> Sequ
         raise ValueError(unknown(f"split of task {name!r}", split, splits.SPLITS))
     if demonstrations not in DEMONSTRATIONS:
         raise ValueError(unknown("demonstrations", demonstrations, DEMONSTRATIONS))
-    if size < 1 or seed < 0:
-        raise ValueError(f"task {name!r} got size={size}, seed={seed}; allowed: size >= 1, seed >= 0")
+    if not 1 <= size <= LARGEST or seed < 0:
+        raise ValueError(f"task {name!r} got size={size}, seed={seed}; allowed: size from 1 to {LARGEST:,}, seed >= 0")
     number = splits.SPLITS.index(split)
 
     def drawn(dice: Dice) -> Question:
@@ -437,8 +446,8 @@ def _difficulty(name: str, value: int | Sequence[int], weights: Sequence[float] 
         low, high = (value, value) if isinstance(value, int) else map(operator.index, value)
     except (TypeError, ValueError):
         low, high = 0, 0
-    if not 1 <= low <= high:
-        raise ValueError(f"{name} got {value!r}; allowed: a whole number >= 1, or a pair (lowest, highest)")
+    if not 1 <= low <= high <= HARDEST:
+        raise ValueError(f"{name} got {value!r}; allowed: a whole number from 1 to {HARDEST:,}, or a pair (lowest, highest)")
     if weights is None:
         return lambda dice: dice.between(low, high)
     if len(weights) != high - low + 1 or min(weights) < 0 or not 0 < sum(weights) < math.inf:
@@ -447,6 +456,12 @@ def _difficulty(name: str, value: int | Sequence[int], weights: Sequence[float] 
         )
     options, cumulative = range(low, high + 1), list(accumulate(weights))
     return lambda dice: dice.weighted(options, cumulative)
+
+
+def _check_probabilities(**probabilities: float) -> None:
+    for name, value in probabilities.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} got {value}; allowed: 0 to 1")
 
 
 def _attempts(attempts: int, most: int | None = None) -> int:

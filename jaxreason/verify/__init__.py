@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from jaxreason.options import call, unknown
+from jaxreason.options import call, find
 from jaxreason.types import Task, Verdict
 from jaxreason.verify import countdown, exact, format, math, number
 from jaxreason.verify.exact import BAD_KEY
@@ -26,15 +26,19 @@ VERIFIERS = {
 BOUNDED = ("math", "format")  # they keep to a limit of their own, and wait for children that are busy
 
 
-def make(name: str, **kwargs) -> Callable[[str, Task], Verdict]:
-    """Make the verifier of that name; the keywords are those of its maker.
+def make(
+    name: str,  # one of the verifiers, or module:maker of your own
+    **kwargs,
+) -> Callable[[str, Task], Verdict]:
+    """Make the verifier of that name, or of a user's `module:maker`; the keywords are those of its maker.
 
     Raises:
       ValueError: an unknown name or keyword, or a missing optional dependency.
     """
-    if name not in VERIFIERS:
-        raise ValueError(unknown("verifier", name, VERIFIERS))
-    return call(VERIFIERS[name], kwargs, f"verifier {name!r}")
+    made = call(find("verifier", name, VERIFIERS), kwargs, f"verifier {name!r}")
+    if not callable(made):
+        raise ValueError(f"verifier {name!r} made a {type(made).__name__}; allowed: a function verify(text, task) -> Verdict")
+    return made
 
 
 def bad_keys(verify: Callable[[str, Task], Verdict], tasks: Sequence[Task]) -> list[Task]:

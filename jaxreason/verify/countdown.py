@@ -20,7 +20,11 @@ _TOKENS = re.compile(r"[0-9]{1,9}(?![0-9])|[-+*/()]")
 _BINDS = {"+": 1, "-": 1, "*": 2, "/": 2}
 
 
-def countdown(marker: str = "A", end: str = "", use_all: bool = True) -> Callable[[str, Task], Verdict]:
+def countdown(
+    marker: str = "A",  # the answer is what follows the last of it
+    end: str = "",  # and ends before it; empty: at the end of the text
+    use_all: bool = True,  # each number exactly once; else at most once
+) -> Callable[[str, Task], Verdict]:
     """Check the expression after the last `marker` against `task.data["numbers"]` and `task.data["target"]`.
 
     Each number is used exactly once, or at most once without `use_all`. Reasons: right, wrong, no answer, not an

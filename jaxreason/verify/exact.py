@@ -25,7 +25,10 @@ def verdict(correct: bool, parsed: str | None, reason: str = "") -> Verdict:
     return Verdict(1.0 if correct else 0.0, correct, shown, reason or ("right" if correct else "wrong"))
 
 
-def exact(marker: str = "", end: str = "") -> Callable[[str, Task], Verdict]:
+def exact(
+    marker: str = "",  # the answer is what follows the last of it; empty: the whole text
+    end: str = "",  # and ends before it; empty: at the end of the text
+) -> Callable[[str, Task], Verdict]:
     """Compare the text after the last `marker` with `task.answer` and, where a task has several, `task.data["answers"]`.
 
     Reasons: right, wrong, no answer, bad key (no text could be equal: the key is empty, has white space at an end, or holds

@@ -12,7 +12,10 @@ READ = 20_000  # characters from the end that a pattern is matched against
 
 
 def format(
-    open: str = "<think>", close: str = "</think>", pattern: str | None = None, timeout_s: float = 2.0
+    open: str = "<think>",  # exactly one of it, empty where the prompt wrote it
+    close: str = "</think>",  # then exactly one of it, and some text
+    pattern: str | None = None,  # a regular expression that is searched in their place
+    timeout_s: float = 2.0,  # for one match
 ) -> Callable[[str, Task], Verdict]:
     """Pay 1.0 for exactly one `open`, then exactly one `close`, then some text; or for a match of `pattern` in the text.
 

@@ -18,7 +18,10 @@ from jaxreason.verify.exact import BAD_KEY, verdict
 
 
 def math(
-    timeout_s: float = 5.0, processes: int = 2, memory_mb: int = 2048, max_chars: int = 10_000
+    timeout_s: float = 5.0,  # for one answer, after which its child is killed
+    processes: int = 2,  # children, at most
+    memory_mb: int = 2048,  # of address space of each
+    max_chars: int = 10_000,  # that are read, from the end
 ) -> Callable[[str, Task], Verdict]:
     r"""Compare the last `max_chars` of the text with `task.answer` (or any of `task.data["answers"]`), both as mathematics.
 

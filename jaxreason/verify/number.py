@@ -24,7 +24,10 @@ LONGEST = 64  # characters of a number
 HIGHEST = 64  # the largest power that is worked out
 
 
-def number(strict: bool = False, fractions: bool = True) -> Callable[[str, Task], Verdict]:
+def number(
+    strict: bool = False,  # accept a box or a #### only
+    fractions: bool = True,  # 3/4 is one number, not two
+) -> Callable[[str, Task], Verdict]:
     """Compare the number that the text gives as its answer with that of `task.answer`.
 
     `strict` accepts a box or a `####` only. With `fractions=False`, `3/4` is two numbers.

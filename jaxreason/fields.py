@@ -1,0 +1,377 @@
+"""Fields of a config, read from signatures: their types, defaults and one line about each.
+
+A section of a config is the keyword arguments of one function, or of several that
+share them: a family's `make(name, ...)` and the maker that has the name. So a
+signature says all there is to know of a field: its annotation is the type, its default
+the default, and the comment at the end of its line what it does. A field whose line has
+no comment takes that of the first function of its file that has one of this name.
+
+`Section` names the functions; `complete`, `check`, `assign` and `describe` go through a
+config by it. Left out: which section is which function (`build.layout`), and ranges,
+which the functions check themselves.
+"""
+
+from __future__ import annotations
+
+import ast
+import collections.abc
+import dataclasses
+import functools
+import inspect
+import io
+import sys
+import textwrap
+import tokenize
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from jaxreason.options import renamed, unknown
+
+NEEDED = inspect.Parameter.empty  # the default of a field that has none
+LARGEST = 2**32  # whole numbers of a config are below it, sizes of arrays among them
+LARGEST_FLOAT = 1e38  # of float32
+
+
+class Field(NamedTuple):
+    """A field of a section."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+
+
+class Section(NamedTuple):
+    """Where the fields of a section come from."""
+
+    functions: tuple[Callable, ...] = ()  # their keyword arguments, all together, are the fields
+    given: tuple[str, ...] = ()  # keyword arguments that the caller gives
+    sections: Mapping[str, Callable[[dict], Section]] = {}  # fields that are sections, of the value that they have
+    decided: Mapping[str, str] = {}  # fields that other fields decide where they are absent, and how
+    each: Callable[[dict], Section] | None = None  # what every entry is, if the names of the entries are the user's
+
+
+# --- fields of a function ---
+
+
+def fields_of(section: Section) -> dict[str, Field]:
+    """The fields of a section by name; where two functions have one of the same name the first counts."""
+    found: dict[str, Field] = {}
+    for function in section.functions:
+        for field in parameters(function):
+            if field.name not in section.given:
+                found.setdefault(field.name, field)
+    return found
+
+
+@functools.cache
+def parameters(function: Callable) -> tuple[Field, ...]:
+    """The arguments of a function that have names."""
+    try:
+        hints = typing.get_type_hints(function)
+    except Exception:  # a user's annotation that can't be evaluated
+        hints = {}
+    found = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            default = parameter.default
+            guess = Any if default in (NEEDED, None) else type(default)
+            found.append(Field(name, hints.get(name, guess), default, comment_on(function, name)))
+    return tuple(found)
+
+
+def comment_on(function: Callable, name: str) -> str:
+    """What the comment beside an argument says, here or first in this file."""
+    module = vars(sys.modules.get(function.__module__, types.ModuleType("")))
+    others = [f for f in module.values() if callable(f) and getattr(f, "__module__", None) == function.__module__]
+    for other in (function, *others):
+        if text := comments(other).get(name):
+            return text
+    return ""
+
+
+@functools.cache
+def comments(function: Callable) -> dict[str, str]:
+    """The comment at the end of each argument's line, or of each field's line of a class."""
+    try:
+        source = textwrap.dedent(inspect.getsource(function))
+        (node,) = ast.parse(source).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return {}
+    if isinstance(node, ast.ClassDef):
+        lines = {n.end_lineno: n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    elif isinstance(node, ast.FunctionDef):
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        count = collections.Counter(a.end_lineno for a in arguments)
+        lines = {a.end_lineno: a.arg for a in arguments if count[a.end_lineno] == 1 and a.end_lineno > node.lineno}
+    else:
+        return {}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    found = {lines[t.start[0]]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT and t.start[0] in lines}
+    return found
+
+
+# --- types ---
+
+
+def members(type_: Any) -> tuple:
+    """The types of a union, or the type alone."""
+    return typing.get_args(type_) if typing.get_origin(type_) in (typing.Union, types.UnionType) else (type_,)
+
+
+def items(type_: Any, count: int) -> tuple | None:
+    """The types of the `count` items of a sequence; None if the type is no sequence or has another number of them."""
+    inside = typing.get_args(type_)
+    if typing.get_origin(type_) is tuple and inside and inside[-1] is not Ellipsis:
+        return inside if len(inside) == count else None
+    if is_sequence(type_):
+        return (inside[0] if inside else Any,) * count
+    return None
+
+
+def is_sequence(type_: Any) -> bool:
+    return (typing.get_origin(type_) or type_) in (tuple, list, collections.abc.Sequence)
+
+
+def is_section(type_: Any) -> bool:
+    return (typing.get_origin(type_) or type_) in (dict, collections.abc.Mapping) or dataclasses.is_dataclass(type_)
+
+
+def fits(value: Any, type_: Any) -> bool:
+    """Tell whether a value is of a type. An int is a float, a list is a tuple, a bool is no int."""
+    for one in members(type_):
+        if (
+            one is Any
+            or (one is type(None) and value is None)
+            or (one is float and isinstance(value, int | float) and not isinstance(value, bool) and is_finite(value))
+            or (one is int and isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST)
+            or (one in (bool, str) and isinstance(value, one))
+            or (is_section(one) and isinstance(value, Mapping))
+        ):
+            return True
+        if is_sequence(one) and isinstance(value, tuple | list):
+            inside = items(one, len(value))
+            if inside is not None and all(map(fits, value, inside)):
+                return True
+    return False
+
+
+def is_finite(value: float) -> bool:
+    return abs(value) < LARGEST_FLOAT  # False for nan
+
+
+def shown(type_: Any) -> str:
+    """A type in words: `int or None`."""
+    words = []
+    for one in members(type_):
+        inside = typing.get_args(one)
+        if typing.get_origin(one) is tuple and inside and inside[-1] is not Ellipsis:
+            words.append(f"({', '.join(map(shown, inside))})")
+        elif is_sequence(one):
+            words.append(f"a tuple of {shown(inside[0])}" if inside else "a tuple")
+        elif is_section(one):
+            words.append("a section")
+        else:
+            words.append("any" if one is Any else "None" if one is type(None) else getattr(one, "__name__", str(one)))
+    return " or ".join(words)
+
+
+def wrong_type(where: str, value: Any, type_: Any) -> str:
+    """Say that a value is not of the type of the field `where`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    limit = ""
+    if number and float in members(type_):
+        limit = ", finite and below 1e38"
+    elif number and int in members(type_) and not isinstance(value, float):
+        limit = ", below 2**32"
+    text = repr(value)
+    text = text if len(text) <= 60 else f"{text[:57]}..."
+    return f"{where} got {text} ({type(value).__name__}); allowed: {shown(type_)}{limit}"
+
+
+def read(text: str, type_: Any, where: str) -> Any:
+    """Read a value of a type from a word of a command.
+
+    Raises:
+      ValueError: it is not of that type.
+    """
+    kinds = members(type_)
+    if type(None) in kinds and text == "None":
+        return None
+    literal = literal_of(text)
+    for kind in sorted(kinds, key=lambda kind: kind is str):  # which takes any text
+        if kind is not str and str in kinds and not isinstance(literal, tuple | list):
+            continue
+        value = read_one(text, literal, kind)
+        if value is not NEEDED:
+            return value
+    raise ValueError(f"{where} got {text!r}; allowed: {shown(type_)}")
+
+
+def literal_of(text: str) -> Any:
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return NEEDED
+
+
+def read_one(text: str, literal: Any, kind: Any) -> Any:
+    """A value of one type, NEEDED if the text is none."""
+    if kind is bool:
+        return {"true": True, "false": False, "1": True, "0": False}.get(text.strip().lower(), NEEDED)
+    if kind is str:
+        return text
+    if kind is Any:
+        return text if literal is NEEDED else literal
+    if is_sequence(kind):
+        if not isinstance(literal, tuple | list):
+            literal = tuple(map(bare, text.split(","))) if text.strip() else ()
+        inside = items(kind, len(literal)) or ()
+        literal = tuple(float(x) if t is float and fits(x, float) else x for t, x in zip(inside, literal)) if inside else literal
+        return tuple(literal) if fits(literal, kind) else NEEDED
+    if kind is float:
+        try:
+            literal = float(text)
+        except ValueError:
+            return NEEDED
+    return literal if literal is not NEEDED and fits(literal, kind) else NEEDED
+
+
+def bare(text: str) -> Any:
+    """An item of a list without quotes: `q,v` or `1,2`."""
+    value = literal_of(text)
+    return text.strip() if value is NEEDED else value
+
+
+# --- a config ---
+
+
+def sections_of(section: Section, tree: dict, where: str = "config") -> Iterator[tuple[str, Section, dict]]:
+    """Every section of a config, each before those in it: its name, where its fields come from, and its values."""
+    yield where, section, tree
+    for name, value in tree.items():
+        below = section.each or section.sections.get(name)
+        if below is not None and isinstance(value, Mapping):
+            yield from sections_of(below(value), value, f"{where}.{name}")
+
+
+def complete(section: Section, tree: dict) -> dict:
+    """Add the fields that a config lacks, with their defaults, but for those that other fields decide."""
+    found = fields_of(section)
+    absent = [f for f in found.values() if f.name not in tree and f.default is not NEEDED and f.name not in section.decided]
+    tree = tree | {field.name: field.default for field in absent}
+    for name, value in tree.items():
+        below = section.each or section.sections.get(name)
+        if below is not None and isinstance(value, Mapping):
+            tree[name] = complete(below(value), dict(value))
+    return tree
+
+
+def check(section: Section, tree: dict) -> None:
+    """Check the types of all fields of a config.
+
+    Raises:
+      ValueError: a value that is not of its field's type.
+    """
+    for where, here, values in sections_of(section, tree):
+        for name, field in fields_of(here).items():
+            if name in values and not fits(values[name], field.type):
+                raise ValueError(wrong_type(f"{where}.{name}", values[name], field.type))
+        for name, value in values.items() if here.each else ():
+            if not isinstance(value, Mapping):
+                raise ValueError(wrong_type(f"{where}.{name}", value, dict))
+
+
+def unknown_fields(section: Section, tree: dict) -> list[tuple[str, str]]:
+    """The fields of a config that no function has: their names, and what to say of each."""
+    found = []
+    for where, here, values in sections_of(section, tree):
+        known = fields_of(here)
+        if here.functions:
+            found += [(f"{where}.{n}", no_field(where, n, known)) for n in values if n not in known and n not in here.sections]
+    return found
+
+
+def no_field(where: str, name: str, known) -> str:
+    return renamed(where, name) or unknown(f"field of {where}", name, known)
+
+
+def assign(layout: Callable[[dict], Section], tree: dict, changes: Mapping[str, str]) -> dict:
+    """Set fields of a config as a command's words say: `{"rl.optimizer.lr": "1e-3"}`.
+
+    Names of families come before the fields that they bring; a section that is None is begun by its first field.
+
+    Raises:
+      ValueError: a field that there is not, or a value that is not of its type.
+    """
+    paths = sorted((path.split(".") for path in changes), key=lambda path: (len(path), path[-1] != "name"))
+    for path in paths:
+        tree = assigned(layout(tree), tree, path, changes[".".join(path)], "config")
+    return tree
+
+
+def assigned(section: Section, tree: dict, path: list[str], text: str, where: str) -> dict:
+    """The section with one field set."""
+    name, *rest = path
+    known = fields_of(section)
+    below = section.each or section.sections.get(name)
+    if section.each and name not in tree and rest not in ([], ["name"]):
+        raise ValueError(unknown(f"entry of {where}", name, tree) + f"; a new one begins with --{where}.{name}.name=...")
+    if name not in known and below is None and section.functions:
+        raise ValueError(no_field(where, name, {*known, *section.sections}))
+    type_ = known[name].type if name in known else dict
+    where = f"{where}.{name}"
+    if not rest:
+        if text == "None" and name in section.decided and type(None) not in members(type_):
+            return {key: value for key, value in tree.items() if key != name}
+        value = read(text, type_ if section.functions else Any, where)
+        return tree | {name: value}
+    if below is None and not (any(map(is_section, members(type_))) or not section.functions):
+        raise ValueError(f"{where} got the field {'.'.join(rest)!r}; it has none: it is {shown(type_)}")
+    inside = tree.get(name)
+    inside = dict(inside) if isinstance(inside, Mapping) else {}
+    return tree | {name: assigned(below(inside) if below else Section(), inside, rest, text, where)}
+
+
+# --- describe ---
+
+
+def describe(section: Section, tree: dict, path: str = "") -> list[str]:
+    """Lines about a section and those in it, or about one field; of the whole config where `path` is empty.
+
+    Raises:
+      ValueError: there is no such section or field.
+    """
+    wanted = f"config.{path.removeprefix('config.')}".rstrip(".") if path not in ("", "config") else "config"
+    found = list(sections_of(section, tree))
+    lines = [line for where, here, values in found if f"{where}.".startswith(f"{wanted}.") for line in table(where, here, values)]
+    if lines:
+        return lines[1:]
+    parent, _, name = wanted.rpartition(".")
+    for where, here, values in found:
+        if where == parent and name in fields_of(here):
+            return table(where, here, values, only=name)[1:]
+    allowed = [where.removeprefix("config.") for where, *_ in found if where != "config"]
+    near = next((fields_of(here) for where, here, _ in found if where == parent and where != "config"), None)
+    raise ValueError(unknown("section of the config", path, allowed) if near is None else no_field(parent, name, near))
+
+
+def table(where: str, section: Section, values: dict, only: str | None = None) -> list[str]:
+    """A section's fields, a line each: name, value, default, type and what it does."""
+    rows = []
+    for name, field in fields_of(section).items():
+        if only not in (None, name):
+            continue
+        if name in section.decided and name not in values:
+            value, default = "-", section.decided[name]
+        else:
+            value = "..." if isinstance(values.get(name), Mapping) and name in section.sections else repr(values.get(name, "-"))
+            default = section.decided.get(name) or ("needed" if field.default is NEEDED else repr(field.default))
+        rows.append((name, value, f"default {default}" if default != "needed" else default, shown(field.type), field.help))
+    if not rows:
+        return []
+    widths = [min(32, max(len(row[i]) for row in rows)) for i in range(4)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, (*widths, 0))).rstrip() for row in rows]
+    return ["", where, *(f"  {line}" for line in lines)]

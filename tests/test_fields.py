@@ -1,0 +1,358 @@
+"""Fields of a config: all can be set by a command, all are checked, and no run of an earlier version changes in silence."""
+
+import copy
+import functools
+import json
+import math
+
+import pytest
+from absl import flags
+from ml_collections import ConfigDict
+from runs import ROOT, load_config, run_config
+from test_main import main
+
+from jaxreason import build, command, fields, options, workdir
+from jaxreason.main import config_text
+
+CONFIGS = ("countdown", "gsm8k", "pretrain", "sft", "tiny")
+
+
+def read(name="tiny:smoke", **changes):
+    """The config that `--config=configs/NAME.py:OPTIONS --config.FIELD=VALUE ...` gives, as a dict."""
+    file, _, arguments = name.partition(":")
+    return command.read(f"{ROOT}/configs/{file}.py:{arguments}", {k.replace("__", "."): v for k, v in changes.items()}).to_dict()
+
+
+def at(tree, path):
+    return functools.reduce(lambda branch, name: branch[name], path.split("."), tree)
+
+
+def leaves(tree):
+    """Every field of a whole config with its type, whether or not it is a section."""
+    for where, section, values in fields.sections_of(build.layout(tree), tree):
+        for name, field in fields.fields_of(section).items():
+            yield ".".join([*where.split(".")[1:], name]), field, values
+
+
+def other(field):
+    """A value that a field's type allows, and a word of a command that says it."""
+    for kind in fields.members(field.type):
+        if kind in (bool, int, float, str):
+            return {bool: (True, "true"), int: (3, "3"), float: (-1e-6, "-1e-6"), str: ("a b", "a b")}[kind]
+        if fields.is_sequence(kind):
+            inside = fields.items(kind, 2)
+            value = tuple({int: 4, float: 0.5, str: "q"}[one] for one in inside)
+            return value, str(value)
+    return {}, "{}"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_field_can_be_set_from_the_command_line_whether_the_file_has_it_or_not(name):
+    tree = read(f"{name}:smoke")
+    paths = [(path, field) for path, field, _ in leaves(tree)]
+    assert len(paths) > 100
+    for path, field in paths:
+        if path.endswith("name") and path != "model.name":
+            continue  # a name decides which fields there are
+        value, text = other(field)
+        if path == "version" or isinstance(value, dict):
+            continue
+        changed = fields.assign(build.layout, copy.deepcopy(tree), {path: text})
+        assert at(changed, path) == value, path
+        assert type(at(changed, path)) is type(value), path
+        if type(None) in fields.members(field.type):
+            assert at(fields.assign(build.layout, changed, {path: "None"}), path) is None
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_whole_config_has_every_field_that_no_other_decides_with_its_default(name):
+    before = load_config(name, "smoke").to_dict()
+    tree = build.complete(before)
+    for where, section, values in fields.sections_of(build.layout(tree), tree):
+        for field in fields.fields_of(section).values():
+            assert field.name in values or field.name in section.decided, f"{where}.{field.name}"
+    assert build.complete(tree) == tree
+    flat = workdir.flat(tree)
+    assert all(flat[key] == value for key, value in workdir.flat(before).items() if not isinstance(value, dict))
+
+
+def test_every_keyword_of_a_section_is_a_field():
+    """The fields are those of the signatures: what the README and the docstrings name."""
+    found = {path for path, *_ in leaves(read())}
+    named = (
+        "rl.source.dynamic_sampling rl.source.share_prompts rl.offload_reference rl.optimizer.name rl.objective.weigh log.watts "
+    )
+    named += "model.lora model.attention sampler.prompt_rows sampler.cache_dtype text.instruction init_from checkpoint.keep_best "
+    named += "evaluate.texts verifier.must_finish prior.source.task.guess sharding.mesh.tensor evaluate.suites.chain.verifier"
+    assert set(named.split()) <= found
+
+
+VALUES = {
+    "rl.source.dynamic_sampling": ("3", 3),
+    "rl.optimizer.lr": ("1", 1.0),
+    "rl.optimizer.clip_norm": ("None", None),
+    "rl.optimizer.adam_lr": ("-1e-6", -1e-6),
+    "rl.source.task.ops": ("2,4", (2, 4)),
+    "rl.source.task.seed": ("7", 7),
+    "rl.source.pack": ("false", False),
+    "model.lora.rank": ("4", 4),
+    "model.lora.targets": ("q,o", ("q", "o")),
+    "model.rope_scaling.kind": ("linear", "linear"),
+    "model.width": ("128", 128),
+    "evaluate.temperatures": ("(0.7,)", (0.7,)),
+    "evaluate.suites.chain.verifier.name": ("exact", "exact"),
+    "evaluate.suites.more.name": ("sorting", "sorting"),
+    "evaluate.suites.more.length": ("4", 4),
+    "sampler.stop_strings": ("('a', ';')", ("a", ";")),
+    "log.watts": ("65", 65.0),
+    "log.wandb.project": ("mine", "mine"),
+    "init_from": ("runs/other", "runs/other"),
+    "seed": ("-0", 0),
+    "text.system": ("None", "None"),
+}
+
+
+@pytest.mark.parametrize("path", VALUES)
+def test_words_become_values_of_the_fields_type(path):
+    text, value = VALUES[path]
+    more = {"evaluate.suites.more.name": "sorting"} if "more.length" in path else {}
+    tree = command.read(f"{ROOT}/configs/tiny.py:smoke", {path: text, **more}).to_dict()
+    assert at(tree, path) == value
+    assert type(at(tree, path)) is type(value)
+
+
+def test_a_nested_section_is_begun_completed_and_taken_away():
+    tree = read(model__lora__rank="4")
+    assert tree["model"]["lora"] == {"rank": 4, "alpha": 16.0, "targets": ("q", "v"), "base_dtype": None}
+    assert read(model__lora="{'rank': 2}")["model"]["lora"]["alpha"] == 16.0
+    assert fields.assign(build.layout, tree, {"model.lora": "None"})["model"]["lora"] is None
+    assert "width" not in fields.assign(build.layout, read(model__width="128"), {"model.width": "None"})["model"]
+
+
+def test_names_on_the_command_line_bring_their_own_fields():
+    tree = read(rl__objective__clip="0.3", rl__objective__name="grpo", verifier="{'name': 'math'}", verifier__timeout_s="9")
+    assert tree["rl"]["objective"]["clip"] == 0.3
+    assert tree["verifier"]["timeout_s"] == 9.0
+    assert read(rl__objective__name="dapo")["rl"]["objective"]["hi"] == 0.28
+    with pytest.raises(ValueError, match=r"unknown field of config.rl.objective 'clip'"):
+        read(rl__objective__clip="0.3")
+    # A field that the file set for the old name is the user's, and refused.
+    with pytest.raises(ValueError, match=r"unknown field of verifier 'number' 'marker'"):
+        build.build(ConfigDict(read(verifier__name="number")))
+
+
+def test_set_fields_reach_the_run():
+    """Not into the config alone: the run is built of them."""
+    run = build.build(
+        ConfigDict(read(model__lora__rank="4", model__width="32", rl__max_skipped="2", log__watts="65")), say=[].append
+    )
+    assert run.model.config.lora.rank == 4
+    assert run.model.config.width == 32
+    assert (run.phases[1].max_skipped, run.watts) == (2, 65.0)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("rl.optimizer.lr", "1e-3", r"config\.rl\.optimizer\.lr got '1e-3' \(str\); allowed: float"),
+        ("rl.steps", "10", r"config\.rl\.steps got '10' \(str\); allowed: int"),
+        ("rl.steps", True, r"config\.rl\.steps got True \(bool\); allowed: int"),
+        ("rl.steps", 2.0, r"config\.rl\.steps got 2\.0 \(float\); allowed: int"),
+        ("rl.steps", 2**70, r"config\.rl\.steps got 1180591620717411303424 \(int\); allowed: int, below 2\*\*32"),
+        ("rl.optimizer.lr", math.nan, r"lr got nan \(float\); allowed: float, finite"),
+        ("verifier", "exact", r"config\.verifier got 'exact' \(str\); allowed: a section"),
+        ("rl.source.task", ["chain"], r"config\.rl\.source\.task got \['chain'\] \(list\); allowed: a section"),
+        ("evaluate.suites.chain", 3, r"config\.evaluate\.suites\.chain got 3 \(int\); allowed: a section"),
+        ("rl.source.task.ops", (1, 2, 3), r"ops got \(1, 2, 3\) \(tuple\); allowed: int or \(int, int\)"),
+        ("model.lora", 3, r"config\.model\.lora got 3 \(int\); allowed: a section or None"),
+        ("phases", (1,), r"config\.phases got \(1,\); allowed: a tuple of names"),
+        ("rl.optimizer.b2", 2.0, r"b2 got 2\.0; allowed: 0 to below 1"),
+        ("rl.optimizer.weight_decay", -0.1, r"weight_decay got -0\.1; allowed: 0 or more"),
+        ("rl.optimizer.clip_norm", 0.0, r"clip_norm got 0\.0; allowed: None, or above 0"),
+        ("rl.objective.kl_coefficient", -1.0, r"kl_coefficient got -1\.0; allowed: 0 or more"),
+        ("prior.source.task.slip", 1.5, r"slip got 1\.5; allowed: 0 to 1"),
+        ("rl.source.group", 2**21, r"source\.group got 2097152; allowed: 1 to 1,048,576"),
+        ("rl.source.task.ops", 10**6, r"ops got 1000000; allowed: a whole number from 1 to 10,000"),
+        ("rl.source.task.size", 2**31, r"size=2147483648, .*allowed: size from 1 to 100,000,000"),
+        ("sharding.sampling_tensor", 0, r"sampling_tensor got 0; allowed: 1 or more"),
+        ("rl.steps", -1, r"config\.rl\.steps got -1; allowed: 0 \(evaluate only\) or more"),
+        ("version", 7, r"config\.version got 7; allowed: 1"),
+    ],
+)
+def test_types_and_ranges_are_checked_by_the_fields_full_name(path, value, words):
+    tree = load_config("tiny", "smoke").to_dict()
+    *sections, last = path.split(".")
+    (functools.reduce(dict.__getitem__, sections, tree))[last] = value
+    with pytest.raises(ValueError, match=words) as caught:
+        build.build(ConfigDict(tree), say=[].append)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def quick_build(monkeypatch):
+    """`build`, without what it traces and asks: a hundredth of its time."""
+    monkeypatch.setattr(build, "transformer", functools.cache(build.transformer))
+    monkeypatch.setattr(build.sharding, "shardings", lambda *_: None)
+    monkeypatch.setattr(build, "versions", dict)
+    return lambda tree: build.build(ConfigDict(tree), say=[].append)
+
+
+def refused(build, tree):
+    """What is said against a config; nothing if it is built. Any other error is the test's."""
+    try:
+        build(tree)
+    except (ValueError, FileNotFoundError) as error:
+        return str(error)
+    return ""
+
+
+def test_nonsense_in_any_field_is_one_line_or_means_something(quick_build):
+    """Every field of tiny, with values of all kinds: no traceback, nothing compiled."""
+    tree = read()
+    tree["prior"]["source"]["task"]["size"] = 60
+    seen = set()
+    counts = {"refused": 0, "taken": 0}
+    for path, field, values in list(leaves(tree)):
+        name = path.rsplit(".", 1)[-1]
+        if (field, name in values) in seen:
+            continue
+        seen.add((field, name in values))
+        for value in ("nonsense", [1, "a"], {"a": 1}, None, True, -1, math.nan, 2**70):
+            changed = copy.deepcopy(tree)
+            functools.reduce(dict.__getitem__, path.split(".")[:-1], changed)[name] = value
+            refusal = refused(quick_build, changed)
+            assert "\n" not in refusal, (path, value)
+            counts["refused" if refusal else "taken"] += 1
+    assert counts["refused"] > 600
+    assert counts["taken"] < 0.15 * counts["refused"]
+
+
+def test_zero_steps_are_an_evaluation(tmp_path):
+    changes = {"prior.steps": 0, "rl.steps": 0, "evaluate.n": 2, "evaluate.final_n": 2, "evaluate.temperatures": (0.0,)}
+    summary = run_config(load_config("tiny", "smoke", **changes, **{"sharding.mesh.data": 1}), tmp_path)
+    assert summary["done"]
+    assert summary["steps"] == 0
+    assert {(e["phase"], e["step"]) for e in summary["evaluations"]} == {("start", 0)}
+    assert workdir.is_done(tmp_path)
+
+
+# --- run folders of earlier versions ---
+
+
+def folder(tmp_path, **changes):
+    """A run's folder with the config.json that the version before wrote: what the file has, and no more."""
+    (tmp_path / "checkpoints" / "40").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(config_text(load_config("tiny", "smoke", **changes)))
+    return tmp_path
+
+
+def check(folder, said=None, **changes):
+    tree = command.read(f"{ROOT}/configs/tiny.py:smoke", changes)
+    how = {"resume": "auto", "accept_config_change": False, "say": [].append if said is None else said.append}
+    workdir.check(folder, config_text(tree), read=build.from_earlier, **how)
+
+
+def test_a_run_of_an_earlier_version_continues_with_defaults_which_is_said_once(tmp_path):
+    said = []
+    check(folder(tmp_path), said=said)
+    (line,) = said
+    assert "config.json is of an earlier version: " in line
+    assert "fields take their defaults: " in line
+    said.clear()
+    (tmp_path / "config.json").write_text(config_text(command.read(f"{ROOT}/configs/tiny.py:smoke", {})))
+    check(tmp_path, said=said)
+    assert said == []
+
+
+def test_a_new_field_that_is_not_at_its_default_is_a_change(tmp_path):
+    with pytest.raises(ValueError, match=r"another config \(rl\.source\.dynamic_sampling: 1 there, 3 here\)"):
+        check(folder(tmp_path), **{"rl.source.dynamic_sampling": "3"})
+
+
+def test_a_field_that_is_gone_or_renamed_is_refused_by_name(tmp_path, monkeypatch):
+    there = json.loads((folder(tmp_path) / "config.json").read_text())
+    there["rl"]["source"]["old_field"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(there))
+    with pytest.raises(
+        ValueError, match=r"config\.json: .*config\.rl\.source\.old_field, which this version does not have"
+    ) as caught:
+        check(tmp_path)
+    assert "choose another --workdir" in str(caught.value)
+    monkeypatch.setitem(options.RENAMED, "config.*.source.old_field", "dynamic_sampling")
+    with pytest.raises(ValueError, match=r"'old_field' of config\.rl\.source is called 'dynamic_sampling' now"):
+        check(tmp_path)
+    with pytest.raises(ValueError, match=r"'old_field' of config\.rl\.source is called 'dynamic_sampling' now"):
+        command.read(f"{ROOT}/configs/tiny.py:smoke", {"rl.source.old_field": "3"})
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_a_default_that_has_changed_since_is_no_silent_change(tmp_path, version):
+    """rloo of version 0 averaged over each attempt's tokens: such a run continues with the old meaning or is refused."""
+    there = build.complete(load_config("tiny", "smoke").to_dict())
+    there["rl"]["objective"] = {"name": "rloo"} if version == 0 else {**there["rl"]["objective"], "weigh": None}
+    there = {key: value for key, value in there.items() if version or key != "version"}
+    (tmp_path / "config.json").write_text(json.dumps(there, default=list))
+    if version == 0:
+        with pytest.raises(ValueError, match=r"rl\.objective\.weigh: per_sequence there, None here"):
+            check(tmp_path, **{"rl.objective.weigh": "None"})
+        check(tmp_path, **{"rl.objective.weigh": "per_sequence"})
+    else:
+        check(tmp_path, **{"rl.objective.weigh": "None"})
+
+
+def test_a_run_of_a_later_version_is_refused(tmp_path):
+    there = json.loads((folder(tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(there | {"version": 99}))
+    with pytest.raises(ValueError, match=r"is of version 99, made by a later jaxreason"):
+        check(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--config=configs/tiny.py:x"], "unknown config option 'x'; one of: prior, reward, smoke, task"),
+        (["--config", "configs/tiny.py", "--config.nope=1"], "unknown field of config 'nope'"),
+        (["--config=configs/tiny.py", "--config=configs/sft.py"], "--config is given 2 times"),
+        (["--config=configs"], "--config got the folder 'configs'"),
+        (["--config="], "no config file ''"),
+        (["--config.rl.steps=3"], "--config.rl.steps is given and no --config=FILE"),
+        (["--config=configs/tiny.py:smoke", "--config.rl=3"], "config.rl got '3'; allowed: a section"),
+        (["--config=configs/tiny.py:smoke", "--config.rl.steps.x=3"], "config.rl.steps got the field 'x'; it has none"),
+        (["--config=configs/tiny.py:smoke", "--config.evaluate.suites.chian.ops=3"], "did you mean 'chain'?"),
+        (["--config=configs/tiny.py:smoke", "--config.evaluate=None"], "config.evaluate got 'None'"),
+    ],
+)
+def test_wrong_words_of_a_command_are_one_line(words, said, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(command, "FLAGS", flags.FlagValues())
+    flags.DEFINE_string("config", None, "", flag_values=command.FLAGS)
+    with pytest.raises(ValueError) as caught:
+        command.parse(["main", *words])
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("def get_config(arg=''):\n    return 1 / 0\n", "FILE:2: ZeroDivisionError: division by zero"),
+        ("def get_config(arg='')\n", "FILE:1: SyntaxError: expected ':'"),
+        ("import no_such_module\n", "FILE:1: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("x = 1\n", "FILE has no function get_config(arg='')"),
+        ("def get_config(arg=''):\n    return 3\n", "get_config of FILE returned int; allowed: a ConfigDict"),
+        ("def get_config():\n    return 3\n", "FILE: TypeError: get_config() takes 0 positional arguments"),
+        ("\0", "FILE: SyntaxError: source code string cannot contain null bytes"),
+    ],
+)
+def test_a_config_file_that_fails_is_one_line_with_its_place(tmp_path, source, said):
+    file = tmp_path / "broken.py"
+    file.write_text(source)
+    with pytest.raises(ValueError, match=r".") as caught:
+        command.read(f"{file}:smoke", {})
+    assert str(caught.value).startswith(said.replace("FILE", str(file)))
+
+
+def test_the_command_says_so_in_one_line(tmp_path):
+    code, _, err = main("--config", "configs/tiny.py:smoke", "--config.rl.steps=2", "--config.rl.source.lag", "-1x")
+    assert code != 0
+    assert err.strip() == "error: config.rl.source.lag got '-1x'; allowed: int"
