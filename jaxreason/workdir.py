@@ -82,7 +82,8 @@ def check(folder: Path, text: str, *, resume: str, accept_config_change: bool, s
         check_is_new(folder, resume)
     there = recorded_config(folder, saved, say)
     if there is not None:
-        changed = differences(there, json.loads(text))
+        given = {name: value for name, value in there.items() if name != "revisions"}
+        changed = differences(given, json.loads(text))
         refused = [line for name, line in changed.items() if not SAME_MATHS.match(name)]
         if refused and not accept_config_change:
             more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
@@ -175,6 +176,12 @@ def stays(folder: Path) -> Callable[[], None]:
         raise Moved(f"{folder} was removed or replaced while the run wrote in it; {continues(folder)}")
 
     return check_stays
+
+
+def revisions(folder: Path) -> dict[str, str]:
+    """The commits of the hub that the run in a folder was begun with; none where it has no config."""
+    found = (json_object(folder / "config.json") or {}).get("revisions")
+    return found if isinstance(found, dict) else {}
 
 
 def differences(there: dict, here: dict) -> dict[str, str]:

@@ -78,6 +78,16 @@ def test_pretrained_config(tmp_path, checkpoint, gsm8k, name, phase):
         assert "<|start|>" in first["prompt"]
 
 
+def test_gsm8k_imitates_before_rl_and_trains_adapters_where_its_size_says_so(checkpoint, gsm8k):
+    from jaxreason.build import build
+
+    assert load_config("gsm8k", "size=8b,sft=100").sft.steps == 100
+    config = load_config("gsm8k", f"size=8b,sft=100,model={checkpoint},smoke", **{"sharding.mesh.data": 1})
+    run = build(config, say=lambda line: None)
+    assert [(phase.name, phase.steps) for phase in run.phases] == [("sft", 2), ("rl", 2)]
+    assert run.model.config.lora.rank == 32
+
+
 @pytest.mark.process
 def test_gsm8k_says_what_to_do_without_weights_or_data(tmp_path, checkpoint):
     """Offline, the real command: one line, exit code 2, nothing compiled."""
