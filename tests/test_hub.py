@@ -31,6 +31,7 @@ from jaxreason.tasks import hub as hub_tasks
 
 GOLDEN = Path(__file__).parent / "golden"
 ROWS = [(f"Tom has {n} pens and buys {m}. How many?", f"He has <<{n}+{m}>>.\n#### {n + m}") for n in range(4) for m in range(6)]
+SPLITS = {"train": ROWS[8:], "test": ROWS[:8]}
 
 
 def write_parquet(path: Path, rows: list[dict]) -> Path:
@@ -63,7 +64,7 @@ def root(tmp_path_factory):
     (root / "org/pickled/config.json").write_text("{}")
     (root / "org/pickled/pytorch_model.bin").write_bytes(b"x")
     gsm8k = root / "datasets/openai/gsm8k"
-    for split, rows in {"train": ROWS, "test": ROWS[:8]}.items():
+    for split, rows in SPLITS.items():
         write_parquet(gsm8k / f"main/{split}-00000-of-00001.parquet", as_gsm8k(rows))
         write_parquet(gsm8k / f"socratic/{split}-00000-of-00001.parquet", as_gsm8k(rows[::-1]))
     (gsm8k / "README.md").write_text("A copy.")
@@ -336,10 +337,10 @@ def test_gsm8k_of_the_hub_is_that_of_the_prepared_folder(served, root, tmp_path,
     from tensorflow_datasets.core.hashing import Hasher
 
     prepared = {}
-    for split, rows in {"train": ROWS, "test": ROWS[:8]}.items():
+    for split, rows in SPLITS.items():
         hasher = Hasher(split)
         prepared[split] = [rows[i] for i in sorted(range(len(rows)), key=hasher.hash_key)]
-    assert prepared["train"] != ROWS
+    assert prepared["train"] != SPLITS["train"]
     data_dir = str(write_gsm8k(tmp_path / "tfds", prepared))
     for split in prepared:
         for options in ({}, {"limit": 3}, {"annotations": True}):
@@ -349,7 +350,7 @@ def test_gsm8k_of_the_hub_is_that_of_the_prepared_folder(served, root, tmp_path,
     assert line in capsys.readouterr().out
     with monkeypatch.context() as offline:
         offline.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        assert len(tasks.load("gsm8k")) == len(ROWS)
+        assert len(tasks.load("gsm8k")) == len(SPLITS["train"])
     capsys.readouterr()
     monkeypatch.setenv("TFDS_DATA_DIR", data_dir)
     served.requests.clear()
@@ -582,7 +583,7 @@ def test_a_run_continues_at_the_commits_it_was_begun_with(served, root, tmp_path
     (tmp_path / "config.json").write_text(json.dumps({"revisions": begun}))
     assert workdir.revisions(tmp_path) == begun
     moved = shutil.copytree(root / "datasets/openai/gsm8k", tmp_path / "moved")
-    write_parquet(moved / "main/train-00000-of-00001.parquet", as_gsm8k(ROWS[::-1]))
+    write_parquet(moved / "main/train-00000-of-00001.parquet", as_gsm8k(ROWS[:7:-1]))
     shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE)
     served.repositories["datasets/openai/gsm8k"] = moved
     with pytest.raises(FileNotFoundError, match=r"openai/gsm8k.* no such revision"):  # it is gone, and not in this cache
