@@ -557,6 +557,7 @@ def command(root, tmp_path):
             process.communicate()
 
 
+@pytest.mark.process
 def test_from_an_empty_home_one_command_reaches_the_first_step_and_ends(command, root, tmp_path):
     out, err = command().communicate(timeout=300)
     assert "Traceback" not in err
@@ -594,6 +595,7 @@ def test_a_run_continues_at_the_commits_it_was_begun_with(served, root, tmp_path
     assert build(config, say=lambda line: None).provenance["revisions"]["datasets/openai/gsm8k"] == commit_of(moved)
 
 
+@pytest.mark.process
 def test_the_command_keeps_to_the_commits_of_its_folder(command, root, tmp_path):
     from jaxreason.main import config_text
 
@@ -608,6 +610,7 @@ def test_the_command_keeps_to_the_commits_of_its_folder(command, root, tmp_path)
     assert said.strip() == f"config changed: revisions.org/tiny: {'0' * 40} there, {commit_of(root / 'org/tiny')} here"
 
 
+@pytest.mark.process
 def test_wrong_answers_of_the_hub_end_the_command_in_one_line(command):
     command.hub.fault = refuse("config.json", 403, X_Error_Code="GatedRepo")
     process = command()
@@ -619,6 +622,7 @@ def test_wrong_answers_of_the_hub_end_the_command_in_one_line(command):
     )
 
 
+@pytest.mark.process
 def test_ctrl_c_during_a_download_is_one_line_and_the_next_try_continues(command, tmp_path):
     def slow(method, path, headers):
         if path.endswith("model.safetensors") and method == "GET":
