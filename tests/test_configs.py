@@ -27,7 +27,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def gsm8k(tmp_path, monkeypatch):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(write_gsm8k(tmp_path / "data", {"train": ROWS, "test": ROWS[:8]})))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(write_gsm8k(tmp_path / "data", {"train": ROWS[8:], "test": ROWS[:8]})))
 
 
 def check_run(workdir, summary, phases):
