@@ -1,11 +1,20 @@
 r"""GSM8K by RL from a pretrained checkpoint: the model's own attempts, paid for right answers alone.
 
-    TFDS_DATA_DIR=... python -m jaxreason.main --config=configs/gsm8k.py[:model=NAME][,smoke]
+    python -m jaxreason.main --config=configs/gsm8k.py[:size=SIZE][,model=NAME][,sft=STEPS][,smoke]
 
-`model` is a named size (smollm2_135m, qwen2.5_1.5b, qwen3_8b, ...), a Hugging Face id or a folder. GSM8K: Cobbe et al. 2021,
-arXiv 2110.14168, read through TFDS. Sized for one accelerator of 16 GB or more with the default model; for a slice add
-`--config.sharding.mesh.fsdp=N`. Not yet run on an accelerator. An attempt that is cut off at its limit is paid nothing
-(`must_finish`).
+Nothing needs to be prepared: model and data come from the Hugging Face hub, unless a prepared TFDS folder is there.
+GSM8K: Cobbe et al. 2021, arXiv 2110.14168. An attempt that is cut off at its limit is paid nothing (`must_finish`).
+`model` is a named size (smollm2_135m, qwen2.5_7b, ...), a Hugging Face id or a folder, in the place of that of `size`.
+`sft` imitates the worked solutions for so many steps before RL. Not yet run on an accelerator.
+
+`size` chooses the model and how it is split, for TPU v5e chips of 16 GB (one GPU: add `--config.sharding.mesh.fsdp=1`,
+`tensor=1`); `python -m jaxreason.plan --config=configs/gsm8k.py:size=SIZE --topology=TOPOLOGY` says that it fits:
+
+    size   model                   topology   mesh                 trained
+    0.5b   Qwen2.5-0.5B-Instruct   v5e:1x1                         all weights
+    1.5b   Qwen2.5-1.5B-Instruct   v5e:2x2    fsdp 4               all weights
+    3b     Qwen2.5-3B-Instruct     v5e:2x4    fsdp 8               all weights
+    8b     Qwen3-8B                v5e:2x4    fsdp 2 x tensor 4    LoRA, rank 32
 
 On one CPU core, 2026-11-24, SmolLM2-135M-Instruct (from 4-bit weights), float32, seed 0, six steps of 4 problems x 8 attempts
 of at most 320 tokens at temperature 0.7, killed with -9 after step 2 and started again: 396 to 482 s a step beside other work,
@@ -13,7 +22,7 @@ mean |sampler - learner log-prob| 2.9e-6 to 3.7e-6 a step. 2 of 192 attempts wer
 gradient): each ended by itself on the right number, both by luck to a reader of their reasoning, one after six other "####"
 lines. 156 ended wrong and 34 were cut. Six steps teach nothing: use a model that already solves some problems.
 
-    TFDS_DATA_DIR=... python -m jaxreason.main --config=configs/gsm8k.py:model=FOLDER --config.model.dtype=float32 \
+    python -m jaxreason.main --config=configs/gsm8k.py:model=FOLDER --config.model.dtype=float32 \
         --config.model.remat=none --config.sampler.slots=16 --config.sampler.max_tokens=320 --config.rl.source.problems=4 \
         --config.rl.source.group=8 --config.rl.source.temperature=0.7 --config.rl.microbatches=8 --config.rl.steps=6 \
         --config.rl.evaluate_every=0 --config.rl.optimizer.warmup_steps=0 --config.checkpoint.every_steps=1 \
@@ -26,14 +35,24 @@ from jaxreason.options import parse
 
 INSTRUCTION = "{question}\n\nThink step by step. Write the final answer, a number, on the last line after ####."
 
+LORA = {"rank": 32, "alpha": 32.0, "targets": ("q", "k", "v", "o", "gate", "up", "down"), "base_dtype": "bfloat16"}
+# Model, mesh, and fields of the adapters where the whole model does not fit.
+SIZES = {
+    "0.5b": ("qwen2.5_0.5b", {"fsdp": 1, "tensor": 1}, None),
+    "1.5b": ("qwen2.5_1.5b", {"fsdp": 4, "tensor": 1}, None),
+    "3b": ("qwen2.5_3b", {"fsdp": 8, "tensor": 1}, None),
+    "8b": ("qwen3_8b", {"fsdp": 2, "tensor": 4}, LORA),
+}
+
 
 def get_config(arg: str = "") -> ConfigDict:
-    options = parse(arg, model="qwen2.5_0.5b", smoke=False)
+    options = parse(arg, size="0.5b", model="", sft=0, smoke=False, choices={"size": SIZES})
+    model, mesh, lora = SIZES[options.size]
     config = ConfigDict()
     config.seed = 0
     config.init_from = config_dict.placeholder(str)  # a run, RUN/checkpoints/STEP or a Hugging Face folder
     config.model = {
-        "name": options.model,
+        "name": options.model or model,
         "weights": "pretrained",
         "dtype": "bfloat16",
         "param_dtype": "float32",
@@ -41,6 +60,8 @@ def get_config(arg: str = "") -> ConfigDict:
         "attention": "xla",
         "scan_layers": config_dict.placeholder(bool),
     }
+    if lora:
+        config.model.lora = lora
     config.text = {"tokenizer": "pretrained", "format": "chat", "instruction": INSTRUCTION, "system": ""}
     config.sampler = {
         "slots": 128,
@@ -53,8 +74,21 @@ def get_config(arg: str = "") -> ConfigDict:
         "thinking_tokens": config_dict.placeholder(int),
     }
     config.verifier = {"name": "number", "must_finish": True}
-    config.sharding = {"mesh": {"data": -1, "fsdp": 1, "tensor": 1}, "sampling_devices": 0}
-    config.phases = ("rl",)
+    config.sharding = {"mesh": {"data": -1, **mesh}, "sampling_devices": 0}
+    config.phases = ("sft", "rl") if options.sft else ("rl",)
+    if options.sft:
+        config.sft = {
+            "source": {
+                "name": "demonstrations",
+                "task": {"name": "gsm8k", "split": "train"},
+                "rows": 64,
+                "max_tokens": 512,
+            },
+            "objective": {"name": "sft"},
+            "optimizer": {"lr": 1e-4 if lora else 1e-5, "warmup_steps": min(10, options.sft), "b2": 0.95},
+            "steps": options.sft,
+            "microbatches": 8,
+        }
     config.rl = {
         "source": {
             "name": "rollouts",
@@ -65,7 +99,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "lag": 0,
         },
         "objective": {"name": "dr_grpo", "kl_coefficient": 0.0},
-        "optimizer": {"lr": 1e-6, "warmup_steps": 10, "b2": 0.95},
+        "optimizer": {"lr": 1e-5 if lora else 1e-6, "warmup_steps": 10, "b2": 0.95},
         "steps": 200,
         "microbatches": 32,
         "evaluate_every": 50,
@@ -80,9 +114,13 @@ def get_config(arg: str = "") -> ConfigDict:
     config.log = {"rollouts_kept": 64}
 
     if options.smoke:
+        config.sharding.mesh.fsdp = config.sharding.mesh.tensor = 1  # on whatever there is
         config.sampler.slots, config.sampler.max_tokens, config.sampler.chunk_tokens = 8, 16, 8
         config.rl.source.problems, config.rl.source.group, config.rl.microbatches = 2, 4, 1
         config.rl.source.task["limit"] = 16
         config.rl.steps, config.rl.evaluate_every, config.rl.optimizer.warmup_steps = 2, 0, 0
         config.evaluate.n = config.evaluate.final_n = 8
+        if options.sft:
+            config.sft.source.rows, config.sft.microbatches = 8, 1
+            config.sft.steps, config.sft.optimizer.warmup_steps = 2, 1
     return config

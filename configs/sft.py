@@ -1,8 +1,9 @@
 """Imitate GSM8K's worked solutions: the same loop, with demonstrations in the place of rollouts.
 
-    TFDS_DATA_DIR=... python -m jaxreason.main --config=configs/sft.py[:model=NAME][,smoke]
+    python -m jaxreason.main --config=configs/sft.py[:model=NAME][,smoke]
 
-Source: Cobbe et al. 2021, arXiv 2110.14168. Not yet run on an accelerator.
+Source: Cobbe et al. 2021, arXiv 2110.14168. Imitation before RL, in one run: configs/gsm8k.py:sft=100. Not yet run on an
+accelerator.
 """
 
 from ml_collections import ConfigDict, config_dict

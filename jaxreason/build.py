@@ -15,13 +15,13 @@ import inspect
 import json
 import re
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
-from jaxreason import __version__, batching, data, fields, ledger, rollout, sharding, sources, tasks, text, verify
+from jaxreason import __version__, batching, data, fields, hub, ledger, rollout, sharding, sources, tasks, text, verify
 from jaxreason import evaluate as evaluation
 from jaxreason import objectives as objectives_
 from jaxreason import optimizer as optimizer_
@@ -73,12 +73,25 @@ class Parts(NamedTuple):
     loaded: list[tuple[str, Sequence]] | None = None  # tasks of the sources, each with its name
 
 
-def build(config, *, resumes: bool = False, say: Callable[[str], None] = print) -> Run:
+def build(
+    config, *, resumes: bool = False, revisions: Mapping[str, str] | None = None, say: Callable[[str], None] = print
+) -> Run:
     """Make a run from a ConfigDict. One that resumes has params of its own, so `init_from` is not looked at.
+
+    `revisions` are the commits at which repositories of the hub are read, unless the config names others (see `hub.noting`).
+    The run's provenance has those that were.
 
     Raises:
       ValueError, FileNotFoundError: anything wrong with it, in one line.
     """
+    say = say if jax.process_index() == 0 else lambda line: None
+    with hub.noting(revisions, say) as noted:
+        run = build_noted(config, resumes, say)
+    return run._replace(provenance={**run.provenance, "revisions": noted})
+
+
+def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
+    """Do what `build` does; the commits that it reads are noted around it."""
     config = config.to_dict()
     phase_names = config.get("phases") or ()
     if not isinstance(phase_names, (tuple, list)) or not phase_names:
@@ -101,7 +114,6 @@ def build(config, *, resumes: bool = False, say: Callable[[str], None] = print) 
 
     here = {"devices": jax.devices(), "process": jax.process_index()}
     meshes = call(sharding.make_meshes, config["sharding"], "config.sharding", **here)
-    say = say if jax.process_index() == 0 else lambda line: None
     described = describe(config["model"], config["text"])
     folder, tokenizer, format, shape, load = described
     text.check_vocabulary(tokenizer, shape)
@@ -347,7 +359,7 @@ def versions() -> dict:
 
 def describe(model: dict, words: dict) -> Described:
     """Read the sections `model` and `text` of a config."""
-    folder = find_folder(**{key: model[key] for key in ("name", "weights") if key in model})
+    folder = find_folder(**{key: model[key] for key in ("name", "weights", "revision") if key in model})
     tokenizer, format = call(make_text, words, "config.text", folder=folder)
     shape, load = call(make_model, model, "config.model", folder=folder, tokenizer=tokenizer)
     return Described(folder, tokenizer, format, shape, load)
@@ -356,13 +368,17 @@ def describe(model: dict, words: dict) -> Described:
 WEIGHTS = ("random", "pretrained")
 
 
-def find_folder(name: str = "tiny", weights: str = "random") -> Path | None:
+def find_folder(name: str = "tiny", weights: str = "random", revision: str | None = None) -> Path | None:
     """Where a pretrained model lies; None for random weights."""
     if weights not in WEIGHTS:
         raise ValueError(unknown("value of config.model.weights", weights, WEIGHTS))
     if weights == "random":
+        if revision is not None:
+            raise ValueError(
+                f"config.model.revision got {revision!r} with weights='random'; allowed: None, or weights='pretrained'"
+            )
         return None
-    folder = weights_.resolve(name)
+    folder = weights_.resolve(name, revision)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json; pass the folder of a Hugging Face checkpoint")
     return folder
@@ -374,16 +390,19 @@ def make_model(
     tokenizer: text.Tokenizer,
     name: str,  # a named size, a Hugging Face id or a folder
     weights: str = "random",  # random, or pretrained: those of the model that is named
+    revision: str | None = None,  # a commit, branch or tag of a hub id; None: main
     scan_layers: bool | None = None,  # scan over layers in the place of unrolling; None: on accelerators
     **fields,
 ) -> tuple[ModelConfig, Callable | None]:
     """Give the shape of a named size, folder or hub id, and what loads its weights (None for random ones).
 
-    `scan_layers` None means: scan on accelerators, unroll on a CPU. `fields` replace fields of the ModelConfig.
+    `revision` of the hub is a commit, branch or tag; None for `main`. `scan_layers` None means: scan on accelerators, unroll on a
+    CPU. `fields` replace fields of the ModelConfig.
     """
     for key in fields:
         if key not in ModelConfig.__dataclass_fields__:
-            raise ValueError(unknown("field of config.model", key, {"name", "weights", *ModelConfig.__dataclass_fields__}))
+            known = {"name", "weights", "revision", *ModelConfig.__dataclass_fields__}
+            raise ValueError(unknown("field of config.model", key, known))
     for key, made in (("lora", model_config.Lora), ("rope_scaling", model_config.RopeScaling)):
         if fields.get(key) is not None:
             fields[key] = call(made, fields[key], f"config.model.{key}")
@@ -418,7 +437,8 @@ def find_described(path: str, step: int | None = None) -> tuple[origin_.Origin, 
     """Find params (see `origin`) and what they belong to."""
     found = origin_.find(path, step)
     if found.step is not None:
-        return found, describe(found.config["model"], found.config["text"])
+        with hub.noting(found.config.get("revisions")):
+            return found, describe(found.config["model"], found.config["text"])
     tokenizer = text.load(found.folder) if (found.folder / "tokenizer.json").is_file() else None
     return found, Described(found.folder, tokenizer, None, model_config.read_hf(found.folder), None)
 

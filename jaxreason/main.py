@@ -243,7 +243,15 @@ def run(config) -> None:
             text = config_text(config)
             how = {"resume": RESUME.value, "accept_config_change": ACCEPT_CONFIG_CHANGE.value, "say": tell}
             together(folders.check, workdir, text, read=from_earlier, **how)
-            made = together(build, config, resumes=not anew and bool(saved_steps(workdir / "checkpoints")))
+            recorded = {} if anew else folders.revisions(workdir)
+            pinned = {} if ACCEPT_CONFIG_CHANGE.value else recorded
+            made = together(build, config, resumes=not anew and bool(saved_steps(workdir / "checkpoints")), revisions=pinned)
+            used = made.provenance["revisions"]
+            if len(set(gather(json.dumps(used)))) > 1:
+                raise ValueError(f"processes found different commits on the hub, {used} here; set revision=... of task and model")
+            now = {name: used.get(name, commit) for name, commit in recorded.items()}
+            for line in folders.differences({"revisions": recorded}, {"revisions": now}).values():
+                tell(f"config changed: {line}")
             together(check_writable, workdir, over=folders.WRITTEN_OVER)
             if writes():
                 unlock = together(folders.lock, workdir, tell)
@@ -257,7 +265,7 @@ def run(config) -> None:
             opened.callback(checkpoints.close)
             if writes():  # in place of the one before, which a full disk must not cut short: a run without a config can't go on
                 with writing(workdir / "config.json"), replacing(workdir / "config.json") as file:
-                    file.write(text)
+                    file.write(json.dumps(json.loads(text) | {"revisions": used}, indent=2, sort_keys=True))
         except (ValueError, OSError, Unwritable) as error:
             fail(error)
         tell(f"workdir: {workdir}")

@@ -95,6 +95,7 @@ def check(
     there = recorded_config(folder, saved, say)
     if there is not None:
         path = folder / "config.json"
+        there = {name: value for name, value in there.items() if name != "revisions"}
         try:
             there, new = read(there)
         except ValueError as error:
@@ -196,6 +197,12 @@ def stays(folder: Path) -> Callable[[], None]:
         raise Moved(f"{folder} was removed or replaced while the run wrote in it; {continues(folder)}")
 
     return check_stays
+
+
+def revisions(folder: Path) -> dict[str, str]:
+    """The commits of the hub that the run in a folder was begun with; none where it has no config."""
+    found = (json_object(folder / "config.json") or {}).get("revisions")
+    return found if isinstance(found, dict) else {}
 
 
 def differences(there: dict, here: dict) -> dict[str, str]:

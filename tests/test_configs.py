@@ -27,7 +27,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def gsm8k(tmp_path, monkeypatch):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(write_gsm8k(tmp_path / "data", {"train": ROWS, "test": ROWS[:8]})))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(write_gsm8k(tmp_path / "data", {"train": ROWS[8:], "test": ROWS[:8]})))
 
 
 def check_run(workdir, summary, phases):
@@ -76,6 +76,16 @@ def test_pretrained_config(tmp_path, checkpoint, gsm8k, name, phase):
         first = read_lines(tmp_path / "rollouts.jsonl")[0]
         assert first["question"] in first["prompt"]
         assert "<|start|>" in first["prompt"]
+
+
+def test_gsm8k_imitates_before_rl_and_trains_adapters_where_its_size_says_so(checkpoint, gsm8k):
+    from jaxreason.build import build
+
+    assert load_config("gsm8k", "size=8b,sft=100").sft.steps == 100
+    config = load_config("gsm8k", f"size=8b,sft=100,model={checkpoint},smoke", **{"sharding.mesh.data": 1})
+    run = build(config, say=lambda line: None)
+    assert [(phase.name, phase.steps) for phase in run.phases] == [("sft", 2), ("rl", 2)]
+    assert run.model.config.lora.rank == 32
 
 
 @pytest.mark.process

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # A folder is one thing here. A new module gets its floor in this table (and in the tree of the README).
 FLOORS = (
     "types options fields",
-    "model text tasks verify tools objectives estimators sharding optimizer data checkpoint metrics cost processes workdir",
+    "hub model text tasks verify tools objectives estimators sharding optimizer data checkpoint metrics cost processes workdir",
     "learner sampler environment batching origin freed ledger",
     "rollout sources preemption",
     "evaluate build train command",

@@ -3,14 +3,17 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
+import jax
 import pytest
 from runs import ROOT, load_config
 
 from jaxreason import cost, sharding
 from jaxreason.plan import arrays, memory, programs, report, search
+from jaxreason.plan import config as plan_config
 from jaxreason.plan.config import read
 from jaxreason.plan.work import flags_for
 
@@ -307,3 +310,34 @@ def test_adapters_are_merged_beside_the_base():
     layers = arrays.size_of(arrays.state_of(work).params["frozen"]["layers"])
     assert (peak, left) == (kernels + layers, layers)  # q and v merged, and then all layers one by one
     assert memory.resident(work)["optimizer"] < memory.resident(work)["params"] / 2
+
+
+GSM8K = (ROOT / "configs/gsm8k.py").read_text()
+SIZES = re.findall(r"^    (\d[\d.]*b) .*(v5e:\S+)", GSM8K, re.MULTILINE)  # of its docstring
+
+
+@pytest.mark.parametrize(("size", "topology"), SIZES)
+def test_each_size_of_gsm8k_has_room_for_what_needs_no_compiler(size, topology, monkeypatch):
+    """On as many devices of this machine as the topology has chips, since there may be no compiler for TPUs."""
+    devices = jax.devices()[: cost.chips_of(topology)]
+    for module in (arrays, plan_config):
+        monkeypatch.setattr(module, "devices_of", lambda topology: devices)
+    caches = (arrays.meshes_of, arrays.model_of, arrays.state_of, arrays.roller_of, arrays.slots_of)
+    try:
+        for cached in caches:
+            cached.cache_clear()
+        work = work_of(topology, "gsm8k", f"size={size},sft=10")
+        stages, slots = memory.still_stages(work), arrays.size_of(arrays.slots_of(work))
+    finally:
+        for cached in caches:
+            cached.cache_clear()
+    assert max(stage.bytes for stage in stages) + slots < 0.85 * work.chip.hbm_bytes  # the rest is for temporaries
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "topology"), SIZES)
+@pytest.mark.parametrize("phase", ["sft", "rl"])
+def test_the_plan_agrees_that_each_size_of_gsm8k_fits(size, topology, phase):
+    work = read(load_config("gsm8k", f"size={size},sft=10").to_dict(), topology, phase)
+    assert memory.fits(memory.stages_of(work), work)

@@ -344,37 +344,3 @@ def test_an_incomplete_folder_is_named(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no config.json"):
         weights.load(tmp_path)
-
-
-# ---------------------------------------------------------------------------------------------------------- the hub
-
-
-def test_resolve_asks_the_cache_first_and_the_network_only_if_need_be(tmp_path, monkeypatch):
-    import huggingface_hub
-
-    calls = []
-
-    def snapshot_download(name, **kwargs):
-        calls.append((name, kwargs.get("local_files_only", False)))
-        if kwargs.get("local_files_only") and name == "someone/uncached":
-            raise FileNotFoundError("not in the cache")
-        if name == "someone/uncached":
-            raise ConnectionError("Name or service not known\nsecond line")
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert weights.resolve(GOLDEN / "qwen3") == GOLDEN / "qwen3"
-    assert calls == []
-    assert weights.resolve("qwen3_0.6b") == tmp_path
-    assert calls == [("Qwen/Qwen3-0.6B", True), ("Qwen/Qwen3-0.6B", False)]  # the snapshot had no weights
-    shutil.copytree(GOLDEN / "qwen3", tmp_path, dirs_exist_ok=True)
-    calls.clear()
-    weights.resolve("someone/cached")
-    assert calls == [("someone/cached", True)]
-    with pytest.raises(
-        FileNotFoundError, match=r"cannot get 'someone/uncached' .*hf download someone/uncached.*HF_HOME"
-    ) as error:
-        weights.resolve("someone/uncached")
-    assert "\n" not in str(error.value)
-    with pytest.raises(FileNotFoundError, match=r"no folder './nowhere'"):
-        weights.resolve("./nowhere")

@@ -13,7 +13,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxreason import hub
 from jaxreason.model.config import HUB_IDS, ModelConfig, read_hf, to_hf
 from jaxreason.options import read_object
 
@@ -113,47 +114,43 @@ def table(config: ModelConfig) -> list[Row]:
 # ------------------------------------------------------------------------------------------------------------ finding
 
 
-def resolve(path_or_hub_id: str | Path) -> Path:
-    """Find the folder of a checkpoint: a folder, a named size, or a Hugging Face id, from the local cache if it is there.
+def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """Find the folder of a checkpoint: a folder, a named size, or a Hugging Face id, which is downloaded unless the cache has it.
+
+    `revision` is a commit, branch or tag of the hub.
 
     Raises:
       FileNotFoundError: neither a folder nor in the cache, and the hub cannot be reached or does not have it.
+      ValueError: the hub has it without safetensors, or a folder was given with a revision.
     """
     name = HUB_IDS.get(str(path_or_hub_id), str(path_or_hub_id))
     folder = Path(name).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"revision got {revision!r} with the folder {name!r}; allowed: None, or a Hugging Face id (owner/name)"
+            )
         return folder
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    if not hub.ID.fullmatch(name):
         raise FileNotFoundError(f"no folder {name!r}, and it is not a Hugging Face id either (owner/name)")
-    from huggingface_hub import snapshot_download  # here: a local folder must not need it
-
-    wanted = {"allow_patterns": ["*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model"]}
-    # The cache first: no request at all for what is there. A snapshot without weights (someone fetched just the tokenizer,
-    # or a download was cut off) is completed below.
-    try:
-        folder = Path(snapshot_download(name, local_files_only=True, **wanted))
-        if _is_complete(folder):
-            return folder
-    except (OSError, ValueError):
-        pass
-    try:
-        return Path(snapshot_download(name, etag_timeout=10, **wanted))
-    except Exception as error:  # the hub's client raises OSError, ValueError and its HTTP library's own errors
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise FileNotFoundError(
-            f"cannot get {name!r} from the Hugging Face hub ({reason}). Either pass a folder that holds it; or run "
-            f"`hf download {name}` once where there is network (after `hf auth login` if it is gated); or set HF_HOME to "
-            "a cache that has it"
-        ) from None
+    return hub.fetch(name, lambda names: needed_files(name, names), revision=revision)
 
 
-def _is_complete(folder: Path) -> bool:
-    """Whether a snapshot has its config and all its weights."""
-    if not (folder / "config.json").is_file():
-        return False
-    if (folder / INDEX).is_file():
-        return all((folder / file).is_file() for file in _weight_map(folder).values())
-    return (folder / SINGLE).is_file()
+def needed_files(id: str, names: Sequence[str]) -> list[str]:
+    """Choose the files of a checkpoint by their names, the weights last: no pickles, no other formats.
+
+    Raises:
+      ValueError: there are no such weights.
+    """
+    shards = [n for n in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", n)]
+    weights = [SINGLE] if SINGLE in names else [INDEX, *sorted(shards)] if INDEX in names and shards else []
+    if not weights or "config.json" not in names:
+        some = ", ".join(sorted(n for n in names if "/" not in n)[:12])
+        raise ValueError(
+            f"{id} lacks config.json, or {SINGLE}, or {INDEX} and its files; it has: {some or 'nothing'}; choose a repository "
+            "with safetensors"
+        )
+    return [n for n in ("config.json", *TOKENIZER_FILES) if n in names] + weights
 
 
 def _open(path: Path):

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxreason.options import call, find
-from jaxreason.tasks import corpus, gsm8k, jsonl, procedural
+from jaxreason.tasks import corpus, gsm8k, hub, jsonl, procedural
 from jaxreason.types import Task
 
 TASKS = {
@@ -23,6 +23,18 @@ TASKS = {
     "sorting": procedural.sorting,
     "gsm8k": gsm8k.gsm8k,
     "jsonl": jsonl.jsonl,
+    "hub": hub.hub,
+    "svamp": hub.svamp,
+    "asdiv": hub.asdiv,
+    "math": hub.math,
+    "math500": hub.math500,
+    "aime24": hub.aime24,
+    "aime25": hub.aime25,
+    "amc23": hub.amc23,
+    "deepscaler": hub.deepscaler,
+    "dapo_math_17k": hub.dapo_math_17k,
+    "big_math": hub.big_math,
+    "countdown_3to4": hub.countdown_3to4,
     "corpus": corpus.corpus,
 }
 

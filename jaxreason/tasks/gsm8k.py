@@ -1,6 +1,9 @@
-"""GSM8K, grade school word problems (Cobbe et al., 2021, arXiv 2110.14168), read with TensorFlow Datasets.
+"""GSM8K, grade school word problems (Cobbe et al., 2021, arXiv 2110.14168; MIT), from
+TensorFlow Datasets or from the hub.
 
-Reads the prepared `gsm8k/1.0.0` folder of array_record files: random access, no TensorFlow, and the network is never tried.
+A prepared `gsm8k/1.0.0` folder of array_record files is read without TensorFlow and
+without network. Where there is none, `openai/gsm8k` is read from the Hugging Face hub,
+or from its cache. The rows, their order and their ids are the same.
 """
 
 from __future__ import annotations
@@ -8,11 +11,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from hashlib import md5
 from pathlib import Path
 
+from jaxreason import hub
 from jaxreason.options import unknown
+from jaxreason.tasks.hub import data_folder, read_rows
 from jaxreason.types import Task
 
+HUB_ID = "openai/gsm8k"
 PREPARE = "pip install tensorflow && tfds build gsm8k --file_format=array_record"
 ANNOTATION = re.compile(r"<<[^<>]*>>")  # the data set's calculator calls: $<<3*5=15>>15
 
@@ -20,40 +27,73 @@ ANNOTATION = re.compile(r"<<[^<>]*>>")  # the data set's calculator calls: $<<3*
 def gsm8k(
     split: str = "train",  # train or test
     limit: int | None = None,  # tasks, at most
-    data_dir: str | None = None,  # that holds gsm8k/1.0.0; None: TFDS_DATA_DIR, else ~/tensorflow_datasets
+    data_dir: str | None = None,  # that holds gsm8k/1.0.0; None: TFDS_DATA_DIR, else ~/tensorflow_datasets, else the hub
     annotations: bool = False,  # keep the calculator calls of the solutions
+    revision: str | None = None,  # a commit of openai/gsm8k, which is then read from the hub
 ) -> Sequence[Task]:
-    """Load GSM8K. The solution ends in `#### answer`; `annotations` keeps its calculator calls.
+    """Load GSM8K. The solution ends in `#### answer`; `annotations` keeps its
+    calculator calls.
 
-    `data_dir` holds `gsm8k/1.0.0`; by default the environment's TFDS_DATA_DIR, else `~/tensorflow_datasets`.
+    `data_dir` holds `gsm8k/1.0.0`; by default the environment's TFDS_DATA_DIR, else
+    `~/tensorflow_datasets`, else the hub. `revision`, a commit of `openai/gsm8k`, asks
+    for the hub.
 
     Raises:
-      FileNotFoundError: there is no prepared data set.
+      FileNotFoundError: no prepared data set, and none from the hub.
       ValueError: an unknown split, or a format without random access.
     """
     root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     folders = sorted(root.glob("gsm8k/*/dataset_info.json"))
-    if not folders:
-        raise FileNotFoundError(
-            f"no gsm8k/1.0.0 in {root}; set TFDS_DATA_DIR (or data_dir) to the folder that has it, or prepare it once with "
-            f"network: `{PREPARE}`, or use the task 'jsonl' with path=train.jsonl of its authors and marker='####'"
-        )
+    if folders and revision is None:
+        rows = _prepared(folders[-1].parent, split, limit)
+    else:
+        try:
+            if data_dir is not None and revision is None:
+                raise FileNotFoundError(f"no gsm8k/1.0.0 in {root}")
+            rows = _downloaded(split, revision, root)
+        except FileNotFoundError as error:
+            why = str(error) if data_dir is not None else f"no gsm8k/1.0.0 in {root}, and {error}"
+            raise FileNotFoundError(
+                f"{why}. For GSM8K set TFDS_DATA_DIR (or data_dir) to the folder that has it, or prepare it once with network: "
+                f"`{PREPARE}`, or use the task 'jsonl' with path=train.jsonl of its authors and marker='####'"
+            ) from None
+    return [_task(*row, f"gsm8k/{split}/{i}", annotations) for i, row in enumerate(rows[:limit])]
+
+
+def _prepared(folder: Path, split: str, limit: int | None) -> Sequence[tuple[str, str]]:
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_from_directory(str(folders[-1].parent))  # reads only this folder; data_source("gsm8k") may ask GCS
+    builder = tfds.builder_from_directory(str(folder))  # reads only this folder; data_source("gsm8k") may ask GCS
     if split not in builder.info.splits:
         raise ValueError(unknown("split of task 'gsm8k'", split, builder.info.splits))
     try:
         rows = builder.as_data_source(split=split)
     except NotImplementedError:
-        raise ValueError(f"{folders[-1].parent} is not in array_record format; prepare it with `{PREPARE}`") from None
-    count = len(rows) if limit is None else min(limit, len(rows))
-    return [_task(rows[i], f"gsm8k/{split}/{i}", annotations) for i in range(count)]
+        raise ValueError(f"{folder} is not in array_record format; prepare it with `{PREPARE}`") from None
+    some = (rows[i] for i in range(len(rows) if limit is None else min(limit, len(rows))))
+    return [(row["question"].decode(), row["answer"].decode()) for row in some]
 
 
-def _task(row: dict, id: str, annotations: bool) -> Task:
-    worked, _, answer = row["answer"].decode().rpartition("####")
+def _downloaded(split: str, revision: str | None, root: Path) -> Sequence[tuple[str, str]]:
+    if split not in ("train", "test"):
+        raise ValueError(unknown("split of task 'gsm8k'", split, ("train", "test")))
+    folder, files = data_folder(HUB_ID, "main", split, revision)
+    why = "as revision says" if revision is not None else f"no prepared TFDS folder in {root}"
+    hub.reading().say(f"gsm8k: {why}, reading {HUB_ID}@{folder.name} from the hub")
+    rows = [(row["question"], row["answer"]) for row in read_rows(folder, files, ("question", "answer"))]
+    return [rows[i] for i in tfds_order(split, len(rows))]
+
+
+def tfds_order(split: str, count: int) -> list[int]:
+    """The order that TensorFlow Datasets gives rows which its builder numbered from
+    0: by the hash of split and number.
+    """
+    return sorted(range(count), key=lambda i: md5(f"{split}{i}".encode(), usedforsecurity=False).digest())
+
+
+def _task(question: str, answer: str, id: str, annotations: bool) -> Task:
+    worked, _, answer = answer.rpartition("####")
     if not annotations:
         worked = ANNOTATION.sub("", worked)
     answer = answer.strip().replace(",", "")
-    return Task(row["question"].decode().strip(), answer, f"{worked.strip()}\n#### {answer}", id)
+    return Task(question.strip(), answer, f"{worked.strip()}\n#### {answer}", id)

@@ -1,0 +1,325 @@
+"""Files of repositories on the Hugging Face hub, by its own client: from its cache,
+else downloaded, checked and kept there.
+
+`fetch` returns a folder with the files that its caller needs of one commit. What is in
+the cache costs no request. A download is one line with its size, a live bar on a
+terminal, and for each file a check of the content that the hub promised. A branch is
+written to the cache last, so a download that ended early is never taken for a whole
+one; the next try gets only what is missing. Whatever goes wrong is one line that says
+what to do. `noting` records commits, and holds a run that continues to its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, NamedTuple
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
+SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\..*)")
+WAITS_S = (1, 2, 4, 8)  # between tries of a hub that is down or asks to wait
+LONGEST_WAIT_S = 300
+TIMEOUT_S = 10
+
+Choose = Callable[[Sequence[str]], Sequence[str]]
+
+
+class Reading(NamedTuple):
+    """What a block of `noting` knows."""
+
+    pinned: Mapping[str, str]
+    noted: dict[str, str]
+    say: Callable[[str], None]
+
+
+_READING: ContextVar[Reading | None] = ContextVar("reading", default=None)
+
+
+@contextlib.contextmanager
+def noting(pinned: Mapping[str, str] | None = None, say: Callable[[str], None] = print) -> Iterator[dict[str, str]]:
+    """Note the commit of each repository that is read in this block, as `{"owner/name":
+    commit}`; data sets: `datasets/owner/name`.
+
+    A repository that is in `pinned` is read at the commit given there, unless its
+    reader asks for another. `say` tells of downloads, each line once.
+    """
+    said: set[str] = set()
+
+    def once(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            say(line)
+
+    token = _READING.set(Reading(pinned or {}, {}, once))
+    try:
+        yield _READING.get().noted
+    finally:
+        _READING.reset(token)
+
+
+def reading() -> Reading:
+    """Return what the innermost block of `noting` knows."""
+    return _READING.get() or Reading({}, {}, lambda line: print(line, flush=True))
+
+
+def _known(name: str) -> str | None:
+    """The commit of a repository that the run continues with, or of which it has read some files already."""
+    pinned, noted, _ = reading()
+    return pinned.get(name) or noted.get(name)
+
+
+def name_of(id: str, kind: str) -> str:
+    """Name a repository as its page does: `owner/name`, `datasets/owner/name`."""
+    return id if kind == "model" else f"{kind}s/{id}"
+
+
+def fetch(id: str, choose: Choose, *, kind: str = "model", revision: str | None = None) -> Path:
+    """Return the folder of a repository's files at one commit; its name is the commit.
+
+    Args:
+      id: `owner/name`.
+      choose: from the names of all files to those that are needed, in the order of
+        their download. Raises ValueError if the repository lacks what is needed.
+      kind: "model" or "dataset".
+      revision: a commit, branch or tag; None for the commit that the run continues
+        with, else for `main`.
+
+    Raises:
+      FileNotFoundError: neither in the cache nor to be had; says why and what to do.
+      ValueError: what `choose` says, or a file did not come as the hub promised (it is
+        removed).
+      KeyboardInterrupt: with a line that says what is kept.
+    """
+    if (folder := cached(id, choose, kind=kind, revision=revision)) is not None:
+        return folder
+    try:
+        folder = _download(id, choose, kind, revision or _known(name_of(id, kind)))
+    except FileNotFoundError as error:
+        if revision is None and (pinned := reading().pinned.get(name_of(id, kind))):
+            how = "--accept_config_change takes what main is now"
+            raise FileNotFoundError(f"{error}; this run was begun with commit {pinned}: {how}") from None
+        raise
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"while downloading {id}; whole files are kept, and the same command gets the rest") from None
+    reading().noted[name_of(id, kind)] = folder.name
+    return folder
+
+
+def cached(id: str, choose: Choose, *, kind: str = "model", revision: str | None = None) -> Path | None:
+    """Return what `fetch` does if the cache has all of it, without a request; else
+    None.
+    """
+    name, cache = name_of(id, kind), _cache(id, kind)
+    revision = revision or _known(name) or "main"
+    branch = cache / "refs" / revision
+    commit = revision if COMMIT.fullmatch(revision) else branch.read_text().strip() if branch.is_file() else ""
+    folder = cache / "snapshots" / commit
+    if not commit or not folder.is_dir():
+        return None
+    listing = _listing(cache, commit)
+    if listing.is_file():
+        names = list(json.loads(listing.read_text()))
+    else:  # another program filled the cache
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    try:
+        needed = choose(names)
+    except ValueError:
+        return None
+    if not all((folder / file).is_file() for file in [*needed, *_all_shards(needed)]):
+        return None
+    reading().noted[name] = commit
+    return folder
+
+
+def _all_shards(names: Iterable[str]) -> list[str]:
+    """The names of all shards of which one is among `names`."""
+    found = [match for match in map(SHARD.fullmatch, names) if match]
+    first = 0 if any(int(match[2]) == 0 for match in found) else 1  # data sets count from 0, weights from 1
+    return [f"{m[1]}-{first + i:05d}-of-{m[3]}{m[4]}" for m in found for i in range(int(m[3]))]
+
+
+def _cache(id: str, kind: str) -> Path:
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE).expanduser() / repo_folder_name(repo_id=id, repo_type=kind)
+
+
+def _listing(cache: Path, commit: str) -> Path:
+    """Where the names of a commit's files are kept: offline, a cache alone can't
+    tell which are missing.
+    """
+    return cache / "jaxreason" / f"{commit}.json"
+
+
+# --- downloading ---
+
+
+def _download(id: str, choose: Choose, kind: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download
+
+    say, cache = reading().say, _cache(id, kind)
+    with _waits_told(id, say):
+        ask = functools.partial(HfApi().repo_info, id, repo_type=kind, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
+        with _explained(id, kind):
+            info = _patiently(ask, id, say)
+        files = {file.rfilename: file for file in info.siblings}
+        needed, folder = choose(list(files)), cache / "snapshots" / info.sha
+        listing = _listing(cache, info.sha)
+        listing.parent.mkdir(parents=True, exist_ok=True)
+        _write(listing, json.dumps(sorted(files)))
+        missing = [name for name in needed if not (folder / name).is_file()]
+        if missing:
+            size = sum(files[name].size or 0 for name in missing)
+            say(f"downloading {name_of(id, kind)}@{info.sha}: {_count(missing)}, {_megabytes(size)}, to {cache.parent}")
+        for name in missing:
+            with _explained(id, kind):
+                path = hf_hub_download(id, name, repo_type=kind, revision=info.sha, etag_timeout=TIMEOUT_S)
+            _check(Path(path), files[name], id)
+    if not COMMIT.fullmatch(revision or ""):
+        branch = cache / "refs" / (revision or "main")
+        branch.parent.mkdir(parents=True, exist_ok=True)
+        _write(branch, info.sha)
+    return folder
+
+
+def _count(names: Sequence[str]) -> str:
+    return f"{len(names)} file{'s' if len(names) > 1 else ''}"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a small file at once, so that no reader finds half of it."""
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+
+
+def _check(path: Path, promised: Any, id: str) -> None:
+    """Check a new file against the hub's own size and hash; the client compares
+    sizes alone. Remove one that differs.
+    """
+    size, lfs = path.stat().st_size, promised.lfs
+    with path.open("rb") as file:
+        if lfs is not None:
+            got, wanted = hashlib.file_digest(file, "sha256").hexdigest(), lfs.sha256
+        else:  # as git names a file
+            mark = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+            for part in iter(lambda: file.read(1 << 20), b""):
+                mark.update(part)
+            got, wanted = mark.hexdigest(), promised.blob_id
+    if wanted is not None and got != wanted:
+        blob = path.resolve()
+        path.unlink()
+        blob.unlink(missing_ok=True)
+        raise ValueError(
+            f"{path.name} of {id} came with hash {got[:12]} in the place of {wanted[:12]} and was removed; give the same command "
+            "again, and if that does not help, look at what is between here and the hub (a proxy, a mirror in HF_ENDPOINT)"
+        )
+
+
+def _patiently(request: Callable[[], Any], id: str, say: Callable[[str], None]) -> Any:
+    """Make a request again while the hub is down or asks to wait; the client does so
+    for files only.
+    """
+    for wait_s in (*WAITS_S, None):
+        try:
+            return request()
+        except Exception as error:
+            response = getattr(error, "response", None)
+            status = getattr(response, "status_code", None)
+            if wait_s is None or not (status == 429 or (status or 0) >= 500):
+                raise
+            asked = response.headers.get("Retry-After", "")
+            wait_s = int(asked) if asked.isdecimal() else wait_s
+            if wait_s > LONGEST_WAIT_S:
+                raise
+            say(f"{id}: the hub answered {status}; trying again in {wait_s} s")
+            time.sleep(wait_s)
+
+
+@contextlib.contextmanager
+def _waits_told(id: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Say when the client waits for something, in the place of its own warnings."""
+
+    class Told(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines = record.getMessage().splitlines()
+            if lines[-1].startswith(("Retrying", "Rate limited", "Trying to resume")):
+                say(f"{id}: {' '.join(lines)}")
+
+    logger = logging.getLogger("huggingface_hub")
+    before, logger.handlers = logger.handlers, [Told()]
+    try:
+        yield
+    finally:
+        logger.handlers = before
+
+
+# --- what went wrong ---
+
+
+@contextlib.contextmanager
+def _explained(id: str, kind: str) -> Iterator[None]:
+    """Turn what the client raises into one line; it has dozens of errors, some of
+    its HTTP library's.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise FileNotFoundError(f"cannot get {id!r} from the hub: {explain(error, id, kind)}") from None
+
+
+def explain(error: BaseException, id: str, kind: str) -> str:
+    """Say why a repository can't be had, and what to do."""
+    from huggingface_hub import constants, errors, get_token
+
+    while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__  # which says what the hub answered
+    page, log_in = f"{constants.ENDPOINT}/{name_of(id, kind)}", "log in (`hf auth login`, or set HF_TOKEN)"
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    if isinstance(error, errors.GatedRepoError):
+        then = "with the account of the token that is in use here" if get_token() else f"then {log_in}"
+        return f"it is gated: ask for access at {page}, {then}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"it has no such revision; the branches and commits that it has are at {page}/commits/main"
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 404 or (status == 401 and not get_token()):
+        return f"there is no {page}, or it is private; correct the name, or {log_in} with an account that may read it"
+    if status in (401, 403):
+        new = f"make one that may read {page} at {constants.ENDPOINT}/settings/tokens"
+        return f"it refused the token in use here ({status}); {new}, and {log_in}"
+    if status == 429:
+        return f"it asks for fewer requests (429); {log_in}, which allows more, or give the same command again in some minutes"
+    if status is not None:
+        return f"it answered {status}; give the same command again later, or {elsewhere(id, kind)}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        where = error.filename or constants.HF_HUB_CACHE
+        return f"can't write to {where}: {error.strerror}; make room, or set HF_HOME to another folder"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return f"HF_HUB_OFFLINE is set and the cache does not have it; unset it, or {elsewhere(id, kind)}"
+    if "Consistency check failed" in str(error):
+        return "the connection broke off before a file was whole; give the same command again"
+    reason = " ".join(str(error).split())[:160] or type(error).__name__
+    return f"{reason} ({constants.ENDPOINT}); {elsewhere(id, kind)}"
+
+
+def elsewhere(id: str, kind: str) -> str:
+    """Say how to do without a connection."""
+    download = f"hf download {id}" + ("" if kind == "model" else f" --repo-type {kind}")
+    folder = "pass a folder that holds it; or " if kind == "model" else ""
+    return f"{folder}run `{download}` once where there is network; or set HF_HOME to a cache that has it"

@@ -1,0 +1,418 @@
+"""Problems from data sets on the Hugging Face hub: any of them by the names of its
+fields, well-known ones by a short name.
+
+Files are read as they are, parquet, JSON lines or a JSON array; where a repository has
+none, its parquet copy on the branch `refs/convert/parquet` is. Nothing of a repository
+is executed. A fetched file stays in the hub's cache (see `jaxreason.hub`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import inf, isfinite
+from pathlib import Path
+from typing import Any
+
+from jaxreason import hub as hub_
+from jaxreason.options import unknown
+from jaxreason.tasks import splits
+from jaxreason.types import Task
+
+CONVERTED = "refs/convert/parquet"  # the hub's own copy of a data set
+KINDS = (".parquet", ".jsonl", ".json")  # in order of preference
+NOT_DATA = re.compile(r"(.*/)?(dataset_infos?|state|config|metadata|\..*)\.json")
+BETWEEN = r"[/_.-]"  # what parts the words of a file's name
+
+
+class NoData(ValueError):
+    """A repository without a file that can be read."""
+
+
+def hub(
+    id: str,  # owner/name
+    question: str = "question",  # its field, path or template
+    answer: str = "answer",  # its field, path or template
+    solution: str | None = None,  # that of worked solutions, if there are some
+    config: str | None = None,  # of a data set that has several
+    split: str = "train",  # as the data set names it
+    revision: str | None = None,  # a commit, branch or tag of the data set; None: main
+    filter: Mapping[str, Any] | None = None,  # keep rows by field: a value, a tuple of them, or {"min": 1, "max": 3}
+    marker: str | None = None,  # the answer follows the last of it in its field
+    data: Mapping[str, str] | None = None,  # fields that a verifier needs, by the name it has for them
+    held_out: float = 0.0,  # fraction of the questions that are test, of a data set with train alone
+    limit: int | None = None,  # tasks, at most
+) -> Sequence[Task]:
+    r"""Load tasks from any data set of the hub, `id="owner/name"`.
+
+    Fields are named as `answer`, by a path as `reward_model.ground_truth` or
+    `messages.0.content`, or by a template as `"{Body} {Question}"`. Rows that lack one
+    are left out, and counted.
+
+    With `marker` (`"####"`, `"\\boxed{"`) the answer ends at the matching brace if the
+    marker ends in one, and without a `solution` the whole field is the solution. With
+    `held_out` above 0 `split` "test" takes this share of the questions of `train`, by
+    their hash, and "train" the others. The commit that is read is noted in the run.
+
+    Raises:
+      FileNotFoundError: it can't be had; says why.
+      ValueError: no such config, split or field; names those that are there.
+    """
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out got {held_out}; allowed: 0 to below 1")
+    if held_out and split not in splits.SPLITS:
+        raise ValueError(unknown("split", split, splits.SPLITS))
+    folder, files = data_folder(id, config, "train" if held_out else split, revision)
+    wanted = {"question": question, "answer": answer} | ({} if solution is None else {"solution": solution})
+    filter, data = dict(filter or {}), dict(data or {})
+    names = [name for spec in (*wanted.values(), *data.values(), *filter) for name in fields_of(spec)]
+    prefix = "/".join([id, *([] if config is None else [config]), split])
+    tasks: list[Task] = []
+    seen, lacking = 0, Counter()
+    for index, row in enumerate(read_rows(folder, files, names)):
+        if len(tasks) == limit:
+            break
+        if not all(_accepts(_at(row, name), wish) for name, wish in filter.items()):
+            continue
+        seen += 1
+        texts = {name: _text(row, spec) or "" for name, spec in wanted.items()}
+        if marker is not None:
+            texts.setdefault("solution", texts["answer"])
+            texts["answer"] = _after(texts["answer"], marker)
+        if lost := [name for name in ("question", "answer") if not texts[name]]:
+            lacking.update(lost[:1])
+        elif not held_out or splits.split_of(texts["question"], held_out) == split:
+            extra = {name: _data(_at(row, path)) for name, path in data.items()}
+            tasks.append(Task(**texts, id=f"{prefix}/{index}", data=extra))
+    for name, count in lacking.items():
+        after = f" after {marker!r}" if marker is not None and name == "answer" else ""
+        hub_.reading().say(f"{prefix}: {count} of {seen} rows left out, which have no {name} in {wanted[name]!r}{after}")
+    if not tasks:
+        raise ValueError(f"{prefix} has no tasks: {seen} rows with filter={filter}, {sum(lacking.values())} of them left out")
+    return tasks
+
+
+# --- files ---
+
+
+def data_folder(id: str, config: str | None, split: str, revision: str | None = None) -> tuple[Path, list[str]]:
+    """Return the folder of a data set and the names in it of the files of one config
+    and split.
+    """
+    chosen: list[str] = []
+
+    def choose(names: Sequence[str]) -> list[str]:
+        chosen[:] = data_files(id, names, config, split)
+        return chosen
+
+    how = {"kind": "dataset"}
+    branches = [revision] if revision is not None else [None, CONVERTED]
+    for branch in branches:  # all of them before the network is asked
+        if (folder := hub_.cached(id, choose, revision=branch, **how)) is not None:
+            return folder, chosen
+    try:
+        return hub_.fetch(id, choose, revision=branches[0], **how), chosen
+    except NoData:
+        if revision is not None:
+            raise
+    return hub_.fetch(id, choose, revision=CONVERTED, **how), chosen
+
+
+def data_files(id: str, names: Iterable[str], config: str | None, split: str) -> list[str]:
+    """Choose the files of a config and a split by their names, as the hub's own rules
+    do.
+
+    Raises:
+      NoData: there are no files that can be read.
+      ValueError: no such config or split; names those that are there.
+    """
+    names = [name for name in names if not NOT_DATA.fullmatch(name)]
+    files = next((found for kind in KINDS if (found := sorted(n for n in names if n.endswith(kind)))), [])
+    if not files:
+        raise NoData(f"{id} has no file in {', '.join(KINDS)}; it has: {', '.join(sorted(names)[:12]) or 'none'}")
+    folders = {name.split("/")[0] for name in files if "/" in name}
+    if config is not None and (config != "default" or config in folders):
+        if not (of_config := [name for name in files if _says(name, config)]):
+            raise ValueError(unknown(f"config of {id}", config, folders or ["default"]))
+        files = of_config
+    of_split = [name for name in files if any(_says(name, word) for word in WORDS.get(split, (split,)))]
+    if not of_split:
+        there = sorted(s for s, words in WORDS.items() if any(_says(name, word) for name in files for word in words))
+        if there or split != "train":  # files that name no split are train
+            raise ValueError(unknown(f"split of {id}", split, there or ["train"]))
+        of_split = files
+    several = {name.split("/")[0] for name in of_split if "/" in name} - {"data", "default"}
+    if config is None and len(several) > 1:
+        raise ValueError(f"{id} has several configs; set config to one of: {', '.join(sorted(several))}")
+    return of_split
+
+
+WORDS = {"train": ("train",), "test": ("test",), "validation": ("validation", "valid", "val", "dev")}
+
+
+def _says(name: str, word: str) -> bool:
+    return re.search(rf"(^|{BETWEEN}){re.escape(word)}({BETWEEN}|$)", name) is not None
+
+
+def read_rows(folder: Path, files: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield rows with the fields `names` (paths, of which a column is the first part).
+
+    Raises:
+      ValueError: a file is damaged, or lacks a field: names those that it has.
+    """
+    columns = dict.fromkeys(name.split(".")[0] for name in names)
+    for file in files:
+        yield from (_parquet if file.endswith(".parquet") else _json)(folder / file, list(columns))
+
+
+def _parquet(path: Path, columns: Sequence[str]) -> Iterator[dict]:
+    import pyarrow.parquet as parquet  # here: it takes a third of a second
+
+    try:
+        file = parquet.ParquetFile(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a whole parquet file ({' '.join(str(error).split())[:120]}); remove it and try again"
+        ) from None
+    for column in columns:
+        _check_field(column, file.schema_arrow.names, path)
+    for batch in file.iter_batches(columns=columns):
+        yield from batch.to_pylist()
+
+
+def _json(path: Path, columns: Sequence[str]) -> Iterator[dict]:
+    text = path.read_text(encoding="utf-8")
+    try:
+        whole = text.lstrip().startswith("[")
+        rows = json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is neither a JSON array nor JSON lines: {error}") from None
+    for row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} has a row that is a JSON {type(row).__name__}; allowed: objects")
+    there = dict.fromkeys(name for row in rows for name in row)
+    for column in columns:
+        _check_field(column, there, path)
+    yield from rows
+
+
+def _check_field(name: str, there: Iterable[str], path: Path) -> None:
+    if name not in there:
+        raise ValueError(f"{path.name}: {unknown('field', name, there)}")
+
+
+# --- fields ---
+
+
+def fields_of(spec: str) -> list[str]:
+    """The fields that a name, a path or a template speaks of."""
+    return [name for _, name, _, _ in string.Formatter().parse(spec) if name is not None] if "{" in spec else [spec]
+
+
+def _at(row: Any, path: str) -> Any:
+    """What is at a path of a row; None if there is nothing."""
+    for part in path.split("."):
+        if isinstance(row, Mapping):
+            row = row.get(part)
+        elif isinstance(row, list) and part.isdecimal() and int(part) < len(row):
+            row = row[int(part)]
+        else:
+            return None
+    return row
+
+
+def _text(row: dict, spec: str) -> str | None:
+    """A field, or a filled template, as text; None if a field of it is missing."""
+    if "{" not in spec:
+        return _plain(_at(row, spec))
+    parts = []
+    for literal, name, _, _ in string.Formatter().parse(spec):
+        value = "" if name is None else _plain(_at(row, name))
+        if value is None:
+            return None
+        parts.append(literal + value)
+    return "".join(parts).strip()
+
+
+def _plain(value: Any) -> str | None:
+    """Text of a value; numbers lose a zero fraction (145.0 -> "145"), lists become
+    "3, 4".
+    """
+    if isinstance(value, list):
+        texts = [_plain(item) for item in value]
+        return None if None in texts else ", ".join(texts)
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or (isinstance(value, float) and not isfinite(value)):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip()
+
+
+def _data(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _accepts(value: Any, wish: Any) -> bool:
+    if isinstance(wish, Mapping):
+        low, high = wish.get("min", -inf), wish.get("max", inf)
+        return isinstance(value, int | float) and low <= value <= high
+    return value in wish if isinstance(wish, tuple | list) else value == wish
+
+
+def _after(text: str, marker: str) -> str:
+    """What follows the last marker; to the matching brace if it ends in an open one.
+    Empty if there is none.
+    """
+    _, found, rest = text.rpartition(marker)
+    if not found or not marker.endswith("{"):
+        return rest.strip() if found else ""
+    depth = 1
+    for at, sign in enumerate(rest):
+        depth += {"{": 1, "}": -1}.get(sign, 0)
+        if depth == 0:
+            return rest[:at].strip()
+    return ""
+
+
+# --- well-known ones ---
+
+
+def svamp(split: str = "test", limit: int | None = None, revision: str | None = None) -> Sequence[Task]:
+    """Load SVAMP, one-step word problems with varied wording (Patel et al., 2021, arXiv
+    2103.07191).
+
+    `ChilleD/SVAMP`, MIT: 700 for training, 300 for testing; answers are numbers.
+    """
+    return hub("ChilleD/SVAMP", "{Body} {Question}", "Answer", split=split, limit=limit, revision=revision)
+
+
+def asdiv(limit: int | None = None, revision: str | None = None) -> Sequence[Task]:
+    """Load ASDiv, 2,305 school word problems (Miao et al., 2020, arXiv 2106.15772), for
+    evaluation.
+
+    `EleutherAI/asdiv`, CC BY-NC 4.0; answers are numbers with their unit in
+    parentheses, as `9 (apples)`.
+    """
+    return hub("EleutherAI/asdiv", "{body} {question}", split="validation", limit=limit, revision=revision)
+
+
+def math(
+    split: str = "train",
+    limit: int | None = None,
+    revision: str | None = None,
+    levels: Sequence[int] | None = None,  # of difficulty, 1 to 5; None: all
+) -> Sequence[Task]:
+    """Load MATH, competition problems with worked solutions (Hendrycks et al., 2021,
+    arXiv 2103.03874).
+
+    `nlile/hendrycks-MATH-benchmark`, MIT: 12,000 for training and, for testing, the 500
+    of MATH-500 (Lightman et al., 2023, arXiv 2305.20050). `levels` of difficulty are 1
+    to 5; None for all.
+    """
+    filter = None if levels is None else {"level": tuple(levels)}
+    how = {"split": split, "limit": limit, "revision": revision, "filter": filter}
+    return hub("nlile/hendrycks-MATH-benchmark", "problem", "answer", "solution", **how)
+
+
+def math500(limit: int | None = None, revision: str | None = None) -> Sequence[Task]:
+    """Load MATH-500, the held-out part of MATH (Lightman et al., 2023, arXiv
+    2305.20050), for evaluation.
+
+    `HuggingFaceH4/MATH-500`; MATH itself is MIT.
+    """
+    return hub("HuggingFaceH4/MATH-500", "problem", "answer", "solution", split="test", limit=limit, revision=revision)
+
+
+def aime24(limit: int | None = None, revision: str | None = None) -> Sequence[Task]:
+    """Load the 30 problems of AIME 2024 (Mathematical Association of America), for
+    evaluation; answers are 0 to 999.
+
+    `HuggingFaceH4/aime_2024`, which names no licence.
+    """
+    return hub("HuggingFaceH4/aime_2024", "problem", "answer", "solution", split="train", limit=limit, revision=revision)
+
+
+def aime25(limit: int | None = None, revision: str | None = None) -> Sequence[Task]:
+    """Load the 30 problems of AIME 2025 (Mathematical Association of America), for
+    evaluation; answers are 0 to 999.
+
+    `math-ai/aime25`, Apache 2.0.
+    """
+    return hub("math-ai/aime25", "problem", "answer", split="test", limit=limit, revision=revision)
+
+
+def amc23(limit: int | None = None, revision: str | None = None) -> Sequence[Task]:
+    """Load 40 problems of AMC 12, 2023 (Mathematical Association of America), for
+    evaluation; answers are numbers.
+
+    `math-ai/amc23`, which names no licence.
+    """
+    return hub("math-ai/amc23", "question", "answer", split="test", limit=limit, revision=revision)
+
+
+def deepscaler(
+    split: str = "train", limit: int | None = None, revision: str | None = None, held_out: float = 0.01
+) -> Sequence[Task]:
+    """Load DeepScaleR's 40,000 problems of AIME, AMC, Omni-MATH and Still (Luo et al.,
+    2025).
+
+    `agentica-org/DeepScaleR-Preview-Dataset`, MIT: `train` alone, of which a share
+    `held_out` is `test` here.
+    """
+    how = {"split": split, "limit": limit, "revision": revision, "held_out": held_out}
+    return hub("agentica-org/DeepScaleR-Preview-Dataset", "problem", "answer", "solution", **how)
+
+
+def dapo_math_17k(
+    split: str = "train",
+    limit: int | None = None,
+    revision: str | None = None,
+    held_out: float = 0.01,
+    language: str = "en",  # en, cn or all
+) -> Sequence[Task]:
+    """Load DAPO-Math-17k, problems with whole numbers as answers (Yu et al., 2025,
+    arXiv 2503.14476).
+
+    `open-r1/DAPO-Math-17k-Processed`, Apache 2.0: each problem once and without the
+    instruction that the original wraps it in; `language` "en" (14,116), "cn" or "all".
+    `train` alone, of which a share `held_out` is `test` here.
+    """
+    how = {"split": split, "limit": limit, "revision": revision, "held_out": held_out, "config": language}
+    return hub("open-r1/DAPO-Math-17k-Processed", "prompt", "solution", **how)
+
+
+def big_math(
+    split: str = "train",
+    limit: int | None = None,
+    revision: str | None = None,
+    held_out: float = 0.002,
+    solve_rate: tuple[float, float] | None = None,  # of Llama-3.1-8B, lowest and highest
+) -> Sequence[Task]:
+    """Load Big-Math, 250,000 problems for RL (Albalak et al., 2025, arXiv 2502.17387).
+
+    `SynthLabsAI/Big-Math-RL-Verified`, Apache 2.0 and gated: accept its terms there,
+    then log in. `solve_rate` keeps problems that Llama-3.1-8B solves in this share of
+    attempts, lowest and highest. `train` alone, of which a share `held_out` is `test`
+    here.
+    """
+    how = {"split": split, "limit": limit, "revision": revision, "held_out": held_out}
+    if solve_rate is not None:
+        how["filter"] = {"llama8b_solve_rate": {"min": solve_rate[0], "max": solve_rate[1]}}
+    return hub("SynthLabsAI/Big-Math-RL-Verified", "problem", "answer", **how)
+
+
+def countdown_3to4(
+    split: str = "train", limit: int | None = None, revision: str | None = None, held_out: float = 0.002
+) -> Sequence[Task]:
+    """Load 490,000 countdown problems of three or four numbers (TinyZero: Pan et al.,
+    2025), for the verifier `countdown`.
+
+    `Jiayi-Pan/Countdown-Tasks-3to4`, which names no licence: `train` alone, of which a
+    share `held_out` is `test` here. It has no solutions; `Task.answer` is the target.
+    """
+    asked = "Using the numbers {nums}, each of them once, and + - * / and parentheses, write an expression that equals {target}."
+    how = {"split": split, "limit": limit, "revision": revision, "held_out": held_out}
+    return hub("Jiayi-Pan/Countdown-Tasks-3to4", asked, "target", data={"numbers": "nums", "target": "target"}, **how)
