@@ -4,12 +4,13 @@ import subprocess
 import sys
 
 import pytest
-from runs import ROOT, load_config
-from test_main import SMOKE, main
+from runs import ROOT, load_config, main
 
 from jaxreason import build, fields
 from jaxreason.main import describe, list_families, with_values
 from jaxreason.options import OFFERED
+
+SMOKE = "configs/tiny.py:smoke"
 
 
 def whole(name="tiny", options="smoke"):

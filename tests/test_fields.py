@@ -8,8 +8,7 @@ import math
 import pytest
 from absl import flags
 from ml_collections import ConfigDict
-from runs import ROOT, load_config, run_config
-from test_main import main
+from runs import ROOT, load_config, main, run_config
 
 from jaxreason import build, command, fields, options, workdir
 from jaxreason.main import config_text
@@ -41,7 +40,7 @@ def other(field):
             return {bool: (True, "true"), int: (3, "3"), float: (-1e-6, "-1e-6"), str: ("a b", "a b")}[kind]
         if fields.is_sequence(kind):
             inside = fields.items(kind, 2)
-            value = tuple({int: 4, float: 0.5, str: "q"}[one] for one in inside)
+            value = tuple({int: 4, float: 0.5, str: "q"}[fields.members(one)[0]] for one in inside)
             return value, str(value)
     return {}, "{}"
 

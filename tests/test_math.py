@@ -10,7 +10,7 @@ import time
 
 import math_table
 import pytest
-from test_verify import NASTY
+from nasty import NASTY
 
 from jaxreason.types import Task
 from jaxreason.verify import make, pool

@@ -80,7 +80,8 @@ VERIFIER = {"verifier": "{'name': 'my_rewards:brevity', 'limit': 30}"}
 
 def test_a_verifier_of_the_users(own):
     config = own(VERIFIER | {"verifier.scale": "2", "verifier.must_finish": "true"})
-    assert config.verifier.to_dict() == {"name": "my_rewards:brevity", "limit": 30, "scale": 2.0, "must_finish": True}
+    given = {"name": "my_rewards:brevity", "limit": 30, "scale": 2.0, "must_finish": True}
+    assert config.verifier.to_dict() == given | {"deadline_s": None}
     assert any("limit" in line and "default 20" in line for line in describe(config.to_dict(), "verifier"))
     build.build(config, say=[].append)
     task = Task("?", "1")
