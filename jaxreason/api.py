@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,7 +89,7 @@ def load(
 
 def describe(path: str | Path, model: Mapping, text: Mapping, platform: str) -> build.Described:
     """Read the shape and the text of what a path holds, and how its params are loaded."""
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if not (folder / "checkpoints").is_dir() and folder.parent.name != "checkpoints":
         dtype = "float32" if platform == "cpu" else "bfloat16"
         pretrained = {"name": str(path), "weights": "pretrained", "dtype": dtype, **model}

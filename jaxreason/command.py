@@ -10,6 +10,7 @@ dictionary. A folder of the config's is where a user's own modules are found.
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import sys
@@ -100,7 +101,7 @@ def parse_or_exit(argv: list[str]) -> list[str]:
 
 def find_file(config: str) -> Path:
     """The file of FILE:OPTIONS."""
-    path = Path(config.partition(":")[0]).expanduser()
+    path = Path(os.path.expanduser(config.partition(":")[0]))
     name = config.partition(":")[0]
     if name and path.is_dir():
         raise ValueError(f"--config got the folder {name!r}; allowed: a file, as configs/tiny.py")

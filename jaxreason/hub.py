@@ -153,7 +153,7 @@ def _cache(id: str, kind: str) -> Path:
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    return Path(constants.HF_HUB_CACHE).expanduser() / repo_folder_name(repo_id=id, repo_type=kind)
+    return Path(os.path.expanduser(constants.HF_HUB_CACHE)) / repo_folder_name(repo_id=id, repo_type=kind)
 
 
 def _listing(cache: Path, commit: str) -> Path:

@@ -1,7 +1,10 @@
-"""Answers made by rule, whose value is known: how often the number verifier misses a right one or pays a wrong one."""
+"""Generated answers: forms, values and noise, whose value is known because it was written first."""
+
+from __future__ import annotations
 
 import random
 import time
+from fractions import Fraction
 
 import pytest
 
@@ -9,134 +12,160 @@ from jaxreason.estimators import wilson
 from jaxreason.types import Task
 from jaxreason.verify import make
 
-NAMES = ("Anna", "the farmer", "each child", "she")
-UNITS = ("", "", " apples", " dollars", " km", " hours", " cm^2", " m²", "%", " years old", " km/h", " pages per day")
-BEFORE = (
-    "First, {a} + {b} = {c}.",
-    "{name} has {a} apples and gives away {b}.",
-    "So {a} * {b} = {c}, which is less than {d}.",
-    "We are told that x^2 = {a}.\n\n- Step 1: {b}\n- Step 2: {c}",
-    "At 3:00 there were {a} left.",
-    "<think>\nIs it {a}? No: the answer is {b}? Wait.\n</think>",
+MINUS = ("-", "−", "–", "－", "- ", "-\u2009")
+BOX_UNITS = ("", r"\text{ cm}", r"\text{ cm}^2", r"\,\mathrm{kg}", r"\%", r"^\circ", r" \text{ dollars}", r"~\text{km/h}")
+UNITS = ("", " apples", " m^2", " km/h", " cm²", "%", " percent", " dollars", " hours per day", " kg")
+LINES = ("{}", "**{}**", "${}$", "Answer: {}", "x = {}", "3 + 4 = {}", "Total: {}", "\\({}\\)")
+SAYS = (
+    "The answer is {}",
+    "the answer is: {}",
+    "**Answer:** {}",
+    "**Final Answer**: **{}**",
+    "Answer: {}",
+    "The final answer is ${}$",
+    "**Answer**\n\n{}",
+    "So the answer is therefore {}",
+    "The answer is x = {}",
+    "Final Answer:\n{}",
+)
+AFTER = (
+    ".",
     "",
+    " because {n} + {m} = {k}.",
+    ". It took {n} steps.",
+    " for {n} kids.",
+    ".\n\nCheck: {n} + {m} = {k}",
+    " ({n} + {m}).",
 )
-AFTER = ("", "", "", "\n", " ", "\n\n", "\n####", "<end>")
-
-
-def spellings(rng: random.Random) -> tuple[str, str]:
-    """A key and another way to write it."""
-    kind = rng.choice(("integer", "integer", "large", "decimal", "fraction", "mixed", "negative", "power", "scale"))
-    n = rng.randint(0, 999)
-    if kind == "integer":
-        return str(n), rng.choice((f"{n}", f"{n}.0", f"{n}.00", f"${n}", f"\\${n}", f"€{n}"))
-    if kind == "large":
-        n = rng.randint(1000, 9_999_999)
-        grouped = f"{n:,}"
-        marks = (",", "{,}", "\\,", "\u2009", "\u00a0", "'", "\\ ")
-        return str(n), rng.choice((str(n), grouped, f"${grouped}", grouped.replace(",", rng.choice(marks))))
-    if kind == "decimal":
-        n = f"{rng.randint(0, 99)}.{rng.randint(1, 99)}"
-        return n, rng.choice((n, f"${n}", n + "0"))
-    if kind == "negative":
-        minus = rng.choice(("-", "−", "–", "- ", "-\\$"))
-        n = rng.randint(1, 999)
-        return f"-{n}", f"{minus}{n}"
-    if kind == "power":
-        k = rng.randint(2, 6)
-        m = rng.randint(2, 9)
-        times, power = rng.choice((" \\times ", "\\cdot", " × ")), rng.choice((f"{k}", f"{{{k}}}"))
-        return str(m * 10**k), f"{m}{times}10^{power}"
-    if kind == "scale":
-        name, power = rng.choice((("thousand", 3), ("million", 6), ("billion", 9)))
-        m = rng.randint(1, 99)
-        return str(m * 10**power), f"{m} {name}"
-    above, below = rng.randint(1, 9), rng.randint(2, 9)
-    fraction = rng.choice(
-        (f"{above}/{below}", f"\\frac{{{above}}}{{{below}}}", f"\\dfrac{above}{below}", f"\\frac{above}{{{below}}}")
-    )
-    if kind == "fraction":
-        return f"{above}/{below}", fraction
-    whole, below = rng.randint(1, 9), above + rng.randint(1, 9)
-    return f"{whole * below + above}/{below}", rng.choice((f"{whole} {above}/{below}", f"{whole}\\frac{{{above}}}{{{below}}}"))
-
-
-FORMS = (
-    "\\boxed{{{v}}}",
-    "The answer is $\\boxed{{{v}}}$.",
-    "Therefore, the final answer is: \\( \\boxed{{{v}}} \\)",
-    "\\boxed{{{v}\\text{{{u}}}}}",
-    "\\boxed{{x = {v}}}",
-    "#### {v}",
-    "#### {v}{u}",
-    "#### **{v}**",
-    "#### Final Answer\n{v}",
-    "The answer is {v}{u}.",
-    "**Answer:** {v}{u}",
-    "**Answer**: {v}{u}",
-    "The final answer is:\n\n**{v}**",
-    "Answer: {v}{u}, because {a} + {b} = {c}.",
+LEAD = (
+    "",
+    "We have {n} and {m}.\n",
+    "<think>\nFirst {n} * {m} = {k}.\n</think>\n",
+    "Step 1: take {n}.\nStep 2: {n} + {m} = {k}\n",
+    "The answer is {k}? Wait, no.\n",
+    "\\boxed{{}} holds the answer.\n",
+    "{n} / {m}; $\\frac{{{n}}}{{{m}}}$.\n",
 )
-# What must not be paid, though the right number is in it.
-TRAPS = (
-    "\\boxed{{{v}, {a}1}}",
-    "\\boxed{{{v} + 1}}",
-    "\\boxed{{{v}x}}",
-    "\\boxed{{\\sqrt{{{v}}}}}",
-    "\\boxed{{> {v}}}",
-    "#### {v} + {a}1",
-    "#### {v} or {a}1",
-    "The answer is not {v}.\n#### {a}1",
-    "\\boxed{{{v}}}. Wait, no: \\boxed{{{a}1}}",
+EXPRESSIONS = (
+    r"\sqrt{%d}",
+    r"%d\pi",
+    "%d!",
+    "%dx",
+    ">%d",
+    r"\pm %d",
+    "%d + 18",
+    "%d, 97",
+    r"%d \text{ or } 97",
+    r"x^{%d}",
+    "%d:5",
+    r"\log_2 %d",
+    r"%d\sqrt{2}",
+    r"x \le %d",
+    "%d - 18x",
+    r"%d \times 18",
+    "(%d, 97)",
+    "%d_8",
 )
+LINE_EXPRESSIONS = ("%d + 18", "%d * 18", "%d - 18", "%d or 97", "%dx", "√%d", "%dπ", "x > %d", "%d, 97", "%d and 97", "%d:30")
 
 
-def texts(count: int, seed: int):
-    """Yield (text, key, whether it is right)."""
-    rng = random.Random(seed)
-    for _ in range(count):
-        key, spelling = spellings(rng)
-        a, b = rng.randint(1000, 2000), rng.randint(0, 50)
-        numbers = {"a": a, "b": b, "c": a + b, "d": 7777, "name": rng.choice(NAMES), "v": spelling, "u": rng.choice(UNITS)}
-        trap = rng.random() < 0.3
-        wrong = trap or rng.random() < 0.2
-        form = rng.choice(TRAPS if trap else FORMS)
-        before, after = rng.choice(BEFORE), rng.choice(AFTER)
-        if wrong and not trap:
-            key = f"{rng.randint(20_000_000, 30_000_000)}"
-        yield f"{before}\n{form}".format(**numbers) + after, key, not wrong
+def value_and_form(rng: random.Random, latex: bool) -> tuple[Fraction, str]:
+    """Draw a number and one way to write it."""
+    kind = rng.choice(["small", "grouped", "decimal", "fraction", "mixed", "scientific", "scaled", "power"])
+    whole, below = rng.randint(0, 999), rng.choice([2, 3, 4, 5, 7, 8, 10])
+    above = rng.randint(1, below - 1)
+    if kind == "small":
+        value, form = Fraction(whole), str(whole)
+    elif kind == "grouped":
+        value = Fraction(rng.randint(1000, 99_999_999))
+        separators = ["{,}", r"\,", r"\ ", ",", r",\!"] if latex else [",", " ", "\u2009", "\u202f", "\u00a0", "'", "’"]
+        form = f"{int(value):,}".replace(",", rng.choice(separators))
+    elif kind == "decimal":
+        places = rng.choice([1, 2, 3])
+        value = Fraction(rng.randint(1, 99_999), 10**places)
+        form = f"{float(value):.{places}f}"
+    elif kind == "fraction":
+        value = Fraction(whole + 1, below)
+        frac = rng.choice([r"\frac{%d}{%d}", r"\dfrac{ %d }{ %d }", r"\tfrac{%d}{%d}", "%d/%d", "%d / %d"])
+        form = (frac if latex else "%d/%d") % (whole + 1, below)
+    elif kind == "mixed":
+        value = whole + 1 + Fraction(above, below)
+        form = (rng.choice([r"%d\frac{%d}{%d}", r"%d \dfrac{%d}{%d}", "%d %d/%d"]) if latex else "%d %d/%d") % (
+            whole + 1,
+            above,
+            below,
+        )
+    elif kind == "scientific":
+        exponent, digits = rng.randint(-9, 12), rng.randint(1, 99)
+        value = Fraction(digits, 10) * Fraction(10) ** exponent
+        times = rng.choice([r" \times 10^{%d}", r"\cdot 10^{%d}", "e%d"]) if latex else rng.choice([" × 10^%d", "e%d", "*10^%d"])
+        form = f"{digits / 10}{times % exponent}"
+    elif kind == "scaled":
+        name, zeros = rng.choice([("million", 6), ("billion", 9), ("thousand", 3)])
+        value, form = Fraction(whole * 10**zeros), rf"{whole}\text{{ {name}}}" if latex else f"{whole} {name}"
+    else:
+        base, exponent = rng.randint(2, 10), rng.randint(2, 5)
+        value, form = Fraction(base**exponent), f"{base}^{{{exponent}}}" if latex else f"{base}^{exponent}"
+    if rng.random() < 0.2 and kind not in ("fraction", "scientific", "power", "mixed"):
+        form = (r"\$" if latex else rng.choice("$€£")) + form
+    if value and rng.random() < 0.25:
+        return -value, rng.choice(MINUS) + form
+    return value, form
 
 
-def rates(count: int, seed: int) -> dict[str, tuple[int, int]]:
-    """(missed, right texts) and (paid, wrong texts)."""
-    verify = make("number")
-    missed, paid, right, wrong = [], [], 0, 0
-    for text, key, is_right in texts(count, seed):
-        correct = verify(text, Task("", key)).correct
-        right, wrong = right + is_right, wrong + (not is_right)
-        if is_right and not correct:
-            missed.append((text, key))
-        if correct and not is_right:
-            paid.append((text, key))
-    for text, key in missed[:10] + paid[:10]:
-        print(repr(text), repr(key))
-    return {"missed": (len(missed), right), "paid": (len(paid), wrong)}
+def answer(rng: random.Random) -> tuple[Fraction | None, str]:
+    """Draw a text and the number that it gives as its answer; None where that is not one number."""
+    n, m = rng.randint(1, 50), rng.randint(1, 50)
+    fill = {"n": n, "m": m, "k": n + m}
+    lead, place, other = rng.choice(LEAD).format(**fill), rng.choice(["box", "line", "says", "plain"]), rng.randint(2, 99)
+    if place != "plain" and rng.random() < 0.2:
+        box = rf"\boxed{{{rng.choice(EXPRESSIONS) % other}}}"
+        return None, lead + (box if place == "box" else f"#### {rng.choice(LINE_EXPRESSIONS) % other}")
+    value, form = value_and_form(rng, latex=place == "box")
+    if place == "box":
+        inner = rng.choice(["{}", "{{{}}}", r"\text{{Total}} = {}", " {} ", "x={}", r"\displaystyle {}"]).format(form)
+        unit = "" if "^" in form or "/" in form or "e" in form.replace("text", "") else rng.choice(BOX_UNITS)
+        first = rng.choice(["", "", rf"I first got \boxed{{{n}}}. Wait, no. "])
+        end = rng.choice(["", ".", "$", f"\n\nCheck: {n} + {m} = {n + m}.", "\nDone, in \\boxed{}."])
+        return value, f"{lead}{first}So we get $\\boxed{{{inner}{unit}}}{end}"
+    unit = "" if "^" in form or "e" in form else rng.choice(UNITS)
+    if place == "line":
+        end = rng.choice(
+            ["", "\n####", " ####", "\n\n", "<|im_end|>", "</s>", f"\n\nIt took {n} steps.", "\nI leave \\boxed{} empty."]
+        )
+        return value, lead + rng.choice(["#### ", "####", "#### Final Answer\n", "####\n"]) + rng.choice(LINES).format(
+            form + unit
+        ) + end
+    if place == "says":
+        denied = rng.choice(["", "", f"The answer is not {n + 1000}. "])
+        return value, lead + denied + rng.choice(SAYS).format(form + unit) + rng.choice(AFTER).format(**fill)
+    return value, lead + f"In all that makes {form.replace('- ', '-').replace(MINUS[-1], '-')}{unit}."
 
 
-def check(count: int, seed: int) -> None:
-    started_s = time.perf_counter()
-    found = rates(count, seed)
-    for name, (hits, n) in found.items():
-        low, high = wilson(hits, n)
-        print(f"{name}: {hits} of {n}, {hits / n:.5f} [{low:.5f}, {high:.5f}]")
-    print(f"{count / (time.perf_counter() - started_s):,.0f} texts per second")
-    assert found["missed"][0] <= 0.002 * found["missed"][1]
-    assert found["paid"][0] <= 0.002 * found["paid"][1]
+def measure(count: int, seed: int) -> tuple[float, float]:
+    """Judge generated texts by their own number, by another and by its negative; return both false rates."""
+    rng, verify = random.Random(seed), make("number")
+    texts = [answer(rng) for _ in range(count)]
+    missed, paid, answered = [], [], 0
+    start_s = time.perf_counter()
+    for value, text in texts:
+        own = verify(text, Task("?", "0" if value is None else str(value)))
+        if value is not None:
+            answered += 1
+            if not own.correct:
+                missed.append(text)
+        if own.parsed is not None and Fraction(own.parsed) != value:
+            paid.append(text)  # a key of that number would be paid
+    seconds = time.perf_counter() - start_s
+    for name, bad, n in (("false negatives", missed, answered), ("false positives", paid, count)):
+        low, high = wilson(len(bad), n)
+        print(f"{name}: {len(bad)} of {n} = {len(bad) / n:.3%} [{low:.3%}, {high:.3%}]; such as {bad[:8]}")
+    print(f"{count / seconds:,.0f} texts per second")
+    return len(missed) / answered, len(paid) / count
 
 
-def test_known_values_are_read():
-    check(2_000, seed=0)
-
-
-@pytest.mark.slow
-def test_a_hundred_thousand_known_values_are_read():
-    check(100_000, seed=1)
+@pytest.mark.parametrize("count", [3_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_generated_answers(count):
+    missed, paid = measure(count, seed=18)
+    assert missed < 0.002
+    assert paid < 0.002

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -124,7 +125,7 @@ def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
       ValueError: the hub has it without safetensors, or a folder was given with a revision.
     """
     name = HUB_IDS.get(str(path_or_hub_id), str(path_or_hub_id))
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         if revision is not None:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ def find_files(paths: Sequence[str]) -> list[Path]:
     """
     files: set[str] = set()
     for pattern in map(str, paths):
-        name = str(Path(pattern).expanduser())
+        name = os.path.expanduser(pattern)
         found = [name] if Path(name).is_file() else [hit for hit in glob.glob(name, recursive=True) if Path(hit).is_file()]
         if not found:
             raise FileNotFoundError(f"no file matches {pattern!r}; give a file, or a glob such as books/*.txt")

@@ -42,7 +42,7 @@ def gsm8k(
       FileNotFoundError: no prepared data set, and none from the hub.
       ValueError: an unknown split, or a format without random access.
     """
-    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    root = Path(os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
     folders = sorted(root.glob("gsm8k/*/dataset_info.json"))
     if folders and revision is None:
         rows = _prepared(folders[-1].parent, split, limit)

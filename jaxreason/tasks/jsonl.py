@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def jsonl(
     """
     if split not in (None, *splits.SPLITS):
         raise ValueError(unknown("split of task 'jsonl'", split, splits.SPLITS))
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     if not file.is_file():
         raise FileNotFoundError(f"task 'jsonl': no file {str(file)!r}")
     tasks = []
