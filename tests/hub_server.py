@@ -35,6 +35,7 @@ class Hub:
         self.fault: Callable = lambda method, path, headers: None
         self.server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
+        self.server.handle_error = lambda request, address: None  # a client that has gone away is part of the tests
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
