@@ -86,6 +86,20 @@ def test_texts_of_a_file_that_nothing_reads_are_whole(tmp_path):
         texts(tmp_path / "b.txt")
 
 
+def test_families_with_splits_of_their_own_keep_them(monkeypatch):
+    """Data sets of the hub too, of which a part may be held out."""
+    assert {name for name in tasks.TASKS if tasks.splits_files(name)} == {"jsonl", "corpus"}
+    asked = []
+
+    def ours(split: str = "train", held_out: float = 0.1):
+        asked.append(split)
+        return [tasks.Task("1+1:" if split == "train" else "2+2:", "1")] * 8
+
+    monkeypatch.setitem(tasks.TASKS, "chain", ours)
+    built({"name": "chain"}, {"name": "chain"})
+    assert asked == ["train", "test"]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

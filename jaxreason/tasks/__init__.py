@@ -59,7 +59,7 @@ def load(
 
 def splits_files(name: str) -> bool:
     """Whether a family reads a user's files and splits them by the hash of each question or text."""
-    return name in TASKS and "held_out" in inspect.signature(TASKS[name]).parameters
+    return name in TASKS and {"path", "held_out"} <= inspect.signature(TASKS[name]).parameters.keys()
 
 
 def files(section: Mapping[str, Any]) -> set[str]:
