@@ -23,6 +23,7 @@ import re
 import shutil
 import sys
 import tempfile
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -199,8 +200,7 @@ def open_checkpoints(
         return found
 
     def check_item(step: int, item: str, abstract: Any, partial: bool = False) -> None:
-        if item not in read_host(step)["fingerprints"]:
-            raise ValueError(f"the checkpoint of step {step} at {folder} has no {item}")
+        """Check an item that was saved. Reads metadata alone, so one of several processes may call it."""
         try:
             metadata = manager.item_metadata(step).get(item)
             saved = None if metadata is None else _leaves(ocp.tree.to_flat_dict(metadata.tree), partial)
@@ -211,8 +211,10 @@ def open_checkpoints(
         _check_fit(f"{item} at step {step} of {folder}", saved, _leaves(ocp.tree.to_flat_dict(abstract), partial))
 
     def restore_item(step: int, item: str, abstract: Any, partial: bool = False) -> Any:
+        marks = read_host(step)["fingerprints"].get(item)
+        if marks is None:
+            raise ValueError(f"the checkpoint of step {step} at {folder} has no {item}")
         check_item(step, item, abstract, partial)
-        marks = read_host(step)["fingerprints"][item]
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial)
         tree = read(step, **{item: args})[item]
@@ -367,6 +369,7 @@ def _import_orbax():
 
     absl_logging.get_absl_logger().addFilter(_worth_saying)  # adding the same filter again does nothing
     logging.getLogger("asyncio").addFilter(_worth_saying)
+    warnings.filterwarnings("ignore", r"coroutine '.*serialize.*' was never awaited", RuntimeWarning)  # of a save that failed
     if not getattr(sys.unraisablehook, "skips_closed_loops", False):
         sys.unraisablehook = _skip_closed_loops(sys.unraisablehook)
     return ocp

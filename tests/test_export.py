@@ -304,7 +304,7 @@ def test_a_run_that_goes_on_keeps_its_own(run, tmp_path):
     (tmp_path / "mine" / "summary.json").write_text(json.dumps(summary | {"done": False}))
     code, out, err = main(*command)
     assert code == 0, err
-    assert "init_from" not in out
+    assert "init_from: params" not in out
     assert "going on from step 2" in err
 
 

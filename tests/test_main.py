@@ -71,7 +71,7 @@ def changed(changes):
         ({"rl.source.problems": 3}, r"24 rows a batch, which do not divide over 8 devices x 2 micro-batches"),
         ({"rl.source.share_prompts": 3}, r"source.share_prompts got 3; allowed: a divisor of group=8, or None"),
         ({"rl.source.share_prompts": 4}, r"8 rows a batch, which do not divide over 8 devices x 2 micro-batches"),
-        ({"rl.source.temperature": 0.0}, r"source.temperature got 0.0; allowed: above 0"),
+        ({"rl.source.temperature": 0.0}, r"source.temperature got 0.0; allowed: finite, above 0"),
         ({"rl.source.reward": "rnd"}, r"unknown reward 'rnd'"),
         ({"rl.source.max_tokens": 1000}, r"source.max_tokens got 1000; allowed: 1 to sampler.max_tokens=32"),
         ({"rl.source.top_p": 0.8}, r"top_p=0.8, min_p=0.0; allowed in training: 0, 1 and 0. .* its ratio .* would be biased"),

@@ -196,7 +196,7 @@ def test_countdown_answer_and_attempts_are_sound():
         ("chain", {"ops": (5, 2)}, "ops got (5, 2)"),
         ("chain", {"ops": 2.5}, "ops got 2.5"),
         ("chain", {"ops": (1, 3), "ops_weights": (1, 2)}, "3 weights"),
-        ("chain", {"size": 0}, "size >= 1"),
+        ("chain", {"size": 0}, "size from 1 to"),
         ("reversal", {"length": 1, "split": "test"}, "too few distinct questions"),  # none of its ten falls in test
         ("countdown", {"numbers": 1, "max_number": 1, "split": "test"}, "too few distinct questions"),
         ("inverse_chain", {"demonstrations": "verified", "lucky": 0, "attempts": 0}, "attempts got 0"),

@@ -102,7 +102,7 @@ def test_a_checkpoint_without_an_item_of_the_hosts_part_is_refused_by_its_name(t
     made = checkpoint.open_checkpoints(whole[0] / "checkpoints", read_only=True)
     host = made.peek(made.latest())
     made.close()
-    assert host.keys() == train.HOST | {"config", "versions", "revision"}
+    assert host.keys() == train.HOST | {"config", "versions", "revision", "revisions"}
     for name in sorted(train.HOST):
         made = checkpoint.open_checkpoints(tmp_path / name)
         made.save(7, {"w": np.zeros(1)}, {key: value for key, value in host.items() if key != name})
@@ -154,7 +154,7 @@ def test_a_whole_run_on_eight_devices_is_the_run_on_one(tmp_path, on_one_device,
 def test_a_run_that_diverges_stops_and_says_so(tmp_path):
     """Huge steps make the loss NaN; what was there before is kept, and the message is one line."""
     config = load_config("tiny", "smoke", **{"prior.steps": 8, "prior.max_skipped": 3, "prior.log_every": 1})
-    config.prior.optimizer = {"name": "sgd", "lr": 1e38, "clip_norm": None}
+    config.prior.optimizer = {"name": "sgd", "lr": 1e17, "clip_norm": None}
     config.evaluate.suites = {}
     config.checkpoint.every_steps = 1
     with pytest.raises(Diverged, match=r"not finite for 3 batches in a row, up to step \d \(phase prior\).*prior.optimizer.lr"):

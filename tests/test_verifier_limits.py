@@ -255,7 +255,9 @@ def attempts(*reasons):
 
 def test_an_evaluation_says_and_counts_what_failed(tmp_path):
     said, written = [], []
-    log = types.SimpleNamespace(say=said.append, write=lambda step, phase, values: written.append(values))
+    log = types.SimpleNamespace(
+        say=said.append, doing=lambda what: None, write=lambda step, phase, values: written.append(values)
+    )
     drawn = attempts("wrong", "verifier error of 'mine': KeyError: 'x'", "verifier timeout: no verdict in 60 s", "bad key")
     result = Result([], drawn, {}, {"tokens": 0.0, "flops": 0.0})
     run = types.SimpleNamespace(evaluate=lambda *_, **__: result, sample_devices=1, watts=None)
@@ -284,6 +286,6 @@ def test_a_run_with_a_broken_verifier_ends_in_one_line_and_a_file(tmp_path, monk
     file = tmp_path / "verifier_error.txt"
     assert str(error.value) == (
         f"verifier 'mine' failed 10 times in a row; the traceback of the first failure is in {file}; "
-        "the same command goes on from step 20"
+        "the same command continues from step 20"
     )
     assert file.read_text() == "the first: \\ud800"

@@ -23,6 +23,7 @@ import time
 
 from absl import app, flags, logging
 
+from jaxreason import command
 from jaxreason.bench import machine
 from jaxreason.bench import sampler as sampling
 from jaxreason.cost import shared_length
@@ -162,4 +163,4 @@ def run(whole: bool = False) -> None:
         except (ValueError, FileNotFoundError) as error:
             sys.exit(f"error: {' '.join(str(error).split())}")
 
-    app.run(main)
+    app.run(main, flags_parser=command.parse_or_exit)
