@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jaxreason import batching, build, learner, metrics, objectives, origin, sharding, sources
 from jaxreason import optimizer as optimizers
-from jaxreason.environment import single_turn
+from jaxreason.environment import single_turn, verifier_failed
 from jaxreason.model import Model, transformer
 from jaxreason.options import call
 from jaxreason.rollout import Request, Roller, collect
@@ -121,10 +121,13 @@ def sample(
     give equal samples, whatever the order of the slots.
 
     Raises:
-      ValueError: a prompt that is too long, no prompt, or n below 1.
+      ValueError: a prompt that is too long, no prompt, n below 1, or a `verify` that
+        fails or returns no Verdict.
     """
     if isinstance(prompts, str | Task) or not prompts or n < 1:
         raise ValueError(f"sample got prompts={prompts!r}, n={n}; allowed: a list of questions or tasks, and n of 1 or more")
+    if not callable(verify):
+        raise ValueError(f"sample got verify={verify!r}; allowed: a function, such as jr.verify.make('number')")
     if not temperature >= 0:
         raise ValueError(f"sample got temperature={temperature}; allowed: 0 (greedy) or more")
     tasks = [Task(prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
@@ -133,6 +136,8 @@ def sample(
     weights = policy.roller.sampler.prepare(policy.params)
     key = jax.random.key(seed)
     rollouts, _ = collect(policy.roller, weights, requests, single_turn(verify), key=key, temperature=temperature)
+    if failed := [r.verdict.reason for r in rollouts if verifier_failed(r.verdict)]:
+        raise ValueError(f"verify failed for {len(failed)} of {len(rollouts)} completions; the first: {failed[0]}")
     return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
 
 

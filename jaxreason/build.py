@@ -109,6 +109,8 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
         if not isinstance(config[key], dict) or "source" not in config[key]:
             raise ValueError(unknown("field of the config", key, {*SECTIONS, *OPTIONAL, *phase_names}))
     fields.check(layout(config), config)
+    if config["seed"] < 0:
+        raise ValueError(f"config.seed got {config['seed']}; allowed: 0 or more")
     if config.get("version", VERSION) != VERSION:
         raise ValueError(f"config.version got {config['version']}; allowed: {VERSION}, that of this jaxreason")
 
@@ -179,7 +181,7 @@ class Config(NamedTuple):
     checkpoint: dict  # when it is saved, and what is kept
     log: dict  # what is written and shown
     init_from: str | None = None  # begin with params of a run, of RUN/checkpoints/STEP or of a Hugging Face folder
-    version: int = VERSION  # of the meaning of the fields; config.json has it, for runs that a later version continues
+    version: int = VERSION  # of the meaning of the fields, as config.json records it
 
 
 def layout(config: dict) -> fields.Section:
@@ -245,7 +247,10 @@ def section_of_verifier(values: dict) -> fields.Section:
 
 def section_of_task(values: dict, more: tuple[Callable, ...] = ()) -> fields.Section:
     below = {"verifier": section_of_verifier} if more else {}
-    decided = {"seed": "that of the run", "split": "that of the use"} | ({"size": "as many as n"} if more else {})
+    decided = {
+        "seed": "that of the run",
+        "split": "train in a source, test in a suite; a file that only one of them names is read whole",
+    } | ({"size": "as many as n"} if more else {})
     return fields.Section((tasks.load, *named("task", tasks.TASKS, values), *more), sections=below, decided=decided)
 
 
@@ -526,9 +531,9 @@ def make_roller(
     max_tokens: int,  # of a completion
     chunk_tokens: int = 16,  # decoded between two looks at which slots have finished
     cache_dtype: str | None = None,  # of keys and values: float32, bfloat16, int8; None: that of the model
-    prompts_per_prefill: int = 8,  # read at once
-    prefill_tokens: int | None = None,  # read at once, of all of them; None: as the platform likes
-    prompt_rows: int | None = None,  # prompts that attempts share, of a process; 0: each has a copy; None: as many as pay
+    prompts_per_prefill: int = 8,  # prompts in one prefill call
+    prefill_tokens: int | None = None,  # tokens of a prompt in one prefill call; None: by the platform
+    prompt_rows: int | None = None,  # prompts that attempts share, per process; 0: each attempt has a copy; None: by size
     stop_strings: Sequence[str] = (),  # texts that end a turn, and stay in it
     thinking_tokens: int | None = None,  # after which the end of thinking is forced; None: never
     end_of_thinking: str = "\n</think>\n\n",  # the text that is forced
@@ -540,7 +545,7 @@ def make_roller(
 
     A turn ends with any of `stop_strings`, which stays in its text. After `thinking_tokens` tokens of a completion
     `end_of_thinking` is forced, unless it was written. `cache_dtype` is that of the model, or float32, bfloat16 or int8.
-    Attempts at a problem share its prompt in one of `prompt_rows` rows of a process; 0: each has a copy; None: as many as pay.
+    Attempts at a problem share its prompt in one of `prompt_rows` rows of a process; 0: each has a copy; None: by their size.
     """
     positive = {
         "slots": slots,
@@ -625,7 +630,7 @@ def make_phase(
     source: dict,  # where batches come from
     objective: dict,  # what is trained towards
     optimizer: dict,  # how params are updated
-    steps: int,  # batches that are drawn; 0: none, the phase is left out
+    steps: int,  # batches, one train step each; 0: evaluate only
     microbatches: int = 1,  # parts of a batch whose gradients are added up
     updates_per_batch: int = 1,  # train steps on each batch
     evaluate_every: int = 0,  # steps; 0: at the end of the phase only
@@ -644,7 +649,10 @@ def make_phase(
     if evaluate_every < 0:
         raise ValueError(f"config.{name}.evaluate_every got {evaluate_every}; allowed: 0 (at the end only) or more")
     made_objective = call(objectives_.make, objective, f"config.{name}.objective")
-    made_optimizer = call(optimizer_.make, optimizer, f"config.{name}.optimizer", steps=steps * updates_per_batch)
+    try:
+        made_optimizer = call(optimizer_.make, optimizer, f"config.{name}.optimizer", steps=steps * updates_per_batch)
+    except ValueError as error:
+        raise ValueError(f"config.{name}.optimizer: {error}") from None
     kind, group = source.get("name"), source.get("group", 1)
     if made_objective.needs_group and (kind in ("corpus", "demonstrations") or group < 2):
         raise ValueError(
@@ -838,7 +846,7 @@ def rollouts(
     dynamic_sampling: int = 1,  # draw up to this many times the problems, until enough have attempts that differ in reward
     lag: int = 0,  # updates between the params that sample and those that learn
     pack: bool = True,  # put short attempts into one row
-    share_prompts: int | None = None,  # attempts behind one copy of their prompt in the learner; None: as many as pay
+    share_prompts: int | None = None,  # attempts behind one copy of their prompt in the learner; None: as many as save work
     top_k: int = 0,  # refused in training unless 0: the importance ratio would be biased
     top_p: float = 1.0,  # refused in training unless 1
     min_p: float = 0.0,  # refused in training unless 0
@@ -846,7 +854,7 @@ def rollouts(
     """`group` verified attempts at each of `problems` tasks a step, sampled from the params `lag` updates ago.
 
     With `dynamic_sampling` of n up to n times as many problems are drawn, until enough have attempts that differ in reward.
-    The learner reads `share_prompts` attempts at a problem behind one copy of its prompt; None: as many as pay.
+    The learner reads `share_prompts` attempts at a problem behind one copy of its prompt; None: as many as save work.
 
     Words may not be left out by `top_k`, `top_p` or `min_p`: they are here to say why.
     """
@@ -920,7 +928,7 @@ def attempts_that_share(
         choices = [n for n in range(1, group + 1) if group % n == 0 and rows // n % multiple == 0]
         return 1 if alone else attempts_behind_a_prompt(shape, choices or [1], prompt, completion)
     if asked < 1 or group % asked:
-        raise ValueError(f"source.share_prompts got {asked}; allowed: a divisor of group={group}, or None for as many as pay")
+        raise ValueError(f"source.share_prompts got {asked}; allowed: a divisor of group={group}, or None: what saves work")
     if asked > 1 and alone:
         raise ValueError(f"source.share_prompts got {asked} with attention={shape.attention!r}; allowed: 1, or attention='xla'")
     return asked

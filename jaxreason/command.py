@@ -87,7 +87,7 @@ def parse(argv: list[str]) -> list[str]:
         raise ValueError(f"--config.{next(iter(words.changes))} is given and no --config=FILE")
     if words.config is not None:
         FLAGS["config"].value = read(words.config, words.changes)
-        FLAGS["config"].config_filename = words.config
+        FLAGS["config"].config_filename, FLAGS["config"].config_changes = words.config, words.changes
     return rest
 
 

@@ -295,7 +295,9 @@ def unknown_fields(section: Section, tree: dict) -> list[tuple[str, str]]:
 
 
 def no_field(where: str, name: str, known) -> str:
-    return renamed(where, name) or unknown(f"field of {where}", name, known)
+    """Say that a section has no such field; where a name decides its fields, also how to be rid of those of another."""
+    whole = f"; if the config file set it for another name, give the whole section: --{where}=\"{{'name': ...}}\""
+    return renamed(where, name) or unknown(f"field of {where}", name, known) + (whole if "name" in known else "")
 
 
 def assign(layout: Callable[[dict], Section], tree: dict, changes: Mapping[str, str]) -> dict:

@@ -22,6 +22,7 @@ import platform
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -246,6 +247,8 @@ def run(config) -> None:
             recorded = {} if anew else folders.revisions(workdir)
             pinned = {} if ACCEPT_CONFIG_CHANGE.value else recorded
             made = together(build, config, resumes=not anew and bool(saved_steps(workdir / "checkpoints")), revisions=pinned)
+            if not anew:
+                together(folders.check_steps, workdir, sum(phase.steps for phase in made.phases))
             used = made.provenance["revisions"]
             if len(set(gather(json.dumps(used)))) > 1:
                 raise ValueError(f"processes found different commits on the hub, {used} here; set revision=... of task and model")
@@ -284,18 +287,20 @@ def run(config) -> None:
             if jax.process_count() > 1:  # the others fare well, and would wait: `processes.end` ends them too
                 raise
             fail(error)
-    for line in what_next(workdir, flags.FLAGS["config"].config_filename):
+    for line in what_next(workdir, flags.FLAGS["config"].config_filename, flags.FLAGS["config"].config_changes):
         tell(line)
 
 
-def what_next(workdir: Path, config_flag: str) -> list[str]:
+def what_next(workdir: Path, config_flag: str, changes: Mapping[str, str]) -> list[str]:
     """What was written, and what to do with it: a path or a command a line, to be copied."""
     written = [workdir / name for name in ("summary.json", "metrics.jsonl", "rollouts.jsonl") if (workdir / name).is_file()]
     run, export = shlex.quote(str(workdir)), shlex.quote(f"{workdir}-export")
+    same = "".join(f" --config.{name}={shlex.quote(value)}" for name, value in changes.items() if name != "init_from")
     todo = {
         "see a rollout": f"tail -n 1 {shlex.quote(str(workdir / 'rollouts.jsonl'))} | python -m json.tool",
         "export the weights": f"python -m jaxreason.export {run} {export}",
-        "begin another run with them": f"python -m jaxreason.main --config={shlex.quote(config_flag)} --config.init_from={run}",
+        "begin another run with them": f"python -m jaxreason.main --config={shlex.quote(config_flag)}{same} "
+        f"--config.init_from={run}",
     }
     if workdir / "rollouts.jsonl" not in written:
         del todo["see a rollout"]

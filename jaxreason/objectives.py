@@ -276,8 +276,8 @@ GROUP_BASELINES = (centre_group, leave_one_out, zscore_group)
 def make(
     name: str,  # one of the objectives, or module:maker of your own
     *,
-    advantage: str | None = None,  # replaces the objective's own; one of ADVANTAGES
-    weigh: str | None = None,  # replaces the objective's own loss aggregation; one of WEIGHTINGS
+    advantage: str | None = None,  # replaces the objective's own: centre_group, leave_one_out, zscore_group, ...
+    weigh: str | None = None,  # replaces its loss aggregation: token_sum, per_sequence, per_token, per_slot, ...
     kl_coefficient: float = 0.0,  # of the KL divergence to the params at the start of the phase; 0: none
     kl_estimator: str = "k3",  # k1, k2 or k3
     entropy_coefficient: float = 0.0,  # of a reward for entropy, per nat

@@ -120,6 +120,16 @@ def check(
         say(f"{summary} is no summary of a run; the next evaluation writes it anew, with all that the checkpoint has of it")
 
 
+def check_steps(folder: Path, steps: int) -> None:
+    """Raise ValueError if a run has made more steps than its phases have in all."""
+    saved = saved_at(folder)
+    if saved and saved[-1] > steps:
+        raise ValueError(
+            f"{folder} has a checkpoint of step {saved[-1]}, and the phases have {steps} steps in all; raise the steps of a "
+            "phase, or choose another --workdir"
+        )
+
+
 def check_kinds(folder: Path) -> None:
     """Raise ValueError if a folder stands in the place of a file of a run, or the other way round."""
     for name in (*RECORDS, "lock"):

@@ -83,6 +83,8 @@ def test_wrong_calls_are_one_line(policy, checkpoint, tmp_path):
         (lambda: jr.sample(policy, "one"), "allowed: a list of questions"),
         (lambda: jr.sample(policy, [], n=2), "allowed: a list of questions"),
         (lambda: jr.sample(policy, ["one"], n=0), "n of 1 or more"),
+        (lambda: jr.sample(policy, ["one"], verify="number"), r"jr\.verify\.make\('number'\)"),
+        (lambda: jr.sample(policy, ["one"], n=2, verify=lambda text, task: 1.0), "verify failed for 2 of 2 completions"),
         (lambda: jr.sample(policy, ["one"], temperature=float("nan")), "temperature=nan"),
         (lambda: jr.sample(policy, ["one " * 99]), "allowed: 1 to 64"),
         (lambda: jr.train_step(policy, [], lr=1.0), "allowed: one size"),

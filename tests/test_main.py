@@ -177,17 +177,17 @@ def test_what_to_do_next_is_a_path_or_a_command_a_line(tmp_path):
     folder = tmp_path / "my run"
     folder.mkdir()
     (folder / "summary.json").touch()
-    lines = what_next(folder, "configs/tiny.py:smoke")
+    lines = what_next(folder, "configs/tiny.py:smoke", {"model.width": "32", "init_from": "x"})
     assert lines == [
         "written:",
         f"  {folder}/summary.json",
         "to export the weights:",
         f"  python -m jaxreason.export '{folder}' '{folder}-export'",
         "to begin another run with them:",
-        f"  python -m jaxreason.main --config=configs/tiny.py:smoke --config.init_from='{folder}'",
+        f"  python -m jaxreason.main --config=configs/tiny.py:smoke --config.model.width=32 --config.init_from='{folder}'",
     ]
     (folder / "rollouts.jsonl").touch()
-    assert f"  tail -n 1 '{folder}/rollouts.jsonl' | python -m json.tool" in what_next(folder, "configs/tiny.py")
+    assert f"  tail -n 1 '{folder}/rollouts.jsonl' | python -m json.tool" in what_next(folder, "configs/tiny.py", {})
 
 
 @pytest.mark.process

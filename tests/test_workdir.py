@@ -56,6 +56,14 @@ def test_a_change_of_the_maths_is_refused_unless_accepted(folder, field):
     assert said[0].startswith(f"config changed: {field}")
 
 
+def test_fewer_steps_than_a_run_has_made_are_refused(folder):
+    """Where it seemed that the disk was full, after the sampler was compiled and the new config written."""
+    with pytest.raises(ValueError, match=r"checkpoint of step 40, and the phases have 39 steps in all; raise the steps"):
+        workdir.check_steps(folder, 39)
+    workdir.check_steps(folder, 40)
+    workdir.check_steps(folder / "new", 0)
+
+
 def test_resume_never_auto_and_must(folder, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
     for resume in ("auto", "must", "never"):

@@ -116,7 +116,7 @@ class ModelConfig:
     param_dtype: str = "float32"  # of the parameters at rest
     scan_layers: bool = False  # lax.scan over the stacked layers: compile time flat in depth, slower on a CPU
     remat: str = "none"  # recompute in the backward pass: nothing, whole layers, or all but the matrix products
-    attention: str = "xla"  # the kernel: "cudnn" on NVIDIA GPUs, "splash" on TPUs (see attention.py)
+    attention: str = "xla"  # the kernel: "cudnn" on NVIDIA GPUs, "splash" on TPUs; "xla" anywhere
 
     def __post_init__(self):
         _positive(self, "vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "feed_forward", kind=Integral)
