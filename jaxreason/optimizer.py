@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxreason.options import unknown
@@ -66,7 +67,7 @@ def make(
     eps: float = 1e-8,  # added to the root of the second moment
     weight_decay: float = 0.0,  # of matrices, times the rate
     clip_norm: float | None = 1.0,  # longest gradient; None: any
-    state_dtype: str | None = None,  # of the first moment: float32 or bfloat16; None: that of the params
+    state_dtype: str | None = None,  # of the first moment: float32 or bfloat16; None: float32
     adam_lr: float | None = None,  # muon: the rate of embeddings, head and vectors; None: lr
     muon_momentum: float = 0.95,  # muon
     muon_scale: str = "rms",  # muon: rms, for rates as AdamW's, or width
@@ -82,7 +83,8 @@ def make(
       that rates and decay of AdamW carry over; "width" by sqrt(max(1, out / in)), as Jordan, for rates near 0.02 and an
       `adam_lr` of its own.
 
-    `state_dtype` is that of the first moment; None keeps that of the params. Second moments always keep theirs.
+    `state_dtype` is that of the first moment; second moments and updates are float32,
+    whatever the params are kept in.
 
     Raises:
       ValueError: an unknown name, a schedule that can't be, or an option that this optimizer does not have.
@@ -90,15 +92,15 @@ def make(
     if name not in OPTIMIZERS:
         raise ValueError(unknown("optimizer", name, OPTIMIZERS))
     _check_numbers(
-        lr=(lr, lr > 0, "above 0"),
-        adam_lr=(adam_lr, adam_lr is None or adam_lr > 0, "None, or above 0"),
-        final_share=(final_share, 0 <= final_share <= 1, "0 to 1"),
-        b1=(b1, 0 <= b1 < 1, "0 to below 1"),
-        b2=(b2, 0 <= b2 < 1, "0 to below 1"),
-        eps=(eps, eps > 0, "above 0: without it a parameter that never had a gradient becomes 0 / 0"),
-        weight_decay=(weight_decay, weight_decay >= 0, "0 or more"),
-        clip_norm=(clip_norm, clip_norm is None or clip_norm > 0, "None, or above 0"),
-        muon_momentum=(muon_momentum, 0 <= muon_momentum < 1, "0 to below 1"),
+        lr=(lr, lambda x: x > 0, "above 0"),
+        adam_lr=(adam_lr, lambda x: x > 0, "None, or above 0"),
+        final_share=(final_share, lambda x: 0 <= x <= 1, "0 to 1"),
+        b1=(b1, lambda x: 0 <= x < 1, "0 to below 1"),
+        b2=(b2, lambda x: 0 <= x < 1, "0 to below 1"),
+        eps=(eps, lambda x: x > 0, "above 0: without it a parameter that never had a gradient becomes 0 / 0"),
+        weight_decay=(weight_decay, lambda x: x >= 0, "0 or more"),
+        clip_norm=(clip_norm, lambda x: x > 0, "None, or above 0"),
+        muon_momentum=(muon_momentum, lambda x: 0 <= x < 1, "0 to below 1"),
     )
     if state_dtype not in (None, *STATE_DTYPES):
         raise ValueError(unknown("state_dtype", state_dtype, (None, *STATE_DTYPES)))
@@ -142,14 +144,40 @@ def make(
         chain = [optax.partition({"matrices": matrices, "rest": rest}, labels)]
     if clip_norm is not None:
         chain.insert(0, optax.clip_by_global_norm(clip_norm))
-    return optax.chain(*chain)
+    return in_float32(optax.chain(*chain))
+
+
+def in_float32(made: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Let an optimizer work in float32 whatever the params are kept in; updates are float32.
+
+    In bfloat16 a decay of 0.999 rounds to 1, so second moments would never decay.
+    """
+
+    def widened(tree):
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def init(params):
+        return made.init(widened(params))
+
+    def update(grads, state, params):
+        return made.update(widened(grads), state, widened(params))
+
+    return optax.GradientTransformation(init, update)
 
 
 def _check_numbers(**numbers: tuple) -> None:
-    """Raise ValueError for the first of (value, whether it is in range, the range) that is out of range or not finite."""
+    """Raise ValueError for the first (value, test, range) that fails its test or is not finite, also once it is a float32."""
     for name, (value, fits, allowed) in numbers.items():
-        if value is not None and not (fits and math.isfinite(value)):
+        if value is None:
+            continue
+        if not (fits(value) and math.isfinite(value)):
             raise ValueError(f"{name} got {value}; allowed: {allowed}")
+        with np.errstate(over="ignore", under="ignore"):
+            rounded = float(np.float32(value))
+        if abs(rounded) < np.finfo(np.float32).tiny:  # XLA flushes what is smaller to 0
+            rounded = 0.0
+        if not (fits(rounded) and math.isfinite(rounded)):
+            raise ValueError(f"{name} got {value}, in float32 {rounded:g}; allowed: {allowed}")
 
 
 def decayed(params):

@@ -236,6 +236,21 @@ def test_eight_devices_make_the_update_of_one(name, axes):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3 if name == "muon" else 1e-5, rtol=1e-4), one, many)
 
 
+@pytest.mark.parametrize("name", ["adamw", "adam", "muon"])
+def test_second_moments_decay_where_params_are_bfloat16(name):
+    """0.999 is 1 in bfloat16, in which they would only grow."""
+    made = optimizer.make(10, name=name, lr=1e-3, b2=0.999)
+    params = {"embed": {"embedding": jnp.ones((2, 2), jnp.bfloat16)}}
+    state, found = made.init(params), []
+    for gradient in (0.1, 0.0):
+        grads = {"embed": {"embedding": jnp.full((2, 2), gradient, jnp.bfloat16)}}
+        updates, state = made.update(grads, state, params)
+        moments = [x for path, x in jax.tree_util.tree_leaves_with_path(state) if ".nu" in jax.tree_util.keystr(path)]
+        found.append(float(moments[0][0, 0]))
+    assert found[1] / found[0] == pytest.approx(0.999, abs=1e-5)
+    assert optax.apply_updates(params, updates)["embed"]["embedding"].dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -251,6 +266,10 @@ def test_eight_devices_make_the_update_of_one(name, axes):
         ({"weight_decay": float("inf")}, "weight_decay got inf"),
         ({"clip_norm": 0.0}, "clip_norm got 0.0; allowed: None, or above 0"),
         ({"final_share": 1.5}, "final_share got 1.5; allowed: 0 to 1"),
+        ({"lr": 1e-50}, "lr got 1e-50, in float32 0; allowed: above 0"),
+        ({"lr": 1e39}, r"lr got 1e\+39, in float32 inf"),
+        ({"eps": 1e-40}, "eps got 1e-40, in float32 0; allowed: above 0"),
+        ({"b2": 1 - 1e-12}, "b2 got 0.99.*, in float32 1; allowed: 0 to below 1"),
         ({"name": "muon", "adam_lr": -1.0}, "adam_lr got -1.0"),
         ({"name": "muon", "muon_momentum": 1.0}, "muon_momentum got 1.0"),
     ],

@@ -61,6 +61,19 @@ def test_questions_in_common_are_counted_and_refused(tmp_path):
         built({"name": "jsonl", "path": path}, {"name": "jsonl", "path": path, "split": None})
 
 
+def test_spellings_of_one_question_are_in_one_split(tmp_path):
+    """They would be refused as common, though one file was named for both; what has no twin stays where it was."""
+    apart = [f"What is {i} + 1?" for i in range(100)]
+    twins = [f"what  is {i} + 1?" for i in range(50)]
+    path = write(tmp_path / "all.jsonl", apart + twins)
+    train, test = (tasks.load("jsonl", path=path, split=split) for split in ("train", "test"))
+    assert (len(train) + len(test), tasks.overlap(train, test)) == (150, 0)
+    assert [t.question for t in test if t.question in apart] == [q for q in apart if tasks.splits.split_of(q, 0.1) == "test"]
+    (tmp_path / "all.txt").write_text("\n\n".join(apart + twins))
+    train, test = (tasks.load("corpus", path=str(tmp_path / "all.txt"), split=split) for split in ("train", "test"))
+    assert (len(train) + len(test), tasks.overlap(train, test)) == (150, 0)
+
+
 def test_a_suite_made_by_rule_that_is_trained_on_is_refused():
     chain = {"name": "chain", "ops": 1, "size": 64}
     with pytest.raises(ValueError, match=r"suite 'held' holds \d+ of its 8 questions"):

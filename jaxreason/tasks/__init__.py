@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxreason.options import call, find
-from jaxreason.tasks import corpus, gsm8k, hub, jsonl, procedural
+from jaxreason.tasks import corpus, gsm8k, hub, jsonl, procedural, splits
 from jaxreason.types import Task
 
 TASKS = {
@@ -86,4 +86,4 @@ def overlap(trained: Sequence, held_out: Sequence) -> int:
 
 
 def _question(item: Task | str) -> str:
-    return " ".join((item if isinstance(item, str) else item.question).casefold().split())
+    return splits.normalised(item if isinstance(item, str) else item.question)

@@ -20,8 +20,10 @@ def corpus(
 ) -> Sequence[str]:
     """Load the documents of a text file, of a glob such as `books/*.txt`, or of several of either. They are texts, not tasks.
 
-    `by` "paragraph" cuts at blank lines, "file" takes each file whole. A document's own hash decides its split, so equal
-    documents are never in both; a share `held_out` of the distinct ones is test. A `split` of None is all of them.
+    `by` "paragraph" cuts at blank lines, "file" takes each file whole. A document's own
+    hash decides its split, and documents that differ in case or white space alone go
+    together, so none is in both; a share `held_out` of the distinct ones is test. A `split`
+    of None is all of them.
 
     Raises:
       FileNotFoundError: nothing matches.
@@ -33,8 +35,8 @@ def corpus(
         raise ValueError(unknown("by of task 'corpus'", by, ("paragraph", "file")))
     texts = [_read(file) for file in find_files([path] if isinstance(path, str) else path)]
     documents = texts if by == "file" else [piece for text in texts for piece in re.split(r"\n[^\S\n]*\n", text)]
-    documents = [document.strip() for document in documents]
-    kept = [document for document in documents if document and split in (None, splits.split_of(document, held_out))]
+    documents, split_of = [document.strip() for document in documents], splits.splitter(held_out)
+    kept = [document for document in documents if document and (split is None or split_of(document) == split)]
     if not kept:
         raise ValueError(f"{path}: no document in split {split!r} ({len(documents)} in all, held_out={held_out}, by={by!r})")
     return kept

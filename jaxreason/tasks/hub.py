@@ -71,7 +71,7 @@ def hub(
     names = [name for spec in (*wanted.values(), *data.values(), *filter) for name in fields_of(spec)]
     prefix = "/".join([id, *([] if config is None else [config]), split])
     tasks: list[Task] = []
-    seen, lacking = 0, Counter()
+    seen, lacking, split_of = 0, Counter(), splits.splitter(held_out)
     for index, row in enumerate(read_rows(folder, files, names)):
         if len(tasks) == limit:
             break
@@ -84,7 +84,7 @@ def hub(
             texts["answer"] = _after(texts["answer"], marker)
         if lost := [name for name in ("question", "answer") if not texts[name]]:
             lacking.update(lost[:1])
-        elif not held_out or splits.split_of(texts["question"], held_out) == split:
+        elif not held_out or split_of(texts["question"]) == split:
             extra = {name: _data(_at(row, path)) for name, path in data.items()}
             tasks.append(Task(**texts, id=f"{prefix}/{index}", data=extra))
     for name, count in lacking.items():

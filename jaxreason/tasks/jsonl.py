@@ -41,7 +41,7 @@ def jsonl(
     file = Path(os.path.expanduser(path))
     if not file.is_file():
         raise FileNotFoundError(f"task 'jsonl': no file {str(file)!r}")
-    tasks = []
+    tasks, split_of = [], splits.splitter(held_out)
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if limit is not None and len(tasks) >= limit:
@@ -50,7 +50,7 @@ def jsonl(
                 continue
             where = f"{file}:{number}"
             task = _task(_row(line, where), where, question, answer, solution, marker, id=f"{file.stem}/{number}")
-            if split is None or splits.split_of(task.question, held_out) == split:
+            if split is None or split_of(task.question) == split:
                 tasks.append(task)
     if not tasks:
         raise ValueError(f"{file} has no tasks{'' if split is None else f' in split {split!r}'}")

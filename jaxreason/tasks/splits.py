@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from hashlib import blake2b
 
 SPLITS = ("train", "test")
@@ -15,3 +16,22 @@ def fraction(text: str) -> float:
 def split_of(text: str, held_out: float) -> str:
     """Return the split of a text, with a share `held_out` in test."""
     return "test" if fraction(text) < held_out else "train"
+
+
+def normalised(text: str) -> str:
+    """Spell a question such that two that differ in case or white space alone are equal."""
+    return " ".join(text.casefold().split())
+
+
+def splitter(held_out: float) -> Callable[[str], str]:
+    """Make a function of the texts of a file, in order, that returns the split of each.
+
+    Texts that differ in case or white space alone are the same question, so they follow
+    the first of them; all others are where `split_of` has them.
+    """
+    first: dict[float, float] = {}  # hashes, since texts may be large
+
+    def split(text: str) -> str:
+        return "test" if first.setdefault(fraction(normalised(text)), fraction(text)) < held_out else "train"
+
+    return split
