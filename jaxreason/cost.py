@@ -280,6 +280,11 @@ def elements(shape: str, everywhere: bool = False) -> list[float]:
     return found
 
 
+def copied(part: str, source: str, destination: str) -> float:
+    """Bytes of a part that are read from its source and written to its destination, of those ends that are in HBM."""
+    return sum(elements(part, everywhere=True)) * sum(any(elements(end)) for end in (source, destination))
+
+
 # What moves no bytes by itself: names of values, and the second half of what was started.
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id", "iota"}
 # What only names memory that later instructions write.
@@ -418,9 +423,10 @@ class Walk:
             )
         operands = [computation[o].shape for o in i.operands if o in computation]
         if i.op in ("dynamic-slice", "slice", "gather"):
-            return 2 * sum(elements(i.shape))
+            return copied(i.shape, operands[0], i.shape)
         if i.op in ("dynamic-update-slice", "scatter"):
-            return 2 * sum(elements(operands[1 if i.op == "dynamic-update-slice" else -1]))
+            part = operands[1 if i.op == "dynamic-update-slice" else -1]
+            return copied(part, part, i.shape)
         if i.op.endswith("-start"):  # its result names the operands too
             return 0.0 if i.op == "copy-start" and not operands else self.started(i, operands)
         return sum(elements(i.shape)) + sum(sum(elements(shape)) for shape in operands)
@@ -430,9 +436,13 @@ class Walk:
         read, results = sum(sum(elements(s)) for s in operands), elements(i.shape)
         if i.op == "copy-start":  # (destination, source, context)
             return read + results[0]
-        if i.op in ("all-gather-start", "collective-permute-start", "slice-start"):  # (source, destination, ...)
-            half = len(operands)
-            return (read if i.op != "slice-start" else sum(results[half : 2 * half])) + sum(results[half : 2 * half])
+        half = len(operands)
+        if i.op == "slice-start":  # ((source, ...), destination, ...)
+            parts = elements(i.shape, everywhere=True)[half : 2 * half]
+            from_hbm = (part for part, source in zip(parts, operands, strict=True) if sum(elements(source)))
+            return sum(from_hbm) + sum(results[half : 2 * half])
+        if i.op in ("all-gather-start", "collective-permute-start"):  # (source, destination, ...)
+            return read + sum(results[half : 2 * half])
         return read + sum(results)
 
     def read(self, name: str, at: int, shape: str) -> float:

@@ -116,6 +116,41 @@ def test_a_fusion_that_passes_its_operand_out_reads_it():
     assert cost.program_cost(copies.replace("USE", "add(%x, %x)")).bytes == 4 * (16 * 16 + 8 * 16)
 
 
+HBM, VECTOR = "f32[16,16]{1,0}", "f32[16,16]{1,0:S(1)}"
+PART, PART_THERE = "f32[8,16]{1,0}", "f32[8,16]{1,0:S(1)}"
+UPDATE = "dynamic-update-slice(%whole, %part, %at, %at)"
+PLACES = """HloModule places, is_scheduled=true
+
+ENTRY %main (whole: f32[16,16], part: f32[8,16], at: s32[]) -> f32[8,16] {{
+  %whole = {whole} parameter(0)
+  %part = {part} parameter(1)
+  %at = s32[] parameter(2)
+  ROOT %y = {made} {op}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("whole", "part", "made", "op", "parts"),
+    [
+        (HBM, PART, f"(({HBM}), {PART_THERE}, s32[])", "slice-start(%whole), slice={[0:8], [0:16]}", 1),  # a prefetched weight
+        (HBM, PART, f"(({HBM}), {PART}, s32[])", "slice-start(%whole), slice={[0:8], [0:16]}", 2),
+        (VECTOR, PART, f"(({VECTOR}), {PART}, s32[])", "slice-start(%whole), slice={[0:8], [0:16]}", 1),
+        (HBM, PART, PART_THERE, "slice(%whole), slice={[0:8], [0:16]}", 1),
+        (VECTOR, PART, PART, "dynamic-slice(%whole, %at, %at), dynamic_slice_sizes={8,16}", 1),
+        (VECTOR, PART, PART_THERE, "slice(%whole), slice={[0:8], [0:16]}", 0),
+        (HBM, PART, PART, "slice(%whole), slice={[0:8], [0:16]}", 2),
+        (HBM, PART, HBM, UPDATE, 2),
+        (HBM, PART_THERE, HBM, UPDATE, 1),
+        (VECTOR, PART, VECTOR, UPDATE, 1),
+        (VECTOR, PART_THERE, VECTOR, UPDATE, 0),
+    ],
+)
+def test_what_comes_from_hbm_or_goes_there_counts_wherever_its_other_end_is(whole, part, made, op, parts):
+    program = cost.program_cost(PLACES.format(whole=whole, part=part, made=made, op=op))
+    assert program.bytes == parts * 4 * 8 * 16
+
+
 def test_a_loop_of_unknown_length_runs_as_often_as_one_says():
     text = MODULE.replace("%limit = s32[] constant(LIMIT)", "%limit = s32[] get-tuple-element(%state), index=0")
     for trips in (1, 9):
