@@ -15,7 +15,8 @@ On one H200 (jax 0.11.2, 2026-11-26) an update of Qwen3-0.6B's shape on 64 x 512
 25 % of the card's best rate with cudnn and 20 % with xla; a decode step on one H100 takes 3.1 ms with cudnn and 3.5 ms with xla
 (64 slots, 256 + 512 tokens). splash has not been timed. Compiled for eight v5e chips (`jaxreason.plan`, jax 0.10.2, 2026-11-26) a
 train step of that shape, remat="full", one row of 4096 tokens a chip, has 3.84 GiB of temporary arrays with splash and 5.03 with
-xla, gradients included, and moves 84 and 152 GB; with all queries of xla at once it was 6.79 GiB and 308 GB.
+xla, gradients included, and moves 84 and 152 GB; with all queries of xla at once it was
+6.79 GiB and 308 GB (bytes by a count that left prefetches out).
 
 Left out: tokamax (0.0.12), whose public attention has no segments and, on a TPU, takes no mask that differs from row to row; its
 TPU kernel is a relative of splash.

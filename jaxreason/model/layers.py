@@ -155,8 +155,9 @@ def rotate_by_product(x_BTNH, cos_BTH, sin_BTH):
 
     That is exact in any dtype: one term of each sum is not zero. The gradient is a rotation by the opposite angle; cosines and
     sines get none. A train step of Qwen3-0.6B's shape, compiled for four v5p chips (64 rows of 768 tokens a chip in 4
-    micro-batches, splash), moves 880 GB a chip so and 1,127 with `rotate` if remat="full", 1,221 and 1,658 if "dots"
-    (`jaxreason.plan`, jax 0.10.2, 2026-11-26; not timed).
+    micro-batches, splash), moves 1,010 GB a chip so if remat="full" (`jaxreason.plan`,
+    jax 0.10.2, 2026-11-27; not timed). A count that left prefetches out had 880 GB, and
+    1,127 with `rotate`; 1,221 and 1,658 if remat="dots".
     """
     _, _, _, H = x_BTNH.shape
     half = jnp.eye(H // 2, dtype=x_BTNH.dtype)
