@@ -297,9 +297,9 @@ def families() -> dict[str, dict[str, str]]:
 
 
 def first_sentence(function: Callable) -> str:
-    """The first line of a docstring, up to its first full stop."""
-    line = (inspect.getdoc(function) or "").partition("\n")[0]
-    return re.split(r"(?<=[^.]{4})\. ", line)[0].rstrip(".")
+    """The first sentence of a docstring, in one line."""
+    paragraph = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
+    return re.split(r"(?<=[^.]{2})\.(?: (?=[A-Z`])|$)", paragraph)[0]
 
 
 def complete(config: dict) -> dict:

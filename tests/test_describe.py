@@ -125,3 +125,9 @@ def test_bench_help_says_what_each_measures():
     out = python_m("jaxreason.bench", "--help")
     for name in BENCHMARKS:
         assert f"  {name}" in out
+
+
+def test_sentences_of_the_list_are_whole():
+    lines = list_families("objectives") + list_families("tasks")
+    assert any("(Shao et al. 2024, arXiv 2402.03300, eq. 3)" in line for line in lines)
+    assert not [line for line in lines if line.endswith((" al", "(", ",", " for", " of", " the"))]
