@@ -173,7 +173,10 @@ def train_step(
     if not size or any(len(group) != size for group in groups):
         raise ValueError(f"train_step got groups of {[len(group) for group in groups]} rollouts; allowed: one size, 1 or more")
     learning = _frozen({"name": objective, **(objective_options or {})}), _frozen({"lr": lr, **(optimizer_options or {})})
-    made, optimizer, step = compiled_step(policy.model, policy.mesh, microbatches, *learning)
+    rows, shares = size * len(groups), microbatches * policy.mesh.size
+    if microbatches < 1 or rows % shares:
+        raise ValueError(f"train_step got microbatches={microbatches} of {rows} rollouts; allowed: a divisor of their number")
+    made, optimizer, step, abstract = compiled_step(policy.model, policy.mesh, microbatches, *learning)
     if made.needs_group and size < 2:
         raise ValueError(
             f"objective {objective!r} compares the rollouts of a group; got groups of {size}; sample with n=2 or more"
@@ -182,6 +185,7 @@ def train_step(
     longest = max(len(r.prompt) + len(r.tokens) for r in rollouts)
     limits = {"buckets": batching.length_buckets(max(longest, policy.roller.sampler.length)), "limit": policy.roller.max_tokens}
     batch = batching.from_rollouts(rollouts, made, group=size, microbatches=microbatches, **limits)
+    jax.eval_shape(step, abstract, batch)  # raises what the step would, while the params are still there
     state = policy.state
     if policy.learning != learning:
         state = jax.jit(new_state, static_argnums=1, donate_argnums=0)(state.params, optimizer)
@@ -199,7 +203,8 @@ def compiled_step(model: Model, mesh, microbatches: int, objective: tuple, optim
     rule = call(optimizers.make, dict(optimizer), "optimizer", steps=1)
     abstract = jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), rule))
     placed = sharding.shardings(abstract, mesh)
-    return made, rule, learner.compile_train_step(model, made, rule, microbatches=microbatches, state_shardings=placed)
+    step = learner.compile_train_step(model, made, rule, microbatches=microbatches, state_shardings=placed)
+    return made, rule, step, abstract
 
 
 def _frozen(fields: Mapping[str, Any]) -> tuple:

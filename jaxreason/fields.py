@@ -224,7 +224,7 @@ def read_one(text: str, literal: Any, kind: Any) -> Any:
     if kind is str:
         return text
     if kind is Any:
-        return text if literal is NEEDED else literal
+        return {"true": True, "false": False}.get(text.strip().lower(), text if literal is NEEDED else literal)
     if is_sequence(kind):
         if not isinstance(literal, tuple | list):
             literal = tuple(map(bare, text.split(","))) if text.strip() else ()

@@ -77,6 +77,19 @@ def test_a_step_changes_the_policy_and_the_next_goes_on_from_it(checkpoint):
     assert int(policy.state.step) == 1  # another optimizer: its state starts anew
 
 
+def test_a_step_that_can_not_be_made_leaves_the_policy_whole(policy):
+    groups = jr.sample(policy, ["one", "two"], n=4, verify=length_parity)
+    for wrong in (
+        {"microbatches": 3},
+        {"microbatches": 0},
+        {"optimizer_options": {"b1": None}},
+        {"optimizer_options": {"eps": "1"}},
+    ):
+        with pytest.raises((ValueError, TypeError)):
+            jr.train_step(policy, groups, lr=1e-3, **wrong)
+        assert len(jr.sample(policy, ["one"])) == 1
+
+
 def test_wrong_calls_are_one_line(policy, checkpoint, tmp_path):
     groups = jr.sample(policy, ["one"], n=2)
     for call, message in [

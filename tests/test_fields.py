@@ -94,6 +94,7 @@ VALUES = {
     "rl.source.task.ops": ("2,4", (2, 4)),
     "rl.source.task.seed": ("7", 7),
     "rl.source.pack": ("false", False),
+    "text.template.enable_thinking": ("false", False),
     "model.lora.rank": ("4", 4),
     "model.lora.targets": ("q,o", ("q", "o")),
     "model.rope_scaling.kind": ("linear", "linear"),

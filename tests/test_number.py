@@ -11,6 +11,8 @@ NEGATIVE = [
     "\\boxed{- 3}", "#### - 3", "#### –3", "#### －3", "\\boxed{−3}", "\\boxed{-\\left(3\\right)}", "#### -(3)",
     "x = - 3 is in \\boxed{x = - 3}", "\\boxed{\\text{negative }3}", "the answer is negative 3",
     "The answer is: -3.",
+    "\\boxed{minus 3}", "\\boxed{\\text{minus }3}", "#### minus 3", "The answer: minus 3", "\\boxed{{-}3}",
+    "The answer is minus 3.",
 ]  # fmt: skip
 NO_ANSWER = [
     "\\boxed{\\sqrt{16}}", "\\boxed{2\\pi}", "\\boxed{5!}", "\\boxed{2x}", "\\boxed{2n}", "\\boxed{>5}",
@@ -48,6 +50,15 @@ def test_what_is_no_single_number_is_no_answer(text):
         ("#### 2 \\times 10^3", "2000"),
         ("#### 2 × 10³", "2000"),
         ("#### 7x8=56", "56"),
+        ("\\boxed{-(-5)}", "5"),
+        ("#### 8 ÷ 2 = 4", "4"),
+        ("#### 8 \\div 2 = 4", "4"),
+        ("#### 5 minus 3 = 2", "2"),
+        ("#### 5 apples minus 3 apples = 2 apples", "2"),
+        ("\\boxed{Rs.500}", "500"),
+        ("\\boxed{(5,700)}", None),
+        ("\\boxed{[1,234]}", None),
+        ("\\boxed{(5700)}", "5700"),
         # thousands, decimal commas, scales
         ("#### 10 000", "10000"),
         ("#### 10\u2009000", "10000"),

@@ -1,6 +1,6 @@
 r"""The answer is a number, written as people and models write it: `\boxed{1{,}234}`, `#### $1,234.50`, `the answer is -3/4.`
 
-Three steps, each linear in the text. *Normalise*: markup, currency and percent signs go,
+Three steps over the end of the text. *Normalise*: markup, currency and percent signs go,
 LaTeX fractions and Unicode forms become plain. *Find the region*: the last box that is not
 empty counts; without one the last `####` that has something behind it, then the last
 affirmative "answer is", then the last number in the text. *Read one value*: a region that
@@ -83,8 +83,10 @@ _COMPARES = re.compile(r"\\(?:leq?|geq?|neq?|lt|gt)(?![A-Za-z])|<=|>=|!=|[≤≥
 _PART = r"\s?(?:\{\s?(-?[0-9][0-9,.]{0,31})\s?\}|([0-9]))"
 _FRAC = re.compile(rf"(-?)\\[dtc]?frac{_PART}{_PART}")
 _BRACED = re.compile(r"(?<!boxed)(?<!boxed )\{\s?(-?[0-9.,]+)\s?\}")
-_NEGATED = re.compile(r"-\s?\(\s?([0-9][^()]{0,63})\)")
+_NEGATED = re.compile(r"-\s?\(\s?(-?)\s?([0-9][^()]{0,63})\)")
 _NEGATIVE = re.compile(r"(?:\bnegative|(?<=\bis )minus)[\s{}]+(?=[0-9.(])", re.IGNORECASE)
+_SUBTRACTS = re.compile(r"\bminus[\s{}]+(?=[0-9.(])", re.IGNORECASE)
+_OVER = re.compile(r"\\div(?![A-Za-z])|÷")
 _BLANKS = re.compile(r"[ \t]+")
 
 
@@ -95,9 +97,10 @@ def normalise(text: str) -> str:
     text = _CROSS.sub("*", text)
     text = _TEXT.sub(r"\1", re.sub(r"(?<=[0-9])\*\*(?=[0-9])", "^", text))
     text = _SPACES.sub(" ", _DROPPED.sub("", text))
-    text = _COMPARES.sub(" < ", _EQUALS.sub("=", _TIMES.sub("*", text)))
+    text = _COMPARES.sub(" < ", _EQUALS.sub("=", _OVER.sub("/", _TIMES.sub("*", text)))).replace("{-}", "-")
     text = _BRACED.sub(r"\1", _FRAC.sub(_plain_fraction, text))
-    return _NEGATED.sub(r"-\1", _NEGATIVE.sub("-", _BLANKS.sub(" ", text)))
+    text = _SUBTRACTS.sub("- ", _NEGATIVE.sub("-", _BLANKS.sub(" ", text)))
+    return _NEGATED.sub(lambda match: match[2] if match[1] else f"-{match[2]}", text)
 
 
 def _plain_fraction(match: re.Match) -> str:
@@ -155,7 +158,7 @@ def last_said(text: str) -> str | None:
 
 # --- read one value ---
 
-_GROUPED = r"[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}"
+_GROUPED = r"[0-9]{1,3}(?:,[0-9]{3}){1,20}|[0-9]{1,2}(?:,[0-9]{2}){1,20},[0-9]{3}"
 _BELOW = r"(?P<below>[0-9][0-9.]{0,31})(?![0-9/]|,[0-9])"
 _MIXED = r"[ ](?P<over>[0-9]{1,32})/(?P<part>[0-9]{1,32})(?![0-9/]|[.,][0-9])"
 
@@ -164,7 +167,7 @@ def _token_pattern(whole: str, comma: str, joins: str) -> re.Pattern:
     """The pattern of a token: more ways to write `whole` digits, a decimal `comma`, and what `joins` digits to no number."""
     return re.compile(
         rf"(?P<sign>(?<![\w)\]}}])-[ ]?)?"
-        rf"(?P<digits>(?:{_GROUPED}{whole}|[0-9]+)(?![0-9])(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+{comma})(?![0-9]|[{joins}][0-9])"
+        rf"(?P<digits>(?:{_GROUPED}{whole}|[0-9]+)(?![0-9])(?:\.[0-9]+)?|(?<![0-9A-Za-z])\.[0-9]+{comma})(?![0-9]|[{joins}][0-9])"
         r"(?:[eE](?P<exponent>[+-]?[0-9]{1,3})(?!\.?[0-9]))?"
         rf"(?:{_MIXED}|[ ]?/[ ]?{_BELOW})?"
         r"(?P<power>\^\{?(?P<to>-?[0-9]{1,3})\}?)?"
@@ -247,6 +250,10 @@ def _value(match: re.Match) -> Fraction | None:
     return value
 
 
+# May be two numbers, or one with a separator.
+_PAIR = re.compile(r"[(\[]\s?-?[0-9]+(?:,[0-9]+)+\s?[)\]]")
+
+
 def only_value(text: str, fractions: bool) -> Fraction | None:
     """Read the one number of a text that holds nothing else but words and units, or says that it equals it."""
     found = list(tokens(text, fractions))
@@ -258,14 +265,9 @@ def only_value(text: str, fractions: bool) -> Fraction | None:
     at = [i for i, token in enumerate(found) if token.kind == "number"]
     if len(at) != 1 or any(token.kind in ("compare", "macro") for token in found):
         return None
-    if "(" in text and "," in found[at[0]].text and _plain_pair(found[at[0]].text):
+    if _PAIR.search(text):
         return None
     return found[at[0]].value if is_complete(found, at[0], factorial=True) else None
-
-
-def _plain_pair(text: str) -> bool:
-    """Whether what reads as a decimal comma may be a pair: 3,4."""
-    return re.fullmatch(r"-?\s?[0-9]+,[0-9]{1,2}", text) is not None
 
 
 def is_complete(found: list[Token], at: int, factorial: bool = False) -> bool:
