@@ -474,7 +474,7 @@ def write_metrics(log: m.RunLog, history: History, phase: Phase, before: int, st
         if history.skipped >= phase.max_skipped:
             raise Diverged(
                 f"the gradient or the update was not finite for {history.skipped} batches in a row, up to step "
-                f"{before + step} (phase {phase.name}); what was not finite was not learned from. Lower {phase.name}.optimizer.lr, "
+                f"{before + step} (phase {phase.name}); such updates were skipped. Lower {phase.name}.optimizer.lr, "
                 "or look at the last rollouts; the newest checkpoint is kept"
             )
 
