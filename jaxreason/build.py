@@ -7,6 +7,7 @@ refused by name. Everything that can be wrong with a config is found here, befor
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
 import fnmatch
 import functools
@@ -68,8 +69,6 @@ class Parts(NamedTuple):
     meshes: sharding.Meshes
     devices: int  # that rows are split over
     say: Callable[[str], None]
-    trained: Sequence[dict] = ()  # the task sections of all sources
-    held_out: Sequence[dict] = ()  # those of all suites and texts
     loaded: list[tuple[str, Sequence]] | None = None  # tasks of the sources, each with its name
 
 
@@ -92,28 +91,8 @@ def build(
 
 def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
     """Do what `build` does; the commits that it reads are noted around it."""
-    config = config.to_dict()
-    phase_names = config.get("phases") or ()
-    if not isinstance(phase_names, (tuple, list)) or not phase_names:
-        raise ValueError(f"config.phases got {phase_names!r}; allowed: a tuple of one or more names, each a section of its own")
-    for key in SECTIONS:
-        if key not in config:
-            raise ValueError(f"the config lacks {key!r}; it has: {', '.join(sorted(config))}")
-    for name in phase_names:
-        if not isinstance(name, str):
-            raise ValueError(f"config.phases got {phase_names!r}; allowed: a tuple of names, each a section of its own")
-        if name not in config or name in (*SECTIONS, *OPTIONAL):
-            raise ValueError(unknown("phase", name, set(config) - {*SECTIONS, *OPTIONAL}))
-    for key in set(config) - {*SECTIONS, *OPTIONAL, *phase_names}:
-        # A phase that is defined but not run is fine (that is how phases are left out); anything else would be read by nobody.
-        if not isinstance(config[key], dict) or "source" not in config[key]:
-            raise ValueError(unknown("field of the config", key, {*SECTIONS, *OPTIONAL, *phase_names}))
-    fields.check(layout(config), config)
-    if config["seed"] < 0:
-        raise ValueError(f"config.seed got {config['seed']}; allowed: 0 or more")
-    if config.get("version", VERSION) != VERSION:
-        raise ValueError(f"config.version got {config['version']}; allowed: {VERSION}, that of this jaxreason")
-
+    config = settle(config.to_dict())
+    phase_names = config["phases"]
     here = {"devices": jax.devices(), "process": jax.process_index()}
     meshes = call(sharding.make_meshes, config["sharding"], "config.sharding", **here)
     described = describe(config["model"], config["text"])
@@ -139,8 +118,6 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
         meshes=meshes,
         devices=sharding.row_devices(meshes.learn),
         say=say,
-        trained=[config[name]["source"].get("task") or {} for name in phase_names],
-        held_out=held_out_sections(**config["evaluate"]),
         loaded=[],
     )
     phases = [call(make_phase, config[name], f"config.{name}", name=name, parts=parts) for name in phase_names]
@@ -162,6 +139,49 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
         provenance={"config": json.loads(json.dumps(config, default=list)), **versions()},
         description={"config": config, "parameters": model_config.count_parameters(shape)},
     )
+
+
+def settle(config: dict) -> dict:
+    """Check the fields of a config and write down the split of every task that is read from files.
+
+    Files that a source and a suite (or text) both name are split: the source takes train, the
+    suite test. A file that only one of them names is read whole. Since the run records the
+    result, another suite on resume can't change what is trained on.
+
+    Raises:
+      ValueError: a missing, unknown or mistyped field.
+    """
+    check_fields(config)
+    config = copy.deepcopy(config)
+    trained, held_out = trained_sections(config), held_out_sections(**config["evaluate"])
+    for sections, others, part in ((trained, held_out, "train"), (held_out, trained, "test")):
+        for section in filter(tasks.splits_files, sections):
+            section.setdefault("split", part if shares_files(section, others) else None)
+    return config
+
+
+def check_fields(config: dict) -> None:
+    """Raise ValueError for a missing, unknown or mistyped field of a config."""
+    phase_names = config.get("phases") or ()
+    if not isinstance(phase_names, (tuple, list)) or not phase_names:
+        raise ValueError(f"config.phases got {phase_names!r}; allowed: a tuple of one or more names, each a section of its own")
+    for key in SECTIONS:
+        if key not in config:
+            raise ValueError(f"the config lacks {key!r}; it has: {', '.join(sorted(config))}")
+    for name in phase_names:
+        if not isinstance(name, str):
+            raise ValueError(f"config.phases got {phase_names!r}; allowed: a tuple of names, each a section of its own")
+        if name not in config or name in (*SECTIONS, *OPTIONAL):
+            raise ValueError(unknown("phase", name, set(config) - {*SECTIONS, *OPTIONAL}))
+    for key in set(config) - {*SECTIONS, *OPTIONAL, *phase_names}:
+        # A phase that is defined but not run is fine (that is how phases are left out); anything else would be read by nobody.
+        if not isinstance(config[key], dict) or "source" not in config[key]:
+            raise ValueError(unknown("field of the config", key, {*SECTIONS, *OPTIONAL, *phase_names}))
+    fields.check(layout(config), config)
+    if config["seed"] < 0:
+        raise ValueError(f"config.seed got {config['seed']}; allowed: 0 or more")
+    if config.get("version", VERSION) != VERSION:
+        raise ValueError(f"config.version got {config['version']}; allowed: {VERSION}, that of this jaxreason")
 
 
 # --- what each section is ---
@@ -316,7 +336,13 @@ class Changed(NamedTuple):
     was: object
 
 
-CHANGED = (Changed(1, "config.*.objective.weigh", ("rloo", "reinforce"), "per_sequence"),)
+CHANGED = (
+    Changed(1, "config.*.objective.weigh", ("rloo", "reinforce"), "per_sequence"),
+    Changed(1, "config.*.source.task.split", ("jsonl",), None),
+    Changed(1, "config.*.source.task.split", ("corpus",), "train"),
+    Changed(1, "config.evaluate.suites.*.split", ("jsonl",), "test"),
+    Changed(1, "config.evaluate.texts.*.task.split", ("corpus", "jsonl"), "test"),
+)
 
 
 def from_earlier(config: dict) -> tuple[dict, list[str]]:
@@ -720,24 +746,21 @@ def load_tasks(section: dict, **defaults) -> Sequence:
 
 
 def load_trained(section: dict, parts: Parts) -> Sequence:
-    """Load the tasks of a source; of files that a suite or a text reads too, the split for training."""
-    split = {"split": "train"} if shares_files(section, parts.held_out) else {}
-    items = load_tasks(section, seed=parts.seed, **split)
+    """Load the tasks of a source."""
+    items = load_tasks(section, seed=parts.seed)
     parts.loaded.append((section["name"], items))
-    parts.say(f"source: {len(items):,} of task {section['name']!r}{tasks.of_split(section | split)}")
+    parts.say(f"source: {len(items):,} of task {section['name']!r}{tasks.of_split(section)}")
     return items
 
 
 def load_held_out(section: dict, parts: Parts, what: str, allow_overlap: bool, **defaults) -> Sequence:
-    """Load the tasks of a suite or a text: a test split, or the whole of files that no source reads.
+    """Load the tasks of a suite or a text, of the test split unless the section names another.
 
     Raises:
       ValueError: a source trains on some of them.
     """
-    whole = tasks.splits_files(section.get("name")) and not shares_files(section, parts.trained)
-    split = {"split": None if whole else "test"}
-    items = load_tasks(section, **split, **defaults)
-    parts.say(f"{what}: {len(items):,} of task {section['name']!r}{tasks.of_split(section | split)}")
+    items = load_tasks(section, split="test", **defaults)
+    parts.say(f"{what}: {len(items):,} of task {section['name']!r}{tasks.of_split({'split': 'test'} | section)}")
     for name, trained in parts.loaded:
         if shared := tasks.overlap(trained, items):
             message = f"{what} holds {shared:,} of its {len(items):,} questions or texts in common with the source task {name!r}"
@@ -747,9 +770,16 @@ def load_held_out(section: dict, parts: Parts, what: str, allow_overlap: bool, *
     return items
 
 
+def trained_sections(config: dict) -> list[dict]:
+    """The task sections of all sources of the phases that are run."""
+    sections = [config[name]["source"].get("task") for name in config["phases"]]
+    return [section for section in sections if isinstance(section, dict)]
+
+
 def held_out_sections(suites: dict | None = None, texts: dict | None = None, **_) -> list[dict]:
     """The task sections of all suites and texts."""
-    return [*(suites or {}).values(), *(text.get("task") or {} for text in (texts or {}).values())]
+    sections = [*(suites or {}).values(), *(text.get("task") for text in (texts or {}).values())]
+    return [section for section in sections if isinstance(section, dict)]
 
 
 def shares_files(section: dict, others: Sequence[dict]) -> bool:

@@ -25,6 +25,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import ml_collections
 from absl import app, flags, logging
 
 from jaxreason import command
@@ -85,6 +86,13 @@ def dated(config, date: str | None):
     with config.unlocked():
         config.text.date = date
     return config
+
+
+def settled(config):
+    """A config with the splits that its sources and suites decide together: see `build.settle`."""
+    from jaxreason.build import settle
+
+    return ml_collections.ConfigDict(settle(config.to_dict()))
 
 
 def keep_compiled(folder: str | None) -> None:
@@ -240,7 +248,7 @@ def run(config) -> None:
             if differ := [process for process, other in enumerate(texts) if other != text]:
                 raise ValueError(f"process {differ[0]} has another config than process 0; start all with the same command")
             begun = dates[0] if anew else together(folders.begun, workdir, dates[0])
-            config = dated(config, gather(begun)[0])
+            config = together(settled, dated(config, gather(begun)[0]))
             text = config_text(config)
             how = {"resume": RESUME.value, "accept_config_change": ACCEPT_CONFIG_CHANGE.value, "say": tell}
             together(folders.check, workdir, text, read=from_earlier, **how)

@@ -24,7 +24,7 @@ from pathlib import Path
 RESUME = ("auto", "must", "never")
 # Fields of a config that decide when something is written or measured, or how the same sums are split.
 SAME_MATHS = re.compile(
-    r"(log|checkpoint|evaluate|sharding)\.(?!.*\.path$)"  # of files that are held out too, a source reads a part
+    r"(log|checkpoint|evaluate|sharding)\."
     r"|sampler\.(slots|chunk_tokens|prompts_per_prefill|prefill_tokens|prompt_rows)$"
     r"|model\.(scan_layers|remat|attention)$"
     r"|[^.]+\.(microbatches|log_every|evaluate_every|offload_reference|max_skipped)$"

@@ -5,8 +5,9 @@ import json
 import pytest
 from runs import load_config
 
-from jaxreason import tasks
-from jaxreason.build import build
+from jaxreason import build as build_module
+from jaxreason import tasks, workdir
+from jaxreason.build import build, settle
 
 
 def write(path, questions):
@@ -99,9 +100,76 @@ def test_texts_of_a_file_that_nothing_reads_are_whole(tmp_path):
         texts(tmp_path / "b.txt")
 
 
+def test_corpora_cut_differently_are_compared_by_paragraph(tmp_path):
+    texts = [f"{word} and what comes after it, at some length" for word in ("one", "two", "three", "four")]
+    (tmp_path / "all.txt").write_text("\n\n".join(texts))
+    (tmp_path / "most.txt").write_text("\n\n".join([*texts[:3], "a line of its own that is not too long"]))
+    (tmp_path / "some.txt").write_text("\n\n".join([texts[0], *(f"other {i} at this length as well" for i in range(4))]))
+    whole, paragraphs, most, some = (
+        tasks.load("corpus", path=str(tmp_path / name), by=by, split=None)
+        for name, by in (("all.txt", "file"), ("all.txt", "paragraph"), ("most.txt", "file"), ("some.txt", "file"))
+    )
+    assert tasks.overlap(whole, paragraphs) == 4
+    assert tasks.overlap(paragraphs, whole) == 1
+    assert tasks.overlap(paragraphs, most) == 1
+    assert tasks.overlap(paragraphs, some) == 0
+
+
+def settled(source, suites):
+    config = load_config("tiny", "smoke")
+    with config.unlocked():
+        config.phases, config.rl.source.task, config.evaluate = ("rl",), source, {"suites": suites, "n": 4}
+    return settle(build_module.complete(config.to_dict()))
+
+
+def test_splits_are_written_into_the_config(tmp_path):
+    path, other = write(tmp_path / "all.jsonl", QUESTIONS[:100]), write(tmp_path / "other.jsonl", QUESTIONS[100:])
+    both = settled({"name": "jsonl", "path": path}, {"a": {"name": "jsonl", "path": path}, "b": {"name": "jsonl", "path": other}})
+    assert both["rl"]["source"]["task"]["split"] == "train"
+    assert [suite["split"] for suite in both["evaluate"]["suites"].values()] == ["test", None]
+    assert settle(both) == both
+    alone = settled({"name": "jsonl", "path": path}, {"b": {"name": "jsonl", "path": other}})
+    assert alone["rl"]["source"]["task"]["split"] is None
+
+
+def test_another_suite_on_resume_does_not_change_what_is_trained_on(tmp_path):
+    """Adding or removing the suite that shares the source's file is a change of the source, and refused as one."""
+    path = write(tmp_path / "all.jsonl", QUESTIONS)
+    source, suite = {"name": "jsonl", "path": path}, {"name": "jsonl", "path": path}
+    run = tmp_path / "run"
+    (run / "checkpoints" / "4").mkdir(parents=True)
+    for before, after in (({"a": suite}, {}), ({}, {"a": suite})):
+        (run / "config.json").write_text(json.dumps(settled(source, before), default=list))
+        with pytest.raises(ValueError, match=r"another config \(rl\.source\.task\.split: "):
+            check(run, settled(source, after))
+        check(run, settled(source, before))
+
+
+def check(run, config):
+    how = {"resume": "auto", "accept_config_change": False, "say": [].append, "read": build_module.from_earlier}
+    workdir.check(run, json.dumps(config, default=list), **how)
+
+
+def test_a_run_of_an_earlier_version_keeps_its_splits(tmp_path):
+    """There a source trained on the whole of a file of which a suite held the test part."""
+    path = write(tmp_path / "all.jsonl", QUESTIONS)
+    source, suite = {"name": "jsonl", "path": path}, {"name": "jsonl", "path": path}
+    now = settled(source, {"a": suite})
+    before = json.loads(json.dumps(now | {"version": 0}))
+    del before["rl"]["source"]["task"]["split"], before["evaluate"]["suites"]["a"]["split"]
+    there, _ = build_module.from_earlier(before)
+    assert there["rl"]["source"]["task"]["split"] is None
+    assert there["evaluate"]["suites"]["a"]["split"] == "test"
+    run = tmp_path / "run"
+    (run / "checkpoints" / "4").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps(before))
+    with pytest.raises(ValueError, match=r"rl\.source\.task\.split: None there, train here"):
+        check(run, now)
+
+
 def test_families_with_splits_of_their_own_keep_them(monkeypatch):
     """Data sets of the hub too, of which a part may be held out."""
-    assert {name for name in tasks.TASKS if tasks.splits_files(name)} == {"jsonl", "corpus"}
+    assert {name for name in tasks.TASKS if tasks.splits_files({"name": name})} == {"jsonl", "corpus"}
     asked = []
 
     def ours(split: str = "train", held_out: float = 0.1):

@@ -56,13 +56,6 @@ def test_a_change_of_the_maths_is_refused_unless_accepted(folder, field):
     assert said[0].startswith(f"config changed: {field}")
 
 
-@pytest.mark.parametrize("field", ["evaluate.suites.chain.path", "evaluate.texts.held_out.task.path"])
-def test_another_file_that_is_held_out_is_a_change_of_what_is_trained_on(field):
-    """Where a source and a suite name one file, the suite decides the source's split."""
-    assert not workdir.SAME_MATHS.match(field)
-    assert workdir.SAME_MATHS.match("evaluate.suites.chain.ops")
-
-
 def test_fewer_steps_than_a_run_has_made_are_refused(folder):
     """Where it seemed that the disk was full, after the sampler was compiled and the new config written."""
     with pytest.raises(ValueError, match=r"checkpoint of step 40, and the phases have 39 steps in all; raise the steps"):

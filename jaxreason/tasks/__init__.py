@@ -57,15 +57,16 @@ def load(
 # --- what is trained on, and what is held out ---
 
 
-def splits_files(name: str) -> bool:
-    """Whether a family reads a user's files and splits them by the hash of each question or text."""
+def splits_files(section: Mapping[str, Any]) -> bool:
+    """Whether a section's family reads a user's files and splits them by the hash of each question or text."""
+    name = section.get("name")
     return name in TASKS and {"path", "held_out"} <= inspect.signature(TASKS[name]).parameters.keys()
 
 
 def files(section: Mapping[str, Any]) -> set[str]:
     """The files that a section of a config names, if its family splits files."""
     path = section.get("path")
-    if not splits_files(section.get("name")) or not isinstance(path, str | list | tuple):
+    if not splits_files(section) or not isinstance(path, str | list | tuple):
         return set()
     with contextlib.suppress(FileNotFoundError):  # which the family itself will say
         return {str(file.resolve()) for file in corpus.find_files([path] if isinstance(path, str) else path)}
@@ -78,12 +79,22 @@ def of_split(section: Mapping[str, Any]) -> str:
 
 
 def overlap(trained: Sequence, held_out: Sequence) -> int:
-    """Count the held-out tasks (or texts) whose question is among those trained on, up to case and white space."""
+    """Count the held-out tasks and texts that are trained on, up to case and white space.
+
+    A task counts if its question is trained on; a text if more than half of its characters
+    are in paragraphs that are, so that a corpus cut into files is compared with one cut
+    into paragraphs.
+    """
     if procedural.are_disjoint(trained, held_out):
         return 0
-    questions = {_question(item) for item in trained}
-    return sum(_question(item) in questions for item in held_out)
+    known = {piece for item in trained for piece in _pieces(item)}
+    return sum(_known_share(_pieces(item), known) > 0.5 for item in held_out)
 
 
-def _question(item: Task | str) -> str:
-    return splits.normalised(item if isinstance(item, str) else item.question)
+def _known_share(pieces: list[str], known: set[str]) -> float:
+    return sum(len(piece) for piece in pieces if piece in known) / max(1, sum(map(len, pieces)))
+
+
+def _pieces(item: Task | str) -> list[str]:
+    pieces = corpus.paragraphs(item) if isinstance(item, str) else [item.question]
+    return [splits.normalised(piece) for piece in pieces]

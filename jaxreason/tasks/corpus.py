@@ -14,7 +14,7 @@ from jaxreason.tasks import splits
 
 def corpus(
     path: str | Sequence[str],  # a file, a glob such as books/*.txt, or several of either
-    split: str | None = "train",  # train or test, by the document's hash; None: all
+    split: str | None = None,  # train or test, by the document's hash; None: all
     by: str = "paragraph",  # what a document is: paragraph, cut at blank lines, or file
     held_out: float = 0.1,  # fraction of the documents that are test
 ) -> Sequence[str]:
@@ -34,12 +34,17 @@ def corpus(
     if by not in ("paragraph", "file"):
         raise ValueError(unknown("by of task 'corpus'", by, ("paragraph", "file")))
     texts = [_read(file) for file in find_files([path] if isinstance(path, str) else path)]
-    documents = texts if by == "file" else [piece for text in texts for piece in re.split(r"\n[^\S\n]*\n", text)]
+    documents = texts if by == "file" else [piece for text in texts for piece in paragraphs(text)]
     documents, split_of = [document.strip() for document in documents], splits.splitter(held_out)
     kept = [document for document in documents if document and (split is None or split_of(document) == split)]
     if not kept:
         raise ValueError(f"{path}: no document in split {split!r} ({len(documents)} in all, held_out={held_out}, by={by!r})")
     return kept
+
+
+def paragraphs(text: str) -> list[str]:
+    """Cut a text at its blank lines."""
+    return re.split(r"\n[^\S\n]*\n", text)
 
 
 def find_files(paths: Sequence[str]) -> list[Path]:
