@@ -23,10 +23,10 @@ from jaxreason import optimizer as optimizers
 from jaxreason.environment import single_turn, verifier_failed
 from jaxreason.model import Model, transformer
 from jaxreason.options import call
-from jaxreason.rollout import Request, Roller, collect
+from jaxreason.rollout import Request, Roller, collect_groups
 from jaxreason.text import Format, Tokenizer, check_vocabulary
 from jaxreason.train import name_learned, new_state
-from jaxreason.types import Rollout, Task, TrainState, Verdict
+from jaxreason.types import Group, Task, TrainState, Verdict
 
 
 class Policy(NamedTuple):
@@ -113,7 +113,7 @@ def sample(
     temperature: float = 1.0,
     verify: Callable[[str, Task], Verdict] = unjudged,
     seed: int = 0,
-) -> list[list[Rollout]]:
+) -> list[Group]:
     """Sample `n` completions of each prompt; return one group of rollouts per prompt.
 
     A prompt is a question or a `Task`, and is put to the model in its chat format. A
@@ -132,18 +132,18 @@ def sample(
         raise ValueError(f"sample got temperature={temperature}; allowed: 0 (greedy) or more")
     tasks = [Task(prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
     ids = [policy.format.prompt(task) for task in tasks]
-    requests = [Request(task, p, g, ids[p]) for p, task in enumerate(tasks) for g in range(n)]
+    wanted = [[Request(task, p, g, ids[p]) for g in range(n)] for p, task in enumerate(tasks)]
     weights = policy.roller.sampler.prepare(policy.params)
     key = jax.random.key(seed)
-    rollouts, _ = collect(policy.roller, weights, requests, single_turn(verify), key=key, temperature=temperature)
-    if failed := [r.verdict.reason for r in rollouts if verifier_failed(r.verdict)]:
-        raise ValueError(f"verify failed for {len(failed)} of {len(rollouts)} completions; the first: {failed[0]}")
-    return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
+    groups, _ = collect_groups(policy.roller, weights, wanted, single_turn(verify), key=key, temperature=temperature)
+    if failed := [r.verdict.reason for group in groups for r in group.attempts if verifier_failed(r.verdict)]:
+        raise ValueError(f"verify failed for {len(failed)} of {len(groups) * n} completions; the first: {failed[0]}")
+    return groups
 
 
 def train_step(
     policy: Policy,
-    groups: Sequence[Sequence[Rollout]],
+    groups: Sequence[Group],
     *,
     objective: str = "grpo",
     lr: float,
@@ -169,9 +169,10 @@ def train_step(
     Raises:
       ValueError: groups of different sizes, or a field that does not fit.
     """
-    size = len(groups[0]) if groups else 0
-    if not size or any(len(group) != size for group in groups):
-        raise ValueError(f"train_step got groups of {[len(group) for group in groups]} rollouts; allowed: one size, 1 or more")
+    sizes = {len(group.attempts) for group in groups}
+    if len(sizes) != 1:
+        raise ValueError(f"train_step got {len(groups)} groups of {sorted(sizes)} rollouts; allowed: one size, 1 or more groups")
+    (size,) = sizes
     learning = _frozen({"name": objective, **(objective_options or {})}), _frozen({"lr": lr, **(optimizer_options or {})})
     rows, shares = size * len(groups), microbatches * policy.mesh.size
     if microbatches < 1 or rows % shares:
@@ -181,16 +182,15 @@ def train_step(
         raise ValueError(
             f"objective {objective!r} compares the rollouts of a group; got groups of {size}; sample with n=2 or more"
         )
-    rollouts = [rollout for group in groups for rollout in group]
-    longest = max(len(r.prompt) + len(r.tokens) for r in rollouts)
+    longest = max(len(r.prompt) + len(r.tokens) for group in groups for r in group.attempts)
     limits = {"buckets": batching.length_buckets(max(longest, policy.roller.sampler.length)), "limit": policy.roller.max_tokens}
-    batch = batching.from_rollouts(rollouts, made, group=size, microbatches=microbatches, **limits)
+    batch = batching.from_groups(groups, made, microbatches=microbatches, **limits)
     jax.eval_shape(step, abstract, batch)  # raises what the step would, while the params are still there
     state = policy.state
     if policy.learning != learning:
         state = jax.jit(new_state, static_argnums=1, donate_argnums=0)(state.params, optimizer)
     state, learned = step(state, sharding.put_rows(batch, policy.mesh))
-    measured = name_learned(learned, sampled=True) | sources.measure(rollouts, size)
+    measured = name_learned(learned, sampled=True) | sources.measure(groups)
     return policy._replace(state=state, learning=learning), metrics.divide(jax.device_get(measured))
 
 

@@ -1,4 +1,4 @@
-"""From rollouts, demonstrations or windows of text to a `Batch`: advantages, weights, behaviour log-probs, padding.
+"""From groups of rollouts, demonstrations or windows of text to a `Batch`: advantages, weights, behaviour log-probs, padding.
 
 Advantages and weights are made here once, over the whole batch, in numpy, before anything is split. Rows have the smallest of a
 few lengths that holds the longest sequence, so few shapes are ever compiled. Short sequences share a row, if `pack`; rows that
@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxreason.cost import shared_length
 from jaxreason.objectives import Objective
-from jaxreason.types import Batch, Rollout
+from jaxreason.types import Batch, Group
 
 
 def length_buckets(longest: int, count: int = 4, multiple: int = 8) -> tuple[int, ...]:
@@ -21,48 +21,49 @@ def length_buckets(longest: int, count: int = 4, multiple: int = 8) -> tuple[int
     return tuple(sorted({min(longest, -(-longest * i // (count * multiple)) * multiple) for i in range(1, count + 1)}))
 
 
-def from_rollouts(
-    rollouts: Sequence[Rollout],
+def from_groups(
+    groups: Sequence[Group],
     objective: Objective,
     *,
-    group: int,
     buckets: Sequence[int],
     limit: int,
     pack: bool = False,
     microbatches: int = 1,
     share: int = 1,
 ) -> Batch:
-    """Make a batch of R / `share` rows from R rollouts that stand in order of (problem, attempt), `group` to a problem.
+    """Make a batch of R / `share` rows from the R rollouts of groups that are all of one size.
 
-    Only sampled tokens are trained on. `limit` is the longest completion, which `per_slot` divides by. `share` attempts at a
-    problem, which must divide `group`, stand behind one copy of its prompt as branches of one segment (see `attention.causal`):
-    the first goes on from the prompt, each other one begins with the prompt's last token again, which predicts its first. With
-    `pack` rows are shared further, and fill one of `microbatches` equal parts after the other, which must divide their number.
+    Only sampled tokens are trained on. `limit` is the longest completion, which `per_slot` divides by. `share` attempts of a
+    group, which must divide its size, follow one copy of its prompt as branches of one segment (see `attention.causal`): the
+    first continues the prompt, each other one begins with the prompt's last token again, which predicts its first. With `pack`
+    rows are shared further, and fill one of `microbatches` equal parts after the other, which must divide their number.
     """
-    R = len(rollouts)
-    reward_PG = np.array([r.verdict.reward for r in rollouts], np.float64).reshape(-1, group)
-    advantage_R = objective.advantage(reward_PG).reshape(R)
+    rollouts = [r for group in groups for r in group.attempts]
+    reward_PG = np.array([[r.verdict.reward for r in group.attempts] for group in groups], np.float64)
+    advantage_R = objective.advantage(reward_PG).reshape(-1)
     length_R = np.array([r.sampled.sum() for r in rollouts])
     weight_R = objective.weigh(length_R, advantage_R, limit)
-    shared = [rollouts[i : i + share] for i in range(0, R, share)]
-    lengths = [shared_length(len(some[0].prompt), [len(r.tokens) for r in some]) for some in shared]
+    parts = [group.attempts[i : i + share] for group in groups for i in range(0, len(group.attempts), share)]
+    lengths = [shared_length(len(attempts[0].prompt), [len(r.tokens) for r in attempts]) for attempts in parts]
     batch, spans = lay_out(lengths, buckets, pack, microbatches)
-    for first, (some, (row, begin, _)) in enumerate(zip(shared, spans, strict=True)):
-        prompt = some[0].prompt
+    i = 0  # of the rollout
+    for attempts, (row, begin, _) in zip(parts, spans, strict=True):
+        prompt = attempts[0].prompt
         start = begin + len(prompt)
-        batch.tokens_BT[row, begin:start], batch.temperature_BT[row, begin:start] = prompt, some[0].temperature
-        for i, r in enumerate(some, start=first * share):
-            if r is not some[0]:
-                assert np.array_equal(r.prompt, prompt), "attempts that share a prompt must be at one problem"
+        batch.tokens_BT[row, begin:start], batch.temperature_BT[row, begin:start] = prompt, attempts[0].temperature
+        for r in attempts:
+            if r is not attempts[0]:
+                assert np.array_equal(r.prompt, prompt), "the attempts of a group must have one prompt"
                 batch.tokens_BT[row, start], start = prompt[-1], start + 1
             stop = start + len(r.tokens)
             batch.tokens_BT[row, start:stop] = r.tokens
             batch.position_BT[row, start - 1 : stop] = len(prompt) - 1 + np.arange(stop - start + 1)
+            batch.rollout_BT[row, start:stop] = i + 1
             batch.weight_BT[row, start:stop] = np.where(r.sampled, weight_R[i], 0.0)
             batch.advantage_BT[row, start:stop] = advantage_R[i]
             batch.behaviour_logp_BT[row, start:stop] = r.logp
             batch.temperature_BT[row, start - 1 : stop] = r.temperature
-            start = stop
+            start, i = stop, i + 1
     return batch
 
 
@@ -78,6 +79,7 @@ def from_demonstrations(
     batch, spans = lay_out([len(ids) for ids, _ in demonstrations], buckets, pack, microbatches)
     for i, ((ids, trainable), (row, begin, stop)) in enumerate(zip(demonstrations, spans, strict=True)):
         batch.tokens_BT[row, begin:stop] = ids
+        batch.rollout_BT[row, begin:stop] = i + 1
         batch.weight_BT[row, begin:stop] = np.where(trainable, weight_R[i], 0.0)
         batch.weight_BT[row, begin] = 0.0  # nothing stands before the first token
         batch.advantage_BT[row, begin:stop] = advantage_R[i]
@@ -131,6 +133,7 @@ def from_windows(tokens_BT: np.ndarray, objective: Objective) -> Batch:
     batch = empty(B, T)
     batch.tokens_BT[:] = tokens_BT
     batch.segment_BT[:] = 1
+    batch.rollout_BT[:] = np.arange(1, B + 1)[:, None]
     batch.weight_BT[:, 1:] = weight_B[:, None]
     batch.advantage_BT[:] = advantage_B[:, None]
     return batch
@@ -146,4 +149,5 @@ def empty(B: int, T: int) -> Batch:
         advantage_BT=np.zeros((B, T), np.float32),
         behaviour_logp_BT=np.zeros((B, T), np.float32),
         temperature_BT=np.ones((B, T), np.float32),
+        rollout_BT=np.zeros((B, T), np.int32),
     )

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from jaxreason import __version__, batching, data, fields, hub, ledger, rollout, sharding, sources, tasks, text, verify
 from jaxreason import evaluate as evaluation
@@ -39,7 +40,7 @@ from jaxreason.rollout import Budget, Roller
 from jaxreason.sampler import ALL, MEMBERS, Filter, cache_buckets, compile_sampler
 from jaxreason.tasks.procedural import ALPHABET
 from jaxreason.train import Phase, Run
-from jaxreason.types import Task, Verdict
+from jaxreason.types import Prompted, Task, Verdict
 
 SECTIONS = ("seed", "model", "text", "sampler", "verifier", "phases", "evaluate", "sharding", "checkpoint", "log")
 OPTIONAL = ("init_from", "version")
@@ -788,15 +789,16 @@ def shares_files(section: dict, others: Sequence[dict]) -> bool:
     return any(files & tasks.files(other) for other in others)
 
 
-def fitting(items: Sequence, prompt: Callable, limit: int, what: str, say: Callable[[str], None]) -> list:
-    """The tasks whose prompts have at most `limit` tokens; says how many were dropped, refuses if all were."""
+def fitting(items: Sequence, prompt: Callable, limit: int, what: str, say: Callable[[str], None]) -> list[Prompted]:
+    """The tasks whose prompts have at most `limit` tokens, with these; says how many were dropped, refuses if all were."""
     if not len(items):
         raise ValueError(f"{what} has no tasks; check its split and limit")
-    kept = [task for task in items if len(prompt(task)) <= limit]
+    prompted = [Prompted(task, np.asarray(prompt(task), np.int32)) for task in items]
+    kept = [p for p in prompted if len(p.prompt) <= limit]
     if not kept:
         raise ValueError(
             f"all {len(items)} prompts of {what} are longer than sampler.max_prompt_tokens={limit} (the first has "
-            f"{len(prompt(items[0]))} tokens); raise it"
+            f"{len(prompted[0].prompt)} tokens); raise it"
         )
     if len(kept) < len(items):
         say(f"{what}: dropped {len(items) - len(kept)} of {len(items)} tasks with prompts over {limit} tokens")
@@ -902,7 +904,7 @@ def rollouts(
             f"source.lag got {lag}, but the objective has no importance ratio, so its gradient would be biased; allowed: 0, or "
             "an objective with a ratio: grpo, dr_grpo, dapo"
         )
-    prompt, roller = parts.format.prompt, parts.roller
+    roller = parts.roller
     if max_tokens is not None:
         if not 1 <= max_tokens <= roller.max_tokens:
             raise ValueError(f"source.max_tokens got {max_tokens}; allowed: 1 to sampler.max_tokens={roller.max_tokens}")
@@ -917,11 +919,12 @@ def rollouts(
         prompt=longest_prompt // 2,
         completion=roller.max_tokens,
     )
-    items = fitting(load_trained(task, parts), prompt, longest_prompt, f"task {task['name']!r}", parts.say)
-    check_keys(items, parts.verifier, f"task {task['name']!r}", parts.say)
+    what = f"task {task['name']!r}"
+    prompted = fitting(load_trained(task, parts), parts.format.prompt, longest_prompt, what, parts.say)
+    items = [task for task, _ in prompted]
+    check_keys(items, parts.verifier, what, parts.say)
     return sources.rollouts(
-        data.shuffled(items, seed=parts.seed),
-        prompt,
+        data.shuffled(prompted, seed=parts.seed),
         judge(parts.verifier, items),
         roller,
         objective,
@@ -1064,7 +1067,7 @@ def make_evaluate(
     suites the test split, unless they say which; files that nothing trains on are held out whole. Questions that a source
     trains on are refused in a suite, unless `allow_overlap`.
     """
-    prompt, roller = parts.format.prompt, parts.roller
+    roller = parts.roller
     filter = make_filter(top_k, top_p, min_p, "config.evaluate")
     if suites and not temperatures:
         raise ValueError("config.evaluate.temperatures is empty; allowed: one or more, 0 is greedy")
@@ -1079,11 +1082,12 @@ def make_evaluate(
     for name, section in suites.items():
         task = {k: v for k, v in section.items() if k != "verifier"}
         items = load_held_out(task, parts, f"suite {name!r}", allow_overlap, size=max(n, final_n or n))
-        items = fitting(items, prompt, longest_prompt, f"suite {name!r}", parts.say)
+        prompted = fitting(items, parts.format.prompt, longest_prompt, f"suite {name!r}", parts.say)
+        items = [task for task, _ in prompted]
         own = section.get("verifier")
         verifier = parts.verifier if own is None else own
         check_keys(items, verifier, f"suite {name!r}", parts.say)
-        made.append(evaluation.Suite(name, items, judge(verifier, items)))
+        made.append(evaluation.Suite(name, prompted, judge(verifier, items)))
 
     made_texts = [
         call(held_out_text, section, f"config.evaluate.texts.{name}", name=name, parts=parts, allow_overlap=allow_overlap)
@@ -1102,7 +1106,6 @@ def make_evaluate(
             roller,
             params,
             made,
-            prompt=prompt,
             temperatures=temperatures,
             n=final_n if final and final_n else n,
             seed=0,

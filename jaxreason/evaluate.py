@@ -17,7 +17,7 @@ from jaxreason.environment import Environment
 from jaxreason.estimators import wilson
 from jaxreason.rollout import ALONE, Request, Roller, collect_share, join_shares
 from jaxreason.sampler import ALL, Filter
-from jaxreason.types import Batch, Evaluation, Rollout, Task
+from jaxreason.types import Batch, Evaluation, Prompted, Rollout
 
 EVALUATION = 2**31  # folded into the seed's key here; training folds in the number of the phase
 
@@ -26,7 +26,7 @@ class Suite(NamedTuple):
     """A named set of held-out tasks and what judges them."""
 
     name: str
-    tasks: Sequence[Task]
+    tasks: Sequence[Prompted]
     environment: Environment
 
 
@@ -61,7 +61,6 @@ def evaluate(
     params,
     suites: Sequence[Suite],
     *,
-    prompt: Callable[[Task], list[int]],
     temperatures: Sequence[float],
     n: int,
     seed: int,
@@ -78,11 +77,12 @@ def evaluate(
         weights = roller.sampler.prepare(params)
     for i, suite in enumerate(suites):
         tasks = [suite.tasks[j] for j in range(min(n, len(suite.tasks)))]
-        requests = [Request(task, j, 0, prompt(task)) for j, task in enumerate(tasks)]
+        wanted = [[Request(task, j, 0, prompt)] for j, (task, prompt) in enumerate(tasks)]
         for temperature in temperatures:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), EVALUATION), i)
             how = {"key": key, "temperature": temperature, "filter": filter}
-            rollouts, _ = join_shares(collect_share(roller, weights, requests, suite.environment, **how), requests)
+            groups, _ = join_shares(collect_share(roller, weights, wanted, suite.environment, **how), wanted)
+            rollouts = [r for group in groups for r in group.attempts]
             correct = sum(r.verdict.correct for r in rollouts)
             low, high = wilson(correct, len(rollouts))
             accuracy = correct / len(rollouts)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import functools
 import itertools
 import threading
 import time
@@ -23,7 +22,7 @@ import numpy as np
 from jaxreason import processes
 from jaxreason.environment import Environment, Step, Threads, Turn, late
 from jaxreason.sampler import ALL, MEMBERS, RUNNING, STOPS, Filter, Sampler, Weights, attempt_keys
-from jaxreason.types import Rollout, Task
+from jaxreason.types import Group, Rollout, Task
 
 THREADS = 8  # that environments run in
 # Held while something is sampled: two programs on several devices, started from two threads, could each wait for the other's.
@@ -38,7 +37,7 @@ class Request(NamedTuple):
     task: Task
     problem: int  # with `attempt`, what its random key is made from
     attempt: int
-    prompt: Sequence[int]  # token ids
+    prompt: Sequence[int]  # token ids, the same for all attempts at the problem
 
 
 class Spent(NamedTuple):
@@ -112,7 +111,7 @@ class Attempt:
     stop: str = ""
     waits: bool = False  # for its environment
     waited_s: float = 0.0  # for its environment's step, since that runs
-    rollout: Callable[..., Rollout] | None = None  # of the verdict, which is all that it lacks
+    rollout: Rollout | None = None  # once it has ended; it lacks a verdict
 
     def columns(self, length: int) -> int:
         """How many of its slot's own columns a sequence of this length takes. Its last token has none yet."""
@@ -129,7 +128,7 @@ def collect(
     temperature: float,
     filter: Filter = ALL,
 ) -> tuple[list[Rollout], Spent]:
-    """Sample every request and have it judged. Attempts at one problem should stand side by side: its prompt is prefilled once.
+    """Sample every request and have it judged. Attempts at one problem should be neighbours: its prompt is prefilled once.
 
     `weights` are the sampler's (`sampler.prepare(params)`); `key` stands for (seed, phase, step).
 
@@ -149,34 +148,50 @@ def collect(
 
 
 class Share(NamedTuple):
-    """What one process has collected: rollouts by the number of their request, and their cost."""
+    """What one process has collected: groups by their number among those wanted, and their cost."""
 
-    rollouts: dict[int, Rollout]
+    groups: dict[int, Group]
     spent: Spent
 
 
-def collect_share(roller: Roller, weights: Weights, requests: Sequence[Request], environment: Environment, **how) -> Share:
-    """`collect` this process's part of the requests: all attempts at every n-th problem of n processes. `requests` are all's."""
-    mine = [i for i, r in enumerate(requests) if r.problem % jax.process_count() == jax.process_index()]
-    rollouts, spent = collect(roller, weights, [requests[i] for i in mine], environment, **how)
-    return Share(dict(zip(mine, rollouts, strict=True)), spent)
+def collect_groups(
+    roller: Roller, weights: Weights, wanted: Sequence[Sequence[Request]], environment: Environment, **how
+) -> tuple[list[Group], Spent]:
+    """`collect` the attempts at several problems; `wanted` has the requests of each group."""
+    rollouts, spent = collect(roller, weights, list(itertools.chain(*wanted)), environment, **how)
+    rest = iter(rollouts)
+    return [Group(tuple(itertools.islice(rest, len(requests)))) for requests in wanted], spent
 
 
-def join_shares(share: Share, requests: Sequence[Request]) -> tuple[list[Rollout], Spent]:
-    """Put the processes' shares together: all rollouts in the order of the requests, and what they cost. All must call it."""
-    bare = {i: dataclasses.replace(r, task=None, prompt=None) for i, r in share.rollouts.items()}  # the requests have these
+def collect_share(
+    roller: Roller, weights: Weights, wanted: Sequence[Sequence[Request]], environment: Environment, **how
+) -> Share:
+    """Collect this process's part of the groups: every n-th problem of n processes. `wanted` is what all of them want."""
+    mine = [i for i, requests in enumerate(wanted) if requests[0].problem % jax.process_count() == jax.process_index()]
+    groups, spent = collect_groups(roller, weights, [wanted[i] for i in mine], environment, **how)
+    return Share(dict(zip(mine, groups, strict=True)), spent)
+
+
+def join_shares(share: Share, wanted: Sequence[Sequence[Request]]) -> tuple[list[Group], Spent]:
+    """Put the processes' shares together: all groups in the order of `wanted`, and their cost. All processes must call it."""
+    # Every process has the tasks and the prompts, so they are not sent.
+    bare = {i: replaced(group, itertools.repeat({"task": None, "prompt": None})) for i, group in share.groups.items()}
     shares = processes.gather(Share(bare, share.spent))
-    found = {i: rollout for share in shares for i, rollout in share.rollouts.items()}
-    prompts = {id(r.prompt): np.asarray(r.prompt, np.int32) for r in requests}
-    rollouts = [dataclasses.replace(found[i], task=r.task, prompt=prompts[id(r.prompt)]) for i, r in enumerate(requests)]
+    found = {i: group for share in shares for i, group in share.groups.items()}
+    groups = [replaced(found[i], [{"task": r.task, "prompt": r.prompt} for r in wanted[i]]) for i in range(len(wanted))]
     spents = [share.spent for share in shares]
-    return rollouts, Spent(
+    return groups, Spent(
         sample_s=max(s.sample_s for s in spents),
         verify_s=max(s.verify_s for s in spents),
         tokens=sum(s.tokens for s in spents),
         slot_steps=sum(s.slot_steps for s in spents),
         prompt_tokens=sum(s.prompt_tokens for s in spents),
     )
+
+
+def replaced(group: Group, changes: Iterable[dict]) -> Group:
+    """A group with some fields of each attempt replaced."""
+    return Group(tuple(dataclasses.replace(r, **new) for r, new in zip(group.attempts, changes, strict=False)))
 
 
 def check(roller: Roller, requests: Sequence[Request]) -> None:
@@ -314,7 +329,7 @@ class Collection:
             if self.environment.failures is not None:
                 self.environment.failures.hear(step)
             if step.verdict is not None:
-                self.rollouts[attempt.index] = attempt.rollout(verdict=step.verdict)
+                self.rollouts[attempt.index] = dataclasses.replace(attempt.rollout, verdict=step.verdict)
                 self.leave(attempt)
             elif attempt.slot is None:
                 raise ValueError("an environment with one_turn=True gave an observation; it must give a verdict at every step")
@@ -378,7 +393,7 @@ class Collection:
         for a in started:
             start_S[a.slot], tokens_ST[a.slot, : a.length], key_S[a.slot] = True, a.request.prompt, self.key_R[a.index]
             length_S[a.slot], limit_S[a.slot], prompt_S[a.slot] = a.length, self.next_limit(a), a.prompt_row
-        begun = (start_S, tokens_ST, length_S, limit_S, key_S, prompt_S, self.rows.tokens_R())
+        begun = (start_S, tokens_ST, length_S, limit_S, key_S, prompt_S, self.rows.tokens_R.copy())
         self.slots = self.sampler.start(self.slots, *begun)
 
     def next_limit(self, attempt: Attempt) -> int:
@@ -430,7 +445,7 @@ class Collection:
                 attempt.slot = s
 
     def decode(self) -> None:
-        """Decode a chunk, and see who stopped."""
+        """Decode a chunk; hand the texts that ended to their environments and append the end of thinking where it is due."""
         running = self.running()
         if not running:
             return
@@ -441,70 +456,98 @@ class Collection:
             for a in running:
                 a.length = int(length_S[a.slot])
             return
-        tokens_ST, logp_ST, untempered_ST, sampled_ST = jax.device_get(
-            (self.slots.tokens_ST, self.slots.logp_ST, self.slots.untempered_ST, self.slots.sampled_ST)
-        )
+        slots = self.slots
+        written = Written(*jax.device_get((slots.tokens_ST, slots.logp_ST, slots.sampled_ST, slots.untempered_ST)))
         halted_S, said = np.zeros(len(self.tenants), bool), []
         for a in running:
-            s, before, a.length = a.slot, a.length, int(length_S[a.slot])
-            end = find_stop(self.roller, tokens_ST[s], a.turn, before, a.length)
-            if end is not None:
-                a.length, a.stop, halted_S[s] = end, "stop", True
-            elif stop_S[s] == RUNNING:
+            tokens_T = written.tokens_ST[a.slot]
+            a.length, a.stop = ended(self.roller, a, tokens_T, int(length_S[a.slot]), int(stop_S[a.slot]))
+            halted_S[a.slot] = a.stop == "stop"
+            if not a.stop:
                 continue
-            else:
-                a.stop = STOPS[int(stop_S[s])]
-            completion = slice(len(a.request.prompt), a.length)
-            if a.stop == "limit" and a.thinking:
-                a.thinking = False
-                if a.length < a.limit:
-                    ended = self.roller.thinking.end.strip() in text_of(self.roller, tokens_ST[s, completion])
-                    said.append((a, [] if ended else self.roller.thinking.ids))
-                    continue
-            text = text_of(self.roller, tokens_ST[s, completion])
-            a.rollout = functools.partial(
-                Rollout,
-                task=a.request.task,
-                problem=a.request.problem,
-                attempt=a.request.attempt,
-                prompt=np.asarray(a.request.prompt, np.int32),
-                tokens=tokens_ST[s, completion].copy(),
-                logp=logp_ST[s, completion].copy(),
-                untempered_logp=None if untempered_ST is None else untempered_ST[s, completion].copy(),
-                sampled=sampled_ST[s, completion].copy(),
-                stop=a.stop,
-                text=text,
-                temperature=self.temperature,
-            )
-            said_now = text if a.turn == completion.start else text_of(self.roller, tokens_ST[s, a.turn : a.length])
-            self.ask(a, Turn(said_now, a.stop, final=a.length >= a.limit))
+            if (ids := end_of_thinking(self.roller, a, tokens_T)) is not None:
+                said.append((a, ids))
+                continue
+            a.rollout = to_rollout(self.roller, a, written, self.temperature)
+            begun = len(a.request.prompt)
+            text = a.rollout.text if a.turn == begun else text_of(self.roller, tokens_T[a.turn : a.length])
+            self.ask(a, Turn(text, a.stop, final=a.length >= a.limit))
         if halted_S.any():
             self.slots = self.sampler.halt(self.slots, halted_S)
         self.force(said)
 
 
+class Written(NamedTuple):
+    """A copy of the slots' tokens on the host, and of what belongs to them."""
+
+    tokens_ST: np.ndarray
+    logp_ST: np.ndarray
+    sampled_ST: np.ndarray
+    untempered_ST: np.ndarray | None
+
+
+def ended(roller: Roller, attempt: Attempt, tokens_T: np.ndarray, length: int, stop: int) -> tuple[int, str]:
+    """Return an attempt's length after a chunk and why it stopped, "" if it runs. A stop string cuts it back."""
+    end = find_stop(roller, tokens_T, attempt.turn, attempt.length, length)
+    if end is not None:
+        return end, "stop"
+    return length, "" if stop == RUNNING else STOPS[stop]
+
+
+def end_of_thinking(roller: Roller, attempt: Attempt, tokens_T: np.ndarray) -> Sequence[int] | None:
+    """Return what to append to an attempt whose thinking budget is spent; None if the attempt has ended."""
+    if attempt.stop != "limit" or not attempt.thinking:
+        return None
+    attempt.thinking = False
+    if attempt.length >= attempt.limit:
+        return None
+    has_ended = roller.thinking.end.strip() in text_of(roller, tokens_T[len(attempt.request.prompt) : attempt.length])
+    return [] if has_ended else roller.thinking.ids
+
+
+def to_rollout(roller: Roller, attempt: Attempt, written: Written, temperature: float) -> Rollout:
+    """Make the rollout of an attempt that has ended, without a verdict."""
+    request, s = attempt.request, attempt.slot
+    completion = slice(len(request.prompt), attempt.length)
+    return Rollout(
+        task=request.task,
+        problem=request.problem,
+        attempt=request.attempt,
+        prompt=np.asarray(request.prompt, np.int32),
+        tokens=written.tokens_ST[s, completion].copy(),
+        logp=written.logp_ST[s, completion].copy(),
+        untempered_logp=None if written.untempered_ST is None else written.untempered_ST[s, completion].copy(),
+        sampled=written.sampled_ST[s, completion].copy(),
+        stop=attempt.stop,
+        text=text_of(roller, written.tokens_ST[s, completion]),
+        verdict=None,
+        temperature=temperature,
+    )
+
+
 class PromptRows:
-    """Which prompts stand in the rows that slots share, and how many slots continue each."""
+    """Which problems' prompts are in the rows that slots share, and how many slots continue each."""
 
     def __init__(self, sampler: Sampler):
         self.devices = sampler.devices
-        self.prompt: list[tuple] = [()] * sampler.prompt_rows
+        self.problem: list[int | None] = [None] * sampler.prompt_rows
         self.members = [0] * sampler.prompt_rows
+        self.tokens_R = np.zeros(sampler.prompt_rows, np.int32)  # tokens in each row: all of its prompt but the last
 
     def enter(self, attempt: Attempt, slots: int, left: int) -> bool:
         """Find the row that an attempt in one of so many slots continues; say whether its prompt must be copied.
 
-        There, or to the slot itself if it shares none. `left` attempts at the prompt have not started, this one included.
+        There, or to the slot itself if it shares none. `left` attempts at the problem have not started, this one included.
         """
-        prompt, R = tuple(attempt.request.prompt), len(self.prompt)
+        request, R = attempt.request, len(self.problem)
         device = attempt.slot * self.devices // slots
         mine = range(device * R // self.devices, (device + 1) * R // self.devices)
-        row = next((r for r in mine if self.prompt[r] == prompt and self.members[r] < MEMBERS), -1)
+        row = next((r for r in mine if self.problem[r] == request.problem and self.members[r] < MEMBERS), -1)
         found = row >= 0
         if not found and left > 1:
             row = next((r for r in mine if not self.members[r]), -1)
         if row >= 0:
-            self.prompt[row] = prompt
+            self.problem[row], self.tokens_R[row] = request.problem, len(request.prompt) - 1
             self.members[row] += 1
         attempt.prompt_row = row
         return not found
@@ -513,50 +556,45 @@ class PromptRows:
         if row >= 0:
             self.members[row] -= 1
 
-    def tokens_R(self) -> np.ndarray:
-        """Tokens in each row: all of its prompt but the last."""
-        return np.array([max(len(prompt) - 1, 0) for prompt in self.prompt], np.int32)
-
 
 class Prompts:
     """Prompts that are prefilled, some ahead of their time, and kept until all of their attempts have started."""
 
     def __init__(self, roller: Roller, weights: Weights, requests: Sequence[Request]):
         self.roller, self.weights, self.tokens = roller, weights, 0
-        self.left = collections.Counter(tuple(r.prompt) for r in requests)
-        self.ready: dict[tuple, tuple[Any, int]] = {}  # prompt -> a prefilled cache and its row there
+        self.left = collections.Counter(r.problem for r in requests)
+        self.ready: dict[int, tuple[Any, int]] = {}  # problem -> a prefilled cache and its prompt's row there
 
     def starts(self, attempt: Attempt) -> int:
-        """Count an attempt as started; return how many at its prompt had not, with this one."""
-        prompt = tuple(attempt.request.prompt)
-        self.left[prompt] -= 1
-        return self.left[prompt] + 1
+        """Count an attempt as started; return how many at its problem had not, with this one."""
+        self.left[attempt.request.problem] -= 1
+        return self.left[attempt.request.problem] + 1
 
     def of(self, attempts: Sequence[Attempt], queue: Iterable) -> list[tuple[Any, list[tuple[Attempt, int]]]]:
         """Return prefilled caches, each with the attempts that start from one of its rows, and the rows."""
         found: dict[int, tuple[Any, list]] = {}
         for i, attempt in enumerate(attempts):
-            prompt = tuple(attempt.request.prompt)
-            if prompt not in self.ready:
+            problem = attempt.request.problem
+            if problem not in self.ready:
                 coming = itertools.chain((a.request for a in attempts[i:]), (request for _, request in queue))
-                self.prefill(tuple(request.prompt) for request in coming)
-            prefilled, row = self.ready[prompt]
+                self.prefill(coming)
+            prefilled, row = self.ready[problem]
             found.setdefault(id(prefilled), (prefilled, []))[1].append((attempt, row))
-        self.ready = {prompt: where for prompt, where in self.ready.items() if self.left[prompt]}
+        self.ready = {problem: where for problem, where in self.ready.items() if self.left[problem]}
         return list(found.values())
 
-    def prefill(self, coming: Iterable[tuple]) -> None:
+    def prefill(self, coming: Iterable[Request]) -> None:
         """Prefill the first prompts of these that are not, as many as go together."""
         P, prompts = self.roller.rows, {}
-        for prompt in coming:
+        for request in coming:
             if len(prompts) == P:
                 break
-            if prompt not in self.ready:
-                prompts[prompt] = None
-        T = next(t for t in self.roller.prompt_buckets if t >= max(map(len, prompts)))
+            if request.problem not in self.ready:
+                prompts[request.problem] = request.prompt
+        T = next(t for t in self.roller.prompt_buckets if t >= max(map(len, prompts.values())))
         tokens_PT, length_P = np.zeros((P, T), np.int32), np.ones(P, np.int32)
-        for row, prompt in enumerate(prompts):
+        for row, prompt in enumerate(prompts.values()):
             tokens_PT[row, : len(prompt)], length_P[row] = prompt, len(prompt)
         prefilled = self.roller.sampler.prefill(self.weights, tokens_PT, length_P)
-        self.ready |= {prompt: (prefilled, row) for row, prompt in enumerate(prompts)}
-        self.tokens += sum(map(len, prompts))
+        self.ready |= {problem: (prefilled, row) for row, problem in enumerate(prompts)}
+        self.tokens += sum(map(len, prompts.values()))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from jaxreason.environment import Environment, count_failures
 from jaxreason.objectives import EQUAL_REWARDS, Objective
 from jaxreason.options import unknown
 from jaxreason.rollout import Request, Roller, Share, Spent, collect_share, join_shares
-from jaxreason.types import Batch, Rollout, Task, Verdict
+from jaxreason.types import Batch, Group, Prompted, Rollout, Task, Verdict
 
 
 class Drawn(NamedTuple):
@@ -47,14 +48,6 @@ class Source(NamedTuple):
     rows: int  # of every batch it draws
     samples: bool = False  # it draws from the params it is given
     save: Callable[[dict], dict] = dict
-
-
-class Sampled(NamedTuple):
-    """All that was sampled for a batch."""
-
-    start: int  # position of its first problem
-    rollouts: list[Rollout]
-    spent: Spent
 
 
 def corpus(batches: Sequence, objective: Objective, *, rows: int) -> Source:
@@ -100,9 +93,40 @@ def demonstrations(
 REWARDS = ("verdict", "random")
 
 
+class Sampled(NamedTuple):
+    """The groups that were sampled for a batch."""
+
+    start: int  # position of their first problem
+    groups: list[Group]
+    spent: Spent
+
+    @property
+    def end(self) -> int:
+        """The position at which the next batch starts."""
+        return self.start + len(self.groups)
+
+
+class Sampling(NamedTuple):
+    """What the attempts of a source are made from."""
+
+    tasks: Sequence[Prompted]
+    environment: Environment
+    roller: Roller
+    problems: int  # in a batch
+    group: int  # attempts at each
+    temperature: float
+    reward: str  # one of `REWARDS`
+
+
+class Draw(NamedTuple):
+    """How the groups of a batch are sampled, in two parts, since threads must not exchange anything with other processes."""
+
+    collect: Callable[..., Share]  # (wanted, weights, key): this process's part; may run in a thread
+    finish: Callable[..., Sampled]  # (share, wanted, weights, key): all processes call it
+
+
 def rollouts(
-    tasks: Sequence[Task],
-    prompt: Callable[[Task], list[int]],
+    tasks: Sequence[Prompted],
     environment: Environment,
     roller: Roller,
     objective: Objective,
@@ -120,19 +144,11 @@ def rollouts(
     steps: int | None = None,
     dynamic_sampling: int = 1,
 ) -> Source:
-    """Sample `group` attempts at each of `problems` tasks a batch and have them judged, each process its share of the problems.
+    """Sample `group` attempts at each of `problems` tasks per batch and judge them; the processes divide the problems.
 
-    With `lag` 0 a batch is of the params at hand. Else it was sampled when the params were `lag` updates younger (the first ones
-    of a phase are all of its first params), in the `background` if the sampler has devices of its own: while the learner makes
-    an update, the batch of the next one is under way. Nothing is sampled for a step after the last of `steps`.
-
-    Attempts at a problem that all earn the same teach nothing to an objective that compares them. With `dynamic_sampling` of n
-    further problems are drawn until `problems` of them teach something, or n times as many were drawn (Yu et al. 2025, arXiv
-    2503.14476, sec. 3.2); the batch has the first that do, and if they are too few, the first others. How many problems a step
-    draws is where the next begins, and all the state there is. Of several processes that sample in the background each does
-    only the first round there: to know whether another is needed, they must exchange what they have, which is not for threads.
-
-    In the batch `share` attempts at a problem stand behind one copy of its prompt (see `batching.from_rollouts`).
+    A step's state is the position of its first problem. `lag`, `background` and `steps` are those of `with_lag`,
+    `dynamic_sampling` is `most` of `with_dynamic_sampling`. In the batch `share` attempts at a problem follow one copy of its
+    prompt (see `batching.from_groups`).
 
     `reward="random"` is the control: each attempt earns 1 with the batch's own share of right answers, whatever it says.
 
@@ -148,54 +164,131 @@ def rollouts(
             f"source.dynamic_sampling got {dynamic_sampling}; allowed: 1 (off), or more for an objective that compares the "
             "attempts at a problem, such as grpo, dr_grpo, dapo, rloo"
         )
+    sampling = Sampling(tasks, environment, roller, problems, group, temperature, reward)
+    draw = with_dynamic_sampling(one_round(sampling), sampling, dynamic_sampling)
+
+    def drawn(sampled: Sampled) -> Drawn:
+        """Make the batch of what was sampled, and what is to be said of it."""
+        learned = most_mixed(sampled.groups, problems)
+        batch = batching.from_groups(
+            learned,
+            objective,
+            buckets=buckets,
+            limit=roller.max_tokens,
+            pack=pack,
+            microbatches=microbatches,
+            share=share,
+        )
+        tokens, spent = float((batch.segment_BT > 0).sum()), sampled.spent
+        metrics = measure(sampled.groups) | {
+            "rollout/oversampling": (float(len(sampled.groups) * group), float(len(learned) * group)),
+            "time/sample_s": (spent.sample_s, 1.0),
+            "time/verify_s": (spent.verify_s, 1.0),
+            "train/tokens": (tokens, 1.0),
+            "train/packing_efficiency": (tokens, float(batching.computed_tokens(batch, microbatches))),
+            "perf/sample_tokens_per_s": (float(spent.tokens), spent.sample_s),
+            "rollout/slot_occupancy": (float(spent.tokens), float(spent.slot_steps)),
+        }
+        return Drawn(batch, metrics, [r for group in sampled.groups for r in group.attempts])
+
+    def next(state, params, key):
+        start, weights = state["position"], roller.sampler.prepare(params)
+        sampled = begin(draw, at_once, wanted_groups(sampling, start, problems), weights, key_of(sampling, start, key))()
+        return {"position": sampled.end}, drawn(sampled)
+
+    source = Source(lambda: {"position": 0}, next, problems * group // share, samples=True)
+    return with_lag(source, draw, drawn, sampling, lag, background=background, steps=steps) if lag else source
+
+
+def one_round(sampling: Sampling) -> Draw:
+    """Sample the wanted groups and no more."""
+
+    def collect(wanted, weights, key):
+        how = {"key": key, "temperature": sampling.temperature}
+        return collect_share(sampling.roller, weights, wanted, sampling.environment, **how)
+
+    def finish(share, wanted, weights, key):
+        groups, spent = join_shares(share, wanted)
+        groups = shuffle_rewards(groups, key) if sampling.reward == "random" else groups
+        return Sampled(wanted[0][0].problem, groups, spent)
+
+    return Draw(collect, finish)
+
+
+def wanted_groups(sampling: Sampling, start: int, count: int) -> list[list[Request]]:
+    """The attempts at `count` problems from a position on."""
+    tasks = [sampling.tasks[start + p] for p in range(count)]
+    return [[Request(t.task, start + p, g, t.prompt) for g in range(sampling.group)] for p, t in enumerate(tasks)]
+
+
+def key_of(sampling: Sampling, start: int, key):
+    """The random key of the batch whose problems start at a position."""
+    return jax.random.fold_in(key, start // sampling.problems + 1)
+
+
+def with_dynamic_sampling(draw: Draw, sampling: Sampling, most: int) -> Draw:
+    """Draw further problems until enough have mixed rewards, or `most` times as many were drawn.
+
+    Attempts at a problem that all earn the same teach nothing to an objective that compares them (Yu et al. 2025, arXiv
+    2503.14476, sec. 3.2). The batch has the first problems with mixed rewards, and if they are too few, the first others (see
+    `most_mixed`). How many problems a step draws decides where the next one begins, and that is all the state. Further rounds
+    are part of `finish`: whether another is needed depends on what all processes have.
+    """
+
+    def finish(share, wanted, weights, key):
+        sampled = draw.finish(share, wanted, weights, key)
+        while count := missing(sampled.groups, sampling.problems, most):
+            wanted = wanted_groups(sampling, sampled.end, count)
+            more = draw.finish(draw.collect(wanted, weights, key), wanted, weights, key)
+            spent = Spent(*map(operator.add, sampled.spent, more.spent))
+            sampled = Sampled(sampled.start, sampled.groups + more.groups, spent)
+        return sampled
+
+    return Draw(draw.collect, finish) if most > 1 else draw
+
+
+def missing(groups: Sequence[Group], problems: int, most: int) -> int:
+    """How many further problems to draw: as many as it takes at the rate so far, but no more than a batch at a time."""
+    drawn, mixed = len(groups), sum(map(has_mixed_rewards, groups))
+    wanted = math.ceil((problems - mixed) * drawn / max(mixed, 1))
+    return max(0, min(wanted, problems, most * problems - drawn))
+
+
+def most_mixed(groups: Sequence[Group], problems: int) -> list[Group]:
+    """The first groups with mixed rewards, then the first others: as many as a batch has, in their order."""
+    mixed_first = sorted(range(len(groups)), key=lambda p: not has_mixed_rewards(groups[p]))
+    return [groups[p] for p in sorted(mixed_first[:problems])]
+
+
+def begin(draw: Draw, submit: Callable, wanted: list[list[Request]], weights, key) -> Callable[[], Sampled]:
+    """Begin to sample a batch by `submit`, as of an executor; the function returned waits for all of it."""
+    if submit is at_once or jax.process_count() == 1:
+        return submit(lambda: draw.finish(draw.collect(wanted, weights, key), wanted, weights, key)).result
+    share, held = submit(draw.collect, wanted, weights, key), [weights]
+    # The weights are released as soon as they have served: those of the next batch need the room.
+    return functools.cache(lambda: draw.finish(share.result(), wanted, held.pop(), key))
+
+
+def with_lag(
+    source: Source,
+    draw: Draw,
+    drawn: Callable[[Sampled], Drawn],
+    sampling: Sampling,
+    lag: int,
+    *,
+    background: bool = False,
+    steps: int | None = None,
+) -> Source:
+    """Sample a source's batches with the params of `lag` updates ago; the first ones of a phase with its first params.
+
+    In the `background`, which needs devices of the sampler's own, the batch of the next step is sampled while the learner makes
+    an update. There each of several processes does only the first round: see `Draw`. Nothing is sampled for a step after the
+    last of `steps`. The batches that were sampled ahead are part of the state.
+    """
     submit = ThreadPoolExecutor(1, "sampling").submit if background else at_once
 
-    def requests_from(position: int, count: int) -> list[Request]:
-        wanted = [tasks[position + p] for p in range(count)]
-        prompts = [prompt(task) for task in wanted]
-        return [Request(wanted[p], position + p, g, prompts[p]) for p in range(count) for g in range(group)]
-
-    def begin(start: int, weights, key) -> Callable[[], Sampled]:
-        """Begin to sample the batch whose problems start at a position; what is returned waits for all of it."""
-        key = jax.random.fold_in(key, start // problems + 1)
-        first = requests_from(start, problems)
-
-        def collect_mine(requests) -> Share:
-            return collect_share(roller, weights, requests, environment, key=key, temperature=temperature)
-
-        def judged(share: Share, requests) -> tuple[list[Rollout], Spent]:
-            rollouts, spent = join_shares(share, requests)
-            return (shuffle_rewards(rollouts, key) if reward == "random" else rollouts), spent
-
-        def finish(share: Share) -> Sampled:
-            nonlocal weights
-            rollouts, spent = judged(share, first)
-            while count := missing(rollouts):
-                requests = requests_from(start + len(rollouts) // group, count)
-                more, cost = judged(collect_mine(requests), requests)
-                rollouts, spent = rollouts + more, Spent(*map(operator.add, spent, cost))
-            weights = None  # the next ones shall not stand beside them
-            return Sampled(start, rollouts, spent)
-
-        if background and jax.process_count() > 1:
-            share = submit(collect_mine, first)
-            return functools.cache(lambda: finish(share.result()))
-        return submit(lambda: finish(collect_mine(first))).result
-
-    def missing(rollouts: Sequence[Rollout]) -> int:
-        """How many further problems to draw: as many as it takes at the rate so far, but no more than a batch at a time."""
-        drawn, taught = len(rollouts) // group, int(teaches(rollouts, group).sum())
-        wanted = math.ceil((problems - taught) * drawn / max(taught, 1))
-        return max(0, min(wanted, problems, dynamic_sampling * problems - drawn))
-
-    def kept(rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """What the batch is made of, in the order of the problems."""
-        useful_first = np.argsort(~teaches(rollouts, group), kind="stable")[:problems]
-        return [r for p in sorted(useful_first) for r in rollouts[p * group : (p + 1) * group]]
-
     def saved(packed: dict) -> Callable[[], Sampled]:
-        requests = requests_from(packed["start"], len(packed["lengths"]) // group)
-        sampled = Sampled(packed["start"], *unpack(packed, requests))
+        sampled = unpack(packed, wanted_groups(sampling, packed["start"], len(packed["lengths"]) // sampling.group))
         return lambda: sampled
 
     def next(state, params, key):
@@ -203,53 +296,23 @@ def rollouts(
         begun, weights = state.get("begun", 0), None
         while len(ahead) <= lag and (not ahead or steps is None or begun < steps):
             # Where a batch begins is known when the one before it has ended; then nothing runs on the sampler's devices, either.
-            start = end_of(ahead[-1]()) if ahead else state["position"]
-            weights = roller.sampler.prepare(params) if weights is None else weights
-            ahead.append(begin(start, weights, key))
+            start = ahead[-1]().end if ahead else state["position"]
+            weights = sampling.roller.sampler.prepare(params) if weights is None else weights
+            wanted = wanted_groups(sampling, start, sampling.problems)
+            ahead.append(begin(draw, submit, wanted, weights, key_of(sampling, start, key)))
             begun += 1
         sampled = ahead.pop(0)()
-        rollouts, spent = sampled.rollouts, sampled.spent
-        taught = kept(rollouts)
-        batch = batching.from_rollouts(
-            taught,
-            objective,
-            group=group,
-            buckets=buckets,
-            limit=roller.max_tokens,
-            pack=pack,
-            microbatches=microbatches,
-            share=share,
-        )
-        tokens = float((batch.segment_BT > 0).sum())
-        metrics = measure(rollouts, group) | {
-            "rollout/oversampling": (float(len(rollouts)), float(len(taught))),
-            "time/sample_s": (spent.sample_s, 1.0),
-            "time/verify_s": (spent.verify_s, 1.0),
-            "train/tokens": (tokens, 1.0),
-            "train/packing_efficiency": (
-                float((batch.segment_BT > 0).sum()),
-                float(batching.computed_tokens(batch, microbatches)),
-            ),
-            "perf/sample_tokens_per_s": (float(spent.tokens), spent.sample_s),
-            "rollout/slot_occupancy": (float(spent.tokens), float(spent.slot_steps)),
-        }
-        state = {"position": end_of(sampled)} | ({"begun": begun, "ahead": ahead} if lag else {})
-        return state, Drawn(batch, metrics, rollouts)
-
-    def end_of(sampled: Sampled) -> int:
-        return sampled.start + len(sampled.rollouts) // group
+        return {"position": sampled.end, "begun": begun, "ahead": ahead}, drawn(sampled)
 
     def save(state):
-        return state | ({"ahead": [pack_rollouts(*batch()) for batch in state["ahead"]]} if lag else {})
+        return state | {"ahead": [pack_groups(batch()) for batch in state["ahead"]]}
 
-    init = {"position": 0} | ({"begun": 0, "ahead": []} if lag else {})
-    return Source(lambda: dict(init), next, problems * group // share, samples=True, save=save)
+    return source._replace(init=lambda: {"position": 0, "begun": 0, "ahead": []}, next=next, save=save)
 
 
-def teaches(rollouts: Sequence[Rollout], group: int) -> np.ndarray:
-    """Whether the attempts of each group earned different rewards, bool [P]."""
-    reward_PG = np.array([r.verdict.reward for r in rollouts]).reshape(-1, group)
-    return np.ptp(reward_PG, axis=1) >= EQUAL_REWARDS
+def has_mixed_rewards(group: Group) -> bool:
+    """Whether a group's attempts earned different rewards."""
+    return np.ptp([r.verdict.reward for r in group.attempts]) >= EQUAL_REWARDS
 
 
 def at_once(function: Callable, *args, **kwargs) -> Future:
@@ -263,8 +326,9 @@ def at_once(function: Callable, *args, **kwargs) -> Future:
 PER_TOKEN = {"tokens": np.int32, "logp": np.float32, "sampled": np.bool_, "untempered_logp": np.float32}
 
 
-def pack_rollouts(start: int, rollouts: Sequence[Rollout], spent: Spent) -> dict:
-    """Rollouts as JSON has them, bit for bit, without what their requests have: arrays as base64 of all their bytes in a row."""
+def pack_groups(sampled: Sampled) -> dict:
+    """Groups as JSON has them, bit for bit, without the parts that their requests have: arrays as base64 of all their bytes."""
+    rollouts = [r for group in sampled.groups for r in group.attempts]
 
     def text_of(name: str, dtype) -> str | None:
         arrays = [getattr(r, name) for r in rollouts]
@@ -273,65 +337,68 @@ def pack_rollouts(start: int, rollouts: Sequence[Rollout], spent: Spent) -> dict
         return base64.b64encode(np.concatenate(arrays).astype(dtype).tobytes()).decode()
 
     return {
-        "start": start,
+        "start": sampled.start,
         "lengths": [len(r.tokens) for r in rollouts],
         **{name: text_of(name, dtype) for name, dtype in PER_TOKEN.items()},
         "stop": [r.stop for r in rollouts],
         "text": [r.text for r in rollouts],
         "verdict": [dataclasses.astuple(r.verdict) for r in rollouts],
         "temperature": [r.temperature for r in rollouts],
-        "spent": list(spent),
+        "spent": list(sampled.spent),
     }
 
 
-def unpack(packed: dict, requests: Sequence[Request]) -> tuple[list[Rollout], Spent]:
-    """What `pack_rollouts` has packed."""
-    ends = np.cumsum(packed["lengths"])[:-1]
+def unpack(packed: dict, wanted: Sequence[Sequence[Request]]) -> Sampled:
+    """What `pack_groups` has packed."""
+    lengths = packed["lengths"]
+    ends = np.cumsum(lengths)[:-1]
     arrays = {
-        name: [None] * len(requests)
+        name: [None] * len(lengths)
         if packed[name] is None
         else np.split(np.frombuffer(base64.b64decode(packed[name]), dtype), ends)
         for name, dtype in PER_TOKEN.items()
     }
-    rollouts = [
-        Rollout(
-            task=r.task,
-            problem=r.problem,
-            attempt=r.attempt,
-            prompt=np.asarray(r.prompt, np.int32),
+    number = itertools.count()
+
+    def rollout(i: int, request: Request) -> Rollout:
+        return Rollout(
+            task=request.task,
+            problem=request.problem,
+            attempt=request.attempt,
+            prompt=request.prompt,
             **{name: arrays[name][i] for name in PER_TOKEN},
             stop=packed["stop"][i],
             text=packed["text"][i],
             verdict=Verdict(*packed["verdict"][i]),
             temperature=packed["temperature"][i],
         )
-        for i, r in enumerate(requests)
-    ]
-    return rollouts, Spent(*packed["spent"])
+
+    groups = [Group(tuple(rollout(next(number), request) for request in requests)) for requests in wanted]
+    return Sampled(packed["start"], groups, Spent(*packed["spent"]))
 
 
-def shuffle_rewards(drawn: Sequence[Rollout], key) -> list[Rollout]:
-    """Deal the batch's rewards out anew at random: as many are paid, but for nothing."""
-    order = np.asarray(jax.random.permutation(jax.random.fold_in(key, 2**32 - 1), len(drawn)))
-    dealt = [drawn[i].verdict.reward for i in order]
-    return [
-        dataclasses.replace(r, verdict=dataclasses.replace(r.verdict, reward=reward))
-        for r, reward in zip(drawn, dealt, strict=True)
-    ]
+def shuffle_rewards(groups: Sequence[Group], key) -> list[Group]:
+    """Deal the rewards of all groups out anew at random: as many attempts are paid, but for nothing."""
+    reward_R = [r.verdict.reward for group in groups for r in group.attempts]
+    order = np.asarray(jax.random.permutation(jax.random.fold_in(key, 2**32 - 1), len(reward_R)))
+    dealt = (reward_R[i] for i in order)
+
+    def paid(r: Rollout) -> Rollout:
+        return dataclasses.replace(r, verdict=dataclasses.replace(r.verdict, reward=next(dealt)))
+
+    return [Group(tuple(map(paid, group.attempts))) for group in groups]
 
 
-def measure(drawn: Sequence[Rollout], group: int) -> dict:
-    """What there is to say of rollouts, as (sum, count) pairs."""
-    R = float(len(drawn))
-    correct_PG = np.array([r.verdict.correct for r in drawn]).reshape(-1, group)
-    reward_PG = np.array([r.verdict.reward for r in drawn]).reshape(-1, group)
-    length_R = np.array([len(r.tokens) for r in drawn])
+def measure(groups: Sequence[Group]) -> dict:
+    """What there is to say of groups, as (sum, count) pairs."""
+    rollouts = [r for group in groups for r in group.attempts]
+    R, P = float(len(rollouts)), float(len(groups))
     return {
-        "rollout/reward": (float(reward_PG.sum()), R),
-        "rollout/correct": (float(correct_PG.sum()), R),
-        "rollout/solved": (float(correct_PG.any(axis=1).sum()), float(len(correct_PG))),
-        "rollout/informative_groups": (float(teaches(drawn, group).sum()), float(len(reward_PG))),
-        "rollout/length": (float(length_R.sum()), R),
-        "rollout/cut": (float(sum(r.stop == "limit" for r in drawn)), R),
-        **{f"rollout/{name}": (float(n), R) for name, n in count_failures(r.verdict for r in drawn).items()},
+        "rollout/reward": (float(np.sum([r.verdict.reward for r in rollouts])), R),
+        "rollout/correct": (float(sum(r.verdict.correct for r in rollouts)), R),
+        "rollout/solved": (float(sum(any(r.verdict.correct for r in group.attempts) for group in groups)), P),
+        "rollout/informative_groups": (float(sum(map(has_mixed_rewards, groups))), P),
+        "rollout/length": (float(sum(len(r.tokens) for r in rollouts)), R),
+        "rollout/cut": (float(sum(r.stop == "limit" for r in rollouts)), R),
+        **{f"rollout/{name}": (float(n), R) for name, n in count_failures(r.verdict for r in rollouts).items()},
     }

@@ -63,9 +63,35 @@ class Rollout:
     sampled: np.ndarray  # bool; False for tokens that were forced (tool output)
     stop: str  # "eos", "limit" or "stop" (one of the roller's stop strings, which is the end of the text)
     text: str  # the completion decoded, without the end-of-sequence token
-    verdict: Verdict
+    verdict: Verdict | None  # None until it is judged
     temperature: float = 1.0
     untempered_logp: np.ndarray | None = None  # float32, like `logp` under the model's own softmax; None unless asked for
+
+
+class Prompted(NamedTuple):
+    """A task with its prompt."""
+
+    task: Task
+    prompt: np.ndarray  # int32 token ids
+
+
+@dataclass(frozen=True)
+class Group:
+    """The attempts at one task, in order. They share its prompt."""
+
+    attempts: tuple[Rollout, ...]
+
+    @property
+    def task(self) -> Task:
+        return self.attempts[0].task
+
+    @property
+    def problem(self) -> int:
+        return self.attempts[0].problem
+
+    @property
+    def prompt(self) -> np.ndarray:
+        return self.attempts[0].prompt
 
 
 def _registered(cls):
@@ -86,6 +112,7 @@ class Batch:
     advantage_BT: jax.Array  # float32
     behaviour_logp_BT: jax.Array  # float32, log-prob under the policy that sampled the token
     temperature_BT: jax.Array  # float32, at which the token was sampled; the learner's log-probs are taken at the same
+    rollout_BT: jax.Array  # int32, the rollout that a token belongs to, from 1; 0 for prompts and padding
     reference_logp_BT: jax.Array | None = None  # float32; None where no objective asks for a reference policy
 
 

@@ -93,7 +93,7 @@ def set_up(point: str, count: int) -> None:
         "prefill": lambda: before(rollout.Prompts, "prefill", call),
         "sampling": lambda: before(rollout.Collection, "decode", call),
         "verifying": lambda: before(rollout.Collection, "hear", call),
-        "batching": lambda: before(sources.batching, "from_rollouts", call),
+        "batching": lambda: before(sources.batching, "from_groups", call),
         "reference": lambda: before_result(train, "compile_token_logp", call),
         "update": lambda: before_result(train, "compile_train_step", call),
         "logging": lambda: before(train, "write_metrics", call),

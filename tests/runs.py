@@ -23,6 +23,13 @@ def xla_flags(devices: int) -> str:
     return os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
 
 
+def grouped(rollouts, size: int) -> list:
+    """Rollouts in order of their problems, `size` attempts at each, as groups."""
+    from jaxreason.types import Group
+
+    return [Group(tuple(rollouts[i : i + size])) for i in range(0, len(rollouts), size)]
+
+
 # --- in this process: what `main` does, without flags ---
 
 

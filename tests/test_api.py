@@ -1,5 +1,6 @@
 """The front door: README's example as it stands, a run and a checkpoint as policies, and errors in one line."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -49,16 +50,16 @@ def test_the_example_of_the_readme(checkpoint, capsys):
 
 def test_groups_come_in_the_order_of_their_prompts_and_again_with_their_seed(policy):
     groups = jr.sample(policy, ["one", jr.Task("two", "2", id="x")], n=3, seed=5)
-    assert [[(r.task.question, r.attempt) for r in group] for group in groups] == [
+    assert [[(r.task.question, r.attempt) for r in group.attempts] for group in groups] == [
         [("one", 0), ("one", 1), ("one", 2)],
         [("two", 0), ("two", 1), ("two", 2)],
     ]
-    assert groups[1][0].task.id == "x"
-    assert groups[0][0].verdict.reason == "not judged"
+    assert groups[1].attempts[0].task.id == "x"
+    assert groups[0].attempts[0].verdict.reason == "not judged"
     again, other = jr.sample(policy, ["one"], n=3, seed=5), jr.sample(policy, ["one"], n=3, seed=6)
-    assert [r.text for r in again[0]] == [r.text for r in groups[0]]
-    assert [r.tokens.tolist() for r in other[0]] != [r.tokens.tolist() for r in again[0]]
-    greedy = jr.sample(policy, ["one"], n=2, temperature=0)[0]
+    assert [r.text for r in again[0].attempts] == [r.text for r in groups[0].attempts]
+    assert [r.tokens.tolist() for r in other[0].attempts] != [r.tokens.tolist() for r in again[0].attempts]
+    greedy = jr.sample(policy, ["one"], n=2, temperature=0)[0].attempts
     assert greedy[0].tokens.tolist() == greedy[1].tokens.tolist()
 
 
@@ -92,6 +93,7 @@ def test_a_step_that_can_not_be_made_leaves_the_policy_whole(policy):
 
 def test_wrong_calls_are_one_line(policy, checkpoint, tmp_path):
     groups = jr.sample(policy, ["one"], n=2)
+    first = dataclasses.replace(groups[0], attempts=groups[0].attempts[:1])
     for call, message in [
         (lambda: jr.sample(policy, "one"), "allowed: a list of questions"),
         (lambda: jr.sample(policy, [], n=2), "allowed: a list of questions"),
@@ -101,8 +103,8 @@ def test_wrong_calls_are_one_line(policy, checkpoint, tmp_path):
         (lambda: jr.sample(policy, ["one"], temperature=float("nan")), "temperature=nan"),
         (lambda: jr.sample(policy, ["one " * 99]), "allowed: 1 to 64"),
         (lambda: jr.train_step(policy, [], lr=1.0), "allowed: one size"),
-        (lambda: jr.train_step(policy, [groups[0], groups[0][:1]], lr=1.0), r"groups of \[2, 1\] rollouts"),
-        (lambda: jr.train_step(policy, [groups[0][:1]], lr=1.0), "sample with n=2 or more"),
+        (lambda: jr.train_step(policy, [groups[0], first], lr=1.0), r"groups of \[1, 2\] rollouts"),
+        (lambda: jr.train_step(policy, [first], lr=1.0), "sample with n=2 or more"),
         (lambda: jr.train_step(policy, groups, objective="grop", lr=1.0), "did you mean 'grpo'"),
         (lambda: jr.train_step(policy, groups, lr=1.0, optimizer_options={"b3": 1}), "unknown field of optimizer 'b3'"),
         (lambda: jr.train_step(policy, groups, lr=1.0, objective_options={"kl_coefficient": 0.1}), "keeps no reference policy"),

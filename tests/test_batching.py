@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from runs import grouped
 
 from jaxreason import objectives
-from jaxreason.batching import computed_tokens, from_demonstrations, from_rollouts, from_windows, lay_out, length_buckets
+from jaxreason.batching import computed_tokens, from_demonstrations, from_groups, from_windows, lay_out, length_buckets
 from jaxreason.types import Rollout, Task, Verdict
 
 EOS = 0  # and padding
@@ -28,7 +29,7 @@ def rollout(prompt, tokens, reward=0.0, *, sampled=None, logp=None, temperature=
 
 
 def batch_of(rollouts, objective=None, group=2, buckets=(8, 16), limit=10):
-    return from_rollouts(rollouts, objective or objectives.dr_grpo(), group=group, buckets=buckets, limit=limit)
+    return from_groups(grouped(rollouts, group), objective or objectives.dr_grpo(), buckets=buckets, limit=limit)
 
 
 # --- rollouts ---
@@ -154,25 +155,26 @@ def test_attempts_share_a_prompt_by_hand():
         rollout([7], [], 1.0),
         rollout([7], [EOS], 0.0),
     ]
-    how = {"group": 2, "buckets": (4, 8), "limit": 10, "share": 2}
-    batch = from_rollouts(rollouts, objectives.dr_grpo(), **how)
+    how = {"buckets": (4, 8), "limit": 10, "share": 2}
+    batch = from_groups(grouped(rollouts, 2), objectives.dr_grpo(), **how)
     assert batch.tokens_BT.tolist() == [[5, 6, 1, EOS, 6, 3, 4, 8], [7, 7, EOS, 0, 0, 0, 0, 0]]
     assert batch.segment_BT.tolist() == [[1] * 8, [1] * 3 + [0] * 5]
     assert batch.position_BT.tolist() == [[0, 1, 2, 3, 1, 2, 3, 4], [0, 0, 1, 3, 4, 5, 6, 7]]
+    assert batch.rollout_BT.tolist() == [[0, 0, 1, 1, 0, 2, 2, 2], [0, 0, 4, 0, 0, 0, 0, 0]]
     w = 1 / (4 * 10)
     np.testing.assert_allclose(batch.weight_BT, [[0, 0, w, w, 0, w, 0, w], [0, 0, w, 0, 0, 0, 0, 0]])
     np.testing.assert_allclose(batch.advantage_BT[0], np.array([0, 0, 1, 1, 0, -1, -1, -1]) / 2)
     np.testing.assert_allclose(batch.behaviour_logp_BT[0], [0, 0, -1, -2, 0, -1, -2, -3])
     np.testing.assert_allclose(batch.temperature_BT[0], [1] * 4 + [0.7] * 4, rtol=1e-6)
-    packed = from_rollouts(rollouts, objectives.dr_grpo(), **how | {"buckets": (11,)}, pack=True)
+    packed = from_groups(grouped(rollouts, 2), objectives.dr_grpo(), **how | {"buckets": (11,)}, pack=True)
     assert packed.segment_BT.tolist() == [[1] * 8 + [2] * 3, [0] * 11]
     np.testing.assert_array_equal(packed.weight_BT[0], [*batch.weight_BT[0], *batch.weight_BT[1, :3]])
     assert packed.position_BT[0].tolist() == [*batch.position_BT[0], *batch.position_BT[1, :3]]
 
 
 def test_only_attempts_at_one_problem_share_a_prompt():
-    with pytest.raises(AssertionError, match="must be at one problem"):
-        from_rollouts([rollout([5], [1]), rollout([6], [1])], objectives.dr_grpo(), group=2, buckets=(8,), limit=10, share=2)
+    with pytest.raises(AssertionError, match="must have one prompt"):
+        from_groups(grouped([rollout([5], [1]), rollout([6], [1])], 2), objectives.dr_grpo(), buckets=(8,), limit=10, share=2)
 
 
 # --- packing ---
@@ -185,11 +187,12 @@ def test_short_rollouts_share_a_row_by_hand():
         rollout([7], [8, 9, 2], 1.0, sampled=[1, 0, 1]),
         rollout([7], [EOS], 0.0),
     ]
-    batch = from_rollouts(rollouts, objectives.dr_grpo(), group=2, buckets=(4, 8), limit=10, pack=True)
+    batch = from_groups(grouped(rollouts, 2), objectives.dr_grpo(), buckets=(4, 8), limit=10, pack=True)
     # Lengths 3, 6, 4 and 2, in rows of 8: 6 with 2, 4 with 3.
     assert batch.tokens_BT.tolist() == [[5, 6, 1, 2, 3, 4, 7, EOS], [7, 8, 9, 2, 5, 1, EOS, 0], [0] * 8, [0] * 8]
     assert batch.segment_BT.tolist() == [[1] * 6 + [2] * 2, [1] * 4 + [2] * 3 + [0], [0] * 8, [0] * 8]
     assert batch.position_BT[:2].tolist() == [[0, 1, 2, 3, 4, 5, 0, 1], [0, 1, 2, 3, 0, 1, 2, 7]]
+    assert batch.rollout_BT[:2].tolist() == [[0, 0, 2, 2, 2, 2, 0, 4], [0, 3, 3, 3, 0, 1, 1, 0]]
     w = 1 / (4 * 10)
     np.testing.assert_allclose(batch.weight_BT[:2], [[0, 0, w, w, w, w, 0, w], [0, w, 0, w, 0, w, w, 0]])
     np.testing.assert_allclose(batch.advantage_BT[:2], np.array([[0, 0, -1, -1, -1, -1, 0, -1], [0, 1, 1, 1, 0, 1, 1, 0]]) / 2)

@@ -10,14 +10,15 @@ from jaxreason.batching import from_demonstrations, from_windows
 from jaxreason.environment import single_turn
 from jaxreason.estimators import wilson
 from jaxreason.evaluate import Suite, Text, evaluate, score
-from jaxreason.types import Task, Verdict
+from jaxreason.types import Prompted, Task, Verdict
 
 
 def suite(name, letter, size):
     def verify(text, task):
         return Verdict(0.5, task.answer in text, text)
 
-    return Suite(name, [Task(str(i), letter, id=f"{name} {i}") for i in range(size)], single_turn(verify))
+    tasks = [Prompted(Task(str(i), letter, id=f"{name} {i}"), [1 + i % 11]) for i in range(size)]
+    return Suite(name, tasks, single_turn(verify))
 
 
 SUITES = [suite("easy", "", 5), suite("hard", "no such letter", 7), suite("fair", "h", 40)]
@@ -34,10 +35,7 @@ def params():
 
 
 def run(roller, params, suites=SUITES, **more):
-    def prompt(task):
-        return [1 + int(task.question) % 11]
-
-    options = {"prompt": prompt, "temperatures": (0.0, 1.0), "n": 30, "seed": 0, "phase": "prior", "step": 8}
+    options = {"temperatures": (0.0, 1.0), "n": 30, "seed": 0, "phase": "prior", "step": 8}
     return evaluate(roller, params, suites, **options | more)
 
 
@@ -54,7 +52,7 @@ def test_suites_in_order_with_intervals(roller, params):
     assert [e.accuracy for e in evaluations[:4]] == [1, 1, 0, 0]
     assert all(0.1 < e.accuracy < 0.9 for e in evaluations[4:])
     # The rollouts stand in the same order, and accuracy is of what is correct, not of what was earned.
-    expected = [(task.id, temperature) for s in SUITES for temperature in (0.0, 1.0) for task in s.tasks[:30]]
+    expected = [(task.id, temperature) for s in SUITES for temperature in (0.0, 1.0) for task, _ in s.tasks[:30]]
     assert [(r.task.id, r.temperature) for r in rollouts] == expected
     assert evaluations[5].accuracy == np.mean([r.verdict.correct for r in rollouts[-30:]])
 

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runs import grouped
 
 from jaxreason import batching, learner, objectives, optimizer, sharding
 from jaxreason.model import ModelConfig, transformer
@@ -77,8 +78,8 @@ def rollouts(step: int) -> list[Rollout]:
 
 @functools.cache
 def batches(objective: str, pack: bool, microbatches: int) -> list:
-    how = {"group": G, "buckets": (T,), "limit": T, "pack": pack, "microbatches": microbatches}
-    made = [batching.from_rollouts(rollouts(step), OBJECTIVES[objective], **how) for step in range(STEPS)]
+    how = {"buckets": (T,), "limit": T, "pack": pack, "microbatches": microbatches}
+    made = [batching.from_groups(grouped(rollouts(step), G), OBJECTIVES[objective], **how) for step in range(STEPS)]
     assert all((batch.segment_BT.max() > 1) == pack for batch in made)
     # A token's reference log-prob may be anything, but must not depend on where the token stands.
     return [dataclasses.replace(batch, reference_logp_BT=0.9 * batch.behaviour_logp_BT) for batch in made]

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from compare import assert_trees_close
+from runs import grouped
 from tiny_batch import SPANS, B, T, make, random_batch, whole_logits
 
 from jaxreason import batching, learner, objectives, sharding
@@ -307,7 +308,7 @@ def packing(tiny):
             mesh = sharding.make_mesh(data=axes[0], fsdp=axes[1])
             placed = sharding.shardings(state, mesh)
             state, put = jax.device_put(state, placed), functools.partial(sharding.put_rows, mesh=mesh)
-        batch = batching.from_rollouts(rollouts, objective, group=2, buckets=(T,), limit=T, pack=pack, microbatches=microbatches)
+        batch = batching.from_groups(grouped(rollouts, 2), objective, buckets=(T,), limit=T, pack=pack, microbatches=microbatches)
         assert (batch.segment_BT.any(axis=1).sum() < 16) == pack
         reference = learner.compile_token_logp(model, microbatches)(params, put(batch))
         batch = dataclasses.replace(put(batch), reference_logp_BT=reference)
@@ -340,8 +341,8 @@ def shared_prompts(tiny):
             placed = sharding.shardings(state, mesh)
             state, put = jax.device_put(state, placed), functools.partial(sharding.put_rows, mesh=mesh)
         longest = max(len(r.prompt) for r in rollouts) + share * (max(len(r.tokens) for r in rollouts) + 1) - 1
-        how = {"group": 4, "buckets": (longest,), "limit": T, "pack": pack, "microbatches": microbatches}
-        batch = batching.from_rollouts(rollouts, objective, **how, share=share)
+        how = {"buckets": (longest,), "limit": T, "pack": pack, "microbatches": microbatches}
+        batch = batching.from_groups(grouped(rollouts, 4), objective, **how, share=share)
         assert len(batch.tokens_BT) == 16 // share
         reference = learner.compile_token_logp(model, microbatches)(params, put(batch))
         batch = dataclasses.replace(put(batch), reference_logp_BT=0.9 * reference)

@@ -9,7 +9,7 @@ from jaxreason import learner, objectives, optimizer, sources
 from jaxreason.environment import single_turn
 from jaxreason.rollout import Roller
 from jaxreason.sampler import compile_sampler
-from jaxreason.types import Task, TrainState, Verdict
+from jaxreason.types import Prompted, Task, TrainState, Verdict
 
 EOS_ID, PAID = 2, 7
 
@@ -52,8 +52,7 @@ def test_every_objective_finds_what_is_paid_for(tiny, roller, name):
     tasks = [Task(str(i), str(PAID)) for i in range(8)] * 100
     objective = objectives.make(name)
     source = sources.rollouts(
-        tasks,
-        lambda task: [1, 3 + int(task.question)],
+        [Prompted(task, [1, 3 + int(task.question)]) for task in tasks],
         single_turn(verify),
         roller,
         objective,

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from runs import load_config, read_lines, run_config
+from runs import grouped, load_config, read_lines, run_config
 
 from jaxreason import batching, ledger, objectives
 from jaxreason.cost import layer_weights
@@ -69,8 +69,8 @@ def test_learning_is_three_times_forward_however_rows_are_packed(pack):
 
 def test_learning_reads_a_shared_prompt_once():
     rollouts = [rollout(7, 5, 3), rollout(7, 5, 4, forced=2), rollout(8, 1, 2), rollout(8, 1, 1)]
-    how = {"group": 2, "buckets": (14,), "limit": 4, "share": 2, "pack": True}
-    batch = batching.from_rollouts(rollouts, objectives.reinforce_batch(), **how)
+    how = {"buckets": (14,), "limit": 4, "share": 2, "pack": True}
+    batch = batching.from_groups(grouped(rollouts, 2), objectives.reinforce_batch(), **how)
     # Each later attempt reads the prompt's last token again, at its position, and its own.
     positions = [*range(8), *range(4, 9), *range(3), *range(2)]
     trained = int((batch.weight_BT != 0).sum())

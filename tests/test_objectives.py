@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import grouped
 
 from jaxreason import batching, objectives
 from jaxreason.types import Outputs, Rollout, Task, Verdict
@@ -136,7 +137,7 @@ def test_expert_iteration_trains_on_what_was_kept_and_on_nothing_else():
 
     objective = objectives.make("expert_iteration")
     rollouts = [rollout(1.0, 3), rollout(0.0, 4), rollout(-1.0, 2), rollout(1.0, 1)]
-    batch = batching.from_rollouts(rollouts, objective, group=2, buckets=(8,), limit=6)
+    batch = batching.from_groups(grouped(rollouts, 2), objective, buckets=(8,), limit=6)
     expected = np.zeros((4, 8))
     expected[0, 2:5] = expected[3, 2:3] = 1 / 4
     np.testing.assert_allclose(batch.weight_BT, expected, rtol=1e-6)

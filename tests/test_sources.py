@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 import tiny_roller as t
+from runs import grouped
 
 from jaxreason import objectives, sources
 from jaxreason.environment import single_turn
-from jaxreason.types import Task
+from jaxreason.types import Prompted, Task
 
 PROBLEMS, GROUP = 4, 3
 
@@ -29,6 +30,17 @@ class Stream:
 
 def prompt(task):
     return [1 + (int(task.id) + k) % 11 for k in range(1 + int(task.id) % 5)]
+
+
+class WithPrompts:
+    """Tasks of a stream, each with its prompt."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getitem__(self, i):
+        task = self.stream[i]
+        return Prompted(task, np.array(prompt(task), np.int32))
 
 
 def judge(text, task):
@@ -49,8 +61,7 @@ def params():
 
 def make_rollouts(roller, tasks=None, objective=None, **more):
     return sources.rollouts(
-        Stream() if tasks is None else tasks,
-        prompt,
+        WithPrompts(Stream() if tasks is None else tasks),
         single_turn(judge),
         roller,
         objective or objectives.grpo(),
@@ -212,7 +223,12 @@ def test_random_rewards_are_as_many_and_for_nothing(roller, params):
     advantage_R = objectives.grpo().advantage(reward_PG).ravel()
     first_R = [len(r.prompt) for r in drawn.rollouts]
     np.testing.assert_allclose(drawn.batch.advantage_BT[np.arange(len(first_R)), first_R], advantage_R, rtol=1e-5)
-    deals = {tuple(r.verdict.reward for r in sources.shuffle_rewards(honest.rollouts, jax.random.key(s))) for s in range(8)}
+
+    def dealt(seed):
+        groups = sources.shuffle_rewards(grouped(honest.rollouts, GROUP), jax.random.key(seed))
+        return tuple(r.verdict.reward for group in groups for r in group.attempts)
+
+    deals = {dealt(seed) for seed in range(8)}
     assert len(deals) == 8
 
 

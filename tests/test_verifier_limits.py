@@ -10,6 +10,7 @@ import types
 import numpy as np
 import pytest
 import tiny_roller as t
+from runs import grouped
 
 from jaxreason import environment, rollout, sources, train
 from jaxreason.environment import (
@@ -127,7 +128,7 @@ def test_a_broken_verifier_stops_the_collection(made):
 def test_what_a_model_wrote_never_stops_the_run(made):
     """Children that crash or time out say nothing of the verifier."""
     rollouts = t.roll(*made, t.make_requests(9, 3), single_turn(lambda *_: Verdict(0.0, False, None, "timeout")))
-    assert sources.measure(rollouts, 3)["rollout/verifier_timeouts"] == (27.0, 27.0)
+    assert sources.measure(grouped(rollouts, 3))["rollout/verifier_timeouts"] == (27.0, 27.0)
 
 
 @pytest.fixture
@@ -163,7 +164,7 @@ def test_a_verifier_that_hangs_is_given_up_and_the_run_goes_on(made, hung):
             assert r.verdict == late
         else:
             assert r.verdict == t.verify(r.text, r.task)
-    assert sources.measure(rollouts, 3)["rollout/verifier_timeouts"] == (3.0, 27.0)
+    assert sources.measure(grouped(rollouts, 3))["rollout/verifier_timeouts"] == (3.0, 27.0)
 
 
 def test_more_hang_than_there_are_threads(made, monkeypatch):

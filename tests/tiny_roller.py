@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreason.batching import from_rollouts
+from jaxreason.batching import from_groups
 from jaxreason.learner import compile_token_logp
 from jaxreason.model import ModelConfig, transformer
 from jaxreason.objectives import dapo
 from jaxreason.rollout import Request, Roller, collect
 from jaxreason.sampler import compile_sampler
-from jaxreason.types import Task, Verdict
+from jaxreason.types import Group, Task, Verdict
 
 ALPHABET = "_abcdefghijk"
 EOS = 0
@@ -104,7 +104,7 @@ LONGEST = 48  # tokens in a row of `rescore`: one shape, whatever the rollouts
 
 def rescore(model, params, rollouts) -> tuple:
     """The batch of some rollouts and its log-probs as the learner takes them."""
-    batch = from_rollouts(rollouts, dapo(), group=1, buckets=(LONGEST,), limit=LONGEST)
+    batch = from_groups([Group((r,)) for r in rollouts], dapo(), buckets=(LONGEST,), limit=LONGEST)
     return batch, np.asarray(token_logp(model)(params, batch))
 
 

@@ -31,31 +31,37 @@ from jaxreason.cost import shared_length
 FLAGS = flags.FLAGS
 
 
-def random_rollouts(requests, vocab_size: int):
-    """Rollouts as if sampled: `--tokens` random tokens each, or with `--work=natural` as many as a coin toss a token gives."""
+def random_groups(wanted, vocab_size: int):
+    """Groups as if sampled: `--tokens` random tokens per rollout, or with `--work=natural` a random number of them."""
     import numpy as np
 
-    from jaxreason.types import Rollout, Verdict
+    from jaxreason.types import Group, Rollout, Verdict
 
     draw = np.random.default_rng(0)
-    rollouts = []
-    for r in requests:
+
+    def rollout(r) -> Rollout:
         n = min(FLAGS.tokens, int(draw.geometric(2 / FLAGS.tokens))) if FLAGS.work == "natural" else FLAGS.tokens
-        rollouts.append(
-            Rollout(
-                task=r.task,
-                problem=r.problem,
-                attempt=r.attempt,
-                prompt=np.asarray(r.prompt, np.int32),
-                tokens=draw.integers(0, vocab_size, n, np.int32),
-                logp=np.full(n, -np.log(vocab_size), np.float32),
-                sampled=np.ones(n, bool),
-                stop="limit",
-                text="",
-                verdict=Verdict(float(r.attempt % 2), False),
-            )
+        return Rollout(
+            task=r.task,
+            problem=r.problem,
+            attempt=r.attempt,
+            prompt=np.asarray(r.prompt, np.int32),
+            tokens=draw.integers(0, vocab_size, n, np.int32),
+            logp=np.full(n, -np.log(vocab_size), np.float32),
+            sampled=np.ones(n, bool),
+            stop="limit",
+            text="",
+            verdict=Verdict(float(r.attempt % 2), False),
         )
-    return rollouts
+
+    return [Group(tuple(map(rollout, requests))) for requests in wanted]
+
+
+def paid_alternately(group):
+    """A group of which every other attempt earned 1, so that there is something to learn."""
+    from jaxreason.types import Group, Verdict
+
+    return Group(tuple(dataclasses.replace(r, verdict=Verdict(float(r.attempt % 2), False)) for r in group.attempts))
 
 
 def bench(cores: int, whole: bool) -> None:
@@ -66,10 +72,9 @@ def bench(cores: int, whole: bool) -> None:
     from jaxreason.build import attempts_that_share
     from jaxreason.options import call
     from jaxreason.train import new_state
-    from jaxreason.types import Verdict
 
     freed.give_back()  # as `main` does
-    model, params, roller, requests = sampling.make_work()
+    model, params, roller, wanted = sampling.make_work()
     c, config = model.config, FLAGS.config.to_dict()
     phase = config[config["phases"][-1]]
     section = phase["objective"] | ({} if FLAGS.kl is None else {"kl_coefficient": FLAGS.kl})
@@ -77,22 +82,21 @@ def bench(cores: int, whole: bool) -> None:
     made = call(optimizer.make, phase["optimizer"] | {"warmup_steps": 0}, "optimizer", steps=phase["steps"])
     microbatches = FLAGS.microbatches or phase["microbatches"]
     mesh = call(sharding.make_mesh, config["sharding"]["mesh"], "config.sharding.mesh")
-    multiple = microbatches * sharding.row_devices(mesh)
-    how = {"group": FLAGS.group, "rows": len(requests), "multiple": multiple, "completion": roller.max_tokens}
-    how["prompt"] = sum(len(r.prompt) for r in requests) // len(requests)
+    R, multiple = len(wanted) * FLAGS.group, microbatches * sharding.row_devices(mesh)
+    how = {"group": FLAGS.group, "rows": R, "multiple": multiple, "completion": roller.max_tokens}
+    how["prompt"] = sum(len(requests[0].prompt) for requests in wanted) // len(wanted)
     share = attempts_that_share(FLAGS.share_prompts, c, **how)
     longest_prompt = roller.sampler.length - roller.max_tokens
-    if len(requests) // share % multiple:
-        raise ValueError(f"{len(requests) // share} rows do not divide over {microbatches} micro-batches; set --microbatches")
+    if R // share % multiple:
+        raise ValueError(f"{R // share} rows do not divide over {microbatches} micro-batches; set --microbatches")
     placed = sharding.shardings(jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), made)), mesh)
     reference = jax.tree.map(jax.numpy.copy, params) if objective.needs_reference else None
     state = jax.jit(new_state, static_argnums=1, donate_argnums=0, out_shardings=placed)(params, made)
     step = learner.compile_train_step(model, objective, made, microbatches=microbatches, state_shardings=placed)
     reference_logp = learner.compile_token_logp(model, microbatches, mesh)
     to_batch = functools.partial(
-        batching.from_rollouts,
+        batching.from_groups,
         objective=objective,
-        group=FLAGS.group,
         buckets=batching.length_buckets(shared_length(longest_prompt, [roller.max_tokens] * share)),
         limit=roller.max_tokens,
         pack=FLAGS.pack,
@@ -107,16 +111,16 @@ def bench(cores: int, whole: bool) -> None:
 
     parts: dict[str, list[float]] = {"rollout": [], "reference": [], "update": [], "step": []}
     found = []
-    random = random_rollouts(requests, c.vocab_size)
+    random = random_groups(wanted, c.vocab_size)
     for number in range(FLAGS.warmup + FLAGS.repeats):
         times = [time.perf_counter()]
-        rollouts = random
+        groups = random
         if whole:
-            rollouts, _ = sampling.batch(roller, roller.sampler.prepare(state.params), requests, number)
-            rollouts = [dataclasses.replace(r, verdict=Verdict(float(r.attempt % 2), False)) for r in rollouts]
+            groups, _ = sampling.batch(roller, roller.sampler.prepare(state.params), wanted, number)
+            groups = list(map(paid_alternately, groups))
             freed.trim()
         times.append(time.perf_counter())
-        host = to_batch(rollouts)
+        host = to_batch(groups)
         batch = sharding.put_rows(host, mesh)
         if reference is not None:
             logp = jax.block_until_ready(reference_logp(reference, batch))
@@ -128,8 +132,8 @@ def bench(cores: int, whole: bool) -> None:
         if number >= FLAGS.warmup:
             for name, seconds in zip(parts, [b - a for a, b in itertools.pairwise(times)] + [times[-1] - times[0]], strict=True):
                 parts[name].append(seconds)
-            found.append((rollouts, host))
-    tokens = [sum(len(r.prompt) + len(r.tokens) for r in rollouts) for rollouts, _ in found]
+            found.append((groups, host))
+    tokens = [sum(len(r.prompt) + len(r.tokens) for group in groups for r in group.attempts) for groups, _ in found]
     floor = [ledger.reading(c, [host]) / ceiling.flops_per_s for _, host in found]
     efficiency = [(host.segment_BT > 0).sum() / batching.computed_tokens(host, microbatches) for _, host in found]
     show("packing efficiency", efficiency, "")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import json
 import os
 import random
@@ -93,12 +94,9 @@ def floors(c, groups, slots: int, ceiling: machine.Ceiling) -> dict[str, float]:
     }
 
 
-def groups_of(rollouts) -> list[tuple[int, list[int]]]:
-    """The prompt's length and the attempts' of each problem."""
-    found = {}
-    for r in rollouts:
-        found.setdefault(r.problem, (len(r.prompt), []))[1].append(len(r.tokens))
-    return list(found.values())
+def lengths_of(groups) -> list[tuple[int, list[int]]]:
+    """The prompt's length and the attempts' of each group."""
+    return [(len(group.prompt), [len(r.tokens) for r in group.attempts]) for group in groups]
 
 
 def make_work():
@@ -136,32 +134,32 @@ def make_work():
     section["slots"] = FLAGS.slots or FLAGS.prompts * FLAGS.group
     given = {"model": model, "tokenizer": tokenizer, "format": format, "mesh": mesh, "processes": 1}
     roller = call(build.make_roller, section, "config.sampler", **given)
-    requests = [Request(task, p, g, prompts[p]) for p, task in enumerate(tasks) for g in range(FLAGS.group)]
+    wanted = [[Request(task, p, g, prompts[p]) for g in range(FLAGS.group)] for p, task in enumerate(tasks)]
     params = jax.block_until_ready(build.init_params(model, load, config["seed"], mesh))
-    return model, params, roller, requests
+    return model, params, roller, wanted
 
 
-def batch(roller, weights, requests, number: int):
-    """Sample the requests once, with a key of this batch's own."""
+def batch(roller, weights, wanted, number: int):
+    """Sample the wanted groups once, with a key of this batch's own."""
     import jax
 
     from jaxreason.environment import single_turn
-    from jaxreason.rollout import collect
+    from jaxreason.rollout import collect_groups
     from jaxreason.types import Verdict
 
     free = single_turn(lambda text, task: Verdict(0.0, False))
-    return collect(roller, weights, requests, free, key=jax.random.key(number), temperature=FLAGS.temperature)
+    return collect_groups(roller, weights, wanted, free, key=jax.random.key(number), temperature=FLAGS.temperature)
 
 
 def first_batch() -> None:
     """Print the seconds to this process's first batch: after the params are there, and from its start."""
     from jaxreason.rollout import warm_up
 
-    _, params, roller, requests = make_work()
+    _, params, roller, wanted = make_work()
     started_s = time.perf_counter()
     weights = roller.sampler.prepare(params)
     warm_up(roller, weights, forces=False)
-    batch(roller, weights, requests, 0)
+    batch(roller, weights, wanted, 0)
     print(json.dumps({"first_s": time.perf_counter() - started_s, "start_s": time.perf_counter() - STARTED_S}))
 
 
@@ -191,7 +189,7 @@ def bench(cores: int) -> None:
     from jaxreason import freed
 
     freed.give_back()  # as `main` does
-    model, params, roller, requests = make_work()
+    model, params, roller, wanted = make_work()
     c, slots = model.config, roller.sampler.slots
     lengths = f"{FLAGS.prompt_tokens}+{FLAGS.tokens} tokens, {slots} slots, {c.dtype}"
     show = machine.printer(f"{FLAGS.config.model.name} {FLAGS.work}: {FLAGS.prompts}x{FLAGS.group} rollouts, {lengths}", cores)
@@ -202,14 +200,15 @@ def bench(cores: int) -> None:
     prepare = functools.partial(roller.sampler.prepare, params)
     show("layout of weights, once an update", machine.seconds(lambda: jax.block_until_ready(prepare())), "s")
     weights = prepare()
+    requests = list(itertools.chain(*wanted))
     prefill_s, prompt_tokens = time_prefill(roller, weights, requests)
     show("prefill", [prompt_tokens / s for s in prefill_s], "tokens/s")
 
     found = []
     for number in range(FLAGS.warmup + FLAGS.repeats):
         started_s = time.perf_counter()
-        rollouts, spent = batch(roller, weights, requests, number)
-        found.append((time.perf_counter() - started_s, rollouts, spent))
+        groups, spent = batch(roller, weights, wanted, number)
+        found.append((time.perf_counter() - started_s, groups, spent))
     found = found[FLAGS.warmup :]
     show("batch", [s for s, *_ in found], "s")
     show("generated tokens", [spent.tokens / s for s, _, spent in found], "tokens/s", note="prefill included")
@@ -217,7 +216,7 @@ def bench(cores: int) -> None:
     show("completed rollouts", [len(requests) / s for s, *_ in found], "rollouts/s")
     show("rollout length", [spent.tokens / len(requests) for _, _, spent in found], "tokens")
     show("slot occupancy", [spent.tokens / spent.slot_steps for *_, spent in found], "")
-    least = [floors(c, groups_of(rollouts), slots, ceiling) for _, rollouts, _ in found]
+    least = [floors(c, lengths_of(groups), slots, ceiling) for _, groups, _ in found]
     for name in least[0]:
         rate = [spent.tokens / floor[name] for floor, (*_, spent) in zip(least, found, strict=True)]
         taken = [s - (prefill_s[0] if name == "decode" else 0.0) for s, *_ in found]
@@ -238,8 +237,8 @@ def time_prefill(roller, weights, requests) -> tuple[list[float], int]:
     def prefill():
         prompts = Prompts(roller, weights, requests)
         for request in requests:
-            if tuple(request.prompt) not in prompts.ready:
-                prompts.prefill(tuple(r.prompt) for r in requests)
+            if request.problem not in prompts.ready:
+                prompts.prefill(requests)
         jax.block_until_ready([cache for cache, _ in prompts.ready.values()])
         return prompts.tokens
 
