@@ -18,7 +18,7 @@ FLOORS = (
     "learner sampler environment batching origin freed ledger",
     "rollout sources preemption",
     "evaluate build train command",
-    "main api export sweep launch plan bench report view __main__",
+    "main api export sweep launch plan bench look __main__",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 DOORS = FLOORS[-1].split()

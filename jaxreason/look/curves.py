@@ -1,0 +1,125 @@
+"""Draw a metric over the steps of a phase, one curve per group of runs, as a PNG file.
+
+    python -m jaxreason.look.curves --out=tiny.png --metric=eval/chain/greedy/accuracy --phase=rl \
+        'prior, then RL=runs/seed*' 'random reward=runs/random' 'no prior=runs/noprior'
+
+Each argument is LABEL=GLOB of run folders. A curve is the mean over the runs of a group, its
+band goes from the lowest to the highest run. Steps count from the start of the phase; the
+value at step 0 is the last one before it. Needs matplotlib (`pip install -e '.[look]'`).
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags, logging
+
+from jaxreason.options import unknown
+
+COLORS = ("#0072B2", "#D55E00", "#555555", "#009E73", "#CC79A7")  # told apart by colour-blind readers too
+
+
+def read_curve(run: Path, metric: str, phase: str | None) -> dict[int, float]:
+    """Read a metric of a run: steps since the start of the phase -> value.
+
+    Raises:
+      ValueError: the run has no such metric in the phase.
+      FileNotFoundError: the folder holds no metrics.
+    """
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    having = [line for line in lines if isinstance(line.get(metric), int | float)]
+    if not having:
+        raise ValueError(unknown(f"metric in {path}", metric, {name for line in lines for name in line}))
+    inside = [line for line in having if phase in (None, line["phase"])]
+    if not inside:
+        raise ValueError(unknown(f"phase in {path}", phase, {line["phase"] for line in having}))
+    before = [line for line in having if line["step"] < inside[0]["step"]]
+    start = before[-1]["step"] if before else inside[0]["step"]
+    return {line["step"] - start: line[metric] for line in before[-1:] + inside}
+
+
+def join_curves(curves: Sequence[Mapping[int, float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Steps that all curves have, and mean, lowest and highest value at each.
+
+    Raises:
+      ValueError: they have no step in common.
+    """
+    steps = sorted(set.intersection(*map(set, curves)))
+    if not steps:
+        raise ValueError(f"{len(curves)} runs have no step in common; draw them with labels of their own")
+    value_RT = np.array([[curve[step] for step in steps] for curve in curves])
+    return np.array(steps), value_RT.mean(axis=0), value_RT.min(axis=0), value_RT.max(axis=0)
+
+
+def read_groups(arguments: Sequence[str], metric: str, phase: str | None) -> dict[str, list[dict[int, float]]]:
+    """Read the curves that LABEL=GLOB arguments name: label -> one curve per run.
+
+    Raises:
+      ValueError, FileNotFoundError: an argument of another form, or one that no run matches.
+    """
+    groups = {}
+    for argument in arguments:
+        label, separator, pattern = argument.partition("=")
+        if not separator:
+            raise ValueError(f"got the argument {argument!r}; allowed: LABEL=GLOB of run folders")
+        runs = sorted(path for path in glob.glob(os.path.expanduser(pattern)) if Path(path, "metrics.jsonl").is_file())
+        if not runs:
+            raise FileNotFoundError(f"no run folder matches {pattern!r}; a run folder holds metrics.jsonl")
+        groups[label] = [read_curve(Path(run), metric, phase) for run in runs]
+    return groups
+
+
+def draw(groups: Mapping[str, Sequence[Mapping[int, float]]], metric: str, xlabel: str, out: Path) -> None:
+    """Write the figure."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.4), layout="constrained")
+    for i, (label, curves) in enumerate(groups.items()):
+        steps, mean, lowest, highest = join_curves(curves)
+        color = COLORS[i % len(COLORS)]
+        count = f", {len(curves)} runs: mean, lowest to highest" if len(curves) > 1 else ""
+        axes.plot(steps, mean, color=color, marker="o", markersize=3.5, label=label + count)
+        if len(curves) > 1:
+            axes.fill_between(steps, lowest, highest, color=color, alpha=0.2, linewidth=0)
+    axes.set(xlabel=xlabel, ylabel=metric.removeprefix("eval/"))
+    if "accuracy" in metric:
+        axes.set_ylim(-0.02, 1.02)
+    axes.grid(alpha=0.3, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=130)
+    pyplot.close(figure)
+
+
+def main(argv) -> None:
+    options = flags.FLAGS
+    try:
+        if len(argv) < 2 or options.metric is None or options.out is None:
+            raise ValueError("needed: --out=FILE.png, --metric=NAME and one or more LABEL=GLOB; see --help")
+        groups = read_groups(argv[1:], options.metric, options.phase)
+        xlabel = f"updates of phase {options.phase}" if options.phase else "updates"
+        draw(groups, options.metric, xlabel, Path(os.path.expanduser(options.out)))
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error.name} is not installed; pip install -e '.[look]'")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("out", None, "PNG file to write.")
+    flags.DEFINE_string("metric", None, "Name in metrics.jsonl, as eval/chain/greedy/accuracy.")
+    flags.DEFINE_string("phase", None, "Draw this phase only, and count steps from its start.")
+    logging.set_verbosity(logging.WARNING)  # matplotlib tells at INFO that it looks for fonts
+    app.run(main)
