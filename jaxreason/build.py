@@ -286,6 +286,9 @@ def families() -> dict[str, dict[str, str]]:
         "tasks": tasks.TASKS,
         "verifiers": verify.VERIFIERS,
         "objectives": objectives_.OBJECTIVES,
+        "advantages": objectives_.ADVANTAGES,
+        "weightings": objectives_.WEIGHTINGS,
+        "kl_estimators": objectives_.KL_ESTIMATORS,
         "sources": SOURCES,
         "environments": {"single_turn": single_turn},
         "tokenizers": text.TOKENIZERS,
@@ -293,7 +296,7 @@ def families() -> dict[str, dict[str, str]]:
     }
     found = {family: {name: first_sentence(maker) for name, maker in members.items()} for family, members in makers.items()}
     found["models"] = {name: model_config.HUB_IDS.get(name, "random weights") for name in model_config.SIZES}
-    return found | {"optimizers": dict.fromkeys(optimizer_.OPTIMIZERS, "")}
+    return found | {"optimizers": optimizer_.OPTIMIZERS}
 
 
 def first_sentence(function: Callable) -> str:
@@ -649,6 +652,7 @@ def make_phase(
     if evaluate_every < 0:
         raise ValueError(f"config.{name}.evaluate_every got {evaluate_every}; allowed: 0 (at the end only) or more")
     made_objective = call(objectives_.make, objective, f"config.{name}.objective")
+    optimizer = without_ignored(optimizer, f"config.{name}.optimizer", parts.say)
     try:
         made_optimizer = call(optimizer_.make, optimizer, f"config.{name}.optimizer", steps=steps * updates_per_batch)
     except ValueError as error:
@@ -684,6 +688,28 @@ def make_phase(
         offload_reference,
         max_skipped,
     )
+
+
+def without_ignored(section: dict, where: str, say: Callable[[str], None]) -> dict:
+    """Leave out the fields of an optimizer's section that it does not read, and say which."""
+    unread = optimizer_.ignored(section)
+    for field, (why, default) in unread.items():
+        say(f"warning: {where}.{field}={section[field]!r} changes nothing: {why}; --{where}.{field}={default} silences this")
+    return {name: value for name, value in section.items() if name not in unread}
+
+
+def check_changes(config: dict, changes: Mapping[str, str]) -> None:
+    """Check that an optimizer reads each of its fields that a command names.
+
+    Raises:
+      ValueError: it does not; a sweep over the field would vary nothing.
+    """
+    for phase, values in config.items():
+        section = values.get("optimizer") if is_phase(phase, values) else None
+        for field, (why, default) in optimizer_.ignored(section).items() if isinstance(section, dict) else ():
+            where = f"{phase}.optimizer.{field}"
+            if where in changes:
+                raise ValueError(f"config.{where} got {section[field]!r}, but {why}; else --config.{where}={default}")
 
 
 def check_positive(where: str, **fields: int) -> None:
