@@ -108,7 +108,13 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
         # A phase that is defined but not run is fine (that is how phases are left out); anything else would be read by nobody.
         if not isinstance(config[key], dict) or "source" not in config[key]:
             raise ValueError(unknown("field of the config", key, {*SECTIONS, *OPTIONAL, *phase_names}))
+    for name in phase_names:
+        if not is_phase(name, config[name]):
+            raise ValueError(f"config.{name} needs source=..., as each of config.phases; got {config[name]!r}")
     fields.check(layout(config), config)
+    suites, best = config["evaluate"].get("suites", {}), config["checkpoint"].get("keep_best")
+    if best is not None and best not in suites:
+        raise ValueError(unknown("suite in config.checkpoint.keep_best", best, suites))
     if config["seed"] < 0:
         raise ValueError(f"config.seed got {config['seed']}; allowed: 0 or more")
     if config.get("version", VERSION) != VERSION:
@@ -496,16 +502,17 @@ def make_text(
     made = text.with_eos(made, eos)
     if format not in text.FORMATS:
         raise ValueError(unknown("format", format, text.FORMATS))
+    today = to_date(date)
     if format == "plain":
-        if system or template:
-            field = "system" if system else "template"
+        if system or template or date is not None:
+            field = "system" if system else "template" if template else "date"
             raise ValueError(f"text.format is 'plain', which reads no text.{field}; choose chat, or put it into text.instruction")
         return made, text.plain(made, instruction)
     if folder is None:
         raise ValueError("text.format is 'chat' but model.weights is 'random', so there is no chat template; choose plain")
     source, path = text.load_template(folder), text.template_path(folder)
     how = {"system": system, "instruction": instruction, "arguments": template or {}}
-    return made, text.chat(made, source, **how, date=to_date(date), path=path)
+    return made, text.chat(made, source, **how, date=today, path=path)
 
 
 def to_date(date: str | None) -> datetime.date | None:

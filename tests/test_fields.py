@@ -1,5 +1,6 @@
 """Fields of a config: all can be set by a command, all are checked, and no run of an earlier version changes in silence."""
 
+import ast
 import copy
 import functools
 import json
@@ -128,6 +129,25 @@ def test_a_nested_section_is_begun_completed_and_taken_away():
     assert read(model__lora="{'rank': 2}")["model"]["lora"]["alpha"] == 16.0
     assert fields.assign(build.layout, tree, {"model.lora": "None"})["model"]["lora"] is None
     assert "width" not in fields.assign(build.layout, read(model__width="128"), {"model.width": "None"})["model"]
+
+
+def test_a_text_is_begun_by_any_field_and_a_suite_by_its_name():
+    words = {"evaluate.texts.a.length": "8", "evaluate.texts.a.task.name": "corpus", "evaluate.texts.a.task.path": "x.txt"}
+    for some in (words, dict(reversed(words.items()))):
+        found = command.read(f"{ROOT}/configs/tiny.py:smoke", some).to_dict()["evaluate"]["texts"]["a"]
+        assert (found["length"], found["rows"], found["task"]["path"]) == (8, 64, "x.txt")
+    with pytest.raises(ValueError, match=r"unknown field of config.evaluate.texts.a 'lenth' \(did you mean 'length'\?\)"):
+        read(evaluate__texts__a__lenth="8")
+    with pytest.raises(ValueError, match=r"unknown entry .* 'a'; one of: chain, chain_ood; .* --config.evaluate.suites.a.name="):
+        read(evaluate__suites__a__ops="3")
+
+
+@pytest.mark.parametrize("text", ["{1: {'name': 'chain'}}", "{'a': {'name': 'chain', 'ops': {2: 3}}}", "{None: {}}"])
+def test_a_section_whose_names_are_no_text_is_one_line(text):
+    with pytest.raises(ValueError, match=r"config.evaluate.suites got .*; allowed: a section, all names in it text"):
+        read(evaluate__suites=text)
+    with pytest.raises(ValueError, match=r"config.evaluate got .*\(dict\); allowed: a section, all names in it text"):
+        fields.check(build.layout({}), {"evaluate": {"suites": ast.literal_eval(text)}})
 
 
 def test_names_on_the_command_line_bring_their_own_fields():

@@ -65,6 +65,9 @@ def test_another_file_that_is_held_out_is_a_change_of_what_is_trained_on(field):
 
 def test_fewer_steps_than_a_run_has_made_are_refused(folder):
     """Where it seemed that the disk was full, after the sampler was compiled and the new config written."""
+    for item, name, text in (("host", "metadata", '{"host": {}}'), ("state", "_METADATA", "{}")):
+        (folder / "checkpoints" / "40" / item).mkdir()
+        (folder / "checkpoints" / "40" / item / name).write_text(text)
     with pytest.raises(ValueError, match=r"checkpoint of step 40, and the phases have 39 steps in all; raise the steps"):
         workdir.check_steps(folder, 39)
     workdir.check_steps(folder, 40)
