@@ -11,14 +11,16 @@ from __future__ import annotations
 import functools
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxreason import batching, build, learner, metrics, objectives, origin, sharding, sources
+from jaxreason import batching, build, fields, learner, metrics, objectives, origin, sharding, sources
 from jaxreason import optimizer as optimizers
 from jaxreason.environment import single_turn, verifier_failed
 from jaxreason.model import Model, transformer
@@ -74,8 +76,11 @@ def load(
     Raises:
       ValueError, FileNotFoundError: no such model, or fields that do not fit it.
     """
+    check_types(load, path=path, max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, slots=slots, mesh=mesh, seed=seed)
+    check_types(load, model=model, text=text)
     sizes = {"data": 1} if mesh is None else dict(mesh)
-    devices = jax.devices()[: math.prod(sizes.values())]
+    fields.check(build.section(sharding.make_mesh, "devices")(sizes), sizes, "mesh")
+    devices = jax.devices()[: None if -1 in sizes.values() else max(1, math.prod(sizes.values()))]
     placed = call(sharding.make_mesh, sizes, "mesh", devices=devices)
     described = describe(path, model or {}, text or {}, devices[0].platform)
     check_vocabulary(described.tokenizer, described.shape)
@@ -83,12 +88,15 @@ def load(
     words = {"tokenizer": described.tokenizer, "format": described.format}
     limits = {"slots": slots, "max_prompt_tokens": max_prompt_tokens, "max_tokens": max_tokens}
     roller = build.make_roller(model=made, mesh=placed, processes=1, **words, **limits)
+    say_once(f"loading {path}", roller.sampler)
     params = build.init_params(made, described.load, seed, placed)
     return Policy(made, **words, roller=roller, mesh=placed, state=TrainState(params, None, jnp.int32(0)))
 
 
 def describe(path: str | Path, model: Mapping, text: Mapping, platform: str) -> build.Described:
     """Read the shape and the text of what a path holds, and how its params are loaded."""
+    fields.check(build.section_of_model(dict(model)), dict(model), "model")
+    fields.check(build.section(build.make_text, "folder")(dict(text)), dict(text), "text")
     folder = Path(os.path.expanduser(path))
     if not (folder / "checkpoints").is_dir() and folder.parent.name != "checkpoints":
         dtype = "float32" if platform == "cpu" else "bfloat16"
@@ -98,6 +106,25 @@ def describe(path: str | Path, model: Mapping, text: Mapping, platform: str) -> 
     mine = build.describe({**found.config["model"], **model}, {**found.config["text"], **text})
     origin.check(found, theirs.shape, mine.shape)
     return mine._replace(load=functools.partial(origin.load, found, theirs.shape, mine.shape))
+
+
+def check_types(function: Callable, **values: Any) -> None:
+    """Check arguments of a function of this module by its annotations.
+
+    Raises:
+      ValueError: one is not of its type.
+    """
+    for field in fields.parameters(function):
+        value = values.get(field.name, field.default)
+        value = value.item() if isinstance(value, np.generic) else os.fspath(value) if isinstance(value, os.PathLike) else value
+        if field.name in values and not fields.fits(value, field.type):
+            raise ValueError(fields.wrong_type(f"{function.__name__}: {field.name}", value, field.type))
+
+
+@functools.lru_cache(maxsize=16)
+def say_once(what: str, *of: Any) -> None:
+    """Say on stderr what is under way, the first time for the same things: it may take minutes."""
+    print(f"{what} ...", file=sys.stderr, flush=True)
 
 
 def unjudged(text: str, task: Task) -> Verdict:
@@ -124,7 +151,10 @@ def sample(
       ValueError: a prompt that is too long, no prompt, n below 1, or a `verify` that
         fails or returns no Verdict.
     """
-    if isinstance(prompts, str | Task) or not prompts or n < 1:
+    check_policy(sample, policy)
+    check_types(sample, n=n, temperature=temperature, seed=seed)
+    several = isinstance(prompts, list | tuple) and all(isinstance(prompt, str | Task) for prompt in prompts)
+    if not several or not prompts or n < 1:
         raise ValueError(f"sample got prompts={prompts!r}, n={n}; allowed: a list of questions or tasks, and n of 1 or more")
     if not callable(verify):
         raise ValueError(f"sample got verify={verify!r}; allowed: a function, such as jr.verify.make('number')")
@@ -133,6 +163,7 @@ def sample(
     tasks = [Task(prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
     ids = [policy.format.prompt(task) for task in tasks]
     wanted = [[Request(task, p, g, ids[p]) for g in range(n)] for p, task in enumerate(tasks)]
+    say_once("compiling the sampler", policy.roller.sampler)
     weights = policy.roller.sampler.prepare(policy.params)
     key = jax.random.key(seed)
     groups, _ = collect_groups(policy.roller, weights, wanted, single_turn(verify), key=key, temperature=temperature)
@@ -167,13 +198,17 @@ def train_step(
       optimizer_options: further fields of a config's `optimizer` section (default: AdamW).
 
     Raises:
-      ValueError: groups of different sizes, or a field that does not fit.
+      ValueError: groups of different sizes, rollouts that nothing can be learned from
+        (greedy ones, or rewards that are not finite), or a field that does not fit.
     """
-    sizes = {len(group.attempts) for group in groups}
-    if len(sizes) != 1:
-        raise ValueError(f"train_step got {len(groups)} groups of {sorted(sizes)} rollouts; allowed: one size, 1 or more groups")
-    (size,) = sizes
-    learning = _frozen({"name": objective, **(objective_options or {})}), _frozen({"lr": lr, **(optimizer_options or {})})
+    check_policy(train_step, policy)
+    options = {"objective_options": objective_options, "optimizer_options": optimizer_options}
+    check_types(train_step, objective=objective, lr=lr, microbatches=microbatches, **options)
+    size = check_groups(groups)
+    asked = {"name": objective, **(objective_options or {})}, {"lr": lr, **(optimizer_options or {})}
+    for where, section, values in zip(("objective", "optimizer"), LEARNING, asked, strict=True):
+        fields.check(section(values), values, where)
+    learning = tuple(map(_frozen, asked))
     rows, shares = size * len(groups), microbatches * policy.mesh.size
     if microbatches < 1 or rows % shares:
         raise ValueError(f"train_step got microbatches={microbatches} of {rows} rollouts; allowed: a divisor of their number")
@@ -186,12 +221,44 @@ def train_step(
     limits = {"buckets": batching.length_buckets(max(longest, policy.roller.sampler.length)), "limit": policy.roller.max_tokens}
     batch = batching.from_groups(groups, made, microbatches=microbatches, **limits)
     jax.eval_shape(step, abstract, batch)  # raises what the step would, while the params are still there
+    say_once("compiling the train step", policy.model, policy.mesh, microbatches, learning, batch.tokens_BT.shape)
     state = policy.state
     if policy.learning != learning:
         state = jax.jit(new_state, static_argnums=1, donate_argnums=0)(state.params, optimizer)
     state, learned = step(state, sharding.put_rows(batch, policy.mesh))
     measured = name_learned(learned, sampled=True) | sources.measure(groups)
     return policy._replace(state=state, learning=learning), metrics.divide(jax.device_get(measured))
+
+
+LEARNING = build.section_of_objective, build.section(optimizers.make, "steps")
+
+
+def check_policy(function: Callable, policy: Any) -> None:
+    """Raise ValueError if `policy` is none."""
+    if not isinstance(policy, Policy):
+        raise ValueError(f"{function.__name__} got policy of type {type(policy).__name__}; allowed: what jr.load returns")
+
+
+def check_groups(groups: Any) -> int:
+    """Return the size of groups of rollouts.
+
+    Raises:
+      ValueError: they are of several sizes or empty, or have rollouts that nothing can be learned from.
+    """
+    if not isinstance(groups, list | tuple) or not all(isinstance(group, Group) for group in groups):
+        inside = f" of {type(groups[0]).__name__}" if isinstance(groups, list | tuple) and groups else ""
+        kind = f"a {type(groups).__name__}{inside}"
+        raise ValueError(f"train_step got {kind}; allowed: a list of groups, as jr.sample returns")
+    sizes = [len(group.attempts) for group in groups]
+    if not sizes or not sizes[0] or len(set(sizes)) > 1:
+        raise ValueError(f"train_step got groups of {sizes} rollouts; allowed: one size, 1 or more")
+    for r in (r for group in groups for r in group.attempts):
+        if not (isinstance(r.verdict.reward, int | float | np.number) and math.isfinite(r.verdict.reward)):
+            where = f"attempt {r.attempt} at problem {r.problem}"
+            raise ValueError(f"train_step got the reward {r.verdict.reward!r} of {where}; allowed: finite numbers")
+        if not r.temperature > 0:
+            raise ValueError("train_step got greedy rollouts (temperature=0), which are all alike; sample with one above 0")
+    return sizes[0]
 
 
 @functools.lru_cache(maxsize=4)

@@ -94,6 +94,7 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
     """Do what `build` does; the commits that it reads are noted around it."""
     config = settle(config.to_dict())
     phase_names = config["phases"]
+
     here = {"devices": jax.devices(), "process": jax.process_index()}
     meshes = call(sharding.make_meshes, config["sharding"], "config.sharding", **here)
     described = describe(config["model"], config["text"])
@@ -178,7 +179,13 @@ def check_fields(config: dict) -> None:
         # A phase that is defined but not run is fine (that is how phases are left out); anything else would be read by nobody.
         if not isinstance(config[key], dict) or "source" not in config[key]:
             raise ValueError(unknown("field of the config", key, {*SECTIONS, *OPTIONAL, *phase_names}))
+    for name in phase_names:
+        if not is_phase(name, config[name]):
+            raise ValueError(f"config.{name} needs source=..., as each of config.phases; got {config[name]!r}")
     fields.check(layout(config), config)
+    suites, best = config["evaluate"].get("suites", {}), config["checkpoint"].get("keep_best")
+    if best is not None and best not in suites:
+        raise ValueError(unknown("suite in config.checkpoint.keep_best", best, suites))
     if config["seed"] < 0:
         raise ValueError(f"config.seed got {config['seed']}; allowed: 0 or more")
     if config.get("version", VERSION) != VERSION:
@@ -307,6 +314,9 @@ def families() -> dict[str, dict[str, str]]:
         "tasks": tasks.TASKS,
         "verifiers": verify.VERIFIERS,
         "objectives": objectives_.OBJECTIVES,
+        "advantages": objectives_.ADVANTAGES,
+        "weightings": objectives_.WEIGHTINGS,
+        "kl_estimators": objectives_.KL_ESTIMATORS,
         "sources": SOURCES,
         "environments": {"single_turn": single_turn},
         "tokenizers": text.TOKENIZERS,
@@ -314,7 +324,7 @@ def families() -> dict[str, dict[str, str]]:
     }
     found = {family: {name: first_sentence(maker) for name, maker in members.items()} for family, members in makers.items()}
     found["models"] = {name: model_config.HUB_IDS.get(name, "random weights") for name in model_config.SIZES}
-    return found | {"optimizers": dict.fromkeys(optimizer_.OPTIMIZERS, "")}
+    return found | {"optimizers": optimizer_.OPTIMIZERS}
 
 
 def first_sentence(function: Callable) -> str:
@@ -520,16 +530,17 @@ def make_text(
     made = text.with_eos(made, eos)
     if format not in text.FORMATS:
         raise ValueError(unknown("format", format, text.FORMATS))
+    today = to_date(date)
     if format == "plain":
-        if system or template:
-            field = "system" if system else "template"
+        if system or template or date is not None:
+            field = "system" if system else "template" if template else "date"
             raise ValueError(f"text.format is 'plain', which reads no text.{field}; choose chat, or put it into text.instruction")
         return made, text.plain(made, instruction)
     if folder is None:
         raise ValueError("text.format is 'chat' but model.weights is 'random', so there is no chat template; choose plain")
     source, path = text.load_template(folder), text.template_path(folder)
     how = {"system": system, "instruction": instruction, "arguments": template or {}}
-    return made, text.chat(made, source, **how, date=to_date(date), path=path)
+    return made, text.chat(made, source, **how, date=today, path=path)
 
 
 def to_date(date: str | None) -> datetime.date | None:
@@ -676,6 +687,7 @@ def make_phase(
     if evaluate_every < 0:
         raise ValueError(f"config.{name}.evaluate_every got {evaluate_every}; allowed: 0 (at the end only) or more")
     made_objective = call(objectives_.make, objective, f"config.{name}.objective")
+    optimizer = without_ignored(optimizer, f"config.{name}.optimizer", parts.say)
     try:
         made_optimizer = call(optimizer_.make, optimizer, f"config.{name}.optimizer", steps=steps * updates_per_batch)
     except ValueError as error:
@@ -711,6 +723,28 @@ def make_phase(
         offload_reference,
         max_skipped,
     )
+
+
+def without_ignored(section: dict, where: str, say: Callable[[str], None]) -> dict:
+    """Leave out the fields of an optimizer's section that it does not read, and say which."""
+    unread = optimizer_.ignored(section)
+    for field, (why, default) in unread.items():
+        say(f"warning: {where}.{field}={section[field]!r} changes nothing: {why}; --{where}.{field}={default} silences this")
+    return {name: value for name, value in section.items() if name not in unread}
+
+
+def check_changes(config: dict, changes: Mapping[str, str]) -> None:
+    """Check that an optimizer reads each of its fields that a command names.
+
+    Raises:
+      ValueError: it does not; a sweep over the field would vary nothing.
+    """
+    for phase, values in config.items():
+        section = values.get("optimizer") if is_phase(phase, values) else None
+        for field, (why, default) in optimizer_.ignored(section).items() if isinstance(section, dict) else ():
+            where = f"{phase}.optimizer.{field}"
+            if where in changes:
+                raise ValueError(f"config.{where} got {section[field]!r}, but {why}; else --config.{where}={default}")
 
 
 def check_positive(where: str, **fields: int) -> None:
@@ -919,8 +953,9 @@ def rollouts(
         prompt=longest_prompt // 2,
         completion=roller.max_tokens,
     )
+    loaded = load_trained(task, parts)
     what = f"task {task['name']!r}"
-    prompted = fitting(load_trained(task, parts), parts.format.prompt, longest_prompt, what, parts.say)
+    prompted = fitting(loaded, parts.format.prompt, longest_prompt, what, parts.say)
     items = [task for task, _ in prompted]
     check_keys(items, parts.verifier, what, parts.say)
     return sources.rollouts(

@@ -122,6 +122,7 @@ def read(config: str, changes: dict[str, str]) -> ConfigDict:
     tree = fields.assign(build.layout, tree, changes)
     tree = build.complete(tree)
     fields.check(build.layout(tree), tree)
+    build.check_changes(tree, changes)
     made = ConfigDict(tree)
     made.lock()
     return made

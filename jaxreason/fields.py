@@ -148,7 +148,7 @@ def fits(value: Any, type_: Any) -> bool:
             or (one is float and isinstance(value, int | float) and not isinstance(value, bool) and is_finite(value))
             or (one is int and isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST)
             or (one in (bool, str) and isinstance(value, one))
-            or (is_section(one) and isinstance(value, Mapping))
+            or (is_section(one) and isinstance(value, Mapping) and names_are_text(value))
         ):
             return True
         if is_sequence(one) and isinstance(value, tuple | list):
@@ -156,6 +156,11 @@ def fits(value: Any, type_: Any) -> bool:
             if inside is not None and all(map(fits, value, inside)):
                 return True
     return False
+
+
+def names_are_text(section: Mapping) -> bool:
+    """Whether all names in a section, and in those inside it, are text, as JSON and `--config.` have them."""
+    return all(isinstance(k, str) and (not isinstance(v, Mapping) or names_are_text(v)) for k, v in section.items())
 
 
 def is_finite(value: float) -> bool:
@@ -186,6 +191,8 @@ def wrong_type(where: str, value: Any, type_: Any) -> str:
         limit = ", finite and below 1e38"
     elif number and int in members(type_) and not isinstance(value, float):
         limit = ", below 2**32"
+    if isinstance(value, Mapping) and any(map(is_section, members(type_))):
+        limit = ", all names in it text"
     text = repr(value)
     text = text if len(text) <= 60 else f"{text[:57]}..."
     return f"{where} got {text} ({type(value).__name__}); allowed: {shown(type_)}{limit}"
@@ -207,7 +214,8 @@ def read(text: str, type_: Any, where: str) -> Any:
         value = read_one(text, literal, kind)
         if value is not NEEDED:
             return value
-    raise ValueError(f"{where} got {text!r}; allowed: {shown(type_)}")
+    names = ", all names in it text" if isinstance(literal, Mapping) and any(map(is_section, kinds)) else ""
+    raise ValueError(f"{where} got {text!r}; allowed: {shown(type_)}{names}")
 
 
 def literal_of(text: str) -> Any:
@@ -269,13 +277,13 @@ def complete(section: Section, tree: dict) -> dict:
     return tree
 
 
-def check(section: Section, tree: dict) -> None:
-    """Check the types of all fields of a config.
+def check(section: Section, tree: dict, name: str = "config") -> None:
+    """Check the types of all fields of a config, or of the section of this name.
 
     Raises:
       ValueError: a value that is not of its field's type.
     """
-    for where, here, values in sections_of(section, tree):
+    for where, here, values in sections_of(section, tree, name):
         for name, field in fields_of(here).items():
             if name in values and not fits(values[name], field.type):
                 raise ValueError(wrong_type(f"{where}.{name}", values[name], field.type))
@@ -319,7 +327,8 @@ def assigned(section: Section, tree: dict, path: list[str], text: str, where: st
     name, *rest = path
     known = fields_of(section)
     below = section.each or section.sections.get(name)
-    if section.each and name not in tree and rest not in ([], ["name"]):
+    begins_with_name = section.each and "name" in fields_of(section.each({}))
+    if begins_with_name and name not in tree and rest not in ([], ["name"]):
         raise ValueError(unknown(f"entry of {where}", name, tree) + f"; a new one begins with --{where}.{name}.name=...")
     if name not in known and below is None and section.functions:
         raise ValueError(no_field(where, name, {*known, *section.sections}))

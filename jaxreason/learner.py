@@ -215,7 +215,8 @@ def train_step(
     Micro-batches after the last that trains anything are left out, at no cost: packing
     empties them. An update whose loss or gradient is not finite is not made; it counts in
     `skipped`, and as a step. So does one that the optimizer makes of a finite gradient but
-    is not finite itself: the arrays that it is not finite for stay as they are.
+    is not finite itself, in any array: all params stay as they are, and only the
+    optimizer's state, which is finite, has taken the gradient in.
     """
     trained, frozen = split_frozen(state.params)
 
@@ -244,27 +245,26 @@ def train_step(
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, trained)
     one, grad_norm = jnp.float32(1), optax.global_norm(grads)
 
-    def update(trained, opt_state):
+    shapes, _ = jax.eval_shape(optimizer.update, grads, state.opt_state, trained)
+
+    def update(grads, opt_state):
         updates, opt_state = optimizer.update(grads, opt_state, trained)
-        squares = jax.tree.map(lambda u: jnp.sum(jnp.square(u)), updates)
-        # Array by array: a decision over all of them would keep all updates until it is made.
-        updates = jax.tree.map(lambda u, square: jnp.where(jnp.isfinite(square), u, 0), updates, squares)
-        params = optax.apply_updates(trained, updates)
-        total = sum(jax.tree.leaves(squares))
-        finite = jnp.isfinite(total)
-        update_norm = jnp.where(finite, jnp.sqrt(total), 0)
-        norms = {"grad_norm": grad_norm, "update_norm": update_norm, "param_norm": optax.global_norm(params)}
-        norms = {"loss": value, **norms, "skipped": 1 - finite.astype(jnp.float32)}
-        return params, opt_state, metrics | {name: (norm, one) for name, norm in norms.items()}
+        return updates, opt_state, sum(jnp.sum(jnp.square(u)) for u in jax.tree.leaves(updates)).astype(jnp.float32)
 
-    def skip(trained, opt_state):
-        """Change nothing, and say nothing but that it was skipped."""
-        said = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(update, trained, opt_state)[2])
-        return trained, opt_state, said | {"skipped": (one, one)}
+    def skip(grads, opt_state):
+        return jax.tree.map(lambda g, u: g.astype(u.dtype), grads, shapes), opt_state, jnp.float32(jnp.nan)
 
-    # A branch, since selecting between old and new would keep both: twice the params more.
+    # A branch, since selecting between old and new states would keep both: twice the params more. Updates are kept until all
+    # are known to be finite, and come out of it in the place of gradients: so they take no memory of their own.
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-    params, opt_state, metrics = jax.lax.cond(finite, update, skip, trained, state.opt_state)
+    updates, opt_state, squares = jax.lax.cond(finite, update, skip, grads, state.opt_state)
+    made = jnp.isfinite(squares)
+    params = jax.tree.map(lambda p, new: jnp.where(made, new, p), trained, optax.apply_updates(trained, updates))
+    update_norm = jnp.where(made, jnp.sqrt(squares), 0)
+    norms = {"grad_norm": grad_norm, "update_norm": update_norm, "param_norm": optax.global_norm(params)}
+    metrics |= {name: (norm, one) for name, norm in ({"loss": value} | norms).items()}
+    metrics = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), metrics)  # what is not finite says nothing
+    metrics["skipped"] = (1 - made.astype(jnp.float32), one)
     return TrainState(params | frozen, opt_state, state.step + 1), metrics
 
 

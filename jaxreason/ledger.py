@@ -1,8 +1,9 @@
-"""The ledger: what a run has used, for sampling, learning and evaluating apart. Goes into checkpoints and summaries.
+"""The ledger: what a run has used, for sampling, learning, evaluating and compiling apart. Goes into checkpoints and summaries.
 
     tokens      that were sampled (sample, evaluate), or that the learner has read (learn)
     flops       that this work needs, by formula (`cost.forward_flops`): without padding and without what is computed twice
     device_s    seconds x devices, from start to end of the work, waiting for verdicts included
+                without compilation, which is a kind of its own that has no tokens and no FLOPs
     joules      device_s x the watts of a device that `config.log.watts` states; 0 without. An estimate: nothing is measured
 
 A ledger is {kind of work: {unit: amount}}, floats that only grow. Work that a killed run had done after its last checkpoint, and
@@ -18,7 +19,7 @@ import numpy as np
 from jaxreason.cost import adapter_flops, forward_flops
 from jaxreason.types import Batch, Rollout
 
-KINDS = ("sample", "learn", "evaluate")
+KINDS = ("sample", "learn", "evaluate", "compile")
 UNITS = ("tokens", "flops", "device_s", "joules")
 
 
@@ -38,6 +39,8 @@ def named(ledger: dict) -> dict[str, float]:
     values = {}
     for kind, amounts in ledger.items():
         for unit, amount in amounts.items():
+            if kind == "compile" and unit in ("tokens", "flops"):
+                continue
             values[f"ledger/{kind}_{unit}" if unit in ("tokens", "flops") else f"time/ledger/{kind}_{unit}"] = amount
     return values
 

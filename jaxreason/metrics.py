@@ -90,7 +90,7 @@ class Pace(NamedTuple):
 
     def after(self, phase: str, step_s: float) -> Pace:
         if phase != self.phase:
-            return Pace(phase, 1)  # the first step of a phase compiled, and says nothing of the next
+            return Pace(phase, 1)  # the first step of a phase is slow even without its compilation
         if self.steps == 1:
             return Pace(phase, 2, step_s)
         return Pace(phase, self.steps + 1, 0.9 * self.step_s + 0.1 * step_s)

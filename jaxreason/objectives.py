@@ -51,7 +51,7 @@ def centre_batch(reward_PG):
 
 
 def centre_group(reward_PG):
-    """Reward less the mean of its group (Liu et al. 2025, arXiv 2503.20783, Dr. GRPO)."""
+    """Reward less the mean of its group, as `dr_grpo` (Liu et al. 2025, arXiv 2503.20783)."""
     advantage_PG = reward_PG - reward_PG.mean(axis=1, keepdims=True)
     return np.where(np.ptp(reward_PG, axis=1, keepdims=True) < EQUAL_REWARDS, 0.0, advantage_PG)
 

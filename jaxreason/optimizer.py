@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +15,26 @@ import optax
 from jaxreason.options import unknown
 
 SCHEDULES = ("constant", "cosine", "linear")
-OPTIMIZERS = ("adamw", "adam", "sgd", "muon", "adafactor", "lion")
+OPTIMIZERS = {
+    "adamw": "Adam with a decay of matrices that is apart from the gradient (Loshchilov and Hutter 2017, arXiv 1711.05101)",
+    "adam": "Gradient over its root mean square, by two running means (Kingma and Ba 2014, arXiv 1412.6980)",
+    "sgd": "The gradient times the rate, without momentum or state",
+    "muon": "Orthogonalised momentum for the matrices of layers, AdamW for the rest (Jordan et al. 2024)",
+    "adafactor": "Adam without a first moment and with a factored second one (Shazeer and Stern 2018, arXiv 1804.04235)",
+    "lion": "The sign of an interpolated momentum (Chen et al. 2023, arXiv 2302.06675)",
+}
 STATE_DTYPES = ("float32", "bfloat16")
-HAVE_STATE_DTYPE = ("adamw", "adam", "muon", "lion")
+# Which optimizers read a field; those that all of them read are not here.
+READ_BY = {
+    "b1": ("adam", "adamw", "lion", "muon"),
+    "b2": ("adam", "adamw", "lion", "muon"),
+    "eps": ("adam", "adamw", "muon"),
+    "weight_decay": ("adafactor", "adamw", "lion", "muon"),
+    "state_dtype": ("adam", "adamw", "lion", "muon"),
+    "adam_lr": ("muon",),
+    "muon_momentum": ("muon",),
+    "muon_scale": ("muon",),
+}
 MUON_SCALES = {"rms": 0.2, "width": None}
 
 
@@ -86,8 +106,12 @@ def make(
     `state_dtype` is that of the first moment; second moments and updates are float32,
     whatever the params are kept in.
 
+    A field that the optimizer does not read is refused unless it has its default: a sweep over it would vary nothing. Those that
+    a config file sets for another optimizer `build` leaves out, with a warning, so that `optimizer.name` can be swept alone; of
+    those that the command itself names `command` refuses.
+
     Raises:
-      ValueError: an unknown name, a schedule that can't be, or an option that this optimizer does not have.
+      ValueError: an unknown name, a schedule that can't be, or a field that this optimizer does not read.
     """
     if name not in OPTIMIZERS:
         raise ValueError(unknown("optimizer", name, OPTIMIZERS))
@@ -104,14 +128,12 @@ def make(
     )
     if state_dtype not in (None, *STATE_DTYPES):
         raise ValueError(unknown("state_dtype", state_dtype, (None, *STATE_DTYPES)))
-    if state_dtype is not None and name not in HAVE_STATE_DTYPE:
-        raise ValueError(
-            f"state_dtype got {state_dtype!r} but {name} has no first moment; allowed with: {', '.join(HAVE_STATE_DTYPE)}"
-        )
     if muon_scale not in MUON_SCALES:
         raise ValueError(unknown("muon_scale", muon_scale, MUON_SCALES))
-    if adam_lr is not None and name != "muon":
-        raise ValueError(f"adam_lr got {adam_lr} but the optimizer is {name}; allowed with: muon")
+    fields = {"b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay, "state_dtype": state_dtype, "adam_lr": adam_lr}
+    fields |= {"muon_momentum": muon_momentum, "muon_scale": muon_scale, "final_share": final_share}
+    for field, (why, default) in ignored({"name": name, "schedule_kind": schedule_kind} | fields).items():
+        raise ValueError(f"{field} got {fields[field]!r}, but {why}; else {field}={default}")
     shape = {"kind": schedule_kind, "warmup_steps": warmup_steps, "warmup_share": warmup_share, "final_share": final_share}
     rate = schedule(lr, steps, **shape)
     dtype = None if state_dtype is None else jnp.dtype(state_dtype)
@@ -145,6 +167,22 @@ def make(
     if clip_norm is not None:
         chain.insert(0, optax.clip_by_global_norm(clip_norm))
     return in_float32(optax.chain(*chain))
+
+
+def ignored(fields: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Find the fields of `make` with other values than their defaults that the optimizer or schedule beside them does not read.
+
+    Return for each who reads it, in words, and its default.
+    """
+    default = {name: p.default for name, p in inspect.signature(make).parameters.items()}
+    name, kind = (fields.get(field, default[field]) for field in ("name", "schedule_kind"))
+    found = {}
+    for field, readers in READ_BY.items():
+        if name in OPTIMIZERS and name not in readers and fields.get(field, default[field]) != default[field]:
+            found[field] = f"{name} does not read it; allowed with: {', '.join(readers)}", default[field]
+    if kind == "constant" and fields.get("final_share", default["final_share"]) != default["final_share"]:
+        found["final_share"] = "a constant schedule does not read it; allowed with: cosine, linear", default["final_share"]
+    return found
 
 
 def in_float32(made: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxreason import freed, ledger, processes, sharding
+from jaxreason import compiling, freed, ledger, processes, sharding
 from jaxreason import metrics as m
 from jaxreason.checkpoint import Checkpoints, Damaged
 from jaxreason.environment import VerifierFailed, count_failures, verifier_failed
@@ -109,7 +109,7 @@ class History:
         self.started_s = time.monotonic() - saved["wall_s"]  # unlike that of the day this clock is never set back
         self.skipped = saved["skipped"]  # batches in a row, up to the last that was logged
         self.saving_s = saved["saving_s"]  # that the loop stood still for checkpoints
-        self.ledger: dict = saved["ledger"]
+        self.ledger: dict = ledger.empty() | saved["ledger"]  # an earlier version had fewer kinds of work
         self.failure: str | None = None  # of the last save that failed, if any has
         self.saved: int | None = None  # step of the newest checkpoint when last looked at
         self.verifier_warnings = 0  # said so far
@@ -192,7 +192,7 @@ def train_all(
         if found is None:
             log.doing("making the params")
             params = run.init()
-            warm_up(run, log, params)
+            warm_up(run, log, history, params)
             evaluate(run, log, history, params, "start", 0, final=True)
         else:
             params = None
@@ -319,7 +319,7 @@ def train_phase(
     else:
         source_state, start = found.host["source"], found.host["phase_step"]
         state, reference = found.state, found.reference
-        warm_up(run, log, state.params)
+        warm_up(run, log, history, state.params)
 
     if needs_reference and phase.offload_reference:
         reference = sharding.keep_in(reference, "pinned_host")
@@ -334,14 +334,14 @@ def train_phase(
     waiting: list[dict] = [] if found is None else found.host["waiting"]  # metrics of steps that are not logged yet
 
     for step in range(start + 1, phase.steps + 1):
-        started_s = time.perf_counter()
+        started_s, started_compiling_s = time.perf_counter(), compiling.seconds()
         if step == start + 1:
             log.doing(f"{phase.name} {start}/{phase.steps}  drawing the first batch")
         source_state, drawn = phase.source.next(source_state, state.params, key)
         tell_verifier(log, history, drawn.rollouts, f"step {before + step}")
         if phase.source.samples:
             freed.trim()  # the sampler's weights and caches are gone
-        drawn_s = time.perf_counter()
+        drawn_s, drawn_compiling_s = time.perf_counter(), compiling.seconds()
         if step == start + 1:
             log.doing(f"{phase.name} {start}/{phase.steps}  compiling the train step, and making the first")
         batch = sharding.put_rows(drawn.batch, run.mesh)
@@ -356,9 +356,14 @@ def train_phase(
             learned = m.merge(learned, new)
         if phase.source.samples:
             jax.block_until_ready(state)  # the next draw would wait anyway: so the time is booked where it was spent
-        ended_s = time.perf_counter()
-        times = {"time/learn_s": (ended_s - drawn_s, 1.0), "time/step_s": (ended_s - started_s, 1.0)}
-        enter(history, run, phase, drawn, learn_s=ended_s - (drawn_s if phase.source.samples else started_s))
+        ended_s, compiling_s = time.perf_counter(), compiling.seconds()
+        # Compilation is no step's: rates and the time that is left are of steps without it.
+        compile_s = compiling_s - started_compiling_s
+        learn_s = ended_s - drawn_s - (compiling_s - drawn_compiling_s)
+        step_s = ended_s - started_s - compile_s
+        times = {"time/learn_s": (learn_s, 1.0), "time/step_s": (step_s, 1.0), "time/compile_s": (compile_s, 1.0)}
+        enter(history, run, phase, drawn, learn_s=learn_s if phase.source.samples else step_s)
+        enter_compiling(history, run, compile_s, run.mesh.size)
         waiting.append(name_learned(learned, sampled=phase.source.samples) | drawn.metrics | times)
         kept = drawn.rollouts[: run.rollouts_kept]
         check_stays()
@@ -420,6 +425,11 @@ def enter(history: History, run: Run, phase: Phase, drawn: Drawn, learn_s: float
         history.ledger = ledger.add(history.ledger, kind, **amounts, device_s=device_s, watts=run.watts)
 
 
+def enter_compiling(history: History, run: Run, compile_s: float, devices: int) -> None:
+    """Enter in the ledger that devices waited for a compilation."""
+    history.ledger = ledger.add(history.ledger, "compile", tokens=0, flops=0, device_s=compile_s * devices, watts=run.watts)
+
+
 def tell_failure(checkpoints: Checkpoints, log: m.RunLog, history: History) -> None:
     """Say if a save has failed: training goes on to the next."""
     if failure := checkpoints.failure():
@@ -446,7 +456,7 @@ def goes_on(checkpoints: Checkpoints) -> str:
     return f"the same command continues from {'the start' if latest is None else f'step {latest}'}"
 
 
-def warm_up(run: Run, log: m.RunLog, params) -> None:
+def warm_up(run: Run, log: m.RunLog, history: History, params) -> None:
     """Compile the sampler before it is needed: nothing is compiled in the middle of a run."""
     if run.warm_up is None:
         return
@@ -454,7 +464,9 @@ def warm_up(run: Run, log: m.RunLog, params) -> None:
     log.say("compiling the sampler ...")
     log.doing("compiling the sampler")
     run.warm_up(params)
-    log.say(f"compiled the sampler in {time.perf_counter() - started_s:.0f} s")
+    took_s = time.perf_counter() - started_s
+    enter_compiling(history, run, took_s, run.sample_devices)  # all of it: two threads compile
+    log.say(f"compiled the sampler in {took_s:.0f} s")
 
 
 def write_metrics(log: m.RunLog, history: History, phase: Phase, before: int, step: int, waiting: list[dict]) -> None:
@@ -486,10 +498,12 @@ def plain(metrics: list[dict]) -> list[dict]:
 
 def evaluate(run: Run, log: m.RunLog, history: History, params, phase: str, step: int, *, final: bool) -> None:
     """Evaluate, log, and write the summary so far; `final` uses the full number of tasks."""
-    started_s = time.perf_counter()
+    started_s, compiling_s = time.perf_counter(), compiling.seconds()
     log.doing(f"{phase}, step {step}: evaluating")
     result = run.evaluate(params, phase=phase, step=step, final=final)
-    device_s = (time.perf_counter() - started_s) * run.sample_devices
+    compile_s = compiling.seconds() - compiling_s
+    enter_compiling(history, run, compile_s, run.sample_devices)
+    device_s = (time.perf_counter() - started_s - compile_s) * run.sample_devices
     history.ledger = ledger.add(history.ledger, "evaluate", **result.work, device_s=device_s, watts=run.watts)
     history.evaluations += result.evaluations
     history.losses += [{"phase": phase, "step": step, "text": name, "nll": nll} for name, nll in result.nll.items()]
@@ -514,7 +528,8 @@ def report(run: Run, history: History) -> None:
         print(f"{loss['text']}: {loss['nll']:.4f} nats a token at step {loss['step']} ({loss['phase']})")
     for kind, used in history.ledger.items():
         energy = f", {used['joules']:,.0f} J at {run.watts:g} W a device" if run.watts else ""
-        print(f"{kind}: {used['tokens']:,.0f} tokens, {used['flops']:.3g} FLOPs, {used['device_s']:,.0f} device seconds{energy}")
+        work = "" if kind == "compile" else f"{used['tokens']:,.0f} tokens, {used['flops']:.3g} FLOPs, "
+        print(f"{kind}: {work}{used['device_s']:,.0f} device seconds{energy}")
     last = [r for r in history.rollouts if r.temperature == history.rollouts[-1].temperature]
     m.print_rollouts(last, 3, decode=run.decode)
 

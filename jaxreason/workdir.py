@@ -59,6 +59,12 @@ def saved_at(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in found if re.fullmatch(r"0|[1-9]\d*", path.name) and path.is_dir())
 
 
+def looks_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint has what every complete one has; one that is empty or half made has not."""
+    host = json_object(checkpoint / "host" / "metadata") or {}
+    return "host" in host and (checkpoint / "state" / "_METADATA").is_file()
+
+
 def continues(folder: Path) -> str:
     """What the same command does next, as far as the folder tells."""
     steps = saved_at(folder)
@@ -121,8 +127,11 @@ def check(
 
 
 def check_steps(folder: Path, steps: int) -> None:
-    """Raise ValueError if a run has made more steps than its phases have in all."""
-    saved = saved_at(folder)
+    """Raise ValueError if a run has made more steps than its phases have in all.
+
+    Checkpoints that are not whole say nothing of it: `train` sets them aside.
+    """
+    saved = [step for step in saved_at(folder) if looks_whole(folder / "checkpoints" / str(step))]
     if saved and saved[-1] > steps:
         raise ValueError(
             f"{folder} has a checkpoint of step {saved[-1]}, and the phases have {steps} steps in all; raise the steps of a "

@@ -14,6 +14,7 @@ from runs import ROOT
 import jaxreason as jr
 from jaxreason import text
 from jaxreason.model import ModelConfig, transformer, weights
+from jaxreason.types import Group
 
 CHAT = Path(__file__).parent / "golden" / "chat"
 
@@ -100,10 +101,10 @@ def test_wrong_calls_are_one_line(policy, checkpoint, tmp_path):
         (lambda: jr.sample(policy, ["one"], n=0), "n of 1 or more"),
         (lambda: jr.sample(policy, ["one"], verify="number"), r"jr\.verify\.make\('number'\)"),
         (lambda: jr.sample(policy, ["one"], n=2, verify=lambda text, task: 1.0), "verify failed for 2 of 2 completions"),
-        (lambda: jr.sample(policy, ["one"], temperature=float("nan")), "temperature=nan"),
+        (lambda: jr.sample(policy, ["one"], temperature=float("nan")), "temperature got nan"),
         (lambda: jr.sample(policy, ["one " * 99]), "allowed: 1 to 64"),
         (lambda: jr.train_step(policy, [], lr=1.0), "allowed: one size"),
-        (lambda: jr.train_step(policy, [groups[0], first], lr=1.0), r"groups of \[1, 2\] rollouts"),
+        (lambda: jr.train_step(policy, [groups[0], first], lr=1.0), r"groups of \[2, 1\] rollouts"),
         (lambda: jr.train_step(policy, [first], lr=1.0), "sample with n=2 or more"),
         (lambda: jr.train_step(policy, groups, objective="grop", lr=1.0), "did you mean 'grpo'"),
         (lambda: jr.train_step(policy, groups, lr=1.0, optimizer_options={"b3": 1}), "unknown field of optimizer 'b3'"),
@@ -118,6 +119,95 @@ def test_wrong_calls_are_one_line(policy, checkpoint, tmp_path):
         jr.load(tmp_path / "nothing")
     with pytest.raises(AttributeError, match="load, sample"):
         jr.samples  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p, g: jr.sample(p, ["one"], n=1.5), r"sample: n got 1.5 \(float\); allowed: int"),
+        (lambda p, g: jr.sample(p, ["one"], n=True), r"sample: n got True \(bool\); allowed: int"),
+        (lambda p, g: jr.sample(p, ["one"], temperature="1"), r"sample: temperature got '1' \(str\); allowed: float"),
+        (lambda p, g: jr.sample(p, ["one"], temperature=float("inf")), "sample: temperature got inf"),
+        (lambda p, g: jr.sample(p, ["one"], seed="1"), "sample: seed got '1'"),
+        (lambda p, g: jr.sample(p, ["one", 2]), r"prompts=\['one', 2\], n=1; allowed: a list of questions or tasks"),
+        (lambda p, g: jr.sample(p, 3), "prompts=3, n=1; allowed: a list of questions or tasks"),
+        (lambda p, g: jr.sample("folder", ["one"]), "sample got policy of type str; allowed: what jr.load returns"),
+        (lambda p, g: jr.train_step(p, g, lr="1e-3"), r"train_step: lr got '1e-3' \(str\); allowed: float"),
+        (lambda p, g: jr.train_step(p, g, lr=float("nan")), "train_step: lr got nan"),
+        (lambda p, g: jr.train_step(p, g, lr=1.0, microbatches=1.5), "train_step: microbatches got 1.5"),
+        (lambda p, g: jr.train_step(p, g, lr=1.0, objective=3), "train_step: objective got 3"),
+        (lambda p, g: jr.train_step(p, g, lr=1.0, optimizer_options={"eps": "1"}), "optimizer.eps got '1'"),
+        (lambda p, g: jr.train_step(p, g, lr=1.0, optimizer_options={"name": "sgd", "b1": 0.5}), "sgd does not read it"),
+        (lambda p, g: jr.train_step(p, g, lr=1.0, objective_options={"clip_low": "1"}), "objective.clip_low|clip_low"),
+        (lambda p, g: jr.train_step(p, g, lr=1.0, optimizer_options=[1]), "train_step: optimizer_options got"),
+        (
+            lambda p, g: jr.train_step(p, list(g[0].attempts), lr=1.0),
+            "train_step got a list of Rollout; allowed: a list of groups",
+        ),
+        (lambda p, g: jr.train_step(p, g[0], lr=1.0), "train_step got a Group; allowed: a list of groups"),
+        (lambda p, g: jr.train_step(p, None, lr=1.0), "train_step got a NoneType; allowed: a list of groups"),
+        (lambda p, g: jr.train_step(p, [["a", "b"]], lr=1.0), "train_step got a list of list; allowed"),
+        (
+            lambda p, g: jr.train_step(p, [Group(()), Group(())], lr=1.0),
+            r"train_step got groups of \[0, 0\] rollouts; allowed: one size, 1 or",
+        ),
+        (lambda p, g: jr.train_step(p, rewarded(g, float("nan")), lr=1.0), "the reward nan of attempt 0 at problem 0; allowed"),
+        (lambda p, g: jr.train_step(p, rewarded(g, float("inf")), lr=1.0), "the reward inf of attempt 0"),
+        (lambda p, g: jr.train_step(p, rewarded(g, "1"), lr=1.0), "the reward '1' of attempt 0"),
+        (lambda p, g: jr.train_step(p, jr.sample(p, ["one"], 2, temperature=0), lr=1.0), r"greedy rollouts \(temperature=0\)"),
+    ],
+)
+def test_arguments_of_a_wrong_kind_are_one_line(policy, call, message):
+    groups = jr.sample(policy, ["one"], n=2)
+    with pytest.raises(ValueError, match=message) as error:
+        call(policy, groups)
+    assert "\n" not in str(error.value)
+
+
+def rewarded(groups, reward):
+    (first, *rest), *others = [group.attempts for group in groups]
+    return [Group((dataclasses.replace(first, verdict=jr.Verdict(reward, False)), *rest)), *map(Group, others)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mesh": {"data": 1.5}}, r"mesh.data got 1.5 \(float\); allowed: int"),
+        ({"mesh": {"data": 0}}, "mesh got .*; allowed: positive sizes"),
+        ({"mesh": {"data": -2}}, "mesh got .*; allowed: positive sizes"),
+        ({"mesh": 2}, r"load: mesh got 2 \(int\); allowed: a section or None"),
+        ({"slots": "8"}, "load: slots got '8'"),
+        ({"max_tokens": 8.0}, "load: max_tokens got 8.0"),
+        ({"seed": 1.5}, "load: seed got 1.5"),
+        ({"model": {"dtype": 3}}, r"model.dtype got 3 \(int\); allowed: str"),
+        ({"text": {"system": 3}}, "text.system got 3"),
+        ({"text": "plain"}, "load: text got 'plain'"),
+    ],
+)
+def test_fields_of_load_of_a_wrong_kind_are_one_line(checkpoint, fields, message):
+    with pytest.raises(ValueError, match=message) as error:
+        jr.load(checkpoint, **fields)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"load: path got 3 \(int\)"):
+        jr.load(3)
+
+
+def test_a_mesh_of_all_devices(checkpoint):
+    policy = jr.load(checkpoint, max_prompt_tokens=64, max_tokens=8, slots=8, mesh={"data": -1})
+    assert policy.mesh.size == jax.device_count()
+    assert len(jr.sample(policy, ["one"], n=np.int64(2))[0].attempts) == 2
+
+
+def test_what_takes_long_is_said_once_on_stderr(checkpoint, capsys):
+    policy = jr.load(checkpoint, max_prompt_tokens=60, max_tokens=6, slots=8)
+    said = []
+    for _ in range(2):
+        groups = jr.sample(policy, ["one"], n=2, seed=1)
+        policy, _ = jr.train_step(policy, groups, lr=1e-3)
+        out, err = capsys.readouterr()
+        assert out == ""
+        said.append(err.splitlines())
+    assert said == [[f"loading {checkpoint} ...", "compiling the sampler ...", "compiling the train step ..."], []]
 
 
 def test_import_does_not_wait_for_jax():

@@ -430,3 +430,23 @@ def test_a_home_folder_is_found_in_every_path(tmp_path, monkeypatch):
         origin.find("~/run")
     with pytest.raises(FileNotFoundError, match=r"no folder .*~nobody-of-this-name"):
         origin.find("~nobody-of-this-name/run")
+
+
+@pytest.mark.parametrize("half_made", ["999", "999/host", "999/state"])
+def test_an_empty_or_half_made_checkpoint_of_a_later_step_is_set_aside(tmp_path, half_made):
+    run = build(load_config("tiny", "smoke", **{"sharding.mesh.data": 1, "phases": ("rl",)}))
+    _, placed = train.shape_of(run, run.phases[0])
+    make = jax.jit(lambda key: train.new_state(run.model.init(key), run.phases[0].optimizer), out_shardings=placed)
+    folder = tmp_path / "checkpoints"
+    saved = open_checkpoints(folder)
+    saved.save(1, make(jax.random.key(0)), dict.fromkeys(train.HOST) | {"phase": 0})
+    saved.close()
+    (folder / half_made).mkdir(parents=True)
+    workdir.check_steps(tmp_path, 2)  # that of 999 says nothing
+    with pytest.raises(ValueError, match="has a checkpoint of step 1, and the phases have 0 steps"):
+        workdir.check_steps(tmp_path, 0)
+    saved, said = open_checkpoints(folder), []
+    assert train.newest(run, saved, said.append).step == 1
+    saved.close()
+    assert [line.endswith("; set aside") for line in said] == [True]
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "999.damaged"]

@@ -1,5 +1,6 @@
 """Fields of a config: all can be set by a command, all are checked, and no run of an earlier version changes in silence."""
 
+import ast
 import copy
 import functools
 import json
@@ -116,6 +117,7 @@ VALUES = {
 def test_words_become_values_of_the_fields_type(path):
     text, value = VALUES[path]
     more = {"evaluate.suites.more.name": "sorting"} if "more.length" in path else {}
+    more |= {"rl.optimizer.name": "muon"} if path.endswith("adam_lr") else {}
     tree = command.read(f"{ROOT}/configs/tiny.py:smoke", {path: text, **more}).to_dict()
     assert at(tree, path) == value
     assert type(at(tree, path)) is type(value)
@@ -129,6 +131,25 @@ def test_a_nested_section_is_begun_completed_and_taken_away():
     assert "width" not in fields.assign(build.layout, read(model__width="128"), {"model.width": "None"})["model"]
 
 
+def test_a_text_is_begun_by_any_field_and_a_suite_by_its_name():
+    words = {"evaluate.texts.a.length": "8", "evaluate.texts.a.task.name": "corpus", "evaluate.texts.a.task.path": "x.txt"}
+    for some in (words, dict(reversed(words.items()))):
+        found = command.read(f"{ROOT}/configs/tiny.py:smoke", some).to_dict()["evaluate"]["texts"]["a"]
+        assert (found["length"], found["rows"], found["task"]["path"]) == (8, 64, "x.txt")
+    with pytest.raises(ValueError, match=r"unknown field of config.evaluate.texts.a 'lenth' \(did you mean 'length'\?\)"):
+        read(evaluate__texts__a__lenth="8")
+    with pytest.raises(ValueError, match=r"unknown entry .* 'a'; one of: chain, chain_ood; .* --config.evaluate.suites.a.name="):
+        read(evaluate__suites__a__ops="3")
+
+
+@pytest.mark.parametrize("text", ["{1: {'name': 'chain'}}", "{'a': {'name': 'chain', 'ops': {2: 3}}}", "{None: {}}"])
+def test_a_section_whose_names_are_no_text_is_one_line(text):
+    with pytest.raises(ValueError, match=r"config.evaluate.suites got .*; allowed: a section, all names in it text"):
+        read(evaluate__suites=text)
+    with pytest.raises(ValueError, match=r"config.evaluate got .*\(dict\); allowed: a section, all names in it text"):
+        fields.check(build.layout({}), {"evaluate": {"suites": ast.literal_eval(text)}})
+
+
 def test_names_on_the_command_line_bring_their_own_fields():
     tree = read(rl__objective__clip="0.3", rl__objective__name="grpo", verifier="{'name': 'math'}", verifier__timeout_s="9")
     assert tree["rl"]["objective"]["clip"] == 0.3
@@ -139,6 +160,35 @@ def test_names_on_the_command_line_bring_their_own_fields():
     # A field that the file set for the old name is the user's, and refused.
     with pytest.raises(ValueError, match=r"unknown field of verifier 'number' 'marker'"):
         build.build(ConfigDict(read(verifier__name="number")))
+
+
+@pytest.mark.parametrize("name", build.optimizer_.OPTIMIZERS)
+def test_an_optimizer_is_swept_by_its_name_alone_and_what_it_does_not_read_is_said(name, quick_build):
+    said = []
+    tree = read(prior__optimizer__name=name)
+    assert tree["prior"]["optimizer"]["weight_decay"] == 0.01
+    build.build(ConfigDict(tree), say=said.append)
+    warned = [line.split("=")[0].rpartition(".")[2] for line in said if line.startswith("warning: config.prior.optimizer.")]
+    readers = build.optimizer_.READ_BY
+    assert warned == [field for field in ("b2", "weight_decay") if name not in readers[field]]
+    for field in warned:
+        assert any(f"--config.prior.optimizer.{field}=0." in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rl.optimizer.name": "adam", "rl.optimizer.weight_decay": "0.1"}, "weight_decay got 0.1, but adam does not .*=0.0"),
+        ({"rl.optimizer.name": "sgd", "rl.optimizer.b1": "0.8"}, "b1 got 0.8, but sgd does not read it; .*b1=0.9"),
+        ({"rl.optimizer.name": "adafactor", "rl.optimizer.eps": "1e-6"}, "eps got 1e-06, but adafactor .*; else --config.rl.opt"),
+        ({"rl.optimizer.muon_scale": "width"}, "muon_scale got 'width', but adamw does not read it; allowed with: muon"),
+        ({"rl.optimizer.schedule_kind": "constant", "rl.optimizer.final_share": "0.2"}, "a constant schedule does not read it"),
+    ],
+)
+def test_a_field_of_the_command_that_the_optimizer_does_not_read_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        command.read(f"{ROOT}/configs/tiny.py:smoke", changes)
+    assert "\n" not in str(caught.value)
 
 
 def test_set_fields_reach_the_run():

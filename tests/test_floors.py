@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     "types options fields",
     "hub model text tasks verify tools objectives estimators sharding optimizer data checkpoint metrics cost processes workdir",
-    "learner sampler environment batching origin freed ledger",
+    "learner sampler environment batching origin freed ledger compiling",
     "rollout sources preemption",
     "evaluate build train command",
     "main api export sweep launch plan bench look __main__",

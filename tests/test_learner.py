@@ -500,6 +500,29 @@ def test_an_update_that_is_not_finite_is_not_made_and_is_counted(tiny, optimizer
     assert metrics["update_norm"] == (0.0, 1.0)
 
 
+def test_an_update_that_is_not_finite_in_one_array_leaves_all_arrays(tiny):
+    model, params = tiny(layers=1)
+    by_array = {"a": optax.sgd(1e-2), "b": optax.scale(float("inf"))}
+    labels = jax.tree.map(lambda _: "a", params)
+    labels["final_norm"]["scale"] = "b"
+    step = learner.compile_train_step(model, make("grpo"), optax.partition(by_array, labels))
+    state, metrics = step(fresh(params, optax.partition(by_array, labels)), random_batch())
+    assert metrics["skipped"] == (1.0, 1.0)
+    assert metrics["update_norm"] == (0.0, 1.0)
+    assert metrics["grad_norm"][0] > 0
+    assert_trees_close(state.params, params, rtol=0, atol=0)
+
+
+def test_updates_take_the_place_of_gradients(tiny):
+    """Beside the state a step has one array per param, whatever it computes: gradients, then updates."""
+    model, params = tiny(layers=1, width=512, vocab_size=512, feed_forward=512)
+    optimizer = optax.adamw(1e-2)
+    step = learner.compile_train_step(model, make("grpo"), optimizer)
+    memory = step.lower(fresh(params, optimizer), random_batch()).compile().memory_analysis()
+    size = sum(x.nbytes for x in jax.tree.leaves(params))
+    assert memory.temp_size_in_bytes < 1.5 * size
+
+
 GOLDEN_LOSS, GOLDEN_GRAD_NORM = 0.196247, 2.93953
 
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import time
 
 import numpy as np
 import pytest
 from runs import grouped, load_config, read_lines, run_config
 
-from jaxreason import batching, ledger, objectives
+from jaxreason import batching, compiling, ledger, objectives
 from jaxreason.cost import layer_weights
 from jaxreason.model.config import Lora, sized
 from jaxreason.types import Rollout, Task, Verdict
@@ -83,7 +84,7 @@ def test_amounts_add_up_by_kind():
     first = ledger.add(ledger.empty(), "learn", tokens=3, flops=5.0, device_s=2.0, watts=None)
     both = ledger.add(first, "learn", tokens=4, flops=1.0, device_s=0.5, watts=100.0)
     assert both["learn"] == {"tokens": 7.0, "flops": 6.0, "device_s": 2.5, "joules": 50.0}
-    assert both["sample"] == both["evaluate"] == dict.fromkeys(ledger.UNITS, 0.0)
+    assert both["sample"] == both["evaluate"] == both["compile"] == dict.fromkeys(ledger.UNITS, 0.0)
     assert first["learn"]["tokens"] == 3.0
     assert ledger.named(both)["ledger/learn_flops"] == 6.0
     assert ledger.named(both)["time/ledger/learn_joules"] == 50.0
@@ -101,9 +102,41 @@ def test_a_run_enters_all_that_it_does(tmp_path):
 
     assert found["learn"]["tokens"] == pytest.approx(total("train/tokens"))
     assert all(found[kind]["device_s"] * 40 == pytest.approx(found[kind]["joules"]) for kind in found)
-    assert all(found[kind][unit] > 0 for kind in found for unit in ledger.UNITS)
+    assert all(found[kind][unit] > 0 for kind in ("sample", "learn", "evaluate") for unit in ledger.UNITS)
     assert found["sample"]["device_s"] == pytest.approx(total("time/sample_s") + total("time/verify_s"), rel=1e-6)
     # Every evaluation says what had been used by then: what accuracy has cost.
     at = [line["ledger/sample_flops"] for line in lines if "ledger/sample_flops" in line]
     assert at == sorted(at)
     assert at[0] == 0 < at[-1] == found["sample"]["flops"]
+
+
+def test_compilation_is_apart(tmp_path, monkeypatch):
+    """A train step that takes a second to compile, however quick it is."""
+    from jaxreason import learner
+
+    token_outputs = learner.token_outputs
+
+    def slow_to_trace(*args, **kwargs):
+        time.sleep(1.0)
+        return token_outputs(*args, **kwargs)
+
+    monkeypatch.setattr(learner, "token_outputs", slow_to_trace)
+    few = {"phases": ("prior",), "prior.steps": 3, "prior.log_every": 1, "sharding.mesh.data": 1}
+    config = load_config("tiny", "smoke", **few)
+    with config.unlocked():
+        config.evaluate.suites = {}
+    found = run_config(config, tmp_path)["ledger"]
+    first, second, third = [line for line in read_lines(tmp_path / "metrics.jsonl") if "train/loss" in line]
+    assert first["time/compile_s"] > 1 > third["time/compile_s"]
+    assert max(line["time/step_s"] for line in (first, second, third)) < 1
+    assert max(line["time/learn_s"] for line in (first, second, third)) < 1
+    assert first["perf/tokens_per_s"] == pytest.approx(first["train/tokens"] / first["time/step_s"])
+    assert found["compile"]["device_s"] > 1
+    assert found["learn"]["device_s"] < 1
+
+
+def test_parts_of_a_compilation_that_contain_others_count_once():
+    covered = compiling.Covered()
+    for start_s, end_s in ((1, 2), (2.5, 3), (0.5, 4), (5, 6), (6, 7), (6.5, 7.5)):
+        covered.add(start_s, end_s)
+    assert covered.total_s == pytest.approx(3.5 + 2.5)

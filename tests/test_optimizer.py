@@ -1,6 +1,7 @@
 """Schedules at their ends, which parameters decay, clipping, each optimizer by hand, and the same on eight devices."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -44,15 +45,50 @@ def test_unknown_names_and_impossible_numbers_are_refused():
         ("warmup_share", 1.5): r"warmup_share got 1.5; allowed: 0 to 1",
         ("state_dtype", "int8"): r"unknown state_dtype 'int8'; one of: None, bfloat16, float32",
         ("muon_scale", "with"): r"unknown muon_scale 'with' \(did you mean 'width'\?\)",
-        ("adam_lr", 0.1): r"adam_lr got 0.1 but the optimizer is adamw; allowed with: muon",
+        ("adam_lr", 0.1): r"adam_lr got 0.1, but adamw does not read it; allowed with: muon; else adam_lr=None",
     }.items():
         with pytest.raises(ValueError, match=message):
             optimizer.make(10, lr=1.0, **dict([fields]))
     with pytest.raises(ValueError, match=r"warmup_steps=2 and warmup_share=0.5; allowed: one of them"):
         optimizer.make(10, lr=1.0, warmup_steps=2, warmup_share=0.5)
-    for name in ("sgd", "adafactor"):
-        with pytest.raises(ValueError, match=f"'bfloat16' but {name} has no first moment; allowed with: adamw, adam, muon, lion"):
-            optimizer.make(10, name=name, lr=1.0, state_dtype="bfloat16")
+
+
+# A value of each field that is not its default.
+OTHER = {"b1": 0.8, "b2": 0.9, "eps": 1e-6, "weight_decay": 0.1, "state_dtype": "bfloat16"}
+OTHER |= {"adam_lr": 0.2, "muon_momentum": 0.9, "muon_scale": "width"}
+
+
+@pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
+def test_a_field_changes_the_updates_or_is_refused(name):
+    params, grads = wide()
+
+    def two_steps(**fields):
+        made = optimizer.make(10, name=name, lr=0.1, clip_norm=None, **fields)
+        state, moved = made.init(params), params
+        for another in (grads, jax.tree.map(lambda g: 0.01 * jnp.roll(g, 1), grads)):
+            update, state = made.update(another, state, moved)
+            moved = optax.apply_updates(moved, update)
+        return moved, state
+
+    before, refused = two_steps(), []
+    for field, value in OTHER.items():
+        if name in optimizer.READ_BY[field]:
+            pairs = zip(jax.tree.leaves(two_steps(**{field: value})), jax.tree.leaves(before), strict=True)
+            assert any(a.dtype != b.dtype or np.any(a != b) for a, b in pairs), field
+            continue
+        readers = ", ".join(optimizer.READ_BY[field])
+        with pytest.raises(ValueError, match=f"{field} got .*, but {name} does not read it; allowed with: {readers}; else"):
+            optimizer.make(10, name=name, lr=0.1, **{field: value})
+        default = inspect.signature(optimizer.make).parameters[field].default
+        optimizer.make(10, name=name, lr=0.1, **{field: default})
+        refused.append(field)
+    assert bool(refused) == (name != "muon")
+
+
+def test_a_share_at_the_end_of_a_constant_schedule_is_refused():
+    with pytest.raises(ValueError, match=r"final_share got 0.1, but a constant schedule does not read it; allowed with: cos"):
+        optimizer.make(10, lr=0.1, final_share=0.1)
+    optimizer.make(10, lr=0.1, final_share=0.1, schedule_kind="cosine")
 
 
 def test_warmup_as_a_share_of_the_phase():
@@ -105,11 +141,6 @@ def test_adam_by_hand():
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
         x -= lr * (m / (1 - b1**step) / ((v / (1 - b2**step)) ** 0.5 + eps) + decay * x)
     np.testing.assert_allclose(params["kernel"], x, rtol=1e-5)
-
-
-def test_adam_has_no_decay():
-    made = optimizer.make(10, name="adam", lr=1.0, weight_decay=0.1)
-    assert updates(made, {"kernel": jnp.ones(2)}, {"kernel": jnp.zeros(2)})["kernel"].tolist() == [0, 0]
 
 
 # --- muon, lion, adafactor ---
@@ -217,7 +248,8 @@ def test_state_dtype_is_that_of_the_first_moment(name):
 @pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
 def test_eight_devices_make_the_update_of_one(name, axes):
     params, grads = wide()
-    made, mesh = optimizer.make(10, name=name, lr=0.1, weight_decay=0.1), sharding.make_mesh(**axes)
+    decay = {"weight_decay": 0.1} if name in optimizer.READ_BY["weight_decay"] else {}
+    made, mesh = optimizer.make(10, name=name, lr=0.1, **decay), sharding.make_mesh(**axes)
 
     def two_steps(params, grads):
         state = made.init(params)

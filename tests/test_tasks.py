@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import socket
@@ -305,3 +306,18 @@ def test_corpus(tmp_path):
         tasks.load("corpus", path=str(tmp_path / "a.txt"), split="test", held_out=0.0)
     with pytest.raises(FileNotFoundError, match="no file matches"):
         tasks.load("corpus", path=str(tmp_path / "c*.txt"))
+
+
+@pytest.mark.parametrize("held_out", [-1, -1e-9, 1.5, float("nan")])
+@pytest.mark.parametrize("name", ["corpus", "jsonl"])
+def test_a_fraction_that_is_none_is_refused(name, held_out, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"question": "one", "answer": "1"}\n')
+    with pytest.raises(ValueError, match=r"held_out got .*; allowed: 0 to 1, the fraction that is test"):
+        tasks.load(name, path=str(tmp_path / "a.jsonl"), held_out=held_out)
+
+
+@pytest.mark.parametrize("name", [name for name, maker in tasks.TASKS.items() if "limit" in inspect.signature(maker).parameters])
+def test_a_limit_below_one_is_refused(name):
+    for limit in (-1, 0):
+        with pytest.raises(ValueError, match=f"limit of task '{name}' got {limit}; allowed: None"):
+            tasks.load(name, limit=limit)

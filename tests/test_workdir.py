@@ -58,6 +58,9 @@ def test_a_change_of_the_maths_is_refused_unless_accepted(folder, field):
 
 def test_fewer_steps_than_a_run_has_made_are_refused(folder):
     """Where it seemed that the disk was full, after the sampler was compiled and the new config written."""
+    for item, name, text in (("host", "metadata", '{"host": {}}'), ("state", "_METADATA", "{}")):
+        (folder / "checkpoints" / "40" / item).mkdir()
+        (folder / "checkpoints" / "40" / item / name).write_text(text)
     with pytest.raises(ValueError, match=r"checkpoint of step 40, and the phases have 39 steps in all; raise the steps"):
         workdir.check_steps(folder, 39)
     workdir.check_steps(folder, 40)
@@ -157,7 +160,7 @@ def test_a_clock_that_is_set_back_changes_nothing(tmp_path, monkeypatch):
     times_s = [line["time_s"] for line in lines]
     assert times_s[0] > 0
     assert times_s == sorted(times_s)
-    spent = [line[name] for line in lines for name in line if name.startswith("time/") and "ledger" not in name]
+    spent = [line[name] for line in lines for name in line if name.startswith("time/") and name.endswith(("learn_s", "step_s"))]
     assert min(spent) > 0
     assert times_s[-2] / 2 < summary["wall_s"] < 600
 

@@ -48,7 +48,10 @@ def load(
     Raises:
       ValueError: an unknown name, an unknown, missing or impossible keyword.
     """
-    made = call(find("task", name, TASKS), kwargs, f"task {name!r}")
+    maker, limit = find("task", name, TASKS), kwargs.get("limit")
+    if name in TASKS and limit is not None and limit < 1:
+        raise ValueError(f"limit of task {name!r} got {limit}; allowed: None (all), or 1 or more")
+    made = call(maker, kwargs, f"task {name!r}")
     if not hasattr(made, "__len__") or (len(made) and not isinstance(made[0], Task | str)):
         raise ValueError(f"task {name!r} made {type(made).__name__}; allowed: a sequence of Task, or of texts")
     return made

@@ -28,7 +28,12 @@ def splitter(held_out: float) -> Callable[[str], str]:
 
     Texts that differ in case or white space alone are the same question, so they follow
     the first of them; all others are where `split_of` has them.
+
+    Raises:
+      ValueError: `held_out` is no fraction.
     """
+    if not 0 <= held_out <= 1:
+        raise ValueError(f"held_out got {held_out}; allowed: 0 to 1, the fraction that is test")
     first: dict[float, float] = {}  # hashes, since texts may be large
 
     def split(text: str) -> str:
