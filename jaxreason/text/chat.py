@@ -250,11 +250,11 @@ def _guarded(message: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
         raise ValueError(f"a message's content got {type(content).__name__}; allowed: str (text only)")
     words = [*tokenizer.special] + ([] if message["role"] == "assistant" else [*tokenizer.added])
     longest_first = "|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)"
-    barred = {(tokenizer.special | tokenizer.added)[word] for word in words}
+    barred = {(tokenizer.special | tokenizer.added)[word] for word in words} if tokenizer.rewrites else set()
 
     def guard(part):
         """Mark a token, or a text that a normalizer makes one of."""
-        hidden = tokenizer.rewrites and barred.intersection(tokenizer.encode(part, continues=True))
+        hidden = barred and barred.intersection(tokenizer.encode(part, continues=True))
         hidden = hidden and hidden.difference(tokenizer.encode(part, added=False, continues=True))  # which has the unknown one
         return f"{OPEN}{part}{CLOSE}" if hidden or part in words else part
 

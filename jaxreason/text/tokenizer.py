@@ -256,10 +256,11 @@ def load(folder: str | Path) -> Tokenizer:
     def read(one, text, no):
         """Encode with no id of `no`: the model itself may have such a token as a piece of text. It is spelled then."""
         found = one.encode(text, add_special_tokens=False)
-        if no.isdisjoint(found.ids):
-            return found.ids
+        ids = found.ids  # a copy at each look
+        if not no or no.isdisjoint(ids):
+            return ids
         spelled = []
-        for i, (start, end) in zip(found.ids, found.offsets, strict=True):
+        for i, (start, end) in zip(ids, found.offsets, strict=True):
             spelled += [i] if i not in no else spell(text[start:end], no)
         return spelled
 
