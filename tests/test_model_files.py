@@ -115,7 +115,7 @@ def test_the_original_context_beside_rope_parameters_is_read():
         ({"rope_theta": True}, "rope_theta got True"),
         (
             {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e4}},
-            "rope_theta is 1000000.0 and in rope_parameters 10000.0; keep",
+            "is 1000000.0 and in rope_parameters 10000.0; keep",
         ),
         ({"rope_theta": 1e6, "rope_scaling": {"rope_theta": 1e4}}, "rope_theta is 1000000.0 and in rope_scaling 10000.0; keep"),
         (
