@@ -313,6 +313,28 @@ def test_a_run_is_refused_when_it_is_built(folder):
         build(config)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"width": 2**32 - 2}, r"the params of config.model take [\d,]+ GB.*and there are \d+ GB; allowed: .* smaller width"),
+        ({"feed_forward": 2**32 - 2, "width": 2**20}, r"the params of config.model take"),
+        ({"vocab_size": 2**32 - 1}, r"vocab_size got 4294967295; allowed: below 2\*\*31"),
+        (
+            {"layers": 10**8, "width": 2, "feed_forward": 1, "heads": 1, "kv_heads": 1, "head_size": 2},
+            r"layers got 100000000; allow",
+        ),
+    ],
+)
+def test_a_size_that_fits_no_memory_is_refused_when_the_run_is_built(fields, message, monkeypatch):
+    config = load_config("tiny", "smoke")
+    with config.unlocked():
+        config.model = {**config.model.to_dict(), **fields}
+    monkeypatch.setattr("jaxreason.build.transformer", None)  # nothing of it is made
+    with pytest.raises(ValueError, match=message) as error:
+        build(config)
+    one_line(error)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 def test_weights_that_are_not_finite_are_named(folder, value, param_dtype):
