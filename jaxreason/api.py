@@ -84,6 +84,7 @@ def load(
     placed = call(sharding.make_mesh, sizes, "mesh", devices=devices)
     described = describe(path, model or {}, text or {}, devices[0].platform)
     check_vocabulary(described.tokenizer, described.shape)
+    build.check_size(described.shape, placed.devices)
     made = transformer(described.shape, placed)
     words = {"tokenizer": described.tokenizer, "format": described.format}
     limits = {"slots": slots, "max_prompt_tokens": max_prompt_tokens, "max_tokens": max_tokens}

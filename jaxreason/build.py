@@ -14,6 +14,8 @@ import functools
 import importlib.metadata
 import inspect
 import json
+import math
+import os
 import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -104,6 +106,7 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
         load = start_from(config["init_from"], described, say)
     elif load is not None and not resumes:
         weights_.check(folder, shape)
+    check_size(shape, meshes.learn.devices)
     attention.check_platform(shape, meshes.learn.devices.flat[0].platform)
     model, sampled = (transformer(shape, mesh) for mesh in meshes)
     for mesh in meshes:
@@ -483,6 +486,39 @@ def find_described(path: str, step: int | None = None) -> tuple[origin_.Origin, 
             return found, describe(found.config["model"], found.config["text"])
     tokenizer = text.load(found.folder) if (found.folder / "tokenizer.json").is_file() else None
     return found, Described(found.folder, tokenizer, None, model_config.read_hf(found.folder), None)
+
+
+MOST_LAYERS = 10_000  # each is traced
+
+
+def check_size(shape: model_config.ModelConfig, devices) -> None:
+    """Check that the devices' memory can hold the params at all.
+
+    Raises:
+      ValueError: it can't, or numbers that no array or trace is made for.
+    """
+    if shape.vocab_size >= 2**31:
+        raise ValueError(f"config.model.vocab_size got {shape.vocab_size}; allowed: below 2**31, as token ids are int32")
+    if shape.layers > MOST_LAYERS:
+        raise ValueError(f"config.model.layers got {shape.layers}; allowed: up to {MOST_LAYERS}")
+    dtypes = (shape.param_dtype, shape.lora and shape.lora.base_dtype)
+    needed = model_config.count_parameters(shape) * (2 if "bfloat16" in dtypes else 4)
+    there = memory_of(devices)
+    if there is not None and needed > there:
+        raise ValueError(
+            f"the params of config.model take {needed / 1e9:,.0f} GB (width {shape.width}, feed_forward {shape.feed_forward}, "
+            f"layers {shape.layers}, vocab_size {shape.vocab_size}) and there are {there / 1e9:.0f} GB; allowed: what "
+            "fits; set a smaller width, or use more devices"
+        )
+
+
+def memory_of(devices) -> int | None:
+    """Bytes of all devices together; of CPUs those of their hosts; None if that is not known."""
+    if devices.flat[0].platform == "cpu":
+        pages = {name: os.sysconf(name) for name in ("SC_PHYS_PAGES", "SC_PAGE_SIZE") if name in os.sysconf_names}
+        return len({d.process_index for d in devices.flat}) * math.prod(pages.values()) if len(pages) == 2 else None
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return devices.size * stats["bytes_limit"] if "bytes_limit" in stats else None
 
 
 def init_params(model, load: Callable | None, seed: int, mesh):

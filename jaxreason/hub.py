@@ -123,13 +123,20 @@ def cached(id: str, choose: Choose, *, kind: str = "model", revision: str | None
     name, cache = name_of(id, kind), _cache(id, kind)
     revision = revision or _known(name) or "main"
     branch = cache / "refs" / revision
-    commit = revision if COMMIT.fullmatch(revision) else branch.read_text().strip() if branch.is_file() else ""
+    commit = revision if COMMIT.fullmatch(revision) else branch.read_text(errors="replace").strip() if branch.is_file() else ""
+    if commit and not COMMIT.fullmatch(commit):
+        reading().say(f"{branch} is damaged: got {commit[:40]!r}; allowed: a commit of 40 hex digits; asking the hub for it")
+        return None
     folder = cache / "snapshots" / commit
     if not commit or not folder.is_dir():
         return None
     listing = _listing(cache, commit)
     if listing.is_file():
-        names = list(json.loads(listing.read_text()))
+        try:
+            names = _checked(json.loads(listing.read_text(encoding="utf-8")), listing)
+        except (ValueError, RecursionError):  # `_download` writes it anew
+            reading().say(f"{listing} is damaged: it holds no list of file names; asking the hub for them")
+            return None
     else:  # another program filled the cache
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     try:
@@ -140,6 +147,21 @@ def cached(id: str, choose: Choose, *, kind: str = "model", revision: str | None
         return None
     reading().noted[name] = commit
     return folder
+
+
+def _checked(names: Any, where: Any) -> list[str]:
+    """Check that names are those of files inside a repository.
+
+    Raises:
+      ValueError: one that is not, which could name a file elsewhere.
+    """
+    if not isinstance(names, list):
+        raise ValueError(f"{where} holds a {type(names).__name__}; allowed: a list of file names")
+    for name in names:
+        parts = name.split("/") if isinstance(name, str) else [""]
+        if not {"", ".", ".."}.isdisjoint(parts) or "\\" in name or not name.isprintable():
+            raise ValueError(f"{where} lists a file {name!r:.80}; allowed: paths below its folder; do not use it")
+    return names
 
 
 def _all_shards(names: Iterable[str]) -> list[str]:
@@ -174,7 +196,10 @@ def _download(id: str, choose: Choose, kind: str, revision: str | None) -> Path:
         ask = functools.partial(HfApi().repo_info, id, repo_type=kind, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
         with _explained(id, kind):
             info = _patiently(ask, id, say)
-        files = {file.rfilename: file for file in info.siblings}
+        if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha):
+            raise ValueError(f"the hub names the commit {info.sha!r:.80} for {id}; allowed: 40 hex digits; check HF_ENDPOINT")
+        files = {file.rfilename: file for file in info.siblings or ()}
+        _checked(list(files), id)
         needed, folder = choose(list(files)), cache / "snapshots" / info.sha
         listing = _listing(cache, info.sha)
         listing.parent.mkdir(parents=True, exist_ok=True)

@@ -26,12 +26,15 @@ FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 class Hub:
     """The server. `repositories` are folders by name, as `owner/name` and `datasets/owner/name`; `requests` are what was asked.
 
+    `changes` replace entries of what is answered about a repository.
+
     `fault(method, path, headers)` may return (status, headers) to answer with that, or (None, damage) to send `damage(content)`:
     a connection that breaks off, if that is shorter. With (206, damage) its own length is promised.
     """
 
     def __init__(self, repositories: dict[str, Path], port: int = 0):
         self.repositories, self.requests = repositories, []
+        self.changes: dict = {}  # of what is said of a repository
         self.fault: Callable = lambda method, path, headers: None
         self.server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
@@ -121,7 +124,7 @@ class Handler(BaseHTTPRequestHandler):
             if is_large(file):
                 about["lfs"] = {"sha256": sha256, "size": about["size"], "pointerSize": 134}
             files.append(about)
-        found = {"id": name.removeprefix("datasets/"), "sha": commit_of(folder), "siblings": files}
+        found = {"id": name.removeprefix("datasets/"), "sha": commit_of(folder), "siblings": files} | self.hub.changes
         if form == "tree":  # what the client's own snapshot_download asks for
             found = [{"type": "file", "path": file["rfilename"], "size": file["size"], "oid": file["blobId"]} for file in files]
         return self.answer(200, {"Content-Type": "application/json"}, json.dumps(found).encode())

@@ -329,6 +329,56 @@ def test_no_server_and_a_full_disk_are_one_line(served, monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sha": "../../../../escaped"},
+        {"sha": "/tmp/escaped"},
+        {"sha": "A" * 40},
+        {"sha": ""},
+        {"sha": None},
+        *({"siblings": [{"rfilename": name}]} for name in ("../x.json", "/x.json", "a/../../x", "a\\x", "a//x", "a\nb", ".", "")),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("id", ["org/tiny", "openai/gsm8k"])
+def test_names_that_leave_the_cache_are_refused(served, tmp_path, id, changes):
+    served.changes = changes
+    with pytest.raises(ValueError, match=r"names the commit|lists a file") as error:
+        weights.resolve(id) if id == "org/tiny" else tasks.load("hub", id=id, config="main")
+    assert "\n" not in str(error.value)
+    assert id in str(error.value)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("content", [b"{", b"{}", b'"main"', b"[1]", b'["../x"]', b"\xff", b"[" * 10**5])
+def test_a_damaged_note_of_the_cache_is_named_and_written_anew(served, monkeypatch, capsys, content):
+    folder = weights.resolve("org/tiny")
+    note = folder.parent.parent / "jaxreason" / f"{folder.name}.json"
+    whole = note.read_bytes()
+    note.write_bytes(content)
+    capsys.readouterr()
+    with monkeypatch.context() as offline:
+        offline.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE"):
+            weights.resolve("org/tiny")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == f"{note} is damaged: it holds no list of file names; asking the hub for them"
+    assert weights.resolve("org/tiny") == folder
+    assert note.read_bytes() == whole
+
+
+@pytest.mark.parametrize("content", [b"../../x", b"main", b"\xff\xfe", b"0" * 39])
+def test_a_damaged_branch_of_the_cache_is_named_and_written_anew(served, capsys, content):
+    folder = weights.resolve("org/tiny")
+    branch = folder.parent.parent / "refs/main"
+    branch.write_bytes(content)
+    capsys.readouterr()
+    assert weights.resolve("org/tiny") == folder
+    assert capsys.readouterr().out.startswith(f"{branch} is damaged: got ")
+    assert branch.read_text() == folder.name
+
+
 # --- data ---
 
 
@@ -379,7 +429,7 @@ def add(served, tmp_path, id: str, **files) -> str:
             write_parquet(folder / f"{name}.parquet", content)
         else:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(content)
+            (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     served.repositories[f"datasets/{id}"] = folder
     return id
 
@@ -461,6 +511,81 @@ def test_files_are_chosen_by_config_split_and_kind(served, tmp_path):
         tasks.load("hub", id="a/script")
 
 
+Q = [{"question": "q", "answer": "1"}]
+OTHER = [{"question": "other", "answer": "2"}]
+
+
+@pytest.mark.parametrize(
+    ("files", "options"),
+    [
+        ({"main/train": Q, "main-old/train": OTHER}, {"config": "main"}),
+        ({"main/train": Q, "old/main/train": OTHER}, {"config": "main"}),
+        ({"data/en/train": Q, "data/cn/train": OTHER}, {"config": "en"}),
+        ({"data/train": Q, "train-data/test": OTHER}, {}),
+        ({"train/0000": Q, "test/0000": OTHER}, {}),
+        ({"main/train/0000": Q, "main/test/0000": OTHER}, {"config": "main"}),
+        ({"train": Q, "train_old": OTHER}, {}),
+        ({"train-00000-of-00001-b42a775f407cee45": Q, "test-00000-of-00001-b42a775f407cee45": OTHER}, {}),
+        ({"gsm8k_train": Q, "gsm8k_test": OTHER}, {}),
+        ({"train": Q, "old/train": OTHER}, {"config": "default"}),
+        ({"data/train": Q, "old/train": OTHER}, {"config": "default"}),
+    ],
+)
+def test_a_config_is_its_folder_and_a_split_its_stem(served, tmp_path, files, options):
+    id = add(served, tmp_path, "some/set", **files)
+    assert [task.question for task in tasks.load("hub", id=id, **options)] == ["q"]
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "message"),
+    [
+        ({"data/train": Q, "old/train": OTHER}, {}, r"several configs; set config to one of: data, old$"),
+        ({"a/main/train": Q, "b/main/train": OTHER}, {"config": "main"}, r"several configs; .* one of: a/main, b/main$"),
+        ({"main-old/train": OTHER}, {"config": "main"}, r"unknown config of some/set 'main'.*one of: main-old$"),
+        ({"train_a": Q, "train_b": OTHER}, {}, r"several files of split 'train': train_a.parquet, train_b.parquet; "),
+        ({"a": Q, "b": OTHER}, {}, r"several files of split 'train': a.parquet, b.parquet; "),
+        ({"train-set/test": Q}, {}, r"unknown split of some/set 'train'; one of: test$"),
+        ({"main/partial-train/0000": Q}, {}, r"unknown split of some/set 'train'.*one of: partial-train$"),
+        ({"train-00000-of-00002": Q}, {}, r"lacks the shard train-00001-of-00002.parquet;"),
+        ({"d/train-00001-of-00002": Q}, {}, r"lacks the shard d/train-00000-of-00002.parquet;"),
+        ({"train-00000-of-00009": Q}, {}, r"lacks the shard train-00001-of-00009.parquet and 7 more;"),
+        ({"train/0000": Q, "train/0002": Q}, {}, r"lacks the shard train/0001.parquet;"),
+        ({"train-00000-of-00001": Q, "train-00000-of-00002": Q, "train-00001-of-00002": Q}, {}, "shards of several tables: "),
+        ({"train-00000-of-00001-b42a775f407cee45": Q, "train-00000-of-00001-b42a775f407cee46": Q}, {}, "shards of several"),
+        ({"train": Q, "train-00000-of-00001": Q}, {}, "shards of several tables: "),
+    ],
+)
+def test_files_that_may_not_be_those_that_are_meant_are_refused(served, tmp_path, files, options, message):
+    id = add(served, tmp_path, "some/set", **files)
+    with pytest.raises(ValueError, match=message) as error:
+        tasks.load("hub", id=id, **options)
+    assert "\n" not in str(error.value)
+    assert not [path for path in served.asked("GET") if "/resolve/" in path]
+
+
+@pytest.mark.parametrize(
+    ("filter", "message"),
+    [
+        ({"x": {"mim": 1}}, r"unknown bound in filter of 'x' 'mim' \(did you mean 'min'\?\); one of: max, min"),
+        ({"x": {"min": "a"}}, r"filter of 'x' got min='a'; allowed: numbers"),
+        ({"x": {"min": None}}, r"filter of 'x' got min=None"),
+        ({"x": {"max": True}}, r"filter of 'x' got max=True"),
+        ({"x": {"max": float("nan")}}, r"filter of 'x' got max=nan"),
+        ({"x": {"min": 2, "max": 1}}, r"filter of 'x' got \{'min': 2, 'max': 1\}; allowed: .* min not above max"),
+        ({"x": {}}, r"filter of 'x' got \{\}; allowed: min, max or both"),
+        ({"x": ({"min": 1},)}, r"filter of 'x' got \{'min': 1\}; allowed: a text, a number"),
+        ({"x": {1, 2}}, r"filter of 'x' got \{1, 2\}; allowed: a text"),
+        ({3: 1}, r"filter got the field 3; allowed: names"),
+        ("x", r"filter got 'x'; allowed: a mapping"),
+    ],
+)
+def test_a_filter_that_means_nothing_is_refused_before_a_download(served, filter, message):
+    with pytest.raises(ValueError, match=message) as error:
+        tasks.load("hub", id="openai/gsm8k", config="main", filter=filter)
+    assert "\n" not in str(error.value)
+    assert served.requests == []
+
+
 def test_a_part_is_held_out_where_there_is_no_test_split(served, tmp_path):
     id = add(served, tmp_path, "some/train", **{"train": [{"question": f"q{i}", "answer": str(i)} for i in range(300)]})
     train, test = (tasks.load("hub", id=id, split=split, held_out=0.2) for split in ("train", "test"))
@@ -473,9 +598,10 @@ def test_a_damaged_file_is_named(served, tmp_path):
     for name, content, words in (
         ("train.parquet", "no parquet", r"train.parquet is not a whole parquet file"),
         ("train.jsonl", '{"question": 1}\n{oops\n', r"train.jsonl is neither a JSON array nor JSON lines"),
+        ("train.jsonl", '{"question": "caf\u00e9"}'.encode("latin-1"), r"train.jsonl is not UTF-8"),
         ("train.json", "[1]", r"train.json has a row that is a JSON int"),
     ):
-        id = add(served, tmp_path, f"bad/{name.replace('.', '-')}", **{name: content})
+        id = add(served, tmp_path, f"bad/{name.replace('.', '-')}{type(content).__name__}", **{name: content})
         with pytest.raises(ValueError, match=words) as error:
             tasks.load("hub", id=id)
         assert "\n" not in str(error.value)

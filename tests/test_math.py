@@ -64,6 +64,37 @@ def test_which_answer_and_which_key(math, text, key, correct):
     assert math(text, one(key)).correct == correct
 
 
+@pytest.mark.parametrize(
+    ("text", "key", "correct"),
+    [
+        (r"\boxed{1011_2}", "1011_3", False),
+        (r"\boxed{1011_{2}}", "1011_{3}", False),
+        (r"\boxed{1011_2}", "$1011_{2}$", True),
+        (r"\boxed{1011_{\text{two}}}", "1011_2", True),
+        (r"\boxed{1011_{\text{two}}}", r"1011_{\text{three}}", False),
+        (r"\boxed{(1011)_2}", "1011_3", False),
+        (r"\boxed{1011 _ {2}}", "1011_3", False),
+        (r"\boxed{\text{1011}_2}", "1011_3", False),
+        (r"\boxed{1A_{16}}", "1A_{12}", False),
+        (r"\boxed{1A_{16}}", "1A_{16}", True),
+        (r"\boxed{10_2} and \boxed{10_3}", "10_2, 10_5", False),
+        (r"The answer is $1011_2$.", "1011_3", False),
+        (r"The answer is $1011_3$.", "1011_3", True),
+        (r"We turn $31_{10}$ into $1011_3$.", "1011_3", True),
+        (r"\boxed{10_2} and \boxed{10_3}", "10_2, 10_3", True),
+        (r"\boxed{1011}", "1011_3", True),
+        (r"\boxed{a_1 + 2}", "a_1 + 2", True),
+    ],
+)
+def test_numbers_of_different_bases_differ(math, text, key, correct):
+    assert math(text, one(key)).correct == correct
+
+
+def test_a_key_of_the_right_base_counts_among_others(math):
+    assert math(r"\boxed{1011_2}", one("1011_3", answers=["1011_{2}"])).correct
+    assert not math(r"\boxed{1011_2}", one("1011_3", answers=["1011_{4}"])).correct
+
+
 def test_the_table_is_judged_as_by_a_person():
     missed, paid = math_table.judge()
     assert len(math_table.TABLE) >= 150

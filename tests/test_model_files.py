@@ -113,6 +113,19 @@ def test_the_original_context_beside_rope_parameters_is_read():
         ({"rope_theta": "1e6"}, "rope_theta got '1e6'; allowed: a positive number"),
         ({"rope_theta": float("inf")}, "rope_theta got inf"),
         ({"rope_theta": True}, "rope_theta got True"),
+        (
+            {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e4}},
+            "is 1000000.0 and in rope_parameters 10000.0; keep",
+        ),
+        ({"rope_theta": 1e6, "rope_scaling": {"rope_theta": 1e4}}, "rope_theta is 1000000.0 and in rope_scaling 10000.0; keep"),
+        (
+            {"rope_theta": 1e4, "rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+            "rope_theta is 10000.0 and in rope_parameters 1000000.0; keep",
+        ),
+        (
+            {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 1.0}},
+            "partial_rotary_factor is 0.5 and in",
+        ),
         ({"partial_rotary_factor": "1"}, "partial_rotary_factor got '1'"),
         ({"rope_scaling": {"type": "yarn", "factor": 2, "truncate": "no"}}, "truncate got 'no'; allowed: true or false"),
         ({"rope_scaling": {"type": "yarn", "factor": 2, "mscale": "1"}}, "mscale got '1'"),
@@ -151,6 +164,79 @@ def test_values_of_the_wrong_type_name_the_file(folder, entries, message):
     with pytest.raises(ValueError, match=message) as error:
         weights.load(folder)
     assert one_line(error).startswith(f"{folder / 'config.json'}: ")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("key", "neutral", "other"),
+    [
+        ("final_logit_softcapping", (None, 0, 0.0, False), (30.0, True, "30")),
+        ("attn_logit_softcapping", (None, 0.0), (50.0,)),
+        ("clip_qkv", (None, 0), (8,)),
+        ("logits_scaling", (None, 1, 1.0), (8.0, 0, True)),
+        ("logit_scale", (None, 1.0), (0.0625,)),
+        ("residual_multiplier", (None, 1.0), (0.22,)),
+        ("embedding_multiplier", (None, 1.0), (12.0,)),
+        ("attention_multiplier", (None, 1.0), (0.0078125,)),
+        ("scale_emb", (None, 1), (12,)),
+        ("num_experts", (None, 0), (8, 1)),
+        ("num_local_experts", (None, 0), (8,)),
+        ("n_routed_experts", (None, 0), (64,)),
+        ("rotary_pct", (None, 1, 1.0), (0.25,)),
+        ("partial_rotary_factor", (None, 1.0), (0.5,)),
+        ("rope_interleaved", (None, False), (True,)),
+        ("use_sliding_window", (None, False), (True, 1)),
+        ("attention_bias", (None, False), (1, "yes", [])),
+        ("mlp_bias", (None, False), (True, 1)),
+        ("lm_head_bias", (None, False), (True,)),
+        ("query_pre_attn_scalar", (None, 4), (8, 144)),
+        ("hidden_activation", (None, "silu"), ("gelu_pytorch_tanh",)),
+        ("use_parallel_residual", (None, False), (True,)),
+        ("alibi", (None, False), (True,)),
+        ("quantization_config", (None,), ({"bits": 4}, {})),
+    ],
+)
+def test_what_changes_the_computation_is_refused(family, key, neutral, other):
+    base = LLAMA | {"model_type": family, "head_dim": 4}
+    for value in neutral:
+        assert from_hf(base | {key: value}) == from_hf(base)
+    for value in other:
+        with pytest.raises(ValueError, match=f"{key} got ") as error:
+            from_hf(base | {key: value})
+        one_line(error)
+
+
+def test_qk_norm_is_that_of_the_family():
+    for family in ("llama", "qwen2", "qwen3"):
+        base = LLAMA | {"model_type": family}
+        for key in ("use_qk_norm", "qk_layernorm"):
+            from_hf(base | {key: family == "qwen3"})
+            with pytest.raises(ValueError, match=f"{key} got "):
+                from_hf(base | {key: family != "qwen3"})
+
+
+SHARED = {"initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16", "attention_dropout": 0.0, "hidden_act": "silu"}
+WINDOW = {"sliding_window": 32768, "max_window_layers": 28, "use_sliding_window": False}
+PUBLISHED = {  # entries, beyond sizes, of files on the hub
+    "llama 3.2": {"model_type": "llama", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1, "rope_theta": 5e5},
+    "smollm2": {
+        **{"model_type": "llama", "is_llama_config": True, "rope_interleaved": False, "pretraining_tp": 1, "rope_theta": 1e5},
+        **{"rope_scaling": None, "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "attention_bias": False},
+    },
+    "qwen2.5": {"model_type": "qwen2", "rope_theta": 1e6, **WINDOW},
+    "qwen2.5 math": {"model_type": "qwen2", "rope_theta": 1e4, "use_mrope": False, **WINDOW},
+    "qwen3": {"model_type": "qwen3", "attention_bias": False, "rope_scaling": None, **WINDOW, "sliding_window": None},
+    "transformers 5": {
+        **{"model_type": "qwen3", "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}, "dtype": "bfloat16"},
+        **{"layer_types": ["full_attention"], "sliding_window": None, "attention_bias": False},
+    },
+    "both forms": {"model_type": "llama", "rope_theta": 1e6, "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"}},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_files_are_read(name):
+    assert from_hf(LLAMA | SHARED | PUBLISHED[name]).layers == 1
 
 
 @pytest.mark.parametrize(
@@ -225,6 +311,28 @@ def test_a_run_is_refused_when_it_is_built(folder):
     config.text.tokenizer = "characters"
     with pytest.raises(ValueError, match=r"lacks tensor model.layers.2"):
         build(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"width": 2**32 - 2}, r"the params of config.model take [\d,]+ GB.*and there are \d+ GB; allowed: .* smaller width"),
+        ({"feed_forward": 2**32 - 2, "width": 2**20}, r"the params of config.model take"),
+        ({"vocab_size": 2**32 - 1}, r"vocab_size got 4294967295; allowed: below 2\*\*31"),
+        (
+            {"layers": 10**8, "width": 2, "feed_forward": 1, "heads": 1, "kv_heads": 1, "head_size": 2},
+            r"layers got 100000000; allow",
+        ),
+    ],
+)
+def test_a_size_that_fits_no_memory_is_refused_when_the_run_is_built(fields, message, monkeypatch):
+    config = load_config("tiny", "smoke")
+    with config.unlocked():
+        config.model = {**config.model.to_dict(), **fields}
+    monkeypatch.setattr("jaxreason.build.transformer", None)  # nothing of it is made
+    with pytest.raises(ValueError, match=message) as error:
+        build(config)
+    one_line(error)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

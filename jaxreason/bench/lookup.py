@@ -96,7 +96,7 @@ def bench(cores: int) -> None:
     config = FLAGS.config.to_dict()
     _, tokenizer, _, shape, load = build.describe(config["model"], config["text"])
     lines = [json.loads(line) for line in Path(os.path.expanduser(FLAGS.rollouts)).read_text().splitlines()]
-    texts = [(tokenizer.encode(r["prompt"]), tokenizer.encode(r["text"], special=False)) for r in lines]
+    texts = [(tokenizer.encode(r["prompt"]), tokenizer.encode(r["text"], special=False, continues=True)) for r in lines]
     texts = [(prompt, completion) for prompt, completion in texts if completion]
     show = machine.printer(f"{FLAGS.config.model.name}: look-up in {len(texts)} rollouts", cores)
 

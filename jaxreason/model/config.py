@@ -281,12 +281,40 @@ def _flag(c: Mapping[str, Any], key: str) -> bool:
     return value
 
 
+# Settings of other architectures that change the computation, by their values that don't; null doesn't, either.
+OFF = (0, 0.0, False)
+NEUTRAL: dict[str, tuple] = {
+    **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "logits_soft_cap", "clip_qkv"), OFF),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts", "moe_num_experts"), OFF),
+    **dict.fromkeys(("residual_multiplier", "embedding_multiplier", "attention_multiplier", "lm_head_multiplier"), (1, 1.0)),
+    **dict.fromkeys(("logits_scaling", "logit_scale", "scale_emb", "rotary_pct", "rope_percent"), (1, 1.0)),
+    **dict.fromkeys(("rope_interleaved", "rope_interleave", "use_mrope", "alibi", "attention_sinks"), (False,)),
+    **dict.fromkeys(("lm_head_bias", "use_bias", "use_parallel_residual", "parallel_attn", "scale_embeddings"), (False,)),
+    **dict.fromkeys(("hidden_activation", "hidden_act"), ("silu", "swish")),
+}
+
+
+def _neutral(value: Any, allowed: tuple) -> bool:
+    """Whether a value is null or one of those allowed; true and false are no numbers."""
+    return value is None or any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
+
+
 def _refuse_variants(c: Mapping[str, Any], family: str) -> None:
     """Raise for settings that change the computation and that the block does not have."""
+    heads = c.get("num_attention_heads")
+    wide = isinstance(c.get("hidden_size"), int) and isinstance(heads, int) and heads > 0
+    head_size = c.get("head_dim") or (c["hidden_size"] // heads if wide else None)
+    allowed = NEUTRAL | {
+        "query_pre_attn_scalar": (head_size,),
+        "rotary_dim": (head_size,),
+        "use_qk_norm": (family == "qwen3",),
+        "qk_layernorm": (family == "qwen3",),
+    }
+    biased = _flag(c, "attention_bias")  # of the output projection, too; qwen2 reads no such key
     kinds = c.get("layer_types") or ()
     refused = {
-        "hidden_act": c.get("hidden_act", "silu") not in ("silu", "swish"),
-        "attention_bias": family != "qwen2" and _flag(c, "attention_bias"),  # biases the output projection too
+        **{key: not _neutral(c[key], values) for key, values in allowed.items() if key in c},
+        "attention_bias": family != "qwen2" and biased,
         "mlp_bias": _flag(c, "mlp_bias"),
         "use_sliding_window": _flag(c, "use_sliding_window"),
         "layer_types": not isinstance(kinds, list | tuple) or any(kind != "full_attention" for kind in kinds),
@@ -309,6 +337,11 @@ ROPE_KEYS = {  # all that may be in rope_parameters or rope_scaling; those of an
 def _rope_from_hf(c: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Read RoPE from wherever the versions of transformers have put it (see `_rope_parameters`)."""
     rope = _rope_parameters(c)
+    for key in ("rope_theta", "partial_rotary_factor"):  # transformers 4 takes the one, transformers 5 the other
+        beside, inside = _number(c, key), _number(rope, key)
+        if beside is not None and inside is not None and beside != inside:
+            where = "rope_parameters" if c.get("rope_parameters") else "rope_scaling"
+            raise ValueError(f"config.json: {key} is {beside} and in {where} {inside}; keep one")
     theta = float(_number(rope, "rope_theta", _number(c, "rope_theta", 10000.0)))
     kind = rope.get("rope_type", "default")
     partial_rotary = _number(rope, "partial_rotary_factor", _number(c, "partial_rotary_factor", 1.0))

@@ -14,18 +14,17 @@ import string
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf, isfinite
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jaxreason import hub as hub_
-from jaxreason.options import unknown
+from jaxreason.options import read_text, unknown
 from jaxreason.tasks import splits
 from jaxreason.types import Task
 
 CONVERTED = "refs/convert/parquet"  # the hub's own copy of a data set
 KINDS = (".parquet", ".jsonl", ".json")  # in order of preference
 NOT_DATA = re.compile(r"(.*/)?(dataset_infos?|state|config|metadata|\..*)\.json")
-BETWEEN = r"[/_.-]"  # what parts the words of a file's name
 
 
 class NoData(ValueError):
@@ -65,6 +64,7 @@ def hub(
         raise ValueError(f"held_out got {held_out}; allowed: 0 to below 1")
     if held_out and split not in splits.SPLITS:
         raise ValueError(unknown("split", split, splits.SPLITS))
+    _check_filter(filter)
     folder, files = data_folder(id, config, "train" if held_out else split, revision)
     wanted = {"question": question, "answer": answer} | ({} if solution is None else {"solution": solution})
     filter, data = dict(filter or {}), dict(data or {})
@@ -122,39 +122,112 @@ def data_folder(id: str, config: str | None, split: str, revision: str | None = 
 
 
 def data_files(id: str, names: Iterable[str], config: str | None, split: str) -> list[str]:
-    """Choose the files of a config and a split by their names, as the hub's own rules
-    do.
+    """Choose the files of a split in one folder, that of the config.
+
+    A file is of a split by its stem (`train.jsonl`, `train-00000-of-00002.parquet`; if
+    there is none, `gsm8k_train.jsonl`), or by its folder (`train/0000.parquet`).
 
     Raises:
       NoData: there are no files that can be read.
-      ValueError: no such config or split; names those that are there.
+      ValueError: no such config or split, shards that are missing, or files of which it
+        is not clear which are meant; names those that are there.
     """
     names = [name for name in names if not NOT_DATA.fullmatch(name)]
     files = next((found for kind in KINDS if (found := sorted(n for n in names if n.endswith(kind)))), [])
     if not files:
         raise NoData(f"{id} has no file in {', '.join(KINDS)}; it has: {', '.join(sorted(names)[:12]) or 'none'}")
-    folders = {name.split("/")[0] for name in files if "/" in name}
-    if config is not None and (config != "default" or config in folders):
-        if not (of_config := [name for name in files if _says(name, config)]):
-            raise ValueError(unknown(f"config of {id}", config, folders or ["default"]))
+    if config is not None:
+        folders = {_config_of(name) for name in files}
+        chosen = config if config != "default" or config in folders else "data" if "data" in folders else "."
+        of_config = [name for name in files if _config_of(name) == chosen]
+        of_config = of_config or [name for name in files if _config_of(name).rpartition("/")[2] == chosen]
+        if not of_config:
+            raise ValueError(unknown(f"config of {id}", config, folders))
         files = of_config
-    of_split = [name for name in files if any(_says(name, word) for word in WORDS.get(split, (split,)))]
-    if not of_split:
-        there = sorted(s for s, words in WORDS.items() if any(_says(name, word) for name in files for word in words))
-        if there or split != "train":  # files that name no split are train
-            raise ValueError(unknown(f"split of {id}", split, there or ["train"]))
-        of_split = files
-    several = {name.split("/")[0] for name in of_split if "/" in name} - {"data", "default"}
-    if config is None and len(several) > 1:
-        raise ValueError(f"{id} has several configs; set config to one of: {', '.join(sorted(several))}")
-    return of_split
+    files = _of_split(id, files, split)
+    folders = sorted({_config_of(name) for name in files})
+    if len(folders) > 1:
+        raise ValueError(f"{id} has several configs; set config to one of: {', '.join(folders)}")
+    series = {_series(name) for name in files}
+    if len(series) > 1:
+        raise ValueError(
+            f"{id} has several files of split {split!r}: {', '.join(files[:12])}; download the right one and read it with the "
+            "task 'jsonl'"
+        )
+    _check_shards(id, files)
+    return files
 
 
 WORDS = {"train": ("train",), "test": ("test",), "validation": ("validation", "valid", "val", "dev")}
+NUMBERED = re.compile(r"(.*?)(?:(?:^|[-_.])(\d+)(?:-of-(\d+)(?:-[0-9a-f]{16})?)?)?")  # name, index, count of a file's stem
 
 
-def _says(name: str, word: str) -> bool:
-    return re.search(rf"(^|{BETWEEN}){re.escape(word)}({BETWEEN}|$)", name) is not None
+def _parts(name: str) -> tuple[str, str, str]:
+    """Folder, split that the last folder names ("" if it names none), and stem of a file."""
+    path = PurePosixPath(name)
+    words = [word for known in WORDS.values() for word in known]
+    is_split = path.parent.name in words or path.parent.name.startswith("partial-")  # as the hub names a part of a split
+    folder = path.parent.parent if is_split else path.parent
+    return str(folder), path.parent.name if is_split else "", path.stem
+
+
+def _config_of(name: str) -> str:
+    return _parts(name)[0]
+
+
+def _series(name: str) -> str:
+    """What the shards of one table have in common."""
+    _, split, stem = _parts(name)
+    return f"{split}/{NUMBERED.fullmatch(stem)[1]}"
+
+
+def _of_split(id: str, files: Sequence[str], split: str) -> list[str]:
+    for named in (_named, _told):  # the exact ones first
+        if found := [name for name in files if named(name) & {*WORDS.get(split, ()), split}]:
+            return found
+    known = {word: name for name, words in WORDS.items() for word in words}
+    there = {known.get(word, word) for name in files for word in _named(name) | _told(name)}
+    there = {word for word in there if word in WORDS or word.startswith("partial-")}
+    if there or split != "train":  # files that name no split are train
+        raise ValueError(unknown(f"split of {id}", split, there or ["train"]))
+    return list(files)
+
+
+def _named(name: str) -> set[str]:
+    """The split that a file's folder names, else its whole stem but for its number."""
+    _, split, stem = _parts(name)
+    return {split or NUMBERED.fullmatch(stem)[1]}
+
+
+def _told(name: str) -> set[str]:
+    """The words of a file's stem, if they name one split."""
+    _, split, stem = _parts(name)
+    words = set() if split else set(re.split(r"[-_.]", stem))
+    return words if sum(not words.isdisjoint(known) for known in WORDS.values()) <= 1 else set()
+
+
+def _check_shards(id: str, files: Sequence[str]) -> None:
+    """Check that no shard of a table is missing or there twice."""
+    found = [NUMBERED.fullmatch(_parts(name)[2]) for name in files]
+    if counts := sorted({match[3] for match in found if match[3]}):
+        indices = sorted(int(match[2]) for match in found if match[2])
+        if len(counts) > 1 or len(indices) != len(files) or len(set(indices)) != len(indices):
+            raise ValueError(f"{id} has shards of several tables: {', '.join(files[:12])}; read another revision of it")
+        first = 0 if int(counts[0]) not in indices else 1  # data sets count from 0; some tools from 1
+        wanted, width = range(first, first + int(counts[0])), len(found[0][2])
+    elif all(match[2] and not match[1] for match in found):  # 0000.parquet
+        indices = sorted(int(match[2]) for match in found)
+        wanted, width = range(min(indices[0], 1), indices[-1] + 1), len(found[0][2])
+    else:
+        return
+    lacking = len(wanted) - len({*indices}.intersection(wanted))
+    if lacking:
+        first_lacking = next(i for i in wanted if i not in indices)
+        stem = NUMBERED.fullmatch(_parts(files[0])[2])
+        lost = files[0][: len(files[0]) - len(PurePosixPath(files[0]).name)]
+        lost += PurePosixPath(files[0]).name.replace(stem[2], f"{first_lacking:0{width}d}", 1)
+        more = f" and {lacking - 1} more" if lacking > 1 else ""
+        raise ValueError(f"{id} lacks the shard {lost}{more}; download it whole, or read another revision of it")
 
 
 def read_rows(folder: Path, files: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -184,7 +257,7 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[dict]:
 
 
 def _json(path: Path, columns: Sequence[str]) -> Iterator[dict]:
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     try:
         whole = text.lstrip().startswith("[")
         rows = json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()]
@@ -255,10 +328,38 @@ def _data(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+BOUNDS = ("min", "max")
+
+
+def _check_filter(filter: Any) -> None:
+    """Check the values of `filter`.
+
+    Raises:
+      ValueError: one that is neither a value, nor several, nor bounds.
+    """
+    if not isinstance(filter, Mapping | None):
+        raise ValueError(f"filter got {filter!r}; allowed: a mapping of fields, such as {{'level': 5}}")
+    for field, wish in (filter or {}).items():
+        if not isinstance(field, str) or not field:
+            raise ValueError(f"filter got the field {field!r}; allowed: names of fields")
+        if not isinstance(wish, Mapping):
+            for value in wish if isinstance(wish, tuple | list) else (wish,):
+                if not isinstance(value, str | int | float | None):
+                    raise ValueError(f"filter of {field!r} got {value!r}; allowed: a text, a number, a tuple of them, or bounds")
+            continue
+        for bound, value in wish.items():
+            if bound not in BOUNDS:
+                raise ValueError(unknown(f"bound in filter of {field!r}", bound, BOUNDS))
+            if not isinstance(value, int | float) or isinstance(value, bool) or value != value:
+                raise ValueError(f"filter of {field!r} got {bound}={value!r}; allowed: numbers")
+        if not wish or wish.get("min", -inf) > wish.get("max", inf):
+            raise ValueError(f"filter of {field!r} got {dict(wish)}; allowed: min, max or both, min not above max")
+
+
 def _accepts(value: Any, wish: Any) -> bool:
     if isinstance(wish, Mapping):
         low, high = wish.get("min", -inf), wish.get("max", inf)
-        return isinstance(value, int | float) and low <= value <= high
+        return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
     return value in wish if isinstance(wish, tuple | list) else value == wish
 
 

@@ -250,11 +250,20 @@ def _guarded(message: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
         raise ValueError(f"a message's content got {type(content).__name__}; allowed: str (text only)")
     words = [*tokenizer.special] + ([] if message["role"] == "assistant" else [*tokenizer.added])
     longest_first = "|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)"
-    guarded = (
-        f"{FORCED}{text}{GIVEN}" if is_forced else re.sub(longest_first, lambda m: f"{OPEN}{m[0]}{CLOSE}", text)
-        for text, is_forced in pieces
-    )
-    return {**message, "content": "".join(guarded)}
+    barred = {(tokenizer.special | tokenizer.added)[word] for word in words} if tokenizer.rewrites else set()
+
+    def guard(part):
+        """Mark a token, or a text that a normalizer makes one of."""
+        hidden = barred and barred.intersection(tokenizer.encode(part, continues=True))
+        hidden = hidden and hidden.difference(tokenizer.encode(part, added=False, continues=True))  # which has the unknown one
+        return f"{OPEN}{part}{CLOSE}" if hidden or part in words else part
+
+    def guarded(text):
+        parts = re.split(f"({longest_first}|[{OPEN}{CLOSE}{FORCED}{GIVEN}])", text)  # forged marks part a text, too
+        return "".join(part if i % 2 and part not in words else guard(part) for i, part in enumerate(parts))
+
+    content = "".join(f"{FORCED}{text}{GIVEN}" if is_forced else guarded(text) for text, is_forced in pieces)
+    return {**message, "content": content}
 
 
 def _encode_guarded(tokenizer: Tokenizer, text: str, continues: bool = False) -> tuple[list[int], list[bool]]:

@@ -44,6 +44,8 @@ class Tokenizer(NamedTuple):
     """`save(folder)` writes the files that `load` and transformers read; None for one that was read from such files."""
     added: Mapping[str, int] = MappingProxyType({})
     """Tokens with a meaning of their own that are not special, as `</think>` in Qwen3: text to id."""
+    rewrites: bool = False
+    """Whether a normalizer may make a token of `special` or `added` from a text that does not contain it."""
 
 
 # ------------------------------------------------------------------------------------------------- made by us
@@ -228,11 +230,16 @@ def load(folder: str | Path) -> Tokenizer:
         for name in names:
             if name in bare:
                 setattr(one, name, bare[name])
+    normalizer = inner_reader.normalizer
     texts = {i: t for t, i in special.items()}
     known = frozenset(reader.get_vocab().values())
     size = max(known) + 1
     byte_of = _bytes_of(reader)
     bos_id, eos_ids, pad_id = _special_ids(folder, reader.token_to_id, known)
+    rewrites = reader.normalizer is not None and _may_write(reader, [*special, *added])
+    unknown_id = _unknown_id(reader)
+    barred = frozenset(special.values()) - {unknown_id}
+    barred_outside = barred | frozenset(added.values()) - {unknown_id}
     any_token = {one: _any(found) for one, found in ((True, [*special, *added]), (False, added))}
 
     def encode(text, special=True, added=True, continues=False):
@@ -242,8 +249,26 @@ def load(folder: str | Path) -> Tokenizer:
         if continues and starts:  # up to the first token that `one` recognises: it knows what follows such a token
             found = any_token[bool(special)].search(text) if added else None
             inner = found.start() if found else len(text)
-        before = inner_reader.encode(text[:inner], add_special_tokens=False).ids if inner else []
-        return before + one.encode(text[inner:], add_special_tokens=False).ids
+        no = barred_outside if not added else frozenset() if special else barred
+        before = read(inner_reader, text[:inner], no) if inner else []
+        return before + read(one, text[inner:], no)
+
+    def read(one, text, no):
+        """Encode with no id of `no`: the model itself may have such a token as a piece of text. It is spelled then."""
+        found = one.encode(text, add_special_tokens=False)
+        ids = found.ids  # a copy at each look
+        if not no or no.isdisjoint(ids):
+            return ids
+        spelled = []
+        for i, (start, end) in zip(ids, found.offsets, strict=True):
+            spelled += [i] if i not in no else spell(text[start:end], no)
+        return spelled
+
+    def spell(text, no):
+        """Encode each character by itself; one that is a barred token is left out."""
+        if normalizer is not None:  # first: one character may be all of a token
+            text = normalizer.normalize_str(text)
+        return [i for c in text for i in inner_reader.encode(c, add_special_tokens=False).ids if i not in no]
 
     def kind(i):
         return bytes if i in byte_of else str if i in known else None
@@ -263,7 +288,24 @@ def load(folder: str | Path) -> Tokenizer:
     def token_text(i):
         return texts.get(int(i)) or decode([i], continues=True)
 
-    return Tokenizer(size, bos_id, eos_ids, pad_id, special, encode, decode, token_text, None, added)
+    return Tokenizer(size, bos_id, eos_ids, pad_id, special, encode, decode, token_text, None, added, rewrites)
+
+
+def _may_write(reader, words: Sequence[str]) -> bool:
+    """Whether one of these tokens is looked for in normalized text, or is a piece of the model itself."""
+    return any(token.normalized for token in reader.get_added_tokens_decoder().values() if token.content in words) or any(
+        reader.model.token_to_id(word) is not None for word in words
+    )
+
+
+def _unknown_id(reader) -> int | None:
+    """The token that stands for text that a model has no piece for."""
+    import tokenizers
+
+    if isinstance(reader.model, tokenizers.models.Unigram):
+        return json.loads(reader.to_str())["model"].get("unk_id")
+    text = getattr(reader.model, "unk_token", None)
+    return None if text is None else reader.token_to_id(text)
 
 
 def _any(words: Iterable[str]) -> re.Pattern:

@@ -50,6 +50,9 @@ def math(
         quick = compare(boxes[0], keys) if boxes else None
         if quick or (quick is False and len(boxes) == 1):
             return verdict(quick, boxes[0])
+        keys = [key for key in keys if _same_bases(boxes, text, bases(key))]
+        if not keys:
+            return verdict(False, boxes[0] if boxes else None)
         answers = [rf"\boxed{{{box}}}" for box in boxes] or [text]
         try:
             correct, parsed, reason = children.ask(both_ways(answers), both_ways(keys))
@@ -118,6 +121,7 @@ def tidy(expression: str) -> str:
         before, expression = expression, _unwrap(expression.strip())
         if expression == before:
             break
+    expression = _NAMED_BASE.sub(lambda m: f"_{{{_BASE_NAMES[m[1]]}}}", expression)
     expression = _THOUSANDS.sub("", expression.translate(_PLAINLY)).strip(_CURRENCY)
     return _COUNTS.sub(lambda m: rf" \cdot 10^{{{_ZEROS[m[1] or m[2]]}}} ", expression).strip()
 
@@ -147,6 +151,31 @@ _PERCENT = re.compile(r"(?<=[\d}])(?:\\?%|\\?\s?\\text\{\s?(?:%|\\%|percent)\s?\
 def both_ways(expressions: list[str]) -> list[str]:
     """Return expressions, and without their percent signs those that have any: 35.0% is 0.35, and as an answer also 35."""
     return list(dict.fromkeys([*expressions, *(_PERCENT.sub("", e) for e in expressions)]))
+
+
+# --- bases ---
+
+_NAMES = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_BASE_NAMES = {name: base for base, name in enumerate(_NAMES, 2)}
+_BASED = re.compile(
+    r"(?<![\w}])(?:\\text\{|\\mathrm\{|\()?\s{0,3}([0-9][0-9A-F]{0,99})\s{0,3}[)}]?\s{0,3}_\s{0,3}"
+    rf"(?:\{{\s{{0,3}}(?:\\text\{{)?(?:([0-9]{{1,2}})|({'|'.join(_NAMES)}))(?:\s{{0,3}}\}}){{1,2}}|([0-9]))"
+)
+_NAMED_BASE = re.compile(rf"(?<=[0-9A-F)])_\{{\\text\{{({'|'.join(_NAMES)})\}}\}}")
+
+
+def bases(expression: str) -> tuple[int, ...]:
+    r"""The bases of the numbers of an expression that name one, in order: 2 and 16 of `101_2, 1F_{16}`.
+
+    math-verify drops a subscript of digits, so 101_2 and 101_3 are the same to it.
+    """
+    return tuple(_BASE_NAMES[name] if name else int(braced or bare) for _, braced, name, bare in _BASED.findall(expression))
+
+
+def _same_bases(boxes: list[str], text: str, wanted: tuple[int, ...]) -> bool:
+    """Whether an answer may be that of a key with these bases: an answer that names none may."""
+    found = list(map(bases, boxes)) if boxes else [bases(text)[-len(wanted) :]]
+    return not wanted or any(there in ((), wanted) for there in found)
 
 
 # --- the quick path ---
