@@ -6,7 +6,7 @@ import sys
 import pytest
 from runs import ROOT, load_config, main
 
-from jaxreason import build, fields
+from jaxreason import build, fields, objectives, optimizer, tasks, verify
 from jaxreason.main import describe, list_families, with_values
 from jaxreason.options import OFFERED
 
@@ -18,9 +18,9 @@ def whole(name="tiny", options="smoke"):
 
 
 FAMILIES = {
-    "tasks": (build.tasks.TASKS, lambda name: build.section_of_task({"name": name})),
-    "verifiers": (build.verify.VERIFIERS, lambda name: build.section_of_verifier({"name": name})),
-    "objectives": (build.objectives_.OBJECTIVES, lambda name: build.section_of_objective({"name": name})),
+    "tasks": (tasks.TASKS, lambda name: build.section_of_task({"name": name})),
+    "verifiers": (verify.VERIFIERS, lambda name: build.section_of_verifier({"name": name})),
+    "objectives": (objectives.OBJECTIVES, lambda name: build.section_of_objective({"name": name})),
     "sources": (build.SOURCES, lambda name: build.section_of_source({"name": name})),
 }
 
@@ -90,8 +90,7 @@ def test_list_names_every_member():
             assert any(line.split()[:1] == [name] for line in lines)
     for family in ("models", "optimizers", "environments", "tokenizers", "formats", "advantages", "weightings", "kl_estimators"):
         assert f"{family}:" in lines
-    objectives = build.objectives_
-    for name in (*objectives.ADVANTAGES, *objectives.WEIGHTINGS, *objectives.KL_ESTIMATORS, *build.optimizer_.OPTIMIZERS):
+    for name in (*objectives.ADVANTAGES, *objectives.WEIGHTINGS, *objectives.KL_ESTIMATORS, *optimizer.OPTIMIZERS):
         (line,) = [line for line in lines if line.split()[:1] == [name]]
         assert len(line.split()) > 3, name
     assert [line for line in list_families("verifiers") if line.endswith(":")] == ["verifiers:"]

@@ -11,7 +11,8 @@ from absl import flags
 from ml_collections import ConfigDict
 from runs import ROOT, load_config, main, run_config
 
-from jaxreason import build, command, fields, options, workdir
+from jaxreason import build, command, fields, optimizer, options, workdir
+from jaxreason.build import run
 from jaxreason.main import config_text
 
 CONFIGS = ("countdown", "gsm8k", "pretrain", "sft", "tiny")
@@ -162,14 +163,14 @@ def test_names_on_the_command_line_bring_their_own_fields():
         build.build(ConfigDict(read(verifier__name="number")))
 
 
-@pytest.mark.parametrize("name", build.optimizer_.OPTIMIZERS)
+@pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
 def test_an_optimizer_is_swept_by_its_name_alone_and_what_it_does_not_read_is_said(name, quick_build):
     said = []
     tree = read(prior__optimizer__name=name)
     assert tree["prior"]["optimizer"]["weight_decay"] == 0.01
     build.build(ConfigDict(tree), say=said.append)
     warned = [line.split("=")[0].rpartition(".")[2] for line in said if line.startswith("warning: config.prior.optimizer.")]
-    readers = build.optimizer_.READ_BY
+    readers = optimizer.READ_BY
     assert warned == [field for field in ("b2", "weight_decay") if name not in readers[field]]
     for field in warned:
         assert any(f"--config.prior.optimizer.{field}=0." in line for line in said)
@@ -241,9 +242,9 @@ def test_types_and_ranges_are_checked_by_the_fields_full_name(path, value, words
 @pytest.fixture
 def quick_build(monkeypatch):
     """`build`, without what it traces and asks: a hundredth of its time."""
-    monkeypatch.setattr(build, "transformer", functools.cache(build.transformer))
-    monkeypatch.setattr(build.sharding, "shardings", lambda *_: None)
-    monkeypatch.setattr(build, "versions", dict)
+    monkeypatch.setattr(run, "transformer", functools.cache(run.transformer))
+    monkeypatch.setattr(run.sharding, "shardings", lambda *_: None)
+    monkeypatch.setattr(run, "versions", dict)
     return lambda tree: build.build(ConfigDict(tree), say=[].append)
 
 

@@ -90,11 +90,7 @@ def test_only_the_model_imports_flax():
 
 
 def test_config_dicts_stop_at_the_doors():
-    allowed = {
-        name
-        for name in MODULES
-        if name in ("jaxreason.build", "jaxreason.command") or (name != "jaxreason" and room(name) in DOORS)
-    }
+    allowed = {name for name in MODULES if name != "jaxreason" and room(name) in ("build", "command", *DOORS)}
     assert users("ml_collections") <= allowed
     for name, path in MODULES.items():
         if name not in allowed:

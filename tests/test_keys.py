@@ -74,7 +74,7 @@ def test_some_bad_keys_are_said_and_all_are_refused():
 
 
 def test_of_many_keys_some_are_tried(monkeypatch):
-    monkeypatch.setattr(build, "KEYS_TRIED", 10)
+    monkeypatch.setattr(build.tasks, "KEYS_TRIED", 10)
     (said,) = check([Task("?", "five" if i % 2 else "5") for i in range(45)], {"name": "number"})
     assert "can't judge 4 of 9 keys that were tried (of 45)" in said
 

@@ -329,7 +329,7 @@ def test_a_size_that_fits_no_memory_is_refused_when_the_run_is_built(fields, mes
     config = load_config("tiny", "smoke")
     with config.unlocked():
         config.model = {**config.model.to_dict(), **fields}
-    monkeypatch.setattr("jaxreason.build.transformer", None)  # nothing of it is made
+    monkeypatch.setattr("jaxreason.build.run.transformer", None)  # nothing of it is made
     with pytest.raises(ValueError, match=message) as error:
         build(config)
     one_line(error)

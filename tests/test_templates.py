@@ -64,7 +64,7 @@ def test_a_template_that_opens_reasoning_has_prompts_but_no_demonstrations(folde
 
 def test_demonstrations_of_such_a_template_are_refused_when_the_run_is_built(folder, monkeypatch):
     tokenizer, form = with_template(folder, R1)
-    monkeypatch.setattr(builder, "load_tasks", lambda section, **defaults: [TASK])
+    monkeypatch.setattr(builder.tasks, "load_tasks", lambda section, **defaults: [TASK])
     parts = SimpleNamespace(format=form, tokenizer=tokenizer, seed=0, held_out=(), loaded=[], say=print)
     with pytest.raises(ValueError, match=r"chat_template.jinja: .*renders what stands before message 1"):
         builder.demonstrations(parts=parts, objective=None, microbatches=1, steps=1, task={"name": "x"}, rows=1, max_tokens=64)

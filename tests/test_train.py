@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from runs import Killed, killed_after, load_config, maths, params_of, read_lines, run_config
+from runs import Killed, grouped, killed_after, load_config, maths, params_of, read_lines, run_config
 
 from jaxreason import checkpoint, sharding, train
 from jaxreason.train import Diverged
@@ -176,7 +176,7 @@ def test_random_reward_control_pays_as_many_but_not_the_right_ones(tmp_path):
         Rollout(task, i, 0, none, none, none.astype(np.float32), none.astype(bool), "eos", "", Verdict(float(i < 8), i < 8))
         for i in range(32)
     ]
-    dealt = shuffle_rewards(drawn, jax.random.key(0))
+    dealt = [r for group in shuffle_rewards(grouped(drawn, 8), jax.random.key(0)) for r in group.attempts]
     assert sum(r.verdict.reward for r in dealt) == 8
     assert [r.verdict.correct for r in dealt] == [r.verdict.correct for r in drawn]
     assert 0 < sum(r.verdict.reward for r in dealt if r.verdict.correct) < 8
@@ -184,7 +184,7 @@ def test_random_reward_control_pays_as_many_but_not_the_right_ones(tmp_path):
 
 def test_params_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     """Fewer steps than it takes to stop a run whose gradients are NaN."""
-    from jaxreason import build as build_
+    from jaxreason.build import run as build_
 
     config = load_config("tiny", "smoke", **{"checkpoint.every_steps": 1})
     config.phases, config.evaluate.suites = ("prior",), {}

@@ -90,7 +90,10 @@ def time_step(model, weights, slots: int, tokens: int, columns: int, repeats: in
 
 def bench(cores: int) -> None:
     """Measure and print."""
-    from jaxreason import build
+    import jax
+
+    from jaxreason import build, sharding
+    from jaxreason.model import transformer
     from jaxreason.options import call
 
     config = FLAGS.config.to_dict()
@@ -106,8 +109,8 @@ def bench(cores: int) -> None:
     for k in guesses:
         show(f"tokens a step, {k} guessed", gain[k], "tokens", tokens=total)
 
-    model = build.transformer(shape)
-    mesh = call(build.sharding.make_mesh, {"data": 1}, "mesh", devices=build.jax.devices()[:1])
+    model = transformer(shape)
+    mesh = call(sharding.make_mesh, {"data": 1}, "mesh", devices=jax.devices()[:1])
     weights = model.decode_layout(build.init_params(model, load, 0, mesh))
     for slots in map(int, FLAGS.slots):
         plain = time_step(model, weights, slots, 1, FLAGS.columns, FLAGS.repeats)

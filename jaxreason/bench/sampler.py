@@ -104,6 +104,7 @@ def make_work():
     import jax
 
     from jaxreason import build, sharding
+    from jaxreason.model import transformer
     from jaxreason.options import call
     from jaxreason.rollout import Request
     from jaxreason.types import Task
@@ -113,7 +114,7 @@ def make_work():
     config["model"] |= {name: ast.literal_eval(value) for name, value in fields.items()}
     mesh = call(sharding.make_mesh, config["sharding"]["mesh"], "config.sharding.mesh")
     _, tokenizer, format, shape, load = build.describe(config["model"], config["text"])
-    model = build.transformer(shape, mesh)
+    model = transformer(shape, mesh)
 
     if FLAGS.work == "exact":
         tokenizer = tokenizer._replace(eos_ids=())

@@ -1,0 +1,135 @@
+"""Build the evaluation of held-out tasks and texts, and the options of the log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from jaxreason import batching, data, ledger, sharding
+from jaxreason import evaluate as evaluation
+from jaxreason import objectives as objectives_
+from jaxreason.build.sampler import make_filter
+from jaxreason.build.tasks import Parts, check_keys, check_positive, encode_documents, fitting, judge, load_held_out
+from jaxreason.learner import compile_token_logp
+from jaxreason.options import call
+from jaxreason.sampler import Filter
+
+
+def make_evaluate(
+    *,
+    parts: Parts,
+    suites: dict,  # held-out tasks that are attempted: name -> the section of their tasks
+    texts: dict | None = None,  # held-out documents that are scored: name -> task, length and rows
+    temperatures: Sequence[float] = (0.0, 1.0),  # every suite is attempted once at each; 0 is greedy
+    n: int = 200,  # tasks of each suite
+    final_n: int | None = None,  # the same at the start and at the end of a phase; None: n
+    top_k: int = 0,  # draw from the likeliest k tokens; 0: all
+    top_p: float = 1.0,  # draw from the likeliest tokens that have this probability together
+    min_p: float = 0.0,  # draw from tokens with this fraction of the likeliest's probability
+    allow_overlap: bool = False,  # evaluate on questions that a source trains on too
+) -> tuple[Callable, Filter | None]:
+    """Return `evaluate(params, phase, step, final)`: n tasks of each suite, `final_n` at the start and the end of a phase.
+
+    Also return which words its attempts may use, None if it makes none.
+
+    A suite's section is that of its tasks, and may have a `verifier` of its own. A text's section is that of its documents, with
+    the `length` and the number of `rows` of its windows. Of files that a source reads too, sources get the train split and
+    suites the test split, unless they say which; files that nothing trains on are held out whole. Questions that a source
+    trains on are refused in a suite, unless `allow_overlap`.
+    """
+    roller = parts.roller
+    filter = make_filter(top_k, top_p, min_p, "config.evaluate")
+    if suites and not temperatures:
+        raise ValueError("config.evaluate.temperatures is empty; allowed: one or more, 0 is greedy")
+    check_positive("config.evaluate", n=n, final_n=n if final_n is None else final_n)
+    if wrong := [t for t in temperatures if not 0 <= t < float("inf")]:
+        raise ValueError(f"config.evaluate.temperatures got {wrong[0]}; allowed: 0 (greedy) or more, finite")
+    # Written as the metrics name them, so that none takes another's place.
+    if twice := [t for i, t in enumerate(temperatures) if f"{t:g}" in [f"{other:g}" for other in temperatures[:i]]]:
+        raise ValueError(f"config.evaluate.temperatures has {twice[0]:g} twice; allowed: each once")
+    longest_prompt = roller.sampler.length - roller.max_tokens
+    made = []
+    for name, section in suites.items():
+        task = {k: v for k, v in section.items() if k != "verifier"}
+        items = load_held_out(task, parts, f"suite {name!r}", allow_overlap, size=max(n, final_n or n))
+        prompted = fitting(items, parts.format.prompt, longest_prompt, f"suite {name!r}", parts.say)
+        items = [task for task, _ in prompted]
+        own = section.get("verifier")
+        verifier = parts.verifier if own is None else own
+        check_keys(items, verifier, f"suite {name!r}", parts.say)
+        made.append(evaluation.Suite(name, prompted, judge(verifier, items)))
+
+    made_texts = [
+        call(held_out_text, section, f"config.evaluate.texts.{name}", name=name, parts=parts, allow_overlap=allow_overlap)
+        for name, section in (texts or {}).items()
+    ]
+    mesh, config = parts.meshes.learn, parts.model.config
+    reading_flops = ledger.reading(config, [batch for text in made_texts for batch in text.batches])
+    compiled = compile_token_logp(parts.model, mesh=mesh)
+
+    def token_logp(params, batch):
+        return compiled(params, sharding.put_rows(batch, mesh))
+
+    def evaluate(params, *, phase: str, step: int, final: bool):
+        nll = evaluation.score(token_logp, params, made_texts)
+        evaluations, rollouts = evaluation.evaluate(
+            roller,
+            params,
+            made,
+            temperatures=temperatures,
+            n=final_n if final and final_n else n,
+            seed=0,
+            phase=phase,
+            step=step,
+            filter=filter,
+        )
+        work = ledger.sampling(config, rollouts)
+        work["flops"] += reading_flops
+        return evaluation.Result(evaluations, rollouts, nll, work)
+
+    return evaluate, filter if suites else None
+
+
+def judged(
+    *,
+    verifier: dict | None = None,  # of this suite alone; None: that of the config
+):
+    """The field of a suite beside those of its tasks."""
+
+
+def held_out_text(
+    *,
+    name: str,
+    parts: Parts,
+    allow_overlap: bool,
+    task: dict,  # the documents
+    length: int,  # of a window, in tokens
+    rows: int = 64,  # windows that are scored, at most
+) -> evaluation.Text:
+    """The first `rows` windows of held-out documents, in batches of eight rows."""
+    check_positive(f"config.evaluate.texts.{name}", rows=rows, length=length)
+    windows = data.token_windows(
+        encode_documents(load_held_out(task, parts, f"text {name!r}", allow_overlap), parts, task), length
+    )[:rows]
+    each = min(8 * parts.devices, len(windows) // parts.devices * parts.devices)
+    if not each:
+        raise ValueError(
+            f"config.evaluate.texts.{name}: {len(windows)} windows of {length} tokens; give more text or shorter windows"
+        )
+    whole = range(0, len(windows) // each * each, each)
+    return evaluation.Text(name, [batching.from_windows(windows[i : i + each], objectives_.lm()) for i in whole])
+
+
+def make_log(
+    *,
+    rollouts_kept: int = 64,  # of each step, in rollouts.jsonl
+    watts: float | None = None,  # of a device at work, for joules in the ledger; None: no joules
+    tensorboard: bool = True,  # write tensorboard/
+    live: bool = True,  # show a live table, on a terminal
+    wandb: dict | None = None,  # arguments of wandb.init; None: not used
+) -> tuple[dict, dict]:
+    """What the loop is to know of it: how many rollouts of a step are written, the watts of a device; and the log's options."""
+    if rollouts_kept < 0:
+        raise ValueError(f"config.log.rollouts_kept got {rollouts_kept}; allowed: 0 (none) or more of each step")
+    if watts is not None and not watts > 0:
+        raise ValueError(f"config.log.watts got {watts}; allowed: None, or what a device takes at work, above 0")
+    return {"rollouts_kept": rollouts_kept, "watts": watts}, {"tensorboard": tensorboard, "live": live, "wandb": wandb}

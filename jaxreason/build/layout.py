@@ -1,0 +1,278 @@
+"""The fields of a config: which function each section belongs to, and what earlier versions meant by them.
+
+A section is the keyword arguments of one function, so a field that nothing reads can't exist.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from jaxreason import fields, sharding, tasks, text, verify
+from jaxreason import objectives as objectives_
+from jaxreason import optimizer as optimizer_
+from jaxreason.build.evaluation import held_out_text, judged, make_evaluate, make_log
+from jaxreason.build.model import make_model, make_text
+from jaxreason.build.phases import SOURCES, make_phase, make_source
+from jaxreason.build.sampler import make_roller
+from jaxreason.build.tasks import held_out_sections, make_environment, named, shares_files, trained_sections
+from jaxreason.checkpoint import open_checkpoints
+from jaxreason.environment import single_turn
+from jaxreason.model import ModelConfig
+from jaxreason.model import config as model_config
+from jaxreason.options import unknown
+
+SECTIONS = ("seed", "model", "text", "sampler", "verifier", "phases", "evaluate", "sharding", "checkpoint", "log")
+
+
+OPTIONAL = ("init_from", "version")
+
+
+# Counts changes of what a field, or its absence, means: see `CHANGED`.
+VERSION = 1
+
+
+def settle(config: dict) -> dict:
+    """Check the fields of a config and write down the split of every task that is read from files.
+
+    Files that a source and a suite (or text) both name are split: the source takes train, the
+    suite test. A file that only one of them names is read whole. Since the run records the
+    result, another suite on resume can't change what is trained on.
+
+    Raises:
+      ValueError: a missing, unknown or mistyped field.
+    """
+    check_fields(config)
+    config = copy.deepcopy(config)
+    trained, held_out = trained_sections(config), held_out_sections(**config["evaluate"])
+    for sections, others, part in ((trained, held_out, "train"), (held_out, trained, "test")):
+        for section in filter(tasks.splits_files, sections):
+            section.setdefault("split", part if shares_files(section, others) else None)
+    return config
+
+
+def check_fields(config: dict) -> None:
+    """Raise ValueError for a missing, unknown or mistyped field of a config."""
+    phase_names = config.get("phases") or ()
+    if not isinstance(phase_names, (tuple, list)) or not phase_names:
+        raise ValueError(f"config.phases got {phase_names!r}; allowed: a tuple of one or more names, each a section of its own")
+    for key in SECTIONS:
+        if key not in config:
+            raise ValueError(f"the config lacks {key!r}; it has: {', '.join(sorted(config))}")
+    for name in phase_names:
+        if not isinstance(name, str):
+            raise ValueError(f"config.phases got {phase_names!r}; allowed: a tuple of names, each a section of its own")
+        if name not in config or name in (*SECTIONS, *OPTIONAL):
+            raise ValueError(unknown("phase", name, set(config) - {*SECTIONS, *OPTIONAL}))
+    for key in set(config) - {*SECTIONS, *OPTIONAL, *phase_names}:
+        # A phase that is defined but not run is fine (that is how phases are left out); anything else would be read by nobody.
+        if not isinstance(config[key], dict) or "source" not in config[key]:
+            raise ValueError(unknown("field of the config", key, {*SECTIONS, *OPTIONAL, *phase_names}))
+    for name in phase_names:
+        if not is_phase(name, config[name]):
+            raise ValueError(f"config.{name} needs source=..., as each of config.phases; got {config[name]!r}")
+    fields.check(layout(config), config)
+    suites, best = config["evaluate"].get("suites", {}), config["checkpoint"].get("keep_best")
+    if best is not None and best not in suites:
+        raise ValueError(unknown("suite in config.checkpoint.keep_best", best, suites))
+    if config["seed"] < 0:
+        raise ValueError(f"config.seed got {config['seed']}; allowed: 0 or more")
+    if config.get("version", VERSION) != VERSION:
+        raise ValueError(f"config.version got {config['version']}; allowed: {VERSION}, that of this jaxreason")
+
+
+class Config(NamedTuple):
+    """The fields at the top of a config, where the sections of phases are too."""
+
+    seed: int  # of weights, data and samples
+    model: dict  # shape, weights, types and kernels
+    text: dict  # tokenizer and prompt format
+    sampler: dict  # how attempts are sampled
+    verifier: dict  # what judges an answer
+    phases: Sequence[str]  # the sections that are run, in this order
+    evaluate: dict  # held-out tasks and texts
+    sharding: dict  # devices
+    checkpoint: dict  # when it is saved, and what is kept
+    log: dict  # what is written and shown
+    init_from: str | None = None  # begin with params of a run, of RUN/checkpoints/STEP or of a Hugging Face folder
+    version: int = VERSION  # of the meaning of the fields, as config.json records it
+
+
+def layout(config: dict) -> fields.Section:
+    """Which function's keyword arguments each section of a config is. A name that is not known brings no fields.
+
+    Raises:
+      ValueError: a name of a user's own code that does not load.
+    """
+    phases = {name: section_of_phase for name, value in config.items() if is_phase(name, value)}
+    return fields.Section(
+        (Config,),
+        sections=phases
+        | {
+            "model": section_of_model,
+            "text": section(make_text, "folder"),
+            "sampler": section(make_roller, "model", "tokenizer", "format", "mesh", "processes"),
+            "verifier": section_of_verifier,
+            "evaluate": section(make_evaluate, "parts", suites=each(section_of_suite), texts=each(section_of_text)),
+            "sharding": section(sharding.make_meshes, "devices", "process", mesh=section(sharding.make_mesh, "devices")),
+            "checkpoint": section(open_checkpoints, "folder", "read_only"),
+            "log": section(make_log),
+        },
+    )
+
+
+def is_phase(name: str, value) -> bool:
+    return isinstance(value, dict) and "source" in value and name not in (*SECTIONS, *OPTIONAL)
+
+
+def section(function: Callable, *given: str, **below) -> Callable[[dict], fields.Section]:
+    """A section that is the keyword arguments of one function, less those that are given, with the sections `below` in it."""
+    return lambda values: fields.Section((function,), given, below)
+
+
+def each(below: Callable[[dict], fields.Section]) -> Callable[[dict], fields.Section]:
+    """A section of sections that the user names."""
+    return lambda values: fields.Section(each=below)
+
+
+# The model that is named, or its checkpoint, decides them where they are absent.
+OF_THE_MODEL = (
+    *("vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "feed_forward", "rope_theta", "rope_scaling"),
+    *("norm_eps", "qkv_bias", "qk_norm", "tied_embeddings"),
+)
+
+
+def section_of_model(values: dict) -> fields.Section:
+    below = {"lora": section(model_config.Lora), "rope_scaling": section(model_config.RopeScaling)}
+    decided = dict.fromkeys(OF_THE_MODEL, "of the model")
+    return fields.Section((make_model, ModelConfig), ("folder", "tokenizer"), below, decided)
+
+
+def section_of_verifier(values: dict) -> fields.Section:
+    return fields.Section((make_environment, *named("verifier", verify.VERIFIERS, values)))
+
+
+def section_of_task(values: dict, more: tuple[Callable, ...] = ()) -> fields.Section:
+    below = {"verifier": section_of_verifier} if more else {}
+    decided = {
+        "seed": "that of the run",
+        "split": "train in a source, test in a suite; a file that only one of them names is read whole",
+    } | ({"size": "as many as n"} if more else {})
+    return fields.Section((tasks.load, *named("task", tasks.TASKS, values), *more), sections=below, decided=decided)
+
+
+def section_of_suite(values: dict) -> fields.Section:
+    return section_of_task(values, (judged,))
+
+
+def section_of_text(values: dict) -> fields.Section:
+    return fields.Section((held_out_text,), ("name", "parts", "allow_overlap"), {"task": section_of_task})
+
+
+def section_of_phase(values: dict) -> fields.Section:
+    below = {
+        "source": section_of_source,
+        "objective": section_of_objective,
+        "optimizer": section(optimizer_.make, "steps"),
+    }
+    return fields.Section((make_phase,), ("name", "parts"), below)
+
+
+def section_of_source(values: dict) -> fields.Section:
+    given = ("parts", "objective", "microbatches", "steps")
+    return fields.Section((make_source, *named("source", SOURCES, values)), given, {"task": section_of_task})
+
+
+def section_of_objective(values: dict) -> fields.Section:
+    return fields.Section((objectives_.make, *named("objective", objectives_.OBJECTIVES, values)))
+
+
+def families() -> dict[str, dict[str, str]]:
+    """What a config can name, by family, and what each is."""
+    makers = {
+        "tasks": tasks.TASKS,
+        "verifiers": verify.VERIFIERS,
+        "objectives": objectives_.OBJECTIVES,
+        "advantages": objectives_.ADVANTAGES,
+        "weightings": objectives_.WEIGHTINGS,
+        "kl_estimators": objectives_.KL_ESTIMATORS,
+        "sources": SOURCES,
+        "environments": {"single_turn": single_turn},
+        "tokenizers": text.TOKENIZERS,
+        "formats": text.FORMATS,
+    }
+    found = {family: {name: first_sentence(maker) for name, maker in members.items()} for family, members in makers.items()}
+    found["models"] = {name: model_config.HUB_IDS.get(name, "random weights") for name in model_config.SIZES}
+    return found | {"optimizers": optimizer_.OPTIMIZERS}
+
+
+def first_sentence(function: Callable) -> str:
+    """The first sentence of a docstring, in one line."""
+    paragraph = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
+    return re.split(r"(?<=[^.]{2})\.(?: (?=[A-Z`])|$)", paragraph)[0]
+
+
+def complete(config: dict) -> dict:
+    """Add all fields that a config leaves out, with their defaults. Those that others decide stay absent."""
+    return fields.complete(layout(config), config)
+
+
+class Changed(NamedTuple):
+    """A field whose absence, or None, means something else since a version."""
+
+    since: int
+    field: str  # pattern of its full name
+    names: tuple[str, ...]  # of the family's members that it is about
+    was: object
+
+
+CHANGED = (
+    Changed(1, "config.*.objective.weigh", ("rloo", "reinforce"), "per_sequence"),
+    Changed(1, "config.*.source.task.split", ("jsonl",), None),
+    Changed(1, "config.*.source.task.split", ("corpus",), "train"),
+    Changed(1, "config.evaluate.suites.*.split", ("jsonl",), "test"),
+    Changed(1, "config.evaluate.texts.*.task.split", ("corpus", "jsonl"), "test"),
+)
+
+
+def from_earlier(config: dict) -> tuple[dict, list[str]]:
+    """Read the config.json of a run as this version would have written it; also return the fields that it lacked.
+
+    Where a default has changed since, the field gets the value that it had then.
+
+    Raises:
+      ValueError: a field that this version does not have, or that has another name now.
+    """
+    version = config.get("version", 0)
+    if not isinstance(version, int) or version > VERSION:
+        raise ValueError(f"config.json is of version {version}, made by a later jaxreason; update this one (version {VERSION})")
+    for where, _, values in fields.sections_of(layout(config), config):
+        for change in CHANGED:
+            section_, _, name = change.field.rpartition(".")
+            concerned = version < change.since and fnmatch.fnmatchcase(where, section_) and values.get("name") in change.names
+            if concerned and values.get(name) is None:
+                values[name] = change.was
+    if gone := fields.unknown_fields(layout(config), config):
+        raise ValueError(f"config.json has {gone[0][0]}, which this version does not have ({gone[0][1]})")
+    whole = complete(config | {"version": VERSION})
+    before = {f"{where}.{name}" for where, _, values in fields.sections_of(layout(config), config) for name in values}
+    after = [f"{where}.{name}" for where, _, values in fields.sections_of(layout(whole), whole) for name in values]
+    return whole, [name.removeprefix("config.") for name in after if name not in before and name != "config.version"]
+
+
+def check_changes(config: dict, changes: Mapping[str, str]) -> None:
+    """Check that an optimizer reads each of its fields that a command names.
+
+    Raises:
+      ValueError: it does not; a sweep over the field would vary nothing.
+    """
+    for phase, values in config.items():
+        section = values.get("optimizer") if is_phase(phase, values) else None
+        for field, (why, default) in optimizer_.ignored(section).items() if isinstance(section, dict) else ():
+            where = f"{phase}.optimizer.{field}"
+            if where in changes:
+                raise ValueError(f"config.{where} got {section[field]!r}, but {why}; else --config.{where}={default}")

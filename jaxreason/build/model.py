@@ -1,0 +1,215 @@
+"""Build the model, its params, and the tokenizer and prompt format that belong to it."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from jaxreason import hub, sharding, text
+from jaxreason import origin as origin_
+from jaxreason.model import ModelConfig
+from jaxreason.model import config as model_config
+from jaxreason.model import weights as weights_
+from jaxreason.options import call, unknown
+from jaxreason.tasks.procedural import ALPHABET
+
+
+class Described(NamedTuple):
+    """The model and the text of a config."""
+
+    folder: Path | None  # of a pretrained model
+    tokenizer: text.Tokenizer | None  # None, as the format: weights alone
+    format: text.Format | None
+    shape: ModelConfig
+    load: Callable | None  # what loads its params (see `init_params`); None: they are random
+
+
+def describe(model: dict, words: dict) -> Described:
+    """Read the sections `model` and `text` of a config."""
+    folder = find_folder(**{key: model[key] for key in ("name", "weights", "revision") if key in model})
+    tokenizer, format = call(make_text, words, "config.text", folder=folder)
+    shape, load = call(make_model, model, "config.model", folder=folder, tokenizer=tokenizer)
+    return Described(folder, tokenizer, format, shape, load)
+
+
+WEIGHTS = ("random", "pretrained")
+
+
+def find_folder(name: str = "tiny", weights: str = "random", revision: str | None = None) -> Path | None:
+    """Where a pretrained model lies; None for random weights."""
+    if weights not in WEIGHTS:
+        raise ValueError(unknown("value of config.model.weights", weights, WEIGHTS))
+    if weights == "random":
+        if revision is not None:
+            raise ValueError(
+                f"config.model.revision got {revision!r} with weights='random'; allowed: None, or weights='pretrained'"
+            )
+        return None
+    folder = weights_.resolve(name, revision)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json; pass the folder of a Hugging Face checkpoint")
+    return folder
+
+
+def make_model(
+    *,
+    folder: Path | None,
+    tokenizer: text.Tokenizer,
+    name: str,  # a named size, a Hugging Face id or a folder
+    weights: str = "random",  # random, or pretrained: those of the model that is named
+    revision: str | None = None,  # a commit, branch or tag of a hub id; None: main
+    scan_layers: bool | None = None,  # scan over layers in the place of unrolling; None: on accelerators
+    **fields,
+) -> tuple[ModelConfig, Callable | None]:
+    """Give the shape of a named size, folder or hub id, and what loads its weights (None for random ones).
+
+    `revision` of the hub is a commit, branch or tag; None for `main`. `scan_layers` None means: scan on accelerators, unroll on a
+    CPU. `fields` replace fields of the ModelConfig.
+    """
+    for key in fields:
+        if key not in ModelConfig.__dataclass_fields__:
+            known = {"name", "weights", "revision", *ModelConfig.__dataclass_fields__}
+            raise ValueError(unknown("field of config.model", key, known))
+    for key, made in (("lora", model_config.Lora), ("rope_scaling", model_config.RopeScaling)):
+        if fields.get(key) is not None:
+            fields[key] = call(made, fields[key], f"config.model.{key}")
+    fields["scan_layers"] = jax.default_backend() != "cpu" if scan_layers is None else scan_layers
+    if folder is None:
+        if name not in model_config.SIZES:
+            raise ValueError(unknown("model", name, model_config.SIZES) + "; or weights='pretrained' with a folder or hub id")
+        if name == "tiny":
+            fields.setdefault("vocab_size", tokenizer.vocab_size)
+        return model_config.sized(name, **fields), None
+    shape = model_config.read_hf(folder, **fields)
+    return shape, functools.partial(origin_.load_folder, folder, shape)
+
+
+def start_from(path: str, mine: Described, say: Callable[[str], None]) -> Callable:
+    """Find the params that `config.init_from` names and check that this config can take them; return what loads them.
+
+    They stand in for those of `config.model`, pretrained ones too, whose shape, tokenizer and chat template stay.
+    """
+    try:
+        found, theirs = find_described(path)
+        notes = origin_.check(found, theirs.shape, mine.shape)
+        if theirs.tokenizer is not None:
+            text.check_same(theirs.tokenizer, mine.tokenizer)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"config.init_from got {path!r}: {error}") from None
+    say(f"init_from: {notes}")
+    return functools.partial(origin_.load, found, theirs.shape, mine.shape)
+
+
+def find_described(path: str, step: int | None = None) -> tuple[origin_.Origin, Described]:
+    """Find params (see `origin`) and what they belong to."""
+    found = origin_.find(path, step)
+    if found.step is not None:
+        with hub.noting(found.config.get("revisions")):
+            return found, describe(found.config["model"], found.config["text"])
+    tokenizer = text.load(found.folder) if (found.folder / "tokenizer.json").is_file() else None
+    return found, Described(found.folder, tokenizer, None, model_config.read_hf(found.folder), None)
+
+
+MOST_LAYERS = 10_000  # each is traced
+
+
+def check_size(shape: model_config.ModelConfig, devices) -> None:
+    """Check that the devices' memory can hold the params at all.
+
+    Raises:
+      ValueError: it can't, or numbers that no array or trace is made for.
+    """
+    if shape.vocab_size >= 2**31:
+        raise ValueError(f"config.model.vocab_size got {shape.vocab_size}; allowed: below 2**31, as token ids are int32")
+    if shape.layers > MOST_LAYERS:
+        raise ValueError(f"config.model.layers got {shape.layers}; allowed: up to {MOST_LAYERS}")
+    dtypes = (shape.param_dtype, shape.lora and shape.lora.base_dtype)
+    needed = model_config.count_parameters(shape) * (2 if "bfloat16" in dtypes else 4)
+    there = memory_of(devices)
+    if there is not None and needed > there:
+        raise ValueError(
+            f"the params of config.model take {needed / 1e9:,.0f} GB (width {shape.width}, feed_forward {shape.feed_forward}, "
+            f"layers {shape.layers}, vocab_size {shape.vocab_size}) and there are {there / 1e9:.0f} GB; allowed: what "
+            "fits; set a smaller width, or use more devices"
+        )
+
+
+def memory_of(devices) -> int | None:
+    """Bytes of all devices together; of CPUs those of their hosts; None if that is not known."""
+    if devices.flat[0].platform == "cpu":
+        pages = {name: os.sysconf(name) for name in ("SC_PHYS_PAGES", "SC_PAGE_SIZE") if name in os.sysconf_names}
+        return len({d.process_index for d in devices.flat}) * math.prod(pages.values()) if len(pages) == 2 else None
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return devices.size * stats["bytes_limit"] if "bytes_limit" in stats else None
+
+
+def init_params(model, load: Callable | None, seed: int, mesh):
+    """Make or load the params of a run, each leaf straight onto its devices.
+
+    `load(placed, fresh)` gives params with the shardings `placed`; `fresh(*names)` makes those that it has none for.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), INITIALISATION)
+    placed = sharding.shardings(jax.eval_shape(model.init, key), mesh)
+
+    def fresh(*names):
+        wanted = {name: placed[name] for name in names}
+        return jax.jit(lambda key: {name: model.init(key)[name] for name in names}, out_shardings=wanted)(key) if names else {}
+
+    return fresh(*placed) if load is None else load(placed, fresh)
+
+
+INITIALISATION = 2**31 + 1  # folded into the seed's key for random weights; training folds in the number of the phase
+
+
+def make_text(
+    *,
+    folder: Path | None,
+    tokenizer: str = "characters",  # characters, byte_level, or pretrained: that of the model
+    format: str = "plain",  # plain, or chat: by the model's own template
+    alphabet: str = ALPHABET,  # of the tokenizer `characters`
+    system: str = "",  # the system message of a chat
+    instruction: str = "{question}",  # what the model is asked; {question} in it stands for the question
+    eos: Sequence[str | int] = (),  # further tokens that end a completion, by their texts or ids
+    template: dict | None = None,  # arguments that the chat template reads, as {"enable_thinking": False}
+    date: str | None = None,  # YYYY-MM-DD that the chat template takes for today; None: the day on which the run began
+) -> tuple[text.Tokenizer, text.Format]:
+    """Make the tokenizer and how tasks are put to the model.
+
+    `{question}` in `instruction` stands for the question. `eos` are further tokens that end a completion, by their texts or ids.
+    Of a chat model: `system` is its system message; `template` are arguments that its chat template reads, such as
+    {"enable_thinking": False}; `date` (YYYY-MM-DD) is the day that it takes for today, None the day on which the run began.
+    """
+    if tokenizer == "pretrained":
+        if folder is None:
+            raise ValueError("text.tokenizer is 'pretrained' but model.weights is 'random'; choose characters or byte_level")
+        made = text.load(folder)
+    else:
+        made = text.make(tokenizer, **({"alphabet": alphabet} if tokenizer == "characters" else {}))
+    made = text.with_eos(made, eos)
+    if format not in text.FORMATS:
+        raise ValueError(unknown("format", format, text.FORMATS))
+    today = to_date(date)
+    if format == "plain":
+        if system or template or date is not None:
+            field = "system" if system else "template" if template else "date"
+            raise ValueError(f"text.format is 'plain', which reads no text.{field}; choose chat, or put it into text.instruction")
+        return made, text.plain(made, instruction)
+    if folder is None:
+        raise ValueError("text.format is 'chat' but model.weights is 'random', so there is no chat template; choose plain")
+    source, path = text.load_template(folder), text.template_path(folder)
+    how = {"system": system, "instruction": instruction, "arguments": template or {}}
+    return made, text.chat(made, source, **how, date=today, path=path)
+
+
+def to_date(date: str | None) -> datetime.date | None:
+    try:
+        return None if date is None else datetime.date.fromisoformat(date)
+    except (TypeError, ValueError):
+        raise ValueError(f"text.date got {date!r}; allowed: YYYY-MM-DD, or None for the day on which the run began") from None

@@ -1,0 +1,113 @@
+"""Build a run from a config: everything that can be wrong with it is found here, before anything is compiled."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import json
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+
+from jaxreason import __version__, hub, sharding, text
+from jaxreason.build.evaluation import make_evaluate, make_log
+from jaxreason.build.layout import settle
+from jaxreason.build.model import check_size, describe, init_params, start_from
+from jaxreason.build.phases import make_phase
+from jaxreason.build.sampler import make_roller, warm_up
+from jaxreason.build.tasks import Parts
+from jaxreason.model import attention, transformer
+from jaxreason.model import config as model_config
+from jaxreason.model import weights as weights_
+from jaxreason.options import call
+from jaxreason.sampler import ALL
+from jaxreason.train import Run
+
+
+def build(
+    config, *, resumes: bool = False, revisions: Mapping[str, str] | None = None, say: Callable[[str], None] = print
+) -> Run:
+    """Make a run from a ConfigDict. One that resumes has params of its own, so `init_from` is not looked at.
+
+    `revisions` are the commits at which repositories of the hub are read, unless the config names others (see `hub.noting`).
+    The run's provenance has those that were.
+
+    Raises:
+      ValueError, FileNotFoundError: anything wrong with it, in one line.
+    """
+    say = say if jax.process_index() == 0 else lambda line: None
+    with hub.noting(revisions, say) as noted:
+        run = build_noted(config, resumes, say)
+    return run._replace(provenance={**run.provenance, "revisions": noted})
+
+
+def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
+    """Do what `build` does; the commits that it reads are noted around it."""
+    config = settle(config.to_dict())
+    phase_names = config["phases"]
+
+    here = {"devices": jax.devices(), "process": jax.process_index()}
+    meshes = call(sharding.make_meshes, config["sharding"], "config.sharding", **here)
+    described = describe(config["model"], config["text"])
+    folder, tokenizer, format, shape, load = described
+    text.check_vocabulary(tokenizer, shape)
+    if config.get("init_from") and not resumes:
+        load = start_from(config["init_from"], described, say)
+    elif load is not None and not resumes:
+        weights_.check(folder, shape)
+    check_size(shape, meshes.learn.devices)
+    attention.check_platform(shape, meshes.learn.devices.flat[0].platform)
+    model, sampled = (transformer(shape, mesh) for mesh in meshes)
+    for mesh in meshes:
+        sharding.shardings(jax.eval_shape(model.init, jax.random.key(0)), mesh)  # raises if an axis does not divide
+    given = {"model": sampled, "tokenizer": tokenizer, "format": format, "mesh": meshes.sample}
+    roller = call(make_roller, config["sampler"], "config.sampler", processes=jax.process_count(), **given)
+    parts = Parts(
+        seed=config["seed"],
+        model=model,
+        tokenizer=tokenizer,
+        format=format,
+        roller=roller,
+        verifier=config["verifier"],
+        meshes=meshes,
+        devices=sharding.row_devices(meshes.learn),
+        say=say,
+        loaded=[],
+    )
+    phases = [call(make_phase, config[name], f"config.{name}", name=name, parts=parts) for name in phase_names]
+    evaluate, filter = call(make_evaluate, config["evaluate"], "config.evaluate", parts=parts)
+    filters = [ALL] * any(phase.source.samples for phase in phases) + [filter] * (filter is not None)
+    recorded, _ = call(make_log, config["log"], "config.log")
+
+    return Run(
+        model=model,
+        init=functools.partial(init_params, model, load, config["seed"], meshes.learn),
+        phases=phases,
+        evaluate=evaluate,
+        warm_up=functools.partial(warm_up, roller, filters) if filters else None,
+        mesh=meshes.learn,
+        seed=config["seed"],
+        decode=lambda ids: tokenizer.decode([int(i) for i in ids]),
+        sample_devices=meshes.sample.size * jax.process_count(),
+        **recorded,
+        provenance={"config": json.loads(json.dumps(config, default=list)), **versions()},
+        description={"config": config, "parameters": model_config.count_parameters(shape)},
+    )
+
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+
+
+def versions() -> dict:
+    """Versions of what decides the numbers, and the git revision of this code if it is in a repository."""
+    revision = None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        revision = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES} | {"jaxreason": __version__},
+        "revision": revision,
+    }

@@ -1,0 +1,184 @@
+"""Load tasks for sources and suites, keep them apart, and check that their keys can be judged."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxreason import sharding, tasks, text, verify
+from jaxreason.environment import Environment, single_turn
+from jaxreason.model import Model
+from jaxreason.options import call, find, lines_of
+from jaxreason.rollout import Roller
+from jaxreason.types import Prompted, Task, Verdict
+
+
+class Parts(NamedTuple):
+    """What the phases of a run share."""
+
+    seed: int
+    model: Model
+    tokenizer: text.Tokenizer
+    format: text.Format
+    roller: Roller
+    verifier: dict
+    meshes: sharding.Meshes
+    devices: int  # that rows are split over
+    say: Callable[[str], None]
+    loaded: list[tuple[str, Sequence]] | None = None  # tasks of the sources, each with its name
+
+
+def named(what: str, family: dict, values: dict) -> tuple[Callable, ...]:
+    """The maker that a section names, if there is one."""
+    name = values.get("name")
+    known = isinstance(name, str) and (name in family or ":" in name)
+    return (find(what, name, family),) if known else ()
+
+
+def check_positive(where: str, **fields: int) -> None:
+    for name, value in fields.items():
+        if value < 1:
+            raise ValueError(f"{where}.{name} got {value}; allowed: 1 or more")
+
+
+def load_tasks(section: dict, **defaults) -> Sequence:
+    """Load tasks from their section; `defaults` fill in fields that the family has and the section leaves open."""
+    section = dict(section)
+    name = section.pop("name", None)
+    for maker in named("task", tasks.TASKS, {"name": name}):
+        known = inspect.signature(maker).parameters
+        section = {k: v for k, v in defaults.items() if k in known} | section
+    return tasks.load(name, **section)
+
+
+def load_trained(section: dict, parts: Parts) -> Sequence:
+    """Load the tasks of a source."""
+    items = load_tasks(section, seed=parts.seed)
+    parts.loaded.append((section["name"], items))
+    parts.say(f"source: {len(items):,} of task {section['name']!r}{tasks.of_split(section)}")
+    return items
+
+
+def load_held_out(section: dict, parts: Parts, what: str, allow_overlap: bool, **defaults) -> Sequence:
+    """Load the tasks of a suite or a text, of the test split unless the section names another.
+
+    Raises:
+      ValueError: a source trains on some of them.
+    """
+    items = load_tasks(section, split="test", **defaults)
+    parts.say(f"{what}: {len(items):,} of task {section['name']!r}{tasks.of_split({'split': 'test'} | section)}")
+    for name, trained in parts.loaded:
+        if shared := tasks.overlap(trained, items):
+            message = f"{what} holds {shared:,} of its {len(items):,} questions or texts in common with the source task {name!r}"
+            if not allow_overlap:
+                raise ValueError(f"{message}; set their split, or another path, or config.evaluate.allow_overlap=True to insist")
+            parts.say(f"warning: {message}")
+    return items
+
+
+def trained_sections(config: dict) -> list[dict]:
+    """The task sections of all sources of the phases that are run."""
+    sections = [config[name]["source"].get("task") for name in config["phases"]]
+    return [section for section in sections if isinstance(section, dict)]
+
+
+def held_out_sections(suites: dict | None = None, texts: dict | None = None, **_) -> list[dict]:
+    """The task sections of all suites and texts."""
+    sections = [*(suites or {}).values(), *(text.get("task") for text in (texts or {}).values())]
+    return [section for section in sections if isinstance(section, dict)]
+
+
+def shares_files(section: dict, others: Sequence[dict]) -> bool:
+    """Whether a task family reads files, some of which are read by other sections too."""
+    files = tasks.files(section)
+    return any(files & tasks.files(other) for other in others)
+
+
+def fitting(items: Sequence, prompt: Callable, limit: int, what: str, say: Callable[[str], None]) -> list[Prompted]:
+    """The tasks whose prompts have at most `limit` tokens, with these; says how many were dropped, refuses if all were."""
+    if not len(items):
+        raise ValueError(f"{what} has no tasks; check its split and limit")
+    prompted = [Prompted(task, np.asarray(prompt(task), np.int32)) for task in items]
+    kept = [p for p in prompted if len(p.prompt) <= limit]
+    if not kept:
+        raise ValueError(
+            f"all {len(items)} prompts of {what} are longer than sampler.max_prompt_tokens={limit} (the first has "
+            f"{len(prompted[0].prompt)} tokens); raise it"
+        )
+    if len(kept) < len(items):
+        say(f"{what}: dropped {len(items) - len(kept)} of {len(items)} tasks with prompts over {limit} tokens")
+    return kept
+
+
+def encode_documents(documents: Sequence, parts: Parts, task: dict) -> list[list[int]]:
+    """Token ids of texts, or of tasks with their worked solutions, each from beginning to end of sequence."""
+    tokenizer = parts.tokenizer
+    if not isinstance(documents[0], str):
+        return [parts.format.demonstration(d)[0] for d in check_solutions(documents, task)]
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return [[*start, *tokenizer.encode(d, special=False), tokenizer.eos_ids[0]] for d in documents]
+
+
+def check_solutions(items: Sequence, task: dict) -> Sequence:
+    if not items[0].solution:
+        raise ValueError(f"tasks of {task['name']!r} have no worked solutions; set task.demonstrations or task.solution")
+    return items
+
+
+OF_ENVIRONMENT = ("must_finish", "deadline_s")  # fields of a verifier section that its verifier does not get
+
+
+def make_environment(
+    *,
+    name: str,  # one of the verifiers, or module:maker of your own
+    must_finish: bool = False,  # an attempt that is cut off at its limit is wrong, whatever it says
+    deadline_s: float | None = None,  # of a verdict; None: 60, or none for a verifier that has a timeout_s
+    **section,
+) -> Environment:
+    """Make the environment that a `verifier` section asks for (see single_turn)."""
+    if name in verify.BOUNDED and deadline_s is not None:
+        raise ValueError(f"verifier.deadline_s got {deadline_s}, but {name!r} has its own limit; set timeout_s instead")
+    own = {"deadline_s": None} if name in verify.BOUNDED else {"deadline_s": deadline_s} if deadline_s is not None else {}
+    return single_turn(verify.make(name, **section), must_finish, name=name, **own)
+
+
+KEYS_TRIED = 20_000  # at most; a verifier reads some ten thousand a second
+
+
+def check_keys(items: Sequence, section: dict, what: str, say: Callable[[str], None]) -> None:
+    """Say how many tasks have keys that their verifier can't judge, so that no answer would be right; refuse if all have.
+
+    A verifier that is not of this package is not asked: it may be slow, or cost money.
+    """
+    if section.get("name") not in verify.VERIFIERS:
+        return
+    step = -(-len(items) // KEYS_TRIED)
+    tried = items[::step]
+    bad = verify.bad_keys(verify.make(**{k: v for k, v in section.items() if k not in OF_ENVIRONMENT}), tried)
+    if not bad:
+        return
+    of = f"{len(tried)} keys" if step == 1 else f"{len(tried)} keys that were tried (of {len(items)})"
+    told = f"verifier {section['name']!r} can't judge {len(bad)} of {of}; the first is {bad[0].answer!r} of task {bad[0].id!r}"
+    if len(bad) == len(tried):
+        raise ValueError(f"{what}: {told}. Every reward would be 0; choose another verifier, or other fields of the task")
+    say(f"warning: {what}: {told}; such attempts earn 0 and are counted in rollout/bad_keys")
+
+
+def judge(section: dict, items: Sequence[Task]) -> Environment:
+    """Make the environment of a `verifier` section, whose verifier, if it is the user's own, is tried on the first task.
+
+    Raises:
+      ValueError: no verifier of that name, a wrong field, or a verifier of the user's that gives no Verdict.
+    """
+    section = {"name": None} | section
+    if isinstance(name := section["name"], str) and ":" in name and len(items):
+        judge_one = verify.make(**{key: value for key, value in section.items() if key not in OF_ENVIRONMENT})
+        for answer in (items[0].answer, ""):
+            with lines_of(f"verifier {name!r} on the first task"):
+                verdict = judge_one(answer, items[0])
+            if not isinstance(verdict, Verdict):
+                raise ValueError(f"verifier {name!r} gave {verdict!r} of the first task; allowed: a types.Verdict")
+    return call(make_environment, section, "config.verifier")
