@@ -96,7 +96,7 @@ _TEXT = re.compile(
 )
 _COLOR = re.compile(r"\\(?:textcolor|color(?:box)?)\s?\{[A-Za-z]{1,20}\}")
 _DROPPED = re.compile(
-    r"\\?[$€£¥%]|°|\^\{\\circ\}|\^?\\circ|\\(?:degree|left|right|displaystyle)(?![A-Za-z])|\*\*|__|`|\\!|</?[|]?\w+[|]?>"
+    r"\\?[$€£¥%]|°|\^\{\\circ\}|\^?\\circ|\\(?:degree|left|right|displaystyle|textstyle|bf|boldsymbol|bm|[Ll]arge|LARGE|[Hh]uge)(?![A-Za-z])|\*\*|__|`|\\!|</?[|]?\w+[|]?>"
 )
 _SPACES = re.compile(r"\\[,;: ()\[\]]|\\q?quad(?![A-Za-z])|~|\\\\|[\u00a0\u2009\u202f]|(?<![<>=!A-Za-z])&")
 _CROSS = re.compile(r"(?<=[0-9])\s?x\s?(?=[0-9])")
@@ -114,6 +114,7 @@ _POWER = re.compile(
 _ABSOLUTE = re.compile(r"(?:\||\\[lr]?vert )\s?-\s?([0-9][0-9.,/]{0,31})\s?(?:\||\\[lr]?vert(?![a-z]))")
 _OPERATES = re.compile(r"(?<=[0-9]) (?:(times|multiplied by)|(plus)|(divided by)) (?=[0-9.(])", re.IGNORECASE)
 _EQUAL = re.compile(r"\b(?:equals|equal to)\b", re.IGNORECASE)
+_AND_OR = re.compile(r"\band/or\b", re.IGNORECASE)
 _CURRENCY = re.compile(r"\b(?:[A-Z]{1,2}(?=\\?\$\s?[0-9])|(?:USD|EUR|GBP|INR|CAD|AUD|Rs)(?=[0-9]))")
 _CLOCK = re.compile(r"(?<=[0-9]) ?([ap])\.\s?m\b\.?", re.IGNORECASE)
 _NEGATED = re.compile(r"-\s?\(\s?(-?)\s?([0-9][^()]{0,63})\)")
@@ -126,19 +127,30 @@ _BLANKS = re.compile(r"[ \t]+")
 def normalise(text: str) -> str:
     """Rewrite LaTeX, Markdown and Unicode forms of one thing as one plain form."""
     text = _MINUS.sub("-", text.translate(_CHARACTERS))
-    text = _CURRENCY.sub("", _CALCULATOR.sub("", text))
-    text = _GROUP_SPACE.sub(",", text)
-    text = _CROSS.sub("*", text)
-    text = _COLOR.sub("", re.sub(r"(?<=[0-9])\*\*(?=[0-9])", "^", text))
-    text = _TEXT.sub(_plain_text, _TEXT.sub(_plain_text, text))
+    if "<<" in text:
+        text = _CALCULATOR.sub("", text)
+    text = _CROSS.sub("*", _GROUP_SPACE.sub(",", _CURRENCY.sub("", text)))
+    text = re.sub(r"(?<=[0-9])\*\*(?=[0-9])", "^", text)
+    if "\\" in text:
+        text = _TEXT.sub(_plain_text, _TEXT.sub(_plain_text, _COLOR.sub("", text)))
     text = _SPACES.sub(" ", _DROPPED.sub("", text))
     text = _COMPARES.sub(" < ", _EQUALS.sub("=", _OVER.sub("/", _TIMES.sub("*", text)))).replace("{-}", "-")
     text = _BRACED.sub(r"\1", _FRAC.sub(_plain_fraction, text))
-    text = _SUBTRACTS.sub("- ", _NEGATIVE.sub("-", _BLANKS.sub(" ", text)))
-    text = _OPERATES.sub(lambda match: " * " if match[1] else " + " if match[2] else " / ", _EQUAL.sub("=", text))
-    text = _HALF.sub(lambda match: " " + _PARTS[(match[2] or match[3]).lower()], _CLOCK.sub(r" \1m", text))
-    text = _ABSOLUTE.sub(r"(\1)", _POWER.sub(lambda match: f"({Fraction(match[1]) ** int(match[2] or match[3])})", text))
+    text = _BLANKS.sub(" ", text)
+    text = _plain_words(text)
+    if ")^" in text:
+        text = _POWER.sub(lambda match: f"({Fraction(match[1]) ** int(match[2] or match[3])})", text)
+    if "|" in text or "vert" in text:
+        text = _ABSOLUTE.sub(r"(\1)", text)
     return _NEGATED.sub(lambda match: match[2] if match[1] else f"-{match[2]}", text)
+
+
+def _plain_words(text: str) -> str:
+    """Write words between numbers as signs: 5 times 3 equals 15, 5 and a half."""
+    text = _SUBTRACTS.sub("- ", _NEGATIVE.sub("-", text))
+    text = _EQUAL.sub("=", _AND_OR.sub("or", text))
+    text = _OPERATES.sub(lambda match: " * " if match[1] else " + " if match[2] else " / ", text)
+    return _HALF.sub(lambda match: " " + _PARTS[(match[2] or match[3]).lower()], _CLOCK.sub(r" \1m", text))
 
 
 def _plain_text(match: re.Match) -> str:
@@ -167,6 +179,7 @@ _DENIES = re.compile(
 )
 _THOUGHT = re.compile(r"</(?:think|thinking|thought|thoughts|reasoning|scratchpad)>")
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
+_BULLETS = re.compile(r"\n\s{0,9}- .*\n\s{0,9}- ")  # one alone may be a negative number
 _MARK = re.compile("#{4,}")
 _DIGIT = re.compile("[0-9]")
 
@@ -200,6 +213,8 @@ def last_said(text: str) -> str | None:
             return None
         lines = text[match.end() :].lstrip(" :*")
         line = lines.lstrip().partition("\n")[0]
+        if _BULLETS.match(lines):
+            return ""
         end = _SENTENCE_END.search(line)
         sentence = line[: end.start()] if end else line
         if _DIGIT.search(sentence) and not (end and end[0].startswith("?")):
@@ -224,7 +239,7 @@ def _token_pattern(whole: str, comma: str, joins: str) -> re.Pattern:
     """The pattern of a token: more ways to write `whole` digits, a decimal `comma`, and what `joins` digits to no number."""
     return re.compile(
         rf"(?P<sign>(?<![\w)\]}}])-[ ]?)?"
-        rf"(?P<digits>(?:{_GROUPED}{whole}|[0-9]+)(?![0-9])(?:\.[0-9]+)?|(?<![0-9A-Za-z])\.[0-9]+{comma})(?![0-9]|[{joins}][0-9])"
+        rf"(?P<digits>(?:{_GROUPED}{whole}|[0-9]+)(?![0-9])(?:\.[0-9]+)?|(?<![0-9A-Za-z])\.[0-9]+{comma})(?![0-9]|[{joins}][0-9]|\.\([0-9])"
         r"(?:[eE](?P<exponent>[+-]?[0-9]{1,3})(?!\.?[0-9]))?"
         rf"(?:{_MIXED}|[ ]?/[ ]?{_BELOW})?"
         r"(?P<power>\^\{?(?P<to>-?[0-9]{1,3})\}?)?"
@@ -233,7 +248,7 @@ def _token_pattern(whole: str, comma: str, joins: str) -> re.Pattern:
         r"|(?P<unread>[0-9](?:[0-9,.:'_]*[0-9])?)"
         r"|(?P<equals>=)|(?P<compare>[<>])|(?P<macro>\\[A-Za-z]+|[√±∞πθ∑∫|])"
         r"|(?P<word>[^\W\d_]+(?:[-'&][^\W\d_]+)*(?:[0-9]+[^\W_]*|_\{?[0-9A-Za-z]+\}?)?(?:\^\{?-?[0-9]+\}?)?)"
-        r"|(?P<operator>[-+*/^!])|(?P<open>[(\[])|(?P<close>[)\]])|(?P<stop>[,;.:?\n]+)"
+        r"|(?P<operator>[-+*/^!])|(?P<open>[(\[])|(?P<close>[)\]])|(?P<stop>[,;.:?…\n]+)"
     )
 
 
@@ -317,13 +332,25 @@ _PAIR = re.compile(r"(?:[(\[]|\\\{)\s?-?[0-9]+(?:,[0-9]+)+\s?(?:[)\]]|\\\})")
 _JOINS = frozenset(("and", "or", "to", "plus", "nor", "versus", "vs", "through", "then"))
 # Begin a clause about other numbers: 12 apples for 3 kids.
 _CLAUSE = frozenset(
-    """accurate after all although as assuming at because before but by correct during each every for from given has have he hence i if in
-    instead into is it leaving left not of on out rather rounded she since so that therefore they though until using was we were when
-    where which while who with within you""".split()  # noqa: SIM905 (one a line is longer)
+    """
+    accurate after all although as assuming at because before but by correct during each every for from given has
+    have he hence i if in instead into is it leaving left not of on out rather rounded she since so that therefore
+    they though until using was we were when where which while who with within you
+    """.split()  # noqa: SIM905
 )
 # "5 dozen" is 60, or 5 where dozens are asked for, as in ten solutions of GSM8K.
-_MULTIPLIERS = frozenset(("dozen", "dozens", "half-dozen", "half-million", "grand", "bn", "mn", "mil", "tn", "M", "B"))
-_TIMES_WORDS = frozenset(("half", "twice", "double", "triple", "thrice", "third", "quarter"))
+_MULTIPLIERS = frozenset(
+    """
+    dozen dozens half-dozen half-million grand bn mn mil tn M B factorial squared cubed doubled tripled halved raised fifths
+    sixths eighths tenths
+    """.split()  # noqa: SIM905
+)
+_TAKEN = frozenset("sqrt root log ln sin cos tan square cube half twice double triple thrice third quarter".split())  # noqa: SIM905
+_COUNTS = re.compile("one|two|three|four|five|six|seven|eight|nine|ten|.*(?:halves|thirds|fourths|quarters|fifths|half)")
+_BOUNDS = frozenset(("than", "over", "under", "above", "below"))
+_LABELS = frozenset(("option", "choice", "step", "part", "question", "problem", "case", "exercise", "figure"))
+_MORE = frozenset(("more", "less", "fewer", "greater"))
+_MAYBE = frozenset(("could", "might", "may", "maybe", "perhaps", "possibly"))
 _FRACTION_WORDS = frozenset(("half", "third", "quarter", "thirds", "quarters", "halves"))
 _HARMLESS = frozenset(
     ("\\checkmark", "\\square", "\\blacksquare", "\\qed", "\\hfill", "\\because", "\\therefore", "\\tag", "\\end", "\\boxed")
@@ -349,11 +376,14 @@ def only_value(text: str, fractions: bool) -> Fraction | None:
 
 
 def denies(words: list[Token]) -> bool:
-    """Whether words before a number deny it or compare with it: not 5, more than 5."""
+    """Whether words before a number deny it, bound it or make it a label: not 5, more than 5, option (5)."""
+    words = words[:-1] if words and words[-1].kind == "open" else words
     names = [token.text.lower() for token in words if token.kind == "word"]
     if any(name in ("not", "never") or name.endswith("n't") for name in names) or names[-2:] == ["no", "longer"]:
         return True
-    return names[-1:] == ["than"]
+    if not words or words[-1].kind != "word":
+        return False
+    return names[-1] in _BOUNDS | _LABELS or names[-2:] == ["up", "to"]
 
 
 def restates(found: list[Token], at: int) -> bool:
@@ -397,7 +427,7 @@ def is_complete(found: list[Token], at: int, factorial: bool = False) -> bool:
         return False
     if after is not None and after.kind == "operator" and ((after.text in "^!" and factorial) or operates(found, at + 1)):
         return False
-    if after is not None and after.kind in ("macro", "open") and after.attached:
+    if after is not None and after.attached and (after.kind in ("macro", "open") or after.text == "+"):
         return False
     if at > 1 and before.kind == "open" and before.attached and found[at - 2].kind in ("word", "number"):
         return False
@@ -419,7 +449,12 @@ def is_factor(found: list[Token], at: int) -> bool:
 def is_multiplied(found: list[Token], at: int) -> bool:
     """Whether words behind a number make it another: 5 grand, 5 B, 5 hours and a half."""
     names = [token.text.lower() for token in found[at + 1 : at + 6] if token.kind == "word"]
-    if found[at + 1 : at + 2] and found[at + 1].text in _MULTIPLIERS:
+    after = found[at + 1] if at + 1 < len(found) else None
+    if after is None or after.text in _MULTIPLIERS:
+        return after is not None
+    if after.attached and after.text[:2] in ("..", "…") and "." in found[at].text:
+        return True  # 0.333...
+    if names[:3] == ["to", "the", "power"] or (names[:1] == ["or"] and not _MORE.isdisjoint(names[1:2])):
         return True
     return any(
         names[i] == "and" and names[i + 1] in ("a", "one", "two", "three", "half") and _FRACTION_WORDS & set(names[i + 1 : i + 3])
@@ -430,9 +465,12 @@ def is_multiplied(found: list[Token], at: int) -> bool:
 def is_taken_of(found: list[Token], at: int) -> bool:
     """Whether words before a number make it another: half of 24, twice 6."""
     names = [token.text.lower() for token in found[max(0, at - 3) : at] if token.kind == "word"]
+    if not names or found[at - 1].kind != "word":
+        return False
+    part = names[-1] == "of"
     while names and names[-1] in ("of", "the", "a"):
         names.pop()
-    return at > 0 and found[at - 1].kind == "word" and bool(names) and names[-1] in _TIMES_WORDS
+    return bool(names) and (names[-1] in _TAKEN or (part and _COUNTS.fullmatch(names[-1]) is not None))
 
 
 def operates(found: list[Token], at: int) -> bool:
@@ -466,7 +504,7 @@ def first_value(line: str, fractions: bool) -> Fraction | None:
         at = next((i for i, token in enumerate(found) if token.kind == "number"), None)
     if at is None or any(token.kind in ("compare", "macro") for token in found[max(0, at - 1) : at]) or in_pair(line, found, at):
         return None
-    value, calculates = None, is_taken_of(found, at)
+    value, calculates, begin = None, is_taken_of(found, at), 0
     while True:
         side = None if calculates or not is_complete(found, at) else found[at].value
         after = at + 1
@@ -475,8 +513,9 @@ def first_value(line: str, fractions: bool) -> Fraction | None:
         then = found[after] if after < len(found) else None
         between = {token.text.lower() for token in found[at + 1 : after]}
         if then is not None and then.kind == "equals" and not between & _JOINS:
-            if is_equation(found[:after]):
+            if is_equation(found[begin:after]):
                 return None
+            begin = after + 1
             value, calculates = value if side is None else side, False
             at = next((i for i in range(after + 1, len(found)) if found[i].kind == "number"), None)
             if at is None:
@@ -512,16 +551,12 @@ def is_whole(found: list[Token], at: int, part: Fraction | None) -> bool:
 
 def has_rival(found: list[Token], at: int, value: Fraction) -> bool:
     """Whether another number is as much the answer as the one at `at`: 5 to 7, 5 feet 6 inches, x = 3, y = 4."""
-    after, joined = at + 1, False
+    after = at + 1
     while after < len(found) and found[after].kind in ("word", "close"):
         if found[after].text.lower() in _CLAUSE:
-            return False
+            return is_second(found, after)
         after += 1
-    if after == len(found):
-        return False
-    then = found[after]
-    if then.kind == "equals":  # 5 or x = 3
-        return True
+    then = found[after] if after < len(found) else Token("end", None, "", False)
     if then.kind == "number":
         return then.value != value and not is_places(found, after)
     if then.kind == "compare":
@@ -530,14 +565,30 @@ def has_rival(found: list[Token], at: int, value: Fraction) -> bool:
         return then.text not in _HARMLESS
     if then.kind == "open":
         return is_rival_remark(found, after, value)
-    if then.kind == "stop" and then.text in (",", ";", ":"):
-        after += 1
-        while after < len(found) and found[after].text.lower() in _JOINS:
-            after, joined = after + 1, True
-        if after + 1 < len(found) and found[after].kind == "word" and found[after + 1].kind == "equals":
-            after += 2
-        return after < len(found) and found[after].kind == "number" and (found[after].value != value or not joined)
-    return False
+    if then.kind == "stop" and then.text[:2] in (",", ";", ":", ".."):
+        return is_second(found, after + 1) or is_listed(found, after + 1, value)
+    return then.kind == "equals"  # 5 or x = 3
+
+
+def is_listed(found: list[Token], at: int, value: Fraction) -> bool:
+    """Whether a number, or what gives a value to a name, is at `at` in a list: 5, and 6; x = 3, y = 4; A: 3, B: 4."""
+    joined = False
+    while at < len(found) and found[at].text.lower() in _JOINS:
+        at, joined = at + 1, True
+    if at + 1 < len(found) and found[at].kind == "word" and found[at + 1].text in ("=", ":"):
+        at += 2
+    return at < len(found) and found[at].kind == "number" and (found[at].value != value or not joined)
+
+
+def is_second(found: list[Token], at: int) -> bool:
+    """Whether the number behind the words from `at` is a second answer: 12 for Tom and 15, 12, but it may be 15."""
+    words = []
+    while at < len(found) and found[at].kind == "word":
+        words.append(found[at].text.lower())
+        at += 1
+    if not words or at == len(found) or found[at].kind != "number":
+        return False
+    return words[-1] in ("and", "or") or not _MAYBE.isdisjoint(words)
 
 
 def is_places(found: list[Token], at: int) -> bool:
