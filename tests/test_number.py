@@ -125,6 +125,7 @@ KINDS = [
     ("#### 12 apples, and he ate 3", "12"),
     ("#### 12 (or 13)", None),
     ("#### 12 or 12 dollars", "12"),
+    ("#### 12 and 12", None),
     ("#### 3.14 to 2 decimal places", "3.14"),
     ("#### 12 rounded to 2 digits", "12"),
     # other ways to write one number

@@ -558,7 +558,7 @@ def has_rival(found: list[Token], at: int, value: Fraction) -> bool:
         after += 1
     then = found[after] if after < len(found) else Token("end", None, "", False)
     if then.kind == "number":
-        return then.value != value and not is_places(found, after)
+        return (then.value != value or found[after - 1].text.lower() != "or") and not is_places(found, after)
     if then.kind == "compare":
         return is_chain(found, after)
     if then.kind == "macro":
