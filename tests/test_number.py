@@ -1,5 +1,12 @@
-"""Which number of a text is its answer: forms that models write, and what is no single number."""
+"""Which number of a text is its answer: forms that models write, and what is no single number.
 
+`KINDS` holds what was paid wrongly or missed by the grammar of 2026-11-27. Of 141 hostile
+endings labelled by hand before they were read, that grammar paid 45 wrongly
+(31.9 % [24.8, 40.0]) and missed 7 of 60 (11.7 % [5.8, 22.2]); the next one at its first
+reading 27 (19.1 % [13.5, 26.4]) and 5 (8.3 % [3.6, 18.1]). Clear kinds were mended since.
+"""
+
+import time
 from fractions import Fraction
 
 import pytest
@@ -20,6 +27,207 @@ NO_ANSWER = [
     "\\boxed{3:00}", "\\boxed{1.2.3}", "#### 24 + 18", "#### 24 - 18", "#### 24 -18", "#### 10-12", "#### 12, 13",
     "#### 12 or 13", "#### 12 and 13", "#### 2x", "#### 3:00", "#### 2^999", "#### 1e999999", "#### > 5",
 ]  # fmt: skip
+
+
+# Every kind with controls that must still be read.
+KINDS = [
+    # a minus with a space, in running text
+    ("so x = - 3/4", "-3/4"),
+    ("Total = - 5", "-5"),
+    ("Total: - 5", "-5"),
+    ("The change is - 5", "-5"),
+    ("that is (- 5)", "-5"),
+    ("7 - 5", "5"),
+    ("we have:\n- 5", "5"),
+    # the right side of the last "=" where the left is a computation
+    ("#### 1/4 of 12 = 3", "3"),
+    ("The answer is 20% of 50 = 10.", "10"),
+    ("The answer: 5 times 3 = 15.", "15"),
+    ("#### 5 plus 3 = 8", "8"),
+    ("#### 12 divided by 4 equals 3", "3"),
+    ("#### half of 24 is 12", "12"),
+    ("#### 5 times 3", None),
+    ("#### 1/4 of 12", None),
+    ("#### half of 24", None),
+    ("#### 7 of 12", "7"),
+    ("#### 2x = 6", None),
+    ("\\boxed{2x = 6}", None),
+    ("\\boxed{x + 3 = 10}", None),
+    ("\\boxed{f(3) = 7}", "7"),
+    ("\\boxed{x_1 = 7}", "7"),
+    ("#### 7 more than 5", None),
+    # denied
+    ("The answer is no longer 12 but 14.", "14"),
+    ("The answer is no longer 12.", None),
+    ("The answer can't be 12.", None),
+    ("The answer is neither 12 nor 14.", None),
+    ("#### not 12 but 14", "14"),
+    ("\\boxed{\\text{not } 5}", None),
+    ("The answer is 12, not 14.", "12"),
+    # words that multiply
+    ("#### 2 hundred", "200"),
+    ("#### 2 hundred thousand", "200000"),
+    ("#### 3 dozen", None),
+    ("She needs 3 dozen eggs.", None),
+    ("#### 762 M&M's", "762"),
+    ("#### 5 mm", "5"),
+    ("#### 12 eggs, for a dozen", "12"),
+    ("#### 3 Million", "3000000"),
+    ("#### 5K", None),
+    ("#### $5k", None),
+    ("#### 5 grand", None),
+    ("#### $5M", None),
+    ("He has 5K", None),
+    ("#### 5 kids", "5"),
+    ("#### 5 kg", "5"),
+    ("#### 5 km", "5"),
+    ("#### 300 K", "300"),
+    ("#### 5 and a half", "11/2"),
+    ("\\boxed{5 and a half}", "11/2"),
+    ("#### 5 hours and a half", None),
+    ("He needs 5 and a half", "11/2"),
+    ("\\boxed{3 and 1/2}", "7/2"),
+    ("\\boxed{3 and 5/2}", None),
+    # several numbers
+    ("#### 5 hours 30 minutes", None),
+    ("\\boxed{5 hours 30 minutes}", None),
+    ("The answer is 5 hours 30 minutes.", None),
+    ("#### 5 hours and 30 minutes", None),
+    ("#### 5h30m", None),
+    ("#### 5 feet 6 inches", None),
+    ("#### 5 to 7", None),
+    ("The answer is 5 to 7.", None),
+    ("#### from 5 to 7", None),
+    ("#### 5; 6", None),
+    ("#### 5 6", None),
+    ("The answer is 5 6.", None),
+    ("#### x=3, y=4", None),
+    ("The answer is x = 3, y = 4.", None),
+    ("#### x = 3 and y = 4", None),
+    ("\\boxed{x = 3 \\quad y = 4}", None),
+    ("#### 3 : 4", None),
+    ("#### 3 \\le x \\le 5", None),
+    ("#### 3 ≤ x ≤ 5", None),
+    ("#### x = 2 or x = 3", None),
+    ("\\boxed{x = 2 \\text{ or } x = 3}", None),
+    ("The answer is x = 2 or x = 3.", None),
+    ("#### 5 \\pm 1", None),
+    ("#### 1_000", None),
+    ("it has 1_000", None),
+    ("#### CO2", None),
+    ("#### 12 kg of CO2", "12"),
+    ("It emits 12 kg of CO2.", "12"),
+    ("#### 5 km2", "5"),
+    ("#### USD500", "500"),
+    ("\\boxed{x_2}", None),
+    ("\\boxed{\\{1,234\\}}", None),
+    ("#### (5,700)", None),
+    ("#### 12 apples, and he ate 3", "12"),
+    ("#### 12 (or 13)", None),
+    ("#### 12 or 12 dollars", "12"),
+    ("#### 12 and 12", None),
+    ("#### 3.14 to 2 decimal places", "3.14"),
+    ("#### 12 rounded to 2 digits", "12"),
+    # other ways to write one number
+    ("\\boxed{(-2)^2}", "4"),
+    ("\\boxed{-(-2)^2}", "-4"),
+    ("\\boxed{3(-2)^2}", None),
+    ("\\boxed{|-5|}", "5"),
+    ("\\boxed{\\left|-5\\right|}", "5"),
+    ("\\boxed{3|-5|}", None),
+    ("\\boxed{\\textcolor{red}{5}}", "5"),
+    ("\\boxed{\\color{red} 5}", "5"),
+    ("\\boxed{\\underline{5}}", "5"),
+    ("\\boxed{\\underline{\\textbf{5}}}", "5"),
+    ("\\boxed{18 \\text{ (or 18 dollars)}}", "18"),
+    ("\\boxed{18 \\text{ (or 19 dollars)}}", None),
+    ("\\boxed{\\frac12 \\text{ or } 0.5}", "1/2"),
+    ("\\boxed{5, 5}", None),
+    ("#### <<3*4=12>>12", "12"),
+    ("#### １２", "12"),
+    ("\\boxed{１２}", "12"),
+    ("#### ５，６", None),
+    ("#### 7 p.m.", "7"),
+    # of a second list of endings
+    ("Answer:\n- 12", "-12"),
+    ("Answer: - 12", "-12"),
+    ("Answer:\n- 12\n- 15", None),
+    ("\\boxed{\\bf{12}}", "12"),
+    ("\\boxed{\\Large 12}", "12"),
+    ("#### Alice: 5, Bob: 7", None),
+    ("#### 5...7", None),
+    ("#### 5 and/or 7", None),
+    ("#### 0.333...", None),
+    ("it is 0.333...", None),
+    ("It is 12...", "12"),
+    ("#### 0.(3)", None),
+    ("#### sqrt 16", None),
+    ("#### the square root of 16", None),
+    ("#### the square root of 16 is 4", "4"),
+    ("#### 5 factorial", None),
+    ("#### 2 to the power of 5", None),
+    ("x is 2 squared", None),
+    ("#### 5 meters squared", "5"),
+    ("#### 8 doubled", None),
+    ("#### 7 fifths", None),
+    ("#### three-fourths of 12", None),
+    ("#### a total of 12", "12"),
+    ("#### at most five of 12", None),
+    ("#### 5 or more", None),
+    ("#### 5+", None),
+    ("#### over 5", None),
+    ("#### up to 5", None),
+    ("#### left over: 5", "5"),
+    ("#### 12, but it could be 13", None),
+    ("#### 12, but not 13", "12"),
+    ("The answer is 12 for Tom and 15 for Ann.", None),
+    ("The answer is 12 for 3 kids and 4 dogs.", "12"),
+    ("The answer is option (2).", None),
+    ("The answer is option B: 7", "7"),
+    # behind a closed block of thoughts
+    ("<think>\\boxed{9}</think>The answer is 7.", "7"),
+    ("<think>#### 9</think>So it is 7.", "7"),
+    ("<think>#### 9</think>\\boxed{7}", "7"),
+    ("\\boxed{9}</think>\nThe answer is 7 or 8.", None),
+    ("<think>\\boxed{9}</think>\n\\boxed{\\text{none}}", None),
+    ("<think>\\boxed{9}</think>", "9"),
+    ("<think>\\boxed{9}</think>That is all.", "9"),
+    ("<think>\\boxed{9}", "9"),
+]
+
+
+@pytest.mark.parametrize(("text", "value"), KINDS)
+def test_kinds(text, value):
+    assert number.read_number(text) == (None if value is None else Fraction(value))
+
+
+def test_strict_looks_behind_thoughts_for_a_box_only():
+    assert number.read_number("<think>\\boxed{9}</think>#### 7", strict=True) == 7
+    assert number.read_number("<think>\\boxed{9}</think>It is 7.", strict=True) == 9
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["5 ", "1,", "x = ", "- ", "5 and ", "<<", "|-", "(-2", "((", "\\boxed{", "{", "#### ", "answer is ", "5 or ", "</think>",
+     "answer is not ", "a1_", "5 (", "\\text{", "dozen ", "\\color{", "5 x = ", "5 = ", "5 apples ", "5 times ",
+     "answer is neither 1 nor 2 "],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [("#### ", ""), pytest.param("", "", marks=pytest.mark.slow), pytest.param("\\boxed{", "}", marks=pytest.mark.slow)],
+)
+def test_time_grows_no_faster_than_the_text(piece, start, end, monkeypatch):
+    monkeypatch.setattr(number, "READ", 10**6)
+
+    def seconds(length, times):
+        text, spent = start + piece * (length // len(piece)) + end, []
+        for _ in range(times):
+            start_s = time.perf_counter()
+            number.read_number(text)
+            spent.append(time.perf_counter() - start_s)
+        return min(spent)
+
+    assert seconds(100_000, 1) < 30 * seconds(10_000, 2) + 0.1  # quadratic: 100 times
 
 
 @pytest.mark.parametrize("text", NEGATIVE)

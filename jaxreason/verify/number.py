@@ -3,9 +3,10 @@ r"""The answer is a number, written as people and models write it: `\boxed{1{,}2
 Three steps over the end of the text. *Normalise*: markup, currency and percent signs go,
 LaTeX fractions and Unicode forms become plain. *Find the region*: the last box that is not
 empty counts; without one the last `####` that has something behind it, then the last
-affirmative "answer is", then the last number in the text. *Read one value*: a region that
-gives no single number, such as `24 + 18`, `2x` or `5, 6`, is no answer; it is never
-guessed at. Numbers are compared exactly, as fractions.
+affirmative "answer is", then the last number in the text. Text behind a closed
+`</think>` counts alone if it holds any of these. *Read one value*: a region that gives no
+single number, such as `24 + 18`, `2x`, `5, 6` or `5 feet 6 inches`, is no answer; it is
+never guessed at. Numbers are compared exactly, as fractions.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from math import prod
 from typing import NamedTuple
 
 from jaxreason.types import Task, Verdict
@@ -49,7 +51,20 @@ def number(
 
 def read_number(text: str, strict: bool = False, fractions: bool = True) -> Fraction | None:
     """Find the number that a text gives as its answer; None where there is none, or no single one."""
-    text = normalise(text[-READ:])
+    text = text[-READ:]
+    behind = normalise(_THOUGHT.split(text)[-1])
+    if holds_answer(behind, strict):
+        return read_normal(behind, strict, fractions)
+    return read_normal(normalise(text), strict, fractions)
+
+
+def holds_answer(text: str, strict: bool) -> bool:
+    """Whether a text has a region that an answer is read from."""
+    return last_box(text) is not None or last_marked(text) is not None or (not strict and _DIGIT.search(text) is not None)
+
+
+def read_normal(text: str, strict: bool, fractions: bool) -> Fraction | None:
+    """Find the answer of a text that is normal already."""
     box = last_box(text)
     if box is not None:
         return only_value(box, fractions)
@@ -68,14 +83,22 @@ def read_number(text: str, strict: bool = False, fractions: bool = True) -> Frac
 # --- normalise ---
 
 _MINUS = re.compile("[−–—‒﹣－]")
+_WIDE = str.maketrans("０１２３４５６７８９．／：；＝＋（）", "0123456789./:;=+()", "") | str.maketrans(
+    {"，": ", ", "、": ", ", "％": "%"}
+)
+_CALCULATOR = re.compile(r"<<[^<>\n]*>>")  # of GSM8K: <<3*4=12>>
 _GROUP_SPACE = re.compile(r"(?<=[0-9])(?:\\[,;:! ]|\{,\}|[\u00a0\u2009\u202f'’])(?=[0-9]{3}(?![0-9]))")
 _SUPERSCRIPT = str.maketrans({c: f"^{i}" for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")})
 _VULGAR = str.maketrans({c: f" {unicodedata.normalize('NFKC', c).replace('⁄', '/')} " for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"})
-_TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|mbox|operatorname)\s?\{([^{}]*)\}")
-_DROPPED = re.compile(
-    r"\\?[$€£¥%]|°|\^\{\\circ\}|\^?\\circ|\\(?:degree|left|right|displaystyle)(?![A-Za-z])|\*\*|__|`|\\!|</?[|]?\w+[|]?>"
+_CHARACTERS = _SUPERSCRIPT | _VULGAR | _WIDE
+_TEXT = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf)|mbox|operatorname|underline|emph)\s?\{([^{}]*)\}(?=([0-9])?)"
 )
-_SPACES = re.compile(r"\\[,;: ()\[\]]|\\q?quad(?![A-Za-z])|~|\\\\|[\u00a0\u2009\u202f]|(?<![<>=!])&")
+_COLOR = re.compile(r"\\(?:textcolor|color(?:box)?)\s?\{[A-Za-z]{1,20}\}")
+_DROPPED = re.compile(
+    r"\\?[$€£¥%]|°|\^\{\\circ\}|\^?\\circ|\\(?:degree|left|right|displaystyle|textstyle|bf|boldsymbol|bm|[Ll]arge|LARGE|[Hh]uge)(?![A-Za-z])|\*\*|__|`|\\!|</?[|]?\w+[|]?>"
+)
+_SPACES = re.compile(r"\\[,;: ()\[\]]|\\q?quad(?![A-Za-z])|~|\\\\|[\u00a0\u2009\u202f]|(?<![<>=!A-Za-z])&")
 _CROSS = re.compile(r"(?<=[0-9])\s?x\s?(?=[0-9])")
 _TIMES = re.compile(r"\\(?:times|cdot)(?![A-Za-z])|[×·]")
 _EQUALS = re.compile(r"\\(?:approx|equiv)(?![A-Za-z])|[≈≡]")
@@ -83,6 +106,17 @@ _COMPARES = re.compile(r"\\(?:leq?|geq?|neq?|lt|gt)(?![A-Za-z])|<=|>=|!=|[≤≥
 _PART = r"\s?(?:\{\s?(-?[0-9][0-9,.]{0,31})\s?\}|([0-9]))"
 _FRAC = re.compile(rf"(-?)\\[dtc]?frac{_PART}{_PART}")
 _BRACED = re.compile(r"(?<!boxed)(?<!boxed )\{\s?(-?[0-9.,]+)\s?\}")
+_HALF = re.compile(r"(?<=[0-9]) and (?:(a|one) (half|third|quarter)|(?:three[ -])(quarters))\b", re.IGNORECASE)
+_PARTS = {"half": "1/2", "third": "1/3", "quarter": "1/4", "quarters": "3/4"}
+_POWER = re.compile(
+    r"\(\s?(-?[0-9]{1,9}(?:\.[0-9]{1,9}|/[1-9][0-9]{0,8})?)\s?\)\^(?:\{\s?([0-9]{1,2})\s?\}|([0-9]{1,2})(?![0-9]))"
+)
+_ABSOLUTE = re.compile(r"(?:\||\\[lr]?vert )\s?-\s?([0-9][0-9.,/]{0,31})\s?(?:\||\\[lr]?vert(?![a-z]))")
+_OPERATES = re.compile(r"(?<=[0-9]) (?:(times|multiplied by)|(plus)|(divided by)) (?=[0-9.(])", re.IGNORECASE)
+_EQUAL = re.compile(r"\b(?:equals|equal to)\b", re.IGNORECASE)
+_AND_OR = re.compile(r"\band/or\b", re.IGNORECASE)
+_CURRENCY = re.compile(r"\b(?:[A-Z]{1,2}(?=\\?\$\s?[0-9])|(?:USD|EUR|GBP|INR|CAD|AUD|Rs)(?=[0-9]))")
+_CLOCK = re.compile(r"(?<=[0-9]) ?([ap])\.\s?m\b\.?", re.IGNORECASE)
 _NEGATED = re.compile(r"-\s?\(\s?(-?)\s?([0-9][^()]{0,63})\)")
 _NEGATIVE = re.compile(r"(?:\bnegative|(?<=\bis )minus)[\s{}]+(?=[0-9.(])", re.IGNORECASE)
 _SUBTRACTS = re.compile(r"\bminus[\s{}]+(?=[0-9.(])", re.IGNORECASE)
@@ -92,15 +126,38 @@ _BLANKS = re.compile(r"[ \t]+")
 
 def normalise(text: str) -> str:
     """Rewrite LaTeX, Markdown and Unicode forms of one thing as one plain form."""
-    text = _MINUS.sub("-", text.translate(_SUPERSCRIPT).translate(_VULGAR))
-    text = _GROUP_SPACE.sub(",", text)
-    text = _CROSS.sub("*", text)
-    text = _TEXT.sub(r"\1", re.sub(r"(?<=[0-9])\*\*(?=[0-9])", "^", text))
+    text = _MINUS.sub("-", text.translate(_CHARACTERS))
+    if "<<" in text:
+        text = _CALCULATOR.sub("", text)
+    text = _CROSS.sub("*", _GROUP_SPACE.sub(",", _CURRENCY.sub("", text)))
+    text = re.sub(r"(?<=[0-9])\*\*(?=[0-9])", "^", text)
+    if "\\" in text:
+        text = _TEXT.sub(_plain_text, _TEXT.sub(_plain_text, _COLOR.sub("", text)))
     text = _SPACES.sub(" ", _DROPPED.sub("", text))
     text = _COMPARES.sub(" < ", _EQUALS.sub("=", _OVER.sub("/", _TIMES.sub("*", text)))).replace("{-}", "-")
     text = _BRACED.sub(r"\1", _FRAC.sub(_plain_fraction, text))
-    text = _SUBTRACTS.sub("- ", _NEGATIVE.sub("-", _BLANKS.sub(" ", text)))
+    text = _BLANKS.sub(" ", text)
+    text = _plain_words(text)
+    if ")^" in text:
+        text = _POWER.sub(lambda match: f"({Fraction(match[1]) ** int(match[2] or match[3])})", text)
+    if "|" in text or "vert" in text:
+        text = _ABSOLUTE.sub(r"(\1)", text)
     return _NEGATED.sub(lambda match: match[2] if match[1] else f"-{match[2]}", text)
+
+
+def _plain_words(text: str) -> str:
+    """Write words between numbers as signs: 5 times 3 equals 15, 5 and a half."""
+    text = _SUBTRACTS.sub("- ", _NEGATIVE.sub("-", text))
+    text = _EQUAL.sub("=", _AND_OR.sub("or", text))
+    text = _OPERATES.sub(lambda match: " * " if match[1] else " + " if match[2] else " / ", text)
+    return _HALF.sub(lambda match: " " + _PARTS[(match[2] or match[3]).lower()], _CLOCK.sub(r" \1m", text))
+
+
+def _plain_text(match: re.Match) -> str:
+    """Take what a text macro holds, apart from digits at its sides if it has letters."""
+    if not any(c.isalpha() for c in match[1]):
+        return match[1]
+    return f" {match[1]} " if match[2] else f" {match[1]}"
 
 
 def _plain_fraction(match: re.Match) -> str:
@@ -114,8 +171,15 @@ def _plain_fraction(match: re.Match) -> str:
 
 _SAYS = re.compile(r"answer\s?(?:is\b|was\b|:|=)|(?:^|[.!?] )\W{0,4}(?:final )?answer *$", re.IGNORECASE | re.MULTILINE)
 # With the number that it denies.
-_DENIES = re.compile(r"answer\s?(?:(?:is|was)\s+(?:not|never)|(?:is|was)n['’]t)\b[^0-9\n]{0,40}[0-9.,]*[0-9]?", re.IGNORECASE)
+_DENIES = re.compile(
+    r"answer\s?(?:(?:is|was)\s+(?:not|never|no longer|neither)"
+    r"|(?:(?:can|could|would|should|must)\s?not|\w{2,6}n['’]t|can['’]t)(?:\s+be)?)\b"
+    r"[^0-9\n]{0,40}[0-9.,]*[0-9]?(?:[\W_]{0,3}n?or[\W_]{1,3}[0-9.,]*[0-9])*",
+    re.IGNORECASE,
+)
+_THOUGHT = re.compile(r"</(?:think|thinking|thought|thoughts|reasoning|scratchpad)>")
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
+_BULLETS = re.compile(r"\n\s{0,9}- .*\n\s{0,9}- ")  # one alone may be a negative number
 _MARK = re.compile("#{4,}")
 _DIGIT = re.compile("[0-9]")
 
@@ -149,6 +213,8 @@ def last_said(text: str) -> str | None:
             return None
         lines = text[match.end() :].lstrip(" :*")
         line = lines.lstrip().partition("\n")[0]
+        if _BULLETS.match(lines):
+            return ""
         end = _SENTENCE_END.search(line)
         sentence = line[: end.start()] if end else line
         if _DIGIT.search(sentence) and not (end and end[0].startswith("?")):
@@ -160,31 +226,36 @@ def last_said(text: str) -> str | None:
 
 _GROUPED = r"[0-9]{1,3}(?:,[0-9]{3}){1,20}|[0-9]{1,2}(?:,[0-9]{2}){1,20},[0-9]{3}"
 _BELOW = r"(?P<below>[0-9][0-9.]{0,31})(?![0-9/]|,[0-9])"
-_MIXED = r"[ ](?P<over>[0-9]{1,32})/(?P<part>[0-9]{1,32})(?![0-9/]|[.,][0-9])"
+_MIXED = r"[ ](?:and[ ])?(?P<over>[0-9]{1,32})/(?P<part>[0-9]{1,32})(?![0-9/]|[.,][0-9])"
+
+
+_SCALES = {
+    "hundred": 100, "thousand": 10**3, "lakh": 10**5, "million": 10**6, "crore": 10**7, "billion": 10**9, "trillion": 10**12,
+}  # fmt: skip
+_SCALE = re.compile("|".join(_SCALES), re.IGNORECASE)
 
 
 def _token_pattern(whole: str, comma: str, joins: str) -> re.Pattern:
     """The pattern of a token: more ways to write `whole` digits, a decimal `comma`, and what `joins` digits to no number."""
     return re.compile(
         rf"(?P<sign>(?<![\w)\]}}])-[ ]?)?"
-        rf"(?P<digits>(?:{_GROUPED}{whole}|[0-9]+)(?![0-9])(?:\.[0-9]+)?|(?<![0-9A-Za-z])\.[0-9]+{comma})(?![0-9]|[{joins}][0-9])"
+        rf"(?P<digits>(?:{_GROUPED}{whole}|[0-9]+)(?![0-9])(?:\.[0-9]+)?|(?<![0-9A-Za-z])\.[0-9]+{comma})(?![0-9]|[{joins}][0-9]|\.\([0-9])"
         r"(?:[eE](?P<exponent>[+-]?[0-9]{1,3})(?!\.?[0-9]))?"
         rf"(?:{_MIXED}|[ ]?/[ ]?{_BELOW})?"
         r"(?P<power>\^\{?(?P<to>-?[0-9]{1,3})\}?)?"
         r"(?:[ ]?[*x][ ]?10\^\{?(?P<ten>-?[0-9]{1,3})\}?)?"
-        r"(?:[ ]?(?P<scale>thousand|million|billion|trillion)\b)?"
-        r"|(?P<unread>[0-9](?:[0-9,.:']*[0-9])?)"
+        rf"(?P<scale>(?:[ -]?(?i:{'|'.join(_SCALES)})s?\b){{1,2}})?"
+        r"|(?P<unread>[0-9](?:[0-9,.:'_]*[0-9])?)"
         r"|(?P<equals>=)|(?P<compare>[<>])|(?P<macro>\\[A-Za-z]+|[√±∞πθ∑∫|])"
-        r"|(?P<word>[^\W\d_]+(?:[-'][^\W\d_]+)*(?:\^\{?-?[0-9]+\}?)?)"
-        r"|(?P<operator>[-+*/^!])|(?P<open>[(\[])|(?P<close>[)\]])|(?P<stop>[,;.:?\n]+)"
+        r"|(?P<word>[^\W\d_]+(?:[-'&][^\W\d_]+)*(?:[0-9]+[^\W_]*|_\{?[0-9A-Za-z]+\}?)?(?:\^\{?-?[0-9]+\}?)?)"
+        r"|(?P<operator>[-+*/^!])|(?P<open>[(\[])|(?P<close>[)\]])|(?P<stop>[,;.:?…\n]+)"
     )
 
 
 # Spaces between thousands and a decimal comma are read where an answer is, not in running text.
-_ANSWER = _token_pattern(r"|[0-9]{1,3}(?: [0-9]{3})+", "|[0-9]+,[0-9]{1,2}(?![0-9,])", ",.:'")
-_RUNNING = _token_pattern("|[0-9]{1,3}(?: [0-9]{3}){2,}", "", ".:")
-_SCALES = {None: 0, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_UNITS = frozenset("mghslLNJWVAKCF")  # of one letter, that may follow a number without a space: 5m, but not 2x
+_ANSWER = _token_pattern(r"|[0-9]{1,3}(?: [0-9]{3})+", "|[0-9]+,[0-9]{1,2}(?![0-9,])", ",.:'_")
+_RUNNING = _token_pattern("|[0-9]{1,3}(?: [0-9]{3}){2,}", "", ".:_")
+_UNITS = frozenset("mghslLNJWVACF")  # of one letter, that may follow a number without a space: 5m, but not 2x
 _UNKNOWNS = frozenset("abcdeijknpqrtuvwxyzXYZ")
 
 
@@ -199,7 +270,7 @@ class Token(NamedTuple):
 
 def tokens(text: str, fractions: bool, pattern: re.Pattern = _ANSWER) -> Iterator[Token]:
     """Cut a text into numbers, words and signs. What is none of these is left out."""
-    end, before, numbers, named = -1, None, 0, False
+    end, before, numbers, named, last = -1, None, 0, False, ""
     for match in pattern.finditer(text):
         attached, end = match.start() == end, match.end()
         kind = "number" if match["digits"] or match["unread"] else match.lastgroup
@@ -213,10 +284,16 @@ def tokens(text: str, fractions: bool, pattern: re.Pattern = _ANSWER) -> Iterato
             minus = before in ("number", "close") or (before == "word" and numbers and sign == "- ")
             if sign and minus:
                 yield Token("operator", None, "-", attached)
-            dash = sign == "- " and (pattern is _RUNNING or (before == "word" and named))
+            dash = sign == "- " and (before == "word" and named if pattern is _ANSWER else not _expects(before, last))
             negative = sign and not minus and not dash and value is not None
             yield Token("number", -value if negative else value, match[0], attached)
-        before, numbers, named = kind, numbers + (kind == "number"), match[0].lower() in ("answer", "result", "total")
+        before, numbers, last = kind, numbers + (kind == "number"), match[0].lower()
+        named = last in ("answer", "result", "total")
+
+
+def _expects(kind: str | None, text: str) -> bool:
+    """Whether a value follows in running text, so that `- 5` is no dash and no item of a list."""
+    return kind in ("equals", "open") or text == ":" or text in ("is", "was", "be", "gives", "get")
 
 
 def _plain(digits: str) -> Fraction | None:
@@ -246,50 +323,154 @@ def _value(match: re.Match) -> Fraction | None:
         if abs(to) > HIGHEST or (not value and to < 0):
             return None
         value = value**to
-    value *= Fraction(10) ** (exponent + ten + _SCALES[match["scale"]])
-    return value
+    value *= Fraction(10) ** (exponent + ten)
+    return value * prod(_SCALES[name.lower()] for name in _SCALE.findall(match["scale"] or ""))
 
 
 # May be two numbers, or one with a separator.
-_PAIR = re.compile(r"[(\[]\s?-?[0-9]+(?:,[0-9]+)+\s?[)\]]")
+_PAIR = re.compile(r"(?:[(\[]|\\\{)\s?-?[0-9]+(?:,[0-9]+)+\s?(?:[)\]]|\\\})")
+_JOINS = frozenset(("and", "or", "to", "plus", "nor", "versus", "vs", "through", "then"))
+# Begin a clause about other numbers: 12 apples for 3 kids.
+_CLAUSE = frozenset(
+    """
+    accurate after all although as assuming at because before but by correct during each every for from given has
+    have he hence i if in instead into is it leaving left not of on out rather rounded she since so that therefore
+    they though until using was we were when where which while who with within you
+    """.split()  # noqa: SIM905
+)
+# "5 dozen" is 60, or 5 where dozens are asked for, as in ten solutions of GSM8K.
+_MULTIPLIERS = frozenset(
+    """
+    dozen dozens half-dozen half-million grand bn mn mil tn M B factorial squared cubed doubled tripled halved raised fifths
+    sixths eighths tenths
+    """.split()  # noqa: SIM905
+)
+_TAKEN = frozenset("sqrt root log ln sin cos tan square cube half twice double triple thrice third quarter".split())  # noqa: SIM905
+_COUNTS = re.compile("one|two|three|four|five|six|seven|eight|nine|ten|.*(?:halves|thirds|fourths|quarters|fifths|half)")
+_BOUNDS = frozenset(("than", "over", "under", "above", "below"))
+_LABELS = frozenset(("option", "choice", "step", "part", "question", "problem", "case", "exercise", "figure"))
+_MORE = frozenset(("more", "less", "fewer", "greater"))
+_MAYBE = frozenset(("could", "might", "may", "maybe", "perhaps", "possibly"))
+_FRACTION_WORDS = frozenset(("half", "third", "quarter", "thirds", "quarters", "halves"))
+_HARMLESS = frozenset(
+    ("\\checkmark", "\\square", "\\blacksquare", "\\qed", "\\hfill", "\\because", "\\therefore", "\\tag", "\\end", "\\boxed")
+)
+_AREA = re.compile(r"(?:[kcdm]?m|ft|in|yd)[23]")
 
 
 def only_value(text: str, fractions: bool) -> Fraction | None:
     """Read the one number of a text that holds nothing else but words and units, or says that it equals it."""
     found = list(tokens(text, fractions))
     equal = [i for i, token in enumerate(found) if token.kind == "equals"]
-    if equal and any(token.text in (",", ";") for token in found[: equal[-1]]):
-        return None  # several unknowns
+    if equal and (states_several(found[: equal[-1]]) or is_equation(found[: equal[0]])):
+        return None
     if equal and any(token.kind == "number" for token in found[equal[-1] :]):
         found = found[equal[-1] + 1 :]
     at = [i for i, token in enumerate(found) if token.kind == "number"]
-    if len(at) != 1 or any(token.kind in ("compare", "macro") for token in found):
+    if not at or any(token.kind in ("compare", "macro") for token in found) or _PAIR.search(text):
         return None
-    if _PAIR.search(text):
+    if not all(is_complete(found, i, factorial=True) for i in at) or denies(found[: at[0]]):
         return None
-    return found[at[0]].value if is_complete(found, at[0], factorial=True) else None
+    value = found[at[0]].value
+    return value if all(found[i].value == value and restates(found, i) for i in at[1:]) else None
+
+
+def denies(words: list[Token]) -> bool:
+    """Whether words before a number deny it, bound it or make it a label: not 5, more than 5, option (5)."""
+    words = words[:-1] if words and words[-1].kind == "open" else words
+    names = [token.text.lower() for token in words if token.kind == "word"]
+    if any(name in ("not", "never") or name.endswith("n't") for name in names) or names[-2:] == ["no", "longer"]:
+        return True
+    if not words or words[-1].kind != "word":
+        return False
+    return names[-1] in _BOUNDS | _LABELS or names[-2:] == ["up", "to"]
+
+
+def restates(found: list[Token], at: int) -> bool:
+    """Whether a number is said to be another way to write the one before it: 18 (or 18 dollars), 1/2 or 0.5."""
+    before = found[at - 1]
+    return before.text.lower() == "or" or before.kind == "open" or (before.kind == "equals" and found[at - 2].kind == "open")
+
+
+def states_several(found: list[Token]) -> bool:
+    """Whether what is before the last `=` gives values to several unknowns: x = 3, y."""
+    if any(token.text in (",", ";") for token in found):
+        return True
+    first = next((i for i, token in enumerate(found) if token.kind == "equals"), len(found))
+    rest = found[first:]
+    if any(token.text.lower() in ("or", "and") for token in rest):
+        return True
+    return len(rest) > 2 and is_unknown(rest[-1]) and rest[-2].kind in ("number", "word", "close")
+
+
+def is_unknown(token: Token) -> bool:
+    return token.kind == "word" and token.text[0] in _UNKNOWNS and len(_name(token)) == 1
+
+
+def _name(token: Token) -> str:
+    """A word without its power and its subscript."""
+    return token.text.partition("^")[0].partition("_")[0]
+
+
+def is_equation(left: list[Token]) -> bool:
+    """Whether the left side of a `=` is a term of an unknown and numbers: 2x, x + 3."""
+    at = [i for i, token in enumerate(left) if token.kind == "number"]
+    if any(is_factor(left, i) and left[i + 1].text[0] in _UNKNOWNS for i in at):
+        return True
+    return bool(at) and any(map(is_unknown, left)) and any(token.kind == "operator" for token in left)
 
 
 def is_complete(found: list[Token], at: int, factorial: bool = False) -> bool:
-    """Whether a number is not a part of a term: of 2x, 5!, f(3), 3 + a."""
+    """Whether a number is not a part of a term: of 2x, 5!, f(3), 3 + a, half of 3, 3 grand."""
     before, after = found[at - 1] if at else None, found[at + 1] if at + 1 < len(found) else None
-    if is_factor(found, at):
+    if is_factor(found, at) or is_multiplied(found, at) or is_taken_of(found, at):
         return False
     if after is not None and after.kind == "operator" and ((after.text in "^!" and factorial) or operates(found, at + 1)):
         return False
-    if after is not None and after.kind in ("macro", "open") and after.attached:
+    if after is not None and after.attached and (after.kind in ("macro", "open") or after.text == "+"):
         return False
-    if at > 1 and before.kind == "open" and before.attached and found[at - 2].kind == "word":
+    if at > 1 and before.kind == "open" and before.attached and found[at - 2].kind in ("word", "number"):
         return False
     return not (before is not None and (before.kind == "macro" or (before.kind == "operator" and operates(found, at - 1))))
 
 
 def is_factor(found: list[Token], at: int) -> bool:
-    """Whether an unknown of one letter follows a number, and not a unit: 2x, 2 n, but not 2m."""
+    """Whether an unknown of one letter follows a number, and not a unit: 2x, 2 n, but not 2m. So does `h30` in 5h30."""
     after = found[at + 1] if at + 1 < len(found) else None
-    if after is None or after.kind != "word" or len(after.text.partition("^")[0]) != 1:
+    if after is None or after.kind != "word":
+        return False
+    if after.attached and _DIGIT.search(after.text.partition("^")[0]):
+        return not _AREA.fullmatch(after.text)
+    if len(_name(after)) != 1:
         return False
     return after.text[0] in _UNKNOWNS or (after.attached and after.text[0] not in _UNITS)
+
+
+def is_multiplied(found: list[Token], at: int) -> bool:
+    """Whether words behind a number make it another: 5 grand, 5 B, 5 hours and a half."""
+    names = [token.text.lower() for token in found[at + 1 : at + 6] if token.kind == "word"]
+    after = found[at + 1] if at + 1 < len(found) else None
+    if after is None or after.text in _MULTIPLIERS:
+        return after is not None
+    if after.attached and after.text[:2] in ("..", "…") and "." in found[at].text:
+        return True  # 0.333...
+    if names[:3] == ["to", "the", "power"] or (names[:1] == ["or"] and not _MORE.isdisjoint(names[1:2])):
+        return True
+    return any(
+        names[i] == "and" and names[i + 1] in ("a", "one", "two", "three", "half") and _FRACTION_WORDS & set(names[i + 1 : i + 3])
+        for i in range(len(names) - 1)
+    )
+
+
+def is_taken_of(found: list[Token], at: int) -> bool:
+    """Whether words before a number make it another: half of 24, twice 6."""
+    names = [token.text.lower() for token in found[max(0, at - 3) : at] if token.kind == "word"]
+    if not names or found[at - 1].kind != "word":
+        return False
+    part = names[-1] == "of"
+    while names and names[-1] in ("of", "the", "a"):
+        names.pop()
+    return bool(names) and (names[-1] in _TAKEN or (part and _COUNTS.fullmatch(names[-1]) is not None))
 
 
 def operates(found: list[Token], at: int) -> bool:
@@ -311,30 +492,124 @@ def value_of_lines(text: str, fractions: bool) -> Fraction | None:
 
 
 def first_value(line: str, fractions: bool) -> Fraction | None:
-    """Read the first number of a line, or what the calculation that it begins comes to: `3 + 4 = 7 apples` is 7."""
+    """Read the first number of a line, or what the calculation that it begins comes to: `3 + 4 = 7 apples` is 7.
+
+    There is none if the line holds another number that no clause sets apart: 5 hours 30 minutes.
+    """
     found = list(tokens(line, fractions))
     at = next((i for i, token in enumerate(found) if token.kind == "number"), None)
-    if at is None or any(token.kind in ("compare", "macro") for token in found[max(0, at - 1) : at]):
+    if at is not None and denies(found[:at]):
+        but = next((i for i, token in enumerate(found) if token.text.lower() == "but"), len(found))
+        found = found[but + 1 :]
+        at = next((i for i, token in enumerate(found) if token.kind == "number"), None)
+    if at is None or any(token.kind in ("compare", "macro") for token in found[max(0, at - 1) : at]) or in_pair(line, found, at):
         return None
-    value, calculates = None, False
+    value, calculates, begin = None, is_taken_of(found, at), 0
     while True:
         side = None if calculates or not is_complete(found, at) else found[at].value
         after = at + 1
         while after < min(len(found), at + 5) and found[after].kind in ("word", "close"):
             after += 1
         then = found[after] if after < len(found) else None
-        if then is not None and then.kind == "equals":
+        between = {token.text.lower() for token in found[at + 1 : after]}
+        if then is not None and then.kind == "equals" and not between & _JOINS:
+            if is_equation(found[begin:after]):
+                return None
+            begin = after + 1
             value, calculates = value if side is None else side, False
             at = next((i for i in range(after + 1, len(found)) if found[i].kind == "number"), None)
             if at is None:
                 return value
         elif then is not None and then.kind == "operator" and operates(found, after) and _next_number(found, after) is not None:
             at, calculates = _next_number(found, after), True
+        elif (
+            then is not None and then.kind == "number" and found[after - 1].text.lower() == "of" and is_whole(found, after, side)
+        ):
+            at, calculates = after, True
+        elif then is not None and then.kind == "number" and calculates and between & {"is", "makes", "gives", "leaves"}:
+            at, calculates = after, False
         else:
             break
-    hedges = then is not None and then.kind == "number" and found[after - 1].text.lower() in ("or", "and")
-    listed = then is not None and then.text == "," and after + 1 < len(found) and found[after + 1].kind == "number"
-    return None if hedges or listed else value if side is None else side
+    value = value if side is None else side
+    return None if value is None or has_rival(found, at, value) else value
+
+
+def in_pair(line: str, found: list[Token], at: int) -> bool:
+    """Whether a number is in brackets that may hold two: (5,700)."""
+    return at > 0 and found[at - 1].kind == "open" and _PAIR.search(line) is not None
+
+
+def is_whole(found: list[Token], at: int, part: Fraction | None) -> bool:
+    """Whether a part is taken of the number at `at`: 1/4 of 12, 20% of 50 = 10, but not 7 of 12."""
+    if part is not None and part.denominator != 1:
+        return True
+    after = at + 1
+    while after < min(len(found), at + 5) and found[after].kind in ("word", "close"):
+        after += 1
+    return after < len(found) and found[after].kind == "equals"
+
+
+def has_rival(found: list[Token], at: int, value: Fraction) -> bool:
+    """Whether another number is as much the answer as the one at `at`: 5 to 7, 5 feet 6 inches, x = 3, y = 4."""
+    after = at + 1
+    while after < len(found) and found[after].kind in ("word", "close"):
+        if found[after].text.lower() in _CLAUSE:
+            return is_second(found, after)
+        after += 1
+    then = found[after] if after < len(found) else Token("end", None, "", False)
+    if then.kind == "number":
+        return (then.value != value or found[after - 1].text.lower() != "or") and not is_places(found, after)
+    if then.kind == "compare":
+        return is_chain(found, after)
+    if then.kind == "macro":
+        return then.text not in _HARMLESS
+    if then.kind == "open":
+        return is_rival_remark(found, after, value)
+    if then.kind == "stop" and then.text[:2] in (",", ";", ":", ".."):
+        return is_second(found, after + 1) or is_listed(found, after + 1, value)
+    return then.kind == "equals"  # 5 or x = 3
+
+
+def is_listed(found: list[Token], at: int, value: Fraction) -> bool:
+    """Whether a number, or what gives a value to a name, is at `at` in a list: 5, and 6; x = 3, y = 4; A: 3, B: 4."""
+    joined = False
+    while at < len(found) and found[at].text.lower() in _JOINS:
+        at, joined = at + 1, True
+    if at + 1 < len(found) and found[at].kind == "word" and found[at + 1].text in ("=", ":"):
+        at += 2
+    return at < len(found) and found[at].kind == "number" and (found[at].value != value or not joined)
+
+
+def is_second(found: list[Token], at: int) -> bool:
+    """Whether the number behind the words from `at` is a second answer: 12 for Tom and 15, 12, but it may be 15."""
+    words = []
+    while at < len(found) and found[at].kind == "word":
+        words.append(found[at].text.lower())
+        at += 1
+    if not words or at == len(found) or found[at].kind != "number":
+        return False
+    return words[-1] in ("and", "or") or not _MAYBE.isdisjoint(words)
+
+
+def is_places(found: list[Token], at: int) -> bool:
+    """Whether a number counts digits: to 2 decimal places."""
+    return at + 1 < len(found) and found[at + 1].text.lower() in ("decimal", "decimals", "significant", "digits", "places")
+
+
+def is_chain(found: list[Token], at: int) -> bool:
+    """Whether a comparison bounds an unknown, or is one of several: 3 < x, 3 < 4 < 5."""
+    rest = found[at + 1 :]
+    return bool(rest) and (rest[0].kind == "word" or any(token.kind == "compare" for token in rest))
+
+
+def is_rival_remark(found: list[Token], at: int, value: Fraction) -> bool:
+    """Whether brackets that open at `at` give another value: 12 (or 13), 12 (13), but not 12 (3 * 4)."""
+    inside = found[at + 1 : at + 4]
+    if not inside:
+        return False
+    if inside[0].kind == "number" and len(inside) > 1 and inside[1].kind == "close":
+        return inside[0].value != value
+    return inside[0].text.lower() in ("or", "and") and len(inside) > 1 and inside[1].kind == "number" and inside[1].value != value
 
 
 def _next_number(found: list[Token], at: int) -> int | None:
@@ -342,9 +617,9 @@ def _next_number(found: list[Token], at: int) -> int | None:
 
 
 def last_value(text: str, fractions: bool) -> Fraction | None:
-    """Read the last number of a text, unless it can't be read or is a factor, as in 2x."""
+    """Read the last number of a text, unless it can't be read or is a factor, as in 2x, or is multiplied, as in 5 grand."""
     found = list(tokens(text, fractions, _RUNNING))
     at = [i for i, token in enumerate(found) if token.kind == "number" and not (token.value is None and ":" in token.text)]
-    if not at or is_factor(found, at[-1]):
+    if not at or is_factor(found, at[-1]) or is_multiplied(found, at[-1]):
         return None
     return found[at[-1]].value
