@@ -23,11 +23,11 @@ import numpy as np
 from jaxreason import batching, build, fields, learner, metrics, objectives, origin, sharding, sources
 from jaxreason import optimizer as optimizers
 from jaxreason.environment import single_turn, verifier_failed
+from jaxreason.learner import name_metrics, new_state
 from jaxreason.model import Model, transformer
 from jaxreason.options import call
 from jaxreason.rollout import Request, Roller, collect_groups
 from jaxreason.text import Format, Tokenizer, check_vocabulary
-from jaxreason.train import name_learned, new_state
 from jaxreason.types import Group, Task, TrainState, Verdict
 
 
@@ -227,7 +227,7 @@ def train_step(
     if policy.learning != learning:
         state = jax.jit(new_state, static_argnums=1, donate_argnums=0)(state.params, optimizer)
     state, learned = step(state, sharding.put_rows(batch, policy.mesh))
-    measured = name_learned(learned, sampled=True) | sources.measure(groups)
+    measured = name_metrics(learned, sampled=True) | sources.measure(groups)
     return policy._replace(state=state, learning=learning), metrics.divide(jax.device_get(measured))
 
 

@@ -341,3 +341,26 @@ def compile_token_logp(model, microbatches: int = 1, mesh=None):
         return logp_PBT.swapaxes(0, 1).reshape(batch.tokens_BT.shape)
 
     return jax.jit(token_logp, out_shardings=None if mesh is None else sharding.rows(mesh))
+
+
+# --- the state of a phase ---
+
+
+def new_state(params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state at the start of a phase."""
+    return TrainState(params, optimizer.init(split_frozen(params)[0]), jnp.int32(0))
+
+
+def state_shapes(model: Model, optimizer: optax.GradientTransformation, mesh) -> tuple[TrainState, TrainState]:
+    """The shapes and the shardings of a phase's state."""
+    abstract = jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), optimizer))
+    return abstract, sharding.shardings(abstract, mesh)
+
+
+def name_metrics(learned: dict, *, sampled: bool) -> dict:
+    """Put the metrics of a train step under their names in the log."""
+    named = {f"train/{name}": value for name, value in learned.items()}
+    gap, kl = named.pop("train/behaviour_gap"), named.pop("train/behaviour_kl")
+    if sampled:
+        named |= {"rollout/logp_gap": gap, "rollout/kl_sampler_learner": kl}
+    return named

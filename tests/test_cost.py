@@ -9,11 +9,10 @@ import optax
 import pytest
 
 from jaxreason import batching, build, cost
-from jaxreason.learner import compile_train_step
+from jaxreason.learner import compile_train_step, new_state
 from jaxreason.model import ModelConfig, transformer
 from jaxreason.model.config import Lora, sized
 from jaxreason.objectives import dapo
-from jaxreason.train import new_state
 
 SHAPE = ModelConfig(vocab_size=96, width=64, layers=3, heads=4, kv_heads=2, head_size=32, feed_forward=128, scan_layers=True)
 B, T = 8, 32

@@ -1,5 +1,6 @@
 """What somebody or something has done to the folder of a run: nothing is lost, and what is wrong is named in a line."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 from runs import ROOT, load_config
 
-from jaxreason import metrics, origin, train, workdir
+from jaxreason import learner, metrics, origin, train, workdir
 from jaxreason.build import build
 from jaxreason.checkpoint import Damaged, open_checkpoints
 from jaxreason.main import config_text, default_workdir, keep_compiled
+from jaxreason.runtime import resume
 
 TEXT = config_text(load_config("tiny", "smoke"))
 
@@ -47,12 +49,12 @@ def lost(tmp_path):
 
 def test_a_folder_that_had_checkpoints_never_starts_anew_by_itself(lost):
     before = content(lost)
-    for resume in ("auto", "must"):
+    for mode in ("auto", "must"):
         for _ in range(2):  # as a cluster that starts it again and again
             with pytest.raises(
                 ValueError, match=r"only damaged checkpoints \(7\.damaged\).*--resume=never, which moves"
             ) as caught:
-                check(lost, resume)
+                check(lost, mode)
             assert "\n" not in str(caught.value)
     assert content(lost) == before
     shutil.rmtree(lost / "checkpoints")  # and if these are removed, the summary remembers
@@ -85,11 +87,11 @@ def test_never_moves_all_aside_and_loses_nothing(lost):
 
 def test_logs_of_a_run_that_ended_before_its_first_checkpoint_are_moved_aside(lost):
     said, before = [], content(lost)
-    train.begin_logs(lost, said.append)
+    resume.begin_logs(lost, said.append)
     assert sorted(content(lost).values()) == sorted(before.values())
     assert not (lost / "metrics.jsonl").exists()
     (lost / "metrics.jsonl").write_text("")  # with nothing in it
-    train.begin_logs(lost, said.append)
+    resume.begin_logs(lost, said.append)
     assert [line.split("; ")[1] for line in said] == [
         f"the {name} that was there is now {lost / name}.1" for name in ("metrics.jsonl", "rollouts.jsonl")
     ]
@@ -151,10 +153,10 @@ def test_whatever_a_checkpoint_lacks_it_is_whole_or_damaged(tmp_path, capfd):
 @pytest.mark.parametrize("lacks", ["reference", "reference/_METADATA", "state/_METADATA"])
 def test_a_checkpoint_that_lacks_an_item_is_set_aside_and_the_older_one_used(tmp_path, lacks):
     run = build(load_config("tiny", "smoke", **{"sharding.mesh.data": 1, "phases": ("rl",), "rl.objective.kl_coefficient": 0.1}))
-    _, placed = train.shape_of(run, run.phases[0])
-    make = jax.jit(lambda key: train.new_state(run.model.init(key), run.phases[0].optimizer), out_shardings=placed)
+    _, placed = learner.state_shapes(run.model, run.phases[0].optimizer, run.mesh)
+    make = jax.jit(lambda key: learner.new_state(run.model.init(key), run.phases[0].optimizer), out_shardings=placed)
     state = make(jax.random.key(0))
-    host = dict.fromkeys(train.HOST) | {"phase": 0}
+    host = dataclasses.asdict(resume.Progress()) | {"phase": 0}
     saved = open_checkpoints(tmp_path)
     for step in (1, 2):
         saved.save(step, state, host, state.params)
@@ -162,11 +164,11 @@ def test_a_checkpoint_that_lacks_an_item_is_set_aside_and_the_older_one_used(tmp
     path = tmp_path / "2" / lacks
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     said = []
-    assert train.newest(run, saved, said.append).step == 1
+    assert resume.find_newest(run, saved, said.append).step == 1
     assert [line.endswith("; set aside") for line in said] == [True]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2.damaged"]
-    with pytest.raises(train.NotResumable, match="checkpoint 1 is of phase 1, and the config has 0"):
-        train.newest(run._replace(phases=()), saved, said.append)
+    with pytest.raises(resume.NotResumable, match="checkpoint 1 is of phase 1, and the config has 0"):
+        resume.find_newest(run._replace(phases=()), saved, said.append)
     saved.close()
 
 
@@ -314,9 +316,9 @@ def test_a_folder_in_a_files_place_and_a_file_in_a_folders_is_named(tmp_path, na
     path = tmp_path / name
     path.write_text("") if name in workdir.FOLDERS else path.mkdir()
     kind = "no folder, and a run has a folder" if name in workdir.FOLDERS else "no file, and a run has a file"
-    for resume in workdir.RESUME:
+    for mode in workdir.RESUME:
         with pytest.raises(ValueError, match=rf"^{path} is {kind} of this name; move it away$"):
-            check(tmp_path, resume)
+            check(tmp_path, mode)
 
 
 @pytest.mark.parametrize("text", [*NONSENSE, "{}", '{"done": "yes"}', '{"done": []}'])
@@ -375,13 +377,13 @@ def test_steps_that_a_log_lacks_are_named():
 def test_lines_that_somebody_removed_are_said(tmp_path):
     run = build(load_config("tiny", "smoke", **{"sharding.mesh.data": 1, "prior.log_every": 2}))
     config = json.loads(TEXT)
-    found = train.Found(5, {"config": config | {"prior": {"log_every": 2}}}, None, None)
+    found = resume.Found(5, {"waiting": [], "config": config | {"prior": {"log_every": 2}}}, None, None)
 
     def said(metrics_steps, rollouts_steps):
         for name, steps in (("metrics.jsonl", metrics_steps), ("rollouts.jsonl", rollouts_steps)):
             (tmp_path / name).write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
         lines = []
-        train.cut_logs(run, tmp_path, found, 5, lines.append)
+        resume.cut_logs(run, tmp_path, found, lines.append)
         return [line.replace(str(tmp_path), "") for line in lines]
 
     assert said([0, 2, 4, 4, 5], [5, 5]) == []
@@ -393,7 +395,7 @@ def test_lines_that_somebody_removed_are_said(tmp_path):
     assert said([0, 2], []) == [lacks.format("3 to 4, 5"), "warning: /rollouts.jsonl lacks steps 5, which are not made again"]
     (tmp_path / "metrics.jsonl").unlink()
     lines = []
-    train.cut_logs(run, tmp_path, found, 5, lines.append)
+    resume.cut_logs(run, tmp_path, found, lines.append)
     assert lines[0] == f"warning: {tmp_path / 'metrics.jsonl'} lacks steps 0, 1 to 4, 5, which are not made again"
 
 
@@ -435,18 +437,18 @@ def test_a_home_folder_is_found_in_every_path(tmp_path, monkeypatch):
 @pytest.mark.parametrize("half_made", ["999", "999/host", "999/state"])
 def test_an_empty_or_half_made_checkpoint_of_a_later_step_is_set_aside(tmp_path, half_made):
     run = build(load_config("tiny", "smoke", **{"sharding.mesh.data": 1, "phases": ("rl",)}))
-    _, placed = train.shape_of(run, run.phases[0])
-    make = jax.jit(lambda key: train.new_state(run.model.init(key), run.phases[0].optimizer), out_shardings=placed)
+    _, placed = learner.state_shapes(run.model, run.phases[0].optimizer, run.mesh)
+    make = jax.jit(lambda key: learner.new_state(run.model.init(key), run.phases[0].optimizer), out_shardings=placed)
     folder = tmp_path / "checkpoints"
     saved = open_checkpoints(folder)
-    saved.save(1, make(jax.random.key(0)), dict.fromkeys(train.HOST) | {"phase": 0})
+    saved.save(1, make(jax.random.key(0)), dataclasses.asdict(resume.Progress()) | {"phase": 0})
     saved.close()
     (folder / half_made).mkdir(parents=True)
     workdir.check_steps(tmp_path, 2)  # that of 999 says nothing
     with pytest.raises(ValueError, match="has a checkpoint of step 1, and the phases have 0 steps"):
         workdir.check_steps(tmp_path, 0)
     saved, said = open_checkpoints(folder), []
-    assert train.newest(run, saved, said.append).step == 1
+    assert resume.find_newest(run, saved, said.append).step == 1
     saved.close()
     assert [line.endswith("; set aside") for line in said] == [True]
     assert sorted(path.name for path in folder.iterdir()) == ["1", "999.damaged"]

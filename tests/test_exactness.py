@@ -29,8 +29,8 @@ import pytest
 from runs import grouped
 
 from jaxreason import batching, learner, objectives, optimizer, sharding
+from jaxreason.learner import new_state
 from jaxreason.model import ModelConfig, transformer
-from jaxreason.train import new_state
 from jaxreason.types import Rollout, Task, Verdict
 
 SHAPE = {"vocab_size": 24, "width": 16, "layers": 2, "heads": 8, "kv_heads": 4, "head_size": 4, "feed_forward": 32}

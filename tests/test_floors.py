@@ -17,7 +17,8 @@ FLOORS = (
     "hub model text tasks verify tools objectives estimators sharding optimizer data checkpoint metrics cost processes workdir",
     "learner sampler environment batching origin freed ledger compiling",
     "rollout sources preemption",
-    "evaluate build train command",
+    "evaluate runtime runtime.resume runtime.journal",
+    "build train command",
     "main api export sweep launch plan bench look __main__",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
@@ -50,8 +51,9 @@ def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
 
 
 def room(name: str) -> str:
-    """jaxreason.model.layers -> model."""
-    return name.split(".")[1]
+    """jaxreason.model.layers -> model. The files of runtime/ are on floors of their own."""
+    parts = name.split(".")[1:]
+    return ".".join(parts[:2]) if parts[0] == "runtime" else parts[0]
 
 
 def ours(path: Path) -> set[str]:

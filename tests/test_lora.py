@@ -12,9 +12,9 @@ from tiny_batch import B, make, random_batch, whole_logits
 
 from jaxreason import learner, optimizer, sharding
 from jaxreason.build import build
+from jaxreason.learner import new_state
 from jaxreason.model import weights
 from jaxreason.model.config import LORA_TARGETS, Lora
-from jaxreason.train import new_state
 
 ALL = Lora(rank=2, alpha=6.0, targets=tuple(LORA_TARGETS))
 

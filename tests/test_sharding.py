@@ -10,11 +10,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxreason import batching, cost, optimizer, sharding
-from jaxreason.learner import compile_train_step, loss
+from jaxreason.learner import compile_train_step, loss, new_state
 from jaxreason.model import ModelConfig, transformer
 from jaxreason.model.config import SIZES
 from jaxreason.objectives import dapo, lm
-from jaxreason.train import new_state
 from jaxreason.types import TrainState
 
 VARIANTS = {

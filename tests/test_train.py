@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from runs import Killed, grouped, killed_after, load_config, maths, params_of, read_lines, run_config
 
-from jaxreason import checkpoint, sharding, train
+from jaxreason import checkpoint, sharding
+from jaxreason.runtime import resume
 from jaxreason.train import Diverged
 
 FEW = {
@@ -102,14 +103,14 @@ def test_a_checkpoint_without_an_item_of_the_hosts_part_is_refused_by_its_name(t
     made = checkpoint.open_checkpoints(whole[0] / "checkpoints", read_only=True)
     host = made.peek(made.latest())
     made.close()
-    assert host.keys() == train.HOST | {"config", "versions", "revision", "revisions"}
-    for name in sorted(train.HOST):
+    assert host.keys() == resume.Progress.names() | {"config", "versions", "revision", "revisions"}
+    for name in sorted(resume.Progress.names()):
         made = checkpoint.open_checkpoints(tmp_path / name)
         made.save(7, {"w": np.zeros(1)}, {key: value for key, value in host.items() if key != name})
         made.wait()
         message = f"^checkpoint 7 lacks {name}: another version made it; choose another --workdir$"
-        with pytest.raises(train.NotResumable, match=message):
-            train.newest(None, made, print)
+        with pytest.raises(resume.NotResumable, match=message):
+            resume.find_newest(None, made, print)
         assert made.steps() == [7]  # it is not damaged, and stays
         made.close()
 

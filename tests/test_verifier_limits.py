@@ -25,6 +25,9 @@ from jaxreason.environment import (
     single_turn,
 )
 from jaxreason.evaluate import Result
+from jaxreason.runtime import resume
+from jaxreason.runtime.journal import VERIFIER_WARNINGS, Journal
+from jaxreason.runtime.resume import Progress
 from jaxreason.types import Task, Verdict
 
 TASK = Task("?", "5", id="five")
@@ -261,9 +264,14 @@ def test_an_evaluation_says_and_counts_what_failed(tmp_path):
     )
     drawn = attempts("wrong", "verifier error of 'mine': KeyError: 'x'", "verifier timeout: no verdict in 60 s", "bad key")
     result = Result([], drawn, {}, {"tokens": 0.0, "flops": 0.0})
-    run = types.SimpleNamespace(evaluate=lambda *_, **__: result, sample_devices=1, watts=None)
-    history = train.History(tmp_path, {})
-    train.evaluate(run, log, history, None, "rl", 7, final=False)
+    run = types.SimpleNamespace(evaluate=lambda *_, **__: result, sample_devices=1, watts=None, description={})
+
+    def new_journal():
+        checkpoints = types.SimpleNamespace(latest=lambda: None)
+        return Journal(run, tmp_path, checkpoints, log, Progress(), lambda: None)
+
+    written_down = new_journal()
+    written_down.evaluate_at(None, "rl", 7, final=False)
     assert said == [
         "warning: evaluation at step 7: 2 of 4 attempts earn 0 because their verifier failed; the first at task 'five': "
         "verifier error of 'mine': KeyError: 'x'"
@@ -271,19 +279,19 @@ def test_an_evaluation_says_and_counts_what_failed(tmp_path):
     for name in ("verifier_errors", "verifier_timeouts", "bad_keys"):
         assert written[0][f"eval/{name}"] == 0.25
     for _ in range(9):
-        train.tell_verifier(log, history, drawn, "step 8")
-    train.tell_verifier(log, train.History(tmp_path, {}), attempts("wrong", "bad key"), "step 8")
-    assert len(said) == train.VERIFIER_WARNINGS
+        written_down.warn_of_verifier(drawn, "step 8")
+    new_journal().warn_of_verifier(attempts("wrong", "bad key"), "step 8")
+    assert len(said) == VERIFIER_WARNINGS
     assert said[-1].endswith("; from now on such failures are only counted")
 
 
 def test_a_run_with_a_broken_verifier_ends_in_one_line_and_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        train, "train_all", raising(VerifierFailed("verifier 'mine' failed 10 times in a row", "the first: \ud800"))
+        resume, "find_newest", raising(VerifierFailed("verifier 'mine' failed 10 times in a row", "the first: \ud800"))
     )
-    checkpoints = types.SimpleNamespace(wait=lambda: None, latest=lambda: 20)
+    checkpoints = types.SimpleNamespace(wait=lambda: None, latest=lambda: 20, steps=list)
     with pytest.raises(VerifierFailed) as error:
-        train.train(None, tmp_path, checkpoints)
+        train.train(types.SimpleNamespace(phases=()), tmp_path, checkpoints)
     file = tmp_path / "verifier_error.txt"
     assert str(error.value) == (
         f"verifier 'mine' failed 10 times in a row; the traceback of the first failure is in {file}; "

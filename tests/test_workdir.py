@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from runs import ROOT, Killed, killed_after, load_config, maths, params_of, read_lines, run_config, xla_flags
 
-from jaxreason import checkpoint, metrics, preemption, train, workdir
+from jaxreason import checkpoint, metrics, preemption, workdir
 from jaxreason.main import config_text
+from jaxreason.runtime import resume
 
 
 @pytest.fixture
@@ -69,10 +70,10 @@ def test_fewer_steps_than_a_run_has_made_are_refused(folder):
 
 def test_resume_never_auto_and_must(folder, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
-    for resume in ("auto", "must", "never"):
-        check(folder, resume=resume)
-    for resume in ("auto", "never"):
-        check(empty, resume=resume)
+    for mode in ("auto", "must", "never"):
+        check(folder, resume=mode)
+    for mode in ("auto", "never"):
+        check(empty, resume=mode)
     with pytest.raises(ValueError, match="holds no checkpoint, and --resume=must"):
         check(empty, resume="must")
 
@@ -131,7 +132,7 @@ def test_a_clock_that_is_set_back_changes_nothing(tmp_path, monkeypatch):
     config.evaluate.suites, config.checkpoint.every_steps = {}, 2
     run_config(config, tmp_path / "whole")
 
-    behind_s, now, now_ns, write, newest, found = [0], time.time, time.time_ns, metrics.RunLog.write, train.newest, []
+    behind_s, now, now_ns, write, newest, found = [0], time.time, time.time_ns, metrics.RunLog.write, resume.find_newest, []
 
     def set_back(*args, **kwargs):
         behind_s[0] += 3600
@@ -140,7 +141,7 @@ def test_a_clock_that_is_set_back_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: now() - behind_s[0])
     monkeypatch.setattr(time, "time_ns", lambda: now_ns() - behind_s[0] * 10**9)
     monkeypatch.setattr(metrics.RunLog, "write", set_back)
-    monkeypatch.setattr(train, "newest", lambda *args: found.append(newest(*args)) or found[-1])
+    monkeypatch.setattr(resume, "find_newest", lambda *args: found.append(newest(*args)) or found[-1])
     with monkeypatch.context() as patch:
         killed_after(patch, saves=3)
         with pytest.raises(Killed):

@@ -70,8 +70,8 @@ def bench(cores: int, whole: bool) -> None:
 
     from jaxreason import batching, freed, learner, ledger, objectives, optimizer, sharding
     from jaxreason.build import attempts_that_share
+    from jaxreason.learner import new_state
     from jaxreason.options import call
-    from jaxreason.train import new_state
 
     freed.give_back()  # as `main` does
     model, params, roller, wanted = sampling.make_work()

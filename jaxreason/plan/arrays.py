@@ -12,12 +12,12 @@ import jax
 from jax.experimental import topologies
 
 from jaxreason import batching, build, cost, sharding, text
+from jaxreason.learner import new_state
 from jaxreason.model import transformer
 from jaxreason.model.transformer import decode_layer
 from jaxreason.options import call, unknown
 from jaxreason.plan.work import Work
 from jaxreason.sampler import Weights
-from jaxreason.train import new_state
 
 
 @functools.cache

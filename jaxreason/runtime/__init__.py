@@ -1,0 +1,1 @@
+"""What keeps a run alive and records it: where it continues, and its journal."""

@@ -1,0 +1,357 @@
+"""Everything a run writes down while it trains: log, ledger, rollouts, evaluations, summary and checkpoints.
+
+The loop in `train.py` calls a verb of the `Journal` where something is to be recorded; what is measured
+around a step, and what waits to be written, is the journal's own business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxreason import compiling, ledger, processes
+from jaxreason import metrics as m
+from jaxreason.checkpoint import Checkpoints
+from jaxreason.environment import VerifierFailed, count_failures, verifier_failed
+from jaxreason.learner import name_metrics
+from jaxreason.runtime import resume
+from jaxreason.runtime.resume import Found, Progress
+from jaxreason.sources import Drawn
+from jaxreason.types import Evaluation, Rollout
+
+VERIFIER_WARNINGS = 5  # shown; further ones are only counted
+
+
+class Diverged(Exception):
+    """Gradients are no longer finite."""
+
+
+class Journal:
+    """The records of one run. `run` is a `train.Run`."""
+
+    def __init__(
+        self, run, workdir: Path, checkpoints: Checkpoints, log: m.RunLog, progress: Progress, check_stays: Callable[[], None]
+    ):
+        self.run, self.workdir, self.checkpoints, self.log = run, workdir, checkpoints, log
+        self.progress, self.check_stays = progress, check_stays
+        self.started_s = time.monotonic() - progress.wall_s  # unlike that of the day this clock is never set back
+        self.saved = checkpoints.latest()  # step of the newest checkpoint when last looked at
+        self.failure: str | None = None  # of the last save that failed, if any has
+        self.rollouts: list[Rollout] = []  # of the last evaluation, to be shown
+        self.verifier_warnings = 0  # shown so far
+        self.phase = self.before = self.step = None  # the phase, the steps before it, the step in it
+
+    def tell_found(self, found: Found, found_s: float) -> None:
+        """Say from where the run continues."""
+        steps, phase = sum(phase.steps for phase in self.run.phases), self.run.phases[found.host["phase"]]
+        self.log.say(f"going on from step {found.step} of {steps}, in phase {phase.name}; read in {found_s:.1f} s")
+        if differ := resume.changed_versions(found, self.run.provenance):
+            self.log.say(f"warning: the checkpoint was made with {'; '.join(differ)}; what follows may differ in rounding")
+
+    # --- a phase and its steps ---
+
+    def begin_phase(self, index: int, start: int) -> None:
+        self.progress.phase, self.phase = index, self.run.phases[index]
+        self.before = sum(earlier.steps for earlier in self.run.phases[:index])
+        self.step = self.start = start
+
+    def begin_step(self) -> None:
+        """Start the clock of the next step."""
+        self.step += 1
+        self.started = Clock()
+        if self.step == self.start + 1:
+            self.log.doing(f"{self.phase.name} {self.start}/{self.phase.steps}  drawing the first batch")
+
+    def drew(self, drawn: Drawn, source_state: dict) -> None:
+        """Record that a batch was drawn."""
+        self.drawn, self.progress.source = drawn, source_state
+        self.warn_of_verifier(drawn.rollouts, f"step {self.before + self.step}")
+        self.drawn_at = Clock()
+        if self.step == self.start + 1:
+            self.log.doing(f"{self.phase.name} {self.start}/{self.phase.steps}  compiling the train step, and making the first")
+
+    def write_if_due(self) -> None:
+        """Log the metrics of the steps before this one: reading a metric waits for the device, so they are one step late."""
+        self.check_stays()
+        if len(self.progress.waiting) >= self.phase.log_every:
+            self.write_metrics(self.step - 1)
+
+    def learned(self, metrics: dict) -> None:
+        """Record an update: its metrics, its times, its cost and its rollouts."""
+        # Compilation belongs to no step: rates and the remaining time are of steps without it.
+        step_s, compile_s = self.started.passed()
+        learn_s, _ = self.drawn_at.passed()
+        times = {"time/learn_s": (learn_s, 1.0), "time/step_s": (step_s, 1.0), "time/compile_s": (compile_s, 1.0)}
+        self.book_step(learn_s if self.phase.source.samples else step_s)
+        self.book_compiling(compile_s, self.run.mesh.size)
+        named = name_metrics(metrics, sampled=self.phase.source.samples)
+        self.progress.waiting.append(named | self.drawn.metrics | times)
+        self.last_update = metrics
+        self.check_stays()
+        m.write_rollouts(
+            self.workdir / "rollouts.jsonl",
+            self.drawn.rollouts[: self.run.rollouts_kept],
+            self.before + self.step,
+            self.phase.name,
+            decode=self.run.decode,
+            write=processes.writes(),
+        )
+
+    def write_metrics(self, step: int) -> None:
+        """Log the sum of the metrics that wait, under the last of their steps.
+
+        Raises:
+          Diverged: too many batches in a row were skipped.
+        """
+        steps, phase, progress = plain(self.progress.waiting), self.phase, self.progress
+        values = m.divide(m.merge(*steps))
+        values["perf/tokens_per_s"] = values["train/tokens"] / values["time/step_s"]
+        self.log.write(self.before + step, phase.name, values, phase_step=step, phase_steps=phase.steps)
+        progress.waiting = []
+        for learned in steps:
+            skipped, updates = learned["train/skipped"]
+            progress.skipped = progress.skipped + 1 if skipped == updates else 0
+            if progress.skipped >= phase.max_skipped:
+                raise Diverged(
+                    f"the gradient or the update was not finite for {progress.skipped} batches in a row, up to step "
+                    f"{self.before + step} (phase {phase.name}); such updates were skipped. Lower {phase.name}.optimizer.lr, "
+                    "or look at the last rollouts; the newest checkpoint is kept"
+                )
+
+    # --- the ledger ---
+
+    def book_step(self, learn_s: float) -> None:
+        """Enter a step in the ledger."""
+        config, phase = self.run.model.config, self.phase
+        needs_reference = phase.objective.needs_reference
+        work = ledger.learning(config, self.drawn.batch, updates=phase.updates_per_batch, reference=needs_reference)
+        self.book("learn", work, learn_s * self.run.mesh.size)
+        if phase.source.samples:
+            seconds = self.drawn.metrics["time/sample_s"][0] + self.drawn.metrics["time/verify_s"][0]
+            self.book("sample", ledger.sampling(config, self.drawn.rollouts), seconds * self.run.sample_devices)
+
+    def book_compiling(self, compile_s: float, devices: int) -> None:
+        """Enter in the ledger that devices waited for a compilation."""
+        self.book("compile", {"tokens": 0, "flops": 0}, compile_s * devices)
+
+    def book(self, kind: str, work: dict, device_s: float) -> None:
+        self.progress.ledger = ledger.add(self.progress.ledger, kind, **work, device_s=device_s, watts=self.run.watts)
+
+    # --- evaluations and what a person reads ---
+
+    def warm_up(self, params) -> None:
+        """Compile the sampler before it is needed, so that nothing is compiled in the middle of a run."""
+        if self.run.warm_up is None:
+            return
+        started_s = time.perf_counter()
+        self.log.say("compiling the sampler ...")
+        self.log.doing("compiling the sampler")
+        self.run.warm_up(params)
+        took_s = time.perf_counter() - started_s
+        self.book_compiling(took_s, self.run.sample_devices)  # all of it: two threads compile
+        self.log.say(f"compiled the sampler in {took_s:.0f} s")
+
+    def evaluate(self, params, final: bool) -> None:
+        """Evaluate after a step."""
+        self.write_metrics(self.step)
+        self.evaluate_at(params, self.phase.name, self.before + self.step, final=final)
+
+    def evaluate_at(self, params, phase: str, step: int, *, final: bool) -> None:
+        """Evaluate, log, and write the summary so far; `final` uses the full number of tasks."""
+        started, progress = Clock(), self.progress
+        self.log.doing(f"{phase}, step {step}: evaluating")
+        result = self.run.evaluate(params, phase=phase, step=step, final=final)
+        seconds, compile_s = started.passed()
+        self.book_compiling(compile_s, self.run.sample_devices)
+        self.book("evaluate", result.work, seconds * self.run.sample_devices)
+        progress.evaluations += [e._asdict() for e in result.evaluations]
+        progress.losses += [{"phase": phase, "step": step, "text": name, "nll": nll} for name, nll in result.nll.items()]
+        self.rollouts = result.rollouts
+        self.warn_of_verifier(result.rollouts, f"evaluation at step {step}")
+        values = {f"eval/{name}/nll": nll for name, nll in result.nll.items()}
+        if result.rollouts:
+            failures = count_failures(r.verdict for r in result.rollouts)
+            values |= {f"eval/{name}": count / len(result.rollouts) for name, count in failures.items()}
+        for e in result.evaluations:
+            mode = "greedy" if e.temperature == 0 else f"t{e.temperature:g}"
+            values[f"eval/{e.suite}/{mode}/accuracy"] = e.accuracy
+        self.log.write(step, phase, values | ledger.named(progress.ledger))
+        self.summarise(step, done=False)
+
+    def warn_of_verifier(self, rollouts: Sequence[Rollout], when: str) -> None:
+        """Say that a verifier failed, for the first few times."""
+        failed = [r for r in rollouts if verifier_failed(r.verdict)]
+        if not failed or self.verifier_warnings >= VERIFIER_WARNINGS:
+            return
+        self.verifier_warnings += 1
+        first = f"the first at task {failed[0].task.id!r}: {failed[0].verdict.reason}"
+        last = "; from now on such failures are only counted" if self.verifier_warnings == VERIFIER_WARNINGS else ""
+        self.log.say(
+            f"warning: {when}: {len(failed)} of {len(rollouts)} attempts earn 0 because their verifier failed; {first}{last}"
+        )
+
+    def host(self) -> dict:
+        """The progress so far, as a checkpoint has it."""
+        self.progress.wall_s = time.monotonic() - self.started_s
+        return {name: getattr(self.progress, name) for name in Progress.names()}
+
+    def summarise(self, step: int, done: bool) -> dict:
+        """Write `summary.json` and return it."""
+        told = ("evaluations", "losses", "wall_s", "saving_s", "ledger")
+        found = {name: value for name, value in self.host().items() if name in told}
+        summary = {"done": done, "steps": step, "saved": self.saved, **found, **self.run.description}
+        m.write_summary(self.workdir / "summary.json", summary, write=processes.writes())
+        return summary
+
+    def report(self) -> None:
+        """Print what a person wants to see at the end: accuracies before and after, the cost, and three rollouts in full."""
+        if self.progress.evaluations:
+            m.print_evaluations([Evaluation(**e) for e in self.progress.evaluations])
+        for loss in self.progress.losses:
+            print(f"{loss['text']}: {loss['nll']:.4f} nats a token at step {loss['step']} ({loss['phase']})")
+        for kind, used in self.progress.ledger.items():
+            energy = f", {used['joules']:,.0f} J at {self.run.watts:g} W a device" if self.run.watts else ""
+            work = "" if kind == "compile" else f"{used['tokens']:,.0f} tokens, {used['flops']:.3g} FLOPs, "
+            print(f"{kind}: {work}{used['device_s']:,.0f} device seconds{energy}")
+        last = [r for r in self.rollouts if r.temperature == self.rollouts[-1].temperature]
+        m.print_rollouts(last, 3, decode=self.run.decode)
+
+    # --- checkpoints ---
+
+    def save_due(self) -> bool:
+        return self.checkpoints.due(self.before + self.step)
+
+    def save(self, state, reference) -> None:
+        """Save a checkpoint of the step. A save that fails is reported, and training continues."""
+        step = self.before + self.step
+        check_finite(state.params, self.last_update, step)
+        self.check_stays()
+        with self.saving():
+            if gone := self.checkpoints.gone():
+                steps = ", ".join(map(str, gone))
+                self.log.say(f"warning: somebody has removed the checkpoints of steps {steps}; the run continues")
+            if self.saved is None and self.checkpoints.latest() is not None:  # without it a next start could not know of any
+                self.saved = self.checkpoints.latest()
+                self.summarise(step, done=False)
+            self.progress.waiting, self.progress.phase_step = plain(self.progress.waiting), self.step
+            host = self.host() | {"source": self.phase.source.save(self.progress.source)}
+            self.checkpoints.save(step, state, host | self.run.provenance, reference)
+        self.warn_of_failed_save()
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on disk, or has failed to be."""
+        self.checkpoints.wait()
+        self.warn_of_failed_save()
+
+    def finish(self, steps: int) -> None:
+        """Wait for the last checkpoint.
+
+        Raises:
+          Unwritable: it is not on disk; what the run was for is not saved, so the run is not done.
+        """
+        self.log.doing("waiting for the last checkpoint")
+        with self.saving():
+            self.checkpoints.wait()
+        self.warn_of_failed_save()
+        self.check_stays()
+        if steps and self.checkpoints.latest() != steps:
+            raise m.Unwritable(self.failure or f"there is no checkpoint of step {steps}, the last one")
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Count the time that the loop waits for a checkpoint."""
+        started_s = time.monotonic()
+        yield
+        self.progress.saving_s += time.monotonic() - started_s
+
+    def warn_of_failed_save(self) -> None:
+        if failure := self.checkpoints.failure():
+            self.failure = failure
+            self.log.say(f"warning: {failure}; make room, or make it writable, before the next save")
+
+
+@dataclasses.dataclass
+class Clock:
+    """A moment, and the seconds of compilation before it."""
+
+    at_s: float = dataclasses.field(default_factory=time.perf_counter)
+    compiling_s: float = dataclasses.field(default_factory=compiling.seconds)
+
+    def passed(self) -> tuple[float, float]:
+        """Seconds since then without compilation, and seconds of compilation."""
+        compile_s = compiling.seconds() - self.compiling_s
+        return time.perf_counter() - self.at_s - compile_s, compile_s
+
+
+@contextlib.contextmanager
+def open_journal(
+    run,
+    workdir: Path,
+    checkpoints: Checkpoints,
+    found: Found | None,
+    *,
+    log_options: dict,
+    check_stays: Callable[[], None],
+    say: Callable[[str], None],
+) -> Iterator[Journal]:
+    """Open the log of a run, cut back to where it continues."""
+    writes = processes.writes()
+    if writes and found is None:
+        resume.begin_logs(workdir, say)
+    elif writes:
+        resume.cut_logs(run, workdir, found, say)
+    total_steps = sum(phase.steps for phase in run.phases)
+    logged = -1 if found is None else found.logged
+    progress = Progress() if found is None else Progress.read(found.host)
+    log = m.open_log(workdir, total_steps=total_steps, write=writes, resume_step=logged, **log_options)
+    journal = Journal(run, workdir, checkpoints, log, progress, check_stays)
+    with log:
+        yield journal
+
+
+@contextlib.contextmanager
+def told_how_to_continue(workdir: Path, checkpoints: Checkpoints, check_stays: Callable[[], None]) -> Iterator[None]:
+    """Add to an error that ends a run from which step the same command continues."""
+    try:
+        yield
+    except m.Unwritable as error:
+        check_stays()  # if the folder is gone, that is the error to show
+        checkpoints.wait()  # it may be the newest
+        raise m.Unwritable(f"{error}; make room, or make it writable; {continues(checkpoints)}") from None
+    except VerifierFailed as error:
+        checkpoints.wait()
+        path = workdir / "verifier_error.txt"
+        with contextlib.suppress(OSError):  # a full disk must not hide the cause
+            path.write_text(error.traceback, encoding="utf-8", errors="backslashreplace")
+        where = f"the traceback of the first failure is in {path}; {continues(checkpoints)}"
+        raise VerifierFailed(f"{error}; {where}", error.traceback) from None
+
+
+def continues(checkpoints: Checkpoints) -> str:
+    """Say from where the same command continues."""
+    latest = checkpoints.latest()
+    return f"the same command continues from {'the start' if latest is None else f'step {latest}'}"
+
+
+def check_finite(params, learned: dict, step: int) -> None:
+    """Raise Diverged if params that are about to be saved are not finite.
+
+    They are looked at only where the last update was skipped: one that was made is finite.
+    """
+    skipped, updates = learned["skipped"]
+    if skipped < updates or all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params)):
+        return
+    raise Diverged(
+        f"the params are not finite at step {step}, so they are not saved; look at the weights that the run began with"
+    )
+
+
+def plain(metrics: list[dict]) -> list[dict]:
+    """Metrics as JSON has them: a sum of these is the same before and after a checkpoint."""
+    return [{name: [float(x) for x in pair] for name, pair in step.items()} for step in jax.device_get(metrics)]

@@ -1,0 +1,144 @@
+"""Where a run continues: the newest checkpoint that is whole, and logs cut back to it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxreason import ledger
+from jaxreason import metrics as m
+from jaxreason.checkpoint import Checkpoints, Damaged
+from jaxreason.learner import state_shapes
+from jaxreason.types import TrainState
+from jaxreason.workdir import free_name
+
+
+class NotResumable(Exception):
+    """There are checkpoints, but none that the run can continue from."""
+
+
+@dataclass
+class Progress:
+    """How far a run is and what it has found: the host's part of a checkpoint, as JSON has it."""
+
+    phase: int = 0  # index
+    phase_step: int = 0  # steps that the phase has made
+    source: dict | None = None  # state of the phase's source; None before its first step
+    waiting: list[dict] = field(default_factory=list)  # metrics of steps that are not logged yet
+    evaluations: list[dict] = field(default_factory=list)
+    losses: list[dict] = field(default_factory=list)  # of held-out texts
+    wall_s: float = 0.0
+    saving_s: float = 0.0  # that the loop waited for checkpoints
+    skipped: int = 0  # batches in a row whose update was not finite, up to the last that was logged
+    ledger: dict = field(default_factory=ledger.empty)
+
+    @staticmethod
+    def names() -> set[str]:
+        return {field.name for field in dataclasses.fields(Progress)}
+
+    @staticmethod
+    def read(host: Mapping[str, Any]) -> Progress:
+        """Read the host's part of a checkpoint. Its ledger may lack kinds of work that earlier versions did not count."""
+        found = {name: host[name] for name in Progress.names()}
+        return Progress(**found | {"ledger": ledger.empty() | found["ledger"]})
+
+
+class Found(NamedTuple):
+    """What a run continues from."""
+
+    step: int  # of the whole run
+    host: dict  # the host's part of the checkpoint: `Progress`, and what the run was made from
+    state: TrainState
+    reference: Any  # params, or None where the phase has none
+
+    @property
+    def logged(self) -> int:
+        """The last step whose metrics the checkpoint expects in the log."""
+        return self.step - len(self.host["waiting"])
+
+
+def find_newest(run, checkpoints: Checkpoints, say: Callable[[str], None]) -> Found | None:
+    """Restore the newest checkpoint that is whole; None if there are none. Damaged ones are set aside and reported.
+
+    Raises:
+      NotResumable: a checkpoint of another run or version, or none that is whole.
+    """
+    steps = checkpoints.steps()
+    for step in steps:
+        try:
+            return restore(run, checkpoints, step)
+        except Damaged as error:
+            say(f"{error}; set aside")
+            checkpoints.set_aside(step)
+        except ValueError as error:
+            raise NotResumable(str(error)) from None
+    if steps:
+        raise NotResumable(
+            "none of the checkpoints is whole, so there is nothing to go on from; choose another --workdir, or start "
+            "anew with --resume=never, which moves all that is there aside"
+        )
+    return None
+
+
+def restore(run, checkpoints: Checkpoints, step: int) -> Found:
+    host = checkpoints.peek(step)
+    if missing := Progress.names() - host.keys():
+        lacks = ", ".join(sorted(missing))
+        raise ValueError(f"checkpoint {step} lacks {lacks}: another version made it; choose another --workdir")
+    if host["phase"] >= len(run.phases):
+        had, has = host["phase"] + 1, len(run.phases)
+        raise ValueError(f"checkpoint {step} is of phase {had}, and the config has {has}; choose another --workdir")
+    phase = run.phases[host["phase"]]
+    abstract, placed = state_shapes(run.model, phase.optimizer, run.mesh)
+    wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
+    state, _ = checkpoints.restore(step, wanted)
+    needed = phase.objective.needs_reference
+    return Found(step, host, state, checkpoints.restore_reference(step, wanted.params) if needed else None)
+
+
+def changed_versions(found: Found, provenance: Mapping[str, Any]) -> list[str]:
+    """The packages whose version is another than when the checkpoint was made."""
+    there = found.host["versions"]
+    return [f"{name} {there.get(name)}, now {v}" for name, v in provenance["versions"].items() if v != there.get(name)]
+
+
+def begin_logs(workdir: Path, say: Callable[[str], None]) -> None:
+    """Move aside the logs of a run that ended before its first checkpoint."""
+    for path in (workdir / "metrics.jsonl", workdir / "rollouts.jsonl"):
+        if path.is_file() and path.stat().st_size:
+            aside = free_name(path)
+            with m.writing(path):
+                path.rename(aside)
+            say(f"there is no checkpoint, so the run starts anew; the {path.name} that was there is now {aside}")
+
+
+def cut_logs(run, workdir: Path, found: Found, say: Callable[[str], None]) -> None:
+    """Drop the lines after the checkpoint, and say if lines before it are missing."""
+    dropped, stretches = {}, logged_steps(run, found)
+    for name, step in {"metrics.jsonl": found.logged, "rollouts.jsonl": found.step}.items():
+        got = m.truncate(workdir / name, step)
+        dropped[name] = got.dropped
+        if got.aside is not None:
+            say(f"warning: {workdir / name} had lines that are not of a log; they are left out, and {got.aside} has them")
+        if missing := m.lacking(got.steps, stretches[name]):
+            say(f"warning: {workdir / name} lacks steps {missing}, which are not made again")
+    if any(dropped.values()):
+        counts = ", ".join(f"{count} of {name}" for name, count in dropped.items())
+        say(f"dropped lines of steps that will be made again: {counts}")
+
+
+def logged_steps(run, found: Found) -> dict[str, list[tuple[int, int, int]]]:
+    """Where each log must have lines: stretches of steps, first and last, and how many steps a line is for."""
+    config, begun, stretches = found.host["config"], 0, {"metrics.jsonl": [(0, 0, 1)], "rollouts.jsonl": []}
+    for phase in run.phases:
+        first, last = begun + 1, min(begun := begun + phase.steps, found.step)
+        every = max(phase.log_every, config.get(phase.name, {}).get("log_every", 1))  # it may have been another before
+        stretches["metrics.jsonl"].append((first, min(last, found.logged), every))
+        if phase.source.samples and run.rollouts_kept and config.get("log", {}).get("rollouts_kept", 1):
+            stretches["rollouts.jsonl"].append((first, last, 1))
+    return stretches
