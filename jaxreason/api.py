@@ -20,13 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreason import batching, build, fields, learner, metrics, objectives, origin, sharding, sources
+from jaxreason import batching, build, learner, metrics, objectives, sharding, sources
 from jaxreason import optimizer as optimizers
 from jaxreason.environment import single_turn, verifier_failed
 from jaxreason.learner import name_metrics, new_state
 from jaxreason.model import Model, transformer
-from jaxreason.options import call
+from jaxreason.options import call, fields
 from jaxreason.rollout import Request, Roller, collect_groups
+from jaxreason.runtime import warm_start
 from jaxreason.text import Format, Tokenizer, check_vocabulary
 from jaxreason.types import Group, Task, TrainState, Verdict
 
@@ -105,8 +106,8 @@ def describe(path: str | Path, model: Mapping, text: Mapping, platform: str) -> 
         return build.describe(pretrained, {"tokenizer": "pretrained", "format": "chat", **text})
     found, theirs = build.find_described(folder)
     mine = build.describe({**found.config["model"], **model}, {**found.config["text"], **text})
-    origin.check(found, theirs.shape, mine.shape)
-    return mine._replace(load=functools.partial(origin.load, found, theirs.shape, mine.shape))
+    warm_start.check(found, theirs.shape, mine.shape)
+    return mine._replace(load=functools.partial(warm_start.load, found, theirs.shape, mine.shape))
 
 
 def check_types(function: Callable, **values: Any) -> None:

@@ -28,9 +28,10 @@ def export(run: str, out: str, *, step: int | None = None, dtype: str | None = N
     Raises:
       ValueError, FileNotFoundError: no such run or step, or a folder that may not be written to.
     """
-    from jaxreason import build, origin, sharding
+    from jaxreason import build, sharding
     from jaxreason.model import weights
     from jaxreason.model.config import to_hf
+    from jaxreason.runtime import warm_start
 
     found, described = build.find_described(run, step)
     if found.step is None:
@@ -39,11 +40,11 @@ def export(run: str, out: str, *, step: int | None = None, dtype: str | None = N
     check_target(target, [folder for folder in (found.folder, described.folder) if folder], overwrite)
     theirs, tokenizer = described.shape, described.tokenizer
     shape = dataclasses.replace(theirs, lora=None, value_head=False, param_dtype=dtype or theirs.param_dtype)
-    origin.check(found, theirs, shape)
+    warm_start.check(found, theirs, shape)
     to_hf(shape)  # raises where no family of transformers has such a model
     mesh = sharding.make_mesh(data=1)
-    placed = sharding.shardings(origin.abstract(shape, mesh), mesh)
-    params = origin.restore(found, theirs, shape, placed, fresh=lambda: {})
+    placed = sharding.shardings(warm_start.abstract(shape, mesh), mesh)
+    params = warm_start.restore(found, theirs, shape, placed, fresh=lambda: {})
 
     target.mkdir(parents=True, exist_ok=True)
     for name in weights.TOKENIZER_FILES:  # none may stay of what was there

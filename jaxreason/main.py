@@ -28,9 +28,8 @@ from pathlib import Path
 import ml_collections
 from absl import app, flags, logging
 
-from jaxreason import command
-from jaxreason import workdir as folders
-from jaxreason.options import OFFERED, call, unknown
+from jaxreason.options import OFFERED, call, command, unknown
+from jaxreason.runtime import workdir as folders
 
 CONFIG = command.define("Config file and options, as configs/tiny.py:task=countdown,smoke; --config.rl.steps=10 changes a field.")
 WORKDIR = flags.DEFINE_string(
@@ -162,7 +161,8 @@ def show(lines: list[str]) -> None:
 
 def describe(config: dict, section: str) -> list[str]:
     """Lines about a section of a config, all of them and the file's options where none is named."""
-    from jaxreason import build, fields
+    from jaxreason import build
+    from jaxreason.options import fields
 
     lines = fields.describe(build.layout(config), config, section)
     if section:
@@ -194,7 +194,7 @@ def main(argv) -> None:
     # Here and not above: `--help` and mistyped flags should not wait for jax.
     import jax
 
-    from jaxreason import processes
+    from jaxreason.runtime import processes
 
     keep_compiled(COMPILATION_CACHE.value)
     try:
@@ -218,13 +218,13 @@ def run(config) -> None:
     """Build the run of a config and train it, on this process and all others."""
     import jax
 
-    from jaxreason import freed, preemption
     from jaxreason.build import build, from_earlier, make_log
-    from jaxreason.checkpoint import check_writable, open_checkpoints, saved_steps
     from jaxreason.environment import VerifierFailed
-    from jaxreason.metrics import Unwritable, replacing, writing
     from jaxreason.model.weights import BadWeights
-    from jaxreason.processes import gather, together, writes
+    from jaxreason.runtime import memory, preemption
+    from jaxreason.runtime.checkpoint import check_writable, open_checkpoints, saved_steps
+    from jaxreason.runtime.files import Unwritable, replacing, writing
+    from jaxreason.runtime.processes import gather, together, writes
     from jaxreason.train import Diverged, Interrupted, NotResumable, Stopped, train
 
     def tell(line: str) -> None:
@@ -235,7 +235,7 @@ def run(config) -> None:
         unlock()
         return f"interrupted; {folders.continues(workdir)}"
 
-    freed.give_back()
+    memory.give_back()
     mine = config_text(config)
     wanted = WORKDIR.value or default_workdir(flags.FLAGS["config"].config_filename, mine)
     today = datetime.date.today().isoformat()

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxreason import processes
 from jaxreason.environment import Environment, Step, Threads, Turn, late
+from jaxreason.runtime import processes
 from jaxreason.sampler import ALL, MEMBERS, RUNNING, STOPS, Filter, Sampler, Weights, attempt_keys
 from jaxreason.types import Group, Rollout, Task
 

@@ -24,11 +24,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxreason import batching, processes
+from jaxreason import batching
 from jaxreason.environment import Environment, count_failures
 from jaxreason.objectives import EQUAL_REWARDS, Objective
 from jaxreason.options import unknown
 from jaxreason.rollout import Request, Roller, Share, Spent, collect_share, join_shares
+from jaxreason.runtime import processes
 from jaxreason.types import Batch, Group, Prompted, Rollout, Task, Verdict
 
 

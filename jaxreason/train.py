@@ -21,14 +21,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxreason import freed, processes, sharding
 from jaxreason import metrics as m
-from jaxreason.checkpoint import Checkpoints
+from jaxreason import sharding
 from jaxreason.evaluate import Result
 from jaxreason.learner import compile_token_logp, compile_train_step, new_state, state_shapes
 from jaxreason.model import Model
 from jaxreason.objectives import Objective
-from jaxreason.runtime import resume
+from jaxreason.runtime import memory, processes, resume
+from jaxreason.runtime.checkpoint import Checkpoints
 from jaxreason.runtime.journal import Diverged, Journal, continues, open_journal, told_how_to_continue
 from jaxreason.runtime.resume import Found, NotResumable
 from jaxreason.sources import Source
@@ -139,7 +139,7 @@ def train_phase(run: Run, index: int, params, journal: Journal, found: Found | N
         journal.begin_step()
         source_state, drawn = phase.source.next(source_state, state.params, key)
         if phase.source.samples:
-            freed.trim()  # the sampler's weights and caches are gone
+            memory.trim()  # the sampler's weights and caches are gone
         journal.drew(drawn, source_state)
         batch = sharding.put_rows(drawn.batch, run.mesh)
         if reference is not None:

@@ -55,9 +55,9 @@ def before_result(owner, name: str, call) -> None:
 
 def in_a_line(call) -> None:
     """Die when half a line of rollouts.jsonl has reached the file."""
-    from jaxreason import metrics
+    from jaxreason.runtime import files
 
-    write = metrics.write_rollouts
+    write = files.write_rollouts
 
     def wrapped(path, rollouts, *args, **kwargs):
         write(path, rollouts, *args, **kwargs)
@@ -69,7 +69,7 @@ def in_a_line(call) -> None:
                 file.seek(0)
                 file.write(whole)
 
-    metrics.write_rollouts = wrapped
+    files.write_rollouts = wrapped
 
 
 def at_a_rename(call) -> None:
@@ -85,7 +85,9 @@ def at_a_rename(call) -> None:
 
 
 def set_up(point: str, count: int) -> None:
-    from jaxreason import checkpoint, metrics, rollout, sources, train
+    from jaxreason import rollout, sources, train
+    from jaxreason.runtime import checkpoint, files
+    from jaxreason.runtime.journal import Journal
 
     call = killer(count)
     {
@@ -96,13 +98,13 @@ def set_up(point: str, count: int) -> None:
         "batching": lambda: before(sources.batching, "from_groups", call),
         "reference": lambda: before_result(train, "compile_token_logp", call),
         "update": lambda: before_result(train, "compile_train_step", call),
-        "logging": lambda: before(train, "write_metrics", call),
+        "logging": lambda: before(Journal, "write_metrics", call),
         "line": lambda: in_a_line(call),
-        "evaluation": lambda: before(train, "evaluate", call),
+        "evaluation": lambda: before(Journal, "evaluate_at", call),
         "saving": lambda: before(checkpoint, "fingerprints", call),
         "renaming": lambda: at_a_rename(call),
         "phase": lambda: before(train, "train_phase", call),
-        "summary": lambda: before(metrics, "write_summary", call),
+        "summary": lambda: before(files, "write_summary", call),
     }[point]()
 
 

@@ -42,8 +42,8 @@ def load_config(name: str, options: str = "", **fields):
 
 def run_config(config, workdir: Path) -> dict:
     """Build and train; return the summary as written."""
-    from jaxreason import checkpoint
     from jaxreason.build import build
+    from jaxreason.runtime import checkpoint
     from jaxreason.train import train
 
     run = build(config)
@@ -59,7 +59,7 @@ class Killed(Exception):
 
 def killed_after(monkeypatch, saves: int):
     """Let the process die right after its n-th checkpoint; later steps were logged but not saved."""
-    from jaxreason import checkpoint
+    from jaxreason.runtime import checkpoint
 
     open_checkpoints = checkpoint.open_checkpoints
 
@@ -145,7 +145,7 @@ def params_of(workdir: Path) -> tuple[int, dict]:
     """The newest checkpoint's step and state, as NumPy arrays whatever devices it was saved from."""
     import orbax.checkpoint as ocp
 
-    from jaxreason import checkpoint
+    from jaxreason.runtime import checkpoint
 
     made = checkpoint.open_checkpoints(workdir / "checkpoints", read_only=True)
     step = made.latest()

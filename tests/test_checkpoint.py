@@ -15,7 +15,7 @@ from absl import logging as absl_logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from runs import ROOT
 
-from jaxreason.checkpoint import Damaged, check_writable, fingerprints, open_checkpoints
+from jaxreason.runtime.checkpoint import Damaged, check_writable, fingerprints, open_checkpoints
 from jaxreason.types import TrainState
 
 
@@ -181,7 +181,7 @@ def test_a_folder_that_is_gone_is_one_line_and_holds_nobody_up(tmp_path):
 import sys
 from pathlib import Path
 import jax.numpy as jnp
-from jaxreason.checkpoint import open_checkpoints
+from jaxreason.runtime.checkpoint import open_checkpoints
 folder = Path(sys.argv[1], "checkpoints")
 opened = open_checkpoints(folder)
 for step in (1, 2):

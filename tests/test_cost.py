@@ -13,6 +13,7 @@ from jaxreason.learner import compile_train_step, new_state
 from jaxreason.model import ModelConfig, transformer
 from jaxreason.model.config import Lora, sized
 from jaxreason.objectives import dapo
+from jaxreason.plan import chips, hlo
 
 SHAPE = ModelConfig(vocab_size=96, width=64, layers=3, heads=4, kv_heads=2, head_size=32, feed_forward=128, scan_layers=True)
 B, T = 8, 32
@@ -62,7 +63,7 @@ ENTRY %main (x: f32[8,16], cache: f32[100,16], row: f32[1,16], at: s32[]) -> f32
 
 
 def test_a_program_by_hand():
-    found = cost.program_cost(MODULE.replace("LIMIT", "7"))
+    found = hlo.program_cost(MODULE.replace("LIMIT", "7"))
     assert found.loops == (5,)  # from 2 to 7
     assert found.unknown_loops == 0
     assert found.flops == 5 * 2 * 8 * 16 * 16
@@ -106,13 +107,13 @@ ENTRY %main (x: f32[8,16], w: f32[16,16]) -> f32[8,16] {
 )
 def test_what_a_nested_fusion_passes_on_is_read_by_its_users(use, read):
     """And a buffer that is only allocated is no write."""
-    program = cost.program_cost(FUSIONS.replace("USE", use))
+    program = hlo.program_cost(FUSIONS.replace("USE", use))
     assert program.bytes == 4 * (read + 8 * 16)
 
 
 def test_a_fusion_that_passes_its_operand_out_reads_it():
     copies = FUSIONS.replace("calls=%product", "calls=%passed").replace("fusion(%x, %w), kind=kOutput", "fusion(%w), kind=kLoop")
-    assert cost.program_cost(copies.replace("USE", "add(%x, %x)")).bytes == 4 * (16 * 16 + 8 * 16)
+    assert hlo.program_cost(copies.replace("USE", "add(%x, %x)")).bytes == 4 * (16 * 16 + 8 * 16)
 
 
 HBM, VECTOR = "f32[16,16]{1,0}", "f32[16,16]{1,0:S(1)}"
@@ -146,14 +147,14 @@ ENTRY %main (whole: f32[16,16], part: f32[8,16], at: s32[]) -> f32[8,16] {{
     ],
 )
 def test_what_comes_from_hbm_or_goes_there_counts_wherever_its_other_end_is(whole, part, made, op, parts):
-    program = cost.program_cost(PLACES.format(whole=whole, part=part, made=made, op=op))
+    program = hlo.program_cost(PLACES.format(whole=whole, part=part, made=made, op=op))
     assert program.bytes == parts * 4 * 8 * 16
 
 
 def test_a_loop_of_unknown_length_runs_as_often_as_one_says():
     text = MODULE.replace("%limit = s32[] constant(LIMIT)", "%limit = s32[] get-tuple-element(%state), index=0")
     for trips in (1, 9):
-        found = cost.program_cost(text, unknown_trips=trips)
+        found = hlo.program_cost(text, unknown_trips=trips)
         assert (found.loops, found.unknown_loops, found.flops) == ((trips,), 1, trips * 2 * 8 * 16 * 16)
 
 
@@ -161,7 +162,7 @@ def test_a_loop_of_unknown_length_runs_as_often_as_one_says():
 def test_a_loop_that_was_unrolled_counts_in_larger_steps(step, trips):
     """As a TPU's compiler unrolls a product that is sent around a ring while it is made."""
     text = MODULE.replace("LIMIT", "7").replace("%one = s32[] constant(1)", f"%one = s32[]{{:T(128)}} constant({step})")
-    assert cost.program_cost(text).loops == (trips,)
+    assert hlo.program_cost(text).loops == (trips,)
 
 
 def test_a_part_of_a_chain_of_fusions_is_the_same_collective():
@@ -179,7 +180,7 @@ def test_a_part_of_a_chain_of_fusions_is_the_same_collective():
 
     def sent(*channels):
         parts = "".join(fused.replace("NUMBER", str(n)).replace("CHANNEL", str(c)) for n, c in enumerate(channels, 1))
-        return cost.program_cost(parts + entry).sent
+        return hlo.program_cost(parts + entry).sent
 
     assert sent(7, 7) == {("all-gather", 2): (16, 1)}
     assert sent(7, 8) == {("all-gather", 2): (32, 2)}
@@ -197,14 +198,14 @@ def test_a_part_of_a_chain_of_fusions_is_the_same_collective():
     ],
 )
 def test_how_many_devices_a_collective_is_among(attributes, size):
-    assert cost.group_size(attributes, 16) == size
+    assert hlo.group_size(attributes, 16) == size
 
 
 def test_products_written_as_convolutions():
     def flops(line, **shapes):
-        computation = {name: cost.Instruction(name, shape, "parameter", (), "", "0", False) for name, shape in shapes.items()}
-        parsed, _ = cost.parse(f"ENTRY %main (x: f32[]) -> f32[] {{\n  {line}\n}}\n")
-        return cost.product_flops(next(iter(parsed["main"].values())), computation)
+        computation = {name: hlo.Instruction(name, shape, "parameter", (), "", "0", False) for name, shape in shapes.items()}
+        parsed, _ = hlo.parse(f"ENTRY %main (x: f32[]) -> f32[] {{\n  {line}\n}}\n")
+        return hlo.product_flops(next(iter(parsed["main"].values())), computation)
 
     plain = "ROOT %c = bf16[4,384,128]{2,1,0} convolution(%x, %w), window={size=1}, dim_labels=0bf_io0->0bf"
     assert flops(plain, x="bf16[4,384,256]", w="bf16[256,128,1]") == 2 * 4 * 384 * 256 * 128
@@ -237,18 +238,18 @@ def compiled_train_step(shape, microbatches=1, tokens=T):
 )
 def test_a_train_step_computes_what_the_formula_says(fields, tokens):
     shape = dataclasses.replace(SHAPE, **fields)
-    found = cost.program_cost(compiled_train_step(shape, 4, tokens).as_text(), unknown_trips=4)
+    found = hlo.program_cost(compiled_train_step(shape, 4, tokens).as_text(), unknown_trips=4)
     assert found.unknown_loops == 1  # that over the micro-batches in use
     assert found.flops == pytest.approx(cost.train_flops(shape, B, tokens, remade=False), rel=0.02)
 
 
 def test_the_walk_agrees_with_xla_where_nothing_loops_and_corrects_it_where_something_does():
     flat, looped = (compiled_train_step(dataclasses.replace(SHAPE, scan_layers=scan)) for scan in (False, True))
-    walked = cost.program_cost(flat.as_text())
+    walked = hlo.program_cost(flat.as_text())
     assert walked.loops == (2,)  # logits come in two chunks at least; XLA counts one of them
     assert walked.flops == pytest.approx(flat.cost_analysis()["flops"], rel=0.1)  # it counts norms and softmax too
     assert walked.bytes == pytest.approx(flat.cost_analysis()["bytes accessed"], rel=0.25)
-    again = cost.program_cost(looped.as_text())
+    again = hlo.program_cost(looped.as_text())
     assert sorted(again.loops) == [2, SHAPE.layers, SHAPE.layers]
     assert again.flops == walked.flops
     assert looped.cost_analysis()["flops"] < 0.6 * walked.flops
@@ -259,23 +260,23 @@ def test_a_conditional_costs_what_its_costlier_branch_does():
         return jax.lax.cond(x[0, 0] > 0, lambda: x @ x, lambda: jnp.zeros_like(x))
 
     compiled = jax.jit(some).lower(jax.ShapeDtypeStruct((32, 32), jnp.float32)).compile()
-    assert cost.program_cost(compiled.as_text()).flops == 2 * 32**3
+    assert hlo.program_cost(compiled.as_text()).flops == 2 * 32**3
 
 
 def test_the_roofline_names_what_takes_longest():
-    chip = cost.CHIPS["v5e"]
+    chip = chips.CHIPS["v5e"]
     for name, program in {
-        "compute": cost.Program(chip.flops_per_s, 0, {}),
-        "HBM": cost.Program(1, chip.hbm_bytes_per_s, {("all-gather", 2): (1.0, 1)}),
-        "network": cost.Program(1, 1, {("all-gather", 2): (chip.ici_bytes_per_s, 3)}),
+        "compute": hlo.Program(chip.flops_per_s, 0, {}),
+        "HBM": hlo.Program(1, chip.hbm_bytes_per_s, {("all-gather", 2): (1.0, 1)}),
+        "network": hlo.Program(1, 1, {("all-gather", 2): (chip.ici_bytes_per_s, 3)}),
     }.items():
-        line = cost.roofline(program, chip)
+        line = chips.roofline(program, chip)
         assert (line.bound, line.seconds) == (name, pytest.approx(1))
 
 
 def test_topologies_are_named_and_counted():
-    assert "v5e:4x8" in cost.topology_names()
-    assert [cost.chips_of(name) for name in ("v5e:1x1", "v5e:4x8", "v5p:2x2x4")] == [1, 32, 16]
+    assert "v5e:4x8" in chips.topology_names()
+    assert [chips.chips_of(name) for name in ("v5e:1x1", "v5e:4x8", "v5p:2x2x4")] == [1, 32, 16]
 
 
 # --- attempts behind one copy of their prompt ---

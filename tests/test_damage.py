@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from runs import ROOT, load_config
 
-from jaxreason import learner, metrics, origin, train, workdir
+from jaxreason import learner, train
 from jaxreason.build import build
-from jaxreason.checkpoint import Damaged, open_checkpoints
 from jaxreason.main import config_text, default_workdir, keep_compiled
-from jaxreason.runtime import resume
+from jaxreason.runtime import files, resume, warm_start, workdir
+from jaxreason.runtime import log as run_log
+from jaxreason.runtime.checkpoint import Damaged, open_checkpoints
 
 TEXT = config_text(load_config("tiny", "smoke"))
 
@@ -225,7 +226,7 @@ def test_a_save_that_fails_prints_nothing_of_its_own(tmp_path):
     body = """
 import resource, sys
 import jax.numpy as jnp
-from jaxreason.checkpoint import open_checkpoints
+from jaxreason.runtime.checkpoint import open_checkpoints
 saved = open_checkpoints(sys.argv[1])
 for step in range(1, 8):
     limit = resource.RLIM_INFINITY if step in (1, 7) else 2000
@@ -288,7 +289,7 @@ def test_the_loop_looks_before_it_writes(tmp_path):
 
 def test_a_log_that_is_removed_or_cut_meanwhile_is_said(tmp_path):
     said, path = [], tmp_path / "metrics.jsonl"
-    with metrics.open_log(tmp_path, total_steps=4, tensorboard=False, live=False) as log:
+    with run_log.open_log(tmp_path, total_steps=4, tensorboard=False, live=False) as log:
         log.say = said.append
         log.write(1, "rl", {})
         path.rename(tmp_path / "aside")
@@ -357,21 +358,21 @@ def test_a_line_that_is_none_is_left_out_and_kept_aside(tmp_path, text):
     path = tmp_path / "metrics.jsonl"
     whole = f'{{"step": 1, "time_s": 5}}\n{text}\n{{"step": 2, "time_s": "soon"}}\n{{"step": 3}}\n{{"st'
     path.write_text(whole)
-    kept = metrics.truncate(path, 2)
+    kept = files.truncate(path, 2)
     assert (kept.steps, kept.dropped, kept.aside) == ([1, 2], 2, tmp_path / "metrics.jsonl.1")
     assert kept.aside.read_text() == whole
     assert path.read_text() == '{"step": 1, "time_s": 5}\n{"step": 2, "time_s": "soon"}\n'
-    with metrics.open_log(tmp_path, total_steps=4, resume_step=2, tensorboard=False, live=False) as log:
+    with run_log.open_log(tmp_path, total_steps=4, resume_step=2, tensorboard=False, live=False) as log:
         log.write(3, "rl", {})
 
 
 def test_steps_that_a_log_lacks_are_named():
-    assert metrics.lacking(range(11), [(0, 0, 1), (1, 10, 1)]) == ""
-    assert metrics.lacking([0, 3, 6, 7, 10], [(0, 0, 1), (1, 7, 3), (8, 10, 3)]) == ""
-    assert metrics.lacking([], [(0, 0, 1), (1, 7, 3), (8, 10, 3)]) == "0, 1 to 7, 8 to 10"
-    assert metrics.lacking([0, 3, 7], [(0, 0, 1), (1, 7, 3), (8, 10, 3)]) == "4 to 6, 8 to 10"
-    assert metrics.lacking([1, 2, 9], [(1, 2, 1), (3, 9, 1)]) == "3 to 8"
-    assert metrics.lacking([4], [(1, 4, 4), (5, 4, 4), (9, 4, 4)]) == ""  # phases that the run has not come to
+    assert files.lacking(range(11), [(0, 0, 1), (1, 10, 1)]) == ""
+    assert files.lacking([0, 3, 6, 7, 10], [(0, 0, 1), (1, 7, 3), (8, 10, 3)]) == ""
+    assert files.lacking([], [(0, 0, 1), (1, 7, 3), (8, 10, 3)]) == "0, 1 to 7, 8 to 10"
+    assert files.lacking([0, 3, 7], [(0, 0, 1), (1, 7, 3), (8, 10, 3)]) == "4 to 6, 8 to 10"
+    assert files.lacking([1, 2, 9], [(1, 2, 1), (3, 9, 1)]) == "3 to 8"
+    assert files.lacking([4], [(1, 4, 4), (5, 4, 4), (9, 4, 4)]) == ""  # phases that the run has not come to
 
 
 def test_lines_that_somebody_removed_are_said(tmp_path):
@@ -414,7 +415,7 @@ def test_a_runs_config_whose_sections_are_none_is_named(tmp_path, section):
     config = {"model": {}, "text": {}} | {section: [1]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=rf"{tmp_path}/config\.json is no config of a run"):
-        origin.find(tmp_path)
+        warm_start.find(tmp_path)
 
 
 # --- home folders ---
@@ -429,9 +430,9 @@ def test_a_home_folder_is_found_in_every_path(tmp_path, monkeypatch):
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
     with pytest.raises(FileNotFoundError, match=f"no folder {tmp_path}/run"):
-        origin.find("~/run")
+        warm_start.find("~/run")
     with pytest.raises(FileNotFoundError, match=r"no folder .*~nobody-of-this-name"):
-        origin.find("~nobody-of-this-name/run")
+        warm_start.find("~nobody-of-this-name/run")
 
 
 @pytest.mark.parametrize("half_made", ["999", "999/host", "999/state"])

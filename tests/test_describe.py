@@ -6,9 +6,9 @@ import sys
 import pytest
 from runs import ROOT, load_config, main
 
-from jaxreason import build, fields, objectives, optimizer, tasks, verify
+from jaxreason import build, objectives, optimizer, tasks, verify
 from jaxreason.main import describe, list_families, with_values
-from jaxreason.options import OFFERED
+from jaxreason.options import OFFERED, fields
 
 SMOKE = "configs/tiny.py:smoke"
 

@@ -16,11 +16,12 @@ from compare import assert_equal, logits
 from runs import ROOT, load_config, main, run_config
 
 import jaxreason
-from jaxreason import checkpoint, origin, text
+from jaxreason import text
 from jaxreason.build import build
 from jaxreason.export import export
 from jaxreason.main import config_text
 from jaxreason.model import ModelConfig, transformer, weights
+from jaxreason.runtime import checkpoint, warm_start
 from jaxreason.tasks.procedural import ALPHABET
 from jaxreason.types import Task
 
@@ -421,10 +422,10 @@ def test_every_config_has_the_field():
 
 def test_all_read_the_step_that_process_0_found(monkeypatch, run):
     """A run that goes on may write another checkpoint between two processes' looks at it."""
-    found = origin.find(run)
-    monkeypatch.setattr(origin.processes, "gather", lambda step: [2, step])
+    found = warm_start.find(run)
+    monkeypatch.setattr(warm_start.processes, "gather", lambda step: [2, step])
     config = build(small()).model.config
     asked = {}
-    monkeypatch.setattr(origin, "restore", lambda found, *rest: asked.update(step=found.step))
-    origin.load(found, config, config, None, functools.partial(dict))
+    monkeypatch.setattr(warm_start, "restore", lambda found, *rest: asked.update(step=found.step))
+    warm_start.load(found, config, config, None, functools.partial(dict))
     assert (found.step, asked["step"]) == (4, 2)

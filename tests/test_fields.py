@@ -11,9 +11,11 @@ from absl import flags
 from ml_collections import ConfigDict
 from runs import ROOT, load_config, main, run_config
 
-from jaxreason import build, command, fields, optimizer, options, workdir
+from jaxreason import build, optimizer, options
 from jaxreason.build import run
 from jaxreason.main import config_text
+from jaxreason.options import command, fields
+from jaxreason.runtime import workdir
 
 CONFIGS = ("countdown", "gsm8k", "pretrain", "sft", "tiny")
 

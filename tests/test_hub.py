@@ -24,9 +24,10 @@ from gsm8k_folder import write_gsm8k
 from hub_server import Hub, commit_of, repositories_in
 from runs import ROOT, load_config, read_lines
 
-from jaxreason import hub, tasks, workdir
+from jaxreason import tasks
 from jaxreason.build import build
 from jaxreason.model import weights
+from jaxreason.runtime import hub, workdir
 from jaxreason.tasks import hub as hub_tasks
 
 GOLDEN = Path(__file__).parent / "golden"

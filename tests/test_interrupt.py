@@ -9,12 +9,12 @@ import sys
 import pytest
 from runs import ROOT
 
-from jaxreason import preemption
+from jaxreason.runtime import preemption
 
 # What `main` does with its signals, around something that never returns.
 BUSY = """
 import sys, time
-from jaxreason import preemption
+from jaxreason.runtime import preemption
 
 def spin():
     while True:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from runs import grouped, load_config, read_lines, run_config
 
-from jaxreason import batching, compiling, ledger, objectives
+from jaxreason import batching, objectives
 from jaxreason.cost import layer_weights
 from jaxreason.model.config import Lora, sized
+from jaxreason.runtime import compiling, ledger
 from jaxreason.types import Rollout, Task, Verdict
 
 CONFIG = sized("tiny", vocab_size=40)

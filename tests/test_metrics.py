@@ -15,6 +15,8 @@ import pytest
 from rich.console import Console
 
 from jaxreason import metrics
+from jaxreason.runtime import files, terminal
+from jaxreason.runtime import log as run_log
 from jaxreason.types import Evaluation, Rollout, Task, Verdict
 
 
@@ -75,7 +77,7 @@ def test_means_weigh_by_count_and_divide_once():
 
 
 def test_lines_are_flat_strict_and_flushed(tmp_path):
-    with metrics.open_log(tmp_path / "run", total_steps=2, tensorboard=False, live=False) as log:
+    with run_log.open_log(tmp_path / "run", total_steps=2, tensorboard=False, live=False) as log:
         log.write(0, "prior", {"train/loss": np.float32(0.5), "train/grad_norm": math.nan}, phase_step=0, phase_steps=2)
         log.write(1, "rl", {"train/loss": jnp.float32(-math.inf)})
         first, second = lines(tmp_path / "run" / "metrics.jsonl")  # before it is closed
@@ -87,7 +89,7 @@ def test_lines_are_flat_strict_and_flushed(tmp_path):
 
 
 def test_tensorboard_has_the_values_without_tensorflow(tmp_path):
-    with metrics.open_log(tmp_path, total_steps=2, live=False) as log:
+    with run_log.open_log(tmp_path, total_steps=2, live=False) as log:
         log.write(7, "rl", {"train/loss": 0.25, "train/grad_norm": math.nan})
     (events,) = (tmp_path / "tensorboard").iterdir()
     from tensorboardX.proto.event_pb2 import Event
@@ -106,7 +108,7 @@ def test_tensorboard_has_the_values_without_tensorflow(tmp_path):
 def test_a_full_disk_ends_tensorboard_and_not_the_run(tmp_path):
     """More lines than any queue holds, since a writer that nobody reads from would wait for ever."""
     said = []
-    with metrics.open_log(tmp_path, total_steps=40, live=False) as log:
+    with run_log.open_log(tmp_path, total_steps=40, live=False) as log:
         log.say = said.append
         log.write(1, "rl", {"train/loss": 0.5})
         (events,) = (tmp_path / "tensorboard").iterdir()
@@ -126,7 +128,7 @@ def test_resume_cuts_what_came_after_and_time_goes_on(tmp_path):
     path = tmp_path / "metrics.jsonl"
     records = [{"step": step, "phase": "rl", "time_s": 100.0 * step} for step in (1, 2, 3)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 2, "pha')
-    with metrics.open_log(tmp_path, total_steps=9, resume_step=2, tensorboard=False, live=False) as log:
+    with run_log.open_log(tmp_path, total_steps=9, resume_step=2, tensorboard=False, live=False) as log:
         log.write(3, "rl", {"train/loss": 1.0})
     seen = lines(path)
     assert [line["step"] for line in seen] == [1, 2, 3]
@@ -136,31 +138,31 @@ def test_resume_cuts_what_came_after_and_time_goes_on(tmp_path):
 
 def test_truncate(tmp_path):
     path = tmp_path / "rollouts.jsonl"
-    assert metrics.truncate(path, 3) == metrics.Kept()
+    assert files.truncate(path, 3) == files.Kept()
     path.write_text('{"step": 1}\n{"step": 1, "b": 2}\n{"step": 2}\n{"step": 3}')
-    assert metrics.truncate(path, 3) == ({"step": 3}, 0, [1, 1, 2, 3], None)
+    assert files.truncate(path, 3) == ({"step": 3}, 0, [1, 1, 2, 3], None)
     assert path.read_text().endswith('{"step": 3}\n')  # a whole last line is kept, and ended
-    assert metrics.truncate(path, 1) == ({"step": 1, "b": 2}, 2, [1, 1], None)
+    assert files.truncate(path, 1) == ({"step": 1, "b": 2}, 2, [1, 1], None)
     assert path.read_text() == '{"step": 1}\n{"step": 1, "b": 2}\n'
-    assert metrics.truncate(path, 0) == (None, 2, [], None)
+    assert files.truncate(path, 0) == (None, 2, [], None)
     assert path.read_text() == ""
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "text": "to')  # cut off while it was written
-    assert metrics.truncate(path, 9) == ({"step": 2}, 1, [1, 2], None)
+    assert files.truncate(path, 9) == ({"step": 2}, 1, [1, 2], None)
 
 
 def test_a_process_that_does_not_write_leaves_no_trace(tmp_path):
-    with metrics.open_log(tmp_path / "run", total_steps=2, wandb={"project": "x"}, write=False) as log:
+    with run_log.open_log(tmp_path / "run", total_steps=2, wandb={"project": "x"}, write=False) as log:
         log.write(1, "rl", {"train/loss": 1.0})
         log.say("hello")
-    metrics.write_summary(tmp_path / "summary.json", {}, write=False)
-    metrics.write_rollouts(tmp_path / "rollouts.jsonl", [ROLLOUT], 1, "rl", write=False)
+    files.write_summary(tmp_path / "summary.json", {}, write=False)
+    files.write_rollouts(tmp_path / "rollouts.jsonl", [ROLLOUT], 1, "rl", write=False)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_wandb_missing_names_the_install_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"pip install 'jaxreason\[wandb\]'"):
-        metrics.open_log(tmp_path, total_steps=1, wandb={})
+        run_log.open_log(tmp_path, total_steps=1, wandb={})
 
 
 def test_progress_shows_what_is_there():
@@ -176,18 +178,18 @@ def test_progress_shows_what_is_there():
         "time/learn_s": 3.0,
         "eval/countdown/accuracy": 0.125,
     }
-    assert metrics.progress(values, 40, 200, 10, 50, step_s=2.0) == (
+    assert terminal.progress(values, 40, 200, 10, 50, step_s=2.0) == (
         "rl 10/50  step 40/200  eta 1m20s  run 5m20s at this pace  reward 0.500  accuracy 0.250  length 88  entropy 0.700  "
         "tokens/s 12,345  countdown 0.125  sampling 60% verifying 10% learning 30%"
     )
-    assert metrics.progress({"phase": "prior"}, 40, 200) == "prior  step 40/200"
+    assert terminal.progress({"phase": "prior"}, 40, 200) == "prior  step 40/200"
     assert (
-        metrics.progress({"phase": "rl"}, 150, 200, 0, 50, step_s=144.0) == "rl 0/50  step 150/200  eta 2h00m"
+        terminal.progress({"phase": "rl"}, 150, 200, 0, 50, step_s=144.0) == "rl 0/50  step 150/200  eta 2h00m"
     )  # the last phase
 
 
 def test_pace_forgets_the_compiling_step_and_the_last_phase():
-    pace = metrics.Pace()
+    pace = run_log.Pace()
     for step_s in (60.0, 1.0, 2.0):
         pace = pace.after("prior", step_s)
     assert pace.step_s == pytest.approx(1.1)
@@ -198,7 +200,7 @@ def test_without_a_terminal_lines_are_plain_and_rare(monkeypatch):
     console, printed = on_paper()
     now = [0.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    log = metrics.RunLog(io.StringIO(), None, None, console, total_steps=100, start_s=0.0)
+    log = run_log.RunLog(io.StringIO(), None, None, console, total_steps=100, start_s=0.0)
     for step in range(1, 101):
         now[0] = 0.5 * step
         log.write(step, "rl", {"train/loss": float(step)} | ({"eval/x/accuracy": 0.5} if step == 50 else {}))
@@ -213,7 +215,7 @@ def test_without_a_terminal_lines_are_plain_and_rare(monkeypatch):
 
 def test_on_a_terminal_there_is_one_live_line():
     console, printed = on_paper(terminal=True)
-    log = metrics.RunLog(io.StringIO(), None, None, console, total_steps=100, start_s=0.0)
+    log = run_log.RunLog(io.StringIO(), None, None, console, total_steps=100, start_s=0.0)
     log.write(1, "rl", {"rollout/reward": 0.5, "time/step_s": 2.0}, phase_step=1, phase_steps=10)
     log.write(2, "rl", {"train/loss": 0.125, "time/step_s": 2.0}, phase_step=2, phase_steps=10)
     log.close()
@@ -227,7 +229,7 @@ def test_the_live_line_never_wraps_and_says_what_is_under_way(width, monkeypatch
     monkeypatch.setattr(metrics.Live, "start", lambda live: None)  # no thread
     monkeypatch.setattr(metrics.time, "monotonic", lambda: 7.0)
     console, _ = on_paper(terminal=True, width=width)
-    log = metrics.RunLog(io.StringIO(), None, None, console, total_steps=2000, start_s=0.0)
+    log = run_log.RunLog(io.StringIO(), None, None, console, total_steps=2000, start_s=0.0)
 
     def shown():
         lines = console.render_lines(log._line())
@@ -264,7 +266,7 @@ def test_evaluations_before_and_after():
         Evaluation("prior", 10, "words", 0.5, 0.4, 0.6, 100, 1.0),
         Evaluation("rl", 20, "[b]arith", 0.512, 0.47, 0.56, 100, 0.0),
     ]
-    metrics.print_evaluations(evaluations, console=console)
+    terminal.print_evaluations(evaluations, console=console)
     rows = [re.split(r"\s{2,}", line.strip()) for line in printed().splitlines() if "0." in line]
     assert rows == [
         ["[b]arith", "0", "0.100 0.05-0.20", "0.300 0.20-0.40", "0.512 0.47-0.56", "+0.412"],
@@ -273,21 +275,21 @@ def test_evaluations_before_and_after():
     for title in ("start", "after prior", "after rl", "change"):
         assert title in printed()
     alone, printed = on_paper()
-    metrics.print_evaluations(evaluations[:1], console=alone)
+    terminal.print_evaluations(evaluations[:1], console=alone)
     assert "change" not in printed()
 
 
 def test_print_rollouts_shows_but_never_obeys():
     nasty = dataclasses.replace(ROLLOUT, text=NASTY + "\nnext", verdict=Verdict(0.0, False, NASTY, NASTY))
     console, printed = on_paper(width=60)
-    metrics.print_rollouts([ROLLOUT, nasty, ROLLOUT], 2, console=console)
+    terminal.print_rollouts([ROLLOUT, nasty, ROLLOUT], 2, console=console)
     shown = printed()
     assert "problem 4, attempt 1: correct, reward 1, 3 tokens" in shown
     assert shown.count("1 + 1?") == 2
     assert r"[red]x[/red] [/] \x1b[2J \r \x07 \u202e \u200b \ud800 \x9b31m" + "\nnext" in shown
     assert not any(char in shown for char in "\x1b\r\x07\u202e\u200b\x9b")
     ascii_console, printed = on_paper(encoding="ascii")
-    metrics.print_rollouts(
+    terminal.print_rollouts(
         [dataclasses.replace(ROLLOUT, text="π é")], console=ascii_console, decode=lambda ids: f"<{ids.tolist()}>"
     )
     assert r"\u03c0 \xe9" in printed()
@@ -296,14 +298,14 @@ def test_print_rollouts_shows_but_never_obeys():
 
 def test_visible_keeps_ordinary_text():
     text = "x² ≥ π\tü 数\nend 🙂"
-    assert metrics.visible(text) == text
+    assert terminal.visible(text) == text
 
 
 def test_write_rollouts(tmp_path):
     path = tmp_path / "rollouts.jsonl"
     nasty = dataclasses.replace(ROLLOUT, text=NASTY, verdict=Verdict(math.nan, np.bool_(False), NASTY), logp=np.full(3, -np.inf))
-    metrics.write_rollouts(path, [ROLLOUT], 3, "rl", decode=lambda ids: " ".join(map(str, ids)))
-    metrics.write_rollouts(path, [nasty], 4, "rl")
+    files.write_rollouts(path, [ROLLOUT], 3, "rl", decode=lambda ids: " ".join(map(str, ids)))
+    files.write_rollouts(path, [nasty], 4, "rl")
     first, second = lines(path)
     assert first == {
         "step": 3,
@@ -330,13 +332,13 @@ def test_write_rollouts(tmp_path):
 def test_summary_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "summary.json"
     evaluation = Evaluation("rl", np.int64(3), "arith", jnp.float32(0.5), math.nan, math.inf, 8, 1.0)
-    metrics.write_summary(path, {"final": [evaluation], "workdir": tmp_path, "curve": np.arange(2)})
+    files.write_summary(path, {"final": [evaluation], "workdir": tmp_path, "curve": np.arange(2)})
     written = strict(path.read_text())
     assert written["final"][0] == evaluation._asdict() | {"accuracy": 0.5, "step": 3, "low": None, "high": None}
     assert (written["curve"], written["workdir"]) == ([0, 1], str(tmp_path))
     before = path.read_text()
     with pytest.raises(TypeError):
-        metrics.write_summary(path, {"bad": object()})
+        files.write_summary(path, {"bad": object()})
     assert path.read_text() == before
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
 
@@ -345,7 +347,7 @@ def test_a_run_that_fails_gives_the_terminal_back(tmp_path):
     code = (
         "import io\nfrom rich.console import Console\nfrom jaxreason import metrics\nimport sys\n"
         "console = Console(file=sys.stdout, force_terminal=True)\n"
-        "log = metrics.RunLog(io.StringIO(), None, None, console, total_steps=1, start_s=0.0)\n"
+        "log = run_log.RunLog(io.StringIO(), None, None, console, total_steps=1, start_s=0.0)\n"
         "log.write(1, 'rl', {})\nraise RuntimeError('stop')\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -6,8 +6,9 @@ import pytest
 from runs import load_config
 
 from jaxreason import build as build_module
-from jaxreason import tasks, workdir
+from jaxreason import tasks
 from jaxreason.build import build, settle
+from jaxreason.runtime import workdir
 
 
 def write(path, questions):

@@ -6,9 +6,10 @@ import pytest
 from ml_collections import ConfigDict
 from runs import ROOT
 
-from jaxreason import build, command
+from jaxreason import build
 from jaxreason.environment import Turn
 from jaxreason.main import describe
+from jaxreason.options import command
 from jaxreason.types import Task
 
 MODULE = """

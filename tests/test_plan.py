@@ -11,8 +11,8 @@ import jax
 import pytest
 from runs import ROOT, load_config
 
-from jaxreason import cost, sharding
-from jaxreason.plan import arrays, memory, programs, report, search
+from jaxreason import sharding
+from jaxreason.plan import arrays, chips, memory, programs, report, search
 from jaxreason.plan import config as plan_config
 from jaxreason.plan.config import read
 from jaxreason.plan.work import flags_for
@@ -68,7 +68,7 @@ def test_a_missing_compiler_is_named_with_its_install_line(monkeypatch):
 def test_the_list_shows_what_is_known():
     code, out, err = command("--topology=list")
     assert (code, err) == (0, "")
-    for name in cost.topology_names():
+    for name in chips.topology_names():
         assert name in out.split()
 
 
@@ -107,9 +107,9 @@ def test_the_first_that_fits_is_found_in_few_tries(answer):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("topology", cost.topology_names())
+@pytest.mark.parametrize("topology", chips.topology_names())
 def test_every_topology_that_is_listed_exists(topology):
-    assert len(arrays.devices_of(topology)) == cost.chips_of(topology)
+    assert len(arrays.devices_of(topology)) == chips.chips_of(topology)
 
 
 @needs_libtpu
@@ -183,7 +183,7 @@ def test_the_command_plans_a_config_and_its_flops_are_those_of_the_formula():
 
 def shrink(monkeypatch, hbm_bytes):
     """Give the chip so much memory."""
-    monkeypatch.setitem(cost.CHIPS, "v5e", cost.CHIPS["v5e"]._replace(hbm_bytes=hbm_bytes))
+    monkeypatch.setitem(chips.CHIPS, "v5e", chips.CHIPS["v5e"]._replace(hbm_bytes=hbm_bytes))
 
 
 @needs_libtpu
@@ -319,7 +319,7 @@ SIZES = re.findall(r"^    (\d[\d.]*b) .*(v5e:\S+)", GSM8K, re.MULTILINE)  # of i
 @pytest.mark.parametrize(("size", "topology"), SIZES)
 def test_each_size_of_gsm8k_has_room_for_what_needs_no_compiler(size, topology, monkeypatch):
     """On as many devices of this machine as the topology has chips, since there may be no compiler for TPUs."""
-    devices = jax.devices()[: cost.chips_of(topology)]
+    devices = jax.devices()[: chips.chips_of(topology)]
     for module in (arrays, plan_config):
         monkeypatch.setattr(module, "devices_of", lambda topology: devices)
     caches = (arrays.meshes_of, arrays.model_of, arrays.state_of, arrays.roller_of, arrays.slots_of)

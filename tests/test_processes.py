@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from runs import HEARTBEAT_S, ROOT, finish, maths, params_of, read_lines, run_config, start, train_command
 
-from jaxreason import processes
+from jaxreason.runtime import processes
 
 # All three sources, a reference policy, and text and tasks held out.
 CONFIG = """
@@ -94,7 +94,7 @@ def test_two_processes_begin_with_the_params_of_another_run(tmp_path):
 
 SAY = """
 import sys, numpy as np
-from jaxreason import processes
+from jaxreason.runtime import processes
 index = int(sys.argv[1])
 processes.join(coordinator_address=sys.argv[2], num_processes=int(sys.argv[3]), process_id=index, heartbeat_timeout_s=10)
 import jax

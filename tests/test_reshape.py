@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from runs import Killed, finish, killed_after, maths, params_of, read_lines, run_config, start, train_command
 
-from jaxreason import workdir
 from jaxreason.main import config_text
+from jaxreason.runtime import workdir
 
 pytestmark = pytest.mark.process
 

@@ -9,10 +9,11 @@ import pytest
 import tiny_roller as t
 from scipy import stats
 
-from jaxreason import cost, sharding
+from jaxreason import sharding
 from jaxreason.environment import single_turn
 from jaxreason.model import ModelConfig, transformer
 from jaxreason.model.config import Lora
+from jaxreason.plan import hlo
 from jaxreason.rollout import Request
 from jaxreason.sampler import (
     EMPTY,
@@ -433,7 +434,7 @@ def test_prompts_are_prefilled_by_all_devices_together(axes):
         weights = sampler.prepare(params)
         program = sampler.prefill.lower(weights, np.zeros((7, 16), np.int32), np.ones(7, np.int32)).compile()
         assert {x.shape[0] for x in jax.tree.leaves(program.out_info)} == {7}
-        return cost.program_cost(program.as_text(), devices=8).flops
+        return hlo.program_cost(program.as_text(), devices=8).flops
 
     assert flops(make_mesh(**axes)) == pytest.approx(flops(None) / 7)
 

@@ -9,11 +9,12 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxreason import batching, cost, optimizer, sharding
+from jaxreason import batching, optimizer, sharding
 from jaxreason.learner import compile_train_step, loss, new_state
 from jaxreason.model import ModelConfig, transformer
 from jaxreason.model.config import SIZES
 from jaxreason.objectives import dapo, lm
+from jaxreason.plan import hlo
 from jaxreason.types import TrainState
 
 VARIANTS = {
@@ -179,7 +180,7 @@ def test_a_train_step_sends_its_params_and_not_its_activations(axes, most):
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed)
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.rows(mesh)), batching.empty(64, 128))
     step = compile_train_step(model, dapo(), descent, microbatches=2, state_shardings=placed)
-    found = cost.program_cost(step.lower(state, rows).compile().as_text(), unknown_trips=2, devices=8)
+    found = hlo.program_cost(step.lower(state, rows).compile().as_text(), unknown_trips=2, devices=8)
     params_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
     assert 3 < found.sent_bytes / params_bytes < most
 

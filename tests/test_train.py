@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from runs import Killed, grouped, killed_after, load_config, maths, params_of, read_lines, run_config
 
-from jaxreason import checkpoint, sharding
-from jaxreason.runtime import resume
+from jaxreason import sharding
+from jaxreason.runtime import checkpoint, resume
 from jaxreason.train import Diverged
 
 FEW = {

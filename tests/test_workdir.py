@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from runs import ROOT, Killed, killed_after, load_config, maths, params_of, read_lines, run_config, xla_flags
 
-from jaxreason import checkpoint, metrics, preemption, workdir
+from jaxreason import metrics
 from jaxreason.main import config_text
-from jaxreason.runtime import resume
+from jaxreason.runtime import checkpoint, files, preemption, resume, workdir
+from jaxreason.runtime import log as run_log
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def test_a_clock_that_is_set_back_changes_nothing(tmp_path, monkeypatch):
     config.evaluate.suites, config.checkpoint.every_steps = {}, 2
     run_config(config, tmp_path / "whole")
 
-    behind_s, now, now_ns, write, newest, found = [0], time.time, time.time_ns, metrics.RunLog.write, resume.find_newest, []
+    behind_s, now, now_ns, write, newest, found = [0], time.time, time.time_ns, run_log.RunLog.write, resume.find_newest, []
 
     def set_back(*args, **kwargs):
         behind_s[0] += 3600
@@ -140,7 +141,7 @@ def test_a_clock_that_is_set_back_changes_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(time, "time", lambda: now() - behind_s[0])
     monkeypatch.setattr(time, "time_ns", lambda: now_ns() - behind_s[0] * 10**9)
-    monkeypatch.setattr(metrics.RunLog, "write", set_back)
+    monkeypatch.setattr(run_log.RunLog, "write", set_back)
     monkeypatch.setattr(resume, "find_newest", lambda *args: found.append(newest(*args)) or found[-1])
     with monkeypatch.context() as patch:
         killed_after(patch, saves=3)
@@ -268,7 +269,7 @@ def test_sigterm_and_ctrl_c_save_and_end_and_the_run_goes_on_as_if_nothing_had_b
 def test_a_second_sigterm_ends_at_once():
     body = """
 import os, signal, sys, time
-from jaxreason import preemption
+from jaxreason.runtime import preemption
 with preemption.watch() as stop:
     assert not stop()
     os.kill(os.getpid(), signal.SIGTERM)
@@ -314,7 +315,7 @@ import resource, sys
 sys.path.insert(0, "tests")
 from pathlib import Path
 from runs import load_config, run_config
-from jaxreason import checkpoint
+from jaxreason.runtime import checkpoint
 made = checkpoint.open_checkpoints
 
 def limited(*args, **kwargs):
@@ -404,7 +405,7 @@ def full_at(monkeypatch, owner, name, path, call):
 @pytest.mark.parametrize(
     ("file", "owner", "name", "call"),
     [
-        ("metrics.jsonl", metrics.RunLog, "write", 9),
+        ("metrics.jsonl", run_log.RunLog, "write", 9),
         ("rollouts.jsonl", metrics, "write_rollouts", 6),
         ("summary.json", metrics, "write_summary", 3),
         ("summary.json", metrics, "write_summary", 6),  # the last, when all else is written
@@ -413,7 +414,7 @@ def full_at(monkeypatch, owner, name, path, call):
 def test_a_file_that_cannot_be_written_ends_the_run_and_loses_nothing(tmp_path, monkeypatch, whole, file, owner, name, call):
     with monkeypatch.context() as patch:
         full_at(patch, owner, name, tmp_path / file, call)
-        with pytest.raises(metrics.Unwritable) as caught:
+        with pytest.raises(files.Unwritable) as caught:
             run_config(cut_config(), tmp_path)
     found = params_of(tmp_path)[0]
     assert str(caught.value) == (
@@ -446,8 +447,8 @@ def test_checkpoints_that_cannot_be_written_end_a_run_at_its_last_step_and_not_b
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "open_checkpoints", opened)
-        patch.setattr(metrics.RunLog, "say", lambda log, line: said.append(line))
-        with pytest.raises(metrics.Unwritable) as caught:
+        patch.setattr(run_log.RunLog, "say", lambda log, line: said.append(line))
+        with pytest.raises(files.Unwritable) as caught:
             run_config(cut_config(), tmp_path)
     told = [line for line in said if line.startswith("warning: the save")]
     for line, step in zip(told, (4, 6, 7), strict=True):
@@ -472,7 +473,7 @@ from jaxreason import main, metrics
 def fill():
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 
-write, calls = metrics.RunLog.write, []
+write, calls = run_log.RunLog.write, []
 
 def in_mid_run(*args, **kwargs):
     calls.append(args)
@@ -483,7 +484,7 @@ def in_mid_run(*args, **kwargs):
     write(*args, **kwargs)
 
 if sys.argv[1] == "in mid-run":
-    metrics.RunLog.write = in_mid_run
+    run_log.RunLog.write = in_mid_run
 if sys.argv[1] == "from the start":
     fill()
 arguments = ["main", "--config=configs/tiny.py:smoke", f"--workdir={sys.argv[2]}", *sys.argv[3:]]

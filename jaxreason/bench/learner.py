@@ -23,10 +23,10 @@ import time
 
 from absl import app, flags, logging
 
-from jaxreason import command
 from jaxreason.bench import machine
 from jaxreason.bench import sampler as sampling
 from jaxreason.cost import shared_length
+from jaxreason.options import command
 
 FLAGS = flags.FLAGS
 
@@ -68,12 +68,13 @@ def bench(cores: int, whole: bool) -> None:
     """Measure and print."""
     import jax
 
-    from jaxreason import batching, freed, learner, ledger, objectives, optimizer, sharding
+    from jaxreason import batching, learner, objectives, optimizer, sharding
     from jaxreason.build import attempts_that_share
     from jaxreason.learner import new_state
     from jaxreason.options import call
+    from jaxreason.runtime import ledger, memory
 
-    freed.give_back()  # as `main` does
+    memory.give_back()  # as `main` does
     model, params, roller, wanted = sampling.make_work()
     c, config = model.config, FLAGS.config.to_dict()
     phase = config[config["phases"][-1]]
@@ -118,7 +119,7 @@ def bench(cores: int, whole: bool) -> None:
         if whole:
             groups, _ = sampling.batch(roller, roller.sampler.prepare(state.params), wanted, number)
             groups = list(map(paid_alternately, groups))
-            freed.trim()
+            memory.trim()
         times.append(time.perf_counter())
         host = to_batch(groups)
         batch = sharding.put_rows(host, mesh)

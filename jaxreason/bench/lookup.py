@@ -31,8 +31,8 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from jaxreason import command
 from jaxreason.bench import machine
+from jaxreason.options import command
 
 FLAGS = flags.FLAGS
 

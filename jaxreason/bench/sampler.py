@@ -31,9 +31,9 @@ from typing import NamedTuple
 
 from absl import app, flags, logging
 
-from jaxreason import command
 from jaxreason.bench import machine
 from jaxreason.cost import layer_weights
+from jaxreason.options import command
 
 FLAGS = flags.FLAGS
 
@@ -187,9 +187,9 @@ def bench(cores: int) -> None:
     """Measure and print."""
     import jax
 
-    from jaxreason import freed
+    from jaxreason.runtime import memory
 
-    freed.give_back()  # as `main` does
+    memory.give_back()  # as `main` does
     model, params, roller, wanted = make_work()
     c, slots = model.config, roller.sampler.slots
     lengths = f"{FLAGS.prompt_tokens}+{FLAGS.tokens} tokens, {slots} slots, {c.dtype}"

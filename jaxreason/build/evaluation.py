@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from jaxreason import batching, data, ledger, sharding
+from jaxreason import batching, data, sharding
 from jaxreason import evaluate as evaluation
 from jaxreason import objectives as objectives_
 from jaxreason.build.sampler import make_filter
 from jaxreason.build.tasks import Parts, check_keys, check_positive, encode_documents, fitting, judge, load_held_out
 from jaxreason.learner import compile_token_logp
 from jaxreason.options import call
+from jaxreason.runtime import ledger
 from jaxreason.sampler import Filter
 
 

@@ -12,19 +12,19 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from jaxreason import fields, sharding, tasks, text, verify
 from jaxreason import objectives as objectives_
 from jaxreason import optimizer as optimizer_
+from jaxreason import sharding, tasks, text, verify
 from jaxreason.build.evaluation import held_out_text, judged, make_evaluate, make_log
 from jaxreason.build.model import make_model, make_text
 from jaxreason.build.phases import SOURCES, make_phase, make_source
 from jaxreason.build.sampler import make_roller
 from jaxreason.build.tasks import held_out_sections, make_environment, named, shares_files, trained_sections
-from jaxreason.checkpoint import open_checkpoints
 from jaxreason.environment import single_turn
 from jaxreason.model import ModelConfig
 from jaxreason.model import config as model_config
-from jaxreason.options import unknown
+from jaxreason.options import fields, unknown
+from jaxreason.runtime.checkpoint import open_checkpoints
 
 SECTIONS = ("seed", "model", "text", "sampler", "verifier", "phases", "evaluate", "sharding", "checkpoint", "log")
 

@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 import jax
 
-from jaxreason import hub, sharding, text
-from jaxreason import origin as origin_
+from jaxreason import sharding, text
 from jaxreason.model import ModelConfig
 from jaxreason.model import config as model_config
 from jaxreason.model import weights as weights_
 from jaxreason.options import call, unknown
+from jaxreason.runtime import hub
+from jaxreason.runtime import warm_start as origin_
 from jaxreason.tasks.procedural import ALPHABET
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from jaxreason import __version__, hub, sharding, text
+from jaxreason import __version__, sharding, text
 from jaxreason.build.evaluation import make_evaluate, make_log
 from jaxreason.build.layout import settle
 from jaxreason.build.model import check_size, describe, init_params, start_from
@@ -23,6 +23,7 @@ from jaxreason.model import attention, transformer
 from jaxreason.model import config as model_config
 from jaxreason.model import weights as weights_
 from jaxreason.options import call
+from jaxreason.runtime import hub
 from jaxreason.sampler import ALL
 from jaxreason.train import Run
 

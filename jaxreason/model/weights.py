@@ -23,9 +23,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxreason import hub
 from jaxreason.model.config import HUB_IDS, ModelConfig, read_hf, to_hf
 from jaxreason.options import read_object
+from jaxreason.runtime import hub
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (

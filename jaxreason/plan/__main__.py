@@ -8,7 +8,8 @@ import sys
 
 from absl import app, flags, logging
 
-from jaxreason import command, cost
+from jaxreason.options import command
+from jaxreason.plan import chips
 
 FLAGS = flags.FLAGS
 
@@ -79,11 +80,11 @@ def parse_flags(argv):
 
 def show_topologies() -> None:
     """Print what is known."""
-    for name, chip in cost.CHIPS.items():
+    for name, chip in chips.CHIPS.items():
         usd = chip.usd_per_hour
         price = "no price known" if usd is None else f"${usd:.2f} a chip and hour"
         print(
-            f"{name}: {chip.hbm_bytes / cost.GIB:.2f} GiB, {chip.flops_per_s / 1e12:.0f} TFLOP/s, "
+            f"{name}: {chip.hbm_bytes / chips.GIB:.2f} GiB, {chip.flops_per_s / 1e12:.0f} TFLOP/s, "
             f"{chip.hbm_bytes_per_s / 1e9:.0f} GB/s a chip, up to {chip.chips_per_host} chips a host, {price}"
         )
         print("  " + " ".join(f"{name}:{shape}" for shape in chip.topologies))

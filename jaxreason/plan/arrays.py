@@ -11,11 +11,12 @@ import os
 import jax
 from jax.experimental import topologies
 
-from jaxreason import batching, build, cost, sharding, text
+from jaxreason import batching, build, sharding, text
 from jaxreason.learner import new_state
 from jaxreason.model import transformer
 from jaxreason.model.transformer import decode_layer
 from jaxreason.options import call, unknown
+from jaxreason.plan import chips
 from jaxreason.plan.work import Work
 from jaxreason.sampler import Weights
 
@@ -27,8 +28,8 @@ def devices_of(topology: str):
     Raises:
       ValueError: it is unknown, or libtpu is missing.
     """
-    if topology not in cost.topology_names():
-        raise ValueError(f"{unknown('topology', topology, cost.topology_names())}; --topology=list shows them")
+    if topology not in chips.topology_names():
+        raise ValueError(f"{unknown('topology', topology, chips.topology_names())}; --topology=list shows them")
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("libtpu, the compiler for TPUs, is not installed; pip install -e '.[tpu]'")
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no cloud around that could say which TPU this is

@@ -6,11 +6,11 @@ import inspect
 import os
 from pathlib import Path
 
-from jaxreason import build, fields, objectives, optimizer, sharding
+from jaxreason import build, objectives, optimizer, sharding
 from jaxreason.cost import shared_length
 from jaxreason.model import attention
 from jaxreason.model.config import SIZES
-from jaxreason.options import call, unknown
+from jaxreason.options import call, fields, unknown
 from jaxreason.plan.arrays import devices_of, roller_of, state_of, weights_of
 from jaxreason.plan.work import Work, microbatch_choices
 

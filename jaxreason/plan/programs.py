@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxreason import cost, learner
+from jaxreason.plan import hlo
 from jaxreason.plan.arrays import (
     batch_of,
     meshes_of,
@@ -41,7 +42,7 @@ class Compiled(NamedTuple):
     results: float = 0.0  # that are not in the place of arguments
     temporaries: float = 0.0  # and results
     code: float = 0.0
-    program: cost.Program | None = None  # None: the compiler refused it
+    program: hlo.Program | None = None  # None: the compiler refused it
     flops: float = 0.0  # by formula
     times: int = 1  # in a step
 
@@ -59,7 +60,7 @@ def compile_program(
             raise
         return Compiled(name, time.perf_counter() - started_s, needed(str(error)))
     memory = compiled.memory_analysis()
-    program = cost.program_cost(compiled.as_text(), unknown_trips=trips, devices=mesh.size)
+    program = hlo.program_cost(compiled.as_text(), unknown_trips=trips, devices=mesh.size)
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
         name=name,

@@ -14,9 +14,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jaxreason import cost
 from jaxreason.model.config import count_parameters
 from jaxreason.options import unknown
+from jaxreason.plan import chips
 from jaxreason.plan.arrays import devices_of, processes_of
 from jaxreason.plan.memory import KINDS, Stage, fits, stages_of
 from jaxreason.plan.programs import Compiled, programs_of
@@ -31,8 +31,8 @@ def read_prices(path: str | None) -> dict[str, float]:
     if not isinstance(prices, dict):
         raise ValueError(f'{path} holds a {type(prices).__name__}; needed: an object such as {{"v5e": 1.2}}')
     for name, price in prices.items():
-        if name not in cost.CHIPS:
-            raise ValueError(unknown(f"chip in {path}", name, cost.CHIPS))
+        if name not in chips.CHIPS:
+            raise ValueError(unknown(f"chip in {path}", name, chips.CHIPS))
         if not isinstance(price, (int, float)) or price < 0:
             raise ValueError(f"price of {name} in {path} got {price!r}; allowed: a number, dollars a chip and hour")
     return prices
@@ -53,7 +53,7 @@ class Prediction(NamedTuple):
 
 def predict(work: Work, programs: Sequence[Compiled], efficiency: float, usd_per_hour: float | None) -> Prediction:
     """Time a step. `usd_per_hour` is that of a chip."""
-    seconds = {p.name: p.times * cost.roofline(p.program, work.chip).seconds / efficiency for p in programs}
+    seconds = {p.name: p.times * chips.roofline(p.program, work.chip).seconds / efficiency for p in programs}
     sampling = sum(s for name, s in seconds.items() if work.samples and name.startswith(("prefill", "decode")))
     learning = sum(s for name, s in seconds.items() if name.startswith(("train", "reference")))
     step_s = sampling + learning
@@ -86,7 +86,7 @@ def describe(work: Work, efficiency: float, prices: dict[str, float]) -> dict:
     whole = compiled and len(programs) == len(programs_of(work))
     return {
         "topology": work.topology,
-        "chips": cost.chips_of(work.topology),
+        "chips": chips.chips_of(work.topology),
         "devices": len(devices_of(work.topology)),
         "processes": processes_of(work),
         "mesh": dict(work.mesh),
@@ -118,8 +118,8 @@ def finite(size: float) -> float | None:
     return size if math.isfinite(size) else None
 
 
-def describe_program(p: Compiled, chip: cost.Chip) -> dict:
-    line, sent = cost.roofline(p.program, chip), sorted(p.program.sent.items())
+def describe_program(p: Compiled, chip: chips.Chip) -> dict:
+    line, sent = chips.roofline(p.program, chip), sorted(p.program.sent.items())
     return {
         "compile_s": p.compile_s,
         "times_a_step": p.times,
@@ -150,7 +150,7 @@ def show(found: dict) -> None:
     def gib(size: float | None) -> str:
         if not size:
             return "?" if size is None else ""
-        return f"{size / cost.GIB:,.2f}" if size > cost.GIB / 200 else "<0.01"
+        return f"{size / chips.GIB:,.2f}" if size > chips.GIB / 200 else "<0.01"
 
     mesh = ", ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
     console.print(
@@ -215,5 +215,5 @@ def verdict(found: dict) -> str:
     """Whether it fits, in a line."""
     sizes = {name: stage["total"] for name, stage in found["stages"].items()}
     worst = max(sizes, key=lambda name: math.inf if sizes[name] is None else sizes[name])
-    need = "more than was told" if sizes[worst] is None else f"{sizes[worst] / cost.GIB:.2f}"
-    return f"{'fits' if found['fits'] else 'does not fit'}: needs {need} of {found['hbm_bytes'] / cost.GIB:.2f} GiB ({worst})"
+    need = "more than was told" if sizes[worst] is None else f"{sizes[worst] / chips.GIB:.2f}"
+    return f"{'fits' if found['fits'] else 'does not fit'}: needs {need} of {found['hbm_bytes'] / chips.GIB:.2f} GiB ({worst})"

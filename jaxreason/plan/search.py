@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 
-from jaxreason import cost
+from jaxreason.plan import chips
 from jaxreason.plan.arrays import devices_of, slot_devices
 from jaxreason.plan.memory import fits, learner_stages, sampler_stages, still_stages
 from jaxreason.plan.work import Work, microbatch_choices
@@ -73,8 +73,8 @@ def other_meshes(work: Work) -> list[tuple[tuple[str, int], ...]]:
 
 def larger_topology(work: Work) -> str | None:
     """The smallest topology of the same chips that would hold the state and the layout of weights; nothing is compiled for it."""
-    kind, chips = work.topology.partition(":")[0], cost.chips_of(work.topology)
+    kind, count = work.topology.partition(":")[0], chips.chips_of(work.topology)
     for name in (f"{kind}:{shape}" for shape in work.chip.topologies):
-        if cost.chips_of(name) > chips and other_meshes(work._replace(topology=name)):
+        if chips.chips_of(name) > count and other_meshes(work._replace(topology=name)):
             return name
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from jaxreason import cost
+from jaxreason.plan import chips
 
 
 class Work(NamedTuple):
@@ -29,8 +29,8 @@ class Work(NamedTuple):
     new_tokens: int  # of an attempt, at most
 
     @property
-    def chip(self) -> cost.Chip:
-        return cost.CHIPS[self.topology.partition(":")[0]]
+    def chip(self) -> chips.Chip:
+        return chips.CHIPS[self.topology.partition(":")[0]]
 
     @property
     def row_devices(self) -> int:

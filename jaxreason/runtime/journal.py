@@ -15,12 +15,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxreason import compiling, ledger, processes
 from jaxreason import metrics as m
-from jaxreason.checkpoint import Checkpoints
 from jaxreason.environment import VerifierFailed, count_failures, verifier_failed
 from jaxreason.learner import name_metrics
-from jaxreason.runtime import resume
+from jaxreason.runtime import compiling, files, ledger, processes, resume, terminal
+from jaxreason.runtime import log as run_log
+from jaxreason.runtime.checkpoint import Checkpoints
 from jaxreason.runtime.resume import Found, Progress
 from jaxreason.sources import Drawn
 from jaxreason.types import Evaluation, Rollout
@@ -36,7 +36,13 @@ class Journal:
     """The records of one run. `run` is a `train.Run`."""
 
     def __init__(
-        self, run, workdir: Path, checkpoints: Checkpoints, log: m.RunLog, progress: Progress, check_stays: Callable[[], None]
+        self,
+        run,
+        workdir: Path,
+        checkpoints: Checkpoints,
+        log: run_log.RunLog,
+        progress: Progress,
+        check_stays: Callable[[], None],
     ):
         self.run, self.workdir, self.checkpoints, self.log = run, workdir, checkpoints, log
         self.progress, self.check_stays = progress, check_stays
@@ -94,7 +100,7 @@ class Journal:
         self.progress.waiting.append(named | self.drawn.metrics | times)
         self.last_update = metrics
         self.check_stays()
-        m.write_rollouts(
+        files.write_rollouts(
             self.workdir / "rollouts.jsonl",
             self.drawn.rollouts[: self.run.rollouts_kept],
             self.before + self.step,
@@ -206,13 +212,13 @@ class Journal:
         told = ("evaluations", "losses", "wall_s", "saving_s", "ledger")
         found = {name: value for name, value in self.host().items() if name in told}
         summary = {"done": done, "steps": step, "saved": self.saved, **found, **self.run.description}
-        m.write_summary(self.workdir / "summary.json", summary, write=processes.writes())
+        files.write_summary(self.workdir / "summary.json", summary, write=processes.writes())
         return summary
 
     def report(self) -> None:
         """Print what a person wants to see at the end: accuracies before and after, the cost, and three rollouts in full."""
         if self.progress.evaluations:
-            m.print_evaluations([Evaluation(**e) for e in self.progress.evaluations])
+            terminal.print_evaluations([Evaluation(**e) for e in self.progress.evaluations])
         for loss in self.progress.losses:
             print(f"{loss['text']}: {loss['nll']:.4f} nats a token at step {loss['step']} ({loss['phase']})")
         for kind, used in self.progress.ledger.items():
@@ -220,7 +226,7 @@ class Journal:
             work = "" if kind == "compile" else f"{used['tokens']:,.0f} tokens, {used['flops']:.3g} FLOPs, "
             print(f"{kind}: {work}{used['device_s']:,.0f} device seconds{energy}")
         last = [r for r in self.rollouts if r.temperature == self.rollouts[-1].temperature]
-        m.print_rollouts(last, 3, decode=self.run.decode)
+        terminal.print_rollouts(last, 3, decode=self.run.decode)
 
     # --- checkpoints ---
 
@@ -261,7 +267,7 @@ class Journal:
         self.warn_of_failed_save()
         self.check_stays()
         if steps and self.checkpoints.latest() != steps:
-            raise m.Unwritable(self.failure or f"there is no checkpoint of step {steps}, the last one")
+            raise files.Unwritable(self.failure or f"there is no checkpoint of step {steps}, the last one")
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
@@ -309,7 +315,7 @@ def open_journal(
     total_steps = sum(phase.steps for phase in run.phases)
     logged = -1 if found is None else found.logged
     progress = Progress() if found is None else Progress.read(found.host)
-    log = m.open_log(workdir, total_steps=total_steps, write=writes, resume_step=logged, **log_options)
+    log = run_log.open_log(workdir, total_steps=total_steps, write=writes, resume_step=logged, **log_options)
     journal = Journal(run, workdir, checkpoints, log, progress, check_stays)
     with log:
         yield journal
@@ -320,10 +326,10 @@ def told_how_to_continue(workdir: Path, checkpoints: Checkpoints, check_stays: C
     """Add to an error that ends a run from which step the same command continues."""
     try:
         yield
-    except m.Unwritable as error:
+    except files.Unwritable as error:
         check_stays()  # if the folder is gone, that is the error to show
         checkpoints.wait()  # it may be the newest
-        raise m.Unwritable(f"{error}; make room, or make it writable; {continues(checkpoints)}") from None
+        raise files.Unwritable(f"{error}; make room, or make it writable; {continues(checkpoints)}") from None
     except VerifierFailed as error:
         checkpoints.wait()
         path = workdir / "verifier_error.txt"

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxreason import ledger
-from jaxreason import metrics as m
-from jaxreason.checkpoint import Checkpoints, Damaged
 from jaxreason.learner import state_shapes
+from jaxreason.runtime import files, ledger
+from jaxreason.runtime.checkpoint import Checkpoints, Damaged
+from jaxreason.runtime.workdir import free_name
 from jaxreason.types import TrainState
-from jaxreason.workdir import free_name
 
 
 class NotResumable(Exception):
@@ -112,7 +111,7 @@ def begin_logs(workdir: Path, say: Callable[[str], None]) -> None:
     for path in (workdir / "metrics.jsonl", workdir / "rollouts.jsonl"):
         if path.is_file() and path.stat().st_size:
             aside = free_name(path)
-            with m.writing(path):
+            with files.writing(path):
                 path.rename(aside)
             say(f"there is no checkpoint, so the run starts anew; the {path.name} that was there is now {aside}")
 
@@ -121,11 +120,11 @@ def cut_logs(run, workdir: Path, found: Found, say: Callable[[str], None]) -> No
     """Drop the lines after the checkpoint, and say if lines before it are missing."""
     dropped, stretches = {}, logged_steps(run, found)
     for name, step in {"metrics.jsonl": found.logged, "rollouts.jsonl": found.step}.items():
-        got = m.truncate(workdir / name, step)
+        got = files.truncate(workdir / name, step)
         dropped[name] = got.dropped
         if got.aside is not None:
             say(f"warning: {workdir / name} had lines that are not of a log; they are left out, and {got.aside} has them")
-        if missing := m.lacking(got.steps, stretches[name]):
+        if missing := files.lacking(got.steps, stretches[name]):
             say(f"warning: {workdir / name} lacks steps {missing}, which are not made again")
     if any(dropped.values()):
         counts = ", ".join(f"{count} of {name}" for name, count in dropped.items())

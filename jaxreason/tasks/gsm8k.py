@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from hashlib import md5
 from pathlib import Path
 
-from jaxreason import hub
 from jaxreason.options import unknown
+from jaxreason.runtime import hub
 from jaxreason.tasks.hub import data_folder, read_rows
 from jaxreason.types import Task
 

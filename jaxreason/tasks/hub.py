@@ -3,7 +3,7 @@ fields, well-known ones by a short name.
 
 Files are read as they are, parquet, JSON lines or a JSON array; where a repository has
 none, its parquet copy on the branch `refs/convert/parquet` is. Nothing of a repository
-is executed. A fetched file stays in the hub's cache (see `jaxreason.hub`).
+is executed. A fetched file stays in the hub's cache (see `jaxreason.runtime.hub`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from math import inf, isfinite
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from jaxreason import hub as hub_
 from jaxreason.options import read_text, unknown
+from jaxreason.runtime import hub as hub_
 from jaxreason.tasks import splits
 from jaxreason.types import Task
 

@@ -68,8 +68,8 @@ def run_params(run: str):
     from ml_collections import ConfigDict
 
     from jaxreason.build import describe
-    from jaxreason.checkpoint import open_checkpoints
     from jaxreason.model import transformer
+    from jaxreason.runtime.checkpoint import open_checkpoints
 
     config = ConfigDict(json.loads((Path(run) / "config.json").read_text()))
     model = transformer(dataclasses.replace(describe(config.model.to_dict(), config.text.to_dict()).shape, dtype="float32"))

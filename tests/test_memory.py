@@ -9,7 +9,7 @@ import pytest
 PROGRAM = """
 import ctypes, os
 import jax
-from jaxreason import freed
+from jaxreason.runtime import memory
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
@@ -22,7 +22,7 @@ def leave_free(size, blocks):
     for block in made[:-1]:
         libc.free(block)
 
-freed.give_back()
+memory.give_back()
 jax.jit(lambda x: x + 1)(1)
 start = mib()
 leave_free(30 * 2**20, 2)  # glibc by itself would now keep all that is smaller than this
@@ -30,9 +30,9 @@ leave_free(20 * 2**20, 6)
 before = mib()
 leave_free(60_000, 2_000)
 small = mib()
-jax.monitoring.record_event_duration_secs(freed.COMPILED, 0.1)
+jax.monitoring.record_event_duration_secs(memory.COMPILED, 0.1)
 short = mib()
-jax.monitoring.record_event_duration_secs(freed.COMPILED, 2.0)
+jax.monitoring.record_event_duration_secs(memory.COMPILED, 2.0)
 long = mib()
 print(round(before - start), *(round(x - before) for x in (small, short, long)))
 """

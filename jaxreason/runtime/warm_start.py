@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxreason import processes, sharding
-from jaxreason.checkpoint import open_checkpoints, saved_steps
+from jaxreason import sharding
 from jaxreason.model import ModelConfig, lora, transformer, weights
+from jaxreason.runtime import processes
+from jaxreason.runtime.checkpoint import open_checkpoints, saved_steps
 
 # What two runs may choose differently and still compute the same from the same params.
 CHOICES = ("value_head", "lora", "dtype", "param_dtype", "scan_layers", "remat", "attention")

@@ -34,8 +34,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreason import processes
-from jaxreason.workdir import free_name
+from jaxreason.runtime import processes
+from jaxreason.runtime.workdir import free_name
 
 # Errors of a read that say nothing of what is read: to set a checkpoint aside would be wrong.
 NOT_THE_CHECKPOINTS = re.compile(

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from jaxreason import processes
+from jaxreason.runtime import processes
 
 QUIET = ("NONE", "")  # what the metadata server says when nothing is planned
 HOWS = ("", "stopped", "interrupted")  # what `stop()` returns

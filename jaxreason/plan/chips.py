@@ -1,0 +1,97 @@
+"""Chips: peak rates, memory, topologies and prices; and the least time that a program takes on one."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from jaxreason.plan.hlo import Program
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """A kind of accelerator; a chip is a jax device."""
+
+    hbm_bytes: float  # that a program may use
+    flops_per_s: float  # bfloat16, dense
+    hbm_bytes_per_s: float
+    ici_bytes_per_s: float  # sent along one axis of the torus, both directions together
+    usd_per_hour: float | None  # on demand; None: not known
+    price_source: str
+    chips_per_host: int  # at most; hosts of a slice of several have 4 each, as libtpu 0.0.42 has it
+    topologies: tuple[str, ...]  # that are offered
+
+
+# Memory: what libtpu 0.0.42's compiler calls available (2026-11-24); the rest of 16, 32 and 95 GB is its own.
+# FLOP/s and HBM bandwidth: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}, read 2026-11-24.
+# Interconnect: "How to Scale Your Model" (Austin et al. 2025), jax-ml.github.io/scaling-book/tpus, "ICI BW/link (bidi)"; a little
+# below the documentation's 400, 1200 and 800 GB/s a chip over 4, 6 and 4 ports (v5e, v5p, v6e).
+# Prices are list prices on demand in the United States, from cloud.google.com/tpu/pricing as quoted in the source that is named.
+# They change: give your own with --prices. A v4 is not here: libtpu describes its two cores as two devices, while on a v4 they
+# are one, and jax makes no mesh of such.
+CHIPS = {
+    "v5e": Chip(
+        hbm_bytes=15.75 * GIB,
+        flops_per_s=197e12,
+        hbm_bytes_per_s=819e9,
+        ici_bytes_per_s=90e9,
+        usd_per_hour=1.20,
+        price_source="$1.20, 'How to Scale Your Model', February 2025",
+        chips_per_host=8,
+        topologies=("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    ),
+    "v5p": Chip(
+        hbm_bytes=95.74 * GIB,
+        flops_per_s=459e12,
+        hbm_bytes_per_s=2765e9,
+        ici_bytes_per_s=180e9,
+        usd_per_hour=4.20,
+        price_source="$4.20, 'How to Scale Your Model', February 2025",
+        chips_per_host=4,
+        topologies=("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
+    ),
+    "v6e": Chip(
+        hbm_bytes=31.25 * GIB,
+        flops_per_s=918e12,
+        hbm_bytes_per_s=1638e9,
+        ici_bytes_per_s=180e9,
+        usd_per_hour=2.70,
+        price_source="$2.70 in us-east5, public notes of 2026-08-01",
+        chips_per_host=8,
+        topologies=("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    ),
+}
+
+
+def topology_names() -> list[str]:
+    """All topologies that are known, as `v5e:4x8`."""
+    return [f"{name}:{shape}" for name, chip in CHIPS.items() for shape in chip.topologies]
+
+
+def chips_of(topology: str) -> int:
+    """How many chips `v5e:4x8` has."""
+    return math.prod(map(int, topology.partition(":")[2].split("x")))
+
+
+class Roofline(NamedTuple):
+    """Seconds that a program takes at the least on a chip, if nothing of one kind of work waits for another."""
+
+    compute_s: float
+    memory_s: float
+    network_s: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self)
+
+    @property
+    def bound(self) -> str:
+        return ("compute", "HBM", "network")[self.index(max(self))]
+
+
+def roofline(program: Program, chip: Chip) -> Roofline:
+    """Time each kind of work at the chip's peak. Collectives are supposed to run along one axis of the torus, both ways."""
+    return Roofline(
+        program.flops / chip.flops_per_s, program.bytes / chip.hbm_bytes_per_s, program.sent_bytes / chip.ici_bytes_per_s
+    )

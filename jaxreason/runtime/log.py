@@ -1,0 +1,253 @@
+"""The log of a run: `metrics.jsonl`, TensorBoard, W&B and the live line.
+
+TensorBoard's events are not worth ending a run: if they can't be written, the run
+continues without them and says so.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from jaxreason.runtime.files import Unwritable, json_line, truncate, writing
+from jaxreason.runtime.terminal import duration, fitted, progress, visible
+
+PLAIN_EVERY_S = 10.0  # without a terminal, at most one line of progress in this time
+
+
+class Pace(NamedTuple):
+    """How long a step takes: an exponential average that starts anew in each phase."""
+
+    phase: str = ""
+    steps: int = 0
+    step_s: float = math.nan
+
+    def after(self, phase: str, step_s: float) -> Pace:
+        if phase != self.phase:
+            return Pace(phase, 1)  # the first step of a phase is slow even without its compilation
+        if self.steps == 1:
+            return Pace(phase, 2, step_s)
+        return Pace(phase, self.steps + 1, 0.9 * self.step_s + 0.1 * step_s)
+
+
+class RunLog:
+    """The open log of a run; see `open_log`. Use as a context manager, or call `close`."""
+
+    def __init__(self, file, board, wandb_run, console: Console | None, *, total_steps: int, start_s: float):
+        self._file, self._board, self._wandb_run, self._console = file, board, wandb_run, console
+        self._doing, self._doing_s, self._shown, self._size = "starting", time.monotonic(), "", 0
+        self._total_steps, self._start_s = total_steps, start_s
+        self._pace, self._latest, self._printed_s = Pace(), {}, -math.inf
+        self._live = None
+        if console is not None and console.is_terminal:
+            # Redirecting a stdout that is no terminal would send to the terminal what was meant for a file.
+            redirect = {"redirect_stdout": sys.stdout.isatty()}
+            self._live = Live(get_renderable=self._line, console=console, refresh_per_second=4, **redirect)
+            self._live.start()
+        atexit.register(self.close)  # a run that ends in an error must give the cursor back
+
+    def write(
+        self,
+        step: int,
+        phase: str,
+        values: Mapping[str, float],
+        *,
+        phase_step: int | None = None,
+        phase_steps: int | None = None,
+    ) -> None:
+        """Log `values` of the global `step`, which never decreases over a run; `phase_step` counts from the phase's start."""
+        if self._file is None:
+            return
+        time_s = round(time.monotonic() - self._start_s, 3)
+        record = {"step": step, "phase": phase, "phase_step": phase_step, "time_s": time_s}
+        if clash := record.keys() & values.keys():
+            raise ValueError(
+                f"metrics named {', '.join(sorted(clash))}; these are fields of the log; use a name such as train/loss"
+            )
+        values = {name: float(value) for name, value in values.items()}
+        self._reopen(step)
+        self._write_line(json_line(record | values))
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        if self._board is not None:
+            try:
+                self._board.write(step, finite)
+            except OSError as error:
+                board, self._board = self._board, None
+                self.say(
+                    f"warning: can't write to {board.folder}: {error.strerror or error}; TensorBoard gets no more of this run "
+                    "until it is started again, and metrics.jsonl has all of it"
+                )
+        if self._wandb_run is not None:
+            self._wandb_run.log(values, step=step)
+        if "time/step_s" in finite:
+            self._pace = self._pace.after(phase, finite["time/step_s"])
+        self._latest = (self._latest if self._latest.get("phase") == phase else {}) | {"phase": phase} | values
+        self._show(step, phase_step, phase_steps, now=any(name.startswith("eval/") for name in values))
+
+    def _reopen(self, step: int) -> None:
+        """Notice that somebody has moved, removed or cut the file that lines go to, and begin another where it was."""
+        path = getattr(self._file, "name", None)
+        if path is None:
+            return
+        with suppress(OSError):
+            there, mine = os.stat(path) if os.path.exists(path) else None, os.fstat(self._file.fileno())
+            if there is not None and os.path.samestat(there, mine) and mine.st_size >= self._size:
+                return
+            what = "moved or removed" if there is None else "replaced or cut"
+            self.say(f"warning: {path} was {what} while the run wrote it; the lines from step {step} on go to {path}")
+            file = open(path, "a", encoding="ascii")  # noqa: SIM115  (open for as long as the run)
+            self._file.close()
+            self._file = file
+
+    def _write_line(self, line: str) -> None:
+        try:
+            self._file.write(line)
+            self._file.flush()
+            self._size = self._file.tell()
+        except OSError as error:
+            with suppress(OSError):  # it holds what it could not write, and would fail again at exit
+                self._file.close()
+            raise Unwritable(f"can't write to {self._file.name}: {error.strerror or error}") from None
+
+    def _show(self, step: int, phase_step: int | None, phase_steps: int | None, now: bool) -> None:
+        if self._console is None:
+            return
+        step_s = self._pace.step_s if self._pace.phase == self._latest["phase"] else math.nan
+        line = progress(self._latest, step, self._total_steps, phase_step, phase_steps, step_s)
+        self._doing, self._shown = "", line
+        if self._live is not None:
+            self._live.refresh()
+        elif now or step >= self._total_steps or time.monotonic() - self._printed_s >= PLAIN_EVERY_S:
+            self._printed_s = time.monotonic()
+            self._console.print(Text(line), soft_wrap=True)
+
+    def _line(self) -> Text:
+        """The live line: of the last metrics, or else of what has been under way since; never more than one line."""
+        took = f" {duration(time.monotonic() - self._doing_s)}"
+        line = visible(self._doing + took) if self._doing else self._shown
+        return Text(fitted(line, self._console.width), no_wrap=True, overflow="ellipsis")
+
+    def doing(self, what: str) -> None:
+        """Say on the live line what is under way, and for how long, until there are other metrics."""
+        self._doing, self._doing_s = what, time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Print a line above the live one."""
+        if self._console is not None:
+            self._console.print(Text(visible(text)), soft_wrap=True)
+
+    def close(self) -> None:
+        """Close the files and leave the terminal as it was; again does nothing."""
+        atexit.unregister(self.close)
+        if self._live is not None:
+            self._live.stop()
+        if self._board is not None:
+            with suppress(OSError):
+                self._board.close()
+        if self._wandb_run is not None:
+            self._wandb_run.finish()
+        if self._file is not None:
+            self._file.close()
+        self._file = self._board = self._wandb_run = self._console = self._live = None
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+class Board:
+    """TensorBoard's events, by tensorboardX's writer of records, in this thread.
+
+    Its `SummaryWriter` has a thread of its own: a full disk ends that, and then every call waits for ever, at exit too.
+    """
+
+    def __init__(self, folder: str | os.PathLike, purge_step: int | None = None):
+        """Open a new file of events; TensorBoard shows none of earlier files from `purge_step` on."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        self.folder, self._event, self._scalar = os.fspath(folder), Event, scalar
+        os.makedirs(folder, exist_ok=True)
+        self._writer = EventsWriter(os.path.join(folder, "events"))
+        if purge_step is not None:
+            self._writer.write_event(Event(step=purge_step, file_version="brain.Event:2"))
+            self._writer.write_event(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+        self._writer.flush()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.write_event(self._event(step=step, wall_time=time.time(), summary=self._scalar(name, value)))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def open_log(
+    workdir: str | os.PathLike,
+    *,
+    total_steps: int,
+    resume_step: int | None = None,
+    tensorboard: bool = True,
+    wandb: Mapping[str, Any] | None = None,
+    live: bool = True,
+    write: bool = True,
+) -> RunLog:
+    """Open the log of a run in `workdir`: `metrics.jsonl`, and TensorBoard events in `tensorboard/`.
+
+    `wandb` is the keyword arguments of `wandb.init`, or None. `live` shows progress on stderr: one live line on a terminal, else
+    a plain line every ten seconds. `resume_step`, if given, is the step of the checkpoint a run goes on from: what was logged
+    after it is cut, and `time_s` goes on from what was kept. With `write` False nothing is opened and every method does nothing.
+
+    Raises:
+      ValueError: W&B is asked for but not installed.
+      Unwritable: the folder can't be written; so does `write` of the log.
+    """
+    if not write:
+        return RunLog(None, None, None, None, total_steps=total_steps, start_s=time.monotonic())
+    wandb_run = None if wandb is None else _import_wandb().init(**{"dir": os.fspath(workdir), **wandb})
+    path = Path(workdir, "metrics.jsonl")
+    last = None if resume_step is None else truncate(path, resume_step).last
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a", encoding="ascii")
+    board = None
+    if tensorboard:
+        folder = path.with_name("tensorboard")
+        with writing(folder):
+            board = Board(folder, None if resume_step is None else resume_step + 1)
+    return RunLog(
+        file,
+        board,
+        wandb_run,
+        Console(stderr=True, highlight=False) if live else None,
+        total_steps=total_steps,
+        start_s=time.monotonic() - _time_s(last),  # unlike that of the day this clock is never set back
+    )
+
+
+def _time_s(record: Mapping[str, Any] | None) -> float:
+    time_s = (record or {}).get("time_s", 0.0)
+    return time_s if isinstance(time_s, (int, float)) and math.isfinite(time_s) else 0.0
+
+
+def _import_wandb():
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("logging to W&B is asked for but wandb is not installed; pip install 'jaxreason[wandb]'") from None
+    return wandb

@@ -1,0 +1,138 @@
+"""What a person sees of a run: the live line, accuracies, rollouts.
+
+What a model wrote is data: its control characters and markup are shown, never obeyed.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jaxreason.types import Evaluation, Rollout
+
+SHOWN = (  # (metric, label, format): the live line, in this order
+    ("rollout/reward", "reward", "{:.3f}"),
+    ("rollout/correct", "accuracy", "{:.3f}"),
+    ("rollout/length", "length", "{:.0f}"),
+    ("train/loss", "loss", "{:.4f}"),
+    ("train/entropy", "entropy", "{:.3f}"),
+    ("perf/tokens_per_s", "tokens/s", "{:,.0f}"),
+)
+
+
+SHARES = (("time/sample_s", "sampling"), ("time/verify_s", "verifying"), ("time/learn_s", "learning"))
+
+
+def progress(
+    values: Mapping[str, Any],
+    step: int,
+    total_steps: int,
+    phase_step: int | None = None,
+    phase_steps: int | None = None,
+    step_s: float = math.nan,
+) -> str:
+    """Return the line of progress: what is among `values`, and no word of what is not.
+
+    The time left of the phase is for its own steps; that of the run supposes that later phases keep this pace, and says so.
+    """
+    phase = f"{values['phase']} {phase_step}/{phase_steps}" if phase_steps else str(values["phase"])
+    parts = [phase, f"step {step}/{total_steps}"]
+    left = phase_steps - phase_step if phase_steps and phase_step is not None else total_steps - step
+    if math.isfinite(step_s):
+        parts.append(f"eta {duration(left * step_s)}")
+        if total_steps - step > left:
+            parts.append(f"run {duration((total_steps - step) * step_s)} at this pace")
+    parts += [f"{label} {form.format(values[name])}" for name, label, form in SHOWN if name in values]
+    parts += [
+        f"{name.removeprefix('eval/').removesuffix('/accuracy')} {value:.3f}"
+        for name, value in values.items()
+        if name.startswith("eval/") and name.endswith("/accuracy")
+    ]
+    times = {label: values[name] for name, label in SHARES if name in values}
+    if (total_s := sum(times.values())) > 0:
+        parts.append(" ".join(f"{label} {value / total_s:.0%}" for label, value in times.items()))
+    return "  ".join(parts)
+
+
+def fitted(line: str, width: int) -> str:
+    """Leave out the last parts of a line of progress, until it fits `width`."""
+    parts = line.split("  ")
+    while len(parts) > 1 and len("  ".join(parts)) > width:
+        parts.pop()
+    return "  ".join(parts)
+
+
+def print_rollouts(
+    rollouts: Sequence[Rollout],
+    n: int = 3,
+    *,
+    decode: Callable[[np.ndarray], str] | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print the first n rollouts in full, each with its verdict; the question stands for the prompt unless `decode` is given."""
+    console = console or Console(highlight=False)
+    for rollout in rollouts[:n]:
+        verdict = rollout.verdict
+        heading = f"problem {rollout.problem}, attempt {rollout.attempt}: {'correct' if verdict.correct else 'wrong'}"
+        heading += f", reward {verdict.reward:g}, {len(rollout.tokens)} tokens, stopped by {rollout.stop}"
+        console.rule(Text(heading, style="green" if verdict.correct else "red"), align="left")
+        prompt = rollout.task.question if decode is None else decode(rollout.prompt)
+        for text, style in ((prompt, "dim"), (rollout.text, "")):
+            console.print(Text(visible(text, console.encoding), style=style), soft_wrap=True)
+        parsed = "no answer found" if verdict.parsed is None else f"answered {verdict.parsed}"
+        ending = f"{parsed}, expected {rollout.task.answer}" + (f" ({verdict.reason})" if verdict.reason else "")
+        console.print(Text(visible(ending, console.encoding), style="bold"), soft_wrap=True)
+
+
+def print_evaluations(evaluations: Iterable[Evaluation], *, console: Console | None = None) -> None:
+    """Print accuracy before and after: a row a suite and temperature, a column a phase (its last evaluation), and the change."""
+    cells: dict[tuple[str, float], dict[str, Evaluation]] = {}
+    phases: list[str] = []
+    for evaluation in evaluations:
+        cells.setdefault((evaluation.suite, evaluation.temperature), {})[evaluation.phase] = evaluation
+        if evaluation.phase not in phases:
+            phases.append(evaluation.phase)
+    table = Table(box=box.SIMPLE_HEAD)  # narrow enough for two phases on 80 columns
+    table.add_column("suite", no_wrap=True)
+    table.add_column("T", no_wrap=True)
+    for phase in phases:
+        table.add_column(Text(visible("start" if phase == "start" else f"after {phase}")))
+    if len(phases) > 1:
+        table.add_column("change", justify="right", no_wrap=True)
+    for (suite, temperature), row in cells.items():
+        accuracy = [f"{e.accuracy:.3f} {e.low:.2f}-{e.high:.2f}" if e else "-" for e in map(row.get, phases)]
+        seen = [row[phase].accuracy for phase in phases if phase in row]
+        change = [f"{seen[-1] - seen[0]:+.3f}" if len(seen) > 1 else "-"] if len(phases) > 1 else []
+        # Text, since in a plain string rich would take brackets for markup.
+        table.add_row(*(Text(visible(cell)) for cell in (suite, f"{temperature:g}", *accuracy, *change)))
+    (console or Console()).print(table)
+
+
+def visible(text: str, encoding: str = "utf-8") -> str:
+    r"""Return text that a terminal shows and never obeys: what is not printable, a newline or a tab becomes `\x1b` or the like.
+
+    That covers ANSI escapes, carriage returns, bidirectional overrides, zero-width characters, lone surrogates, and what
+    `encoding` lacks. Markup is no concern of it: give rich a `Text`.
+    """
+    hidden = ("C", "Zl", "Zp")  # control, format, surrogate, private, unassigned; line and paragraph separators
+    escaped = "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char).startswith(hidden) and char not in "\n\t" else char
+        for char in text
+    )
+    return escaped.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
