@@ -13,10 +13,8 @@ themselves which process is which; elsewhere `--coordinator_address=HOST:PORT --
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import itertools
-import json
 import os
 import platform
 import re
@@ -25,11 +23,11 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import ml_collections
 from absl import app, flags, logging
 
-from jaxreason.options import OFFERED, call, command, unknown
+from jaxreason.options import OFFERED, command, unknown
 from jaxreason.runtime import workdir as folders
+from jaxreason.runtime.workdir import config_text
 
 CONFIG = command.define("Config file and options, as configs/tiny.py:task=countdown,smoke; --config.rl.steps=10 changes a field.")
 WORKDIR = flags.DEFINE_string(
@@ -61,10 +59,6 @@ HEARTBEAT_TIMEOUT_S = flags.DEFINE_integer(
 INTERRUPTED = 130  # the exit code: 128 + SIGINT
 
 
-def config_text(config) -> str:
-    return json.dumps(config.to_dict(), indent=2, sort_keys=True, default=list)
-
-
 def default_workdir(config_flag: str, text: str) -> Path:
     """A folder for this very config: the one of an unfinished run if there is one, else one that is free."""
     path, _, options = config_flag.partition(":")
@@ -74,24 +68,6 @@ def default_workdir(config_flag: str, text: str) -> Path:
         folder = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
         if not folders.is_done(folder):
             return folder
-
-
-def dated(config, date: str | None):
-    """A config whose chat template takes `date` for today, unless it names a date of its own."""
-    section = config.get("text", {})
-    if section.get("format") != "chat" or section.get("date") is not None:
-        return config
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.text.date = date
-    return config
-
-
-def settled(config):
-    """A config with the splits that its sources and suites decide together: see `build.settle`."""
-    from jaxreason.build import settle
-
-    return ml_collections.ConfigDict(settle(config.to_dict()))
 
 
 def keep_compiled(folder: str | None) -> None:
@@ -216,87 +192,62 @@ def main(argv) -> None:
 
 def run(config) -> None:
     """Build the run of a config and train it, on this process and all others."""
-    import jax
-
-    from jaxreason.build import build, from_earlier, make_log
-    from jaxreason.environment import VerifierFailed
-    from jaxreason.model.weights import BadWeights
-    from jaxreason.runtime import memory, preemption
-    from jaxreason.runtime.checkpoint import check_writable, open_checkpoints, saved_steps
-    from jaxreason.runtime.files import Unwritable, replacing, writing
-    from jaxreason.runtime.processes import gather, together, writes
-    from jaxreason.train import Diverged, Interrupted, NotResumable, Stopped, train
-
-    def tell(line: str) -> None:
-        if writes():
-            print(line, flush=True)
-
-    def ending() -> str:
-        unlock()
-        return f"interrupted; {folders.continues(workdir)}"
+    from jaxreason.runtime import memory
+    from jaxreason.runtime.files import Unwritable
+    from jaxreason.runtime.start import open_run
 
     memory.give_back()
-    mine = config_text(config)
-    wanted = WORKDIR.value or default_workdir(flags.FLAGS["config"].config_filename, mine)
-    today = datetime.date.today().isoformat()
-    texts, workdirs, dates = zip(*gather((mine, Path(os.path.expanduser(wanted)), today)), strict=True)
-    text, workdir = texts[0], workdirs[0]
-    unlock, check_stays, anew = (lambda: None), (lambda: None), RESUME.value == "never"
-    with contextlib.ExitStack() as opened:
-        stop = opened.enter_context(preemption.watch(ending))
+    flag = flags.FLAGS["config"]
+    folder = Path(os.path.expanduser(WORKDIR.value or default_workdir(flag.config_filename, config_text(config))))
+    how = {"resume": RESUME.value, "accept_config_change": ACCEPT_CONFIG_CHANGE.value, "say": tell}
+    with contextlib.ExitStack() as stack:
         try:
-            if differ := [process for process, other in enumerate(texts) if other != text]:
-                raise ValueError(f"process {differ[0]} has another config than process 0; start all with the same command")
-            begun = dates[0] if anew else together(folders.begun, workdir, dates[0])
-            config = together(settled, dated(config, gather(begun)[0]))
-            text = config_text(config)
-            how = {"resume": RESUME.value, "accept_config_change": ACCEPT_CONFIG_CHANGE.value, "say": tell}
-            together(folders.check, workdir, text, read=from_earlier, **how)
-            recorded = {} if anew else folders.revisions(workdir)
-            pinned = {} if ACCEPT_CONFIG_CHANGE.value else recorded
-            made = together(build, config, resumes=not anew and bool(saved_steps(workdir / "checkpoints")), revisions=pinned)
-            if not anew:
-                together(folders.check_steps, workdir, sum(phase.steps for phase in made.phases))
-            used = made.provenance["revisions"]
-            if len(set(gather(json.dumps(used)))) > 1:
-                raise ValueError(f"processes found different commits on the hub, {used} here; set revision=... of task and model")
-            now = {name: used.get(name, commit) for name, commit in recorded.items()}
-            for line in folders.differences({"revisions": recorded}, {"revisions": now}).values():
-                tell(f"config changed: {line}")
-            together(check_writable, workdir, over=folders.WRITTEN_OVER)
-            if writes():
-                unlock = together(folders.lock, workdir, tell)
-                check_stays = folders.stays(workdir)
-            else:
-                together(lambda: None)
-            opened.callback(unlock)
-            together(folders.set_aside if anew and writes() else lambda *_: None, workdir, tell)
-            section = config.checkpoint.to_dict()
-            checkpoints = together(call, open_checkpoints, section, "config.checkpoint", folder=workdir / "checkpoints")
-            opened.callback(checkpoints.close)
-            if writes():  # in place of the one before, which a full disk must not cut short: a run without a config can't go on
-                with writing(workdir / "config.json"), replacing(workdir / "config.json") as file:
-                    file.write(json.dumps(json.loads(text) | {"revisions": used}, indent=2, sort_keys=True))
+            opened = stack.enter_context(open_run(config, folder, **how))
         except (ValueError, OSError, Unwritable) as error:
             fail(error)
-        tell(f"workdir: {workdir}")
-        try:
-            log_options = make_log(**config.log.to_dict())[1]
-            train(made, workdir, checkpoints, log_options=log_options, stop=stop, check_stays=check_stays, say=tell)
-        except Interrupted as interrupted:
-            if writes():
-                print(interrupted, file=sys.stderr, flush=True)
-            sys.exit(INTERRUPTED)
-        except Stopped as stopped:
-            return tell(str(stopped))
-        except (Diverged, NotResumable, BadWeights) as error:
-            fail(error)
-        except (Unwritable, VerifierFailed, folders.Moved) as error:
-            if jax.process_count() > 1:  # the others fare well, and would wait: `processes.end` ends them too
-                raise
-            fail(error)
-    for line in what_next(workdir, flags.FLAGS["config"].config_filename, flags.FLAGS["config"].config_changes):
+        tell(f"workdir: {opened.folder}")
+        if not train_to_the_end(opened):
+            return
+    for line in what_next(opened.folder, flag.config_filename, flag.config_changes):
         tell(line)
+
+
+def train_to_the_end(opened) -> bool:
+    """Train an opened run; return whether it came to its end. Errors that a user can mend end the program in one line."""
+    import jax
+
+    from jaxreason.environment import VerifierFailed
+    from jaxreason.model.weights import BadWeights
+    from jaxreason.runtime.files import Unwritable
+    from jaxreason.runtime.processes import writes
+    from jaxreason.train import Diverged, Interrupted, NotResumable, Stopped, train
+
+    run, folder, checkpoints, stop, check_stays = opened
+    how = {"log_options": run.log_options, "stop": stop, "check_stays": check_stays, "say": tell}
+    try:
+        train(run, folder, checkpoints, **how)
+    except Interrupted as interrupted:
+        if writes():
+            print(interrupted, file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
+    except Stopped as stopped:
+        tell(str(stopped))
+        return False
+    except (Diverged, NotResumable, BadWeights) as error:
+        fail(error)
+    except (Unwritable, VerifierFailed, folders.Moved) as error:
+        if jax.process_count() > 1:  # the others fare well, and would wait: `processes.end` ends them too
+            raise
+        fail(error)
+    return True
+
+
+def tell(line: str) -> None:
+    """Print a line, on one process of a run."""
+    from jaxreason.runtime.processes import writes
+
+    if writes():
+        print(line, flush=True)
 
 
 def what_next(workdir: Path, config_flag: str, changes: Mapping[str, str]) -> list[str]:

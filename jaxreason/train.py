@@ -68,6 +68,8 @@ class Run(NamedTuple):
     sample_devices: int = 1  # of all processes
     watts: float | None = None  # of a device, for the ledger
     rollouts_kept: int = 64  # of each step, in rollouts.jsonl
+    log_options: Mapping[str, Any] = {}  # for `runtime.log.open_log`
+    open_checkpoints: Callable[..., Checkpoints] | None = None  # (folder)
 
 
 class Stopped(Exception):

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict, config_dict
 from jaxreason import build as builder
 from jaxreason import main, text
 from jaxreason.build import make_text
-from jaxreason.runtime import workdir
+from jaxreason.runtime import start, workdir
 from jaxreason.text.chat import chat
 from jaxreason.text.template import clock, render
 from jaxreason.types import Message, Task
@@ -172,17 +172,17 @@ def test_the_date_of_a_run_is_that_of_its_beginning(tmp_path):
     """A resume after midnight is the same run: its config says the same."""
     asked = chat_config(date=config_dict.placeholder(str))
     day = workdir.begun(tmp_path, "2026-11-27")
-    (tmp_path / "config.json").write_text(main.config_text(main.dated(asked, day)))
-    again = main.config_text(main.dated(asked, workdir.begun(tmp_path, "2026-11-28")))
+    (tmp_path / "config.json").write_text(main.config_text(start.dated(asked, day)))
+    again = main.config_text(start.dated(asked, workdir.begun(tmp_path, "2026-11-28")))
     assert json.loads(again)["text"]["date"] == "2026-11-27"
     workdir.check(tmp_path, again, resume="auto", accept_config_change=False, say=pytest.fail)
     assert asked.text.date is None  # what names the folder does not change with the day
     # A date that the config names stays, and so does a run that began without one.
-    assert main.dated(chat_config(date="2020-01-01"), day).text.date == "2020-01-01"
+    assert start.dated(chat_config(date="2020-01-01"), day).text.date == "2020-01-01"
     (tmp_path / "config.json").write_text(main.config_text(chat_config()))
-    assert main.dated(chat_config(), workdir.begun(tmp_path, "2026-11-28")).text.date is None
+    assert start.dated(chat_config(), workdir.begun(tmp_path, "2026-11-28")).text.date is None
     plain = ConfigDict({"text": {"format": "plain"}})
-    assert main.dated(plain, day) is plain
+    assert start.dated(plain, day) is plain
 
 
 def test_nothing_in_a_template_is_drawn_at_random():

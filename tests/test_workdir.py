@@ -468,7 +468,7 @@ def test_checkpoints_that_cannot_be_written_end_a_run_at_its_last_step_and_not_b
 FILLED = """
 import pathlib, resource, sys, time
 from absl import app
-from jaxreason import main, metrics
+from jaxreason import main
 
 def fill():
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))

@@ -127,10 +127,11 @@ def make_log(
     tensorboard: bool = True,  # write tensorboard/
     live: bool = True,  # show a live table, on a terminal
     wandb: dict | None = None,  # arguments of wandb.init; None: not used
-) -> tuple[dict, dict]:
-    """What the loop is to know of it: how many rollouts of a step are written, the watts of a device; and the log's options."""
+) -> dict:
+    """Return the fields of a `Run` that are about its log."""
     if rollouts_kept < 0:
         raise ValueError(f"config.log.rollouts_kept got {rollouts_kept}; allowed: 0 (none) or more of each step")
     if watts is not None and not watts > 0:
         raise ValueError(f"config.log.watts got {watts}; allowed: None, or what a device takes at work, above 0")
-    return {"rollouts_kept": rollouts_kept, "watts": watts}, {"tensorboard": tensorboard, "live": live, "wandb": wandb}
+    options = {"tensorboard": tensorboard, "live": live, "wandb": wandb}
+    return {"rollouts_kept": rollouts_kept, "watts": watts, "log_options": options}

@@ -24,6 +24,7 @@ from jaxreason.model import config as model_config
 from jaxreason.model import weights as weights_
 from jaxreason.options import call
 from jaxreason.runtime import hub
+from jaxreason.runtime.checkpoint import open_checkpoints
 from jaxreason.sampler import ALL
 from jaxreason.train import Run
 
@@ -81,7 +82,6 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
     phases = [call(make_phase, config[name], f"config.{name}", name=name, parts=parts) for name in phase_names]
     evaluate, filter = call(make_evaluate, config["evaluate"], "config.evaluate", parts=parts)
     filters = [ALL] * any(phase.source.samples for phase in phases) + [filter] * (filter is not None)
-    recorded, _ = call(make_log, config["log"], "config.log")
 
     return Run(
         model=model,
@@ -93,7 +93,8 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
         seed=config["seed"],
         decode=lambda ids: tokenizer.decode([int(i) for i in ids]),
         sample_devices=meshes.sample.size * jax.process_count(),
-        **recorded,
+        **call(make_log, config["log"], "config.log"),
+        open_checkpoints=functools.partial(call, open_checkpoints, config["checkpoint"], "config.checkpoint"),
         provenance={"config": json.loads(json.dumps(config, default=list)), **versions()},
         description={"config": config, "parameters": model_config.count_parameters(shape)},
     )

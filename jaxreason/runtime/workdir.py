@@ -35,6 +35,11 @@ WRITTEN_OVER = ("config.json", "lock", "tensorboard")  # what a run finds of one
 BEAT_S = 10.0  # how often a run touches its lock
 
 
+def config_text(config) -> str:
+    """A config as `config.json` has it."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True, default=list)
+
+
 def is_done(folder: Path) -> bool:
     try:
         return (json_object(folder / "summary.json") or {}).get("done") is True
