@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,12 +104,10 @@ def train(
     """
     workdir, steps = Path(workdir), sum(phase.steps for phase in run.phases)
     with told_how_to_continue(workdir, checkpoints, check_stays):
-        started_s = time.monotonic()
         found = resume.find_newest(run, checkpoints, say)
-        found_s = time.monotonic() - started_s
         how = {"log_options": log_options or {}, "check_stays": check_stays, "say": say}
         with open_journal(run, workdir, checkpoints, found, **how) as journal:
-            params = first_params(run, journal) if found is None else journal.tell_found(found, found_s)
+            params = first_params(run, journal) if found is None else journal.tell_found(found)
             for index in range(0 if found is None else found.host["phase"], len(run.phases)):
                 if run.phases[index].steps:
                     params, found = train_phase(run, index, params, journal, found, stop), None

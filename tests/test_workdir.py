@@ -469,6 +469,7 @@ FILLED = """
 import pathlib, resource, sys, time
 from absl import app
 from jaxreason import main
+from jaxreason.runtime import log as run_log
 
 def fill():
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))

@@ -53,10 +53,10 @@ class Journal:
         self.verifier_warnings = 0  # shown so far
         self.phase = self.before = self.step = None  # the phase, the steps before it, the step in it
 
-    def tell_found(self, found: Found, found_s: float) -> None:
+    def tell_found(self, found: Found) -> None:
         """Say from where the run continues."""
         steps, phase = sum(phase.steps for phase in self.run.phases), self.run.phases[found.host["phase"]]
-        self.log.say(f"going on from step {found.step} of {steps}, in phase {phase.name}; read in {found_s:.1f} s")
+        self.log.say(f"going on from step {found.step} of {steps}, in phase {phase.name}; read in {found.read_s:.1f} s")
         if differ := resume.changed_versions(found, self.run.provenance):
             self.log.say(f"warning: the checkpoint was made with {'; '.join(differ)}; what follows may differ in rounding")
 

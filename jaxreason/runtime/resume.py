@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,7 @@ class Found(NamedTuple):
     host: dict  # the host's part of the checkpoint: `Progress`, and what the run was made from
     state: TrainState
     reference: Any  # params, or None where the phase has none
+    read_s: float = 0.0  # seconds that it took to find and read
 
     @property
     def logged(self) -> int:
@@ -67,10 +69,11 @@ def find_newest(run, checkpoints: Checkpoints, say: Callable[[str], None]) -> Fo
     Raises:
       NotResumable: a checkpoint of another run or version, or none that is whole.
     """
-    steps = checkpoints.steps()
+    started_s, steps = time.monotonic(), checkpoints.steps()
     for step in steps:
         try:
-            return restore(run, checkpoints, step)
+            found = restore(run, checkpoints, step)
+            return found._replace(read_s=time.monotonic() - started_s)
         except Damaged as error:
             say(f"{error}; set aside")
             checkpoints.set_aside(step)
