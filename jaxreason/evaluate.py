@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxreason.draw import ALL, Filter
 from jaxreason.environment import Environment
 from jaxreason.estimators import wilson
 from jaxreason.rollout import ALONE, Request, Roller, collect_share, join_shares
-from jaxreason.sampler import ALL, Filter
 from jaxreason.types import Batch, Evaluation, Prompted, Rollout
 
 EVALUATION = 2**31  # folded into the seed's key here; training folds in the number of the phase

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxreason.draw import ALL, Filter
 from jaxreason.environment import Environment, Step, Threads, Turn, late
 from jaxreason.runtime import processes
-from jaxreason.sampler import ALL, MEMBERS, RUNNING, STOPS, Filter, Sampler, Weights, attempt_keys
+from jaxreason.sampler import MEMBERS, RUNNING, STOPS, Sampler, Weights, attempt_keys
 from jaxreason.types import Group, Rollout, Task
 
 THREADS = 8  # that environments run in

@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxreason import sharding
+from jaxreason.draw import ALL, Filter, sample, uniforms
 from jaxreason.model import Model
 from jaxreason.model import cache as kv
 
@@ -67,19 +68,6 @@ class Weights(NamedTuple):
 
     prefill: Any
     decode: Any
-
-
-class Filter(NamedTuple):
-    """Which words may be drawn, after the temperature: the `top_k` likeliest (0: all), of these the fewest whose share is at
-    least `top_p` (Holtzman et al. 2019, arXiv 1904.09751), of these the ones at least `min_p` times as likely as the likeliest
-    (Nguyen et al. 2024, arXiv 2407.01082)."""
-
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-
-ALL = Filter()
 
 
 class Sampler(NamedTuple):
@@ -116,108 +104,26 @@ def attempt_keys(key, problem_R, attempt_R):
 attempt_keys = jax.jit(attempt_keys)
 
 
-def bare_of(slots: Slots) -> tuple[Slots, Any, Any]:
-    """Slots without their caches, and these: what moves the rest need not move them."""
-    return dataclasses.replace(slots, cache=None, prompts=None), slots.cache, slots.prompts
+class Spec(NamedTuple):
+    """What a sampler is compiled for."""
 
+    model: Model
+    slots: int
+    length: int
+    buckets: tuple[int, ...]
+    eos_ids: tuple[int, ...]
+    chunk_tokens: int
+    prefill_tokens: int
+    prompt_rows: int
+    prompt_columns: int
+    cache_dtype: Any
+    untempered_logp: bool
+    mesh: Any
 
-def with_caches(bare: Slots, cache, prompts) -> Slots:
-    return dataclasses.replace(bare, cache=cache, prompts=prompts)
-
-
-# --- drawing a token ---
-
-
-def uniforms(key_S, position_S):
-    """Two uniforms for the token at a position of each rollout, [S, 2]; `key_S` are the key data of (problem, attempt)."""
-    keys_S = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(key_S), position_S)
-    return jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_S)
-
-
-def sample(logits_SV, u_S2, temperature, filter: Filter = ALL):
-    """Sample a token a row by its two uniforms, and its log-prob under the tempered and filtered distribution.
-
-    Temperature 0 takes the most likely token; the log-prob is then that of temperature 1.
-    """
-    greedy = temperature <= 0
-    scaled_SV = logits_SV / jnp.where(greedy, 1.0, temperature)
-    highest_S = jnp.max(scaled_SV, axis=-1)
-    p_SV = kept(jnp.exp(scaled_SV - highest_S[:, None]), filter)
-    # The likeliest has exactly 1. An argmax over all words took 3.9 ms of the 55 ms of a decode step, used or not (16 rows of
-    # SmolLM2-135M's shape, one EPYC core, Zen 5, 2026-11-26).
-    token_S = draw(jnp.where(greedy, p_SV == 1, p_SV), jnp.where(greedy, 0.0, u_S2)).astype(jnp.int32)
-    chosen_S = jnp.take_along_axis(scaled_SV, token_S[:, None], axis=1)[:, 0]
-    return token_S, chosen_S - highest_S - jnp.log(jnp.sum(p_SV, axis=-1))
-
-
-def kept(p_SV, filter: Filter):
-    """Set to zero what a filter leaves out. `p_SV` need not sum to one. Words equally likely are kept or left together."""
-    if filter.top_k:
-        kth_S1 = jax.lax.top_k(p_SV, min(filter.top_k, p_SV.shape[1]))[0][:, -1:]
-        p_SV = jnp.where(p_SV >= kth_S1, p_SV, 0)
-    if filter.top_p < 1:
-        falling_SV = -jnp.sort(-p_SV, axis=-1)
-        before_SV = jnp.cumsum(falling_SV, axis=-1) - falling_SV  # share of what is likelier
-        needed_SV = before_SV < filter.top_p * jnp.sum(p_SV, axis=-1, keepdims=True)
-        least_S1 = jnp.min(jnp.where(needed_SV, falling_SV, jnp.inf), axis=-1, keepdims=True)
-        p_SV = jnp.where(p_SV >= least_S1, p_SV, 0)
-    if filter.min_p:
-        p_SV = jnp.where(p_SV >= filter.min_p * jnp.max(p_SV, axis=-1, keepdims=True), p_SV, 0)
-    return p_SV
-
-
-def draw(p_SV, u_S2, width: int = 128):
-    """Draw an index a row in proportion to `p_SV`, which need not sum to one: the inverse of its cumulative sum at two uniforms.
-
-    One picks a block of `width` words, the other a word in it; two zeros pick the first that is not 0. Gumbel noise, one number
-    for each word, took a quarter of a decode step on a CPU (16 rows of SmolLM2-135M's shape, one EPYC core, 2026-11-24: 99 ms
-    with it, 73 ms so).
-    """
-    p_SNW = split_blocks(p_SV, width)
-    block_S = invert(jnp.sum(p_SNW, axis=-1), u_S2[:, 0])
-    return block_S * width + invert(take_block(p_SNW, block_S), u_S2[:, 1])
-
-
-def invert(p_SV, u_S, width: int = 16):
-    """Return the first index of each row at which the cumulative sum is above the share `u_S` of the whole.
-
-    First the block of `width` that it is in: two short cumulative sums take less than a long one (a draw from 64 x 128 words in
-    12 us, not 32, best of 12; from 16 x 49152 in 335, not 359, best of 3; softmax included, one Zen 5 EPYC core, 2026-11-26).
-    """
-    p_SNW = split_blocks(p_SV, width)
-    sum_SN = jnp.sum(p_SNW, axis=-1)
-    block_S, left_S = first_above(sum_SN, u_S * jnp.sum(sum_SN, axis=-1))
-    word_S, _ = first_above(take_block(p_SNW, block_S), left_S)
-    return block_S * width + word_S
-
-
-def first_above(p_SV, target_S):
-    """Return the first index of each row at which the cumulative sum is above the target, and the target less what is before it.
-
-    If by rounding there is none: the last index that is not 0.
-    """
-    _, V = p_SV.shape
-    index_V, possible_SV = jnp.arange(V), p_SV > 0
-    sum_SV = jnp.cumsum(p_SV, axis=-1)
-    # A sum made in parallel may rise by a rounding where p is 0.
-    first_S = jnp.min(jnp.where(possible_SV & (sum_SV > target_S[:, None]), index_V, V), axis=-1)
-    index_S = jnp.minimum(first_S, jnp.max(jnp.where(possible_SV, index_V, 0), axis=-1))
-    before_S = jnp.take_along_axis(sum_SV - p_SV, index_S[:, None], axis=1)[:, 0]
-    return index_S, target_S - before_S
-
-
-def split_blocks(p_SV, width: int):
-    """Split each row into N blocks of `width`, the last filled up with zeros: [S, N, W]."""
-    S, V = p_SV.shape
-    return jnp.pad(p_SV, ((0, 0), (0, -V % width))).reshape(S, -1, width)
-
-
-def take_block(p_SNW, block_S):
-    """Return one block of each row, [S, W]."""
-    return jnp.take_along_axis(p_SNW, block_S[:, None, None], axis=1)[:, 0]
-
-
-# --- the sampler ---
+    @property
+    def devices(self) -> int:
+        """That slots and prompts are split over."""
+        return 1 if self.mesh is None else sharding.row_devices(self.mesh)
 
 
 def cache_buckets(length: int, smallest: int = 128, fine: bool = False) -> tuple[int, ...]:
@@ -258,272 +164,355 @@ def compile_sampler(
     Raises:
       ValueError: slots, prompts, heads or buckets that do not fit.
     """
-    S, T = slots, length
-    sizes = (slots, *sizes)
-    buckets = tuple(buckets or cache_buckets(length))
+    buckets, sizes = tuple(buckets or cache_buckets(length)), (slots, *sizes)
     if prefill_tokens is None:
         prefill_tokens = 128 if jax.default_backend() == "cpu" else 1024
-    if list(buckets) != sorted(set(buckets)) or buckets[0] < 1 or buckets[-1] != length:
-        raise ValueError(f"sampler got cache buckets {buckets}; allowed: rising sizes that end with its length, {length}")
-    if list(sizes) != sorted(set(sizes), reverse=True) or sizes[-1] < 1:
-        raise ValueError(f"sampler got {S} slots and then {sizes[1:]}; allowed: falling numbers, 1 or more")
-    devices = 1 if mesh is None else sharding.row_devices(mesh)
-    for size, what in [*((size, "slots") for size in sizes), (prompt_rows, "rows of prompts")]:
-        if size % devices:
-            raise ValueError(f"sampler got {size} {what}, which do not divide over {devices} devices; choose a multiple")
-    eos = jnp.asarray(eos_ids, jnp.int32)
-
-    def empty() -> Slots:
-        key_words = jax.random.key_data(jax.random.key(0)).shape
-        return Slots(
-            cache=model.init_cache(S, buckets[0], cache_dtype),
-            prompts=model.init_cache(prompt_rows, prompt_columns or T, cache_dtype) if prompt_rows else None,
-            prompt_tokens_R=jnp.zeros(prompt_rows, jnp.int32),
-            prompt_S=jnp.full(S, -1, jnp.int32),
-            tokens_ST=jnp.zeros((S, T), jnp.int32),
-            logp_ST=jnp.zeros((S, T), jnp.float32),
-            untempered_ST=jnp.zeros((S, T), jnp.float32) if untempered_logp else None,
-            sampled_ST=jnp.zeros((S, T), bool),
-            length_S=jnp.ones(S, jnp.int32),
-            limit_S=jnp.ones(S, jnp.int32),
-            stop_S=jnp.full(S, EMPTY, jnp.int32),
-            key_S=jnp.zeros((S, *key_words), jnp.uint32),
-        )
-
-    def prefix(slots: Slots, read_S):
-        """The prompts that the slots `read_S` continue, for `model.apply`.
-
-        A slot that has stopped still names its prompt: counted among its `MEMBERS`, it would push out one that runs.
-        """
-        if slots.prompts is None:
-            return None
-        row_S = jnp.where(read_S, slots.prompt_S, -1)
-        return kv.Prefix(slots.prompts, kv.members(row_S, slots.prompt_tokens_R, MEMBERS, devices))
-
-    def feed(params, tokens_BF, position_BF, cache, width: int, prefix=None):
-        """Write the keys and values of tokens into a cache, `width` columns at a time, up to the last that has a position."""
-        pad = ((0, 0), (0, -tokens_BF.shape[1] % width))
-        tokens_BF, position_BF = jnp.pad(tokens_BF, pad), jnp.pad(position_BF, pad, constant_values=-1)
-        last = jnp.max(jnp.where(position_BF >= 0, jnp.arange(position_BF.shape[1]) + 1, 0))
-
-        def some(i, cache):
-            cut = [jax.lax.dynamic_slice_in_dim(x, i * width, width, axis=1) for x in (tokens_BF, position_BF)]
-            return model.apply(params, *cut, cache=cache, prefix=prefix)[1]
-
-        return jax.lax.fori_loop(0, -(-last // width), some, cache)
-
-    def prefill(weights: Weights, tokens_PT, length_P):
-        """Return the keys and values of prompts, which are padded on the right. Rows of length 1 cost nothing."""
-        P, columns = tokens_PT.shape
-        width = min(prefill_tokens, columns)
-        together = -(-min(prefill_tokens // width * devices, P) // devices) * devices  # rows in a pass, as many on each device
-        tokens_PT, length_P = jnp.pad(tokens_PT, ((0, -P % together), (0, 0))), jnp.pad(length_P, (0, -P % together))
-        # All but the last token of a prompt: the first decode step feeds that one.
-        column_PT = jnp.broadcast_to(jnp.arange(columns), tokens_PT.shape)
-        position_PT = jnp.where(column_PT < length_P[:, None] - 1, column_PT, -1)
-
-        def some(i, cache):
-            cut = (jax.lax.dynamic_slice_in_dim(x, i * together, together) for x in (tokens_PT, position_PT))
-            tokens, position = (sharding.keep_rows(x, mesh) for x in cut)
-            part = model.init_cache(together, columns, cache_dtype, stacked=stacked)
-            part = part if mesh is None else jax.lax.with_sharding_constraint(part, part_out)
-            part = feed(weights.prefill, tokens, position, part, width)
-            put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * together, axis=int(stacked))
-            return jax.tree.map(put, cache, part)
-
-        stacked = not isinstance(weights.prefill["layers"], tuple)
-        cache = model.init_cache(len(length_P), columns, cache_dtype, stacked=stacked)
-        cache = jax.lax.fori_loop(0, len(length_P) // together, some, cache)
-        return jax.tree.map(lambda x: x[:, :P] if stacked else x[:P], cache)
-
-    def place(slots: Slots, prefilled, own_S, prompt_R) -> Slots:
-        """Copy row `own_S[s]` of what was prefilled to the own columns of slot s, and row `prompt_R[r]` to row r of the prompts.
-
-        Negative: nothing.
-        """
-
-        fits = slots.prompts is None or kv.columns_of(prefilled) <= kv.columns_of(slots.prompts)
-        assert fits, "a row of prompts must hold the longest"
-
-        def put(cache, from_B):
-            """All rows are given, those that are copied first, and their number: one program, whatever they are."""
-            placed_B = from_B >= 0
-            to_B = np.argsort(~placed_B, kind="stable")
-            count = np.int32(placed_B.sum())
-            return kv.by_layer(lambda layer, i: copy_rows(layer, kv.layer(prefilled, i), i, to_B, from_B[to_B], count), cache)
-
-        prompts = slots.prompts if slots.prompts is None else put(slots.prompts, prompt_R)
-        return dataclasses.replace(slots, cache=put(slots.cache, own_S), prompts=prompts)
-
-    def start(slots: Slots, start_S, tokens_ST, length_S, limit_S, key_S, prompt_S, prompt_tokens_R) -> Slots:
-        """Start an attempt in each slot of `start_S`, at the prompt `tokens_ST[s]`, of which all tokens but the last are placed.
-
-        Slot s continues row `prompt_S[s]` of the prompts, if it is not negative. `prompt_tokens_R` are those of all rows.
-        """
-        bare, cache, prompts = bare_of(slots)
-        return with_caches(
-            start_bare(bare, start_S, tokens_ST, length_S, limit_S, key_S, prompt_S, prompt_tokens_R), cache, prompts
-        )
-
-    def start_bare(slots: Slots, start_S, tokens_ST, length_S, limit_S, key_S, prompt_S, prompt_tokens_R) -> Slots:
-        def put(old, new):
-            return jnp.where(jnp.expand_dims(start_S, tuple(range(1, old.ndim))), new, old)
-
-        return dataclasses.replace(
-            slots,
-            prompt_tokens_R=prompt_tokens_R,
-            prompt_S=put(slots.prompt_S, prompt_S),
-            tokens_ST=put(slots.tokens_ST, tokens_ST),
-            logp_ST=put(slots.logp_ST, 0.0),
-            untempered_ST=None if slots.untempered_ST is None else put(slots.untempered_ST, 0.0),
-            sampled_ST=put(slots.sampled_ST, False),
-            length_S=put(slots.length_S, length_S),
-            limit_S=put(slots.limit_S, limit_S),
-            stop_S=put(slots.stop_S, jnp.where(length_S < limit_S, RUNNING, LIMIT)),
-            key_S=put(slots.key_S, key_S),
-        )
-
-    def force(weights: Weights, slots: Slots, start_S, tokens_ST, count_S, limit_S) -> Slots:
-        """Append `count_S[s]` of `tokens_ST[s]` at length `start_S[s]`, if not negative, and let the slot run to a new limit.
-
-        A slot that is longer than `start_S[s]` is cut back to it; tokens past the limit are dropped.
-        """
-        forced_S = start_S >= 0
-        start_S = jnp.where(forced_S, start_S, T)
-        end_S = jnp.where(forced_S, jnp.minimum(start_S + count_S, limit_S), 0)
-        column_T = jnp.arange(T)
-        new_ST = (column_T >= start_S[:, None]) & (column_T < end_S[:, None])
-        shifted_ST = jnp.take_along_axis(tokens_ST, jnp.maximum(column_T - start_S[:, None], 0), axis=1)
-        tokens_ST = jnp.where(new_ST, shifted_ST, slots.tokens_ST)
-        # To keep the invariant: feed the slot's last token and all but the last forced one.
-        fed_SF = start_S[:, None] - 1 + column_T
-        position_SF = jnp.where(fed_SF < end_S[:, None] - 1, fed_SF, -1)
-        token_SF = jnp.take_along_axis(tokens_ST, jnp.clip(fed_SF, 0, T - 1), axis=1)
-        cut_ST = forced_S[:, None] & (column_T >= start_S[:, None])
-        length_S = jnp.where(forced_S, end_S, slots.length_S)
-        limit_S = jnp.where(forced_S, limit_S, slots.limit_S)
-        return dataclasses.replace(
-            slots,
-            cache=feed(weights.decode, token_SF, position_SF, slots.cache, FORCE_TOKENS, prefix(slots, forced_S)),
-            tokens_ST=tokens_ST,
-            logp_ST=jnp.where(cut_ST, 0.0, slots.logp_ST),
-            untempered_ST=None if slots.untempered_ST is None else jnp.where(cut_ST, 0.0, slots.untempered_ST),
-            sampled_ST=slots.sampled_ST & ~cut_ST,
-            length_S=length_S,
-            limit_S=limit_S,
-            stop_S=jnp.where(forced_S, jnp.where(length_S < limit_S, RUNNING, LIMIT), slots.stop_S),
-        )
-
-    def halt(slots: Slots, halted_S) -> Slots:
-        return dataclasses.replace(slots, stop_S=halted(slots.stop_S, halted_S))
-
-    def resize(slots: Slots, columns: int) -> Slots:
-        """Give the cache another number of columns; no running slot may be longer."""
-        if kv.columns_of(slots.cache) == columns:
-            return slots
-        return dataclasses.replace(slots, cache=kv.by_layer(lambda layer, _: resize_layer(layer, columns), slots.cache))
-
-    def compact(slots: Slots, row_R) -> Slots:
-        """Keep the slots `row_R`, one of the sizes in number, in this order."""
-        bare, cache, prompts = bare_of(slots)
-        return with_caches(take_bare(bare, row_R), kv.by_layer(lambda layer, _: take_layer(layer, row_R), cache), prompts)
-
-    def take_slots(bare: Slots, row_R) -> Slots:
-        taken = jax.tree.map(lambda x: x[row_R], dataclasses.replace(bare, prompt_tokens_R=None))
-        return dataclasses.replace(taken, prompt_tokens_R=bare.prompt_tokens_R)
-
-    def decode_one(params, slots: Slots, prefix, u_S2, temperature, filter: Filter) -> Slots:
-        running_S = slots.stop_S == RUNNING
-        last_S1 = jnp.take_along_axis(slots.tokens_ST, slots.length_S[:, None] - 1, axis=1)
-        position_S = jnp.where(running_S, slots.length_S - 1, -1)  # an idle slot writes nothing
-        hidden_S1D, cache = model.apply(params, last_S1, position_S[:, None], cache=slots.cache, prefix=prefix)
-        logits_SV = model.unembed(params, hidden_S1D[:, 0])
-        token_S, logp_S = sample(logits_SV, u_S2, temperature, filter)
-        column_S = jnp.where(running_S, slots.length_S, T)
-
-        def put(into_ST, value_S):
-            return into_ST.at[jnp.arange(len(column_S)), column_S].set(value_S, mode="drop")
-
-        untempered_ST = slots.untempered_ST
-        if untempered_ST is not None:
-            untempered_ST = put(untempered_ST, jnp.take_along_axis(jax.nn.log_softmax(logits_SV), token_S[:, None], axis=1)[:, 0])
-        length_S = slots.length_S + running_S
-        stop_S = jnp.where(length_S >= slots.limit_S, LIMIT, RUNNING)
-        stop_S = jnp.where(jnp.isin(token_S, eos), EOS, stop_S)
-        return dataclasses.replace(
-            slots,
-            cache=cache,
-            tokens_ST=put(slots.tokens_ST, token_S),
-            logp_ST=put(slots.logp_ST, logp_S),
-            untempered_ST=untempered_ST,
-            sampled_ST=put(slots.sampled_ST, True),
-            length_S=length_S,
-            stop_S=jnp.where(running_S, stop_S, slots.stop_S),
-        )
-
-    def decode(weights: Weights, slots: Slots, temperature, filter: Filter = ALL) -> Slots:
-        """Decode until `chunk_tokens` steps are done or no slot runs. The cache must have a column for every one of them."""
-
-        def go_on(carry):
-            step, slots = carry
-            return (step < chunk_tokens) & jnp.any(slots.stop_S == RUNNING)
-
-        def advance(carry):
-            step, slots = carry
-            return step + 1, decode_one(weights.decode, slots, shared, u_CS2[step], temperature, filter)
-
-        shared = prefix(slots, slots.stop_S == RUNNING)  # the same for all steps
-        # All at once: a slot that runs comes one position further with each step.
-        step_C1 = jnp.arange(chunk_tokens)[:, None]
-        u_CS2 = jax.vmap(uniforms, in_axes=(None, 0))(slots.key_S, slots.length_S + step_C1)
-        return jax.lax.while_loop(go_on, advance, (0, slots))[1]
-
-    def prepare(params) -> Weights:
-        """Lay params out for sampling, once an update."""
-        params = model.cast(model.merge(params))  # before they are gathered: fewer bytes to move and to hold
-        send = (lambda part: part) if mesh is None else functools.partial(sharding.send, mesh=mesh)
-        layout = model.decode_layout(params, send)
-        # A CPU reads prompts from params that are not turned, and that are there anyway; an accelerator need not hold both.
-        return Weights(layout if model.config.scan_layers else send(params), layout)
-
-    # Slots and prompts along data and fsdp, key heads along tensor; what is of neither is whole everywhere.
-    slots_out = layer_out = part_out = prefilled_out = by_slot = bare_out = None
-    if mesh is not None:
-        whole, by_slot = jax.NamedSharding(mesh, jax.P()), sharding.rows(mesh)
-        layer_out = jax.NamedSharding(mesh, jax.P(*sharding.ROWS, "tensor"))
-        stack = (None,) * (not model.config.scan_layers)  # prompts of a CPU are computed from stacked params
-        part_out = jax.NamedSharding(mesh, jax.P(*stack, *sharding.ROWS, "tensor"))  # prompts while they are computed
-        prefilled_out = jax.NamedSharding(mesh, jax.P(*stack, None, "tensor"))  # and then, as any slot may want any of them
-        shapes = jax.eval_shape(empty)
-        slots_out = dataclasses.replace(
-            jax.tree.map(lambda _: by_slot, shapes),
-            cache=jax.tree.map(lambda _: layer_out, shapes.cache),
-            prompts=jax.tree.map(lambda _: layer_out, shapes.prompts),
-            prompt_tokens_R=whole,
-        )
-        bare_out = dataclasses.replace(slots_out, cache=None, prompts=None)
-    start_bare = jax.jit(start_bare, donate_argnums=0, out_shardings=bare_out)
-    halted = jax.jit(lambda stop_S, halted_S: jnp.where(halted_S, EMPTY, stop_S), out_shardings=by_slot)
-    copy_rows = jax.jit(kv.copy_rows, donate_argnums=0, out_shardings=layer_out)
-    resize_layer = jax.jit(kv.resize, static_argnums=1, out_shardings=layer_out)
-    take_layer = jax.jit(kv.take_rows, out_shardings=layer_out)
-    take_bare = jax.jit(take_slots, out_shardings=bare_out)
-
+    columns = prompt_columns or length
+    how = (chunk_tokens, prefill_tokens, prompt_rows, columns, cache_dtype, untempered_logp, mesh)
+    spec = Spec(model, slots, length, buckets, tuple(eos_ids), *how)
+    check(spec, sizes)
+    placed, moves = placement(spec), compile_moves(spec)
     return Sampler(
         sizes=sizes,
-        length=T,
+        length=length,
         buckets=buckets,
         chunk_tokens=chunk_tokens,
         prompt_rows=prompt_rows,
-        devices=devices,
-        empty=jax.jit(empty, out_shardings=slots_out),
-        prepare=prepare,
-        prefill=jax.jit(prefill, out_shardings=prefilled_out),
-        place=place,
-        start=start,
-        decode=jax.jit(decode, donate_argnums=1, static_argnums=3, out_shardings=slots_out),
-        force=jax.jit(force, donate_argnums=1, out_shardings=slots_out),
-        halt=halt,
-        resize=resize,
-        compact=compact,
+        devices=spec.devices,
+        empty=jax.jit(functools.partial(empty, spec), out_shardings=placed.slots),
+        prepare=functools.partial(prepare, spec),
+        prefill=jax.jit(functools.partial(prefill, spec), out_shardings=placed.prefilled),
+        place=functools.partial(place, moves),
+        start=functools.partial(start, moves),
+        decode=jax.jit(functools.partial(decode, spec), donate_argnums=1, static_argnums=3, out_shardings=placed.slots),
+        force=jax.jit(functools.partial(force, spec), donate_argnums=1, out_shardings=placed.slots),
+        halt=functools.partial(halt, moves),
+        resize=functools.partial(resize, moves),
+        compact=functools.partial(compact, moves),
     )
+
+
+def check(spec: Spec, sizes: tuple[int, ...]) -> None:
+    """Raise ValueError for buckets or numbers of slots that do not fit."""
+    buckets, length = spec.buckets, spec.length
+    if list(buckets) != sorted(set(buckets)) or buckets[0] < 1 or buckets[-1] != length:
+        raise ValueError(f"sampler got cache buckets {buckets}; allowed: rising sizes that end with its length, {length}")
+    if list(sizes) != sorted(set(sizes), reverse=True) or sizes[-1] < 1:
+        raise ValueError(f"sampler got {spec.slots} slots and then {sizes[1:]}; allowed: falling numbers, 1 or more")
+    for size, what in [*((size, "slots") for size in sizes), (spec.prompt_rows, "rows of prompts")]:
+        if size % spec.devices:
+            raise ValueError(f"sampler got {size} {what}, which do not divide over {spec.devices} devices; choose a multiple")
+
+
+class Placement(NamedTuple):
+    """Where the arrays of a sampler are: None without a mesh."""
+
+    slots: Any = None
+    bare: Any = None  # slots without their caches
+    by_slot: Any = None
+    layer: Any = None  # of a cache
+    part: Any = None  # of prompts while they are computed
+    prefilled: Any = None  # of prompts that any slot may continue
+
+
+def placement(spec: Spec) -> Placement:
+    """Split slots and prompts over data and fsdp, key heads over tensor; what is of neither is whole on every device."""
+    if spec.mesh is None:
+        return Placement()
+    whole, by_slot = jax.NamedSharding(spec.mesh, jax.P()), sharding.rows(spec.mesh)
+    layer = jax.NamedSharding(spec.mesh, jax.P(*sharding.ROWS, "tensor"))
+    stack = (None,) * (not spec.model.config.scan_layers)  # prompts of a CPU are computed from stacked params
+    shapes = jax.eval_shape(functools.partial(empty, spec))
+    slots = dataclasses.replace(
+        jax.tree.map(lambda _: by_slot, shapes),
+        cache=jax.tree.map(lambda _: layer, shapes.cache),
+        prompts=jax.tree.map(lambda _: layer, shapes.prompts),
+        prompt_tokens_R=whole,
+    )
+    return Placement(
+        slots=slots,
+        bare=dataclasses.replace(slots, cache=None, prompts=None),
+        by_slot=by_slot,
+        layer=layer,
+        part=part_sharding(spec),
+        prefilled=jax.NamedSharding(spec.mesh, jax.P(*stack, None, "tensor")),
+    )
+
+
+# --- the programs: pure functions over slots ---
+
+
+def empty(spec: Spec) -> Slots:
+    """Slots without a rollout."""
+    model, S, T = spec.model, spec.slots, spec.length
+    key_words = jax.random.key_data(jax.random.key(0)).shape
+    rows, columns = spec.prompt_rows, spec.prompt_columns
+    return Slots(
+        cache=model.init_cache(S, spec.buckets[0], spec.cache_dtype),
+        prompts=model.init_cache(rows, columns, spec.cache_dtype) if rows else None,
+        prompt_tokens_R=jnp.zeros(rows, jnp.int32),
+        prompt_S=jnp.full(S, -1, jnp.int32),
+        tokens_ST=jnp.zeros((S, T), jnp.int32),
+        logp_ST=jnp.zeros((S, T), jnp.float32),
+        untempered_ST=jnp.zeros((S, T), jnp.float32) if spec.untempered_logp else None,
+        sampled_ST=jnp.zeros((S, T), bool),
+        length_S=jnp.ones(S, jnp.int32),
+        limit_S=jnp.ones(S, jnp.int32),
+        stop_S=jnp.full(S, EMPTY, jnp.int32),
+        key_S=jnp.zeros((S, *key_words), jnp.uint32),
+    )
+
+
+def prepare(spec: Spec, params) -> Weights:
+    """Lay params out for sampling, once per update."""
+    model, mesh = spec.model, spec.mesh
+    params = model.cast(model.merge(params))  # before they are gathered: fewer bytes to move and to hold
+    send = (lambda part: part) if mesh is None else functools.partial(sharding.send, mesh=mesh)
+    layout = model.decode_layout(params, send)
+    # A CPU reads prompts from params that are not turned, and that are there anyway; an accelerator need not hold both.
+    return Weights(layout if model.config.scan_layers else send(params), layout)
+
+
+def prefill(spec: Spec, weights: Weights, tokens_PT, length_P):
+    """Return the keys and values of prompts, which are padded on the right. Rows of length 1 cost nothing."""
+    P, columns = tokens_PT.shape
+    width = min(spec.prefill_tokens, columns)
+    # Rows that are computed together, as many on each device.
+    rows = -(-min(spec.prefill_tokens // width * spec.devices, P) // spec.devices) * spec.devices
+    tokens_PT, length_P = jnp.pad(tokens_PT, ((0, -P % rows), (0, 0))), jnp.pad(length_P, (0, -P % rows))
+    # All but the last token of a prompt: the first decode step feeds that one.
+    column_PT = jnp.broadcast_to(jnp.arange(columns), tokens_PT.shape)
+    position_PT = jnp.where(column_PT < length_P[:, None] - 1, column_PT, -1)
+    stacked = not isinstance(weights.prefill["layers"], tuple)
+
+    def prefill_rows(i, cache):
+        cut = (jax.lax.dynamic_slice_in_dim(x, i * rows, rows) for x in (tokens_PT, position_PT))
+        tokens, position = (sharding.keep_rows(x, spec.mesh) for x in cut)
+        part = spec.model.init_cache(rows, columns, spec.cache_dtype, stacked=stacked)
+        part = part if spec.mesh is None else jax.lax.with_sharding_constraint(part, part_sharding(spec))
+        part = feed(spec, weights.prefill, tokens, position, part, width)
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * rows, axis=int(stacked))
+        return jax.tree.map(put, cache, part)
+
+    cache = spec.model.init_cache(len(length_P), columns, spec.cache_dtype, stacked=stacked)
+    cache = jax.lax.fori_loop(0, len(length_P) // rows, prefill_rows, cache)
+    return jax.tree.map(lambda x: x[:, :P] if stacked else x[:P], cache)
+
+
+def part_sharding(spec: Spec):
+    """Where prompts are while they are computed."""
+    stack = (None,) * (not spec.model.config.scan_layers)
+    return jax.NamedSharding(spec.mesh, jax.P(*stack, *sharding.ROWS, "tensor"))
+
+
+def feed(spec: Spec, params, tokens_BF, position_BF, cache, width: int, prefix=None):
+    """Write the keys and values of tokens into a cache, `width` positions at a time, up to the last that is not negative."""
+    pad = ((0, 0), (0, -tokens_BF.shape[1] % width))
+    tokens_BF, position_BF = jnp.pad(tokens_BF, pad), jnp.pad(position_BF, pad, constant_values=-1)
+    last = jnp.max(jnp.where(position_BF >= 0, jnp.arange(position_BF.shape[1]) + 1, 0))
+
+    def feed_part(i, cache):
+        cut = [jax.lax.dynamic_slice_in_dim(x, i * width, width, axis=1) for x in (tokens_BF, position_BF)]
+        return spec.model.apply(params, *cut, cache=cache, prefix=prefix)[1]
+
+    return jax.lax.fori_loop(0, -(-last // width), feed_part, cache)
+
+
+def prefix_of(spec: Spec, slots: Slots, read_S):
+    """The prompts that the slots `read_S` continue, for `model.apply`.
+
+    A slot that has stopped still names its prompt: counted among its `MEMBERS`, it would push out one that runs.
+    """
+    if slots.prompts is None:
+        return None
+    row_S = jnp.where(read_S, slots.prompt_S, -1)
+    return kv.Prefix(slots.prompts, kv.members(row_S, slots.prompt_tokens_R, MEMBERS, spec.devices))
+
+
+def decode(spec: Spec, weights: Weights, slots: Slots, temperature, filter: Filter = ALL) -> Slots:
+    """Decode until `chunk_tokens` steps are done or no slot runs. The cache must have a column for every one of them."""
+
+    def goes_on(carry):
+        step, slots = carry
+        return (step < spec.chunk_tokens) & jnp.any(slots.stop_S == RUNNING)
+
+    def advance(carry):
+        step, slots = carry
+        return step + 1, decode_one(spec, weights.decode, slots, prefix, u_CS2[step], temperature, filter)
+
+    prefix = prefix_of(spec, slots, slots.stop_S == RUNNING)  # the same for all steps
+    # All at once: a slot that runs comes one position further with each step.
+    step_C1 = jnp.arange(spec.chunk_tokens)[:, None]
+    u_CS2 = jax.vmap(uniforms, in_axes=(None, 0))(slots.key_S, slots.length_S + step_C1)
+    return jax.lax.while_loop(goes_on, advance, (0, slots))[1]
+
+
+def decode_one(spec: Spec, params, slots: Slots, prefix, u_S2, temperature, filter: Filter) -> Slots:
+    """Sample one token in every running slot."""
+    running_S = slots.stop_S == RUNNING
+    last_S1 = jnp.take_along_axis(slots.tokens_ST, slots.length_S[:, None] - 1, axis=1)
+    position_S = jnp.where(running_S, slots.length_S - 1, -1)  # an idle slot writes nothing
+    hidden_S1D, cache = spec.model.apply(params, last_S1, position_S[:, None], cache=slots.cache, prefix=prefix)
+    logits_SV = spec.model.unembed(params, hidden_S1D[:, 0])
+    token_S, logp_S = sample(logits_SV, u_S2, temperature, filter)
+    column_S = jnp.where(running_S, slots.length_S, spec.length)
+
+    def put(into_ST, value_S):
+        return into_ST.at[jnp.arange(len(column_S)), column_S].set(value_S, mode="drop")
+
+    untempered_ST = slots.untempered_ST
+    if untempered_ST is not None:
+        untempered_ST = put(untempered_ST, jnp.take_along_axis(jax.nn.log_softmax(logits_SV), token_S[:, None], axis=1)[:, 0])
+    length_S = slots.length_S + running_S
+    stop_S = jnp.where(length_S >= slots.limit_S, LIMIT, RUNNING)
+    stop_S = jnp.where(jnp.isin(token_S, jnp.asarray(spec.eos_ids, jnp.int32)), EOS, stop_S)
+    return dataclasses.replace(
+        slots,
+        cache=cache,
+        tokens_ST=put(slots.tokens_ST, token_S),
+        logp_ST=put(slots.logp_ST, logp_S),
+        untempered_ST=untempered_ST,
+        sampled_ST=put(slots.sampled_ST, True),
+        length_S=length_S,
+        stop_S=jnp.where(running_S, stop_S, slots.stop_S),
+    )
+
+
+def force(spec: Spec, weights: Weights, slots: Slots, start_S, tokens_ST, count_S, limit_S) -> Slots:
+    """Append `count_S[s]` of `tokens_ST[s]` at length `start_S[s]`, if not negative, and let the slot run to a new limit.
+
+    A slot that is longer than `start_S[s]` is cut back to it; tokens past the limit are dropped.
+    """
+    T = spec.length
+    forced_S = start_S >= 0
+    start_S = jnp.where(forced_S, start_S, T)
+    end_S = jnp.where(forced_S, jnp.minimum(start_S + count_S, limit_S), 0)
+    column_T = jnp.arange(T)
+    new_ST = (column_T >= start_S[:, None]) & (column_T < end_S[:, None])
+    shifted_ST = jnp.take_along_axis(tokens_ST, jnp.maximum(column_T - start_S[:, None], 0), axis=1)
+    tokens_ST = jnp.where(new_ST, shifted_ST, slots.tokens_ST)
+    # To keep the invariant: feed the slot's last token and all but the last forced one.
+    fed_SF = start_S[:, None] - 1 + column_T
+    position_SF = jnp.where(fed_SF < end_S[:, None] - 1, fed_SF, -1)
+    token_SF = jnp.take_along_axis(tokens_ST, jnp.clip(fed_SF, 0, T - 1), axis=1)
+    cut_ST = forced_S[:, None] & (column_T >= start_S[:, None])
+    length_S = jnp.where(forced_S, end_S, slots.length_S)
+    limit_S = jnp.where(forced_S, limit_S, slots.limit_S)
+    prefix = prefix_of(spec, slots, forced_S)
+    return dataclasses.replace(
+        slots,
+        cache=feed(spec, weights.decode, token_SF, position_SF, slots.cache, FORCE_TOKENS, prefix),
+        tokens_ST=tokens_ST,
+        logp_ST=jnp.where(cut_ST, 0.0, slots.logp_ST),
+        untempered_ST=None if slots.untempered_ST is None else jnp.where(cut_ST, 0.0, slots.untempered_ST),
+        sampled_ST=slots.sampled_ST & ~cut_ST,
+        length_S=length_S,
+        limit_S=limit_S,
+        stop_S=jnp.where(forced_S, jnp.where(length_S < limit_S, RUNNING, LIMIT), slots.stop_S),
+    )
+
+
+# --- moving slots: small programs, called layer by layer ---
+
+
+class Moves(NamedTuple):
+    """The jitted parts of `place`, `start`, `halt`, `resize` and `compact`."""
+
+    copy_rows: Callable
+    start_bare: Callable
+    halted: Callable
+    resize_layer: Callable
+    take_layer: Callable
+    take_bare: Callable
+
+
+def compile_moves(spec: Spec) -> Moves:
+    placed = placement(spec)
+    return Moves(
+        copy_rows=jax.jit(kv.copy_rows, donate_argnums=0, out_shardings=placed.layer),
+        start_bare=jax.jit(start_bare, donate_argnums=0, out_shardings=placed.bare),
+        halted=jax.jit(lambda stop_S, halted_S: jnp.where(halted_S, EMPTY, stop_S), out_shardings=placed.by_slot),
+        resize_layer=jax.jit(kv.resize, static_argnums=1, out_shardings=placed.layer),
+        take_layer=jax.jit(kv.take_rows, out_shardings=placed.layer),
+        take_bare=jax.jit(take_bare, out_shardings=placed.bare),
+    )
+
+
+def place(moves: Moves, slots: Slots, prefilled, own_S, prompt_R) -> Slots:
+    """Copy row `own_S[s]` of what was prefilled to the own columns of slot s, and row `prompt_R[r]` to row r of the prompts.
+
+    Negative: nothing.
+    """
+    fits = slots.prompts is None or kv.columns_of(prefilled) <= kv.columns_of(slots.prompts)
+    assert fits, "a row of prompts must hold the longest"
+
+    def put(cache, from_B):
+        """All rows are given, those that are copied first, and their number: one program, whatever they are."""
+        placed_B = from_B >= 0
+        to_B = np.argsort(~placed_B, kind="stable")
+        count = np.int32(placed_B.sum())
+        return kv.by_layer(lambda layer, i: moves.copy_rows(layer, kv.layer(prefilled, i), i, to_B, from_B[to_B], count), cache)
+
+    prompts = slots.prompts if slots.prompts is None else put(slots.prompts, prompt_R)
+    return dataclasses.replace(slots, cache=put(slots.cache, own_S), prompts=prompts)
+
+
+def start(moves: Moves, slots: Slots, start_S, tokens_ST, length_S, limit_S, key_S, prompt_S, prompt_tokens_R) -> Slots:
+    """Start an attempt in each slot of `start_S`, at the prompt `tokens_ST[s]`, of which all tokens but the last are placed.
+
+    Slot s continues row `prompt_S[s]` of the prompts, if it is not negative. `prompt_tokens_R` are those of all rows.
+    """
+    bare, cache, prompts = bare_of(slots)
+    begun = (start_S, tokens_ST, length_S, limit_S, key_S, prompt_S, prompt_tokens_R)
+    return with_caches(moves.start_bare(bare, *begun), cache, prompts)
+
+
+def start_bare(slots: Slots, start_S, tokens_ST, length_S, limit_S, key_S, prompt_S, prompt_tokens_R) -> Slots:
+    def put(old, new):
+        return jnp.where(jnp.expand_dims(start_S, tuple(range(1, old.ndim))), new, old)
+
+    return dataclasses.replace(
+        slots,
+        prompt_tokens_R=prompt_tokens_R,
+        prompt_S=put(slots.prompt_S, prompt_S),
+        tokens_ST=put(slots.tokens_ST, tokens_ST),
+        logp_ST=put(slots.logp_ST, 0.0),
+        untempered_ST=None if slots.untempered_ST is None else put(slots.untempered_ST, 0.0),
+        sampled_ST=put(slots.sampled_ST, False),
+        length_S=put(slots.length_S, length_S),
+        limit_S=put(slots.limit_S, limit_S),
+        stop_S=put(slots.stop_S, jnp.where(length_S < limit_S, RUNNING, LIMIT)),
+        key_S=put(slots.key_S, key_S),
+    )
+
+
+def halt(moves: Moves, slots: Slots, halted_S) -> Slots:
+    return dataclasses.replace(slots, stop_S=moves.halted(slots.stop_S, halted_S))
+
+
+def resize(moves: Moves, slots: Slots, columns: int) -> Slots:
+    """Give the cache another number of columns; no running slot may be longer."""
+    if kv.columns_of(slots.cache) == columns:
+        return slots
+    return dataclasses.replace(slots, cache=kv.by_layer(lambda layer, _: moves.resize_layer(layer, columns), slots.cache))
+
+
+def compact(moves: Moves, slots: Slots, row_R) -> Slots:
+    """Keep the slots `row_R`, one of the sizes in number, in this order."""
+    bare, cache, prompts = bare_of(slots)
+    cache = kv.by_layer(lambda layer, _: moves.take_layer(layer, row_R), cache)
+    return with_caches(moves.take_bare(bare, row_R), cache, prompts)
+
+
+def take_bare(bare: Slots, row_R) -> Slots:
+    taken = jax.tree.map(lambda x: x[row_R], dataclasses.replace(bare, prompt_tokens_R=None))
+    return dataclasses.replace(taken, prompt_tokens_R=bare.prompt_tokens_R)
+
+
+def bare_of(slots: Slots) -> tuple[Slots, Any, Any]:
+    """Slots without their caches, and these: a move of the rest need not move them."""
+    return dataclasses.replace(slots, cache=None, prompts=None), slots.cache, slots.prompts
+
+
+def with_caches(bare: Slots, cache, prompts) -> Slots:
+    return dataclasses.replace(bare, cache=cache, prompts=prompts)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     "types options options.fields runtime",
     "runtime.workdir runtime.files runtime.terminal runtime.log runtime.hub runtime.processes runtime.compiling runtime.memory",
-    "model text tasks verify tools objectives estimators sharding optimizer data metrics cost runtime.checkpoint",
+    "model text tasks verify tools objectives estimators sharding optimizer data draw metrics cost runtime.checkpoint",
     "learner sampler environment batching runtime.warm_start runtime.ledger",
     "rollout sources runtime.preemption",
     "evaluate runtime.resume runtime.journal",

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import tiny_roller as t
 
+from jaxreason.draw import ALL, Filter
 from jaxreason.environment import Environment, Step, single_turn
 from jaxreason.rollout import Budget, Request, collect, warm_up
-from jaxreason.sampler import ALL, RUNNING, Filter
+from jaxreason.sampler import RUNNING
 from jaxreason.sharding import make_mesh, row_devices, shardings
 from jaxreason.types import Task, Verdict
 

@@ -10,25 +10,13 @@ import tiny_roller as t
 from scipy import stats
 
 from jaxreason import sharding
+from jaxreason.draw import Filter, draw, invert, kept, sample
 from jaxreason.environment import single_turn
 from jaxreason.model import ModelConfig, transformer
 from jaxreason.model.config import Lora
 from jaxreason.plan import hlo
 from jaxreason.rollout import Request
-from jaxreason.sampler import (
-    EMPTY,
-    EOS,
-    LIMIT,
-    RUNNING,
-    Filter,
-    attempt_keys,
-    cache_buckets,
-    compile_sampler,
-    draw,
-    invert,
-    kept,
-    sample,
-)
+from jaxreason.sampler import EMPTY, EOS, LIMIT, RUNNING, attempt_keys, cache_buckets, compile_sampler
 from jaxreason.sharding import make_mesh
 from jaxreason.types import Task
 

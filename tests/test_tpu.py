@@ -13,11 +13,12 @@ import optax
 import pytest
 
 from jaxreason import batching
+from jaxreason.draw import Filter
 from jaxreason.learner import compile_train_step
 from jaxreason.model import ModelConfig, transformer
 from jaxreason.objectives import dapo
 from jaxreason.plan.arrays import devices_of, layout_of, placed
-from jaxreason.sampler import Filter, Weights, compile_sampler
+from jaxreason.sampler import Weights, compile_sampler
 from jaxreason.sharding import gathered, make_mesh, rows, shardings
 from jaxreason.types import TrainState
 

@@ -68,7 +68,7 @@ def time_step(model, weights, slots: int, tokens: int, columns: int, repeats: in
     import jax
     import jax.numpy as jnp
 
-    from jaxreason.sampler import sample
+    from jaxreason.draw import sample
 
     def step(params, cache, tokens_ST, start):
         position_ST = start + jnp.broadcast_to(jnp.arange(tokens), (slots, tokens))

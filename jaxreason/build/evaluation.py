@@ -9,10 +9,10 @@ from jaxreason import evaluate as evaluation
 from jaxreason import objectives as objectives_
 from jaxreason.build.sampler import make_filter
 from jaxreason.build.tasks import Parts, check_keys, check_positive, encode_documents, fitting, judge, load_held_out
+from jaxreason.draw import Filter
 from jaxreason.learner import compile_token_logp
 from jaxreason.options import call
 from jaxreason.runtime import ledger
-from jaxreason.sampler import Filter
 
 
 def make_evaluate(

@@ -19,9 +19,9 @@ from jaxreason.build.tasks import (
     load_trained,
 )
 from jaxreason.cost import attempts_behind_a_prompt, shared_length
+from jaxreason.draw import ALL
 from jaxreason.model import ModelConfig
 from jaxreason.options import call, find
-from jaxreason.sampler import ALL
 from jaxreason.train import Phase
 
 

@@ -19,13 +19,13 @@ from jaxreason.build.model import check_size, describe, init_params, start_from
 from jaxreason.build.phases import make_phase
 from jaxreason.build.sampler import make_roller, warm_up
 from jaxreason.build.tasks import Parts
+from jaxreason.draw import ALL
 from jaxreason.model import attention, transformer
 from jaxreason.model import config as model_config
 from jaxreason.model import weights as weights_
 from jaxreason.options import call
 from jaxreason.runtime import hub
 from jaxreason.runtime.checkpoint import open_checkpoints
-from jaxreason.sampler import ALL
 from jaxreason.train import Run
 
 

@@ -6,11 +6,12 @@ import functools
 from collections.abc import Mapping, Sequence
 
 from jaxreason import batching, rollout, sharding, text
+from jaxreason.draw import Filter
 from jaxreason.model import ModelConfig
 from jaxreason.model.config import count_parameters
 from jaxreason.options import unknown
 from jaxreason.rollout import Budget, Roller
-from jaxreason.sampler import MEMBERS, Filter, cache_buckets, compile_sampler
+from jaxreason.sampler import MEMBERS, cache_buckets, compile_sampler
 
 # On a CPU prompts are shared from this length on: rows that no slot continues cost time there, and none on an accelerator (see
 # jaxreason/bench/README.md).

@@ -117,7 +117,8 @@ def read(config: str, changes: dict[str, str]) -> ConfigDict:
       ValueError: the file does not run, or a field that there is not or is not of its type.
     """
     tree = load(config)
-    from jaxreason import build, fields  # jax is imported here, which takes a second
+    from jaxreason import build  # jax is imported here, which takes a second
+    from jaxreason.options import fields
 
     tree = fields.assign(build.layout, tree, changes)
     tree = build.complete(tree)

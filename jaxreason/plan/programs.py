@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxreason import cost, learner
+from jaxreason.draw import Filter
 from jaxreason.plan import hlo
 from jaxreason.plan.arrays import (
     batch_of,
@@ -29,7 +30,7 @@ from jaxreason.plan.arrays import (
     weights_of,
 )
 from jaxreason.plan.work import Work
-from jaxreason.sampler import MEMBERS, Filter
+from jaxreason.sampler import MEMBERS
 
 
 class Compiled(NamedTuple):
