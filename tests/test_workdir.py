@@ -81,8 +81,14 @@ def test_resume_never_auto_and_must(folder, tmp_path_factory):
 
 @pytest.mark.process
 def test_one_run_at_a_time_and_a_dead_one_is_explained(tmp_path):
-    hold = "import sys, pathlib; from jaxreason.runtime import workdir; workdir.lock(pathlib.Path(sys.argv[1]), print); print('has it')"
-    command = [sys.executable, "-c", hold + "; sys.stdout.flush(); sys.stdin.read()", str(tmp_path)]
+    hold = """
+import pathlib, sys
+from jaxreason.runtime.workdir import lock
+lock(pathlib.Path(sys.argv[1]), print)
+print("has it", flush=True)
+sys.stdin.read()
+"""
+    command = [sys.executable, "-c", hold, str(tmp_path)]
     other = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "has it\n"
     with pytest.raises(ValueError, match=rf"is in use by host .*, pid {other.pid}, since .*; wait for it or stop it"):
