@@ -26,6 +26,7 @@ from jaxreason.environment import single_turn, verifier_failed
 from jaxreason.learner import name_metrics, new_state
 from jaxreason.model import Model, transformer
 from jaxreason.options import call, fields
+from jaxreason.platforms import PLATFORMS
 from jaxreason.rollout import Request, Roller, collect_groups
 from jaxreason.runtime import warm_start
 from jaxreason.text import Format, Tokenizer, check_vocabulary
@@ -101,7 +102,7 @@ def describe(path: str | Path, model: Mapping, text: Mapping, platform: str) -> 
     fields.check(build.section(build.make_text, "folder")(dict(text)), dict(text), "text")
     folder = Path(os.path.expanduser(path))
     if not (folder / "checkpoints").is_dir() and folder.parent.name != "checkpoints":
-        dtype = "float32" if platform == "cpu" else "bfloat16"
+        dtype = PLATFORMS[platform].dtype
         pretrained = {"name": str(path), "weights": "pretrained", "dtype": dtype, **model}
         return build.describe(pretrained, {"tokenizer": "pretrained", "format": "chat", **text})
     found, theirs = build.find_described(folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxreason.cost import shared_length
@@ -107,7 +108,7 @@ def lay_out(
             room[row] -= lengths[i]
     spans: dict[int, tuple[int, int, int]] = {}
     for row, members in enumerate(rows):
-        if pack:  # fill one micro-batch after the other; `learner.split_rows` gives each every `microbatches`-th row
+        if pack:  # fill one micro-batch after the other; `split_rows` gives each every `microbatches`-th row
             row = row % (R // microbatches) * microbatches + row // (R // microbatches)
         begin = 0
         for segment, i in enumerate(members, start=1):
@@ -116,6 +117,18 @@ def lay_out(
             batch.position_BT[row, begin:stop] = np.arange(lengths[i])
             spans[i], begin = (row, begin, stop), stop
     return batch, [spans[i] for i in range(R)]
+
+
+def split_rows(x_B, parts: int):
+    """[B, ...] -> [parts, B / parts, ...], taking every `parts`-th row, so that rows sharded over devices stay where they are."""
+    B = x_B.shape[0]
+    return x_B.reshape(B // parts, parts, *x_B.shape[1:]).swapaxes(0, 1)
+
+
+def used_parts(parts: Batch):
+    """How many micro-batches there are up to the last that trains anything."""
+    trains_P = jnp.any(parts.weight_BT != 0, axis=(1, 2))
+    return jnp.max(jnp.where(trains_P, jnp.arange(len(trains_P)) + 1, 0))
 
 
 def computed_tokens(batch: Batch, microbatches: int) -> int:

@@ -81,7 +81,7 @@ def train_flops(c, rows: int, length: int, remade: bool) -> float:
     """FLOPs of the matrix products of a train step over `rows` full rows, with what is computed again.
 
     Backward is twice forward; of a frozen base half of that, as its weights have no gradient. If `remade`, logits are made once
-    more (`learner.LOGITS_KEPT`). `c.remat` "full" does all of a layer again but its last product, "dots" attention alone.
+    more (see `platforms.py`). `c.remat` "full" does all of a layer again but its last product, "dots" attention alone.
     """
     parts = dense_flops(c, rows, length, causal_columns(length), rows * length)
     adapters = adapter_flops(c, rows * length)

@@ -1,4 +1,4 @@
-"""The learner: log-probs of tokens, the one train step, and its compilation.
+"""The learner: the loss, the one train step, and its compilation.
 
 The same function pretrains, imitates and reinforces. `train_step` knows no random key, no config, no mesh and no pad id; what it
 optimises is `sum(weight_BT * loss_BT)`, so its gradient is the same under any number of micro-batches and any sharding, up to
@@ -8,7 +8,6 @@ the rounding of a sum.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,168 +16,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxreason import sharding
+from jaxreason.batching import split_rows, used_parts
+from jaxreason.logp import Limits, logits_limits, token_outputs
 from jaxreason.model import Model
 from jaxreason.objectives import Objective
-from jaxreason.types import Batch, Outputs, TrainState
-
-# At most so many logits exist at a time on a device: on a CPU 32 MiB in float32, which a cache may hold; elsewhere 512 MiB, since
-# matrix products of fewer rows would leave an accelerator idle.
-# Four times that on a GPU whose memory holds it. Updates of Qwen3-0.6B's shape, 32,768 tokens, cuDNN attention, remat "full":
-# 25 % of the card's best rate in 8 micro-batches with the smaller chunks (one H200), 31 % in 2 with the larger (one H100; both
-# 2026-11-26).
-LARGE_GPU_BYTES = 48 * 2**30
-LOGITS_AT_ONCE = {"cpu": 2**23, "gpu": 2**27, "tpu": 2**27}
-# Those of a micro-batch are kept for the backward pass if they are no more than that: 256 MiB on a CPU (an update of
-# SmolLM2-135M, two micro-batches of 2 x 384 tokens, takes 8.4 s so and 8.8 with all made again; means of four, one core of a
-# Zen 5 EPYC, 2026-11-26). Elsewhere what is made in chunks is made again.
-LOGITS_KEPT = {"cpu": 2**26, "gpu": 2**27, "tpu": 2**27}
-
-
-class Limits(NamedTuple):
-    """How many logits may exist on all devices of a mesh."""
-
-    at_once: int  # while they are computed
-    kept: int  # between a forward and its backward pass
-
-
-def logits_limits(mesh=None) -> Limits:
-    """The limits on a mesh; None: on one device of the default kind."""
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    times = 1 if mesh is None else sharding.row_devices(mesh)
-    if platform == jax.default_backend() == "gpu" and jax.local_devices()[0].memory_stats()["bytes_limit"] >= LARGE_GPU_BYTES:
-        times *= 4
-    return Limits(LOGITS_AT_ONCE[platform] * times, LOGITS_KEPT[platform] * times)
-
-
-def token_outputs(model: Model, params, batch: Batch, limits: Limits | None = None) -> Outputs:
-    """Score every token of a batch that has a weight, given the tokens before it, at the temperature it was sampled at.
-
-    Logits are made for a few columns at a time, and made again in the backward pass where those of all columns are more than may
-    be kept: `[B, T, V]` never exists when it is large. In each row the tokens that are scored come first, so that chunks without
-    any are left out.
-    """
-    limits = limits or logits_limits()
-    B, T = batch.tokens_BT.shape
-    hidden_BTD, _ = model.apply(params, batch.tokens_BT, batch.position_BT, batch.segment_BT)
-    # Token t is predicted by position t - 1; what stands in column T - 1 predicts nothing and is rolled into column 0.
-    wanted_BT, target_BT, temperature_BT = (
-        jnp.roll(x, -1, axis=1) for x in (batch.weight_BT != 0, batch.tokens_BT, batch.temperature_BT)
-    )
-    wanted_BT = wanted_BT.at[:, -1].set(False)
-
-    logits = B * T * model.config.vocab_size
-    # Two chunks at least: where prompts are half of a batch, one of them is left out.
-    cut, uncut = chunks(wanted_BT, max(2, -(-logits // limits.at_once)))
-    arrays = map(cut, (wanted_BT, hidden_BTD, target_BT, temperature_BT))
-    found = scores(functools.partial(model.unembed, params), logits <= limits.kept, *arrays)
-    logp_BT, entropy_BT = (jnp.where(wanted_BT, uncut(x), 0.0) for x in found)
-
-    def align(x_BT):
-        return jnp.roll(x_BT, 1, axis=1).at[:, 0].set(0.0)
-
-    value = None if model.value is None else align(model.value(params, hidden_BTD))
-    return Outputs(align(logp_BT), align(entropy_BT), value)
-
-
-def scores(unembed, keep: bool, wanted_CBT, hidden_CBTD, target_CBT, temperature_CBT):
-    """Log-probs of targets and entropies over the vocabulary, chunk by chunk; 0 in a chunk of which nothing is wanted.
-
-    The gradient is written out, since that of a scan keeps one of all weights for each chunk, zeros of those left out included.
-    It needs the logits again: with `keep` they are kept, all of them, otherwise made once more.
-    """
-    flat = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), (wanted_CBT, hidden_CBTD, target_CBT, temperature_CBT))
-    unembed, weights = jax.closure_convert(unembed, flat[1][0])
-
-    def each_chunk(first, wanted_CR, function, state):
-        """Replace state by function(i, state) for each chunk from `first` on of which something is wanted."""
-
-        def step(i, state):
-            return jax.lax.cond(jnp.any(wanted_CR[i]), functools.partial(function, i), lambda state: state, state)
-
-        return jax.lax.fori_loop(first, len(wanted_CR), step, state)
-
-    def forward(keep, weights, wanted_CR, hidden_CRD, target_CR, temperature_CR):
-        C, R = wanted_CR.shape
-        V = jax.eval_shape(unembed, hidden_CRD[0], *weights).shape[-1]
-
-        def score(i, state):
-            logits_RV = unembed(hidden_CRD[i], *weights) / temperature_CR[i, :, None]
-            # Sums over the vocabulary, without the log-probs of all of it: of 128 x 49,152 logits in 165 ms, not 300 (one Xeon
-            # core, once, 2026-11-25).
-            most_R1 = jnp.max(logits_RV, axis=-1, keepdims=True)
-            odds_RV = jnp.exp(logits_RV - most_R1)
-            total_R = jnp.sum(odds_RV, axis=-1)
-            log_total_R = jnp.log(total_R) + most_R1[:, 0]
-            logp_R = jnp.take_along_axis(logits_RV, target_CR[i, :, None], axis=-1)[:, 0] - log_total_R
-            entropy_R = log_total_R - jnp.sum(odds_RV * logits_RV, axis=-1) / total_R
-            found = (logp_R, entropy_R, log_total_R, logits_RV)
-            return jax.tree.map(lambda all, x: all.at[i].set(x), state, found[: len(state)])
-
-        zeros = jnp.zeros((C, R), jnp.float32)
-        kept = [jnp.zeros((C, R, V), jnp.float32)] if keep else []
-        logp_CR, entropy_CR, *rest = each_chunk(0, wanted_CR, score, (zeros, zeros, zeros, *kept))
-        return (logp_CR, entropy_CR), (entropy_CR, rest)
-
-    @jax.custom_vjp
-    def scored(*inputs):
-        return forward(False, *inputs)[0]
-
-    def backward(kept, gradients):
-        (weights, wanted_CR, hidden_CRD, target_CR, temperature_CR), (entropy_CR, (log_total_CR, *logits)) = kept
-        by_logp_CR, by_entropy_CR = gradients
-
-        def gradient(i):
-            again_RV, back = jax.vjp(lambda weights, hidden_RD: unembed(hidden_RD, *weights), weights, hidden_CRD[i])
-            all_logp_RV = (logits[0][i] if keep else again_RV / temperature_CR[i, :, None]) - log_total_CR[i, :, None]
-            p_RV = jnp.exp(all_logp_RV)
-            chosen_RV = jnp.arange(p_RV.shape[-1]) == target_CR[i, :, None]
-            by_logits_RV = by_logp_CR[i, :, None] * (chosen_RV - p_RV)
-            by_logits_RV -= by_entropy_CR[i, :, None] * p_RV * (all_logp_RV + entropy_CR[i, :, None])
-            return back(by_logits_RV / temperature_CR[i, :, None])
-
-        def add(i, state):
-            by_weights, by_hidden_CRD = state
-            more, by_hidden_RD = gradient(i)
-            return jax.tree.map(jnp.add, by_weights, more), by_hidden_CRD.at[i].set(by_hidden_RD)
-
-        # The first chunk is what the others are added to, wanted or not: weights as large as the embedding are not cleared first.
-        by_weights, by_hidden_RD = gradient(0)
-        state = by_weights, jnp.zeros_like(hidden_CRD).at[0].set(by_hidden_RD)
-        by_weights, by_hidden_CRD = each_chunk(1, wanted_CR, add, state)
-        return by_weights, None, by_hidden_CRD, None, None
-
-    def keep_inputs(*inputs):
-        found, kept = forward(keep, *inputs)
-        return found, (inputs, kept)
-
-    scored.defvjp(keep_inputs, backward)
-    return [x.reshape(wanted_CBT.shape) for x in scored(weights, *flat)]
-
-
-def chunks(wanted_BT, count: int):
-    """Make `cut`, [B, T, ...] -> chunks of [B', T', ...], and `uncut`, back to [B, T]: `count` chunks or somewhat more.
-
-    A chunk has some columns of all rows, so that rows stay where they are, or if that is too much one column of some rows. What
-    is wanted stands in the first ones; the last may be filled up with more of the last column.
-    """
-    B, T = wanted_BT.shape
-    width = max(1, T // count)
-    columns = -(-T // width)
-    padded = columns * width
-    rows = next(r for r in range(min(-(-count // columns), B), B + 1) if B % r == 0)
-    order_BT = jnp.argsort(~wanted_BT, axis=1, stable=True)
-
-    def cut(x):
-        x = jnp.take_along_axis(x, order_BT.reshape(B, T, *[1] * (x.ndim - 2)), axis=1)
-        x = jnp.pad(x, ((0, 0), (0, padded - T), *[(0, 0)] * (x.ndim - 2)), mode="edge")  # no temperature of 0
-        x = x.reshape(B // rows, rows, columns, width, *x.shape[2:])
-        return jnp.moveaxis(x, (2, 1), (0, 1)).reshape(columns * rows, B // rows, width, *x.shape[4:])
-
-    def uncut(x):
-        x = jnp.moveaxis(x.reshape(columns, rows, B // rows, width), (0, 1), (2, 1)).reshape(B, padded)[:, :T]
-        return jnp.take_along_axis(x, jnp.argsort(order_BT, axis=1), axis=1)
-
-    return cut, uncut
+from jaxreason.platforms import platform_of
+from jaxreason.types import Batch, TrainState
 
 
 def loss(params, batch: Batch, *, model: Model, objective: Objective, limits: Limits | None = None):
@@ -285,18 +128,6 @@ def split_frozen(params) -> tuple[dict, dict]:
     return {k: v for k, v in params.items() if k != "frozen"}, {k: v for k, v in params.items() if k == "frozen"}
 
 
-def split_rows(x_B, parts: int):
-    """[B, ...] -> [parts, B / parts, ...], taking every `parts`-th row, so that rows sharded over devices stay where they are."""
-    B = x_B.shape[0]
-    return x_B.reshape(B // parts, parts, *x_B.shape[1:]).swapaxes(0, 1)
-
-
-def used_parts(parts: Batch):
-    """How many micro-batches there are up to the last that trains anything."""
-    trains_P = jnp.any(parts.weight_BT != 0, axis=(1, 2))
-    return jnp.max(jnp.where(trains_P, jnp.arange(len(trains_P)) + 1, 0))
-
-
 def compile_train_step(model, objective, optimizer, *, microbatches: int = 1, state_shardings=None):
     """Return `step(state, batch) -> (state, metrics)`, jitted; the state is donated and comes back in the same shardings."""
     step = functools.partial(
@@ -308,39 +139,11 @@ def compile_train_step(model, objective, optimizer, *, microbatches: int = 1, st
         limits=logits_limits(None if state_shardings is None else jax.tree.leaves(state_shardings)[0].mesh),
     )
     if state_shardings is None:
-        return jax.jit(step, donate_argnums=0, compiler_options=saving_memory(jax.default_backend()))
+        return jax.jit(step, donate_argnums=0, compiler_options=platform_of().compiler_options)
     mesh = jax.tree.leaves(state_shardings)[0].mesh
     everywhere = NamedSharding(mesh, P())  # metrics: any process can read them
-    options = saving_memory(mesh.devices.flat[0].platform)
+    options = platform_of(mesh).compiler_options
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, everywhere), compiler_options=options)
-
-
-def saving_memory(platform: str) -> dict | None:
-    """Options for the compiler: on a CPU it would order instructions to have many ready at a time, whatever they keep alive."""
-    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if platform == "cpu" else None
-
-
-def compile_token_logp(model, microbatches: int = 1, mesh=None):
-    """Return `logp(params, batch) -> logp_BT`, jitted: for a reference policy, or to check the sampler.
-
-    Of the tokens that have a weight; in as many parts, and leaving out the same, as `train_step`.
-    """
-
-    limits = logits_limits(mesh)
-
-    def token_logp(params, batch):
-        if microbatches == 1:
-            return token_outputs(model, params, batch, limits).logp_BT
-        parts = jax.tree.map(lambda x: split_rows(x, microbatches), batch)
-
-        def score(i, logp_PBT):
-            rows = jax.tree.map(lambda x: x[i], parts)
-            return logp_PBT.at[i].set(token_outputs(model, params, rows, limits).logp_BT)
-
-        logp_PBT = jax.lax.fori_loop(0, used_parts(parts), score, jnp.zeros(parts.weight_BT.shape, jnp.float32))
-        return logp_PBT.swapaxes(0, 1).reshape(batch.tokens_BT.shape)
-
-    return jax.jit(token_logp, out_shardings=None if mesh is None else sharding.rows(mesh))
 
 
 # --- the state of a phase ---

@@ -37,6 +37,7 @@ from jaxreason import sharding
 from jaxreason.draw import ALL, Filter, sample, uniforms
 from jaxreason.model import Model
 from jaxreason.model import cache as kv
+from jaxreason.platforms import platform_of
 
 RUNNING, EOS, LIMIT, EMPTY = range(4)
 STOPS = {EOS: "eos", LIMIT: "limit"}
@@ -166,7 +167,7 @@ def compile_sampler(
     """
     buckets, sizes = tuple(buckets or cache_buckets(length)), (slots, *sizes)
     if prefill_tokens is None:
-        prefill_tokens = 128 if jax.default_backend() == "cpu" else 1024
+        prefill_tokens = platform_of().prefill_tokens
     columns = prompt_columns or length
     how = (chunk_tokens, prefill_tokens, prompt_rows, columns, cache_dtype, untempered_logp, mesh)
     spec = Spec(model, slots, length, buckets, tuple(eos_ids), *how)

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     "types options options.fields runtime",
     "runtime.workdir runtime.files runtime.terminal runtime.log runtime.hub runtime.processes runtime.compiling runtime.memory",
-    "model text tasks verify tools objectives estimators sharding optimizer data draw metrics cost runtime.checkpoint",
-    "learner sampler environment batching runtime.warm_start runtime.ledger",
+    "platforms model text tasks verify tools objectives estimators sharding optimizer data draw metrics cost runtime.checkpoint",
+    "learner sampler logp environment batching runtime.warm_start runtime.ledger",
     "rollout sources runtime.preemption",
     "evaluate runtime.resume runtime.journal",
     "build train options.command runtime.start",

@@ -14,7 +14,8 @@ from compare import assert_trees_close
 from runs import grouped
 from tiny_batch import SPANS, B, T, make, random_batch, whole_logits
 
-from jaxreason import batching, learner, objectives, sharding
+from jaxreason import batching, learner, objectives, platforms, sharding
+from jaxreason import logp as logp_
 from jaxreason.types import Batch, Rollout, Task, TrainState, Verdict
 
 
@@ -34,7 +35,7 @@ def loss_and_gradient(model, params, batch, objective):
     return value, metrics, gradient
 
 
-token_logp = functools.cache(learner.compile_token_logp)
+token_logp = functools.cache(logp_.compile_token_logp)
 
 
 def reference_logp(model, params, batch):
@@ -57,7 +58,7 @@ def test_column_t_is_about_token_t(tiny):
     model, params = tiny()
     batch = random_batch(temperature=np.random.default_rng(1).uniform(0.5, 2.0, (B, T)))
     batch.weight_BT[:] = 1
-    outputs = jax.jit(functools.partial(learner.token_outputs, model))(params, batch)
+    outputs = jax.jit(functools.partial(logp_.token_outputs, model))(params, batch)
     logp, entropy = reference_logp(model, params, batch)
     np.testing.assert_allclose(outputs.logp_BT, logp, atol=1e-5)
     np.testing.assert_allclose(outputs.entropy_BT, entropy, atol=1e-5)
@@ -81,6 +82,10 @@ def test_ratio_is_one_on_policy_at_temperature_0_7(tiny):
     assert gap / count > 0.05
 
 
+def set_limit(monkeypatch, **fields):
+    monkeypatch.setitem(platforms.PLATFORMS, "cpu", platforms.PLATFORMS["cpu"]._replace(**fields))
+
+
 @pytest.mark.parametrize("kept", [0, 2**20])
 @pytest.mark.parametrize("chunks", [2, 6, B * T])
 def test_chunks_of_logits_change_nothing(tiny, monkeypatch, chunks, kept):
@@ -88,8 +93,8 @@ def test_chunks_of_logits_change_nothing(tiny, monkeypatch, chunks, kept):
     batch = random_batch()
     objective = make("grpo", entropy_coefficient=0.1)
     whole = loss_and_gradient(model, params, batch, objective)
-    monkeypatch.setitem(learner.LOGITS_AT_ONCE, "cpu", B * T * 24 // chunks)
-    monkeypatch.setitem(learner.LOGITS_KEPT, "cpu", kept)
+    set_limit(monkeypatch, logits_at_once=B * T * 24 // chunks)
+    set_limit(monkeypatch, logits_kept=kept)
     chunked = loss_and_gradient(model, params, batch, objectives.make("grpo", entropy_coefficient=0.1))
     assert largest_logits(model, params, batch) == B * T // chunks * 24
     assert_trees_close(chunked, whole)
@@ -97,7 +102,7 @@ def test_chunks_of_logits_change_nothing(tiny, monkeypatch, chunks, kept):
 
 def largest_logits(model, params, batch) -> int:
     """Elements of the largest array over the vocabulary, the unembedding aside."""
-    text = str(jax.make_jaxpr(functools.partial(learner.token_outputs, model))(params, batch))
+    text = str(jax.make_jaxpr(functools.partial(logp_.token_outputs, model))(params, batch))
     found = re.findall(r"f32\[([\d,]+,24)\] = (?:exp|div)", text)
     return max(math.prod(map(int, shape.split(","))) for shape in found)
 
@@ -105,8 +110,8 @@ def largest_logits(model, params, batch) -> int:
 @pytest.mark.parametrize("few", [True, False])
 def test_logits_are_kept_for_the_backward_pass_only_where_they_are_few(tiny, monkeypatch, few):
     model, params = tiny()
-    monkeypatch.setitem(learner.LOGITS_AT_ONCE, "cpu", B * T * 24 // 2)
-    monkeypatch.setitem(learner.LOGITS_KEPT, "cpu", B * T * 24 - (not few))
+    set_limit(monkeypatch, logits_at_once=B * T * 24 // 2)
+    set_limit(monkeypatch, logits_kept=B * T * 24 - (not few))
     gradient = jax.grad(functools.partial(learner.loss, model=model, objective=make("grpo")), has_aux=True)
     text = str(jax.make_jaxpr(gradient)(params, random_batch()))
     kept = re.findall(rf"f32\[2,{B * T // 2},24\]", text)  # chunks x tokens x words
@@ -115,7 +120,7 @@ def test_logits_are_kept_for_the_backward_pass_only_where_they_are_few(tiny, mon
 
 @pytest.mark.parametrize("limit", [100, B * T * 24 - 1, B * T * 24 * 2 // 3])
 def test_no_more_logits_exist_than_the_limit_says(tiny, monkeypatch, limit):
-    monkeypatch.setitem(learner.LOGITS_AT_ONCE, "cpu", limit)
+    set_limit(monkeypatch, logits_at_once=limit)
     assert largest_logits(*tiny(), random_batch()) <= limit
 
 
@@ -131,13 +136,13 @@ def test_chunks_put_every_result_where_it_belongs_and_leave_out_what_nobody_want
         jax.debug.callback(lambda x: computed.append(len(x)), hidden)
         return model.unembed(params, hidden)
 
-    cut, uncut = learner.chunks(jnp.asarray(wanted_BT), count)
-    found = learner.scores(unembed, False, *map(cut, (wanted_BT, hidden_BTD, target_BT, temperature_BT)))
-    logp, entropy = (np.where(wanted_BT, uncut(x), 0) for x in found)
+    cut, uncut = logp_.chunks(jnp.asarray(wanted_BT), count)
+    found = logp_.scores(unembed, False, *map(cut, (wanted_BT, hidden_BTD, target_BT, temperature_BT)))
+    found_logp, entropy = (np.where(wanted_BT, uncut(x), 0) for x in found)
     jax.effects_barrier()
     logp_BTV = jax.nn.log_softmax(model.unembed(params, hidden_BTD) / temperature_BT[..., None])
     expected = np.take_along_axis(logp_BTV, target_BT[..., None], axis=-1)[..., 0]
-    np.testing.assert_allclose(logp, np.where(wanted_BT, expected, 0), atol=1e-5)
+    np.testing.assert_allclose(found_logp, np.where(wanted_BT, expected, 0), atol=1e-5)
     np.testing.assert_allclose(entropy, np.where(wanted_BT, -jnp.sum(jnp.exp(logp_BTV) * logp_BTV, axis=-1), 0), atol=1e-5)
     assert wanted_BT.sum() <= sum(computed)
     if count >= T:  # each row's wanted tokens stand first
@@ -263,7 +268,7 @@ def test_two_sequences_in_a_row_are_as_in_two_rows(tiny):
     packed.tokens_BT[0] = [*first, *second]
     packed.position_BT[0] = [*range(5), *range(7)]
     packed.segment_BT[0] = [1] * 5 + [2] * 7
-    logp = learner.compile_token_logp(model)
+    logp = logp_.compile_token_logp(model)
     apart, packed = logp(params, apart), logp(params, packed)
     np.testing.assert_allclose(packed[0, 1:5], apart[0, 1:5], atol=1e-6)
     np.testing.assert_allclose(packed[0, 6:], apart[1, 1:7], atol=1e-6)
@@ -310,7 +315,7 @@ def packing(tiny):
             state, put = jax.device_put(state, placed), functools.partial(sharding.put_rows, mesh=mesh)
         batch = batching.from_groups(grouped(rollouts, 2), objective, buckets=(T,), limit=T, pack=pack, microbatches=microbatches)
         assert (batch.segment_BT.any(axis=1).sum() < 16) == pack
-        reference = learner.compile_token_logp(model, microbatches)(params, put(batch))
+        reference = logp_.compile_token_logp(model, microbatches)(params, put(batch))
         batch = dataclasses.replace(put(batch), reference_logp_BT=reference)
         step = learner.compile_train_step(model, objective, optimizer, microbatches=microbatches, state_shardings=placed)
         state, metrics = step(state, batch)
@@ -344,7 +349,7 @@ def shared_prompts(tiny):
         how = {"buckets": (longest,), "limit": T, "pack": pack, "microbatches": microbatches}
         batch = batching.from_groups(grouped(rollouts, 4), objective, **how, share=share)
         assert len(batch.tokens_BT) == 16 // share
-        reference = learner.compile_token_logp(model, microbatches)(params, put(batch))
+        reference = logp_.compile_token_logp(model, microbatches)(params, put(batch))
         batch = dataclasses.replace(put(batch), reference_logp_BT=0.9 * reference)
         step = learner.compile_train_step(model, objective, optimizer, microbatches=microbatches, state_shardings=placed)
         state, metrics = step(state, batch)
@@ -376,10 +381,10 @@ def test_empty_microbatches_cost_nothing(tiny):
     step = learner.compile_train_step(model, make("grpo"), optax.sgd(0.1), microbatches=4)
     clean, soiled = (step(fresh(params, optax.sgd(0.1)), b)[0].params for b in (batch, poisoned))
     assert_trees_close(clean, soiled, rtol=0, atol=0)
-    parts = jax.tree.map(lambda x: learner.split_rows(x, 4), batch)
-    assert int(learner.used_parts(parts)) == 2
+    parts = jax.tree.map(lambda x: batching.split_rows(x, 4), batch)
+    assert int(batching.used_parts(parts)) == 2
     batch.weight_BT[:] = 0
-    assert int(learner.used_parts(jax.tree.map(lambda x: learner.split_rows(x, 4), batch))) == 0
+    assert int(batching.used_parts(jax.tree.map(lambda x: batching.split_rows(x, 4), batch))) == 0
 
 
 # --- training ---

@@ -7,6 +7,7 @@ import pytest
 
 from jaxreason import learner, objectives, optimizer, sources
 from jaxreason.environment import single_turn
+from jaxreason.logp import compile_token_logp
 from jaxreason.rollout import Roller
 from jaxreason.sampler import compile_sampler
 from jaxreason.types import Prompted, Task, TrainState, Verdict
@@ -95,6 +96,6 @@ def test_next_token_prediction_reaches_the_bigram_count_model(tiny):
     from jaxreason import batching, evaluate
 
     text = evaluate.Text("held_out", [batching.from_windows(test, objective)])
-    nll = evaluate.score(learner.compile_token_logp(model), params, [text])["held_out"]
+    nll = evaluate.score(compile_token_logp(model), params, [text])["held_out"]
     share = (unigram_nll - nll) / (unigram_nll - bigram_nll)
     assert 0.95 < share < 1.02, (unigram_nll, bigram_nll, nll)

@@ -199,7 +199,7 @@ def test_pace_forgets_the_compiling_step_and_the_last_phase():
 def test_without_a_terminal_lines_are_plain_and_rare(monkeypatch):
     console, printed = on_paper()
     now = [0.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(run_log.time, "monotonic", lambda: now[0])
     log = run_log.RunLog(io.StringIO(), None, None, console, total_steps=100, start_s=0.0)
     for step in range(1, 101):
         now[0] = 0.5 * step
@@ -226,8 +226,8 @@ def test_on_a_terminal_there_is_one_live_line():
 
 @pytest.mark.parametrize("width", [20, 60, 110])
 def test_the_live_line_never_wraps_and_says_what_is_under_way(width, monkeypatch):
-    monkeypatch.setattr(metrics.Live, "start", lambda live: None)  # no thread
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: 7.0)
+    monkeypatch.setattr(run_log.Live, "start", lambda live: None)  # no thread
+    monkeypatch.setattr(run_log.time, "monotonic", lambda: 7.0)
     console, _ = on_paper(terminal=True, width=width)
     log = run_log.RunLog(io.StringIO(), None, None, console, total_steps=2000, start_s=0.0)
 
@@ -345,7 +345,7 @@ def test_summary_is_replaced_whole_or_not_at_all(tmp_path):
 
 def test_a_run_that_fails_gives_the_terminal_back(tmp_path):
     code = (
-        "import io\nfrom rich.console import Console\nfrom jaxreason import metrics\nimport sys\n"
+        "import io\nfrom rich.console import Console\nfrom jaxreason.runtime import log as run_log\nimport sys\n"
         "console = Console(file=sys.stdout, force_terminal=True)\n"
         "log = run_log.RunLog(io.StringIO(), None, None, console, total_steps=1, start_s=0.0)\n"
         "log.write(1, 'rl', {})\nraise RuntimeError('stop')\n"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxreason.batching import from_groups
-from jaxreason.learner import compile_token_logp
+from jaxreason.logp import compile_token_logp
 from jaxreason.model import ModelConfig, transformer
 from jaxreason.objectives import dapo
 from jaxreason.rollout import Request, Roller, collect

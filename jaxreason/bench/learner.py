@@ -71,6 +71,7 @@ def bench(cores: int, whole: bool) -> None:
     from jaxreason import batching, learner, objectives, optimizer, sharding
     from jaxreason.build import attempts_that_share
     from jaxreason.learner import new_state
+    from jaxreason.logp import compile_token_logp
     from jaxreason.options import call
     from jaxreason.runtime import ledger, memory
 
@@ -94,7 +95,7 @@ def bench(cores: int, whole: bool) -> None:
     reference = jax.tree.map(jax.numpy.copy, params) if objective.needs_reference else None
     state = jax.jit(new_state, static_argnums=1, donate_argnums=0, out_shardings=placed)(params, made)
     step = learner.compile_train_step(model, objective, made, microbatches=microbatches, state_shardings=placed)
-    reference_logp = learner.compile_token_logp(model, microbatches, mesh)
+    reference_logp = compile_token_logp(model, microbatches, mesh)
     to_batch = functools.partial(
         batching.from_groups,
         objective=objective,

@@ -10,7 +10,7 @@ from jaxreason import objectives as objectives_
 from jaxreason.build.sampler import make_filter
 from jaxreason.build.tasks import Parts, check_keys, check_positive, encode_documents, fitting, judge, load_held_out
 from jaxreason.draw import Filter
-from jaxreason.learner import compile_token_logp
+from jaxreason.logp import compile_token_logp
 from jaxreason.options import call
 from jaxreason.runtime import ledger
 

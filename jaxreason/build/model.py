@@ -17,6 +17,7 @@ from jaxreason.model import ModelConfig
 from jaxreason.model import config as model_config
 from jaxreason.model import weights as weights_
 from jaxreason.options import call, unknown
+from jaxreason.platforms import platform_of
 from jaxreason.runtime import hub
 from jaxreason.runtime import warm_start as origin_
 from jaxreason.tasks.procedural import ALPHABET
@@ -81,7 +82,7 @@ def make_model(
     for key, made in (("lora", model_config.Lora), ("rope_scaling", model_config.RopeScaling)):
         if fields.get(key) is not None:
             fields[key] = call(made, fields[key], f"config.model.{key}")
-    fields["scan_layers"] = jax.default_backend() != "cpu" if scan_layers is None else scan_layers
+    fields["scan_layers"] = platform_of().scan_layers if scan_layers is None else scan_layers
     if folder is None:
         if name not in model_config.SIZES:
             raise ValueError(unknown("model", name, model_config.SIZES) + "; or weights='pretrained' with a folder or hub id")

@@ -10,12 +10,9 @@ from jaxreason.draw import Filter
 from jaxreason.model import ModelConfig
 from jaxreason.model.config import count_parameters
 from jaxreason.options import unknown
+from jaxreason.platforms import platform_of
 from jaxreason.rollout import Budget, Roller
 from jaxreason.sampler import MEMBERS, cache_buckets, compile_sampler
-
-# On a CPU prompts are shared from this length on: rows that no slot continues cost time there, and none on an accelerator (see
-# jaxreason/bench/README.md).
-SHARED_TOKENS = 512
 
 
 def make_roller(
@@ -122,7 +119,7 @@ def thinking_budget(tokenizer: text.Tokenizer, tokens: int | None, end: str) -> 
 
 def prompt_rows_for(slots: int, longest_prompt: int, mesh) -> int:
     """How many prompts the slots of a process share, where the config leaves it open."""
-    if mesh.devices.flat[0].platform == "cpu" and longest_prompt < SHARED_TOKENS:
+    if longest_prompt < platform_of(mesh).share_prompts_from:
         return 0
     devices = sharding.row_devices(mesh)
     # Twice as many as full slots need, since the last attempts of a group are beside those of other problems; none where a few
@@ -136,7 +133,7 @@ def buckets_for(shape: ModelConfig, slots: int, length: int, completion: int, pr
     # Finely stepped where a decode step reads more of the cache than of the weights; but each length is a program, and takes
     # long to compile on accelerators.
     cached = 2 * shape.layers * shape.kv_heads * shape.head_size * slots * length
-    fine = mesh.devices.flat[0].platform == "cpu" and cached > count_parameters(shape)
+    fine = platform_of(mesh).fine_buckets and cached > count_parameters(shape)
     # An attempt that continues a shared prompt takes room for its completion alone.
     shared = [completion] if prompt_rows and length > smallest else []
     return sorted({*cache_buckets(length, smallest, fine), *shared})

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxreason import cost, learner
+from jaxreason import logp as logp_
 from jaxreason.draw import Filter
 from jaxreason.plan import hlo
 from jaxreason.plan.arrays import (
@@ -123,7 +124,7 @@ def compile_train(work: Work) -> Compiled:
         model_of(work), work.objective, work.optimizer, microbatches=work.microbatches, state_shardings=where
     )
     # As `token_outputs` decides it.
-    remade = work.rows // work.microbatches * work.length * c.vocab_size > learner.logits_limits(mesh).kept
+    remade = work.rows // work.microbatches * work.length * c.vocab_size > logp_.logits_limits(mesh).kept
     return compile_program(
         f"train step, {work.microbatches} micro-batches",
         work,
@@ -139,7 +140,7 @@ def compile_train(work: Work) -> Compiled:
 @once_for(learner_part)
 def compile_reference(work: Work) -> Compiled:
     mesh = meshes_of(work).learn
-    logp = learner.compile_token_logp(model_of(work), work.microbatches, mesh)
+    logp = logp_.compile_token_logp(model_of(work), work.microbatches, mesh)
     plain = work.shape.attention == "xla"
     columns = cost.causal_columns(work.length) if plain else work.length / 2
     parts = cost.dense_flops(work.shape, work.rows, work.length, columns, work.rows * work.length)

@@ -1,0 +1,192 @@
+"""Log-probs and entropies of the tokens of a batch, without the logits of all of them at once.
+
+Logits are made in chunks and, where there are many, made again in the backward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxreason import sharding
+from jaxreason.batching import split_rows, used_parts
+from jaxreason.model import Model
+from jaxreason.platforms import platform_of
+from jaxreason.types import Batch, Outputs
+
+
+class Limits(NamedTuple):
+    """How many logits may exist on all devices of a mesh."""
+
+    at_once: int  # while they are computed
+    kept: int  # between a forward and its backward pass
+
+
+def logits_limits(mesh=None) -> Limits:
+    """The limits on a mesh; None: on one device of the default kind."""
+    platform, devices = platform_of(mesh), 1 if mesh is None else sharding.row_devices(mesh)
+    return Limits(platform.logits_at_once * devices, platform.logits_kept * devices)
+
+
+def token_outputs(model: Model, params, batch: Batch, limits: Limits | None = None) -> Outputs:
+    """Score every token of a batch that has a weight, given the tokens before it, at the temperature it was sampled at.
+
+    Logits are made for a few positions at a time, and made again in the backward pass where those of all positions are more
+    than may be kept: `[B, T, V]` never exists when it is large. In each row the tokens that are scored come first, so that
+    chunks without any are left out.
+    """
+    limits = limits or logits_limits()
+    B, T = batch.tokens_BT.shape
+    hidden_BTD, _ = model.apply(params, batch.tokens_BT, batch.position_BT, batch.segment_BT)
+    # Token t is predicted at position t - 1; position T - 1 predicts nothing and is rolled to the front.
+    wanted_BT, target_BT, temperature_BT = (
+        jnp.roll(x, -1, axis=1) for x in (batch.weight_BT != 0, batch.tokens_BT, batch.temperature_BT)
+    )
+    wanted_BT = wanted_BT.at[:, -1].set(False)
+
+    logits = B * T * model.config.vocab_size
+    # Two chunks at least: where prompts are half of a batch, one of them is left out.
+    cut, uncut = chunks(wanted_BT, max(2, -(-logits // limits.at_once)))
+    arrays = map(cut, (wanted_BT, hidden_BTD, target_BT, temperature_BT))
+    found = scores(functools.partial(model.unembed, params), logits <= limits.kept, *arrays)
+    logp_BT, entropy_BT = (jnp.where(wanted_BT, uncut(x), 0.0) for x in found)
+
+    def align(x_BT):
+        return jnp.roll(x_BT, 1, axis=1).at[:, 0].set(0.0)
+
+    value = None if model.value is None else align(model.value(params, hidden_BTD))
+    return Outputs(align(logp_BT), align(entropy_BT), value)
+
+
+def scores(unembed, keep: bool, wanted_CBT, hidden_CBTD, target_CBT, temperature_CBT):
+    """Log-probs of targets and entropies over the vocabulary, chunk by chunk; 0 in a chunk of which nothing is wanted.
+
+    The gradient is written out, since that of a scan keeps one of all weights for each chunk, zeros of those left out included.
+    It needs the logits again: with `keep` they are kept, all of them, otherwise made once more.
+    """
+    flat = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), (wanted_CBT, hidden_CBTD, target_CBT, temperature_CBT))
+    unembed, weights = jax.closure_convert(unembed, flat[1][0])
+    return [x.reshape(wanted_CBT.shape) for x in scored(unembed, keep, weights, *flat)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def scored(unembed, keep: bool, *inputs):
+    """Log-probs and entropies [C, R] of (weights, wanted_CR, hidden_CRD, target_CR, temperature_CR)."""
+    return score_chunks(unembed, False, *inputs)[0]
+
+
+def scored_forward(unembed, keep: bool, *inputs):
+    found, kept = score_chunks(unembed, keep, *inputs)
+    return found, (inputs, kept)
+
+
+def scored_backward(unembed, keep: bool, kept, gradients):
+    (weights, wanted_CR, hidden_CRD, target_CR, temperature_CR), (entropy_CR, (log_total_CR, *logits)) = kept
+    by_logp_CR, by_entropy_CR = gradients
+
+    def gradient(i):
+        again_RV, back = jax.vjp(lambda weights, hidden_RD: unembed(hidden_RD, *weights), weights, hidden_CRD[i])
+        all_logp_RV = (logits[0][i] if keep else again_RV / temperature_CR[i, :, None]) - log_total_CR[i, :, None]
+        p_RV = jnp.exp(all_logp_RV)
+        chosen_RV = jnp.arange(p_RV.shape[-1]) == target_CR[i, :, None]
+        by_logits_RV = by_logp_CR[i, :, None] * (chosen_RV - p_RV)
+        by_logits_RV -= by_entropy_CR[i, :, None] * p_RV * (all_logp_RV + entropy_CR[i, :, None])
+        return back(by_logits_RV / temperature_CR[i, :, None])
+
+    def add(i, state):
+        by_weights, by_hidden_CRD = state
+        more, by_hidden_RD = gradient(i)
+        return jax.tree.map(jnp.add, by_weights, more), by_hidden_CRD.at[i].set(by_hidden_RD)
+
+    # The first chunk is what the others are added to, wanted or not: weights as large as the embedding are not cleared first.
+    by_weights, by_hidden_RD = gradient(0)
+    state = by_weights, jnp.zeros_like(hidden_CRD).at[0].set(by_hidden_RD)
+    by_weights, by_hidden_CRD = each_chunk(1, wanted_CR, add, state)
+    return by_weights, None, by_hidden_CRD, None, None
+
+
+scored.defvjp(scored_forward, scored_backward)
+
+
+def score_chunks(unembed, keep: bool, weights, wanted_CR, hidden_CRD, target_CR, temperature_CR):
+    """Log-probs and entropies, and what the backward pass needs of them; the logits too if `keep`."""
+    C, R = wanted_CR.shape
+    V = jax.eval_shape(unembed, hidden_CRD[0], *weights).shape[-1]
+
+    def score(i, state):
+        logits_RV = unembed(hidden_CRD[i], *weights) / temperature_CR[i, :, None]
+        # Sums over the vocabulary, without the log-probs of all of it, take about half the time.
+        most_R1 = jnp.max(logits_RV, axis=-1, keepdims=True)
+        odds_RV = jnp.exp(logits_RV - most_R1)
+        total_R = jnp.sum(odds_RV, axis=-1)
+        log_total_R = jnp.log(total_R) + most_R1[:, 0]
+        logp_R = jnp.take_along_axis(logits_RV, target_CR[i, :, None], axis=-1)[:, 0] - log_total_R
+        entropy_R = log_total_R - jnp.sum(odds_RV * logits_RV, axis=-1) / total_R
+        found = (logp_R, entropy_R, log_total_R, logits_RV)
+        return jax.tree.map(lambda all, x: all.at[i].set(x), state, found[: len(state)])
+
+    zeros = jnp.zeros((C, R), jnp.float32)
+    kept = [jnp.zeros((C, R, V), jnp.float32)] if keep else []
+    logp_CR, entropy_CR, *rest = each_chunk(0, wanted_CR, score, (zeros, zeros, zeros, *kept))
+    return (logp_CR, entropy_CR), (entropy_CR, rest)
+
+
+def each_chunk(first: int, wanted_CR, function, state):
+    """Replace state by function(i, state) for each chunk from `first` on of which something is wanted."""
+
+    def step(i, state):
+        return jax.lax.cond(jnp.any(wanted_CR[i]), functools.partial(function, i), lambda state: state, state)
+
+    return jax.lax.fori_loop(first, len(wanted_CR), step, state)
+
+
+def chunks(wanted_BT, count: int):
+    """Make `cut`, [B, T, ...] -> chunks of [B', T', ...], and `uncut`, back to [B, T]: `count` chunks or somewhat more.
+
+    A chunk has some columns of all rows, so that rows stay where they are, or if that is too much one column of some rows. What
+    is wanted stands in the first ones; the last may be filled up with more of the last column.
+    """
+    B, T = wanted_BT.shape
+    width = max(1, T // count)
+    columns = -(-T // width)
+    padded = columns * width
+    rows = next(r for r in range(min(-(-count // columns), B), B + 1) if B % r == 0)
+    order_BT = jnp.argsort(~wanted_BT, axis=1, stable=True)
+
+    def cut(x):
+        x = jnp.take_along_axis(x, order_BT.reshape(B, T, *[1] * (x.ndim - 2)), axis=1)
+        x = jnp.pad(x, ((0, 0), (0, padded - T), *[(0, 0)] * (x.ndim - 2)), mode="edge")  # no temperature of 0
+        x = x.reshape(B // rows, rows, columns, width, *x.shape[2:])
+        return jnp.moveaxis(x, (2, 1), (0, 1)).reshape(columns * rows, B // rows, width, *x.shape[4:])
+
+    def uncut(x):
+        x = jnp.moveaxis(x.reshape(columns, rows, B // rows, width), (0, 1), (2, 1)).reshape(B, padded)[:, :T]
+        return jnp.take_along_axis(x, jnp.argsort(order_BT, axis=1), axis=1)
+
+    return cut, uncut
+
+
+def compile_token_logp(model, microbatches: int = 1, mesh=None):
+    """Return `logp(params, batch) -> logp_BT`, jitted: for a reference policy, or to check the sampler.
+
+    Of the tokens that have a weight; in as many parts, and leaving out the same, as `train_step`.
+    """
+
+    limits = logits_limits(mesh)
+
+    def token_logp(params, batch):
+        if microbatches == 1:
+            return token_outputs(model, params, batch, limits).logp_BT
+        parts = jax.tree.map(lambda x: split_rows(x, microbatches), batch)
+
+        def score(i, logp_PBT):
+            rows = jax.tree.map(lambda x: x[i], parts)
+            return logp_PBT.at[i].set(token_outputs(model, params, rows, limits).logp_BT)
+
+        logp_PBT = jax.lax.fori_loop(0, used_parts(parts), score, jnp.zeros(parts.weight_BT.shape, jnp.float32))
+        return logp_PBT.swapaxes(0, 1).reshape(batch.tokens_BT.shape)
+
+    return jax.jit(token_logp, out_shardings=None if mesh is None else sharding.rows(mesh))
