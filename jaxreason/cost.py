@@ -40,9 +40,8 @@ def shared_length(prompt: int, completions: Sequence[int]) -> int:
 def attempts_behind_a_prompt(c, choices, prompt: int, completion: int) -> int:
     """How many attempts at a problem the learner best has behind one copy of its prompt, of some `choices`.
 
-    Fewer tokens then, but more scores, of which most are masked. A FLOP of theirs counts four times: softmax and masks go with it
-    (96 + 256 tokens with one, two and four to a prompt: 14.6, 14.2 and 15.8 s an update of eight, means of two; SmolLM2-135M, one
-    core of a Zen 5 EPYC, 2026-11-26). Sharing must promise a tenth: completions of unlike lengths leave more room in longer rows.
+    Fewer tokens then, but more scores, of which most are masked. A FLOP of theirs counts four times, since softmax and masks go
+    with it (jaxreason/bench/README.md). Sharing must save a tenth: completions of unlike lengths leave more room in longer rows.
     """
 
     def flops(attempts: int) -> float:

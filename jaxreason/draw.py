@@ -42,8 +42,7 @@ def sample(logits_SV, u_S2, temperature, filter: Filter = ALL):
     scaled_SV = logits_SV / jnp.where(greedy, 1.0, temperature)
     highest_S = jnp.max(scaled_SV, axis=-1)
     p_SV = kept(jnp.exp(scaled_SV - highest_S[:, None]), filter)
-    # The likeliest has exactly 1. An argmax over all words took 3.9 ms of the 55 ms of a decode step, used or not (16 rows of
-    # SmolLM2-135M's shape, one EPYC core, Zen 5, 2026-11-26).
+    # The likeliest has exactly 1. An argmax over the vocabulary would cost a fourteenth of a decode step, used or not.
     token_S = draw(jnp.where(greedy, p_SV == 1, p_SV), jnp.where(greedy, 0.0, u_S2)).astype(jnp.int32)
     chosen_S = jnp.take_along_axis(scaled_SV, token_S[:, None], axis=1)[:, 0]
     return token_S, chosen_S - highest_S - jnp.log(jnp.sum(p_SV, axis=-1))
@@ -68,9 +67,8 @@ def kept(p_SV, filter: Filter):
 def draw(p_SV, u_S2, width: int = 128):
     """Draw an index a row in proportion to `p_SV`, which need not sum to one: the inverse of its cumulative sum at two uniforms.
 
-    One picks a block of `width` words, the other a word in it; two zeros pick the first that is not 0. Gumbel noise, one number
-    for each word, took a quarter of a decode step on a CPU (16 rows of SmolLM2-135M's shape, one EPYC core, 2026-11-24: 99 ms
-    with it, 73 ms so).
+    One picks a block of `width` tokens, the other a token in it; two zeros pick the first that is not 0. Gumbel noise, one
+    number per token, took a quarter of a decode step on a CPU (jaxreason/bench/README.md).
     """
     p_SNW = split_blocks(p_SV, width)
     block_S = invert(jnp.sum(p_SNW, axis=-1), u_S2[:, 0])
@@ -80,8 +78,7 @@ def draw(p_SV, u_S2, width: int = 128):
 def invert(p_SV, u_S, width: int = 16):
     """Return the first index of each row at which the cumulative sum is above the share `u_S` of the whole.
 
-    First the block of `width` that it is in: two short cumulative sums take less than a long one (a draw from 64 x 128 words in
-    12 us, not 32, best of 12; from 16 x 49152 in 335, not 359, best of 3; softmax included, one Zen 5 EPYC core, 2026-11-26).
+    First the block of `width` that it is in: two short cumulative sums take less time than a long one.
     """
     p_SNW = split_blocks(p_SV, width)
     sum_SN = jnp.sum(p_SNW, axis=-1)

@@ -163,8 +163,8 @@ def keep_rows(x, mesh: Mesh | None):
 def gather_weights(tree, mesh: Mesh | None, prefix: str, *, layer: bool = False):
     """Make params whole over `fsdp` where they are used; their gradients are split again. `layer`: one layer of the stack.
 
-    Left to itself the compiler multiplies parts of weights, and adds up activations over the devices: with fsdp=8 a train step of
-    a 0.5 B model in 32 micro-batches on a v5e:2x4 would send 636 GB from each chip, and 104 GB so (`plan`, 2026-11-24).
+    Left to itself the compiler multiplies parts of weights and adds up activations over the devices, which sends six times as
+    many bytes (jaxreason/plan/README.md).
     """
     if mesh is None or mesh.shape["fsdp"] == 1:
         return tree

@@ -11,12 +11,7 @@ log-probs). With a cache it is XLA: a decode step has one query a row and no squ
 prompt is prefilled once for all of its attempts; but with `cudnn` a decode step goes by `decode_attention`, one kernel that
 leaves out columns that hold nothing.
 
-On one H200 (jax 0.11.2, 2026-11-26) an update of Qwen3-0.6B's shape on 64 x 512 tokens, remat="full", 8 micro-batches, reached
-25 % of the card's best rate with cudnn and 20 % with xla; a decode step on one H100 takes 3.1 ms with cudnn and 3.5 ms with xla
-(64 slots, 256 + 512 tokens). splash has not been timed. Compiled for eight v5e chips (`jaxreason.plan`, jax 0.10.2, 2026-11-26) a
-train step of that shape, remat="full", one row of 4096 tokens a chip, has 3.84 GiB of temporary arrays with splash and 5.03 with
-xla, gradients included, and moves 84 and 152 GB; with all queries of xla at once it was
-6.79 GiB and 308 GB (bytes by a count that left prefetches out).
+Figures: jaxreason/bench/README.md (GPUs) and jaxreason/plan/README.md (programs for TPUs). splash has not been timed.
 
 Left out: tokamax (0.0.12), whose public attention has no segments and, on a TPU, takes no mask that differs from row to row; its
 TPU kernel is a relative of splash.
@@ -75,16 +70,13 @@ def causal(position_BT, segment_BT):
 def xla(config: ModelConfig, mesh=None) -> Kernel:
     """Make the plain one; the compiler splits it over any mesh by itself.
 
-    Queries are taken some at a time, since those in front need not be multiplied with the keys behind them: an update of
-    SmolLM2-135M on 2 x 512 tokens in 6.2 s, not 6.9, and on 2 x 323 in 4.2, not 4.4 (means of two, random tokens, one core of a
-    Zen 5 EPYC, float32, 2026-11-26).
+    Queries are taken in parts, since early ones need not be multiplied with later keys (jaxreason/bench/README.md).
     """
 
     def see(position_BT, segment_BT):
         """What is added to scores, float32 [B, T, T].
 
-        A choice between scores and `MASKED` is slower on a CPU: attention of 2 x 512 tokens, 9 heads of 64, and its gradient in
-        20.4 ms, and so in 18.0 (best of 12, means of two; one core of a Zen 5 EPYC, float32, 2026-11-26).
+        A choice between scores and `MASKED` is slower on a CPU.
         """
         return jnp.where(causal(position_BT, segment_BT), jnp.float32(0), jnp.float32(MASKED))
 
@@ -105,8 +97,7 @@ def xla(config: ModelConfig, mesh=None) -> Kernel:
 def query_parts(tokens: int) -> list[tuple[int, int]]:
     """The parts in which the plain kernel takes its queries, first and end of each: 128 to 256 tokens, or an eighth of them.
 
-    Of 64 tokens they are no faster in an update of SmolLM2-135M (128, 323 and 384 tokens a row; within 3 %), which then takes
-    19 s to compile, not 16 (one core of a Zen 5 EPYC, 2026-11-26).
+    Parts of 64 tokens are no faster and take longer to compile.
     """
     count = min(max(1, tokens // 128), 8)
     return list(itertools.pairwise(tokens * i // count for i in range(count + 1)))
@@ -117,8 +108,7 @@ def mix(q_BKQH, k_BKHT, v_BKTH, bias):
     """Softmax attention, with its gradient written out.
 
     The sum in the gradient of a softmax is one over H here, `sum(gradient * mixed)` (Dao et al. 2022, arXiv 2205.14135, eq. 4),
-    not over T: with one row of 541 tokens XLA:CPU took 31 ms for that, in each of 30 layers (SmolLM2-135M, one core of a Zen 5
-    EPYC, 2026-11-26). The weights are kept in the dtype of the queries.
+    not over T, which XLA:CPU is slow at. The weights are kept in the dtype of the queries.
     """
     return mix_forward(q_BKQH, k_BKHT, v_BKTH, bias)[0]
 

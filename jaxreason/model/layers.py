@@ -37,8 +37,7 @@ class Norm(nnx.Module):
 def scaled(x, scale_D):
     """`x * scale_D`, whose gradient by the scale is a matrix product with ones.
 
-    XLA:CPU would sum into a row of the stacked scales, [1, D], one number at a time: 128 x 576 in 0.23 ms, and so in 0.04 ms (one
-    core of a Zen 5 EPYC, 2026-11-26).
+    XLA:CPU would sum into a row of the stacked scales, [1, D], one number at a time (jaxreason/bench/README.md).
     """
     return x * scale_D
 
@@ -88,8 +87,8 @@ class Projection(nnx.Module):
 def product(x, kernel_IO):
     """`x @ kernel_IO`, whose gradient by the kernel comes as [I, O].
 
-    jax gives it as [O, I] and turned, for which XLA:CPU copies the wider factor and takes its slower product: 60 to 75 GFLOP/s of
-    130 to 168, 128 to 512 wide (tiny; one core of a Zen 5 EPYC, 2026-11-26).
+    jax makes it as [O, I] and transposes it, for which XLA:CPU copies the wider factor and takes its slower product
+    (jaxreason/bench/README.md).
     """
     return x @ kernel_IO
 
@@ -109,12 +108,11 @@ product.defvjp(product_forward, product_backward)
 
 
 def of_few_rows(name: str, size: int):
-    """The product of a few rows with a kernel of so many numbers that a CPU is fastest at; `from_left` takes the kernel turned.
+    """Return the fastest form on a CPU of the product of a few rows with a kernel of `size` numbers.
 
-    It is fastest while kernels stay in the caches. 64 rows, tiny's four layers: 0.75 ms by `from_left`, 0.90 by `from_columns`,
-    0.79 by x @ kernel. 16 rows, the thirty layers of SmolLM2-135M: 33.0, 26.3, 34.2. But it gives columns, and what comes next
-    for queries and keys is slow at those: tiny's decode step takes 0.98 ms with qkv as x @ kernel and 1.02 with it from the left
-    (64 rows, 96 columns of cache). All on one core of a Zen 5 EPYC, float32, 2026-11-26.
+    `from_left`, which takes the kernel transposed, is fastest while kernels stay in the processor's caches, `from_columns` beyond
+    that. The result of `from_left` is in columns, which the next operation on queries and keys is slow at, so `qkv` is excepted
+    (jaxreason/bench/README.md).
     """
     if size >= 2**18:
         return from_columns
@@ -134,8 +132,7 @@ def from_left(x, kernel_OI, out_dtype=None):
 def from_columns(x, kernel_IO):
     """`x @ kernel` with the rows of x in columns, which XLA:CPU leaves to Eigen and not to YNNPACK.
 
-    576 x 3072 with 16 rows: 100 GFLOP/s by YNNPACK and 125 by Eigen with kernels that come from memory, 210 and more by either
-    from a cache (one core of a Zen 5 EPYC, float32, 2026-11-26). We suppose that YNNPACK waits for memory as it multiplies.
+    Eigen is faster where the kernel comes from memory (jaxreason/bench/README.md); we suppose that YNNPACK waits for it.
     """
     x_IR = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
     return jax.lax.dot_general(x_IR, kernel_IO, (((0,), (0,)), ((), ()))).reshape(*x.shape[:-1], -1)
@@ -154,10 +151,7 @@ def rotate_by_product(x_BTNH, cos_BTH, sin_BTH):
     """`rotate` for a TPU, where halves of 64 lanes would be arrays of their own: the halves are swapped by a product with ones.
 
     That is exact in any dtype: one term of each sum is not zero. The gradient is a rotation by the opposite angle; cosines and
-    sines get none. A train step of Qwen3-0.6B's shape, compiled for four v5p chips (64 rows of 768 tokens a chip in 4
-    micro-batches, splash), moves 1,010 GB a chip so if remat="full" (`jaxreason.plan`,
-    jax 0.10.2, 2026-11-27; not timed). A count that left prefetches out had 880 GB, and
-    1,127 with `rotate`; 1,221 and 1,658 if remat="dots".
+    sines get none. It moves a fifth less HBM bytes than `rotate` (jaxreason/plan/README.md).
     """
     _, _, _, H = x_BTNH.shape
     half = jnp.eye(H // 2, dtype=x_BTNH.dtype)
@@ -185,9 +179,8 @@ def attend(q_BTNH, k_BKHC, v_BKCH, visible_BTC, k_scale_BK1C=None, v_scale_BK1C=
 
     Keys and values may be kept in another dtype than the queries; those of an int8 cache have a scale for each column.
 
-    The queries that share a key head become rows of one matrix: 1.5 times faster on a CPU than five-index einsums. Keys stand
-    in columns: a CPU transposes them otherwise, at every step (30 layers of 16 slots x 128 columns: 7 ms, and 46 ms in rows;
-    one EPYC core, 2026-11-24).
+    The queries that share a key head become rows of one matrix, and keys are columns: a CPU would transpose them at every step
+    otherwise (jaxreason/bench/README.md).
     """
     q_BKQH = by_key_head(q_BTNH, v_BKCH.shape[1])
     scores = masked_scores(q_BKQH, k_BKHC, k_scale_BK1C, for_each_query(visible_BTC, q_BKQH))

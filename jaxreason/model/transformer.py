@@ -3,8 +3,7 @@
 Layers are defined with `flax.nnx` and merged inside `apply`; only nested dicts of arrays cross the seam, with the layers
 stacked on axis 0. `ModelConfig.scan_layers` chooses between `lax.scan` over the stack (compile time flat in depth: for
 accelerators) and an unrolled loop (twice as fast on a CPU at 3 layers). Decoding is unrolled everywhere: a scan copies each
-layer's cache out of the stack and back (Qwen3-0.6B's shape, 64 slots, XLA's attention, 2026-11-26: 11.4 ms a step in a scan, with
-256 + 256 tokens on one H200; 3.5 ms unrolled, with 256 + 512 on one H100).
+layer's cache out of the stack and back (jaxreason/bench/README.md).
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
         x_BTD, cache = nnx.merge(block, layer)(x_BTD, rotations, seen, cache, kernel)
         return (x_BTD if cache is not None else sharding.keep_rows(x_BTD, mesh)), cache
 
-    # Traced once for all layers: 0.65 s for a decode step of 30 layers, not 1.4 (one EPYC core, once, 2026-11-26).
+    # Traced once for all layers, which halves the time.
     run_decode = jax.jit(functools.partial(run, decode_block))
     run_plain, run_adapted = functools.partial(run, block), functools.partial(run, adapted_block)
     policy = REMAT[config.remat]
@@ -208,7 +207,7 @@ def cut_layer(layers, i):
 def decode_layer(stack_of_one, few_rows: bool):
     """Fuse products of the same input (see `Block`), and turn kernels that are better so for `few_rows`: [outputs, inputs].
 
-    A program of its own, run once a layer: all layers in one took 10 s to compile (SmolLM2-135M, one EPYC core, 2026-11-24).
+    A program of its own, run once per layer: all layers in one take long to compile.
     """
     layer = jax.tree.map(lambda x: x[0], stack_of_one)
     attention, mlp = dict(layer["attention"]), dict(layer["mlp"])
@@ -233,8 +232,7 @@ def decode_layer(stack_of_one, few_rows: bool):
         product = of_few_rows(path[-2].key, x.size)
         if product is from_left:
             return x.T
-        # A row of a whole number of pages would have all rows share a few lines of the cache: gate and up of SmolLM2-135M in
-        # 13.6 ms, 12.5 with more columns (16 rows, 30 layers, one core of a Zen 5 EPYC, 2026-11-26).
+        # A row of a whole number of pages would have all rows share a few lines of the processor's cache.
         pad = 16 if product is from_columns and x.shape[1] * x.dtype.itemsize % 4096 == 0 else 0
         return jnp.pad(x, ((0, 0), (0, pad)))
 
@@ -245,8 +243,7 @@ def decode_layer(stack_of_one, few_rows: bool):
 def unstack(layers, count: int) -> tuple:
     """Split stacked layers into a tuple of one tree a layer.
 
-    Its gradient stacks. That of plain indexing adds up `count` arrays that are zero but for a layer: 1.1 s of the 16.5 s of an
-    update (SmolLM2-135M, 8 x 128 tokens, one EPYC core, 2026-11-24).
+    Its gradient stacks. That of plain indexing adds up `count` arrays that are zero but for one layer.
     """
     return tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count))
 
@@ -266,9 +263,8 @@ def rotation(config: ModelConfig, position_BT):
     """Cosines and sines of every position, float32, each [B, T, H]."""
     inverse, attention_factor = rope_frequencies(config)
     angle = position_BT[..., None].astype(jnp.float32) * inverse
-    # Computed into one array and laid out from there: two arrays XLA:CPU computes anew in every fusion that reads them, for each
-    # layer's queries and again for its keys (3 to 4 % of tiny's decode step, best of 60, three rounds; 2 % of an update of
-    # SmolLM2-135M on 8 x 128 tokens, medians of five; one core of a Zen 5 EPYC, jax 0.10.2, 2026-11-26).
+    # Computed into one array and laid out from there: XLA:CPU would compute two arrays anew in every fusion that reads them,
+    # for each layer's queries and again for its keys.
     halves_BTH = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1) * attention_factor
     cos, sin = jnp.split(halves_BTH, 2, axis=-1)
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([sin, sin], axis=-1)
