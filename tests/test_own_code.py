@@ -1,10 +1,11 @@
 """A user's own task, verifier, objective and source, by `module:maker`, from a module beside the config."""
 
+import re
 import sys
 
 import pytest
 from ml_collections import ConfigDict
-from runs import ROOT
+from runs import ROOT, load_config
 
 from jaxreason import build
 from jaxreason.environment import Turn
@@ -149,3 +150,20 @@ def test_a_config_that_a_run_recorded_is_built_again(own):
     assert new == []
     assert there == config.to_dict()
     build.build(ConfigDict(there), say=[].append)
+
+
+def test_the_code_of_the_readme(tmp_path, monkeypatch):
+    """Its task, verifier and objective, in a module beside the config."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (tmp_path / "mine.py").write_text(next(code for code in blocks if "def doubling" in code))
+    monkeypatch.syspath_prepend(tmp_path)
+    config = load_config("tiny", "smoke", phases=("rl",))
+    with config.unlocked():
+        config.rl.source.task = {"name": "mine:doubling"}
+        config.evaluate.suites = {"doubling": {"name": "mine:doubling"}}
+        config.verifier = {"name": "mine:last_line"}
+        config.rl.objective = {"name": "mine:mine", "lo": 0.1}
+    said = []
+    build.build(config, say=said.append)
+    assert "source: 1,000 of task 'mine:doubling'" in said[0]
+    assert not any("overlap" in line or "common" in line for line in said)
