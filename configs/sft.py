@@ -1,9 +1,10 @@
-"""Imitate GSM8K's worked solutions: the same loop, with demonstrations in the place of rollouts.
+"""Imitate GSM8K's worked solutions: the same loop, with demonstrations in the place of
+rollouts.
 
     python -m jaxreason.main --config=configs/sft.py[:model=NAME][,smoke]
 
-Source: Cobbe et al. 2021, arXiv 2110.14168. Imitation before RL, in one run: configs/gsm8k.py:sft=100. Not yet run on an
-accelerator.
+Source: Cobbe et al. 2021, arXiv 2110.14168. Imitation before RL, in one run:
+configs/gsm8k.py:sft=100. Not yet run on an accelerator.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -38,7 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "max_tokens": 512,
         },
         "objective": {"name": "sft"},
-        "optimizer": {"lr": 1e-5, "schedule_kind": "cosine", "final_share": 0.1, "warmup_steps": 10, "b2": 0.95},
+        "optimizer": {"lr": 1e-5, "schedule_kind": "cosine", "final_fraction": 0.1, "warmup_steps": 10, "b2": 0.95},
         "steps": 233,  # two epochs
         "microbatches": 8,
         "evaluate_every": 100,

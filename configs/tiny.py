@@ -1,13 +1,17 @@
-"""Learn to reason on a laptop: a prior of imperfect demonstrations, then RL on right answers. Nothing is downloaded.
+"""Learn to reason on a laptop: a prior of imperfect demonstrations, then RL on right
+answers. Nothing is downloaded.
 
-python -m jaxreason.main --config=configs/tiny.py[:prior=none][,reward=random][,task=inverse_chain|countdown][,smoke]
+python -m jaxreason.main
+--config=configs/tiny.py[:prior=none][,reward=random][,task=inverse_chain|countdown][,smoke]
 
-2026-11-23, one core of an AMD EPYC a run, float32, 2,000 + 160 steps, seeds 0 to 4, on 512 held-out chains of five operations,
-worst and best seed: greedy 0.18 to 0.52 after the prior, 0.967 to 1.000 after RL; at temperature 1, 0.19 to 0.27 and 0.89 to 0.95
-(intervals: README). `prior=none` 0.000; `reward=random` falls to 0.148, both seed 0. Negative: on longer chains (`chain_ood`) it
-does not reliably improve. With `guess` at 0.5, 1,800 steps and a slip of 0.12, one prior of five had a greedy accuracy of 0.81
-(it chose to think by a hair); with `guess` at 0.6, RL from the weakest of two priors ended at 0.89. The other tasks run; not
-yet measured to the end.
+2026-11-23, one core of an AMD EPYC a run, float32, 2,000 + 160 steps, seeds 0 to 4, on
+512 held-out chains of five operations, worst and best seed: greedy 0.18 to 0.52 after
+the prior, 0.967 to 1.000 after RL; at temperature 1, 0.19 to 0.27 and 0.89 to 0.95
+(intervals: README). `prior=none` 0.000; `reward=random` falls to 0.148, both seed 0.
+Negative: on longer chains (`chain_ood`) it does not reliably improve. With `guess` at
+0.5, 1,800 steps and a slip of 0.12, one prior of five had a greedy accuracy of 0.81 (it
+chose to think by a hair); with `guess` at 0.6, RL from the weakest of two priors ended
+at 0.89. The other tasks run; not yet measured to the end.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -41,7 +45,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "optimizer": {
             "lr": 2e-3,
             "schedule_kind": "cosine",
-            "final_share": 0.1,
+            "final_fraction": 0.1,
             "warmup_steps": 100,
             "b2": 0.98,
             "weight_decay": 0.01,
@@ -62,7 +66,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "reward": options.reward,
         },
         "objective": {"name": "rloo", "weigh": "per_token", "kl_coefficient": 0.0, "entropy_coefficient": 0.0},
-        "optimizer": {"lr": 3e-4, "schedule_kind": "linear", "final_share": 0.1, "warmup_steps": 10, "weight_decay": 0.0},
+        "optimizer": {"lr": 3e-4, "schedule_kind": "linear", "final_fraction": 0.1, "warmup_steps": 10, "weight_decay": 0.0},
         "steps": 160,
         "microbatches": 8,
         "evaluate_every": 40,
@@ -81,7 +85,8 @@ def get_config(arg: str = "") -> ConfigDict:
     return config
 
 
-# What RL trains on and how long its attempts may be, what the prior imitates, what is held out, and what judges it.
+# What RL trains on and how long its attempts may be, what the prior imitates, what is
+# held out, and what judges it.
 TASKS = {
     "chain": (
         {"name": "chain", "ops": (2, 5), "size": 4096},
@@ -92,7 +97,8 @@ TASKS = {
             "ops_weights": (0.12, 0.18, 0.20, 0.15, 0.12, 0.09, 0.08, 0.06),
             "size": 20_000,
             "demonstrations": "human",
-            # Guesses prevail, so the prior's greedy answer is a guess; at one half, seeds decided by a hair whether it thinks.
+            # Guesses prevail, so the prior's greedy answer is a guess; at one half,
+            # seeds decided by a hair whether it thinks.
             "guess": 0.55,
             "stop_early": 0.15,
             "slip": 0.1,

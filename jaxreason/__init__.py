@@ -1,9 +1,11 @@
-"""jaxreason: train reasoning models by reinforcement learning on verified answers, in JAX.
+"""jaxreason: train reasoning models by reinforcement learning on verified answers, in
+JAX.
 
     import jaxreason as jr
 
-`jr.load`, `jr.sample` and `jr.train_step` are the front door for notebooks (`jaxreason.api`), `jr.verify` makes verifiers and
-`jr.Task` is a problem. Each is imported when it is first used, so that `import jaxreason` does not wait for jax.
+`jr.load`, `jr.sample` and `jr.train_step` are the front door for notebooks
+(`jaxreason.api`), `jr.verify` makes verifiers and `jr.Task` is a problem. Each is
+imported when it is first used, so that `import jaxreason` does not wait for jax.
 """
 
 import importlib

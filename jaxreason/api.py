@@ -1,9 +1,9 @@
 """The front door for notebooks: load a model, sample from it, make a train step.
 
-The same parts that `main` builds from a config, with a value in the place of a run folder:
-a `Policy` goes into `sample` and `train_step`, and `train_step` gives the next one. Left
-out: what makes a run last (checkpoints, logs, evaluation) and a reference policy; for these
-write a config and start `python -m jaxreason.main`.
+The same parts that `main` builds from a config, with a value in the place of a run
+folder: a `Policy` goes into `sample` and `train_step`, and `train_step` gives the next
+one. Left out: what makes a run last (checkpoints, logs, evaluation) and a reference
+policy; for these write a config and start `python -m jaxreason.main`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from jaxreason import optimizer as optimizers
 from jaxreason.environment import single_turn, verifier_failed
 from jaxreason.learner import name_metrics, new_state
 from jaxreason.model import Model, transformer
-from jaxreason.options import call, fields
+from jaxreason.options import call_with_section, fields
 from jaxreason.platforms import PLATFORMS
-from jaxreason.rollout import Request, Roller, collect_groups
+from jaxreason.rollout import Completer, Request, collect_groups
 from jaxreason.runtime import warm_start
 from jaxreason.text import Format, Tokenizer, check_vocabulary
 from jaxreason.types import Group, Task, TrainState, Verdict
@@ -39,7 +39,7 @@ class Policy(NamedTuple):
     model: Model
     tokenizer: Tokenizer
     format: Format
-    roller: Roller
+    completer: Completer
     mesh: jax.sharding.Mesh
     state: TrainState  # `opt_state` is None before the first train step
     learning: tuple | None = None  # objective and optimizer that `state.opt_state` belongs to
@@ -63,15 +63,16 @@ def load(
     """Load a model to sample from and to train.
 
     Args:
-      path: a Hugging Face id, a named size ("qwen2.5_0.5b"), the folder of a checkpoint in
-        their format, or a run of ours (RUN, or RUN/checkpoints/STEP).
+      path: a Hugging Face id, a named size ("qwen2.5_0.5b"), the folder of a checkpoint
+        in their format, or a run of ours (RUN, or RUN/checkpoints/STEP).
       max_prompt_tokens: the longest prompt.
       max_tokens: the longest completion.
       slots: how many completions are sampled at a time.
       mesh: sizes of the axes data, fsdp and tensor; None is one device.
       seed: of the weights that a checkpoint lacks, such as new adapters.
-      model: fields of a config's `model` section. By default the computation is in float32
-        on a CPU and bfloat16 elsewhere, and params are float32; a run keeps its own.
+      model: fields of a config's `model` section. By default the computation is in
+        float32 on a CPU and bfloat16 elsewhere, and params are float32; a run keeps its
+        own.
       text: fields of a config's `text` section. By default the chat template, with the
         question as it is; a run keeps its own.
 
@@ -83,30 +84,32 @@ def load(
     sizes = {"data": 1} if mesh is None else dict(mesh)
     fields.check(build.section(sharding.make_mesh, "devices")(sizes), sizes, "mesh")
     devices = jax.devices()[: None if -1 in sizes.values() else max(1, math.prod(sizes.values()))]
-    placed = call(sharding.make_mesh, sizes, "mesh", devices=devices)
+    placed = call_with_section(sharding.make_mesh, sizes, "mesh", devices=devices)
     described = describe(path, model or {}, text or {}, devices[0].platform)
     check_vocabulary(described.tokenizer, described.shape)
     build.check_size(described.shape, placed.devices)
     made = transformer(described.shape, placed)
     words = {"tokenizer": described.tokenizer, "format": described.format}
     limits = {"slots": slots, "max_prompt_tokens": max_prompt_tokens, "max_tokens": max_tokens}
-    roller = build.make_roller(model=made, mesh=placed, processes=1, **words, **limits)
-    say_once(f"loading {path}", roller.sampler)
+    completer = build.make_completer(model=made, mesh=placed, processes=1, **words, **limits)
+    say_once(f"loading {path}", completer.sampler)
     params = build.init_params(made, described.load, seed, placed)
-    return Policy(made, **words, roller=roller, mesh=placed, state=TrainState(params, None, jnp.int32(0)))
+    return Policy(made, **words, completer=completer, mesh=placed, state=TrainState(params, None, jnp.int32(0)))
 
 
-def describe(path: str | Path, model: Mapping, text: Mapping, platform: str) -> build.Described:
-    """Read the shape and the text of what a path holds, and how its params are loaded."""
+def describe(path: str | Path, model: Mapping, text: Mapping, platform: str) -> build.ModelAndText:
+    """Read the shape and the text of what a path holds, and how its params are
+    loaded.
+    """
     fields.check(build.section_of_model(dict(model)), dict(model), "model")
     fields.check(build.section(build.make_text, "folder")(dict(text)), dict(text), "text")
     folder = Path(os.path.expanduser(path))
     if not (folder / "checkpoints").is_dir() and folder.parent.name != "checkpoints":
         dtype = PLATFORMS[platform].dtype
         pretrained = {"name": str(path), "weights": "pretrained", "dtype": dtype, **model}
-        return build.describe(pretrained, {"tokenizer": "pretrained", "format": "chat", **text})
-    found, theirs = build.find_described(folder)
-    mine = build.describe({**found.config["model"], **model}, {**found.config["text"], **text})
+        return build.read_model_and_text(pretrained, {"tokenizer": "pretrained", "format": "chat", **text})
+    found, theirs = build.find_model_and_text(folder)
+    mine = build.read_model_and_text({**found.config["model"], **model}, {**found.config["text"], **text})
     warm_start.check(found, theirs.shape, mine.shape)
     return mine._replace(load=functools.partial(warm_start.load, found, theirs.shape, mine.shape))
 
@@ -126,7 +129,9 @@ def check_types(function: Callable, **values: Any) -> None:
 
 @functools.lru_cache(maxsize=16)
 def say_once(what: str, *of: Any) -> None:
-    """Say on stderr what is under way, the first time for the same things: it may take minutes."""
+    """Say on stderr what is under way, the first time for the same things: it may take
+    minutes.
+    """
     print(f"{what} ...", file=sys.stderr, flush=True)
 
 
@@ -166,10 +171,10 @@ def sample(
     tasks = [Task(prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
     ids = [policy.format.prompt(task) for task in tasks]
     wanted = [[Request(task, p, g, ids[p]) for g in range(n)] for p, task in enumerate(tasks)]
-    say_once("compiling the sampler", policy.roller.sampler)
-    weights = policy.roller.sampler.prepare(policy.params)
+    say_once("compiling the sampler", policy.completer.sampler)
+    weights = policy.completer.sampler.prepare(policy.params)
     key = jax.random.key(seed)
-    groups, _ = collect_groups(policy.roller, weights, wanted, single_turn(verify), key=key, temperature=temperature)
+    groups, _ = collect_groups(policy.completer, weights, wanted, single_turn(verify), key=key, temperature=temperature)
     if failed := [r.verdict.reason for group in groups for r in group.attempts if verifier_failed(r.verdict)]:
         raise ValueError(f"verify failed for {len(failed)} of {len(groups) * n} completions; the first: {failed[0]}")
     return groups
@@ -198,7 +203,8 @@ def train_step(
       lr: the learning rate, constant.
       microbatches: parts that the gradient is added up over, to save memory.
       objective_options: further fields of a config's `objective` section.
-      optimizer_options: further fields of a config's `optimizer` section (default: AdamW).
+      optimizer_options: further fields of a config's `optimizer` section (default:
+        AdamW).
 
     Raises:
       ValueError: groups of different sizes, rollouts that nothing can be learned from
@@ -221,7 +227,10 @@ def train_step(
             f"objective {objective!r} compares the rollouts of a group; got groups of {size}; sample with n=2 or more"
         )
     longest = max(len(r.prompt) + len(r.tokens) for group in groups for r in group.attempts)
-    limits = {"buckets": batching.length_buckets(max(longest, policy.roller.sampler.length)), "limit": policy.roller.max_tokens}
+    limits = {
+        "buckets": batching.length_buckets(max(longest, policy.completer.sampler.length)),
+        "limit": policy.completer.max_tokens,
+    }
     batch = batching.from_groups(groups, made, microbatches=microbatches, **limits)
     jax.eval_shape(step, abstract, batch)  # raises what the step would, while the params are still there
     say_once("compiling the train step", policy.model, policy.mesh, microbatches, learning, batch.tokens_BT.shape)
@@ -246,7 +255,8 @@ def check_groups(groups: Any) -> int:
     """Return the size of groups of rollouts.
 
     Raises:
-      ValueError: they are of several sizes or empty, or have rollouts that nothing can be learned from.
+      ValueError: they are of several sizes or empty, or have rollouts that nothing can
+        be learned from.
     """
     if not isinstance(groups, list | tuple) or not all(isinstance(group, Group) for group in groups):
         inside = f" of {type(groups[0]).__name__}" if isinstance(groups, list | tuple) and groups else ""
@@ -266,11 +276,13 @@ def check_groups(groups: Any) -> int:
 
 @functools.lru_cache(maxsize=4)
 def compiled_step(model: Model, mesh, microbatches: int, objective: tuple, optimizer: tuple) -> tuple:
-    """Make the objective and the optimizer of these fields, and compile the train step."""
-    made = call(objectives.make, dict(objective), "objective")
+    """Make the objective and the optimizer of these fields, and compile the train
+    step.
+    """
+    made = call_with_section(objectives.make, dict(objective), "objective")
     if made.needs_reference:
         raise ValueError("train_step keeps no reference policy; allowed: kl_coefficient=0, or a config and `jaxreason.main`")
-    rule = call(optimizers.make, dict(optimizer), "optimizer", steps=1)
+    rule = call_with_section(optimizers.make, dict(optimizer), "optimizer", steps=1)
     abstract = jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), rule))
     placed = sharding.shardings(abstract, mesh)
     step = learner.compile_train_step(model, made, rule, microbatches=microbatches, state_shardings=placed)

@@ -1,8 +1,10 @@
-"""From groups of rollouts, demonstrations or windows of text to a `Batch`: advantages, weights, behaviour log-probs, padding.
+"""From groups of rollouts, demonstrations or windows of text to a `Batch`: advantages,
+weights, behaviour log-probs, padding.
 
-Advantages and weights are made here once, over the whole batch, in numpy, before anything is split. Rows have the smallest of a
-few lengths that holds the longest sequence, so few shapes are ever compiled. Short sequences share a row, if `pack`; rows that
-this leaves empty stand in the last micro-batches, which the learner leaves out.
+Advantages and weights are made here once, over the whole batch, in numpy, before
+anything is split. Rows have the smallest of a few lengths that holds the longest
+sequence, so few shapes are ever compiled. Short sequences share a row, if `pack`; rows
+that this leaves empty stand in the last micro-batches, which the learner leaves out.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from jaxreason.types import Batch, Group
 
 
 def length_buckets(longest: int, count: int = 4, multiple: int = 8) -> tuple[int, ...]:
-    """Up to `count` lengths, evenly spaced and rounded up to `multiple`, of which the last is `longest`."""
+    """Up to `count` lengths, evenly spaced and rounded up to `multiple`, of which the
+    last is `longest`.
+    """
     return tuple(sorted({min(longest, -(-longest * i // (count * multiple)) * multiple) for i in range(1, count + 1)}))
 
 
@@ -30,21 +34,26 @@ def from_groups(
     limit: int,
     pack: bool = False,
     microbatches: int = 1,
-    share: int = 1,
+    rollouts_per_prompt: int = 1,
 ) -> Batch:
-    """Make a batch of R / `share` rows from the R rollouts of groups that are all of one size.
+    """Make a batch of R / `rollouts_per_prompt` rows from the R rollouts of groups that
+    are all of one size.
 
-    Only sampled tokens are trained on. `limit` is the longest completion, which `per_slot` divides by. `share` attempts of a
-    group, which must divide its size, follow one copy of its prompt as branches of one segment (see `attention.causal`): the
-    first continues the prompt, each other one begins with the prompt's last token again, which predicts its first. With `pack`
-    rows are shared further, and fill one of `microbatches` equal parts after the other, which must divide their number.
+    Only sampled tokens are trained on. `limit` is the longest completion, which
+    `per_max_length` divides by. `rollouts_per_prompt` attempts of a group, which must
+    divide its size, follow one copy of its prompt as branches of one segment (see
+    `attention.causal`): the first continues the prompt, each other one begins with the
+    prompt's last token again, which predicts its first. With `pack` rows are shared
+    further, and fill one of `microbatches` equal parts after the other, which must
+    divide their number.
     """
     rollouts = [r for group in groups for r in group.attempts]
     reward_PG = np.array([[r.verdict.reward for r in group.attempts] for group in groups], np.float64)
     advantage_R = objective.advantage(reward_PG).reshape(-1)
     length_R = np.array([r.sampled.sum() for r in rollouts])
     weight_R = objective.weigh(length_R, advantage_R, limit)
-    parts = [group.attempts[i : i + share] for group in groups for i in range(0, len(group.attempts), share)]
+    count = rollouts_per_prompt
+    parts = [group.attempts[i : i + count] for group in groups for i in range(0, len(group.attempts), count)]
     lengths = [shared_length(len(attempts[0].prompt), [len(r.tokens) for r in attempts]) for attempts in parts]
     batch, spans = lay_out(lengths, buckets, pack, microbatches)
     i = 0  # of the rollout
@@ -71,7 +80,9 @@ def from_groups(
 def from_demonstrations(
     demonstrations: Sequence[tuple], objective: Objective, *, buckets: Sequence[int], pack: bool = False, microbatches: int = 1
 ) -> Batch:
-    """Make a batch of R rows from R pairs of (token ids, trainable); one that is too long is cut on the right."""
+    """Make a batch of R rows from R pairs of (token ids, trainable); one that is too
+    long is cut on the right.
+    """
     R, longest = len(demonstrations), buckets[-1]
     demonstrations = [(np.asarray(ids)[:longest], np.asarray(trainable, bool)[:longest]) for ids, trainable in demonstrations]
     length_R = np.array([trainable[1:].sum() for _, trainable in demonstrations])
@@ -90,9 +101,11 @@ def from_demonstrations(
 def lay_out(
     lengths: Sequence[int], buckets: Sequence[int], pack: bool, microbatches: int
 ) -> tuple[Batch, list[tuple[int, int, int]]]:
-    """Make an empty batch of as many rows as sequences, and say where each stands: its row, its first column and its end.
+    """Make an empty batch of as many rows as sequences, and say where each stands: its
+    row, its first column and its end.
 
-    Packed rows are filled first-fit, the longest sequences first (at most 11/9 of the fewest rows, and 2/3 of one; Dosa 2007).
+    Packed rows are filled first-fit, the longest sequences first (at most 11/9 of the
+    fewest rows, and 2/3 of one; Dosa 2007).
     """
     R, T = len(lengths), next(b for b in buckets if b >= max(lengths))
     batch = empty(R, T)
@@ -120,7 +133,9 @@ def lay_out(
 
 
 def split_rows(x_B, parts: int):
-    """[B, ...] -> [parts, B / parts, ...], taking every `parts`-th row, so that rows sharded over devices stay where they are."""
+    """[B, ...] -> [parts, B / parts, ...], taking every `parts`-th row, so that rows
+    sharded over devices stay where they are.
+    """
     B = x_B.shape[0]
     return x_B.reshape(B // parts, parts, *x_B.shape[1:]).swapaxes(0, 1)
 
@@ -132,14 +147,18 @@ def used_parts(parts: Batch):
 
 
 def computed_tokens(batch: Batch, microbatches: int) -> int:
-    """How many tokens the learner computes, padding included: those of the micro-batches up to the last that trains anything."""
+    """How many tokens the learner computes, padding included: those of the
+    micro-batches up to the last that trains anything.
+    """
     B, T = batch.weight_BT.shape
     trains = batch.weight_BT.reshape(B // microbatches, microbatches, T).any(axis=(0, 2))
     return int(np.flatnonzero(trains).max(initial=-1) + 1) * (B // microbatches) * T
 
 
 def from_windows(tokens_BT: np.ndarray, objective: Objective) -> Batch:
-    """Make a batch from windows of a token stream, all trained on but their first token."""
+    """Make a batch from windows of a token stream, all trained on but their first
+    token.
+    """
     B, T = tokens_BT.shape
     advantage_B = objective.advantage(np.ones((B, 1))).reshape(B)
     weight_B = objective.weigh(np.full(B, T - 1), advantage_B, T - 1)

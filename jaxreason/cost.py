@@ -1,4 +1,6 @@
-"""FLOPs by formula: of a train step, prefill, decode, adapters and attention kernels."""
+"""FLOPs by formula: of a train step, prefill, decode, adapters and attention
+kernels.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ def layer_weights(c) -> int:
 
 
 def forward_flops(c, lengths) -> float:
-    """FLOPs of the matrix products of one forward pass over sequences of `lengths`, pairs of (prompt tokens, trained tokens)."""
+    """FLOPs of the matrix products of one forward pass over sequences of `lengths`,
+    pairs of (prompt tokens, trained tokens).
+    """
     weights = c.layers * layer_weights(c)
     tokens = sum(p + g for p, g in lengths)
     attended = sum((p + g) * (p + g + 1) / 2 for p, g in lengths)
@@ -20,9 +24,11 @@ def forward_flops(c, lengths) -> float:
 
 
 def dense_flops(c, rows: int, length: int, columns: float, logits: int) -> dict[str, float]:
-    """FLOPs of a forward pass as it is computed, padding, masked squares and all: of layers, attention and logits.
+    """FLOPs of a forward pass as it is computed, padding, masked squares and all: of
+    layers, attention and logits.
 
-    `rows` x `length` tokens attend to `columns` columns each; `logits` is how many rows of them are made.
+    `rows` x `length` tokens attend to `columns` columns each; `logits` is how many rows
+    of them are made.
     """
     tokens = rows * length
     return {
@@ -38,10 +44,13 @@ def shared_length(prompt: int, completions: Sequence[int]) -> int:
 
 
 def attempts_behind_a_prompt(c, choices, prompt: int, completion: int) -> int:
-    """How many attempts at a problem the learner best has behind one copy of its prompt, of some `choices`.
+    """How many attempts at a problem the learner best has behind one copy of its
+    prompt, of some `choices`.
 
-    Fewer tokens then, but more scores, of which most are masked. A FLOP of theirs counts four times, since softmax and masks go
-    with it (jaxreason/bench/README.md). Sharing must save a tenth: completions of unlike lengths leave more room in longer rows.
+    Fewer tokens then, but more scores, of which most are masked. A FLOP of theirs
+    counts four times, since softmax and masks go with it (jaxreason/bench/README.md).
+    Sharing must save a tenth: completions of unlike lengths leave more room in longer
+    rows.
     """
 
     def flops(attempts: int) -> float:
@@ -53,14 +62,18 @@ def attempts_behind_a_prompt(c, choices, prompt: int, completion: int) -> int:
 
 
 def causal_columns(length: int) -> float:
-    """To how many columns each of `length` tokens attends in the plain kernel, on average, those included that are masked."""
+    """To how many columns each of `length` tokens attends in the plain kernel, on
+    average, those included that are masked.
+    """
     from jaxreason.model.attention import query_parts  # here, as it takes jax with it
 
     return sum((stop - first) * stop for first, stop in query_parts(length)) / length
 
 
 def prefill_flops(c, rows: int, length: int) -> float:
-    """FLOPs of the keys and values of prompts, as they are computed: of the last layer nothing but these, and its queries."""
+    """FLOPs of the keys and values of prompts, as they are computed: of the last layer
+    nothing but these, and its queries.
+    """
     parts = dense_flops(c, rows, length, length, 0)
     queries = 2.0 * c.width * c.head_size * (c.heads + 2 * c.kv_heads) * rows * length
     return (parts["layers"] + parts["attention"]) * (c.layers - 1) / c.layers + queries
@@ -77,10 +90,12 @@ def adapter_flops(c, tokens: int) -> float:
 
 
 def train_flops(c, rows: int, length: int, remade: bool) -> float:
-    """FLOPs of the matrix products of a train step over `rows` full rows, with what is computed again.
+    """FLOPs of the matrix products of a train step over `rows` full rows, with what is
+    computed again.
 
-    Backward is twice forward; of a frozen base half of that, as its weights have no gradient. If `remade`, logits are made once
-    more (see `platforms.py`). `c.remat` "full" does all of a layer again but its last product, "dots" attention alone.
+    Backward is twice forward; of a frozen base half of that, as its weights have no
+    gradient. If `remade`, logits are made once more (see `platforms.py`). `c.remat`
+    "full" does all of a layer again but its last product, "dots" attention alone.
     """
     parts = dense_flops(c, rows, length, causal_columns(length), rows * length)
     adapters = adapter_flops(c, rows * length)
@@ -93,8 +108,10 @@ def train_flops(c, rows: int, length: int, remade: bool) -> float:
 
 
 def flash_flops(c, rows: int, length: int) -> float:
-    """FLOPs of a flash kernel in a train step: forward, once more with `remat`, and 2.5 times that backward.
+    """FLOPs of a flash kernel in a train step: forward, once more with `remat`, and 2.5
+    times that backward.
 
-    It skips the masked half of each square, and makes scores once more in its backward pass (Dao 2023, arXiv 2307.08691).
+    It skips the masked half of each square, and makes scores once more in its backward
+    pass (Dao 2023, arXiv 2307.08691).
     """
     return dense_flops(c, rows, length, length, 0)["attention"] / 2 * (3.5 + (c.remat != "none"))

@@ -1,9 +1,11 @@
-"""Endless, shuffled sequences over grain: with random access, a position is one integer and resume is exact.
+"""Endless, shuffled sequences over grain: with random access, a position is one integer
+and resume is exact.
 
-`shuffled` makes a sequence whose item i exists for every i >= 0, and `batches` groups it; nothing is iterated and nothing has
-state, so the state of a source is the index of its next batch. `token_windows` turns documents into rows for language
-modelling. All processes of a run read the one order of its seed. Prefetching is left out: 32 rows of 64 tokens take 1.5 to 2.3 ms
-on a CPU core.
+`shuffled` makes a sequence whose item i exists for every i >= 0, and `batches` groups
+it; nothing is iterated and nothing has state, so the state of a source is the index of
+its next batch. `token_windows` turns documents into rows for language modelling. All
+processes of a run read the one order of its seed. Prefetching is left out: 32 rows of
+64 tokens take 1.5 to 2.3 ms on a CPU core.
 """
 
 from __future__ import annotations
@@ -25,20 +27,25 @@ def shuffled(items: Sequence[Any], *, seed: int, shuffle: bool = True) -> grain.
         raise ValueError("no items to draw from; allowed: at least 1; check the task's split and its filters")
     sequence = grain.MapDataset.source(items)
     if shuffle:
-        # grain shuffles epoch e with seed + e: unhashed, epoch 1 of seed 0 would be epoch 0 of seed 1, and seeds not independent.
+        # grain shuffles epoch e with seed + e: unhashed, epoch 1 of seed 0 would be
+        # epoch 0 of seed 1, and seeds not independent.
         sequence = sequence.shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
     return sequence.repeat()
 
 
 def batches(items: grain.MapDataset, size: int) -> grain.MapDataset:
-    """Return the sequence whose item i is items `i * size` to `(i + 1) * size`: stacked if arrays, else a list."""
+    """Return the sequence whose item i is items `i * size` to `(i + 1) * size`: stacked
+    if arrays, else a list.
+    """
     if size < 1:
         raise ValueError(f"batch size {size}; allowed: at least 1")
     return items.batch(size, batch_fn=lambda batch: np.stack(batch) if isinstance(batch[0], np.ndarray) else list(batch))
 
 
 def mix(sequences: Sequence[grain.MapDataset], weights: Sequence[float]) -> grain.MapDataset:
-    """Interleave endless sequences in fixed proportions, evenly spread: weights (3, 1) give a, a, a, b or a rotation of it."""
+    """Interleave endless sequences in fixed proportions, evenly spread: weights (3, 1)
+    give a, a, a, b or a rotation of it.
+    """
     import grain
 
     if len(sequences) != len(weights) or min(weights, default=0) <= 0:
@@ -47,9 +54,11 @@ def mix(sequences: Sequence[grain.MapDataset], weights: Sequence[float]) -> grai
 
 
 def token_windows(documents: Sequence[Sequence[int]], length: int, *, eos_id: int | None = None) -> np.ndarray:
-    """Join documents into one stream of tokens, and cut it into int32 windows of shape [windows, length]; drop the remainder.
+    """Join documents into one stream of tokens, and cut it into int32 windows of shape
+    [windows, length]; drop the remainder.
 
-    `eos_id`, if given, ends each document. A window may begin and end within a document and hold several.
+    `eos_id`, if given, ends each document. A window may begin and end within a document
+    and hold several.
     """
     if length < 1:
         raise ValueError(f"window length {length}; allowed: at least 1 token")

@@ -1,4 +1,5 @@
-"""Draw a token from logits: temperature, filters, and one draw per row from two uniforms.
+"""Draw a token from logits: temperature, filters, and one draw per row from two
+uniforms.
 
 The noise of a token is keyed by its attempt and its position and by nothing else.
 """
@@ -15,8 +16,8 @@ class Filter(NamedTuple):
     """The tokens that may be drawn, after the temperature.
 
     The `top_k` likeliest (0: all); of these the fewest whose share is at least `top_p`
-    (Holtzman et al. 2019, arXiv 1904.09751); of these the ones at least `min_p` times as
-    likely as the likeliest (Nguyen et al. 2024, arXiv 2407.01082).
+    (Holtzman et al. 2019, arXiv 1904.09751); of these the ones at least `min_p` times
+    as likely as the likeliest (Nguyen et al. 2024, arXiv 2407.01082).
     """
 
     top_k: int = 0
@@ -28,28 +29,35 @@ ALL = Filter()
 
 
 def uniforms(key_S, position_S):
-    """Two uniforms for the token at a position of each rollout, [S, 2]; `key_S` are the key data of (problem, attempt)."""
+    """Two uniforms for the token at a position of each rollout, [S, 2]; `key_S` are the
+    key data of (problem, attempt).
+    """
     keys_S = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(key_S), position_S)
     return jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_S)
 
 
 def sample(logits_SV, u_S2, temperature, filter: Filter = ALL):
-    """Sample a token a row by its two uniforms, and its log-prob under the tempered and filtered distribution.
+    """Sample a token a row by its two uniforms, and its log-prob under the tempered and
+    filtered distribution.
 
-    Temperature 0 takes the most likely token; the log-prob is then that of temperature 1.
+    Temperature 0 takes the most likely token; the log-prob is then that of temperature
+    1.
     """
     greedy = temperature <= 0
     scaled_SV = logits_SV / jnp.where(greedy, 1.0, temperature)
     highest_S = jnp.max(scaled_SV, axis=-1)
     p_SV = kept(jnp.exp(scaled_SV - highest_S[:, None]), filter)
-    # The likeliest has exactly 1. An argmax over the vocabulary would cost a fourteenth of a decode step, used or not.
+    # The likeliest has exactly 1. An argmax over the vocabulary would cost a fourteenth
+    # of a decode step, used or not.
     token_S = draw(jnp.where(greedy, p_SV == 1, p_SV), jnp.where(greedy, 0.0, u_S2)).astype(jnp.int32)
     chosen_S = jnp.take_along_axis(scaled_SV, token_S[:, None], axis=1)[:, 0]
     return token_S, chosen_S - highest_S - jnp.log(jnp.sum(p_SV, axis=-1))
 
 
 def kept(p_SV, filter: Filter):
-    """Set to zero what a filter leaves out. `p_SV` need not sum to one. Words equally likely are kept or left together."""
+    """Set to zero what a filter leaves out. `p_SV` need not sum to one. Words equally
+    likely are kept or left together.
+    """
     if filter.top_k:
         kth_S1 = jax.lax.top_k(p_SV, min(filter.top_k, p_SV.shape[1]))[0][:, -1:]
         p_SV = jnp.where(p_SV >= kth_S1, p_SV, 0)
@@ -65,10 +73,12 @@ def kept(p_SV, filter: Filter):
 
 
 def draw(p_SV, u_S2, width: int = 128):
-    """Draw an index a row in proportion to `p_SV`, which need not sum to one: the inverse of its cumulative sum at two uniforms.
+    """Draw an index a row in proportion to `p_SV`, which need not sum to one: the
+    inverse of its cumulative sum at two uniforms.
 
-    One picks a block of `width` tokens, the other a token in it; two zeros pick the first that is not 0. Gumbel noise, one
-    number per token, took a quarter of a decode step on a CPU (jaxreason/bench/README.md).
+    One picks a block of `width` tokens, the other a token in it; two zeros pick the
+    first that is not 0. Gumbel noise, one number per token, took a quarter of a decode
+    step on a CPU (jaxreason/bench/README.md).
     """
     p_SNW = split_blocks(p_SV, width)
     block_S = invert(jnp.sum(p_SNW, axis=-1), u_S2[:, 0])
@@ -76,9 +86,11 @@ def draw(p_SV, u_S2, width: int = 128):
 
 
 def invert(p_SV, u_S, width: int = 16):
-    """Return the first index of each row at which the cumulative sum is above the share `u_S` of the whole.
+    """Return the first index of each row at which the cumulative sum is above the share
+    `u_S` of the whole.
 
-    First the block of `width` that it is in: two short cumulative sums take less time than a long one.
+    First the block of `width` that it is in: two short cumulative sums take less time
+    than a long one.
     """
     p_SNW = split_blocks(p_SV, width)
     sum_SN = jnp.sum(p_SNW, axis=-1)
@@ -88,7 +100,8 @@ def invert(p_SV, u_S, width: int = 16):
 
 
 def first_above(p_SV, target_S):
-    """Return the first index of each row at which the cumulative sum is above the target, and the target less what is before it.
+    """Return the first index of each row at which the cumulative sum is above the
+    target, and the target less what is before it.
 
     If by rounding there is none: the last index that is not 0.
     """
@@ -103,7 +116,9 @@ def first_above(p_SV, target_S):
 
 
 def split_blocks(p_SV, width: int):
-    """Split each row into N blocks of `width`, the last filled up with zeros: [S, N, W]."""
+    """Split each row into N blocks of `width`, the last filled up with zeros: [S, N,
+    W].
+    """
     S, V = p_SV.shape
     return jnp.pad(p_SV, ((0, 0), (0, -V % width))).reshape(S, -1, width)
 

@@ -1,10 +1,12 @@
-"""Environments: what a model's text leads to. Text in and text out, no tokens, single-use.
+"""Environments: what a model's text leads to. Text in and text out, no tokens,
+single-use.
 
-`Environment(reset, step)`: `reset(task) -> state`; `step(state, turn) -> (state, Step)`. A step either ends the rollout with a
-verdict or goes on with an observation, which the rollout loop appends as forced tokens.
+`Environment(reset, step)`: `reset(task) -> state`; `step(state, turn) -> (state,
+Step)`. A step either ends the rollout with a verdict or goes on with an observation,
+which the rollout loop appends as forced tokens.
 
-A verifier that misbehaves costs its attempt the reward, is counted, and stops the run only if it does little else: see
-`Failures`.
+A verifier that misbehaves costs its attempt the reward, is counted, and stops the run
+only if it does little else: see `Failures`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ VERIFIER_ERROR = "verifier error"
 VERIFIER_TIMEOUT = "verifier timeout"
 IN_A_ROW = 10  # failures of a verifier that stop the run
 STUCK = 32  # calls of a verifier that run without end, at which the run stops
-# Name of a count -> how the reasons begin of the verdicts that it counts. The last of each are those of child processes.
+# Name of a count -> how the reasons begin of the verdicts that it counts. The last of
+# each are those of child processes.
 COUNTED = {
     "verifier_errors": (VERIFIER_ERROR, "crashed", "out of memory"),
     "verifier_timeouts": (VERIFIER_TIMEOUT, "timeout"),
@@ -60,9 +63,11 @@ class VerifierFailed(Exception):
 
 
 class Failures:
-    """The failures of one environment's verifier. Told of every step, it raises VerifierFailed when there are too many.
+    """The failures of one environment's verifier. Told of every step, it raises
+    VerifierFailed when there are too many.
 
-    Those are `IN_A_ROW` one after the other, or `STUCK` calls that are given up and still run: their threads can't be ended.
+    Those are `IN_A_ROW` one after the other, or `STUCK` calls that are given up and
+    still run: their threads can't be ended.
     """
 
     def __init__(self, name: str):
@@ -101,15 +106,18 @@ def single_turn(
     deadline_s: float | None = 60.0,
     name: str = "",
 ) -> Environment:
-    """The model writes once and is judged. A verifier that fails, a bug of its author, costs a wrong verdict and not the run.
+    """The model writes once and is judged. A verifier that fails, a bug of its author,
+    costs a wrong verdict and not the run.
 
-    It fails if it raises (`sys.exit` too), returns anything but a Verdict with a finite reward, or takes more than `deadline_s`
-    seconds; None is for one that keeps to a limit of its own. One that is too late is left to itself in its thread, which
-    Python can't end; nor can it interrupt C code that keeps the interpreter's lock, such as a pattern that backtracks for ever
-    (verifier `format` runs those in a process).
+    It fails if it raises (`sys.exit` too), returns anything but a Verdict with a finite
+    reward, or takes more than `deadline_s` seconds; None is for one that keeps to a
+    limit of its own. One that is too late is left to itself in its thread, which Python
+    can't end; nor can it interrupt C code that keeps the interpreter's lock, such as a
+    pattern that backtracks for ever (verifier `format` runs those in a process).
 
-    With `must_finish` an attempt that was cut off at its limit is wrong, whatever it says so far: a verifier that falls back on
-    the last number of a text would otherwise pay for whichever number the cut happened to leave there.
+    With `must_finish` an attempt that was cut off at its limit is wrong, whatever it
+    says so far: a verifier that falls back on the last number of a text would otherwise
+    pay for whichever number the cut happened to leave there.
 
     Raises:
       ValueError: the deadline is not above 0.
@@ -131,7 +139,9 @@ def single_turn(
 
 
 def failed(what: str, name: str, why: str) -> Verdict:
-    """Return the verdict of an attempt whose verifier, with a name or without, failed."""
+    """Return the verdict of an attempt whose verifier, with a name or without,
+    failed.
+    """
     return Verdict(0.0, False, None, f"{what} of {name!r}: {why}" if name else f"{what}: {why}")
 
 
@@ -139,7 +149,8 @@ def checked(verdict: Any) -> Verdict:
     """Return a verdict of plain Python values.
 
     Raises:
-      TypeError, ValueError: it is none, or has a field that is none, or its reward is not finite.
+      TypeError, ValueError: it is none, or has a field that is none, or its reward is
+        not finite.
     """
     if not isinstance(verdict, Verdict):
         raise TypeError(f"returned a {type(verdict).__name__}; allowed: a jaxreason.types.Verdict")
@@ -179,7 +190,9 @@ def stack(thread: threading.Thread) -> str:
 
 
 def late(environment: Environment, thread: threading.Thread) -> Step:
-    """Return the step of an attempt whose environment did not answer in time, and count its thread, which still runs."""
+    """Return the step of an attempt whose environment did not answer in time, and count
+    its thread, which still runs.
+    """
     where = stack(thread)
     if environment.failures is not None:
         environment.failures.give_up(thread)
@@ -199,9 +212,11 @@ def verifier_failed(verdict: Verdict) -> bool:
 
 
 class Threads:
-    """Threads that call functions; one whose call takes too long can be given up, and another takes its place.
+    """Threads that call functions; one whose call takes too long can be given up, and
+    another takes its place.
 
-    Unlike those of an executor they are daemons: the end of the program does not wait for them.
+    Unlike those of an executor they are daemons: the end of the program does not wait
+    for them.
     """
 
     def __init__(self, count: int):
@@ -219,7 +234,9 @@ class Threads:
         return future
 
     def give_up(self, future: Future) -> threading.Thread | None:
-        """Replace the thread of a call and return it; None if the call has just ended."""
+        """Replace the thread of a call and return it; None if the call has just
+        ended.
+        """
         with self.lock:
             thread = self.workers.pop(future, None)
         if thread is not None:
@@ -227,7 +244,9 @@ class Threads:
         return thread
 
     def close(self) -> None:
-        """Forget the calls that have not begun and let the threads end, without waiting for them."""
+        """Forget the calls that have not begun and let the threads end, without waiting
+        for them.
+        """
         with contextlib.suppress(queue.Empty):
             while True:
                 self.calls.get_nowait()

@@ -1,8 +1,11 @@
-"""Estimates from samples: pass@k, majority@k, intervals, and paired tests of two runs on the same problems.
+"""Estimates from samples: pass@k, majority@k, intervals, and paired tests of two runs
+on the same problems.
 
-All on the host in NumPy and exact integers; nothing here is traced. An interval is a pair `(low, high)`. Accuracy over problems
-has a Wilson interval, a mean over seeds has a t-interval, a difference of two runs has a paired bootstrap; they answer different
-questions (new problems, new seeds, new problems for both), and none stands in for another.
+All on the host in NumPy and exact integers; nothing here is traced. An interval is a
+pair `(low, high)`. Accuracy over problems has a Wilson interval, a mean over seeds has
+a t-interval, a difference of two runs has a paired bootstrap; they answer different
+questions (new problems, new seeds, new problems for both), and none stands in for
+another.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ import numpy as np
 
 
 def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the Wilson score interval of a proportion (Wilson, 1927); (0, 1) where n is 0.
+    """Return the Wilson score interval of a proportion (Wilson, 1927); (0, 1) where n
+    is 0.
 
     Unlike the normal interval it stays within 0..1 and has a width at 0 and n correct.
     """
@@ -37,10 +41,11 @@ def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Return the unbiased estimate of pass@k for one problem from n samples, c of them correct.
+    """Return the unbiased estimate of pass@k for one problem from n samples, c of them
+    correct.
 
-    The share of the k-subsets of the samples that hold a correct one: 1 - C(n-c, k) / C(n, k) (Chen et al., 2021,
-    arXiv 2107.03374, eq. 1). Average it over problems.
+    The share of the k-subsets of the samples that hold a correct one: 1 - C(n-c, k) /
+    C(n, k) (Chen et al., 2021, arXiv 2107.03374, eq. 1). Average it over problems.
     """
     if not 0 <= c <= n:
         raise ValueError(f"{c} correct of {n} samples; allowed: 0 <= c <= n")
@@ -55,11 +60,14 @@ def majority_at_k(
     *,
     same: Callable[[Any, Any], bool] | None = None,
 ) -> float:
-    """Return the chance that the most frequent answer among k of the n samples of one problem is correct.
+    """Return the chance that the most frequent answer among k of the n samples of one
+    problem is correct.
 
-    Exact, over all k-subsets of the samples and over all ways to break ties; k defaults to n, a plain vote. None (no answer
-    was found) uses up a sample but never wins, and if it is all there is, the vote is lost. Answers are one class if equal, or,
-    given `same`, if `same(first of the class, answer)`. Should a class mix right and wrong, its winner is one of them at random.
+    Exact, over all k-subsets of the samples and over all ways to break ties; k defaults
+    to n, a plain vote. None (no answer was found) uses up a sample but never wins, and
+    if it is all there is, the vote is lost. Answers are one class if equal, or, given
+    `same`, if `same(first of the class, answer)`. Should a class mix right and wrong,
+    its winner is one of them at random.
     """
     if len(answers) != len(correct):
         raise ValueError(f"{len(answers)} answers but {len(correct)} verdicts; allowed: one verdict for each answer")
@@ -86,7 +94,9 @@ def majority_at_k(
 
 
 def _win_chance(size: int, sizes: Sequence[int], blanks: int, k: int) -> float:
-    """Return the chance that one class of `size` wins a vote of k samples among classes of `sizes` (itself included)."""
+    """Return the chance that one class of `size` wins a vote of k samples among classes
+    of `sizes` (itself included).
+    """
     n = sum(sizes) + blanks
     if k == n:
         return (size == max(sizes)) / sizes.count(max(sizes))
@@ -94,16 +104,19 @@ def _win_chance(size: int, sizes: Sequence[int], blanks: int, k: int) -> float:
     others.remove(size)
 
     def drawn(members: int, j: int) -> float:
-        """Return the chance of j draws from a class if each sample is drawn with chance k / n.
+        """Return the chance of j draws from a class if each sample is drawn with chance
+        k / n.
 
-        Given k draws in all, these are as likely as k-subsets; and unlike binomials they are neither huge nor tiny.
+        Given k draws in all, these are as likely as k-subsets; and unlike binomials
+        they are neither huge nor tiny.
         """
         return math.comb(members, j) * k**j * (n - k) ** (members - j) / n**members  # of exact integers, whatever their size
 
     chance, none_K = 0.0, np.array([drawn(blanks, j) for j in range(k + 1)])
     drawn_of = {other: [drawn(other, j) for j in range(min(other, k) + 1)] for other in others}
     for votes in range(1, min(size, k) + 1):
-        # chance_TK[t, j]: of j draws of the rest such that t other classes tie at `votes` and none has more.
+        # chance_TK[t, j]: of j draws of the rest such that t other classes tie at
+        # `votes` and none has more.
         T = min(len(others), k // votes)
         chance_TK = np.zeros((T + 1, k + 1))
         chance_TK[0] = none_K
@@ -118,10 +131,12 @@ def _win_chance(size: int, sizes: Sequence[int], blanks: int, k: int) -> float:
 
 
 def mcnemar(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> float:
-    """Return the exact two-sided p-value of McNemar's test: is either run right more often where the two differ?
+    """Return the exact two-sided p-value of McNemar's test: is either run right more
+    often where the two differ?
 
-    Problems that both or neither solved say nothing; under equality the rest are fair coins (McNemar, 1947). One sample a
-    problem: with several, use `paired_bootstrap` on each problem's mean.
+    Problems that both or neither solved say nothing; under equality the rest are fair
+    coins (McNemar, 1947). One sample a problem: with several, use `paired_bootstrap` on
+    each problem's mean.
     """
     a, b = _paired(correct_a, correct_b)
     if not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
@@ -135,10 +150,12 @@ def mcnemar(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> float:
 def paired_bootstrap(
     a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95, draws: int = 10_000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Return the mean of b - a over problems, and a percentile bootstrap interval of it: (difference, low, high).
+    """Return the mean of b - a over problems, and a percentile bootstrap interval of
+    it: (difference, low, high).
 
-    Entry i of both is the accuracy on problem i. Problems are drawn, each with both runs' values, so what makes a problem hard
-    for both cancels; samples of one problem are averaged first, never counted as problems.
+    Entry i of both is the accuracy on problem i. Problems are drawn, each with both
+    runs' values, so what makes a problem hard for both cancels; samples of one problem
+    are averaged first, never counted as problems.
     """
     _check_confidence(confidence)
     a, b = _paired(a, b)
@@ -153,7 +170,9 @@ def paired_bootstrap(
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Return the mean over seeds with its t-interval: (mean, low, high); of a single value, unbounded."""
+    """Return the mean over seeds with its t-interval: (mean, low, high); of a single
+    value, unbounded.
+    """
     _check_confidence(confidence)
     values = np.asarray(values, np.float64)
     n = len(values)
@@ -167,7 +186,9 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
 
 
 def _t_quantile(p: float, freedom: int) -> float:
-    """Return Student's t quantile, p > 0.5, by bisection on the angle atan(t / sqrt(freedom))."""
+    """Return Student's t quantile, p > 0.5, by bisection on the angle atan(t /
+    sqrt(freedom)).
+    """
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         middle = (low + high) / 2
@@ -179,7 +200,9 @@ def _t_quantile(p: float, freedom: int) -> float:
 
 
 def _t_mass(angle: float, freedom: int) -> float:
-    """Return P(|T| <= sqrt(freedom) tan(angle)): Abramowitz and Stegun (1964), 26.7.3 (odd) and 26.7.4 (even)."""
+    """Return P(|T| <= sqrt(freedom) tan(angle)): Abramowitz and Stegun (1964), 26.7.3
+    (odd) and 26.7.4 (even).
+    """
     odd = freedom % 2
     term = math.cos(angle) if odd else 1.0
     total = term if freedom > 1 else 0.0

@@ -1,7 +1,7 @@
 """Held-out accuracy and held-out text.
 
-Suites of tasks are attempted once a temperature and judged, with a 95 % Wilson interval. Windows of text are scored token by
-token: the old paradigm's measure.
+Suites of tasks are attempted once a temperature and judged, with a 95 % Wilson
+interval. Windows of text are scored token by token: the old paradigm's measure.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from jaxreason.draw import ALL, Filter
 from jaxreason.environment import Environment
 from jaxreason.estimators import wilson
-from jaxreason.rollout import ALONE, Request, Roller, collect_share, join_shares
+from jaxreason.rollout import SAMPLING_LOCK, Completer, Request, collect_local, gather_groups
 from jaxreason.types import Batch, Evaluation, Prompted, Rollout
 
 EVALUATION = 2**31  # folded into the seed's key here; training folds in the number of the phase
@@ -38,7 +38,9 @@ class Text(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What an evaluation found: of suites, and of texts the mean negative log-likelihood in nats a token."""
+    """What an evaluation found: of suites, and of texts the mean negative
+    log-likelihood in nats a token.
+    """
 
     evaluations: list[Evaluation]
     rollouts: list[Rollout]
@@ -47,7 +49,9 @@ class Result(NamedTuple):
 
 
 def score(token_logp: Callable, params, texts: Sequence[Text]) -> dict[str, float]:
-    """Mean negative log-likelihood of each text, over the tokens with a weight; `token_logp(params, batch) -> logp_BT`."""
+    """Mean negative log-likelihood of each text, over the tokens with a weight;
+    `token_logp(params, batch) -> logp_BT`.
+    """
     found = {}
     for text in texts:
         # Summed where it lies: a process may not hold all rows.
@@ -57,7 +61,7 @@ def score(token_logp: Callable, params, texts: Sequence[Text]) -> dict[str, floa
 
 
 def evaluate(
-    roller: Roller,
+    completer: Completer,
     params,
     suites: Sequence[Suite],
     *,
@@ -68,20 +72,22 @@ def evaluate(
     step: int,
     filter: Filter = ALL,
 ) -> tuple[list[Evaluation], list[Rollout]]:
-    """Attempt the first n tasks of each suite at each temperature; also return the rollouts, in the order of the evaluations.
+    """Attempt the first n tasks of each suite at each temperature; also return the
+    rollouts, in the order of the evaluations.
 
-    The same tasks and the same random keys at every call: two evaluations differ by their params alone.
+    The same tasks and the same random keys at every call: two evaluations differ by
+    their params alone.
     """
     evaluations, all_rollouts = [], []
-    with ALONE:
-        weights = roller.sampler.prepare(params)
+    with SAMPLING_LOCK:
+        weights = completer.sampler.prepare(params)
     for i, suite in enumerate(suites):
         tasks = [suite.tasks[j] for j in range(min(n, len(suite.tasks)))]
         wanted = [[Request(task, j, 0, prompt)] for j, (task, prompt) in enumerate(tasks)]
         for temperature in temperatures:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), EVALUATION), i)
             how = {"key": key, "temperature": temperature, "filter": filter}
-            groups, _ = join_shares(collect_share(roller, weights, wanted, suite.environment, **how), wanted)
+            groups, _ = gather_groups(collect_local(completer, weights, wanted, suite.environment, **how), wanted)
             rollouts = [r for group in groups for r in group.attempts]
             correct = sum(r.verdict.correct for r in rollouts)
             low, high = wilson(correct, len(rollouts))

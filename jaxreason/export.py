@@ -1,11 +1,14 @@
-"""A door: `python -m jaxreason.export RUN OUT [--step=N] [--dtype=bfloat16] [--overwrite]` writes a Hugging Face folder.
+"""A door: `python -m jaxreason.export RUN OUT [--step=N] [--dtype=bfloat16]
+[--overwrite]` writes a Hugging Face folder.
 
-RUN is the folder of a run; its newest checkpoint is taken, or that of `--step`. OUT gets safetensors, config.json,
-generation_config.json, the tokenizer and the chat template: what transformers, vLLM and `config.init_from` read. Adapters are
-merged; a value head has no place there and is left out, and so is what is no part of a template: the run's instruction.
-Weights are of the type of the run's params unless `--dtype` says otherwise. On the CPU of one process, which holds the params
-once in the type that is written (merged kernels twice), and a file of at most 5 GB of them once more: 1.3 GB at most for
-SmolLM2-135M in float32, 7 s (two cores of an AMD EPYC, 2026-11-24).
+RUN is the folder of a run; its newest checkpoint is taken, or that of `--step`. OUT
+gets safetensors, config.json, generation_config.json, the tokenizer and the chat
+template: what transformers, vLLM and `config.init_from` read. Adapters are merged; a
+value head has no place there and is left out, and so is what is no part of a template:
+the run's instruction. Weights are of the type of the run's params unless `--dtype` says
+otherwise. On the CPU of one process, which holds the params once in the type that is
+written (merged kernels twice), and a file of at most 5 GB of them once more: 1.3 GB at
+most for SmolLM2-135M in float32, 7 s (two cores of an AMD EPYC, 2026-11-24).
 """
 
 from __future__ import annotations
@@ -23,17 +26,19 @@ OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Write into a folder that i
 
 
 def export(run: str, out: str, *, step: int | None = None, dtype: str | None = None, overwrite: bool = False) -> str:
-    """Write the params of a run as a Hugging Face folder; return what was written, in a line.
+    """Write the params of a run as a Hugging Face folder; return what was written, in a
+    line.
 
     Raises:
-      ValueError, FileNotFoundError: no such run or step, or a folder that may not be written to.
+      ValueError, FileNotFoundError: no such run or step, or a folder that may not be
+        written to.
     """
     from jaxreason import build, sharding
     from jaxreason.model import weights
     from jaxreason.model.config import to_hf
     from jaxreason.runtime import warm_start
 
-    found, described = build.find_described(run, step)
+    found, described = build.find_model_and_text(run, step)
     if found.step is None:
         raise ValueError(f"{run} is a Hugging Face folder already; give the folder of a run")
     target = Path(os.path.expanduser(out))
@@ -62,7 +67,9 @@ def export(run: str, out: str, *, step: int | None = None, dtype: str | None = N
 
 
 def check_target(target: Path, sources: list[Path], overwrite: bool) -> None:
-    """Raise ValueError if `target` may not be written to, or is where the params come from."""
+    """Raise ValueError if `target` may not be written to, or is where the params come
+    from.
+    """
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; choose a folder that is new or empty")
     if any(target.resolve() == source.resolve() for source in sources) or (target / "checkpoints").exists():

@@ -1,8 +1,9 @@
 """The learner: the loss, the one train step, and its compilation.
 
-The same function pretrains, imitates and reinforces. `train_step` knows no random key, no config, no mesh and no pad id; what it
-optimises is `sum(weight_BT * loss_BT)`, so its gradient is the same under any number of micro-batches and any sharding, up to
-the rounding of a sum.
+The same function pretrains, imitates and reinforces. `train_step` knows no random key,
+no config, no mesh and no pad id; what it optimises is `sum(weight_BT * loss_BT)`, so
+its gradient is the same under any number of micro-batches and any sharding, up to the
+rounding of a sum.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from jaxreason.types import Batch, TrainState
 
 
 def loss(params, batch: Batch, *, model: Model, objective: Objective, limits: Limits | None = None):
-    """`sum(weight_BT * loss_BT)` and its metrics as (sum, count) pairs over the tokens that are trained on."""
+    """`sum(weight_BT * loss_BT)` and its metrics as (sum, count) pairs over the tokens
+    that are trained on.
+    """
     outputs = token_outputs(model, params, batch, limits)
     loss_BT, stats = objective.token_loss(outputs, batch)
     trained_BT = batch.weight_BT != 0
@@ -53,13 +56,14 @@ def train_step(
     microbatches: int = 1,
     limits: Limits | None = None,
 ) -> tuple[TrainState, dict]:
-    """Make one update from one batch, in `microbatches` equal parts of its rows. Metrics are (sum, count) pairs.
+    """Make one update from one batch, in `microbatches` equal parts of its rows.
+    Metrics are (sum, count) pairs.
 
     Micro-batches after the last that trains anything are left out, at no cost: packing
-    empties them. An update whose loss or gradient is not finite is not made; it counts in
-    `skipped`, and as a step. So does one that the optimizer makes of a finite gradient but
-    is not finite itself, in any array: all params stay as they are, and only the
-    optimizer's state, which is finite, has taken the gradient in.
+    empties them. An update whose loss or gradient is not finite is not made; it counts
+    in `skipped`, and as a step. So does one that the optimizer makes of a finite
+    gradient but is not finite itself, in any array: all params stay as they are, and
+    only the optimizer's state, which is finite, has taken the gradient in.
     """
     trained, frozen = split_frozen(state.params)
 
@@ -97,8 +101,9 @@ def train_step(
     def skip(grads, opt_state):
         return jax.tree.map(lambda g, u: g.astype(u.dtype), grads, shapes), opt_state, jnp.float32(jnp.nan)
 
-    # A branch, since selecting between old and new states would keep both: twice the params more. Updates are kept until all
-    # are known to be finite, and come out of it in the place of gradients: so they take no memory of their own.
+    # A branch, since selecting between old and new states would keep both: twice the
+    # params more. Updates are kept until all are known to be finite, and come out of it
+    # in the place of gradients: so they take no memory of their own.
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     updates, opt_state, squares = jax.lax.cond(finite, update, skip, grads, state.opt_state)
     made = jnp.isfinite(squares)
@@ -112,7 +117,9 @@ def train_step(
 
 
 def add_up(total: dict, grads: dict) -> dict:
-    """Add gradients to their sum, in which layers are stacked. Where they come by the layer, each is added by itself."""
+    """Add gradients to their sum, in which layers are stacked. Where they come by the
+    layer, each is added by itself.
+    """
     layers = grads.get("layers")
     if not isinstance(layers, tuple):
         return jax.tree.map(jnp.add, total, grads)
@@ -124,12 +131,16 @@ def add_up(total: dict, grads: dict) -> dict:
 
 
 def split_frozen(params) -> tuple[dict, dict]:
-    """Split params into what is trained and what is not (the base of adapters): gradient and optimizer see the first alone."""
+    """Split params into what is trained and what is not (the base of adapters):
+    gradient and optimizer see the first alone.
+    """
     return {k: v for k, v in params.items() if k != "frozen"}, {k: v for k, v in params.items() if k == "frozen"}
 
 
 def compile_train_step(model, objective, optimizer, *, microbatches: int = 1, state_shardings=None):
-    """Return `step(state, batch) -> (state, metrics)`, jitted; the state is donated and comes back in the same shardings."""
+    """Return `step(state, batch) -> (state, metrics)`, jitted; the state is donated and
+    comes back in the same shardings.
+    """
     step = functools.partial(
         train_step,
         model=model,

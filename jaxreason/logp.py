@@ -1,4 +1,5 @@
-"""Log-probs and entropies of the tokens of a batch, without the logits of all of them at once.
+"""Log-probs and entropies of the tokens of a batch, without the logits of all of them
+at once.
 
 Logits are made in chunks and, where there are many, made again in the backward pass.
 """
@@ -32,16 +33,19 @@ def logits_limits(mesh=None) -> Limits:
 
 
 def token_outputs(model: Model, params, batch: Batch, limits: Limits | None = None) -> Outputs:
-    """Score every token of a batch that has a weight, given the tokens before it, at the temperature it was sampled at.
+    """Score every token of a batch that has a weight, given the tokens before it, at
+    the temperature it was sampled at.
 
-    Logits are made for a few positions at a time, and made again in the backward pass where those of all positions are more
-    than may be kept: `[B, T, V]` never exists when it is large. In each row the tokens that are scored come first, so that
-    chunks without any are left out.
+    Logits are made for a few positions at a time, and made again in the backward pass
+    where those of all positions are more than may be kept: `[B, T, V]` never exists
+    when it is large. In each row the tokens that are scored come first, so that chunks
+    without any are left out.
     """
     limits = limits or logits_limits()
     B, T = batch.tokens_BT.shape
     hidden_BTD, _ = model.apply(params, batch.tokens_BT, batch.position_BT, batch.segment_BT)
-    # Token t is predicted at position t - 1; position T - 1 predicts nothing and is rolled to the front.
+    # Token t is predicted at position t - 1; position T - 1 predicts nothing and is
+    # rolled to the front.
     wanted_BT, target_BT, temperature_BT = (
         jnp.roll(x, -1, axis=1) for x in (batch.weight_BT != 0, batch.tokens_BT, batch.temperature_BT)
     )
@@ -51,7 +55,7 @@ def token_outputs(model: Model, params, batch: Batch, limits: Limits | None = No
     # Two chunks at least: where prompts are half of a batch, one of them is left out.
     cut, uncut = chunks(wanted_BT, max(2, -(-logits // limits.at_once)))
     arrays = map(cut, (wanted_BT, hidden_BTD, target_BT, temperature_BT))
-    found = scores(functools.partial(model.unembed, params), logits <= limits.kept, *arrays)
+    found = logp_and_entropy(functools.partial(model.unembed, params), logits <= limits.kept, *arrays)
     logp_BT, entropy_BT = (jnp.where(wanted_BT, uncut(x), 0.0) for x in found)
 
     def align(x_BT):
@@ -61,11 +65,13 @@ def token_outputs(model: Model, params, batch: Batch, limits: Limits | None = No
     return Outputs(align(logp_BT), align(entropy_BT), value)
 
 
-def scores(unembed, keep: bool, wanted_CBT, hidden_CBTD, target_CBT, temperature_CBT):
-    """Log-probs of targets and entropies over the vocabulary, chunk by chunk; 0 in a chunk of which nothing is wanted.
+def logp_and_entropy(unembed, keep: bool, wanted_CBT, hidden_CBTD, target_CBT, temperature_CBT):
+    """Log-probs of targets and entropies over the vocabulary, chunk by chunk; 0 in a
+    chunk of which nothing is wanted.
 
-    The gradient is written out, since that of a scan keeps one of all weights for each chunk, zeros of those left out included.
-    It needs the logits again: with `keep` they are kept, all of them, otherwise made once more.
+    The gradient is written out, since that of a scan keeps one of all weights for each
+    chunk, zeros of those left out included. It needs the logits again: with `keep` they
+    are kept, all of them, otherwise made once more.
     """
     flat = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), (wanted_CBT, hidden_CBTD, target_CBT, temperature_CBT))
     unembed, weights = jax.closure_convert(unembed, flat[1][0])
@@ -74,7 +80,9 @@ def scores(unembed, keep: bool, wanted_CBT, hidden_CBTD, target_CBT, temperature
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def scored(unembed, keep: bool, *inputs):
-    """Log-probs and entropies [C, R] of (weights, wanted_CR, hidden_CRD, target_CR, temperature_CR)."""
+    """Log-probs and entropies [C, R] of (weights, wanted_CR, hidden_CRD, target_CR,
+    temperature_CR).
+    """
     return score_chunks(unembed, False, *inputs)[0]
 
 
@@ -101,7 +109,8 @@ def scored_backward(unembed, keep: bool, kept, gradients):
         more, by_hidden_RD = gradient(i)
         return jax.tree.map(jnp.add, by_weights, more), by_hidden_CRD.at[i].set(by_hidden_RD)
 
-    # The first chunk is what the others are added to, wanted or not: weights as large as the embedding are not cleared first.
+    # The first chunk is what the others are added to, wanted or not: weights as large
+    # as the embedding are not cleared first.
     by_weights, by_hidden_RD = gradient(0)
     state = by_weights, jnp.zeros_like(hidden_CRD).at[0].set(by_hidden_RD)
     by_weights, by_hidden_CRD = each_chunk(1, wanted_CR, add, state)
@@ -112,13 +121,16 @@ scored.defvjp(scored_forward, scored_backward)
 
 
 def score_chunks(unembed, keep: bool, weights, wanted_CR, hidden_CRD, target_CR, temperature_CR):
-    """Log-probs and entropies, and what the backward pass needs of them; the logits too if `keep`."""
+    """Log-probs and entropies, and what the backward pass needs of them; the logits too
+    if `keep`.
+    """
     C, R = wanted_CR.shape
     V = jax.eval_shape(unembed, hidden_CRD[0], *weights).shape[-1]
 
     def score(i, state):
         logits_RV = unembed(hidden_CRD[i], *weights) / temperature_CR[i, :, None]
-        # Sums over the vocabulary, without the log-probs of all of it, take about half the time.
+        # Sums over the vocabulary, without the log-probs of all of it, take about half
+        # the time.
         most_R1 = jnp.max(logits_RV, axis=-1, keepdims=True)
         odds_RV = jnp.exp(logits_RV - most_R1)
         total_R = jnp.sum(odds_RV, axis=-1)
@@ -135,7 +147,9 @@ def score_chunks(unembed, keep: bool, weights, wanted_CR, hidden_CRD, target_CR,
 
 
 def each_chunk(first: int, wanted_CR, function, state):
-    """Replace state by function(i, state) for each chunk from `first` on of which something is wanted."""
+    """Replace state by function(i, state) for each chunk from `first` on of which
+    something is wanted.
+    """
 
     def step(i, state):
         return jax.lax.cond(jnp.any(wanted_CR[i]), functools.partial(function, i), lambda state: state, state)
@@ -144,10 +158,12 @@ def each_chunk(first: int, wanted_CR, function, state):
 
 
 def chunks(wanted_BT, count: int):
-    """Make `cut`, [B, T, ...] -> chunks of [B', T', ...], and `uncut`, back to [B, T]: `count` chunks or somewhat more.
+    """Make `cut`, [B, T, ...] -> chunks of [B', T', ...], and `uncut`, back to [B, T]:
+    `count` chunks or somewhat more.
 
-    A chunk has some columns of all rows, so that rows stay where they are, or if that is too much one column of some rows. What
-    is wanted stands in the first ones; the last may be filled up with more of the last column.
+    A chunk has some columns of all rows, so that rows stay where they are, or if that
+    is too much one column of some rows. What is wanted stands in the first ones; the
+    last may be filled up with more of the last column.
     """
     B, T = wanted_BT.shape
     width = max(1, T // count)
@@ -170,9 +186,11 @@ def chunks(wanted_BT, count: int):
 
 
 def compile_token_logp(model, microbatches: int = 1, mesh=None):
-    """Return `logp(params, batch) -> logp_BT`, jitted: for a reference policy, or to check the sampler.
+    """Return `logp(params, batch) -> logp_BT`, jitted: for a reference policy, or to
+    check the sampler.
 
-    Of the tokens that have a weight; in as many parts, and leaving out the same, as `train_step`.
+    Of the tokens that have a weight; in as many parts, and leaving out the same, as
+    `train_step`.
     """
 
     limits = logits_limits(mesh)

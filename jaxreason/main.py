@@ -1,13 +1,17 @@
-"""The door: `python -m jaxreason.main --config=configs/tiny.py [--workdir=runs/mine] [--config.rl.steps=10]`.
+"""The door: `python -m jaxreason.main --config=configs/tiny.py [--workdir=runs/mine]
+[--config.rl.steps=10]`.
 
-Reads flags, checks the config and the folder, builds the run and trains it. A run that was stopped goes on when the same command
-is given again: without `--workdir` its folder is named after the config, its options and a hash of all its fields.
+Reads flags, checks the config and the folder, builds the run and trains it. A run that
+was stopped goes on when the same command is given again: without `--workdir` its folder
+is named after the config, its options and a hash of all its fields.
 
-`--describe` prints all fields of a config with their types, defaults and meanings (`--describe=rl.optimizer` those of
-a section), and `--list` the names of tasks, verifiers, objectives and so on.
+`--describe` prints all fields of a config with their types, defaults and meanings
+(`--describe=rl.optimizer` those of a section), and `--list` the names of tasks,
+verifiers, objectives and so on.
 
-On several hosts the same command runs on each, with a `--workdir` that all of them see. Cloud TPU, Slurm and Open MPI say by
-themselves which process is which; elsewhere `--coordinator_address=HOST:PORT --num_processes=2 --process_id=0` and so on.
+On several hosts the same command runs on each, with a `--workdir` that all of them see.
+Cloud TPU, Slurm and Open MPI say by themselves which process is which; elsewhere
+`--coordinator_address=HOST:PORT --num_processes=2 --process_id=0` and so on.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from jaxreason.options import OFFERED, command, unknown
+from jaxreason.options import OFFERED, command, unknown_name_message
 from jaxreason.runtime import workdir as folders
 from jaxreason.runtime.workdir import config_text
 
@@ -60,7 +64,9 @@ INTERRUPTED = 130  # the exit code: 128 + SIGINT
 
 
 def default_workdir(config_flag: str, text: str) -> Path:
-    """A folder for this very config: the one of an unfinished run if there is one, else one that is free."""
+    """A folder for this very config: the one of an unfinished run if there is one, else
+    one that is free.
+    """
     path, _, options = config_flag.partition(":")
     stem = Path(path).stem + ("-" + re.sub(r"[^\w.=-]+", "_", options)[-60:] if options else "")
     stem = f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -71,7 +77,9 @@ def default_workdir(config_flag: str, text: str) -> Path:
 
 
 def keep_compiled(folder: str | None) -> None:
-    """Keep compiled programs in a folder; None for the default one, unless JAX_COMPILATION_CACHE_DIR names another."""
+    """Keep compiled programs in a folder; None for the default one, unless
+    JAX_COMPILATION_CACHE_DIR names another.
+    """
     import jax
 
     if folder is None:
@@ -80,7 +88,8 @@ def keep_compiled(folder: str | None) -> None:
         folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "jaxreason")
     if folder:
         folder = os.path.expanduser(folder)
-        # What was compiled for one kind of CPU may not run on another, and JAX's key does not tell them apart.
+        # What was compiled for one kind of CPU may not run on another, and JAX's key
+        # does not tell them apart.
         cpu = Path("/proc/cpuinfo")
         kind = (
             next((line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
@@ -136,7 +145,9 @@ def show(lines: list[str]) -> None:
 
 
 def describe(config: dict, section: str) -> list[str]:
-    """Lines about a section of a config, all of them and the file's options where none is named."""
+    """Lines about a section of a config, all of them and the file's options where none
+    is named.
+    """
     from jaxreason import build
     from jaxreason.options import fields
 
@@ -154,7 +165,7 @@ def list_families(wanted: str) -> list[str]:
 
     families = build.families()
     if wanted and wanted not in families:
-        raise ValueError(unknown("family", wanted, families))
+        raise ValueError(unknown_name_message("family", wanted, families))
     lines = []
     for family, members in families.items():
         if wanted in ("", family):
@@ -213,7 +224,9 @@ def run(config) -> None:
 
 
 def train_to_the_end(opened) -> bool:
-    """Train an opened run; return whether it came to its end. Errors that a user can mend end the program in one line."""
+    """Train an opened run; return whether it came to its end. Errors that a user can
+    mend end the program in one line.
+    """
     import jax
 
     from jaxreason.environment import VerifierFailed
@@ -251,7 +264,9 @@ def tell(line: str) -> None:
 
 
 def what_next(workdir: Path, config_flag: str, changes: Mapping[str, str]) -> list[str]:
-    """What was written, and what to do with it: a path or a command a line, to be copied."""
+    """What was written, and what to do with it: a path or a command a line, to be
+    copied.
+    """
     written = [workdir / name for name in ("summary.json", "metrics.jsonl", "rollouts.jsonl") if (workdir / name).is_file()]
     run, export = shlex.quote(str(workdir)), shlex.quote(f"{workdir}-export")
     same = "".join(f" --config.{name}={shlex.quote(value)}" for name, value in changes.items() if name != "init_from")

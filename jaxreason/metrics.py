@@ -1,4 +1,5 @@
-"""Metrics as dictionaries name -> (sum, count), from which a mean is taken once, at the end.
+"""Metrics as dictionaries name -> (sum, count), from which a mean is taken once, at the
+end.
 
 `merge` adds them over micro-batches, steps or groups; `divide` turns them into numbers.
 """
@@ -23,7 +24,9 @@ def merge(*metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]
 
 
 def divide(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
-    """Return sum / count by name, NaN where nothing was counted; waits for the devices, in a single transfer."""
+    """Return sum / count by name, NaN where nothing was counted; waits for the devices,
+    in a single transfer.
+    """
     return {
         name: float(total) / float(count) if count != 0 else math.nan
         for name, (total, count) in jax.device_get(dict(metrics)).items()

@@ -1,12 +1,14 @@
-"""Objectives: what a batch is trained towards, as three small pure functions that never see the model.
+"""Objectives: what a batch is trained towards, as three small pure functions that never
+see the model.
 
     advantage(reward_PG)                     how good was each attempt beside its group        } used once by `batching`, over the
     weigh(length_R, advantage_R, limit)      the weight of each token of each rollout          } whole batch, before any split
     token_loss(outputs, batch)               loss of each token, and what to report of it
 
-The loss of a batch is `sum(weight_BT * loss_BT)`. No denominator is left for a micro-batch, a shard or a packed row to get
-wrong. A named algorithm is one line: an entry of three short lists, so an ablation is their cross product.
-`with_kl` and `with_entropy` wrap any of them.
+The loss of a batch is `sum(weight_BT * loss_BT)`. No denominator is left for a
+micro-batch, a shard or a packed row to get wrong. A named algorithm is one line: an
+entry of three short lists, so an ablation is their cross product. `with_kl` and
+`with_entropy` wrap any of them.
 """
 
 from __future__ import annotations
@@ -18,16 +20,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreason.options import call, find, unknown
+from jaxreason.options import call_with_section, find, unknown_name_message
 
-# A group whose rewards differ by less than this is a group of equal rewards: float residue must not be blown up by 1/std.
+# A group whose rewards differ by less than this is a group of equal rewards: float
+# residue must not be blown up by 1/std.
 EQUAL_REWARDS = 1e-6
 
 
 class Objective(NamedTuple):
-    """Three pure functions. `needs_reference`: the batch must carry log-probs of a reference policy. `needs_group`: attempts
-    at one problem are compared, so there must be at least two. `on_policy`: there is no importance ratio, so the rollouts must
-    be the current policy's."""
+    """Three pure functions. `needs_reference`: the batch must carry log-probs of a
+    reference policy. `needs_group`: attempts at one problem are compared, so there must
+    be at least two. `on_policy`: there is no importance ratio, so the rollouts must be
+    the current policy's.
+    """
 
     advantage: Callable  # reward_PG -> advantage_PG, numpy
     weigh: Callable  # (length_R, advantage_R, limit) -> weight_R of one token, numpy
@@ -51,24 +56,32 @@ def centre_batch(reward_PG):
 
 
 def centre_group(reward_PG):
-    """Reward less the mean of its group, as `dr_grpo` (Liu et al. 2025, arXiv 2503.20783)."""
+    """Reward less the mean of its group, as `dr_grpo` (Liu et al. 2025, arXiv
+    2503.20783).
+    """
     advantage_PG = reward_PG - reward_PG.mean(axis=1, keepdims=True)
     return np.where(np.ptp(reward_PG, axis=1, keepdims=True) < EQUAL_REWARDS, 0.0, advantage_PG)
 
 
 def leave_one_out(reward_PG):
-    """Reward less the mean of the *other* attempts (Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740, RLOO)."""
+    """Reward less the mean of the *other* attempts (Kool et al. 2019; Ahmadian et al.
+    2024, arXiv 2402.14740, RLOO).
+    """
     G = reward_PG.shape[1]
     return centre_group(reward_PG) * G / (G - 1)
 
 
 def zscore_group(reward_PG, eps: float = 1e-6):
-    """Reward less the mean of its group, over its (population) standard deviation (Shao et al. 2024, arXiv 2402.03300)."""
+    """Reward less the mean of its group, over its (population) standard deviation (Shao
+    et al. 2024, arXiv 2402.03300).
+    """
     return centre_group(reward_PG) / (reward_PG.std(axis=1, keepdims=True) + eps)
 
 
-def keep_correct(reward_PG):
-    """1 for a positive reward, 0 otherwise: what is kept is imitated (Anthony et al. 2017, arXiv 1705.08439)."""
+def keep_positive(reward_PG):
+    """1 for a positive reward, 0 otherwise: what is kept is imitated (Anthony et al.
+    2017, arXiv 1705.08439).
+    """
     return (reward_PG > 0).astype(reward_PG.dtype)
 
 
@@ -86,7 +99,8 @@ def token_sum(length_R, advantage_R, limit):
 
 
 def per_sequence(length_R, advantage_R, limit):
-    """Mean over the tokens of each rollout, then over rollouts (arXiv 2402.03300, eq. 3).
+    """Mean over the tokens of each rollout, then over rollouts (arXiv 2402.03300, eq.
+    3).
 
     Biased as a gradient of the expected reward: dividing by the length makes long wrong
     rollouts cost less, and long right ones earn less (arXiv 2503.20783, sec. 3.1).
@@ -97,9 +111,9 @@ def per_sequence(length_R, advantage_R, limit):
 def per_token(length_R, advantage_R, limit):
     """Mean over all tokens of the batch: every token weighs the same.
 
-    DAPO's eq. 8 (Yu et al. 2025, arXiv 2503.14476) takes this mean inside each group and
-    then averages the groups; over the whole batch, as TRL and verl do, a group of long
-    rollouts weighs more.
+    DAPO's eq. 8 (Yu et al. 2025, arXiv 2503.14476) takes this mean inside each group
+    and then averages the groups; over the whole batch, as TRL and verl do, a group of
+    long rollouts weighs more.
     """
     return np.full(len(length_R), 1.0 / max(length_R.sum(), 1))
 
@@ -110,8 +124,10 @@ def per_kept_token(length_R, advantage_R, limit):
     return kept_R / max((length_R * kept_R).sum(), 1)
 
 
-def per_slot(length_R, advantage_R, limit):
-    """Sum over tokens over a constant, the longest length allowed: no length bias (arXiv 2503.20783)."""
+def per_max_length(length_R, advantage_R, limit):
+    """Sum over tokens over a constant, the longest length allowed: no length bias
+    (arXiv 2503.20783).
+    """
     return np.full(len(length_R), 1.0 / (len(length_R) * limit))
 
 
@@ -128,14 +144,16 @@ def reinforce(outputs, batch):
     return -batch.advantage_BT * outputs.logp_BT, {}
 
 
-def clipped(lo: float = 0.2, hi: float = 0.2):
-    """Pessimistic clipped importance ratio (Schulman et al. 2017, arXiv 1707.06347, eq. 7), with its two sides apart."""
-    if not (0 <= lo <= 1 and hi >= 0):
-        raise ValueError(f"clip got {lo} below 1 and {hi} above; allowed: 0 to 1 below, 0 or more above")
+def clipped(clip_low: float = 0.2, clip_high: float = 0.2):
+    """Pessimistic clipped importance ratio (Schulman et al. 2017, arXiv 1707.06347, eq.
+    7), with its two sides apart.
+    """
+    if not (0 <= clip_low <= 1 and clip_high >= 0):
+        raise ValueError(f"clip got {clip_low} below 1 and {clip_high} above; allowed: 0 to 1 below, 0 or more above")
 
     def token_loss(outputs, batch):
         ratio = jnp.exp(outputs.logp_BT - batch.behaviour_logp_BT)
-        bounded = jnp.clip(ratio, 1 - lo, 1 + hi)
+        bounded = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
         gain = jnp.minimum(ratio * batch.advantage_BT, bounded * batch.advantage_BT)
         return -gain, {"ratio": ratio, "clip_fraction": gain < ratio * batch.advantage_BT}
 
@@ -146,20 +164,26 @@ def clipped(lo: float = 0.2, hi: float = 0.2):
 
 
 def kl_k1(logp, reference_logp):
-    """log p - log q: unbiased as a value. Through a loss its own gradient has expectation zero, so the score term is put
-    in: the value is k1 and the gradient is that of the KL in expectation on-policy."""
+    """log p - log q: unbiased as a value. Through a loss its own gradient has
+    expectation zero, so the score term is put in: the value is k1 and the gradient is
+    that of the KL in expectation on-policy.
+    """
     difference = logp - reference_logp
     return jax.lax.stop_gradient(difference) * (1.0 + logp - jax.lax.stop_gradient(logp))
 
 
 def kl_k2(logp, reference_logp):
-    """(log p - log q)^2 / 2 (Schulman 2020, http://joschu.net/blog/kl-approx.html): a biased value, the exact KL gradient."""
+    """(log p - log q)^2 / 2 (Schulman 2020, http://joschu.net/blog/kl-approx.html): a
+    biased value, the exact KL gradient.
+    """
     return 0.5 * (logp - reference_logp) ** 2
 
 
 def kl_k3(logp, reference_logp):
-    """q/p - 1 - log q/p, the estimator of GRPO (arXiv 2402.03300, eq. 4): an unbiased value, never negative; its gradient
-    on-policy is that of the *reverse* direction, KL(q || p)."""
+    """q/p - 1 - log q/p, the estimator of GRPO (arXiv 2402.03300, eq. 4): an unbiased
+    value, never negative; its gradient on-policy is that of the *reverse* direction,
+    KL(q || p).
+    """
     log_ratio = reference_logp - logp
     return jnp.exp(log_ratio) - 1.0 - log_ratio
 
@@ -168,9 +192,11 @@ KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
 
 def with_kl(objective: Objective, coefficient: float, estimator: str = "k3") -> Objective:
-    """Add `coefficient` times the KL divergence to the reference policy, token by token."""
+    """Add `coefficient` times the KL divergence to the reference policy, token by
+    token.
+    """
     if estimator not in KL_ESTIMATORS:
-        raise ValueError(unknown("KL estimator", estimator, KL_ESTIMATORS))
+        raise ValueError(unknown_name_message("KL estimator", estimator, KL_ESTIMATORS))
     kl = KL_ESTIMATORS[estimator]
 
     def token_loss(outputs, batch):
@@ -215,34 +241,43 @@ def rloo():
 
 
 def grpo(
-    clip: float = 0.2,  # of the importance ratio, from 1 to both sides
+    clip_low: float = 0.2,  # of the importance ratio, below 1
+    clip_high: float = 0.2,  # of the importance ratio, above 1
 ):
-    """Group relative policy optimisation (Shao et al. 2024, arXiv 2402.03300, eq. 3)."""
-    return Objective(zscore_group, per_sequence, clipped(clip, clip), needs_group=True)
+    """Group relative policy optimisation (Shao et al. 2024, arXiv 2402.03300, eq.
+    3).
+    """
+    return Objective(zscore_group, per_sequence, clipped(clip_low, clip_high), needs_group=True)
 
 
 def dr_grpo(
-    clip: float = 0.2,  # of the importance ratio, from 1 to both sides
+    clip_low: float = 0.2,  # of the importance ratio, below 1
+    clip_high: float = 0.2,  # of the importance ratio, above 1
 ):
-    """GRPO without its two normalisations (Liu et al. 2025, arXiv 2503.20783, sec. 3.2)."""
-    return Objective(centre_group, per_slot, clipped(clip, clip), needs_group=True)
+    """GRPO without its two normalisations (Liu et al. 2025, arXiv 2503.20783, sec.
+    3.2).
+    """
+    return Objective(centre_group, per_max_length, clipped(clip_low, clip_high), needs_group=True)
 
 
 def dapo(
-    lo: float = 0.2,  # of the importance ratio, below 1
-    hi: float = 0.28,  # of the importance ratio, above 1
+    clip_low: float = 0.2,  # of the importance ratio, below 1
+    clip_high: float = 0.28,  # of the importance ratio, above 1
 ):
     """Clip-higher and token-level loss (Yu et al. 2025, arXiv 2503.14476, eq. 8).
 
     The mean over tokens is over the whole batch, not inside each group as in eq. 8 (see
-    `per_token`). Dynamic sampling is a field of the source, overlong shaping is left out.
+    `per_token`). Dynamic sampling is a field of the source, overlong shaping is left
+    out.
     """
-    return Objective(zscore_group, per_token, clipped(lo, hi), needs_group=True)
+    return Objective(zscore_group, per_token, clipped(clip_low, clip_high), needs_group=True)
 
 
 def expert_iteration():
-    """Imitation of the rollouts that were right (Anthony et al. 2017, arXiv 1705.08439)."""
-    return Objective(keep_correct, per_kept_token, nll)
+    """Imitation of the rollouts that were right (Anthony et al. 2017, arXiv
+    1705.08439).
+    """
+    return Objective(keep_positive, per_kept_token, nll)
 
 
 OBJECTIVES = {
@@ -261,14 +296,14 @@ ADVANTAGES = {
     "centre_group": centre_group,
     "leave_one_out": leave_one_out,
     "zscore_group": zscore_group,
-    "keep_correct": keep_correct,
+    "keep_positive": keep_positive,
 }
 WEIGHTINGS = {
     "token_sum": token_sum,
     "per_sequence": per_sequence,
     "per_token": per_token,
     "per_kept_token": per_kept_token,
-    "per_slot": per_slot,
+    "per_max_length": per_max_length,
 }
 GROUP_BASELINES = (centre_group, leave_one_out, zscore_group)
 
@@ -277,7 +312,7 @@ def make(
     name: str,  # one of the objectives, or module:maker of your own
     *,
     advantage: str | None = None,  # replaces the objective's own: centre_group, leave_one_out, zscore_group, ...
-    weigh: str | None = None,  # replaces its loss aggregation: token_sum, per_sequence, per_token, per_slot, ...
+    weigh: str | None = None,  # replaces its loss aggregation: token_sum, per_sequence, per_token, per_max_length, ...
     kl_coefficient: float = 0.0,  # of the KL divergence to the params at the start of the phase; 0: none
     kl_estimator: str = "k3",  # k1, k2 or k3
     entropy_coefficient: float = 0.0,  # of a reward for entropy, per nat
@@ -285,27 +320,28 @@ def make(
 ) -> Objective:
     """Make a named objective, or a user's `module:maker`.
 
-    `advantage` and `weigh` replace its own by name; `kwargs` are the algorithm's own numbers.
+    `advantage` and `weigh` replace its own by name; `kwargs` are the algorithm's own
+    numbers.
 
     Raises:
       ValueError: an unknown name or number.
     """
-    objective = call(find("objective", name, OBJECTIVES), kwargs, f"objective {name!r}")
+    objective = call_with_section(find("objective", name, OBJECTIVES), kwargs, f"objective {name!r}")
     if not isinstance(objective, Objective):
         raise ValueError(f"objective {name!r} made a {type(objective).__name__}; allowed: an objectives.Objective")
     if advantage is not None:
         if advantage not in ADVANTAGES:
-            raise ValueError(unknown("advantage", advantage, ADVANTAGES))
+            raise ValueError(unknown_name_message("advantage", advantage, ADVANTAGES))
         chosen = ADVANTAGES[advantage]
         objective = objective._replace(advantage=chosen, needs_group=chosen in GROUP_BASELINES)
     if weigh is not None:
         if weigh not in WEIGHTINGS:
-            raise ValueError(unknown("weighting", weigh, WEIGHTINGS))
+            raise ValueError(unknown_name_message("weighting", weigh, WEIGHTINGS))
         objective = objective._replace(weigh=WEIGHTINGS[weigh])
     if kl_coefficient < 0:
         raise ValueError(f"kl_coefficient got {kl_coefficient}; allowed: 0 or more")
     if kl_estimator not in KL_ESTIMATORS:
-        raise ValueError(unknown("KL estimator", kl_estimator, KL_ESTIMATORS))
+        raise ValueError(unknown_name_message("KL estimator", kl_estimator, KL_ESTIMATORS))
     if entropy_coefficient:
         objective = with_entropy(objective, entropy_coefficient)
     if kl_coefficient:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxreason.options import unknown
+from jaxreason.options import unknown_name_message
 
 SCHEDULES = ("constant", "cosine", "linear")
 OPTIMIZERS = {
@@ -44,27 +44,29 @@ def schedule(
     *,
     kind: str = "constant",
     warmup_steps: int = 0,
-    warmup_share: float = 0.0,
-    final_share: float = 0.0,
+    warmup_fraction: float = 0.0,
+    final_fraction: float = 0.0,
 ):
-    """Warm up linearly from 0, then stay, or decay to `final_share * lr` at `steps`.
+    """Warm up linearly from 0, then stay, or decay to `final_fraction * lr` at `steps`.
 
-    The warm-up takes `warmup_steps`, or `warmup_share` of all steps, rounded.
+    The warm-up takes `warmup_steps`, or `warmup_fraction` of all steps, rounded.
     """
     if kind not in SCHEDULES:
-        raise ValueError(unknown("schedule", kind, SCHEDULES))
-    if not 0 <= warmup_share <= 1:
-        raise ValueError(f"warmup_share got {warmup_share}; allowed: 0 to 1")
-    if warmup_share and warmup_steps:
-        raise ValueError(f"got warmup_steps={warmup_steps} and warmup_share={warmup_share}; allowed: one of them, the other 0")
-    warmup_steps = warmup_steps or round(warmup_share * steps)
+        raise ValueError(unknown_name_message("schedule", kind, SCHEDULES))
+    if not 0 <= warmup_fraction <= 1:
+        raise ValueError(f"warmup_fraction got {warmup_fraction}; allowed: 0 to 1")
+    if warmup_fraction and warmup_steps:
+        raise ValueError(
+            f"got warmup_steps={warmup_steps} and warmup_fraction={warmup_fraction}; allowed: one of them, the other 0"
+        )
+    warmup_steps = warmup_steps or round(warmup_fraction * steps)
     if not 0 <= warmup_steps <= steps and (steps or warmup_steps < 0):
         raise ValueError(f"warmup_steps got {warmup_steps}; allowed: 0 to the {steps} steps of the phase")
     rest = max(1, steps - warmup_steps)
     after = {
         "constant": optax.constant_schedule(lr),
-        "cosine": optax.cosine_decay_schedule(lr, rest, alpha=final_share),
-        "linear": optax.linear_schedule(lr, final_share * lr, rest),
+        "cosine": optax.cosine_decay_schedule(lr, rest, alpha=final_fraction),
+        "linear": optax.linear_schedule(lr, final_fraction * lr, rest),
     }[kind]
     if not warmup_steps:
         return after
@@ -80,8 +82,8 @@ def make(
     lr: float,  # the learning rate after the warm-up
     schedule_kind: str = "constant",  # constant, cosine or linear
     warmup_steps: int = 0,  # in which the rate rises to lr
-    warmup_share: float = 0.0,  # the same as a fraction of all steps
-    final_share: float = 0.0,  # fraction of lr at the end of a decay
+    warmup_fraction: float = 0.0,  # the same as a fraction of all steps
+    final_fraction: float = 0.0,  # fraction of lr at the end of a decay
     b1: float = 0.9,  # decay of the first moment (adamw, adam, lion, muon's adamw)
     b2: float = 0.999,  # decay of the second moment
     eps: float = 1e-8,  # added to the root of the second moment
@@ -92,7 +94,8 @@ def make(
     muon_momentum: float = 0.95,  # muon
     muon_scale: str = "rms",  # muon: rms, for rates as AdamW's, or width
 ) -> optax.GradientTransformation:
-    """Make the optimizer of a phase of `steps` updates. Weight decay spares vectors (norms, biases) and is times the rate.
+    """Make the optimizer of a phase of `steps` updates. Weight decay spares vectors
+    (norms, biases) and is times the rate.
 
     - adamw, adam: Kingma and Ba 2014, arXiv 1412.6980; Loshchilov and Hutter 2017, arXiv 1711.05101.
     - lion: Chen et al. 2023, arXiv 2302.06675, who take a rate 3 to 10 times smaller than AdamW's and b2=0.99.
@@ -106,19 +109,21 @@ def make(
     `state_dtype` is that of the first moment; second moments and updates are float32,
     whatever the params are kept in.
 
-    A field that the optimizer does not read is refused unless it has its default: a sweep over it would vary nothing. Those that
-    a config file sets for another optimizer `build` leaves out, with a warning, so that `optimizer.name` can be swept alone; of
-    those that the command itself names `command` refuses.
+    A field that the optimizer does not read is refused unless it has its default: a
+    sweep over it would vary nothing. Those that a config file sets for another
+    optimizer `build` leaves out, with a warning, so that `optimizer.name` can be swept
+    alone; of those that the command itself names `command` refuses.
 
     Raises:
-      ValueError: an unknown name, a schedule that can't be, or a field that this optimizer does not read.
+      ValueError: an unknown name, a schedule that can't be, or a field that this
+        optimizer does not read.
     """
     if name not in OPTIMIZERS:
-        raise ValueError(unknown("optimizer", name, OPTIMIZERS))
+        raise ValueError(unknown_name_message("optimizer", name, OPTIMIZERS))
     _check_numbers(
         lr=(lr, lambda x: x > 0, "above 0"),
         adam_lr=(adam_lr, lambda x: x > 0, "None, or above 0"),
-        final_share=(final_share, lambda x: 0 <= x <= 1, "0 to 1"),
+        final_fraction=(final_fraction, lambda x: 0 <= x <= 1, "0 to 1"),
         b1=(b1, lambda x: 0 <= x < 1, "0 to below 1"),
         b2=(b2, lambda x: 0 <= x < 1, "0 to below 1"),
         eps=(eps, lambda x: x > 0, "above 0: without it a parameter that never had a gradient becomes 0 / 0"),
@@ -127,14 +132,19 @@ def make(
         muon_momentum=(muon_momentum, lambda x: 0 <= x < 1, "0 to below 1"),
     )
     if state_dtype not in (None, *STATE_DTYPES):
-        raise ValueError(unknown("state_dtype", state_dtype, (None, *STATE_DTYPES)))
+        raise ValueError(unknown_name_message("state_dtype", state_dtype, (None, *STATE_DTYPES)))
     if muon_scale not in MUON_SCALES:
-        raise ValueError(unknown("muon_scale", muon_scale, MUON_SCALES))
+        raise ValueError(unknown_name_message("muon_scale", muon_scale, MUON_SCALES))
     fields = {"b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay, "state_dtype": state_dtype, "adam_lr": adam_lr}
-    fields |= {"muon_momentum": muon_momentum, "muon_scale": muon_scale, "final_share": final_share}
+    fields |= {"muon_momentum": muon_momentum, "muon_scale": muon_scale, "final_fraction": final_fraction}
     for field, (why, default) in ignored({"name": name, "schedule_kind": schedule_kind} | fields).items():
         raise ValueError(f"{field} got {fields[field]!r}, but {why}; else {field}={default}")
-    shape = {"kind": schedule_kind, "warmup_steps": warmup_steps, "warmup_share": warmup_share, "final_share": final_share}
+    shape = {
+        "kind": schedule_kind,
+        "warmup_steps": warmup_steps,
+        "warmup_fraction": warmup_fraction,
+        "final_fraction": final_fraction,
+    }
     rate = schedule(lr, steps, **shape)
     dtype = None if state_dtype is None else jnp.dtype(state_dtype)
     adam = {"b1": b1, "b2": b2, "eps": eps, "mu_dtype": dtype}
@@ -148,7 +158,8 @@ def make(
     elif name == "lion":
         chain = [optax.lion(rate, b1=b1, b2=b2, mu_dtype=dtype, **decay)]
     elif name == "adafactor":
-        # optax adds this decay after the rate; times the rate it means what it means in the others.
+        # optax adds this decay after the rate; times the rate it means what it means in
+        # the others.
         decay_rate = (lambda step: weight_decay * rate(step)) if weight_decay else None
         chain = [optax.adafactor(rate, weight_decay_rate=decay_rate, weight_decay_mask=decayed)]
     else:
@@ -161,7 +172,8 @@ def make(
             consistent_rms=MUON_SCALES[muon_scale],
         )
         adam_rate = rate if adam_lr is None else schedule(adam_lr, steps, **shape)
-        # optax's muon would give the rest Nesterov's Adam, and its decay to norms and biases too.
+        # optax's muon would give the rest Nesterov's Adam, and its decay to norms and
+        # biases too.
         rest = optax.adamw(adam_rate, **adam, **decay)
         chain = [optax.partition({"matrices": matrices, "rest": rest}, labels)]
     if clip_norm is not None:
@@ -170,7 +182,8 @@ def make(
 
 
 def ignored(fields: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
-    """Find the fields of `make` with other values than their defaults that the optimizer or schedule beside them does not read.
+    """Find the fields of `make` with other values than their defaults that the
+    optimizer or schedule beside them does not read.
 
     Return for each who reads it, in words, and its default.
     """
@@ -180,13 +193,14 @@ def ignored(fields: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
     for field, readers in READ_BY.items():
         if name in OPTIMIZERS and name not in readers and fields.get(field, default[field]) != default[field]:
             found[field] = f"{name} does not read it; allowed with: {', '.join(readers)}", default[field]
-    if kind == "constant" and fields.get("final_share", default["final_share"]) != default["final_share"]:
-        found["final_share"] = "a constant schedule does not read it; allowed with: cosine, linear", default["final_share"]
+    if kind == "constant" and fields.get("final_fraction", default["final_fraction"]) != default["final_fraction"]:
+        found["final_fraction"] = "a constant schedule does not read it; allowed with: cosine, linear", default["final_fraction"]
     return found
 
 
 def in_float32(made: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Let an optimizer work in float32 whatever the params are kept in; updates are float32.
+    """Let an optimizer work in float32 whatever the params are kept in; updates are
+    float32.
 
     In bfloat16 a decay of 0.999 rounds to 1, so second moments would never decay.
     """
@@ -204,7 +218,9 @@ def in_float32(made: optax.GradientTransformation) -> optax.GradientTransformati
 
 
 def _check_numbers(**numbers: tuple) -> None:
-    """Raise ValueError for the first (value, test, range) that fails its test or is not finite, also once it is a float32."""
+    """Raise ValueError for the first (value, test, range) that fails its test or is not
+    finite, also once it is a float32.
+    """
     for name, (value, fits, allowed) in numbers.items():
         if value is None:
             continue
@@ -233,10 +249,13 @@ def labels(params):
 
 
 def matrix_axes(params):
-    """What is input and what is output of each kernel; axis 0 is the layer, which is a batch of matrices to Muon."""
+    """What is input and what is output of each kernel; axis 0 is the layer, which is a
+    batch of matrices to Muon.
+    """
 
     def of(path, x):
-        # Attention's output, and the adapter that reads what it reads, take in heads x head size.
+        # Attention's output, and the adapter that reads what it reads, take in heads x
+        # head size.
         heads_in = "o" in (path[-2].key, path[-3].key) and path[-2].key != "b"
         first = 3 if heads_in else 2
         return optax.contrib.MuonDimensionNumbers(tuple(range(1, first)), tuple(range(first, x.ndim)))

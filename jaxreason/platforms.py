@@ -1,4 +1,5 @@
-"""What differs by platform, in one table: the algorithm itself has no branch on a backend.
+"""What differs by platform, in one table: the algorithm itself has no branch on a
+backend.
 
 The figures behind the rows are in `jaxreason/bench/README.md`.
 """
@@ -25,9 +26,10 @@ class Platform(NamedTuple):
 
 
 PLATFORMS = {
-    # 32 MiB of float32 logits may stay in a cache, and 256 MiB are quicker to keep than to make again. Sharing pays with long
-    # prompts only, since rows that no slot continues are computed too. Its scheduler would order instructions to have many ready
-    # at a time, whatever they keep alive.
+    # 32 MiB of float32 logits may stay in a cache, and 256 MiB are quicker to keep than
+    # to make again. Sharing pays with long prompts only, since rows that no slot
+    # continues are computed too. Its scheduler would order instructions to have many
+    # ready at a time, whatever they keep alive.
     "cpu": Platform(
         logits_at_once=2**23,
         logits_kept=2**26,
@@ -38,7 +40,8 @@ PLATFORMS = {
         dtype="float32",
         compiler_options={"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
     ),
-    # Matrix products of fewer rows would leave an accelerator idle, and each program takes long to compile.
+    # Matrix products of fewer rows would leave an accelerator idle, and each program
+    # takes long to compile.
     "gpu": Platform(2**27, 2**27, 1024, 0, True, False, "bfloat16", None),
     "tpu": Platform(2**27, 2**27, 1024, 0, True, False, "bfloat16", None),
 }

@@ -1,7 +1,9 @@
-"""The host loop of continuous batching: fill free slots, decode a chunk, hand finished text to its environment, refill.
+"""The host loop of continuous batching: fill free slots, decode a chunk, hand finished
+text to its environment, refill.
 
-Verdicts and tool results are made in threads while the other slots decode. The result depends on the requests alone, in their
-order: not on how many slots there are, who finished first or how long a verifier took.
+Verdicts and tool results are made in threads while the other slots decode. The result
+depends on the requests alone, in their order: not on how many slots there are, who
+finished first or how long a verifier took.
 """
 
 from __future__ import annotations
@@ -22,13 +24,14 @@ import numpy as np
 from jaxreason.draw import ALL, Filter
 from jaxreason.environment import Environment, Step, Threads, Turn, late
 from jaxreason.runtime import processes
-from jaxreason.sampler import MEMBERS, RUNNING, STOPS, Sampler, Weights, attempt_keys
+from jaxreason.sampler import MAX_SLOTS_PER_PROMPT, RUNNING, STOPS, Sampler, Weights, attempt_keys
 from jaxreason.types import Group, Rollout, Task
 
 THREADS = 8  # that environments run in
-# Held while something is sampled: two programs on several devices, started from two threads, could each wait for the other's.
-ALONE = threading.RLock()
-PATIENCE_S = 0.005  # how long a chunk waits for a tool that is about to answer
+# Held while something is sampled: two programs on several devices, started from two
+# threads, could each wait for the other's.
+SAMPLING_LOCK = threading.RLock()
+TOOL_WAIT_S = 0.005  # how long a chunk waits for a tool that is about to answer
 TICK_S = 1.0  # how often deadlines are looked at; of more time that has passed (the machine slept) no more is counted
 
 
@@ -41,7 +44,7 @@ class Request(NamedTuple):
     prompt: Sequence[int]  # token ids, the same for all attempts at the problem
 
 
-class Spent(NamedTuple):
+class SamplingStats(NamedTuple):
     """What a collection cost."""
 
     sample_s: float
@@ -52,14 +55,16 @@ class Spent(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """A limit on thinking: after so many tokens of a completion the end of thinking is forced, unless it was written."""
+    """A limit on thinking: after so many tokens of a completion the end of thinking is
+    forced, unless it was written.
+    """
 
     tokens: int
     end: str  # what is forced; without the white space around it, what ends thinking
     ids: Sequence[int]  # of `end`
 
 
-class Roller(NamedTuple):
+class Completer(NamedTuple):
     """What turns requests into rollouts: a compiled sampler and the text around it."""
 
     sampler: Sampler
@@ -73,25 +78,27 @@ class Roller(NamedTuple):
     thinking: Budget | None = None
 
 
-def text_of(roller: Roller, tokens: np.ndarray) -> str:
+def text_of(completer: Completer, tokens: np.ndarray) -> str:
     """The text of tokens, without the end of sequence that may stand behind it."""
-    kept = tokens[:-1] if len(tokens) and tokens[-1] in roller.eos_ids else tokens
-    return roller.decode(kept.tolist())
+    kept = tokens[:-1] if len(tokens) and tokens[-1] in completer.eos_ids else tokens
+    return completer.decode(kept.tolist())
 
 
-def find_stop(roller: Roller, tokens_T, turn: int, before: int, length: int) -> int | None:
-    """Return the length at which the first stop string of a turn is complete, if that is after `before`; None if there is none.
+def find_stop(completer: Completer, tokens_T, turn: int, before: int, length: int) -> int | None:
+    """Return the length at which the first stop string of a turn is complete, if that
+    is after `before`; None if there is none.
 
     A stop string may begin in any token and end in any: text is compared, not tokens.
     """
-    if not roller.stop_strings:
+    if not completer.stop_strings:
         return None
-    # A token is a byte or more, so what ends behind `before` began at most so many tokens earlier.
-    start = max(turn, before - max(len(s.encode()) for s in roller.stop_strings) - 1)
+    # A token is a byte or more, so what ends behind `before` began at most so many
+    # tokens earlier.
+    start = max(turn, before - max(len(s.encode()) for s in completer.stop_strings) - 1)
 
     def stopped(end: int) -> bool:
-        text = text_of(roller, tokens_T[start:end])
-        return any(s in text for s in roller.stop_strings)
+        text = text_of(completer, tokens_T[start:end])
+        return any(s in text for s in completer.stop_strings)
 
     return next((end for end in range(before + 1, length + 1) if stopped(end)), None) if stopped(length) else None
 
@@ -115,12 +122,14 @@ class Attempt:
     rollout: Rollout | None = None  # once it has ended; it lacks a verdict
 
     def columns(self, length: int) -> int:
-        """How many of its slot's own columns a sequence of this length takes. Its last token has none yet."""
+        """How many of its slot's own columns a sequence of this length takes. Its last
+        token has none yet.
+        """
         return length - 1 - (len(self.request.prompt) - 1 if self.prompt_row >= 0 else 0)
 
 
 def collect(
-    roller: Roller,
+    completer: Completer,
     weights: Weights,
     requests: Sequence[Request],
     environment: Environment,
@@ -128,18 +137,20 @@ def collect(
     key,
     temperature: float,
     filter: Filter = ALL,
-) -> tuple[list[Rollout], Spent]:
-    """Sample every request and have it judged. Attempts at one problem should be neighbours: its prompt is prefilled once.
+) -> tuple[list[Rollout], SamplingStats]:
+    """Sample every request and have it judged. Attempts at one problem should be
+    neighbours: its prompt is prefilled once.
 
-    `weights` are the sampler's (`sampler.prepare(params)`); `key` stands for (seed, phase, step).
+    `weights` are the sampler's (`sampler.prepare(params)`); `key` stands for (seed,
+    phase, step).
 
     Raises:
       ValueError: a prompt is empty, or longer than the largest bucket.
       VerifierFailed: the environment's verifier fails all the time.
     """
-    check(roller, requests)
-    with ALONE, contextlib.closing(Threads(THREADS)) as threads:
-        collection = Collection(roller, weights, requests, environment, threads, key, temperature, filter)
+    check(completer, requests)
+    with SAMPLING_LOCK, contextlib.closing(Threads(THREADS)) as threads:
+        collection = Collection(completer, weights, requests, environment, threads, key, temperature, filter)
         while collection.goes_on():
             collection.hear()
             collection.fill()
@@ -148,40 +159,48 @@ def collect(
     return collection.rollouts, collection.spent()
 
 
-class Share(NamedTuple):
-    """What one process has collected: groups by their number among those wanted, and their cost."""
+class LocalGroups(NamedTuple):
+    """What one process has collected: groups by their number among those wanted, and
+    their cost.
+    """
 
     groups: dict[int, Group]
-    spent: Spent
+    spent: SamplingStats
 
 
 def collect_groups(
-    roller: Roller, weights: Weights, wanted: Sequence[Sequence[Request]], environment: Environment, **how
-) -> tuple[list[Group], Spent]:
-    """`collect` the attempts at several problems; `wanted` has the requests of each group."""
-    rollouts, spent = collect(roller, weights, list(itertools.chain(*wanted)), environment, **how)
+    completer: Completer, weights: Weights, wanted: Sequence[Sequence[Request]], environment: Environment, **how
+) -> tuple[list[Group], SamplingStats]:
+    """`collect` the attempts at several problems; `wanted` has the requests of each
+    group.
+    """
+    rollouts, spent = collect(completer, weights, list(itertools.chain(*wanted)), environment, **how)
     rest = iter(rollouts)
     return [Group(tuple(itertools.islice(rest, len(requests)))) for requests in wanted], spent
 
 
-def collect_share(
-    roller: Roller, weights: Weights, wanted: Sequence[Sequence[Request]], environment: Environment, **how
-) -> Share:
-    """Collect this process's part of the groups: every n-th problem of n processes. `wanted` is what all of them want."""
+def collect_local(
+    completer: Completer, weights: Weights, wanted: Sequence[Sequence[Request]], environment: Environment, **how
+) -> LocalGroups:
+    """Collect this process's part of the groups: every n-th problem of n processes.
+    `wanted` is what all of them want.
+    """
     mine = [i for i, requests in enumerate(wanted) if requests[0].problem % jax.process_count() == jax.process_index()]
-    groups, spent = collect_groups(roller, weights, [wanted[i] for i in mine], environment, **how)
-    return Share(dict(zip(mine, groups, strict=True)), spent)
+    groups, spent = collect_groups(completer, weights, [wanted[i] for i in mine], environment, **how)
+    return LocalGroups(dict(zip(mine, groups, strict=True)), spent)
 
 
-def join_shares(share: Share, wanted: Sequence[Sequence[Request]]) -> tuple[list[Group], Spent]:
-    """Put the processes' shares together: all groups in the order of `wanted`, and their cost. All processes must call it."""
+def gather_groups(share: LocalGroups, wanted: Sequence[Sequence[Request]]) -> tuple[list[Group], SamplingStats]:
+    """Put the processes' shares together: all groups in the order of `wanted`, and
+    their cost. All processes must call it.
+    """
     # Every process has the tasks and the prompts, so they are not sent.
     bare = {i: replaced(group, itertools.repeat({"task": None, "prompt": None})) for i, group in share.groups.items()}
-    shares = processes.gather(Share(bare, share.spent))
+    shares = processes.gather(LocalGroups(bare, share.spent))
     found = {i: group for share in shares for i, group in share.groups.items()}
     groups = [replaced(found[i], [{"task": r.task, "prompt": r.prompt} for r in wanted[i]]) for i in range(len(wanted))]
     spents = [share.spent for share in shares]
-    return groups, Spent(
+    return groups, SamplingStats(
         sample_s=max(s.sample_s for s in spents),
         verify_s=max(s.verify_s for s in spents),
         tokens=sum(s.tokens for s in spents),
@@ -195,11 +214,11 @@ def replaced(group: Group, changes: Iterable[dict]) -> Group:
     return Group(tuple(dataclasses.replace(r, **new) for r, new in zip(group.attempts, changes, strict=False)))
 
 
-def check(roller: Roller, requests: Sequence[Request]) -> None:
+def check(completer: Completer, requests: Sequence[Request]) -> None:
     """Raise ValueError if a prompt cannot be sampled from."""
-    longest = roller.prompt_buckets[-1]
-    if longest > roller.sampler.length:
-        raise ValueError(f"prompts of {longest} tokens do not fit a sampler of length {roller.sampler.length}")
+    longest = completer.prompt_buckets[-1]
+    if longest > completer.sampler.length:
+        raise ValueError(f"prompts of {longest} tokens do not fit a sampler of length {completer.sampler.length}")
     for request in requests:
         if not 1 <= len(request.prompt) <= longest:
             raise ValueError(
@@ -209,22 +228,25 @@ def check(roller: Roller, requests: Sequence[Request]) -> None:
 
 
 def keys_of(key, requests: Sequence[Request], at_once: int = 256) -> np.ndarray:
-    """Key data of each request, [R, ...]; made `at_once`, so that one shape serves all numbers of requests."""
+    """Key data of each request, [R, ...]; made `at_once`, so that one shape serves all
+    numbers of requests.
+    """
     ids = np.array([(r.problem, r.attempt) for r in requests], np.uint32).reshape(-1, 2).T
     ids = np.pad(ids, ((0, 0), (0, -len(requests) % at_once)))
     made = [attempt_keys(key, *ids[:, i : i + at_once]) for i in range(0, ids.shape[1], at_once)]
     return np.concatenate(made)[: len(requests)] if made else np.zeros((0, 0), np.uint32)
 
 
-def warm_up(roller: Roller, weights: Weights, filters: Iterable[Filter] = (ALL,), forces: bool = True) -> None:
+def warm_up(completer: Completer, weights: Weights, filters: Iterable[Filter] = (ALL,), appends_tokens: bool = True) -> None:
     """Compile all that `collect` can need, by running it over slots that hold nothing.
 
-    `forces` says whether tokens are ever forced: observations, or the end of thinking.
+    `appends_tokens` says whether tokens are ever forced: observations, or the end of
+    thinking.
     """
-    sampler, T = roller.sampler, roller.sampler.length
+    sampler, T = completer.sampler, completer.sampler.length
 
     def prefill(longest: int):
-        return sampler.prefill(weights, np.zeros((roller.rows, longest), np.int32), np.ones(roller.rows, np.int32))
+        return sampler.prefill(weights, np.zeros((completer.rows, longest), np.int32), np.ones(completer.rows, np.int32))
 
     def decode(slots):
         """Decode with this many slots, in all buckets."""
@@ -233,12 +255,14 @@ def warm_up(roller: Roller, weights: Weights, filters: Iterable[Filter] = (ALL,)
             slots = sampler.resize(slots, columns)
             for filter in dict.fromkeys(filters):
                 slots = sampler.decode(weights, slots, np.float32(1), filter)
-            if forces:
-                slots = sampler.force(weights, slots, *nothing(S, T))
-        return sampler.halt(slots, np.zeros(S, bool)) if roller.stop_strings else slots
+            if appends_tokens:
+                slots = sampler.append_tokens(weights, slots, *nothing(S, T))
+        return sampler.stop_slots(slots, np.zeros(S, bool)) if completer.stop_strings else slots
 
     def all_sizes(slots, sizes):
-        """Decode with this many slots and with fewer, coming from more in any bucket."""
+        """Decode with this many slots and with fewer, coming from more in any
+        bucket.
+        """
         slots = decode(slots)
         for columns in reversed(sampler.buckets):
             slots = sampler.resize(slots, columns)
@@ -248,7 +272,7 @@ def warm_up(roller: Roller, weights: Weights, filters: Iterable[Filter] = (ALL,)
 
     with ThreadPoolExecutor(2) as threads:  # the longest to compile beside the rest
         decoded = threads.submit(all_sizes, sampler.empty(), sampler.sizes[1:])
-        prefilled = [prefill(longest) for longest in roller.prompt_buckets]
+        prefilled = [prefill(longest) for longest in completer.prompt_buckets]
         decoded.result()
     S, none_R = sampler.slots, np.full(sampler.prompt_rows, -1, np.int32)
     key_S = np.repeat(keys_of(jax.random.key(0), [Request(None, 0, 0, ())]), S, axis=0)
@@ -257,26 +281,28 @@ def warm_up(roller: Roller, weights: Weights, filters: Iterable[Filter] = (ALL,)
     for columns in sampler.buckets:
         slots = sampler.resize(slots, columns)
         for prompts in prefilled:
-            slots = sampler.place(slots, prompts, none_S, none_R)
-    slots = sampler.start(slots, np.zeros(S, bool), tokens_ST, one_S, one_S, key_S, none_S, np.zeros_like(none_R))
+            slots = sampler.copy_prompts(slots, prompts, none_S, none_R)
+    slots = sampler.start_rollouts(slots, np.zeros(S, bool), tokens_ST, one_S, one_S, key_S, none_S, np.zeros_like(none_R))
     jax.block_until_ready(slots)
 
 
 def nothing(S: int, T: int) -> tuple:
-    """What to force or to place where nothing is: where, which tokens, and two numbers for each slot."""
+    """What to force or to place where nothing is: where, which tokens, and two numbers
+    for each slot.
+    """
     return np.full(S, -1, np.int32), np.zeros((S, T), np.int32), np.ones(S, np.int32), np.ones(S, np.int32)
 
 
 class Collection:
     """The state of one `collect`."""
 
-    def __init__(self, roller, weights, requests, environment, threads, key, temperature, filter):
-        self.roller, self.sampler, self.weights, self.environment = roller, roller.sampler, weights, environment
+    def __init__(self, completer, weights, requests, environment, threads, key, temperature, filter):
+        self.completer, self.sampler, self.weights, self.environment = completer, completer.sampler, weights, environment
         self.threads, self.temperature, self.filter = threads, temperature, filter
         self.key_R = keys_of(key, requests)
         self.queue = collections.deque(enumerate(requests))
-        self.prompts, self.rows = Prompts(roller, weights, requests), PromptRows(self.sampler)
-        self.tenants: list[Attempt | None] = [None] * self.sampler.slots
+        self.prompts, self.rows = Prompts(completer, weights, requests), PromptRows(self.sampler)
+        self.attempt_by_slot: list[Attempt | None] = [None] * self.sampler.slots
         self.asked: dict[Future, Attempt] = {}
         self.rollouts: list[Rollout | None] = [None] * len(requests)
         self.slots, self.columns = self.sampler.empty(), self.sampler.buckets[0]
@@ -284,13 +310,13 @@ class Collection:
         self.ticked_s = self.started_s
 
     def goes_on(self) -> bool:
-        return bool(self.queue or self.asked or any(self.tenants))
+        return bool(self.queue or self.asked or any(self.attempt_by_slot))
 
     def running(self) -> list[Attempt]:
-        return [a for a in self.tenants if a is not None and not a.waits]
+        return [a for a in self.attempt_by_slot if a is not None and not a.waits]
 
-    def spent(self) -> Spent:
-        return Spent(
+    def spent(self) -> SamplingStats:
+        return SamplingStats(
             sample_s=time.perf_counter() - self.started_s - self.verify_s,
             verify_s=self.verify_s,
             tokens=sum(int(r.sampled.sum()) for r in self.rollouts),
@@ -301,7 +327,9 @@ class Collection:
     # --- environments ---
 
     def ask(self, attempt: Attempt, turn: Turn) -> None:
-        """Hand a turn to the attempt's environment. If that can only judge it, the slot is free at once."""
+        """Hand a turn to the attempt's environment. If that can only judge it, the slot
+        is free at once.
+        """
         attempt.waits, attempt.waited_s = True, 0.0
         self.asked[self.threads.submit(self.environment.step, attempt.state, turn)] = attempt
         if self.environment.one_turn:
@@ -310,13 +338,15 @@ class Collection:
     def leave(self, attempt: Attempt) -> None:
         if attempt.slot is not None:
             self.rows.leave(attempt.prompt_row)
-            self.tenants[attempt.slot], attempt.slot = None, None
+            self.attempt_by_slot[attempt.slot], attempt.slot = None, None
 
     def hear(self) -> None:
-        """Take what environments have said. Wait for it only if there is nothing else to do, or a little for an observation."""
+        """Take what environments have said. Wait for it only if there is nothing else
+        to do, or a little for an observation.
+        """
         started_s = time.perf_counter()
-        if self.running() or (self.queue and None in self.tenants):
-            answered = wait(self.asked, timeout=0 if self.environment.one_turn else PATIENCE_S).done
+        if self.running() or (self.queue and None in self.attempt_by_slot):
+            answered = wait(self.asked, timeout=0 if self.environment.one_turn else TOOL_WAIT_S).done
         else:
             limit_s = None if self.environment.deadline_s is None else TICK_S
             answered = wait(self.asked, timeout=limit_s, return_when=FIRST_COMPLETED).done
@@ -334,16 +364,18 @@ class Collection:
                 self.leave(attempt)
             elif attempt.slot is None:
                 raise ValueError("an environment with one_turn=True gave an observation; it must give a verdict at every step")
-            elif ids := self.roller.encode(step.observation):
+            elif ids := self.completer.encode(step.observation):
                 said.append((attempt, ids))
             else:  # nothing to go on from
                 self.ask(attempt, Turn("", attempt.stop, final=True))
-        self.force(said)
+        self.append_tokens(said)
         for attempt, _ in said:
             attempt.turn = attempt.length
 
     def overdue(self, answered: Iterable[Future]) -> list[tuple[Future, Step]]:
-        """Give up the steps that have run for longer than the deadline; return what is said in their place."""
+        """Give up the steps that have run for longer than the deadline; return what is
+        said in their place.
+        """
         now_s = time.perf_counter()
         passed_s, self.ticked_s = min(now_s - self.ticked_s, TICK_S), now_s
         if self.environment.deadline_s is None:
@@ -361,23 +393,23 @@ class Collection:
     def fill(self) -> None:
         """Start the next requests in the free slots."""
         started = []
-        for s in (s for s, a in enumerate(self.tenants) if a is None):
+        for s in (s for s, a in enumerate(self.attempt_by_slot) if a is None):
             if not self.queue:
                 break
             index, request = self.queue.popleft()
             start = len(request.prompt)
-            self.tenants[s] = Attempt(
+            self.attempt_by_slot[s] = Attempt(
                 index=index,
                 request=request,
                 state=self.environment.reset(request.task),
-                limit=min(start + self.roller.max_tokens, self.sampler.length),
+                limit=min(start + self.completer.max_tokens, self.sampler.length),
                 length=start,
                 turn=start,
-                thinking=self.roller.thinking is not None,
+                thinking=self.completer.thinking is not None,
                 slot=s,
             )
-            started.append(self.tenants[s])
-        S, T, R = len(self.tenants), self.sampler.length, self.sampler.prompt_rows
+            started.append(self.attempt_by_slot[s])
+        S, T, R = len(self.attempt_by_slot), self.sampler.length, self.sampler.prompt_rows
         copies = [a for a in started if self.rows.enter(a, S, self.prompts.starts(a))]
         self.resize()
         if not started:
@@ -387,7 +419,7 @@ class Collection:
             for a, row in placed:
                 into, at = (own_S, a.slot) if a.prompt_row < 0 else (prompt_R, a.prompt_row)
                 into[at] = row
-            self.slots = self.sampler.place(self.slots, prefilled, own_S, prompt_R)
+            self.slots = self.sampler.copy_prompts(self.slots, prefilled, own_S, prompt_R)
         start_S, tokens_ST, prompt_S = np.zeros(S, bool), np.zeros((S, T), np.int32), np.full(S, -1, np.int32)
         length_S, limit_S = np.ones(S, np.int32), np.ones(S, np.int32)
         key_S = np.zeros((S, *self.key_R.shape[1:]), self.key_R.dtype)
@@ -395,18 +427,22 @@ class Collection:
             start_S[a.slot], tokens_ST[a.slot, : a.length], key_S[a.slot] = True, a.request.prompt, self.key_R[a.index]
             length_S[a.slot], limit_S[a.slot], prompt_S[a.slot] = a.length, self.next_limit(a), a.prompt_row
         begun = (start_S, tokens_ST, length_S, limit_S, key_S, prompt_S, self.rows.tokens_R.copy())
-        self.slots = self.sampler.start(self.slots, *begun)
+        self.slots = self.sampler.start_rollouts(self.slots, *begun)
 
     def next_limit(self, attempt: Attempt) -> int:
-        """Length at which an attempt stops, if only for the end of its thinking to be forced."""
-        budget = len(attempt.request.prompt) + self.roller.thinking.tokens if attempt.thinking else attempt.limit
+        """Length at which an attempt stops, if only for the end of its thinking to be
+        forced.
+        """
+        budget = len(attempt.request.prompt) + self.completer.thinking.tokens if attempt.thinking else attempt.limit
         return min(budget, attempt.limit)
 
-    def force(self, said: list[tuple[Attempt, list[int]]]) -> None:
-        """Append tokens to attempts, which may have been cut back, and let them go on."""
+    def append_tokens(self, said: list[tuple[Attempt, list[int]]]) -> None:
+        """Append tokens to attempts, which may have been cut back, and let them go
+        on.
+        """
         if not said:
             return
-        S, T = len(self.tenants), self.sampler.length
+        S, T = len(self.attempt_by_slot), self.sampler.length
         start_S, count_S, limit_S = np.full(S, -1, np.int32), np.zeros(S, np.int32), np.zeros(S, np.int32)
         tokens_ST = np.zeros((S, T), np.int32)
         for attempt, ids in said:
@@ -415,12 +451,14 @@ class Collection:
             attempt.length += len(ids)
             limit_S[s] = max(self.next_limit(attempt), attempt.length)
         self.resize()
-        self.slots = self.sampler.force(self.weights, self.slots, start_S, tokens_ST, count_S, limit_S)
+        self.slots = self.sampler.append_tokens(self.weights, self.slots, start_S, tokens_ST, count_S, limit_S)
 
     def resize(self) -> None:
-        """Give the cache the columns that the next chunk needs, one bucket after the other."""
+        """Give the cache the columns that the next chunk needs, one bucket after the
+        other.
+        """
         chunk, buckets = self.sampler.chunk_tokens, self.sampler.buckets
-        ends = [(a, a.length if a.waits else min(a.length + chunk, a.limit)) for a in self.tenants if a is not None]
+        ends = [(a, a.length if a.waits else min(a.length + chunk, a.limit)) for a in self.attempt_by_slot if a is not None]
         if not ends:
             return
         needed = max(a.columns(end) for a, end in ends)
@@ -430,52 +468,56 @@ class Collection:
             self.slots = self.sampler.resize(self.slots, self.columns)
 
     def compact(self) -> None:
-        """When no request waits and few rollouts run, go on with fewer slots. Each stays on its device, where its prompt is."""
-        S, D = len(self.tenants), self.sampler.devices
+        """When no request waits and few rollouts run, go on with fewer slots. Each
+        stays on its device, where its prompt is.
+        """
+        S, D = len(self.attempt_by_slot), self.sampler.devices
         on = [range(d * S // D, (d + 1) * S // D) for d in range(D)]
-        most = max(sum(self.tenants[s] is not None for s in slots) for slots in on)
+        most = max(sum(self.attempt_by_slot[s] is not None for s in slots) for slots in on)
         size = min(n for n in self.sampler.sizes if n // D >= most)
         if self.queue or size >= S or not most:
             return
-        kept = [sorted(slots, key=lambda s: self.tenants[s] is None)[: size // D] for slots in on]
+        kept = [sorted(slots, key=lambda s: self.attempt_by_slot[s] is None)[: size // D] for slots in on]
         rows = list(itertools.chain(*kept))
         self.slots = self.sampler.compact(self.slots, np.array(rows, np.int32))
-        self.tenants = [self.tenants[s] for s in rows]
-        for s, attempt in enumerate(self.tenants):
+        self.attempt_by_slot = [self.attempt_by_slot[s] for s in rows]
+        for s, attempt in enumerate(self.attempt_by_slot):
             if attempt is not None:
                 attempt.slot = s
 
     def decode(self) -> None:
-        """Decode a chunk; hand the texts that ended to their environments and append the end of thinking where it is due."""
+        """Decode a chunk; hand the texts that ended to their environments and append
+        the end of thinking where it is due.
+        """
         running = self.running()
         if not running:
             return
         self.slots = self.sampler.decode(self.weights, self.slots, np.float32(self.temperature), self.filter)
         stop_S, length_S = jax.device_get((self.slots.stop_S, self.slots.length_S))
-        self.slot_steps += len(self.tenants) * int(max(length_S[a.slot] - a.length for a in running))
-        if not self.roller.stop_strings and all(stop_S[a.slot] == RUNNING for a in running):
+        self.slot_steps += len(self.attempt_by_slot) * int(max(length_S[a.slot] - a.length for a in running))
+        if not self.completer.stop_strings and all(stop_S[a.slot] == RUNNING for a in running):
             for a in running:
                 a.length = int(length_S[a.slot])
             return
         slots = self.slots
-        written = Written(*jax.device_get((slots.tokens_ST, slots.logp_ST, slots.sampled_ST, slots.untempered_ST)))
-        halted_S, said = np.zeros(len(self.tenants), bool), []
+        written = Written(*jax.device_get((slots.tokens_ST, slots.logp_ST, slots.sampled_ST, slots.logp_temperature_1_ST)))
+        halted_S, said = np.zeros(len(self.attempt_by_slot), bool), []
         for a in running:
             tokens_T = written.tokens_ST[a.slot]
-            a.length, a.stop = ended(self.roller, a, tokens_T, int(length_S[a.slot]), int(stop_S[a.slot]))
+            a.length, a.stop = ended(self.completer, a, tokens_T, int(length_S[a.slot]), int(stop_S[a.slot]))
             halted_S[a.slot] = a.stop == "stop"
             if not a.stop:
                 continue
-            if (ids := end_of_thinking(self.roller, a, tokens_T)) is not None:
+            if (ids := end_of_thinking(self.completer, a, tokens_T)) is not None:
                 said.append((a, ids))
                 continue
-            a.rollout = to_rollout(self.roller, a, written, self.temperature)
+            a.rollout = to_rollout(self.completer, a, written, self.temperature)
             begun = len(a.request.prompt)
-            text = a.rollout.text if a.turn == begun else text_of(self.roller, tokens_T[a.turn : a.length])
+            text = a.rollout.text if a.turn == begun else text_of(self.completer, tokens_T[a.turn : a.length])
             self.ask(a, Turn(text, a.stop, final=a.length >= a.limit))
         if halted_S.any():
-            self.slots = self.sampler.halt(self.slots, halted_S)
-        self.force(said)
+            self.slots = self.sampler.stop_slots(self.slots, halted_S)
+        self.append_tokens(said)
 
 
 class Written(NamedTuple):
@@ -484,29 +526,33 @@ class Written(NamedTuple):
     tokens_ST: np.ndarray
     logp_ST: np.ndarray
     sampled_ST: np.ndarray
-    untempered_ST: np.ndarray | None
+    logp_temperature_1_ST: np.ndarray | None
 
 
-def ended(roller: Roller, attempt: Attempt, tokens_T: np.ndarray, length: int, stop: int) -> tuple[int, str]:
-    """Return an attempt's length after a chunk and why it stopped, "" if it runs. A stop string cuts it back."""
-    end = find_stop(roller, tokens_T, attempt.turn, attempt.length, length)
+def ended(completer: Completer, attempt: Attempt, tokens_T: np.ndarray, length: int, stop: int) -> tuple[int, str]:
+    """Return an attempt's length after a chunk and why it stopped, "" if it runs. A
+    stop string cuts it back.
+    """
+    end = find_stop(completer, tokens_T, attempt.turn, attempt.length, length)
     if end is not None:
         return end, "stop"
     return length, "" if stop == RUNNING else STOPS[stop]
 
 
-def end_of_thinking(roller: Roller, attempt: Attempt, tokens_T: np.ndarray) -> Sequence[int] | None:
-    """Return what to append to an attempt whose thinking budget is spent; None if the attempt has ended."""
+def end_of_thinking(completer: Completer, attempt: Attempt, tokens_T: np.ndarray) -> Sequence[int] | None:
+    """Return what to append to an attempt whose thinking budget is spent; None if the
+    attempt has ended.
+    """
     if attempt.stop != "limit" or not attempt.thinking:
         return None
     attempt.thinking = False
     if attempt.length >= attempt.limit:
         return None
-    has_ended = roller.thinking.end.strip() in text_of(roller, tokens_T[len(attempt.request.prompt) : attempt.length])
-    return [] if has_ended else roller.thinking.ids
+    has_ended = completer.thinking.end.strip() in text_of(completer, tokens_T[len(attempt.request.prompt) : attempt.length])
+    return [] if has_ended else completer.thinking.ids
 
 
-def to_rollout(roller: Roller, attempt: Attempt, written: Written, temperature: float) -> Rollout:
+def to_rollout(completer: Completer, attempt: Attempt, written: Written, temperature: float) -> Rollout:
     """Make the rollout of an attempt that has ended, without a verdict."""
     request, s = attempt.request, attempt.slot
     completion = slice(len(request.prompt), attempt.length)
@@ -517,17 +563,19 @@ def to_rollout(roller: Roller, attempt: Attempt, written: Written, temperature: 
         prompt=np.asarray(request.prompt, np.int32),
         tokens=written.tokens_ST[s, completion].copy(),
         logp=written.logp_ST[s, completion].copy(),
-        untempered_logp=None if written.untempered_ST is None else written.untempered_ST[s, completion].copy(),
+        logp_temperature_1=None if written.logp_temperature_1_ST is None else written.logp_temperature_1_ST[s, completion].copy(),
         sampled=written.sampled_ST[s, completion].copy(),
         stop=attempt.stop,
-        text=text_of(roller, written.tokens_ST[s, completion]),
+        text=text_of(completer, written.tokens_ST[s, completion]),
         verdict=None,
         temperature=temperature,
     )
 
 
 class PromptRows:
-    """Which problems' prompts are in the rows that slots share, and how many slots continue each."""
+    """Which problems' prompts are in the rows that slots share, and how many slots
+    continue each.
+    """
 
     def __init__(self, sampler: Sampler):
         self.devices = sampler.devices
@@ -536,14 +584,16 @@ class PromptRows:
         self.tokens_R = np.zeros(sampler.prompt_rows, np.int32)  # tokens in each row: all of its prompt but the last
 
     def enter(self, attempt: Attempt, slots: int, left: int) -> bool:
-        """Find the row that an attempt in one of so many slots continues; say whether its prompt must be copied.
+        """Find the row that an attempt in one of so many slots continues; say whether
+        its prompt must be copied.
 
-        There, or to the slot itself if it shares none. `left` attempts at the problem have not started, this one included.
+        There, or to the slot itself if it shares none. `left` attempts at the problem
+        have not started, this one included.
         """
         request, R = attempt.request, len(self.problem)
         device = attempt.slot * self.devices // slots
         mine = range(device * R // self.devices, (device + 1) * R // self.devices)
-        row = next((r for r in mine if self.problem[r] == request.problem and self.members[r] < MEMBERS), -1)
+        row = next((r for r in mine if self.problem[r] == request.problem and self.members[r] < MAX_SLOTS_PER_PROMPT), -1)
         found = row >= 0
         if not found and left > 1:
             row = next((r for r in mine if not self.members[r]), -1)
@@ -559,20 +609,26 @@ class PromptRows:
 
 
 class Prompts:
-    """Prompts that are prefilled, some ahead of their time, and kept until all of their attempts have started."""
+    """Prompts that are prefilled, some ahead of their time, and kept until all of their
+    attempts have started.
+    """
 
-    def __init__(self, roller: Roller, weights: Weights, requests: Sequence[Request]):
-        self.roller, self.weights, self.tokens = roller, weights, 0
+    def __init__(self, completer: Completer, weights: Weights, requests: Sequence[Request]):
+        self.completer, self.weights, self.tokens = completer, weights, 0
         self.left = collections.Counter(r.problem for r in requests)
         self.ready: dict[int, tuple[Any, int]] = {}  # problem -> a prefilled cache and its prompt's row there
 
     def starts(self, attempt: Attempt) -> int:
-        """Count an attempt as started; return how many at its problem had not, with this one."""
+        """Count an attempt as started; return how many at its problem had not, with
+        this one.
+        """
         self.left[attempt.request.problem] -= 1
         return self.left[attempt.request.problem] + 1
 
     def of(self, attempts: Sequence[Attempt], queue: Iterable) -> list[tuple[Any, list[tuple[Attempt, int]]]]:
-        """Return prefilled caches, each with the attempts that start from one of its rows, and the rows."""
+        """Return prefilled caches, each with the attempts that start from one of its
+        rows, and the rows.
+        """
         found: dict[int, tuple[Any, list]] = {}
         for i, attempt in enumerate(attempts):
             problem = attempt.request.problem
@@ -586,16 +642,16 @@ class Prompts:
 
     def prefill(self, coming: Iterable[Request]) -> None:
         """Prefill the first prompts of these that are not, as many as go together."""
-        P, prompts = self.roller.rows, {}
+        P, prompts = self.completer.rows, {}
         for request in coming:
             if len(prompts) == P:
                 break
             if request.problem not in self.ready:
                 prompts[request.problem] = request.prompt
-        T = next(t for t in self.roller.prompt_buckets if t >= max(map(len, prompts.values())))
+        T = next(t for t in self.completer.prompt_buckets if t >= max(map(len, prompts.values())))
         tokens_PT, length_P = np.zeros((P, T), np.int32), np.ones(P, np.int32)
         for row, prompt in enumerate(prompts.values()):
             tokens_PT[row, : len(prompt)], length_P[row] = prompt, len(prompt)
-        prefilled = self.roller.sampler.prefill(self.weights, tokens_PT, length_P)
+        prefilled = self.completer.sampler.prefill(self.weights, tokens_PT, length_P)
         self.ready |= {problem: (prefilled, row) for row, problem in enumerate(prompts)}
         self.tokens += sum(map(len, prompts.values()))

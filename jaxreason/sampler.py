@@ -1,24 +1,32 @@
-"""The sampler: slots of fixed shape that are filled with prompts, decoded together and refilled as they finish.
+"""The sampler: slots of fixed shape that are filled with prompts, decoded together and
+refilled as they finish.
 
-    empty()                            no rollout anywhere
-    prefill(weights, prompts)          keys and values of prompts, each computed once
-    place(slots, prefilled, ...)       copy them to where slots read them
-    start(slots, ...)                  begin an attempt in some slots
-    decode(weights, slots, ...)        sample up to `chunk_tokens` tokens in every running slot, in one dispatch
-    force(weights, slots, ...)         append tokens that the model did not sample (tool output); never trained on
-    halt(slots, ...), resize(slots, columns), compact(slots, rows), prepare(params)
+    empty()                                no rollout anywhere
+    prefill(weights, prompts)              keys and values of prompts, each computed once
+    copy_prompts(slots, prefilled, ...)    copy them to where slots read them
+    start_rollouts(slots, ...)             begin an attempt in some slots
+    decode(weights, slots, ...)            sample up to `chunk_tokens` tokens in every running
+                                           slot, in one dispatch
+    append_tokens(weights, slots, ...)     append tokens that the model did not sample (tool
+                                           output); they are never trained on
+    stop_slots(slots, ...), resize(slots, columns), compact(slots, rows), prepare(params)
 
-A prompt stands in one of a few rows of its own (`prompts`), which up to `MEMBERS` slots continue: a step reads it once for all of
-them. Where no row is free, or nobody to share it with, it is copied to the front of its slot's own columns.
+A prompt stands in one of a few rows of its own (`prompts`), which up to
+`MAX_SLOTS_PER_PROMPT` slots continue: a step reads it once for all of them. Where no
+row is free, or nobody to share it with, it is copied to the front of its slot's own
+columns.
 
-Invariant of a running slot: prompt and cache hold the keys and values of all its tokens but the last; one decode step feeds the
-last token, writes its column and samples the next. Columns past a slot's length hold leftovers that no token can see.
+Invariant of a running slot: prompt and cache hold the keys and values of all its tokens
+but the last; one decode step feeds the last token, writes its column and samples the
+next. Columns past a slot's length hold leftovers that no token can see.
 
-The cache has as many columns as the longest rollout in it needs, rounded up to one of a few sizes (`buckets`): early tokens do
-not pay for attention over the longest length. All shapes are fixed inside a bucket, and each program is compiled once a bucket.
+The cache has as many columns as the longest rollout in it needs, rounded up to one of a
+few sizes (`buckets`): early tokens do not pay for attention over the longest length.
+All shapes are fixed inside a bucket, and each program is compiled once a bucket.
 
-The noise of a sample is keyed by (the caller's key of the attempt, position in the sequence) and by nothing else: up to rounding
-a rollout is the same in any slot, beside any neighbours, under any chunk size, in any bucket and on any mesh, with its prompt
+The noise of a sample is keyed by (the caller's key of the attempt, position in the
+sequence) and by nothing else: up to rounding a rollout is the same in any slot, beside
+any neighbours, under any chunk size, in any bucket and on any mesh, with its prompt
 shared or not.
 """
 
@@ -41,14 +49,16 @@ from jaxreason.platforms import platform_of
 
 RUNNING, EOS, LIMIT, EMPTY = range(4)
 STOPS = {EOS: "eos", LIMIT: "limit"}
-FORCE_TOKENS = 32  # forced tokens that are fed at a time
-MEMBERS = 8  # slots that continue one row of prompts, at most
+APPENDED_AT_ONCE = 32  # forced tokens that are fed at a time
+MAX_SLOTS_PER_PROMPT = 8  # slots that continue one row of prompts, at most
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """State of the sampler. Row s of every array is slot s; T is the longest sequence, whatever the cache's bucket."""
+    """State of the sampler. Row s of every array is slot s; T is the longest sequence,
+    whatever the cache's bucket.
+    """
 
     cache: Any
     prompts: Any  # a cache of R rows; None: every slot has its prompt in its own columns
@@ -56,7 +66,7 @@ class Slots:
     prompt_S: jax.Array  # int32, which of them a slot continues; negative: none
     tokens_ST: jax.Array  # int32: prompt, then completion
     logp_ST: jax.Array  # float32, of the token in that column under the distribution it was sampled from; 0 elsewhere
-    untempered_ST: jax.Array | None  # float32, the same under the model's own softmax; None unless it was asked for
+    logp_temperature_1_ST: jax.Array | None  # float32, the same under the model's own softmax; None unless it was asked for
     sampled_ST: jax.Array  # bool, False for prompt and forced tokens
     length_S: jax.Array  # int32, tokens so far, the prompt's included
     limit_S: jax.Array  # int32, length at which the slot stops
@@ -65,14 +75,18 @@ class Slots:
 
 
 class Weights(NamedTuple):
-    """Params as sampling reads them: the same arrays where one layout is good for both."""
+    """Params as sampling reads them: the same arrays where one layout is good for
+    both.
+    """
 
     prefill: Any
     decode: Any
 
 
 class Sampler(NamedTuple):
-    """Functions over `Slots`, and the sizes they are compiled for. The slots that one is given are used up (some are donated)."""
+    """Functions over `Slots`, and the sizes they are compiled for. The slots that one
+    is given are used up (some are donated).
+    """
 
     sizes: tuple[int, ...]  # numbers of slots, falling: what is left at the end of a collection moves together
     length: int  # of the longest sequence, prompt included
@@ -83,11 +97,11 @@ class Sampler(NamedTuple):
     empty: Callable
     prepare: Callable
     prefill: Callable
-    place: Callable
-    start: Callable
+    copy_prompts: Callable
+    start_rollouts: Callable
     decode: Callable
-    force: Callable
-    halt: Callable
+    append_tokens: Callable
+    stop_slots: Callable
     resize: Callable
     compact: Callable
 
@@ -97,7 +111,9 @@ class Sampler(NamedTuple):
 
 
 def attempt_keys(key, problem_R, attempt_R):
-    """Key data of each (problem, attempt) under `key`, which stands for (seed, phase, step)."""
+    """Key data of each (problem, attempt) under `key`, which stands for (seed, phase,
+    step).
+    """
     fold = jax.random.fold_in
     return jax.vmap(lambda p, a: jax.random.key_data(fold(fold(key, p), a)))(problem_R, attempt_R)
 
@@ -118,7 +134,7 @@ class Spec(NamedTuple):
     prompt_rows: int
     prompt_columns: int
     cache_dtype: Any
-    untempered_logp: bool
+    logp_temperature_1: bool
     mesh: Any
 
     @property
@@ -128,7 +144,8 @@ class Spec(NamedTuple):
 
 
 def cache_buckets(length: int, smallest: int = 128, fine: bool = False) -> tuple[int, ...]:
-    """Columns that a cache may have, doubling from `smallest` up to `length`; the last step is at least by a quarter.
+    """Columns that a cache may have, doubling from `smallest` up to `length`; the last
+    step is at least by a quarter.
 
     If `fine`, from half of that, and with one more between any two.
     """
@@ -151,16 +168,20 @@ def compile_sampler(
     prompt_rows: int = 0,
     prompt_columns: int | None = None,
     cache_dtype=None,
-    untempered_logp: bool = False,
+    logp_temperature_1: bool = False,
     mesh=None,
 ) -> Sampler:
-    """Make the jitted sampler of `slots` sequences of at most `length` tokens, prompt included.
+    """Make the jitted sampler of `slots` sequences of at most `length` tokens, prompt
+    included.
 
-    Prompts are prefilled `prefill_tokens` of them at a time on a device, of one prompt or of several short ones; None for 128 on
-    a CPU, where more is no faster, and 1024 elsewhere. `buckets` are the sizes of the cache, the last of them `length`; None for
-    `cache_buckets(length)`. `sizes` are smaller numbers of slots, for when fewer rollouts are left. Slots may share their prompts
-    in `prompt_rows` rows of `prompt_columns` (None: `length`). With a mesh, slots and prompts are split over its `data` and
-    `fsdp` axes, heads and weights over `tensor`; `prepare` gathers weights over the others.
+    Prompts are prefilled `prefill_tokens` of them at a time on a device, of one prompt
+    or of several short ones; None for 128 on a CPU, where more is no faster, and 1024
+    elsewhere. `buckets` are the sizes of the cache, the last of them `length`; None for
+    `cache_buckets(length)`. `sizes` are smaller numbers of slots, for when fewer
+    rollouts are left. Slots may share their prompts in `prompt_rows` rows of
+    `prompt_columns` (None: `length`). With a mesh, slots and prompts are split over its
+    `data` and `fsdp` axes, heads and weights over `tensor`; `prepare` gathers weights
+    over the others.
 
     Raises:
       ValueError: slots, prompts, heads or buckets that do not fit.
@@ -169,7 +190,7 @@ def compile_sampler(
     if prefill_tokens is None:
         prefill_tokens = platform_of().prefill_tokens
     columns = prompt_columns or length
-    how = (chunk_tokens, prefill_tokens, prompt_rows, columns, cache_dtype, untempered_logp, mesh)
+    how = (chunk_tokens, prefill_tokens, prompt_rows, columns, cache_dtype, logp_temperature_1, mesh)
     spec = Spec(model, slots, length, buckets, tuple(eos_ids), *how)
     check(spec, sizes)
     placed, moves = placement(spec), compile_moves(spec)
@@ -183,11 +204,11 @@ def compile_sampler(
         empty=jax.jit(functools.partial(empty, spec), out_shardings=placed.slots),
         prepare=functools.partial(prepare, spec),
         prefill=jax.jit(functools.partial(prefill, spec), out_shardings=placed.prefilled),
-        place=functools.partial(place, moves),
-        start=functools.partial(start, moves),
+        copy_prompts=functools.partial(copy_prompts, moves),
+        start_rollouts=functools.partial(start_rollouts, moves),
         decode=jax.jit(functools.partial(decode, spec), donate_argnums=1, static_argnums=3, out_shardings=placed.slots),
-        force=jax.jit(functools.partial(force, spec), donate_argnums=1, out_shardings=placed.slots),
-        halt=functools.partial(halt, moves),
+        append_tokens=jax.jit(functools.partial(append_tokens, spec), donate_argnums=1, out_shardings=placed.slots),
+        stop_slots=functools.partial(stop_slots, moves),
         resize=functools.partial(resize, moves),
         compact=functools.partial(compact, moves),
     )
@@ -217,7 +238,9 @@ class Placement(NamedTuple):
 
 
 def placement(spec: Spec) -> Placement:
-    """Split slots and prompts over data and fsdp, key heads over tensor; what is of neither is whole on every device."""
+    """Split slots and prompts over data and fsdp, key heads over tensor; what is of
+    neither is whole on every device.
+    """
     if spec.mesh is None:
         return Placement()
     whole, by_slot = jax.NamedSharding(spec.mesh, jax.P()), sharding.rows(spec.mesh)
@@ -255,7 +278,7 @@ def empty(spec: Spec) -> Slots:
         prompt_S=jnp.full(S, -1, jnp.int32),
         tokens_ST=jnp.zeros((S, T), jnp.int32),
         logp_ST=jnp.zeros((S, T), jnp.float32),
-        untempered_ST=jnp.zeros((S, T), jnp.float32) if spec.untempered_logp else None,
+        logp_temperature_1_ST=jnp.zeros((S, T), jnp.float32) if spec.logp_temperature_1 else None,
         sampled_ST=jnp.zeros((S, T), bool),
         length_S=jnp.ones(S, jnp.int32),
         limit_S=jnp.ones(S, jnp.int32),
@@ -270,12 +293,15 @@ def prepare(spec: Spec, params) -> Weights:
     params = model.cast(model.merge(params))  # before they are gathered: fewer bytes to move and to hold
     send = (lambda part: part) if mesh is None else functools.partial(sharding.send, mesh=mesh)
     layout = model.decode_layout(params, send)
-    # A CPU reads prompts from params that are not turned, and that are there anyway; an accelerator need not hold both.
+    # A CPU reads prompts from params that are not turned, and that are there anyway; an
+    # accelerator need not hold both.
     return Weights(layout if model.config.scan_layers else send(params), layout)
 
 
 def prefill(spec: Spec, weights: Weights, tokens_PT, length_P):
-    """Return the keys and values of prompts, which are padded on the right. Rows of length 1 cost nothing."""
+    """Return the keys and values of prompts, which are padded on the right. Rows of
+    length 1 cost nothing.
+    """
     P, columns = tokens_PT.shape
     width = min(spec.prefill_tokens, columns)
     # Rows that are computed together, as many on each device.
@@ -307,7 +333,9 @@ def part_sharding(spec: Spec):
 
 
 def feed(spec: Spec, params, tokens_BF, position_BF, cache, width: int, prefix=None):
-    """Write the keys and values of tokens into a cache, `width` positions at a time, up to the last that is not negative."""
+    """Write the keys and values of tokens into a cache, `width` positions at a time, up
+    to the last that is not negative.
+    """
     pad = ((0, 0), (0, -tokens_BF.shape[1] % width))
     tokens_BF, position_BF = jnp.pad(tokens_BF, pad), jnp.pad(position_BF, pad, constant_values=-1)
     last = jnp.max(jnp.where(position_BF >= 0, jnp.arange(position_BF.shape[1]) + 1, 0))
@@ -322,16 +350,19 @@ def feed(spec: Spec, params, tokens_BF, position_BF, cache, width: int, prefix=N
 def prefix_of(spec: Spec, slots: Slots, read_S):
     """The prompts that the slots `read_S` continue, for `model.apply`.
 
-    A slot that has stopped still names its prompt: counted among its `MEMBERS`, it would push out one that runs.
+    A slot that has stopped still names its prompt: counted among its
+    `MAX_SLOTS_PER_PROMPT`, it would push out one that runs.
     """
     if slots.prompts is None:
         return None
     row_S = jnp.where(read_S, slots.prompt_S, -1)
-    return kv.Prefix(slots.prompts, kv.members(row_S, slots.prompt_tokens_R, MEMBERS, spec.devices))
+    return kv.Prefix(slots.prompts, kv.members(row_S, slots.prompt_tokens_R, MAX_SLOTS_PER_PROMPT, spec.devices))
 
 
 def decode(spec: Spec, weights: Weights, slots: Slots, temperature, filter: Filter = ALL) -> Slots:
-    """Decode until `chunk_tokens` steps are done or no slot runs. The cache must have a column for every one of them."""
+    """Decode until `chunk_tokens` steps are done or no slot runs. The cache must have a
+    column for every one of them.
+    """
 
     def goes_on(carry):
         step, slots = carry
@@ -361,9 +392,11 @@ def decode_one(spec: Spec, params, slots: Slots, prefix, u_S2, temperature, filt
     def put(into_ST, value_S):
         return into_ST.at[jnp.arange(len(column_S)), column_S].set(value_S, mode="drop")
 
-    untempered_ST = slots.untempered_ST
-    if untempered_ST is not None:
-        untempered_ST = put(untempered_ST, jnp.take_along_axis(jax.nn.log_softmax(logits_SV), token_S[:, None], axis=1)[:, 0])
+    logp_temperature_1_ST = slots.logp_temperature_1_ST
+    if logp_temperature_1_ST is not None:
+        logp_temperature_1_ST = put(
+            logp_temperature_1_ST, jnp.take_along_axis(jax.nn.log_softmax(logits_SV), token_S[:, None], axis=1)[:, 0]
+        )
     length_S = slots.length_S + running_S
     stop_S = jnp.where(length_S >= slots.limit_S, LIMIT, RUNNING)
     stop_S = jnp.where(jnp.isin(token_S, jnp.asarray(spec.eos_ids, jnp.int32)), EOS, stop_S)
@@ -372,17 +405,19 @@ def decode_one(spec: Spec, params, slots: Slots, prefix, u_S2, temperature, filt
         cache=cache,
         tokens_ST=put(slots.tokens_ST, token_S),
         logp_ST=put(slots.logp_ST, logp_S),
-        untempered_ST=untempered_ST,
+        logp_temperature_1_ST=logp_temperature_1_ST,
         sampled_ST=put(slots.sampled_ST, True),
         length_S=length_S,
         stop_S=jnp.where(running_S, stop_S, slots.stop_S),
     )
 
 
-def force(spec: Spec, weights: Weights, slots: Slots, start_S, tokens_ST, count_S, limit_S) -> Slots:
-    """Append `count_S[s]` of `tokens_ST[s]` at length `start_S[s]`, if not negative, and let the slot run to a new limit.
+def append_tokens(spec: Spec, weights: Weights, slots: Slots, start_S, tokens_ST, count_S, limit_S) -> Slots:
+    """Append `count_S[s]` of `tokens_ST[s]` at length `start_S[s]`, if not negative,
+    and let the slot run to a new limit.
 
-    A slot that is longer than `start_S[s]` is cut back to it; tokens past the limit are dropped.
+    A slot that is longer than `start_S[s]` is cut back to it; tokens past the limit are
+    dropped.
     """
     T = spec.length
     forced_S = start_S >= 0
@@ -402,10 +437,12 @@ def force(spec: Spec, weights: Weights, slots: Slots, start_S, tokens_ST, count_
     prefix = prefix_of(spec, slots, forced_S)
     return dataclasses.replace(
         slots,
-        cache=feed(spec, weights.decode, token_SF, position_SF, slots.cache, FORCE_TOKENS, prefix),
+        cache=feed(spec, weights.decode, token_SF, position_SF, slots.cache, APPENDED_AT_ONCE, prefix),
         tokens_ST=tokens_ST,
         logp_ST=jnp.where(cut_ST, 0.0, slots.logp_ST),
-        untempered_ST=None if slots.untempered_ST is None else jnp.where(cut_ST, 0.0, slots.untempered_ST),
+        logp_temperature_1_ST=None
+        if slots.logp_temperature_1_ST is None
+        else jnp.where(cut_ST, 0.0, slots.logp_temperature_1_ST),
         sampled_ST=slots.sampled_ST & ~cut_ST,
         length_S=length_S,
         limit_S=limit_S,
@@ -417,7 +454,9 @@ def force(spec: Spec, weights: Weights, slots: Slots, start_S, tokens_ST, count_
 
 
 class Moves(NamedTuple):
-    """The jitted parts of `place`, `start`, `halt`, `resize` and `compact`."""
+    """The jitted parts of `copy_prompts`, `start_rollouts`, `stop_slots`, `resize` and
+    `compact`.
+    """
 
     copy_rows: Callable
     start_bare: Callable
@@ -439,8 +478,9 @@ def compile_moves(spec: Spec) -> Moves:
     )
 
 
-def place(moves: Moves, slots: Slots, prefilled, own_S, prompt_R) -> Slots:
-    """Copy row `own_S[s]` of what was prefilled to the own columns of slot s, and row `prompt_R[r]` to row r of the prompts.
+def copy_prompts(moves: Moves, slots: Slots, prefilled, own_S, prompt_R) -> Slots:
+    """Copy row `own_S[s]` of what was prefilled to the own columns of slot s, and row
+    `prompt_R[r]` to row r of the prompts.
 
     Negative: nothing.
     """
@@ -448,7 +488,9 @@ def place(moves: Moves, slots: Slots, prefilled, own_S, prompt_R) -> Slots:
     assert fits, "a row of prompts must hold the longest"
 
     def put(cache, from_B):
-        """All rows are given, those that are copied first, and their number: one program, whatever they are."""
+        """All rows are given, those that are copied first, and their number: one
+        program, whatever they are.
+        """
         placed_B = from_B >= 0
         to_B = np.argsort(~placed_B, kind="stable")
         count = np.int32(placed_B.sum())
@@ -458,10 +500,12 @@ def place(moves: Moves, slots: Slots, prefilled, own_S, prompt_R) -> Slots:
     return dataclasses.replace(slots, cache=put(slots.cache, own_S), prompts=prompts)
 
 
-def start(moves: Moves, slots: Slots, start_S, tokens_ST, length_S, limit_S, key_S, prompt_S, prompt_tokens_R) -> Slots:
-    """Start an attempt in each slot of `start_S`, at the prompt `tokens_ST[s]`, of which all tokens but the last are placed.
+def start_rollouts(moves: Moves, slots: Slots, start_S, tokens_ST, length_S, limit_S, key_S, prompt_S, prompt_tokens_R) -> Slots:
+    """Start an attempt in each slot of `start_S`, at the prompt `tokens_ST[s]`, of
+    which all tokens but the last are placed.
 
-    Slot s continues row `prompt_S[s]` of the prompts, if it is not negative. `prompt_tokens_R` are those of all rows.
+    Slot s continues row `prompt_S[s]` of the prompts, if it is not negative.
+    `prompt_tokens_R` are those of all rows.
     """
     bare, cache, prompts = bare_of(slots)
     begun = (start_S, tokens_ST, length_S, limit_S, key_S, prompt_S, prompt_tokens_R)
@@ -478,7 +522,7 @@ def start_bare(slots: Slots, start_S, tokens_ST, length_S, limit_S, key_S, promp
         prompt_S=put(slots.prompt_S, prompt_S),
         tokens_ST=put(slots.tokens_ST, tokens_ST),
         logp_ST=put(slots.logp_ST, 0.0),
-        untempered_ST=None if slots.untempered_ST is None else put(slots.untempered_ST, 0.0),
+        logp_temperature_1_ST=None if slots.logp_temperature_1_ST is None else put(slots.logp_temperature_1_ST, 0.0),
         sampled_ST=put(slots.sampled_ST, False),
         length_S=put(slots.length_S, length_S),
         limit_S=put(slots.limit_S, limit_S),
@@ -487,7 +531,7 @@ def start_bare(slots: Slots, start_S, tokens_ST, length_S, limit_S, key_S, promp
     )
 
 
-def halt(moves: Moves, slots: Slots, halted_S) -> Slots:
+def stop_slots(moves: Moves, slots: Slots, halted_S) -> Slots:
     return dataclasses.replace(slots, stop_S=moves.halted(slots.stop_S, halted_S))
 
 

@@ -1,7 +1,9 @@
-"""Where arrays live: a mesh of named axes, a short table of rules from parameter path to axes, and shardings of any tree.
+"""Where arrays live: a mesh of named axes, a short table of rules from parameter path
+to axes, and shardings of any tree.
 
-Rows of a batch and slots of the sampler are split over `data` and `fsdp`; params and optimizer state over `fsdp`, and their
-heads, feed-forward and vocabulary over `tensor`. Mesh and shardings are arguments everywhere: no global mesh.
+Rows of a batch and slots of the sampler are split over `data` and `fsdp`; params and
+optimizer state over `fsdp`, and their heads, feed-forward and vocabulary over `tensor`.
+Mesh and shardings are arguments everywhere: no global mesh.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxreason.options import call
+from jaxreason.options import call_with_section
 
-# First match wins; matched against the path of a leaf, so optimizer moments follow their parameter. One entry an axis.
+# First match wins; matched against the path of a leaf, so optimizer moments follow
+# their parameter. One entry an axis.
 RULES = (
     (r"embed/embedding", P("tensor", "fsdp")),  # V D
     (r"attention/[qkv]/kernel", P(None, "fsdp", "tensor", None)),  # L D N H
@@ -56,13 +59,16 @@ def make_mesh(
         raise ValueError(f"mesh got {sizes}, which needs a multiple of {known} devices; there are {len(devices)}")
     sizes = {axis: len(devices) // known if n == -1 else n for axis, n in sizes.items()}
     shape = tuple(sizes.values())
-    # An axis that is not made of whole axes of the torus is laid along parts of them, which jax.make_mesh does on a v5e alone.
+    # An axis that is not made of whole axes of the torus is laid along parts of them,
+    # which jax.make_mesh does on a v5e alone.
     laid = mesh_utils.create_device_mesh(shape, devices[: math.prod(shape)], allow_split_physical_axes=True)
     return Mesh(laid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 class Meshes(NamedTuple):
-    """Where the learner runs, on all processes together, and where this process samples: the same where it can be."""
+    """Where the learner runs, on all processes together, and where this process
+    samples: the same where it can be.
+    """
 
     learn: Mesh
     sample: Mesh
@@ -76,10 +82,12 @@ def make_meshes(
     sampling_devices: int = 0,  # of each process, for sampling alone; 0: it samples where it learns
     sampling_tensor: int | None = None,  # of them share heads and vocabulary; None: as many as in the learner's mesh
 ) -> Meshes:
-    """Make the mesh of the learner, of these axes, on the devices of all processes, and that on which `process` samples.
+    """Make the mesh of the learner, of these axes, on the devices of all processes, and
+    that on which `process` samples.
 
-    Each process keeps the last `sampling_devices` of its own for sampling alone; with 0 it samples on those that it learns on.
-    `sampling_tensor` of them share heads and vocabulary; None: as many as in the learner's mesh.
+    Each process keeps the last `sampling_devices` of its own for sampling alone; with 0
+    it samples on those that it learns on. `sampling_tensor` of them share heads and
+    vocabulary; None: as many as in the learner's mesh.
 
     Raises:
       ValueError: numbers of devices that do not fit.
@@ -94,7 +102,7 @@ def make_meshes(
             "are left to learn on"
         )
     learners = [d for devices in by_process for d in devices[: len(devices) - sampling_devices]]
-    learn = call(make_mesh, mesh, "config.sharding.mesh", devices=learners)
+    learn = call_with_section(make_mesh, mesh, "config.sharding.mesh", devices=learners)
     tensor = sampling_tensor or learn.shape["tensor"]
     if not sampling_devices and len(by_process) == 1 and tensor == learn.shape["tensor"]:
         return Meshes(learn, learn)
@@ -123,8 +131,9 @@ def rule(name: str) -> P:
 def shardings(tree, mesh: Mesh):
     """Give each leaf of a tree of params or optimizer state its sharding, by `RULES`.
 
-    A vocabulary that does not divide over `tensor` stays whole; sizes of vocabularies are nobody's choice. So does optimizer
-    state of another rank than its parameter, such as factored moments, which are small.
+    A vocabulary that does not divide over `tensor` stays whole; sizes of vocabularies
+    are nobody's choice. So does optimizer state of another rank than its parameter,
+    such as factored moments, which are small.
 
     Raises:
       ValueError: another axis of a leaf does not divide by its mesh axis.
@@ -154,17 +163,20 @@ def shardings(tree, mesh: Mesh):
 
 
 def keep_rows(x, mesh: Mesh | None):
-    """Keep activations split by their rows, which must divide; the rest of them is whole on each device."""
+    """Keep activations split by their rows, which must divide; the rest of them is
+    whole on each device.
+    """
     if mesh is None or x.shape[0] % row_devices(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, rows(mesh))
 
 
 def gather_weights(tree, mesh: Mesh | None, prefix: str, *, layer: bool = False):
-    """Make params whole over `fsdp` where they are used; their gradients are split again. `layer`: one layer of the stack.
+    """Make params whole over `fsdp` where they are used; their gradients are split
+    again. `layer`: one layer of the stack.
 
-    Left to itself the compiler multiplies parts of weights and adds up activations over the devices, which sends six times as
-    many bytes (jaxreason/plan/README.md).
+    Left to itself the compiler multiplies parts of weights and adds up activations over
+    the devices, which sends six times as many bytes (jaxreason/plan/README.md).
     """
     if mesh is None or mesh.shape["fsdp"] == 1:
         return tree
@@ -201,7 +213,9 @@ gather.defvjp(gather_forward, gather_backward)
 
 
 def gathered(tree, mesh: Mesh):
-    """Give each leaf of a tree of params its sharding for sampling: as `shardings`, but whole over `fsdp`."""
+    """Give each leaf of a tree of params its sharding for sampling: as `shardings`, but
+    whole over `fsdp`.
+    """
 
     def without(sharding):
         return NamedSharding(mesh, P(*(None if axis == "fsdp" else axis for axis in sharding.spec)))
@@ -210,11 +224,14 @@ def gathered(tree, mesh: Mesh):
 
 
 def send(params, mesh: Mesh):
-    """Lay params out for sampling on `mesh`, which may be of other devices than they are on, and of this process alone."""
+    """Lay params out for sampling on `mesh`, which may be of other devices than they
+    are on, and of this process alone.
+    """
     wanted = gathered(params, mesh)
     if jax.process_count() == 1:
         return jax.device_put(params, wanted)
-    # A process can only read what its own devices hold: so first all gather the params together, all of them on each process.
+    # A process can only read what its own devices hold: so first all gather the params
+    # together, all of them on each process.
     home = jax.tree.leaves(params)[0].sharding.mesh
     turned = within_processes(home, mesh.shape["tensor"])
     whole = NamedSharding(home, P()) if turned is None else gathered(params, turned)
@@ -222,9 +239,11 @@ def send(params, mesh: Mesh):
 
 
 def within_processes(mesh: Mesh, tensor: int) -> Mesh | None:
-    """The devices of a mesh as each process has them to sample on, `tensor` of them together; None if they do not divide.
+    """The devices of a mesh as each process has them to sample on, `tensor` of them
+    together; None if they do not divide.
 
-    jax lays a mesh along the wires: on a v5e:4x8, whose hosts have 2 x 2 chips, four along `tensor` belong to two hosts.
+    jax lays a mesh along the wires: on a v5e:4x8, whose hosts have 2 x 2 chips, four
+    along `tensor` belong to two hosts.
     """
     of_process = collections.defaultdict(list)
     for device in mesh.devices.flat:
@@ -236,7 +255,9 @@ def within_processes(mesh: Mesh, tensor: int) -> Mesh | None:
 
 
 def localise(x: jax.Array, wanted: NamedSharding) -> jax.Array:
-    """Make an array of this process's devices from the parts of `x` that they hold, each of them one that is wanted, or all."""
+    """Make an array of this process's devices from the parts of `x` that they hold,
+    each of them one that is wanted, or all.
+    """
     held = {tuple(s.indices(n) for s, n in zip(shard.index, x.shape)): shard.data for shard in x.addressable_shards}
     parts = []
     for device, index in wanted.addressable_devices_indices_map(x.shape).items():
@@ -248,7 +269,9 @@ def localise(x: jax.Array, wanted: NamedSharding) -> jax.Array:
 
 
 def keep_in(tree, memory: str):
-    """Put arrays into another memory of the devices that they are on: "device", or "pinned_host", that of the host."""
+    """Put arrays into another memory of the devices that they are on: "device", or
+    "pinned_host", that of the host.
+    """
     return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(memory), tree))
 
 
@@ -263,6 +286,8 @@ def row_devices(mesh: Mesh) -> int:
 
 
 def put_rows(tree, mesh: Mesh):
-    """Make arrays that are split by rows from whole ones, which every process has; its devices take their rows."""
+    """Make arrays that are split by rows from whole ones, which every process has; its
+    devices take their rows.
+    """
     sharding = rows(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda index: x[index]), tree)

@@ -1,8 +1,10 @@
 """Sources: where batches come from. A paradigm is a source and an objective.
 
-`Source(init, next, save)`: `init() -> state`; `next(state, params, key) -> (state, Drawn)`; `save(state)` is what of a state goes
-into the checkpoint, as JSON has it, and `next` goes on from that as well. The key stands for (seed, phase): a source given the
-same state, params and key draws the same batch. Every process draws the same, whole batch; what costs, they share out.
+`Source(init, next, save)`: `init() -> state`; `next(state, params, key) -> (state,
+NextBatch)`; `save(state)` is what of a state goes into the checkpoint, as JSON has it,
+and `next` goes on from that as well. The key stands for (seed, phase): a source given
+the same state, params and key draws the same batch. Every process draws the same, whole
+batch; what costs, they share out.
 
     corpus           windows of a token stream          the old paradigm
     demonstrations   worked solutions                   imitation
@@ -27,13 +29,13 @@ import numpy as np
 from jaxreason import batching
 from jaxreason.environment import Environment, count_failures
 from jaxreason.objectives import EQUAL_REWARDS, Objective
-from jaxreason.options import unknown
-from jaxreason.rollout import Request, Roller, Share, Spent, collect_share, join_shares
+from jaxreason.options import unknown_name_message
+from jaxreason.rollout import Completer, LocalGroups, Request, SamplingStats, collect_local, gather_groups
 from jaxreason.runtime import processes
 from jaxreason.types import Batch, Group, Prompted, Rollout, Task, Verdict
 
 
-class Drawn(NamedTuple):
+class NextBatch(NamedTuple):
     """A batch of numpy arrays and what is to be said of it."""
 
     batch: Batch
@@ -45,19 +47,21 @@ class Source(NamedTuple):
     """Where batches come from."""
 
     init: Callable[[], dict]
-    next: Callable[..., tuple[dict, Drawn]]
+    next: Callable[..., tuple[dict, NextBatch]]
     rows: int  # of every batch it draws
     samples: bool = False  # it draws from the params it is given
     save: Callable[[dict], dict] = dict
 
 
 def corpus(batches: Sequence, objective: Objective, *, rows: int) -> Source:
-    """Draw windows of a token stream: `batches[i]`, for any i, is an int array of shape [rows, T]."""
+    """Draw windows of a token stream: `batches[i]`, for any i, is an int array of shape
+    [rows, T].
+    """
 
     def next(state, params, key):
         tokens_BT = np.asarray(batches[state["position"]], np.int32)
         metrics = {"train/tokens": (float(tokens_BT.size), 1.0)}
-        return {"position": state["position"] + 1}, Drawn(batching.from_windows(tokens_BT, objective), metrics)
+        return {"position": state["position"] + 1}, NextBatch(batching.from_windows(tokens_BT, objective), metrics)
 
     return Source(lambda: {"position": 0}, next, rows)
 
@@ -72,7 +76,9 @@ def demonstrations(
     pack: bool = False,
     microbatches: int = 1,
 ) -> Source:
-    """Draw worked solutions in the order of `tasks`, an endless random-access sequence; `encode` gives (ids, trainable)."""
+    """Draw worked solutions in the order of `tasks`, an endless random-access sequence;
+    `encode` gives (ids, trainable).
+    """
 
     def next(state, params, key):
         start = state["position"]
@@ -86,7 +92,7 @@ def demonstrations(
             "train/cut": (float(sum(len(ids) > buckets[-1] for ids, _ in pairs)), float(rows)),
             "train/packing_efficiency": (tokens, float(batching.computed_tokens(batch, microbatches))),
         }
-        return {"position": start + rows}, Drawn(batch, metrics)
+        return {"position": start + rows}, NextBatch(batch, metrics)
 
     return Source(lambda: {"position": 0}, next, rows)
 
@@ -94,12 +100,12 @@ def demonstrations(
 REWARDS = ("verdict", "random")
 
 
-class Sampled(NamedTuple):
+class SampledGroups(NamedTuple):
     """The groups that were sampled for a batch."""
 
     start: int  # position of their first problem
     groups: list[Group]
-    spent: Spent
+    spent: SamplingStats
 
     @property
     def end(self) -> int:
@@ -112,7 +118,7 @@ class Sampling(NamedTuple):
 
     tasks: Sequence[Prompted]
     environment: Environment
-    roller: Roller
+    completer: Completer
     problems: int  # in a batch
     group: int  # attempts at each
     temperature: float
@@ -120,16 +126,18 @@ class Sampling(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """How the groups of a batch are sampled, in two parts, since threads must not exchange anything with other processes."""
+    """How the groups of a batch are sampled, in two parts, since threads must not
+    exchange anything with other processes.
+    """
 
-    collect: Callable[..., Share]  # (wanted, weights, key): this process's part; may run in a thread
-    finish: Callable[..., Sampled]  # (share, wanted, weights, key): all processes call it
+    collect: Callable[..., LocalGroups]  # (wanted, weights, key): this process's part; may run in a thread
+    finish: Callable[..., SampledGroups]  # (local, wanted, weights, key): all processes call it
 
 
 def rollouts(
     tasks: Sequence[Prompted],
     environment: Environment,
-    roller: Roller,
+    completer: Completer,
     objective: Objective,
     *,
     problems: int,
@@ -139,25 +147,29 @@ def rollouts(
     reward: str = "verdict",
     pack: bool = False,
     microbatches: int = 1,
-    share: int = 1,
+    rollouts_per_prompt: int = 1,
     lag: int = 0,
     background: bool = False,
     steps: int | None = None,
     dynamic_sampling: int = 1,
 ) -> Source:
-    """Sample `group` attempts at each of `problems` tasks per batch and judge them; the processes divide the problems.
+    """Sample `group` attempts at each of `problems` tasks per batch and judge them; the
+    processes divide the problems.
 
-    A step's state is the position of its first problem. `lag`, `background` and `steps` are those of `with_lag`,
-    `dynamic_sampling` is `most` of `with_dynamic_sampling`. In the batch `share` attempts at a problem follow one copy of its
-    prompt (see `batching.from_groups`).
+    A step's state is the position of its first problem. `lag`, `background` and `steps`
+    are those of `with_lag`, `dynamic_sampling` is `most` of `with_dynamic_sampling`. In
+    the batch `rollouts_per_prompt` attempts at a problem follow one copy of its prompt
+    (see `batching.from_groups`).
 
-    `reward="random"` is the control: each attempt earns 1 with the batch's own share of right answers, whatever it says.
+    `reward="random"` is the control: each attempt earns 1 with the batch's own share of
+    right answers, whatever it says.
 
     Raises:
-      ValueError: an unknown reward, a negative lag, dynamic sampling below 1 or for an objective that compares no attempts.
+      ValueError: an unknown reward, a negative lag, dynamic sampling below 1 or for an
+        objective that compares no attempts.
     """
     if reward not in REWARDS:
-        raise ValueError(unknown("reward", reward, REWARDS))
+        raise ValueError(unknown_name_message("reward", reward, REWARDS))
     if lag < 0:
         raise ValueError(f"source.lag got {lag}; allowed: 0 or more updates")
     if dynamic_sampling < 1 or (dynamic_sampling > 1 and not objective.needs_group):
@@ -165,20 +177,20 @@ def rollouts(
             f"source.dynamic_sampling got {dynamic_sampling}; allowed: 1 (off), or more for an objective that compares the "
             "attempts at a problem, such as grpo, dr_grpo, dapo, rloo"
         )
-    sampling = Sampling(tasks, environment, roller, problems, group, temperature, reward)
+    sampling = Sampling(tasks, environment, completer, problems, group, temperature, reward)
     draw = with_dynamic_sampling(one_round(sampling), sampling, dynamic_sampling)
 
-    def drawn(sampled: Sampled) -> Drawn:
+    def drawn(sampled: SampledGroups) -> NextBatch:
         """Make the batch of what was sampled, and what is to be said of it."""
         learned = most_mixed(sampled.groups, problems)
         batch = batching.from_groups(
             learned,
             objective,
             buckets=buckets,
-            limit=roller.max_tokens,
+            limit=completer.max_tokens,
             pack=pack,
             microbatches=microbatches,
-            share=share,
+            rollouts_per_prompt=rollouts_per_prompt,
         )
         tokens, spent = float((batch.segment_BT > 0).sum()), sampled.spent
         metrics = measure(sampled.groups) | {
@@ -190,14 +202,14 @@ def rollouts(
             "perf/sample_tokens_per_s": (float(spent.tokens), spent.sample_s),
             "rollout/slot_occupancy": (float(spent.tokens), float(spent.slot_steps)),
         }
-        return Drawn(batch, metrics, [r for group in sampled.groups for r in group.attempts])
+        return NextBatch(batch, metrics, [r for group in sampled.groups for r in group.attempts])
 
     def next(state, params, key):
-        start, weights = state["position"], roller.sampler.prepare(params)
+        start, weights = state["position"], completer.sampler.prepare(params)
         sampled = begin(draw, at_once, wanted_groups(sampling, start, problems), weights, key_of(sampling, start, key))()
         return {"position": sampled.end}, drawn(sampled)
 
-    source = Source(lambda: {"position": 0}, next, problems * group // share, samples=True)
+    source = Source(lambda: {"position": 0}, next, problems * group // rollouts_per_prompt, samples=True)
     return with_lag(source, draw, drawn, sampling, lag, background=background, steps=steps) if lag else source
 
 
@@ -206,12 +218,12 @@ def one_round(sampling: Sampling) -> Draw:
 
     def collect(wanted, weights, key):
         how = {"key": key, "temperature": sampling.temperature}
-        return collect_share(sampling.roller, weights, wanted, sampling.environment, **how)
+        return collect_local(sampling.completer, weights, wanted, sampling.environment, **how)
 
-    def finish(share, wanted, weights, key):
-        groups, spent = join_shares(share, wanted)
+    def finish(local, wanted, weights, key):
+        groups, spent = gather_groups(local, wanted)
         groups = shuffle_rewards(groups, key) if sampling.reward == "random" else groups
-        return Sampled(wanted[0][0].problem, groups, spent)
+        return SampledGroups(wanted[0][0].problem, groups, spent)
 
     return Draw(collect, finish)
 
@@ -228,67 +240,79 @@ def key_of(sampling: Sampling, start: int, key):
 
 
 def with_dynamic_sampling(draw: Draw, sampling: Sampling, most: int) -> Draw:
-    """Draw further problems until enough have mixed rewards, or `most` times as many were drawn.
+    """Draw further problems until enough have mixed rewards, or `most` times as many
+    were drawn.
 
-    Attempts at a problem that all earn the same teach nothing to an objective that compares them (Yu et al. 2025, arXiv
-    2503.14476, sec. 3.2). The batch has the first problems with mixed rewards, and if they are too few, the first others (see
-    `most_mixed`). How many problems a step draws decides where the next one begins, and that is all the state. Further rounds
-    are part of `finish`: whether another is needed depends on what all processes have.
+    Attempts at a problem that all earn the same teach nothing to an objective that
+    compares them (Yu et al. 2025, arXiv 2503.14476, sec. 3.2). The batch has the first
+    problems with mixed rewards, and if they are too few, the first others (see
+    `most_mixed`). How many problems a step draws decides where the next one begins, and
+    that is all the state. Further rounds are part of `finish`: whether another is
+    needed depends on what all processes have.
     """
 
-    def finish(share, wanted, weights, key):
-        sampled = draw.finish(share, wanted, weights, key)
+    def finish(local, wanted, weights, key):
+        sampled = draw.finish(local, wanted, weights, key)
         while count := missing(sampled.groups, sampling.problems, most):
             wanted = wanted_groups(sampling, sampled.end, count)
             more = draw.finish(draw.collect(wanted, weights, key), wanted, weights, key)
-            spent = Spent(*map(operator.add, sampled.spent, more.spent))
-            sampled = Sampled(sampled.start, sampled.groups + more.groups, spent)
+            spent = SamplingStats(*map(operator.add, sampled.spent, more.spent))
+            sampled = SampledGroups(sampled.start, sampled.groups + more.groups, spent)
         return sampled
 
     return Draw(draw.collect, finish) if most > 1 else draw
 
 
 def missing(groups: Sequence[Group], problems: int, most: int) -> int:
-    """How many further problems to draw: as many as it takes at the rate so far, but no more than a batch at a time."""
+    """How many further problems to draw: as many as it takes at the rate so far, but no
+    more than a batch at a time.
+    """
     drawn, mixed = len(groups), sum(map(has_mixed_rewards, groups))
     wanted = math.ceil((problems - mixed) * drawn / max(mixed, 1))
     return max(0, min(wanted, problems, most * problems - drawn))
 
 
 def most_mixed(groups: Sequence[Group], problems: int) -> list[Group]:
-    """The first groups with mixed rewards, then the first others: as many as a batch has, in their order."""
+    """The first groups with mixed rewards, then the first others: as many as a batch
+    has, in their order.
+    """
     mixed_first = sorted(range(len(groups)), key=lambda p: not has_mixed_rewards(groups[p]))
     return [groups[p] for p in sorted(mixed_first[:problems])]
 
 
-def begin(draw: Draw, submit: Callable, wanted: list[list[Request]], weights, key) -> Callable[[], Sampled]:
-    """Begin to sample a batch by `submit`, as of an executor; the function returned waits for all of it."""
+def begin(draw: Draw, submit: Callable, wanted: list[list[Request]], weights, key) -> Callable[[], SampledGroups]:
+    """Begin to sample a batch by `submit`, as of an executor; the function returned
+    waits for all of it.
+    """
     if submit is at_once or jax.process_count() == 1:
         return submit(lambda: draw.finish(draw.collect(wanted, weights, key), wanted, weights, key)).result
-    share, held = submit(draw.collect, wanted, weights, key), [weights]
-    # The weights are released as soon as they have served: those of the next batch need the room.
-    return functools.cache(lambda: draw.finish(share.result(), wanted, held.pop(), key))
+    local, held = submit(draw.collect, wanted, weights, key), [weights]
+    # The weights are released as soon as they have served: those of the next batch need
+    # the room.
+    return functools.cache(lambda: draw.finish(local.result(), wanted, held.pop(), key))
 
 
 def with_lag(
     source: Source,
     draw: Draw,
-    drawn: Callable[[Sampled], Drawn],
+    drawn: Callable[[SampledGroups], NextBatch],
     sampling: Sampling,
     lag: int,
     *,
     background: bool = False,
     steps: int | None = None,
 ) -> Source:
-    """Sample a source's batches with the params of `lag` updates ago; the first ones of a phase with its first params.
+    """Sample a source's batches with the params of `lag` updates ago; the first ones of
+    a phase with its first params.
 
-    In the `background`, which needs devices of the sampler's own, the batch of the next step is sampled while the learner makes
-    an update. There each of several processes does only the first round: see `Draw`. Nothing is sampled for a step after the
-    last of `steps`. The batches that were sampled ahead are part of the state.
+    In the `background`, which needs devices of the sampler's own, the batch of the next
+    step is sampled while the learner makes an update. There each of several processes
+    does only the first round: see `Draw`. Nothing is sampled for a step after the last
+    of `steps`. The batches that were sampled ahead are part of the state.
     """
     submit = ThreadPoolExecutor(1, "sampling").submit if background else at_once
 
-    def saved(packed: dict) -> Callable[[], Sampled]:
+    def saved(packed: dict) -> Callable[[], SampledGroups]:
         sampled = unpack(packed, wanted_groups(sampling, packed["start"], len(packed["lengths"]) // sampling.group))
         return lambda: sampled
 
@@ -296,9 +320,10 @@ def with_lag(
         ahead = [saved(batch) if isinstance(batch, dict) else batch for batch in state.get("ahead", ())]
         begun, weights = state.get("begun", 0), None
         while len(ahead) <= lag and (not ahead or steps is None or begun < steps):
-            # Where a batch begins is known when the one before it has ended; then nothing runs on the sampler's devices, either.
+            # Where a batch begins is known when the one before it has ended; then
+            # nothing runs on the sampler's devices, either.
             start = ahead[-1]().end if ahead else state["position"]
-            weights = sampling.roller.sampler.prepare(params) if weights is None else weights
+            weights = sampling.completer.sampler.prepare(params) if weights is None else weights
             wanted = wanted_groups(sampling, start, sampling.problems)
             ahead.append(begin(draw, submit, wanted, weights, key_of(sampling, start, key)))
             begun += 1
@@ -324,11 +349,13 @@ def at_once(function: Callable, *args, **kwargs) -> Future:
 
 
 # What rollouts have for each token, and its dtype.
-PER_TOKEN = {"tokens": np.int32, "logp": np.float32, "sampled": np.bool_, "untempered_logp": np.float32}
+PER_TOKEN = {"tokens": np.int32, "logp": np.float32, "sampled": np.bool_, "logp_temperature_1": np.float32}
 
 
-def pack_groups(sampled: Sampled) -> dict:
-    """Groups as JSON has them, bit for bit, without the parts that their requests have: arrays as base64 of all their bytes."""
+def pack_groups(sampled: SampledGroups) -> dict:
+    """Groups as JSON has them, bit for bit, without the parts that their requests have:
+    arrays as base64 of all their bytes.
+    """
     rollouts = [r for group in sampled.groups for r in group.attempts]
 
     def text_of(name: str, dtype) -> str | None:
@@ -349,7 +376,7 @@ def pack_groups(sampled: Sampled) -> dict:
     }
 
 
-def unpack(packed: dict, wanted: Sequence[Sequence[Request]]) -> Sampled:
+def unpack(packed: dict, wanted: Sequence[Sequence[Request]]) -> SampledGroups:
     """What `pack_groups` has packed."""
     lengths = packed["lengths"]
     ends = np.cumsum(lengths)[:-1]
@@ -375,11 +402,13 @@ def unpack(packed: dict, wanted: Sequence[Sequence[Request]]) -> Sampled:
         )
 
     groups = [Group(tuple(rollout(next(number), request) for request in requests)) for requests in wanted]
-    return Sampled(packed["start"], groups, Spent(*packed["spent"]))
+    return SampledGroups(packed["start"], groups, SamplingStats(*packed["spent"]))
 
 
 def shuffle_rewards(groups: Sequence[Group], key) -> list[Group]:
-    """Deal the rewards of all groups out anew at random: as many attempts are paid, but for nothing."""
+    """Deal the rewards of all groups out anew at random: as many attempts are paid, but
+    for nothing.
+    """
     reward_R = [r.verdict.reward for group in groups for r in group.attempts]
     order = np.asarray(jax.random.permutation(jax.random.fold_in(key, 2**32 - 1), len(reward_R)))
     dealt = (reward_R[i] for i in order)

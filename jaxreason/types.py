@@ -1,14 +1,16 @@
 """The nouns of jaxreason, one word per idea, and the legend of shape letters.
 
-A *task* is a problem. A *rollout* is one attempt at it; the attempts at one task are its *group*. A *verdict* says whether
-an answer is right and what it earns. A *batch* is what one train step consumes, whatever the paradigm.
+A *task* is a problem. A *rollout* is one attempt at it; the attempts at one task are
+its *group*. A *verdict* says whether an answer is right and what it earns. A *batch* is
+what one train step consumes, whatever the paradigm.
 
 Shape letters, used as suffixes (`tokens_BT`) and in einsums:
     B rows  T tokens in a row  P problems  G rollouts per problem  R rollouts  S slots  C cache length  L layers
     D width  N query heads  K key/value heads  H head size  F feed-forward  V vocabulary
 Where slots share prompts: R rows of prompts  M slots that continue one  D devices  Q queries that share a key head
 
-Position t of every `_BT` array is about token t, given the tokens before it: all arrays align, and column 0 is unused.
+Position t of every `_BT` array is about token t, given the tokens before it: all arrays
+align, and column 0 is unused.
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One attempt at one task. `tokens`, `logp` and `sampled` are about the completion and have one entry per token."""
+    """One attempt at one task. `tokens`, `logp` and `sampled` are about the completion
+    and have one entry per token.
+    """
 
     task: Task
     problem: int  # position of the task in the stream of its source
@@ -61,11 +65,11 @@ class Rollout:
     tokens: np.ndarray  # int32 token ids, the end-of-sequence token included where there was one
     logp: np.ndarray  # float32, natural log, under the distribution sampled from; 0 for forced tokens
     sampled: np.ndarray  # bool; False for tokens that were forced (tool output)
-    stop: str  # "eos", "limit" or "stop" (one of the roller's stop strings, which is the end of the text)
+    stop: str  # "eos", "limit" or "stop" (one of the completer's stop strings, which is the end of the text)
     text: str  # the completion decoded, without the end-of-sequence token
     verdict: Verdict | None  # None until it is judged
     temperature: float = 1.0
-    untempered_logp: np.ndarray | None = None  # float32, like `logp` under the model's own softmax; None unless asked for
+    logp_temperature_1: np.ndarray | None = None  # float32, like `logp` under the model's own softmax; None unless asked for
 
 
 class Prompted(NamedTuple):
@@ -101,7 +105,9 @@ def _registered(cls):
 
 @_registered
 class Batch:
-    """What one train step consumes. The loss is `sum(weight_BT * token_loss_BT)`: every normalisation is in the weights."""
+    """What one train step consumes. The loss is `sum(weight_BT * token_loss_BT)`: every
+    normalisation is in the weights.
+    """
 
     tokens_BT: jax.Array  # int32
     position_BT: (

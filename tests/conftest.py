@@ -1,14 +1,14 @@
-"""Eight virtual CPU devices, one folder of compiled programs for all tests, and a maker of
-small models that keeps the params that it made.
+"""Eight virtual CPU devices, one folder of compiled programs for all tests, and a maker
+of small models that keeps the params that it made.
 """
 
 import functools
 import os
 import tempfile
 
-# Before jax is imported by anyone. Tests spend their time compiling small programs. That
-# is 2 to 5 times faster without optimisation, and twice as fast again without MLIR for
-# fused loops. Flags that are set already come last and win.
+# Before jax is imported by anyone. Tests spend their time compiling small programs.
+# That is 2 to 5 times faster without optimisation, and twice as fast again without MLIR
+# for fused loops. Flags that are set already come last and win.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
     [
@@ -32,7 +32,9 @@ import pytest
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
-    """How many processes `-n auto` means: some tests need 2 GiB, and what they start is not counted."""
+    """How many processes `-n auto` means: some tests need 2 GiB, and what they start is
+    not counted.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(4, cores or 1)
 
@@ -47,7 +49,9 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def tiny():
-    """`tiny(**fields) -> (model, params)`: two layers, width 16, 24 words; `fields` replace fields of its ModelConfig."""
+    """`tiny(**fields) -> (model, params)`: two layers, width 16, 24 words; `fields`
+    replace fields of its ModelConfig.
+    """
     import jax
 
     from jaxreason.model import ModelConfig, transformer

@@ -1,4 +1,6 @@
-"""A miniature GSM8K in the folder form of TensorFlow Datasets, for tests without the real one."""
+"""A miniature GSM8K in the folder form of TensorFlow Datasets, for tests without the
+real one.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from pathlib import Path
 
 
 def write_gsm8k(folder: Path, rows_by_split: Mapping[str, Iterable[tuple[str, str]]]) -> Path:
-    """Write (question, answer) rows, answers as the data set has them (`... #### 18`); return the data_dir to load from."""
+    """Write (question, answer) rows, answers as the data set has them (`... #### 18`);
+    return the data_dir to load from.
+    """
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordWriter
 

@@ -1,6 +1,8 @@
-"""A stand-in of the Hugging Face hub on 127.0.0.1, for its own client: repositories are folders, and faults can be chosen.
+"""A stand-in of the Hugging Face hub on 127.0.0.1, for its own client: repositories are
+folders, and faults can be chosen.
 
-By hand, to serve every `owner/name` folder of models and `datasets/owner/name` of data sets below a folder:
+By hand, to serve every `owner/name` folder of models and `datasets/owner/name` of data
+sets below a folder:
 
     python tests/hub_server.py FOLDER 8000      # then HF_ENDPOINT=http://127.0.0.1:8000
 """
@@ -24,12 +26,14 @@ FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
 class Hub:
-    """The server. `repositories` are folders by name, as `owner/name` and `datasets/owner/name`; `requests` are what was asked.
+    """The server. `repositories` are folders by name, as `owner/name` and
+    `datasets/owner/name`; `requests` are what was asked.
 
     `changes` replace entries of what is answered about a repository.
 
-    `fault(method, path, headers)` may return (status, headers) to answer with that, or (None, damage) to send `damage(content)`:
-    a connection that breaks off, if that is shorter. With (206, damage) its own length is promised.
+    `fault(method, path, headers)` may return (status, headers) to answer with that, or
+    (None, damage) to send `damage(content)`: a connection that breaks off, if that is
+    shorter. With (206, damage) its own length is promised.
     """
 
     def __init__(self, repositories: dict[str, Path], port: int = 0):
@@ -63,7 +67,9 @@ def files_of(folder: Path) -> list[str]:
 
 
 def commit_of(folder: Path) -> str:
-    """Changes with the content, as a commit does; of large files only with their size and time."""
+    """Changes with the content, as a commit does; of large files only with their size
+    and time.
+    """
     about = [(name, (folder / name).stat().st_size, (folder / name).stat().st_mtime_ns) for name in files_of(folder)]
     return hashlib.sha1(json.dumps(about).encode()).hexdigest()
 

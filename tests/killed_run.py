@@ -1,6 +1,8 @@
-"""A run that kills itself: `python killed_run.py CONFIG_FILE WORKDIR POINT COUNT`; `POINT` none lets it live.
+"""A run that kills itself: `python killed_run.py CONFIG_FILE WORKDIR POINT COUNT`;
+`POINT` none lets it live.
 
-At the COUNT-th time that it comes to the point the process gets SIGKILL: nothing is flushed, closed or finished.
+At the COUNT-th time that it comes to the point the process gets SIGKILL: nothing is
+flushed, closed or finished.
 """
 
 import functools

@@ -1,4 +1,6 @@
-"""Texts that a model may write and that parsers should survive: long, deep, odd or cut off."""
+"""Texts that a model may write and that parsers should survive: long, deep, odd or cut
+off.
+"""
 
 NASTY = [
     "", " ", "\0", "\ud800", "\udfff#### \ud800", "nan", "inf", "-inf", "1e999", "1e99999999", "1/0", "0/0", "10**10**10",

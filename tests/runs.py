@@ -1,4 +1,6 @@
-"""Run configs, in this process and by the real command, and compare what runs leave behind."""
+"""Run configs, in this process and by the real command, and compare what runs leave
+behind.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ class Killed(Exception):
 
 
 def killed_after(monkeypatch, saves: int):
-    """Let the process die right after its n-th checkpoint; later steps were logged but not saved."""
+    """Let the process die right after its n-th checkpoint; later steps were logged but
+    not saved.
+    """
     from jaxreason.runtime import checkpoint
 
     open_checkpoints = checkpoint.open_checkpoints
@@ -142,7 +146,9 @@ def maths(workdir: Path) -> list[dict]:
 
 
 def params_of(workdir: Path) -> tuple[int, dict]:
-    """The newest checkpoint's step and state, as NumPy arrays whatever devices it was saved from."""
+    """The newest checkpoint's step and state, as NumPy arrays whatever devices it was
+    saved from.
+    """
     import orbax.checkpoint as ocp
 
     from jaxreason.runtime import checkpoint

@@ -1,4 +1,6 @@
-"""The front door: README's example as it stands, a run and a checkpoint as policies, and errors in one line."""
+"""The front door: README's example as it stands, a run and a checkpoint as policies,
+and errors in one line.
+"""
 
 import dataclasses
 import re

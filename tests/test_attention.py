@@ -1,4 +1,6 @@
-"""Attention kernels: each gives what plain XLA gives, values and gradients, and says early where it can't run."""
+"""Attention kernels: each gives what plain XLA gives, values and gradients, and says
+early where it can't run.
+"""
 
 import dataclasses
 import functools
@@ -15,7 +17,8 @@ from jaxreason.sharding import make_mesh
 
 B, N, K, H = 4, 4, 2, 8
 CONFIG = ModelConfig(vocab_size=24, width=16, layers=2, heads=N, kv_heads=K, head_size=H, feed_forward=32, dtype="bfloat16")
-# As they run on a CPU: cuDNN's call with XLA's implementation of it, the TPU kernel interpreted.
+# As they run on a CPU: cuDNN's call with XLA's implementation of it, the TPU kernel
+# interpreted.
 ANYWHERE = {
     "cudnn": functools.partial(attention.cudnn, implementation="xla"),
     "splash": functools.partial(attention.splash, interpret=True),
@@ -23,7 +26,9 @@ ANYWHERE = {
 
 
 def rows(T, *, seed=0):
-    """Random q, k, v of T tokens, and segments: a whole row, two packed with padding behind, one with padding, padding alone."""
+    """Random q, k, v of T tokens, and segments: a whole row, two packed with padding
+    behind, one with padding, padding alone.
+    """
     rng = np.random.default_rng(seed)
     q, k, v = (rng.normal(size=(B, T, heads, H)).astype(np.float32) for heads in (N, K, K))
     third = T // 3
@@ -35,7 +40,9 @@ def rows(T, *, seed=0):
 
 
 def with_gradients(kernel, q, k, v, segment_BT):
-    """What a kernel gives, and the gradients of a sum that weighs each number of it differently."""
+    """What a kernel gives, and the gradients of a sum that weighs each number of it
+    differently.
+    """
     T = q.shape[1]
     weight_BTNH = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
 
@@ -67,7 +74,9 @@ def test_a_rotation_by_a_product_is_a_rotation(dtype):
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize(("name", "T"), [("cudnn", 9), ("cudnn", 10), ("cudnn", 401), ("splash", 9), ("splash", 300)])
 def test_a_kernel_gives_what_xla_gives(name, T, segmented):
-    """Of 300 tokens splash makes three blocks, of 300 and 401 the plain kernel two parts and three."""
+    """Of 300 tokens splash makes three blocks, of 300 and 401 the plain kernel two
+    parts and three.
+    """
     q, k, v, segment_BT = rows(T)
     segment_BT = segment_BT if segmented else None
     expected = with_gradients(attention.xla(CONFIG), q, k, v, segment_BT)
@@ -79,7 +88,9 @@ def test_a_kernel_gives_what_xla_gives(name, T, segmented):
 
 @pytest.mark.parametrize("prompt", [1, 4])
 def test_branches_see_the_prompt_and_themselves(prompt):
-    """Attempts behind one copy of a prompt mix what each would mix behind a copy of its own."""
+    """Attempts behind one copy of a prompt mix what each would mix behind a copy of its
+    own.
+    """
     rng = np.random.default_rng(0)
     lengths, heads = (3, 1, 5), {"q": CONFIG.heads, "k": CONFIG.kv_heads, "v": CONFIG.kv_heads}
     kernel = attention.xla(CONFIG)
@@ -121,7 +132,9 @@ def test_cudnn_gets_an_even_number_of_tokens(monkeypatch, segmented):
 
 @pytest.mark.parametrize("name", ANYWHERE)
 def test_a_kernel_runs_on_each_device_of_a_mesh(name):
-    """Rows over two axes and heads over a third, as on one device, and nothing is gathered on the way."""
+    """Rows over two axes and heads over a third, as on one device, and nothing is
+    gathered on the way.
+    """
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     q, k, v, segment_BT = rows(6)
     expected = with_gradients(ANYWHERE[name](CONFIG), q, k, v, segment_BT)
@@ -201,9 +214,11 @@ READERS = {
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("shares", [True, False])
 def test_a_decode_step_reads_prompts_and_columns_that_are_there(reader, shares):
-    """Eight rows, four prompts of which one is nobody's; the third row has all of its keys in its own columns, the last is idle.
+    """Eight rows, four prompts of which one is nobody's; the third row has all of its
+    keys in its own columns, the last is idle.
 
-    70 columns are a block of the kernel and a bit. What stands past the end is large; the kernel must not even have read it.
+    70 columns are a block of the kernel and a bit. What stands past the end is large;
+    the kernel must not even have read it.
     """
     make, axes = READERS[reader]
     mesh = None if axes is None else make_mesh(**axes, devices=jax.devices()[:4])

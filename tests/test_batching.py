@@ -1,4 +1,6 @@
-"""Batches from hand-built rollouts, demonstrations and windows: what is trained on, how much, and what stands beside it."""
+"""Batches from hand-built rollouts, demonstrations and windows: what is trained on, how
+much, and what stands beside it.
+"""
 
 import numpy as np
 import pytest
@@ -120,8 +122,8 @@ def test_weights_of_each_weighting():
 
     np.testing.assert_allclose(weights("per_sequence"), [1 / 4] * 4, rtol=1e-6)
     np.testing.assert_allclose(weights("per_token"), TRAINED / 16, rtol=1e-6)
-    np.testing.assert_allclose(weights("per_slot"), TRAINED / (4 * 10), rtol=1e-6)
-    np.testing.assert_allclose(weights("per_kept_token", "keep_correct"), np.array([4, 0, 1, 0]) / 5, rtol=1e-6)
+    np.testing.assert_allclose(weights("per_max_length"), TRAINED / (4 * 10), rtol=1e-6)
+    np.testing.assert_allclose(weights("per_kept_token", "keep_positive"), np.array([4, 0, 1, 0]) / 5, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "expert_iteration"])
@@ -155,7 +157,7 @@ def test_attempts_share_a_prompt_by_hand():
         rollout([7], [], 1.0),
         rollout([7], [EOS], 0.0),
     ]
-    how = {"buckets": (4, 8), "limit": 10, "share": 2}
+    how = {"buckets": (4, 8), "limit": 10, "rollouts_per_prompt": 2}
     batch = from_groups(grouped(rollouts, 2), objectives.dr_grpo(), **how)
     assert batch.tokens_BT.tolist() == [[5, 6, 1, EOS, 6, 3, 4, 8], [7, 7, EOS, 0, 0, 0, 0, 0]]
     assert batch.segment_BT.tolist() == [[1] * 8, [1] * 3 + [0] * 5]
@@ -174,7 +176,13 @@ def test_attempts_share_a_prompt_by_hand():
 
 def test_only_attempts_at_one_problem_share_a_prompt():
     with pytest.raises(AssertionError, match="must have one prompt"):
-        from_groups(grouped([rollout([5], [1]), rollout([6], [1])], 2), objectives.dr_grpo(), buckets=(8,), limit=10, share=2)
+        from_groups(
+            grouped([rollout([5], [1]), rollout([6], [1])], 2),
+            objectives.dr_grpo(),
+            buckets=(8,),
+            limit=10,
+            rollouts_per_prompt=2,
+        )
 
 
 # --- packing ---

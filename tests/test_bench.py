@@ -1,4 +1,6 @@
-"""The benchmarks: floors by hand, look-up against its definition, and a whole run of the command on a very small model."""
+"""The benchmarks: floors by hand, look-up against its definition, and a whole run of
+the command on a very small model.
+"""
 
 import dataclasses
 import json
@@ -27,13 +29,15 @@ LAYER = 4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 5  # q, k and v, o, and the three of
 def test_floors_by_hand():
     assert layer_weights(SHAPE) == LAYER == 108
     weights = 2 * LAYER + 40
-    # Two rollouts: 3 + 2 tokens, and 1 + 1. Before the tokens sampled stand 3 and 4 positions, and 1.
+    # Two rollouts: 3 + 2 tokens, and 1 + 1. Before the tokens sampled stand 3 and 4
+    # positions, and 1.
     cost = decode_cost(SHAPE, [(3, [2]), (1, [1])], slots=2)
     assert cost.flops == 2 * weights * 3 + 4 * 2 * 2 * 2 * (3 + 4 + 1)
     assert cost.bytes == 4 * (weights * 3 / 2 + 2 * 2 * 1 * 2 * (3 + 4 + 1))
     bare = decode_cost(SHAPE, [(3, [2]), (1, [1])], slots=2, attention=False, itemsize=2)
     assert (bare.flops, bare.bytes) == (2 * weights * 3, 2 * weights * 3 / 2)
-    # Three attempts at one prompt of 3 tokens: it is read at each of the two steps that the longest takes.
+    # Three attempts at one prompt of 3 tokens: it is read at each of the two steps that
+    # the longest takes.
     for shared, prompt in ((True, 3 * 2), (False, 3 * (2 + 1 + 2))):
         cost = decode_cost(SHAPE, [(3, [2, 1, 2])], slots=3, shared=shared)
         assert cost.bytes == 4 * (weights * 5 / 3 + 2 * 2 * 1 * 2 * (prompt + 1 + 0 + 1))
@@ -44,7 +48,8 @@ def test_floors_by_hand():
 
 
 def test_flops_of_a_forward_pass_by_hand_and_by_the_compiler():
-    # Five tokens attend to 1 to 5 positions, two to 1 and 2; logits of the two and the one that are trained on.
+    # Five tokens attend to 1 to 5 positions, two to 1 and 2; logits of the two and the
+    # one that are trained on.
     by_hand = 2 * 2 * LAYER * 7 + 4 * 2 * 2 * 2 * (15 + 3) + 2 * 4 * 10 * 3
     assert forward_flops(SHAPE, [(3, 2), (1, 1)]) == by_hand
     shape = dataclasses.replace(SHAPE, vocab_size=64, width=64, heads=4, kv_heads=2, head_size=32, feed_forward=256)
@@ -166,7 +171,8 @@ def test_the_sampler_is_measured(work):
         # Of medians: of two batches their mean, so not to the last digit.
         share = found["generated tokens"] / found[f"floor, {floor}"]
         assert found[f"share of the floor, {floor}"] == pytest.approx(share, rel=0.5)
-    # Alike where reading the weights takes longer than all products: that is for the machine to say.
+    # Alike where reading the weights takes longer than all products: that is for the
+    # machine to say.
     assert found["floor, 2N"] >= found["floor, full"] >= found["floor, full, unshared"] > 0
     assert found["peak memory"] > 50
     assert found["completed rollouts"] == pytest.approx(found["generated tokens"] / found["rollout length"], rel=0.5)

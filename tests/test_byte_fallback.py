@@ -1,5 +1,6 @@
-"""Tokenizers of the Llama 2 kind, with a space in front of a text and bytes for rare characters, and tokens that mean something
-though they are not special."""
+"""Tokenizers of the Llama 2 kind, with a space in front of a text and bytes for rare
+characters, and tokens that mean something though they are not special.
+"""
 
 import random
 from types import SimpleNamespace
@@ -20,7 +21,9 @@ EMOJI = "🙂"
 
 
 def make(folder, kind: str):
-    """A tokenizer as `convert_slow_tokenizer` makes it of Llama 2's sentencepiece model: "legacy" or with Metaspace."""
+    """A tokenizer as `convert_slow_tokenizer` makes it of Llama 2's sentencepiece
+    model: "legacy" or with Metaspace.
+    """
     letters = sorted({c for word in WORDS for c in word} | set("▁abcdefghijklmnopqrstuvwxyzENDIST0123456789.:?+=<>/|[]"))
     vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
     merges = []
@@ -91,7 +94,9 @@ def test_a_text_is_encoded_as_the_library_does(llama):
 
 
 def test_pieces_put_together_are_the_text(tokenizer):
-    """No piece gains a space: it has the ids that the whole has there, where the whole is cut between tokens."""
+    """No piece gains a space: it has the ids that the whole has there, where the whole
+    is cut between tokens.
+    """
     whole = tokenizer.encode("the [/INST] is 7")
     pieces = tokenizer.encode("the [/INST]") + tokenizer.encode(" is 7", continues=True)
     assert pieces == whole
@@ -132,7 +137,9 @@ def test_what_is_forced_gains_no_space(tokenizer):
 
 
 def test_a_wrong_byte_does_not_take_its_neighbours_with_it(tokenizer):
-    """The library gives up a whole run of bytes for one: a line break behind half a character was gone."""
+    """The library gives up a whole run of bytes for one: a line break behind half a
+    character was gone.
+    """
     half = tokenizer.encode(EMOJI, continues=True)[:2]
     line = tokenizer.encode("\n", continues=True)
     assert tokenizer.decode([*half, *line, *tokenizer.encode("7", continues=True)], continues=True) == f"{UNKNOWN}\n7"
@@ -142,10 +149,12 @@ def test_a_wrong_byte_does_not_take_its_neighbours_with_it(tokenizer):
 
 
 def test_a_stop_string_is_found_behind_whatever_stands_before_it(tokenizer):
-    """At the same token for any size of chunk, and where the text of the whole turn has it first."""
+    """At the same token for any size of chunk, and where the text of the whole turn has
+    it first.
+    """
     rng = random.Random(0)
     stops = ("\n\n", " END", "\nQ:", f"{EMOJI}.", "日")
-    roller = SimpleNamespace(
+    completer = SimpleNamespace(
         stop_strings=stops, eos_ids=tokenizer.eos_ids, decode=lambda ids: tokenizer.decode(ids, continues=True)
     )
     found = 0
@@ -155,22 +164,22 @@ def test_a_stop_string_is_found_behind_whatever_stands_before_it(tokenizer):
         if rng.random() < 0.3:  # a model may write half a character
             ids.insert(rng.randrange(len(ids)), tokenizer.encode(EMOJI, continues=True)[rng.randrange(4)])
         ids = np.array(ids)
-        expected = next((n for n in range(1, len(ids) + 1) if any(s in text_of(roller, ids[:n]) for s in stops)), None)
+        expected = next((n for n in range(1, len(ids) + 1) if any(s in text_of(completer, ids[:n]) for s in stops)), None)
         found += expected is not None
         for chunk in (1, 3, 8):
             got = None
             for before in range(0, len(ids), chunk):
-                got = got or find_stop(roller, ids, 0, before, min(before + chunk, len(ids)))
+                got = got or find_stop(completer, ids, 0, before, min(before + chunk, len(ids)))
             assert got == expected, (pieces, chunk)
     assert 300 < found < 600
 
 
 def test_a_stop_string_that_begins_a_turn_is_found(tokenizer):
-    roller = SimpleNamespace(
+    completer = SimpleNamespace(
         stop_strings=(" END",), eos_ids=tokenizer.eos_ids, decode=lambda ids: tokenizer.decode(ids, continues=True)
     )
     ids = np.array(tokenizer.encode(" END 7", continues=True))
-    assert find_stop(roller, ids, 0, 0, len(ids)) == 1
+    assert find_stop(completer, ids, 0, 0, len(ids)) == 1
 
 
 # ------------------------------------------------------------------------- tokens that mean something and are not special

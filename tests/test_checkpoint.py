@@ -1,4 +1,6 @@
-"""Checkpoints: what goes in comes out, on any mesh; what a killed save leaves behind is never seen."""
+"""Checkpoints: what goes in comes out, on any mesh; what a killed save leaves behind is
+never seen.
+"""
 
 import logging
 import os
@@ -176,7 +178,9 @@ def test_a_save_that_fails_is_said_and_the_next_is_tried(checkpoints, tmp_path):
 
 @pytest.mark.process
 def test_a_folder_that_is_gone_is_one_line_and_holds_nobody_up(tmp_path):
-    """Neither a page of orbax's own errors, nor its threads, which at exit wait 5 minutes for a folder that was never made."""
+    """Neither a page of orbax's own errors, nor its threads, which at exit wait 5
+    minutes for a folder that was never made.
+    """
     body = """
 import sys
 from pathlib import Path
@@ -213,7 +217,9 @@ def files_of(checkpoint):
 
 
 def test_any_flipped_bit_or_cut_is_noticed_or_harmless(tmp_path):
-    """Every file of a checkpoint is damaged in turn, at three places and by a cut: never does another state come back."""
+    """Every file of a checkpoint is damaged in turn, at three places and by a cut:
+    never does another state come back.
+    """
     state, host = new_state(), {"step": 1, "source": {"position": 3}}
     made = open_checkpoints(tmp_path / "made")
     made.save(1, state, host)

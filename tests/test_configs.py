@@ -1,4 +1,6 @@
-"""Every config runs in its `smoke` form, from start to summary, with what it reads made here."""
+"""Every config runs in its `smoke` form, from start to summary, with what it reads made
+here.
+"""
 
 import subprocess
 import sys
@@ -15,7 +17,9 @@ ROWS = [(f"Tom has {n} pens and buys {m}. How many?", f"He has {n} + {m}.\n#### 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """A Hugging Face folder with random weights, a real tokenizer and a chat template."""
+    """A Hugging Face folder with random weights, a real tokenizer and a chat
+    template.
+    """
     from jaxreason import text
     from jaxreason.model import ModelConfig, transformer, weights
 

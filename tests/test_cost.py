@@ -1,4 +1,6 @@
-"""Costs: compiled programs walked with their loops, beside XLA's own count and the formulas; what is sent and moved, by hand."""
+"""Costs: compiled programs walked with their loops, beside XLA's own count and the
+formulas; what is sent and moved, by hand.
+"""
 
 import dataclasses
 import functools
@@ -67,10 +69,12 @@ def test_a_program_by_hand():
     assert found.loops == (5,)  # from 2 to 7
     assert found.unknown_loops == 0
     assert found.flops == 5 * 2 * 8 * 16 * 16
-    # In a ring of four each device sends three quarters of the whole, and once more to bring the sums back.
+    # In a ring of four each device sends three quarters of the whole, and once more to
+    # bring the sums back.
     assert found.sent == {("all-reduce", 4): (5 * 2 * 3 / 4 * 8 * 16 * 4, 5)}
-    # The update in place reads a row and an index and writes a row; in the loop the weights lie in vector memory, the product
-    # reads and writes 512 bytes, as the collective does, and the counter is 4 bytes in, 4 bytes of a constant and 4 out.
+    # The update in place reads a row and an index and writes a row; in the loop the
+    # weights lie in vector memory, the product reads and writes 512 bytes, as the
+    # collective does, and the counter is 4 bytes in, 4 bytes of a constant and 4 out.
     assert found.bytes == (64 + 4 + 64) + 5 * (2 * 512 + 2 * 512 + 3 * 4)
 
 
@@ -160,7 +164,9 @@ def test_a_loop_of_unknown_length_runs_as_often_as_one_says():
 
 @pytest.mark.parametrize(("step", "trips"), [(1, 5), (2, 3), (5, 1), (6, 1)])
 def test_a_loop_that_was_unrolled_counts_in_larger_steps(step, trips):
-    """As a TPU's compiler unrolls a product that is sent around a ring while it is made."""
+    """As a TPU's compiler unrolls a product that is sent around a ring while it is
+    made.
+    """
     text = MODULE.replace("LIMIT", "7").replace("%one = s32[] constant(1)", f"%one = s32[]{{:T(128)}} constant({step})")
     assert hlo.program_cost(text).loops == (trips,)
 
@@ -209,7 +215,8 @@ def test_products_written_as_convolutions():
 
     plain = "ROOT %c = bf16[4,384,128]{2,1,0} convolution(%x, %w), window={size=1}, dim_labels=0bf_io0->0bf"
     assert flops(plain, x="bf16[4,384,256]", w="bf16[256,128,1]") == 2 * 4 * 384 * 256 * 128
-    # Two matrices of a batch stand in the axis of the window, with gaps between: of the four pairs two meet.
+    # Two matrices of a batch stand in the axis of the window, with gaps between: of the
+    # four pairs two meet.
     batch = "ROOT %c = f32[2,768,384]{2,1,0} convolution(%x, %w), window={size=2 stride=1 pad=0_0 lhs_dilate=2}, "
     batch += "dim_labels=0bf_0io->0bf"
     assert flops(batch, x="bf16[2,768,128]", w="bf16[2,128,384]") == 2 * 2 * 768 * 128 * 384
@@ -221,7 +228,8 @@ def compiled_train_step(shape, microbatches=1, tokens=T):
     model = transformer(shape)
     state = jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), OPTIMIZER))
     step = compile_train_step(model, dapo(), OPTIMIZER, microbatches=microbatches)
-    # As a user's programs: without fusion a scatter is a loop, and what it moves is counted in each turn.
+    # As a user's programs: without fusion a scatter is a loop, and what it moves is
+    # counted in each turn.
     return step.lower(state, batching.empty(B, tokens)).compile(compiler_options={"xla_cpu_use_fusion_emitters": True})
 
 
@@ -292,15 +300,15 @@ def test_attempts_share_a_prompt_where_that_is_less_work():
 
 def test_what_config_asks_for_is_taken_or_refused():
     shape, how = sized("smollm2_135m"), {"group": 8, "rows": 32, "prompt": 1024, "completion": 8}
-    choose = functools.partial(build.attempts_that_share, **how)
+    choose = functools.partial(build.choose_rollouts_per_prompt, **how)
     assert choose(None, shape, multiple=4) == 8
     assert choose(None, shape, multiple=16) == 2  # as many as leave rows for all devices and micro-batches
     assert choose(None, shape, multiple=5) == 1  # the error about rows is another's
     assert choose(4, shape, multiple=16) == 4
     flash = dataclasses.replace(shape, attention="splash")
     assert choose(None, flash, multiple=4) == choose(1, flash, multiple=4) == 1
-    with pytest.raises(ValueError, match=r"share_prompts got 2 with attention='splash'; allowed: 1, or attention='xla'"):
+    with pytest.raises(ValueError, match=r"rollouts_per_prompt got 2 with attention='splash'; allowed: 1, or attention='xla'"):
         choose(2, flash, multiple=4)
     for asked in (0, 3, 16):
-        with pytest.raises(ValueError, match=rf"share_prompts got {asked}; allowed: a divisor of group=8"):
+        with pytest.raises(ValueError, match=rf"rollouts_per_prompt got {asked}; allowed: a divisor of group=8"):
             choose(asked, shape, multiple=4)

@@ -1,4 +1,6 @@
-"""What somebody or something has done to the folder of a run: nothing is lost, and what is wrong is named in a line."""
+"""What somebody or something has done to the folder of a run: nothing is lost, and what
+is wrong is named in a line.
+"""
 
 import dataclasses
 import json
@@ -39,7 +41,9 @@ def content(folder):
 
 @pytest.fixture
 def lost(tmp_path):
-    """A folder whose checkpoints were all damaged, and set aside by the start before."""
+    """A folder whose checkpoints were all damaged, and set aside by the start
+    before.
+    """
     (tmp_path / "checkpoints" / "7.damaged").mkdir(parents=True)
     (tmp_path / "checkpoints" / "7.damaged" / "state").write_text("cut sho")
     (tmp_path / "config.json").write_text(TEXT)

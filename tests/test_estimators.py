@@ -84,7 +84,9 @@ def test_majority_at_k_over_classes():
 
 
 def test_majority_at_k_of_more_samples_than_binomials_in_float64():
-    """Of two classes the larger wins unless fewer than half of the draws are of it: a hypergeometric tail."""
+    """Of two classes the larger wins unless fewer than half of the draws are of it: a
+    hypergeometric tail.
+    """
     for right, n, k in ((551, 1100, 551), (550, 1100, 550), (30, 5000, 9)):
         answers = ["a"] * right + [None if n == 5000 else "b"] * (n - right)
         got = estimators.majority_at_k(answers, [a == "a" for a in answers], k)

@@ -1,17 +1,21 @@
-"""The train step is one function: devices, micro-batches, packing and remat change nothing of it but the rounding of its sums.
+"""The train step is one function: devices, micro-batches, packing and remat change
+nothing of it but the rounding of its sums.
 
 Combinations of mesh, micro-batches, remat and objective make five updates, from five
 batches, each with rows of their own and with rows that rollouts share. Losses, whole
-gradients and parameter changes equal those of one device, one micro-batch, a row for each
-rollout and no remat. By default each pair of values occurs in some combination; the
-product of all is slow.
+gradients and parameter changes equal those of one device, one micro-batch, a row for
+each rollout and no remat. By default each pair of values occurs in some combination;
+the product of all is slow.
 
-The optimizer is AdamW with an eps of 1e-4. With the usual 1e-8 it makes whole steps of entries that are nothing but rounding, and
-runs part there by the learning rate. With an eps far above the rounding of a gradient, some 1e-8 here, they part by less than
-lr x rounding / eps a step; and what an entry changes depends on its size, which Adam would hide.
+The optimizer is AdamW with an eps of 1e-4. With the usual 1e-8 it makes whole steps of
+entries that are nothing but rounding, and runs part there by the learning rate. With an
+eps far above the rounding of a gradient, some 1e-8 here, they part by less than lr x
+rounding / eps a step; and what an entry changes depends on its size, which Adam would
+hide.
 
-Found (jax 0.10.2, CPU, 2026-11-24), beside the largest entry of each array: losses 1.2e-6 off at most, gradients 1.1e-5 (in the
-first step 1.9e-6), changes 3.6e-5. With a micro-batch that counts 1.001 times losses are 4e-4 off; without the last one, 0.9.
+Found (jax 0.10.2, CPU, 2026-11-24), beside the largest entry of each array: losses
+1.2e-6 off at most, gradients 1.1e-5 (in the first step 1.9e-6), changes 3.6e-5. With a
+micro-batch that counts 1.001 times losses are 4e-4 off; without the last one, 0.9.
 """
 
 from __future__ import annotations
@@ -49,7 +53,9 @@ BOUNDS = {"loss": 1e-5, "gradient": 5e-5, "update": 2e-4}  # a few times what wa
 
 
 def rollouts(step: int) -> list[Rollout]:
-    """Attempts of 3 to T tokens, right or wrong, each at its own temperature; some of their tokens are forced."""
+    """Attempts of 3 to T tokens, right or wrong, each at its own temperature; some of
+    their tokens are forced.
+    """
     rng = np.random.default_rng(step)
     made = []
     for i in range(R):
@@ -81,7 +87,8 @@ def batches(objective: str, pack: bool, microbatches: int) -> list:
     how = {"buckets": (T,), "limit": T, "pack": pack, "microbatches": microbatches}
     made = [batching.from_groups(grouped(rollouts(step), G), OBJECTIVES[objective], **how) for step in range(STEPS)]
     assert all((batch.segment_BT.max() > 1) == pack for batch in made)
-    # A token's reference log-prob may be anything, but must not depend on where the token stands.
+    # A token's reference log-prob may be anything, but must not depend on where the
+    # token stands.
     return [dataclasses.replace(batch, reference_logp_BT=0.9 * batch.behaviour_logp_BT) for batch in made]
 
 
@@ -91,7 +98,9 @@ def recorded() -> optax.GradientTransformation:
 
 
 def compiled(params, objective: str, mesh: str, microbatches: int, remat: str):
-    """Compile one combination; return `run(pack) -> (losses, gradients, params)` of five updates."""
+    """Compile one combination; return `run(pack) -> (losses, gradients, params)` of
+    five updates.
+    """
     mesh = sharding.make_mesh(**MESHES[mesh])
     model = transformer(ModelConfig(**SHAPE, remat=remat, **REMATS[remat]), mesh)
     descent = optax.chain(recorded(), optimizer.make(STEPS, lr=1e-2, eps=1e-4, weight_decay=0.1, clip_norm=1.0))
@@ -118,7 +127,8 @@ def difference(tree, expected) -> float:
     return max(float(np.abs(x - y).max() / np.abs(y).max()) for x, y in pairs)
 
 
-# Indices of objective, mesh, micro-batches and remat. Each mesh meets both values of the others, and so do they each other.
+# Indices of objective, mesh, micro-batches and remat. Each mesh meets both values of
+# the others, and so do they each other.
 PAIRS = [((k + mesh // 2) % 2, mesh, k, (k + mesh) % 2) for mesh in range(len(MESHES)) for k in range(2)]
 PRODUCT = [(sum(index) % 2, *index) for index in itertools.product(range(len(MESHES)), range(2), range(2))]
 

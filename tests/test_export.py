@@ -1,4 +1,6 @@
-"""Params that were trained before: exported and read again they are the same model; a run begins with those that it is told."""
+"""Params that were trained before: exported and read again they are the same model; a
+run begins with those that it is told.
+"""
 
 import functools
 import json
@@ -30,7 +32,9 @@ LORA = {"rank": 2, "alpha": 6.0, "targets": ("q", "down")}
 
 
 def small(**fields):
-    """The smoke form of `tiny`, one phase of four steps with a checkpoint after every second; nothing is evaluated."""
+    """The smoke form of `tiny`, one phase of four steps with a checkpoint after every
+    second; nothing is evaluated.
+    """
     config = load_config("tiny", "smoke", **{"checkpoint.every_steps": 2} | fields)
     config.phases, config.evaluate.suites = ("prior",), {}
     config.prior.optimizer.lr = 0.02
@@ -168,7 +172,9 @@ def test_adapters_are_merged(adapted, tmp_path):
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    """A Hugging Face folder with a tokenizer, two eos tokens and a chat template, and a run that begins with it."""
+    """A Hugging Face folder with a tokenizer, two eos tokens and a chat template, and a
+    run that begins with it.
+    """
     folder = tmp_path_factory.mktemp("pretrained")
     shape = ModelConfig(text.load(GOLDEN / "chat").vocab_size, 32, 2, 4, 2, 8, 64, tied_embeddings=True)
     params = transformer(shape).init(jax.random.key(0))
@@ -193,7 +199,8 @@ def test_the_text_of_a_pretrained_model_is_exported(pretrained, tmp_path):
     assert_equal(loaded, params)
     assert config == ModelConfig(**vars(model.config) | {"scan_layers": False})
     assert (weights.load(folder)[1]["embed"]["embedding"] != loaded["embed"]["embedding"]).any()
-    # And back: the next run takes its shape and text from the folder that it was made of, its params from the export.
+    # And back: the next run takes its shape and text from the folder that it was made
+    # of, its params from the export.
     config = load_run_config(run)
     config.init_from = str(tmp_path / "out")
     _, begun, said = started(config)
@@ -256,7 +263,9 @@ def test_the_command(run, exported, tmp_path):
 
 
 def test_the_front_door_loads_a_run(run, adapted):
-    """With the text of its config; adapters as they are, or merged where they are said to be none."""
+    """With the text of its config; adapters as they are, or merged where they are said
+    to be none.
+    """
     policy = jaxreason.load(run, max_prompt_tokens=24, max_tokens=4)
     assert_equal(policy.params, saved(run)[1])
     assert len(jaxreason.sample(policy, ["1+1:"], n=2)[0]) == 2
@@ -279,7 +288,9 @@ def test_a_run_begins_with_the_params_that_it_is_told(run, exported, path, step,
 
 
 def test_a_whole_run_begins_there(run, tmp_path):
-    """With a learning rate that moves no float, its first checkpoint is what it began with."""
+    """With a learning rate that moves no float, its first checkpoint is what it began
+    with.
+    """
     config = small(init_from=str(run), **{"prior.steps": 1, "prior.optimizer.warmup_steps": 0})
     config.prior.optimizer.lr = 1e-30
     trained(tmp_path, config)
@@ -421,7 +432,9 @@ def test_every_config_has_the_field():
 
 
 def test_all_read_the_step_that_process_0_found(monkeypatch, run):
-    """A run that goes on may write another checkpoint between two processes' looks at it."""
+    """A run that goes on may write another checkpoint between two processes' looks at
+    it.
+    """
     found = warm_start.find(run)
     monkeypatch.setattr(warm_start.processes, "gather", lambda step: [2, step])
     config = build(small()).model.config

@@ -1,4 +1,6 @@
-"""Fields of a config: all can be set by a command, all are checked, and no run of an earlier version changes in silence."""
+"""Fields of a config: all can be set by a command, all are checked, and no run of an
+earlier version changes in silence.
+"""
 
 import ast
 import copy
@@ -21,7 +23,9 @@ CONFIGS = ("countdown", "gsm8k", "pretrain", "sft", "tiny")
 
 
 def read(name="tiny:smoke", **changes):
-    """The config that `--config=configs/NAME.py:OPTIONS --config.FIELD=VALUE ...` gives, as a dict."""
+    """The config that `--config=configs/NAME.py:OPTIONS --config.FIELD=VALUE ...`
+    gives, as a dict.
+    """
     file, _, arguments = name.partition(":")
     return command.read(f"{ROOT}/configs/{file}.py:{arguments}", {k.replace("__", "."): v for k, v in changes.items()}).to_dict()
 
@@ -80,11 +84,12 @@ def test_a_whole_config_has_every_field_that_no_other_decides_with_its_default(n
 
 
 def test_every_keyword_of_a_section_is_a_field():
-    """The fields are those of the signatures: what the README and the docstrings name."""
+    """The fields are those of the signatures: what the README and the docstrings
+    name.
+    """
     found = {path for path, *_ in leaves(read())}
-    named = (
-        "rl.source.dynamic_sampling rl.source.share_prompts rl.offload_reference rl.optimizer.name rl.objective.weigh log.watts "
-    )
+    named = "rl.source.dynamic_sampling rl.source.rollouts_per_prompt rl.offload_reference rl.optimizer.name log.watts "
+    named += "rl.objective.weigh "
     named += "model.lora model.attention sampler.prompt_rows sampler.cache_dtype text.instruction init_from checkpoint.keep_best "
     named += "evaluate.texts verifier.must_finish prior.source.task.guess sharding.mesh.tensor evaluate.suites.chain.verifier"
     assert set(named.split()) <= found
@@ -154,12 +159,12 @@ def test_a_section_whose_names_are_no_text_is_one_line(text):
 
 
 def test_names_on_the_command_line_bring_their_own_fields():
-    tree = read(rl__objective__clip="0.3", rl__objective__name="grpo", verifier="{'name': 'math'}", verifier__timeout_s="9")
-    assert tree["rl"]["objective"]["clip"] == 0.3
+    tree = read(rl__objective__clip_low="0.3", rl__objective__name="grpo", verifier="{'name': 'math'}", verifier__timeout_s="9")
+    assert tree["rl"]["objective"]["clip_low"] == 0.3
     assert tree["verifier"]["timeout_s"] == 9.0
-    assert read(rl__objective__name="dapo")["rl"]["objective"]["hi"] == 0.28
-    with pytest.raises(ValueError, match=r"unknown field of config.rl.objective 'clip'"):
-        read(rl__objective__clip="0.3")
+    assert read(rl__objective__name="dapo")["rl"]["objective"]["clip_high"] == 0.28
+    with pytest.raises(ValueError, match=r"unknown field of config.rl.objective 'clip_low'"):
+        read(rl__objective__clip_low="0.3")
     # A field that the file set for the old name is the user's, and refused.
     with pytest.raises(ValueError, match=r"unknown field of verifier 'number' 'marker'"):
         build.build(ConfigDict(read(verifier__name="number")))
@@ -185,7 +190,10 @@ def test_an_optimizer_is_swept_by_its_name_alone_and_what_it_does_not_read_is_sa
         ({"rl.optimizer.name": "sgd", "rl.optimizer.b1": "0.8"}, "b1 got 0.8, but sgd does not read it; .*b1=0.9"),
         ({"rl.optimizer.name": "adafactor", "rl.optimizer.eps": "1e-6"}, "eps got 1e-06, but adafactor .*; else --config.rl.opt"),
         ({"rl.optimizer.muon_scale": "width"}, "muon_scale got 'width', but adamw does not read it; allowed with: muon"),
-        ({"rl.optimizer.schedule_kind": "constant", "rl.optimizer.final_share": "0.2"}, "a constant schedule does not read it"),
+        (
+            {"rl.optimizer.schedule_kind": "constant", "rl.optimizer.final_fraction": "0.2"},
+            "a constant schedule does not read it",
+        ),
     ],
 )
 def test_a_field_of_the_command_that_the_optimizer_does_not_read_is_refused(changes, message):
@@ -251,7 +259,9 @@ def quick_build(monkeypatch):
 
 
 def refused(build, tree):
-    """What is said against a config; nothing if it is built. Any other error is the test's."""
+    """What is said against a config; nothing if it is built. Any other error is the
+    test's.
+    """
     try:
         build(tree)
     except (ValueError, FileNotFoundError) as error:
@@ -293,7 +303,9 @@ def test_zero_steps_are_an_evaluation(tmp_path):
 
 
 def folder(tmp_path, **changes):
-    """A run's folder with the config.json that the version before wrote: what the file has, and no more."""
+    """A run's folder with the config.json that the version before wrote: what the file
+    has, and no more.
+    """
     (tmp_path / "checkpoints" / "40").mkdir(parents=True)
     (tmp_path / "config.json").write_text(config_text(load_config("tiny", "smoke", **changes)))
     return tmp_path
@@ -340,7 +352,9 @@ def test_a_field_that_is_gone_or_renamed_is_refused_by_name(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("version", [0, 1])
 def test_a_default_that_has_changed_since_is_no_silent_change(tmp_path, version):
-    """rloo of version 0 averaged over each attempt's tokens: such a run continues with the old meaning or is refused."""
+    """rloo of version 0 averaged over each attempt's tokens: such a run continues with
+    the old meaning or is refused.
+    """
     there = build.complete(load_config("tiny", "smoke").to_dict())
     there["rl"]["objective"] = {"name": "rloo"} if version == 0 else {**there["rl"]["objective"], "weigh": None}
     there = {key: value for key, value in there.items() if version or key != "version"}

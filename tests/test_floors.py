@@ -1,4 +1,6 @@
-"""The house stands: imports go down a floor or along it, never up or in a circle; heavy or rare ones stay where they belong."""
+"""The house stands: imports go down a floor or along it, never up or in a circle; heavy
+or rare ones stay where they belong.
+"""
 
 import ast
 import re
@@ -11,7 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# A folder is one thing here. A new module gets its floor in this table (and in the tree of the README).
+# A folder is one thing here. A new module gets its floor in this table (and in the tree
+# of the README).
 FLOORS = (
     "types options options.fields runtime",
     "runtime.workdir runtime.files runtime.terminal runtime.log runtime.hub runtime.processes runtime.compiling runtime.memory",
@@ -37,7 +40,9 @@ MODULES = {module(path): path for path in FILES}
 
 
 def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
-    """Full names of what a file imports, inside functions too; the module, where a name is imported from one of ours."""
+    """Full names of what a file imports, inside functions too; the module, where a name
+    is imported from one of ours.
+    """
     tree = ast.parse(path.read_text())
     found = set()
     for node in tree.body if top_level_only else ast.walk(tree):
@@ -52,7 +57,9 @@ def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
 
 
 def room(name: str) -> str:
-    """jaxreason.model.layers -> model. The files of runtime/ and options/ are on floors of their own."""
+    """jaxreason.model.layers -> model. The files of runtime/ and options/ are on floors
+    of their own.
+    """
     parts = name.split(".")[1:]
     return ".".join(parts[:2]) if parts[0] in ("runtime", "options") else parts[0]
 

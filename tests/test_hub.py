@@ -1,4 +1,6 @@
-"""The hub: what is fetched, kept, checked and said, by the real client and a stand-in server on this machine."""
+"""The hub: what is fetched, kept, checked and said, by the real client and a stand-in
+server on this machine.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def as_gsm8k(rows) -> list[dict]:
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory):
-    """Folders that the stand-in serves: a model with more than is needed, in one file and in shards, and small data sets."""
+    """Folders that the stand-in serves: a model with more than is needed, in one file
+    and in shards, and small data sets.
+    """
     import jax
 
     from jaxreason import text
@@ -74,7 +78,9 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def served(root, tmp_path, monkeypatch):
-    """The stand-in, to which this process's client is turned, with an empty cache and nobody logged in; nothing is waited for."""
+    """The stand-in, to which this process's client is turned, with an empty cache and
+    nobody logged in; nothing is waited for.
+    """
     constants = huggingface_hub.constants
     server = Hub(repositories_in(root))
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
@@ -106,7 +112,9 @@ def refuse(ending: str, status: int, times: int = 10**6, **headers):
 
 
 def damage(ending: str, change, times: int = 10**6, status: int | None = None):
-    """A fault: the content of what ends so is changed, so many times; with status 206 its new length is promised."""
+    """A fault: the content of what ends so is changed, so many times; with status 206
+    its new length is promised.
+    """
     left = [times]
 
     def fault(method, path, asked):
@@ -384,7 +392,9 @@ def test_a_damaged_branch_of_the_cache_is_named_and_written_anew(served, capsys,
 
 
 def test_gsm8k_of_the_hub_is_that_of_the_prepared_folder(served, root, tmp_path, monkeypatch, capsys):
-    """TensorFlow Datasets orders rows by its own hash; the oracle here is its own hasher."""
+    """TensorFlow Datasets orders rows by its own hash; the oracle here is its own
+    hasher.
+    """
     from tensorflow_datasets.core.hashing import Hasher
 
     prepared = {}
@@ -660,7 +670,9 @@ def test_each_short_name_is_tried():
 
 @pytest.fixture
 def command(root, tmp_path):
-    """`command(*options, **environment) -> Popen` of a run from an empty home, with a stand-in that a test may change."""
+    """`command(*options, **environment) -> Popen` of a run from an empty home, with a
+    stand-in that a test may change.
+    """
     server = Hub(repositories_in(root))
     started = []
 
@@ -704,7 +716,9 @@ def test_from_an_empty_home_one_command_reaches_the_first_step_and_ends(command,
 
 
 def test_a_run_continues_at_the_commits_it_was_begun_with(served, root, tmp_path, monkeypatch):
-    """The hub's branch has moved, and the cache is another: the run reads what it was begun with, unless told otherwise."""
+    """The hub's branch has moved, and the cache is another: the run reads what it was
+    begun with, unless told otherwise.
+    """
     config = load_config("gsm8k", "model=org/tiny,smoke", **{"sharding.mesh.data": 1})
     begun = build(config, say=lambda line: None).provenance["revisions"]
     assert set(begun) == {"org/tiny", "datasets/openai/gsm8k"}

@@ -1,4 +1,6 @@
-"""Ctrl-C: one ends a run after its step, saved; another ends it at once, whatever it is busy with. One line, no traceback."""
+"""Ctrl-C: one ends a run after its step, saved; another ends it at once, whatever it is
+busy with. One line, no traceback.
+"""
 
 import os
 import re

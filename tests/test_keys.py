@@ -1,4 +1,6 @@
-"""Keys that no answer could equal are found before the run, and numbers of a config that can't be are refused in one line."""
+"""Keys that no answer could equal are found before the run, and numbers of a config
+that can't be are refused in one line.
+"""
 
 import math
 

@@ -1,4 +1,6 @@
-"""The train step: log-probs by hand, and that its loss and gradient do not depend on how a batch is cut, placed or padded."""
+"""The train step: log-probs by hand, and that its loss and gradient do not depend on
+how a batch is cut, placed or padded.
+"""
 
 import dataclasses
 import functools
@@ -76,7 +78,8 @@ def test_ratio_is_one_on_policy_at_temperature_0_7(tiny):
     mean = {name: total / count for name, (total, count) in metrics.items()}
     np.testing.assert_allclose(mean["ratio"], 1, atol=1e-5)
     np.testing.assert_allclose([mean["behaviour_gap"], mean["behaviour_kl"], mean["clip_fraction"]], 0, atol=1e-5)
-    # ... and would not be, if the learner took log-probs at another temperature than the sampler.
+    # ... and would not be, if the learner took log-probs at another temperature than
+    # the sampler.
     warm = dataclasses.replace(batch, temperature_BT=np.ones((B, T), np.float32))
     gap, count = loss_and_gradient(model, params, warm, make("grpo"))[1]["behaviour_gap"]
     assert gap / count > 0.05
@@ -137,7 +140,7 @@ def test_chunks_put_every_result_where_it_belongs_and_leave_out_what_nobody_want
         return model.unembed(params, hidden)
 
     cut, uncut = logp_.chunks(jnp.asarray(wanted_BT), count)
-    found = logp_.scores(unembed, False, *map(cut, (wanted_BT, hidden_BTD, target_BT, temperature_BT)))
+    found = logp_.logp_and_entropy(unembed, False, *map(cut, (wanted_BT, hidden_BTD, target_BT, temperature_BT)))
     found_logp, entropy = (np.where(wanted_BT, uncut(x), 0) for x in found)
     jax.effects_barrier()
     logp_BTV = jax.nn.log_softmax(model.unembed(params, hidden_BTD) / temperature_BT[..., None])
@@ -156,7 +159,9 @@ def test_chunks_put_every_result_where_it_belongs_and_leave_out_what_nobody_want
 
 @pytest.fixture(scope="module")
 def train(tiny):
-    """`train(microbatches, axes) -> (loss by step, metrics of the last, params)`, of three steps."""
+    """`train(microbatches, axes) -> (loss by step, metrics of the last, params)`, of
+    three steps.
+    """
     model, params = tiny(layers=1)  # six programs are compiled here
     optimizer = optax.sgd(0.1, momentum=0.9)  # unlike Adam, it feels the scale of a gradient
 
@@ -212,7 +217,8 @@ def test_remat_computes_again_what_it_says(tiny):
         gradient = jax.grad(functools.partial(learner.loss, model=model, objective=make("grpo")), has_aux=True)
         return products(jax.make_jaxpr(gradient)(params, random_batch()).jaxpr)
 
-    # Forward, each of the 2 layers has 7 projections and 2 products of attention; "dots" keeps the first.
+    # Forward, each of the 2 layers has 7 projections and 2 products of attention;
+    # "dots" keeps the first.
     none, dots, full = map(gradient_products, ("none", "dots", "full"))
     assert none < dots < full, (none, dots, full)
 
@@ -242,7 +248,9 @@ def test_what_stands_in_padding_changes_nothing(tiny):
 
 
 def test_prompts_are_read_but_not_trained_on(tiny):
-    """What the sampler knows of a prompt token never enters the loss; the token itself does, as context."""
+    """What the sampler knows of a prompt token never enters the loss; the token itself
+    does, as context.
+    """
     model, params = tiny()
     batch, objective = random_batch(), make("grpo")
     prompt_BT = (batch.segment_BT == 1) & (batch.weight_BT == 0)
@@ -326,13 +334,17 @@ def packing(tiny):
 
 @pytest.mark.parametrize(("microbatches", "axes"), [(1, None), (4, None), (2, (2, 4))])
 def test_packing_changes_nothing(packing, microbatches, axes):
-    """The same update, metrics included, from rollouts that share rows as from one a row; empty micro-batches are left out."""
+    """The same update, metrics included, from rollouts that share rows as from one a
+    row; empty micro-batches are left out.
+    """
     assert_trees_close(packing(microbatches, axes, True), packing(1, None, False))
 
 
 @pytest.fixture(scope="module")
 def shared_prompts(tiny):
-    """`shared_prompts(share, pack, microbatches, axes, layers) -> (metrics, params)` of one update."""
+    """`shared_prompts(share, pack, microbatches, axes, layers) -> (metrics, params)` of
+    one update.
+    """
     objective, optimizer = make("grpo", kl_coefficient=0.1, entropy_coefficient=0.01), optax.sgd(0.1)
     rollouts = ragged_rollouts(16)
     rollouts = [dataclasses.replace(r, prompt=rollouts[i // 4 * 4].prompt) for i, r in enumerate(rollouts)]
@@ -347,7 +359,7 @@ def shared_prompts(tiny):
             state, put = jax.device_put(state, placed), functools.partial(sharding.put_rows, mesh=mesh)
         longest = max(len(r.prompt) for r in rollouts) + share * (max(len(r.tokens) for r in rollouts) + 1) - 1
         how = {"buckets": (longest,), "limit": T, "pack": pack, "microbatches": microbatches}
-        batch = batching.from_groups(grouped(rollouts, 4), objective, **how, share=share)
+        batch = batching.from_groups(grouped(rollouts, 4), objective, **how, rollouts_per_prompt=share)
         assert len(batch.tokens_BT) == 16 // share
         reference = logp_.compile_token_logp(model, microbatches)(params, put(batch))
         batch = dataclasses.replace(put(batch), reference_logp_BT=0.9 * reference)
@@ -363,14 +375,18 @@ def shared_prompts(tiny):
     [(4, False, 1, None, 1), (2, False, 4, None, 1), (2, True, 2, None, 2), (4, True, 1, None, 1), (2, False, 1, (2, 2), 1)],
 )
 def test_attempts_behind_one_prompt_change_nothing(shared_prompts, share, pack, microbatches, axes, layers):
-    """The same update, metrics included, as with a copy of the prompt before each attempt."""
+    """The same update, metrics included, as with a copy of the prompt before each
+    attempt.
+    """
     expected = shared_prompts(1, False, 1, None, layers)
     assert not expected[0]["skipped"][0]
     assert_trees_close(shared_prompts(share, pack, microbatches, axes, layers), expected)
 
 
 def test_empty_microbatches_cost_nothing(tiny):
-    """What stands in rows of micro-batches after the last that trains anything is never read: not even NaN."""
+    """What stands in rows of micro-batches after the last that trains anything is never
+    read: not even NaN.
+    """
     model, params = tiny(layers=1)
     batch = random_batch()
     batch.weight_BT[np.arange(B) % 4 >= 2] = 0
@@ -519,7 +535,9 @@ def test_an_update_that_is_not_finite_in_one_array_leaves_all_arrays(tiny):
 
 
 def test_updates_take_the_place_of_gradients(tiny):
-    """Beside the state a step has one array per param, whatever it computes: gradients, then updates."""
+    """Beside the state a step has one array per param, whatever it computes: gradients,
+    then updates.
+    """
     model, params = tiny(layers=1, width=512, vocab_size=512, feed_forward=512)
     optimizer = optax.adamw(1e-2)
     step = learner.compile_train_step(model, make("grpo"), optimizer)
@@ -566,7 +584,9 @@ def test_reference_costs_nothing_when_off(tiny):
 
 
 def test_reference_pulls_towards_itself(tiny):
-    """With the policy as its own reference the KL and its gradient are zero; with another one they are not."""
+    """With the policy as its own reference the KL and its gradient are zero; with
+    another one they are not.
+    """
     model, params = tiny(layers=1)
     batch = random_batch()
     batch.advantage_BT[:] = 0

@@ -1,4 +1,6 @@
-"""The same train step learns by imitation and by reward, from random weights, in seconds."""
+"""The same train step learns by imitation and by reward, from random weights, in
+seconds.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import pytest
 from jaxreason import learner, objectives, optimizer, sources
 from jaxreason.environment import single_turn
 from jaxreason.logp import compile_token_logp
-from jaxreason.rollout import Roller
+from jaxreason.rollout import Completer
 from jaxreason.sampler import compile_sampler
 from jaxreason.types import Prompted, Task, TrainState, Verdict
 
@@ -29,8 +31,8 @@ def train(model, params, source, objective, steps, lr=1e-2):
 
 
 @pytest.fixture(scope="module")
-def roller(tiny):
-    return Roller(
+def completer(tiny):
+    return Completer(
         sampler=compile_sampler(tiny(layers=1)[0], slots=64, length=8, eos_ids=(EOS_ID,), chunk_tokens=4),
         encode=lambda text: [],
         decode=lambda ids: " ".join(map(str, ids)),
@@ -42,8 +44,10 @@ def roller(tiny):
 
 
 @pytest.mark.parametrize("name", ["reinforce", "rloo", "grpo", "dr_grpo", "dapo", "expert_iteration"])
-def test_every_objective_finds_what_is_paid_for(tiny, roller, name):
-    """One word of sixteen earns 1 as the first token. Chance is 1/16; each objective must find it nearly always."""
+def test_every_objective_finds_what_is_paid_for(tiny, completer, name):
+    """One word of sixteen earns 1 as the first token. Chance is 1/16; each objective
+    must find it nearly always.
+    """
     model, params = tiny(layers=1)
 
     def verify(text, task):
@@ -55,7 +59,7 @@ def test_every_objective_finds_what_is_paid_for(tiny, roller, name):
     source = sources.rollouts(
         [Prompted(task, [1, 3 + int(task.question)]) for task in tasks],
         single_turn(verify),
-        roller,
+        completer,
         objective,
         problems=8,
         group=16,
@@ -69,7 +73,9 @@ def test_every_objective_finds_what_is_paid_for(tiny, roller, name):
 
 
 def test_next_token_prediction_reaches_the_bigram_count_model(tiny):
-    """On text from a Markov chain the unigram model of counts is far from the bigram one, and no model is below the latter."""
+    """On text from a Markov chain the unigram model of counts is far from the bigram
+    one, and no model is below the latter.
+    """
     V, rng = 12, np.random.default_rng(0)
     chain = rng.dirichlet(np.full(V, 0.15), size=V)
     stream = [0]

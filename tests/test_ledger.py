@@ -1,4 +1,6 @@
-"""The ledger: tokens and FLOPs against counts by hand, sums that only grow, what a run of all kinds of work enters."""
+"""The ledger: tokens and FLOPs against counts by hand, sums that only grow, what a run
+of all kinds of work enters.
+"""
 
 import dataclasses
 import json
@@ -34,14 +36,17 @@ def rollout(problem, prompt, tokens, forced=0, temperature=1.0):
 
 
 def by_hand(config, positions, logits) -> float:
-    """FLOPs of one token after the other: each is read at its position, and attends to what stands before it and to itself."""
+    """FLOPs of one token after the other: each is read at its position, and attends to
+    what stands before it and to itself.
+    """
     each = 2 * config.layers * layer_weights(config)
     attention = [4 * config.layers * config.heads * config.head_size * (position + 1) for position in positions]
     return sum(each + a for a in attention) + 2 * config.width * config.vocab_size * logits
 
 
 def test_sampling_reads_each_prompt_once():
-    # Two attempts at a problem, one at another that has as long a prompt, and the first problem at another temperature.
+    # Two attempts at a problem, one at another that has as long a prompt, and the first
+    # problem at another temperature.
     rollouts = [rollout(7, 5, 3), rollout(7, 5, 6, forced=2), rollout(8, 5, 1), rollout(7, 5, 2, temperature=0.0)]
     work = ledger.sampling(CONFIG, rollouts)
     assert work["tokens"] == 3 + 4 + 1 + 2
@@ -62,7 +67,8 @@ def test_learning_is_three_times_forward_however_rows_are_packed(pack):
     beside = ledger.learning(CONFIG, batch, updates=2, reference=True)
     assert beside["flops"] == pytest.approx(7 * forward, rel=1e-12)
     assert ledger.reading(CONFIG, [batch, batch]) == pytest.approx(2 * forward, rel=1e-12)
-    # A frozen base has no gradient of its own weights; adapters of rank 2 on q read the width and write the heads.
+    # A frozen base has no gradient of its own weights; adapters of rank 2 on q read the
+    # width and write the heads.
     lora = dataclasses.replace(CONFIG, lora=Lora(rank=2, targets=("q",)))
     adapters = 2 * CONFIG.layers * 2 * (CONFIG.width + CONFIG.heads * CONFIG.head_size) * 15
     work = ledger.learning(lora, batch, updates=1, reference=False)
@@ -71,9 +77,10 @@ def test_learning_is_three_times_forward_however_rows_are_packed(pack):
 
 def test_learning_reads_a_shared_prompt_once():
     rollouts = [rollout(7, 5, 3), rollout(7, 5, 4, forced=2), rollout(8, 1, 2), rollout(8, 1, 1)]
-    how = {"buckets": (14,), "limit": 4, "share": 2, "pack": True}
+    how = {"buckets": (14,), "limit": 4, "rollouts_per_prompt": 2, "pack": True}
     batch = batching.from_groups(grouped(rollouts, 2), objectives.reinforce_batch(), **how)
-    # Each later attempt reads the prompt's last token again, at its position, and its own.
+    # Each later attempt reads the prompt's last token again, at its position, and its
+    # own.
     positions = [*range(8), *range(4, 9), *range(3), *range(2)]
     trained = int((batch.weight_BT != 0).sum())
     work = ledger.learning(CONFIG, batch, updates=1, reference=False)

@@ -14,7 +14,9 @@ METRIC = "eval/chain/greedy/accuracy"
 
 
 def write_run(folder, values, phases=("prior", "rl")):
-    """A run with evaluations at steps 0, 10, 20, ...: the first two before the last of the phases."""
+    """A run with evaluations at steps 0, 10, 20, ...: the first two before the last of
+    the phases.
+    """
     folder.mkdir(parents=True)
     lines = [{"step": 10 * i, "phase": phases[i > 1], METRIC: value} for i, value in enumerate(values)]
     lines.insert(1, {"step": 5, "phase": phases[0], "train/loss": 1.0})

@@ -1,4 +1,6 @@
-"""Adapters: the start is the base, they alone are trained, merging changes no number, and a whole run goes on from its folder."""
+"""Adapters: the start is the base, they alone are trained, merging changes no number,
+and a whole run goes on from its folder.
+"""
 
 import functools
 

@@ -1,4 +1,6 @@
-"""The door: bad input is one clear line before anything is compiled, help is quick, and the real command runs and resumes."""
+"""The door: bad input is one clear line before anything is compiled, help is quick, and
+the real command runs and resumes.
+"""
 
 import json
 import subprocess
@@ -69,8 +71,8 @@ def changed(changes):
         ({"rl.source.dynamic_sampling": 0}, r"source.dynamic_sampling got 0; allowed: 1 \(off\), or more for an objective"),
         ({"log.watts": -1.0}, r"config.log.watts got -1.0; allowed: None, or what a device takes at work, above 0"),
         ({"rl.source.problems": 3}, r"24 rows a batch, which do not divide over 8 devices x 2 micro-batches"),
-        ({"rl.source.share_prompts": 3}, r"source.share_prompts got 3; allowed: a divisor of group=8, or None"),
-        ({"rl.source.share_prompts": 4}, r"8 rows a batch, which do not divide over 8 devices x 2 micro-batches"),
+        ({"rl.source.rollouts_per_prompt": 3}, r"source.rollouts_per_prompt got 3; allowed: a divisor of group=8, or None"),
+        ({"rl.source.rollouts_per_prompt": 4}, r"8 rows a batch, which do not divide over 8 devices x 2 micro-batches"),
         ({"rl.source.temperature": 0.0}, r"source.temperature got 0.0; allowed: finite, above 0"),
         ({"rl.source.reward": "rnd"}, r"unknown reward 'rnd'"),
         ({"rl.source.max_tokens": 1000}, r"source.max_tokens got 1000; allowed: 1 to sampler.max_tokens=32"),

@@ -14,7 +14,7 @@ from nasty import NASTY
 
 from jaxreason.types import Task
 from jaxreason.verify import make, pool
-from jaxreason.verify.math import both_ways, compare, last_boxes, tidy
+from jaxreason.verify.expression import both_ways, compare, last_boxes, tidy
 
 
 def one(answer, **data):
@@ -182,7 +182,9 @@ def test_reading_is_bounded_whatever_the_text():
 
 
 def test_a_child_has_its_cpu_time_however_long_it_waits_for_it():
-    """Stopped, as by other work: 20 times its limit passes. A limit of wall time calls that a wrong answer."""
+    """Stopped, as by other work: 20 times its limit passes. A limit of wall time calls
+    that a wrong answer.
+    """
     children = pool.Pool("match", processes=1, timeout_s=0.05)
     assert children.ask("a", "cat") is True
     child = children._children.queue[0]

@@ -34,7 +34,9 @@ def lines(path):
 
 
 def on_paper(terminal=False, encoding="utf-8", width=200):
-    """A console that writes to bytes, as a file or a terminal of that encoding would."""
+    """A console that writes to bytes, as a file or a terminal of that encoding
+    would.
+    """
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding=encoding, newline="\n")
     console = Console(file=file, force_terminal=terminal, width=width, highlight=False, legacy_windows=False)
@@ -59,7 +61,8 @@ ROLLOUT = Rollout(
     verdict=Verdict(1.0, True, "2", "equal"),
     temperature=0.7,
 )
-# Markup, ANSI, carriage return, bell, bidirectional override, zero width, lone surrogate, C1 control sequence introducer.
+# Markup, ANSI, carriage return, bell, bidirectional override, zero width, lone
+# surrogate, C1 control sequence introducer.
 NASTY = "[red]x[/red] [/] \x1b[2J \r \x07 \u202e \u200b \ud800 \x9b31m"
 
 
@@ -106,7 +109,9 @@ def test_tensorboard_has_the_values_without_tensorflow(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full")
 def test_a_full_disk_ends_tensorboard_and_not_the_run(tmp_path):
-    """More lines than any queue holds, since a writer that nobody reads from would wait for ever."""
+    """More lines than any queue holds, since a writer that nobody reads from would wait
+    for ever.
+    """
     said = []
     with run_log.open_log(tmp_path, total_steps=40, live=False) as log:
         log.say = said.append

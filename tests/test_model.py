@@ -1,4 +1,6 @@
-"""The transformer: initialisation, gradients, and that its ways of computing agree: scan, decode layout, cache, dtypes."""
+"""The transformer: initialisation, gradients, and that its ways of computing agree:
+scan, decode layout, cache, dtypes.
+"""
 
 import functools
 
@@ -35,7 +37,9 @@ def forward(model, params, tokens_BT=TOKENS_BT, position_BT=POSITION_BT, segment
 
 
 def lively(params):
-    """Params whose biases and norms differ from 0 and 1, so that none can be left out unseen."""
+    """Params whose biases and norms differ from 0 and 1, so that none can be left out
+    unseen.
+    """
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), params)
 
@@ -155,7 +159,9 @@ def test_scan_is_the_unrolled_loop(tiny, variant):
 
 
 def test_decode_layout_of_large_kernels_is_only_a_layout(tiny):
-    """Kernels that are not turned, and one whose rows, of whole pages, get columns more."""
+    """Kernels that are not turned, and one whose rows, of whole pages, get columns
+    more.
+    """
     wide = {"width": 256, "heads": 16, "kv_heads": 16, "head_size": 16, "feed_forward": 512, "tied_embeddings": False}
     model, params = tiny(layers=1, scan_layers=False, **wide)
     layout = model.decode_layout(params)
@@ -173,7 +179,9 @@ def test_decode_layout_is_only_a_layout(tiny, scan_layers):
 
 
 def decode(model, params, *, prompts, length, filler=0, stale=None, cache_dtype=None, stacked=False):
-    """Prefill prompts of unlike lengths, padded on the right, then feed one token a row and step; log-probs and cache."""
+    """Prefill prompts of unlike lengths, padded on the right, then feed one token a row
+    and step; log-probs and cache.
+    """
     cache = model.init_cache(B, length, cache_dtype, stacked)
     if stale is not None:
         cache = jax.tree.map(lambda x: jnp.full_like(x, stale), cache)
@@ -248,7 +256,8 @@ def test_bfloat16_compute_stays_near_float32(tiny):
     assert hidden_BTD.dtype == jnp.bfloat16
     assert half.unembed(params, hidden_BTD).dtype == jnp.float32
     error = np.abs(forward(half, params) - forward(model, params))
-    # Log-probs in nats, logits of size 1, two layers. Measured: 0.047 at most, 0.008 on average; other seeds to 0.11.
+    # Log-probs in nats, logits of size 1, two layers. Measured: 0.047 at most, 0.008 on
+    # average; other seeds to 0.11.
     assert 0 < error.max() < 0.1
     assert error.mean() < 0.015
 

@@ -1,4 +1,6 @@
-"""Files of a checkpoint that say something else than a model's: each is read rightly or refused in a line that names the file."""
+"""Files of a checkpoint that say something else than a model's: each is read rightly or
+refused in a line that names the file.
+"""
 
 import json
 import shutil
@@ -44,7 +46,9 @@ def change(path: Path, **entries) -> None:
 
 
 def spoil(folder: Path, **tensors) -> None:
-    """Replace tensors of a checkpoint; names with underscores for dots, as `model.norm.weight` cannot be a keyword."""
+    """Replace tensors of a checkpoint; names with underscores for dots, as
+    `model.norm.weight` cannot be a keyword.
+    """
     there = load_file(folder / "model.safetensors")
     save_file(there | tensors, folder / "model.safetensors")
 
@@ -78,7 +82,9 @@ def test_a_default_kind_beside_rope_scaling_drops_nothing():
 
 
 def test_the_original_context_beside_rope_parameters_is_read():
-    """Before what is in them, as transformers has it; without either it is the whole context."""
+    """Before what is in them, as transformers has it; without either it is the whole
+    context.
+    """
     yarn = {"rope_type": "yarn", "factor": 4.0}
     for parameters in (yarn, LLAMA3):
         for place in ("rope_parameters", "rope_scaling"):
@@ -88,7 +94,8 @@ def test_the_original_context_beside_rope_parameters_is_read():
             assert rope(**{place: parameters})[1].original_max_position == 64
     there = yarn | {"original_max_position_embeddings": 32}
     assert rope(rope_parameters=there, original_max_position_embeddings=16)[1].original_max_position == 16
-    # By hand, for frequencies 1, 1e-2: 16 / 2 pi = 2.5 rotations and a fortieth; below 1 is divided, above 4 kept.
+    # By hand, for frequencies 1, 1e-2: 16 / 2 pi = 2.5 rotations and a fortieth; below
+    # 1 is divided, above 4 kept.
     frequency, _ = rope_frequencies(from_hf(LLAMA | {"rope_parameters": LLAMA3, "original_max_position_embeddings": 16}))
     keep = (16 / (2 * np.pi) - 1) / 3
     np.testing.assert_allclose(frequency, [keep + (1 - keep) / 8, 0.01 / 8], rtol=1e-6)
@@ -354,7 +361,9 @@ def test_weights_that_overflow_are_named(folder):
 
 
 def test_a_tied_head_that_differs_is_refused(folder):
-    """It was dropped in silence. One that is equal is what some versions of transformers wrote."""
+    """It was dropped in silence. One that is equal is what some versions of
+    transformers wrote.
+    """
     embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     before = weights.load(folder)[0]
     spoil(folder, **{"lm_head.weight": embedding})

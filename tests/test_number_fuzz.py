@@ -1,4 +1,6 @@
-"""Generated answers: forms, values and noise, whose value is known because it was written first."""
+"""Generated answers: forms, values and noise, whose value is known because it was
+written first.
+"""
 
 from __future__ import annotations
 
@@ -114,7 +116,9 @@ def value_and_form(rng: random.Random, latex: bool) -> tuple[Fraction, str]:
 
 
 def answer(rng: random.Random) -> tuple[Fraction | None, str]:
-    """Draw a text and the number that it gives as its answer; None where that is not one number."""
+    """Draw a text and the number that it gives as its answer; None where that is not
+    one number.
+    """
     n, m = rng.randint(1, 50), rng.randint(1, 50)
     fill = {"n": n, "m": m, "k": n + m}
     lead, place, other = rng.choice(LEAD).format(**fill), rng.choice(["box", "line", "says", "plain"]), rng.randint(2, 99)
@@ -143,7 +147,9 @@ def answer(rng: random.Random) -> tuple[Fraction | None, str]:
 
 
 def measure(count: int, seed: int) -> tuple[float, float]:
-    """Judge generated texts by their own number, by another and by its negative; return both false rates."""
+    """Judge generated texts by their own number, by another and by its negative; return
+    both false rates.
+    """
     rng, verify = random.Random(seed), make("number")
     texts = [answer(rng) for _ in range(count)]
     missed, paid, answered = [], [], 0

@@ -1,4 +1,6 @@
-"""Advantages, weightings and token losses: numbers worked out by hand, slow loops, exact enumeration, and rlax."""
+"""Advantages, weightings and token losses: numbers worked out by hand, slow loops,
+exact enumeration, and rlax.
+"""
 
 import inspect
 import itertools
@@ -43,7 +45,7 @@ def tokens(logp, advantage=0.0, behaviour=0.0, reference=None, entropy=0.0):
         ("centre_group", [[0.5, -0.5, -0.5, 0.5], [-0.25, -0.25, -0.25, 0.75], [0] * 4]),
         ("leave_one_out", [[2 / 3, -2 / 3, -2 / 3, 2 / 3], [-1 / 3, -1 / 3, -1 / 3, 1], [0] * 4]),
         ("zscore_group", [[1, -1, -1, 1], [-1 / ROOT3, -1 / ROOT3, -1 / ROOT3, ROOT3], [0] * 4]),
-        ("keep_correct", REWARD_PG),
+        ("keep_positive", REWARD_PG),
     ],
 )
 def test_advantage_by_hand(name, expected_PG):
@@ -61,7 +63,7 @@ SLOW = {
         (reward_PG[p][g] - sum(reward_PG[p]) / len(reward_PG[p]))
         / (sum((r - sum(reward_PG[p]) / len(reward_PG[p])) ** 2 for r in reward_PG[p]) / len(reward_PG[p])) ** 0.5
     ),
-    "keep_correct": lambda reward_PG, p, g: float(reward_PG[p][g] > 0),
+    "keep_positive": lambda reward_PG, p, g: float(reward_PG[p][g] > 0),
 }
 
 
@@ -89,7 +91,7 @@ def test_groups_do_not_see_each_other(baseline):
 
 
 def test_keep_correct_drops_zero_and_negative_rewards():
-    assert objectives.keep_correct(np.array([[-1.0, 0.0, 0.1, 2.0]])).tolist() == [[0, 0, 1, 1]]
+    assert objectives.keep_positive(np.array([[-1.0, 0.0, 0.1, 2.0]])).tolist() == [[0, 0, 1, 1]]
 
 
 # --- weightings ---
@@ -102,7 +104,7 @@ def test_keep_correct_drops_zero_and_negative_rewards():
         ("per_sequence", [1 / 6, 1 / 3, 1 / 15]),
         ("per_token", [1 / 8] * 3),
         ("per_kept_token", [1 / 7, 0, 1 / 7]),
-        ("per_slot", [1 / 30] * 3),
+        ("per_max_length", [1 / 30] * 3),
     ],
 )
 def test_weighting_by_hand(name, expected_R):
@@ -114,7 +116,7 @@ def test_weighting_by_hand(name, expected_R):
 def test_weights_add_up_to_one(name):
     rng = np.random.default_rng(0)
     length_R, advantage_R = rng.integers(1, 9, 6), np.array([0.0, 1, 1, 0, -1, 1])
-    if name == "per_slot":
+    if name == "per_max_length":
         length_R[:] = 9  # a constant denominator: one only for rollouts of full length
     if name == "token_sum":
         length_R[:] = 1  # a sum, not a mean: one only for rollouts of one token
@@ -239,7 +241,9 @@ def half_square(theta):
 
 
 def expectation(estimator):
-    """What an on-policy batch without end would give: the symbols' own probabilities are data, not differentiated."""
+    """What an on-policy batch without end would give: the symbols' own probabilities
+    are data, not differentiated.
+    """
 
     def value(theta):
         logp = jax.nn.log_softmax(theta)
@@ -311,9 +315,9 @@ def test_with_entropy_rewards_entropy():
         ("reinforce", "centre_batch", "token_sum"),
         ("rloo", "leave_one_out", "token_sum"),
         ("grpo", "zscore_group", "per_sequence"),
-        ("dr_grpo", "centre_group", "per_slot"),
+        ("dr_grpo", "centre_group", "per_max_length"),
         ("dapo", "zscore_group", "per_token"),
-        ("expert_iteration", "keep_correct", "per_kept_token"),
+        ("expert_iteration", "keep_positive", "per_kept_token"),
     ],
 )
 def test_named_algorithm(name, advantage, weigh):
@@ -327,10 +331,10 @@ def test_named_algorithm(name, advantage, weigh):
     ("name", "fields", "up", "down"),
     [
         ("grpo", {}, 1.2, 0.8),
-        ("grpo", {"clip": 0.1}, 1.1, 0.9),
-        ("dr_grpo", {"clip": 0.3}, 1.3, 0.7),
+        ("grpo", {"clip_low": 0.1, "clip_high": 0.1}, 1.1, 0.9),
+        ("dr_grpo", {"clip_low": 0.3, "clip_high": 0.3}, 1.3, 0.7),
         ("dapo", {}, 1.28, 0.8),
-        ("dapo", {"lo": 0.1, "hi": 0.5}, 1.5, 0.9),
+        ("dapo", {"clip_low": 0.1, "clip_high": 0.5}, 1.5, 0.9),
     ],
 )
 def test_numbers_of_an_algorithm_reach_its_loss(name, fields, up, down):
@@ -345,7 +349,7 @@ def test_numbers_of_an_algorithm_reach_its_loss(name, fields, up, down):
         ("grpo", {"advantage": "z_score"}, r"unknown advantage 'z_score'.*zscore_group"),
         ("grpo", {"weigh": "per_word"}, r"unknown weighting 'per_word'.*per_token"),
         ("grpo", {"kl_coefficient": 0.1, "kl_estimator": "k4"}, r"unknown KL estimator 'k4'.*k1, k2, k3"),
-        ("dapo", {"clip": 0.2}, r"unknown field of objective 'dapo' 'clip'.*hi, lo"),
+        ("dapo", {"clip": 0.2}, r"unknown field of objective 'dapo' 'clip'.*clip_high, clip_low"),
         ("sft", {"lr": 0.2}, r"unknown field of objective 'sft' 'lr'.*none"),
     ],
 )
@@ -384,7 +388,9 @@ def all_rollouts(prefix=()):
 
 
 def expected_gradients(seed, name, **fields):
-    """The gradient of the expected reward, and what an objective expects to go along with groups of two."""
+    """The gradient of the expected reward, and what an objective expects to go along
+    with groups of two.
+    """
     rng = np.random.default_rng(seed)
     every = all_rollouts()
     states = sorted({rollout[:t] for rollout in every for t in range(len(rollout))})
@@ -412,7 +418,9 @@ def cosine(a, b):
 
 @pytest.mark.parametrize("name", ["reinforce", "rloo"])
 def test_the_expected_gradient_is_that_of_the_expected_reward(name):
-    """Williams 1992 and Ahmadian et al. 2024 sum over tokens; a mean over a rollout's tokens points elsewhere."""
+    """Williams 1992 and Ahmadian et al. 2024 sum over tokens; a mean over a rollout's
+    tokens points elsewhere.
+    """
     ours, means = [], []
     for seed in range(40):
         exact, found = expected_gradients(seed, name)

@@ -1,4 +1,6 @@
-"""Schedules at their ends, which parameters decay, clipping, each optimizer by hand, and the same on eight devices."""
+"""Schedules at their ends, which parameters decay, clipping, each optimizer by hand,
+and the same on eight devices.
+"""
 
 import functools
 import inspect
@@ -15,13 +17,14 @@ from jaxreason.model.config import sized
 
 
 @pytest.mark.parametrize(
-    ("kind", "final_share", "middle", "last"),
+    ("kind", "final_fraction", "middle", "last"),
     [("constant", 0.0, 1.0, 1.0), ("linear", 0.0, 0.5, 0.0), ("linear", 0.2, 0.6, 0.2), ("cosine", 0.1, 0.55, 0.1)],
 )
-def test_schedule_warms_up_and_ends_where_it_says(kind, final_share, middle, last):
-    rate = optimizer.schedule(2e-3, 104, kind=kind, warmup_steps=4, final_share=final_share)
+def test_schedule_warms_up_and_ends_where_it_says(kind, final_fraction, middle, last):
+    rate = optimizer.schedule(2e-3, 104, kind=kind, warmup_steps=4, final_fraction=final_fraction)
     got = [float(rate(step)) / 2e-3 for step in (0, 1, 2, 3, 4, 54, 104, 200)]
-    # The first update is a quarter, not nothing; full from the last step of the warm-up on.
+    # The first update is a quarter, not nothing; full from the last step of the warm-up
+    # on.
     np.testing.assert_allclose(got, [0.25, 0.5, 0.75, 1, 1, middle, last, last], rtol=1e-4, atol=1e-7)
 
 
@@ -42,15 +45,15 @@ def test_unknown_names_and_impossible_numbers_are_refused():
     with pytest.raises(ValueError, match="warmup_steps got 11; allowed: 0 to the 10 steps"):
         optimizer.make(10, lr=1.0, warmup_steps=11)
     for fields, message in {
-        ("warmup_share", 1.5): r"warmup_share got 1.5; allowed: 0 to 1",
+        ("warmup_fraction", 1.5): r"warmup_fraction got 1.5; allowed: 0 to 1",
         ("state_dtype", "int8"): r"unknown state_dtype 'int8'; one of: None, bfloat16, float32",
         ("muon_scale", "with"): r"unknown muon_scale 'with' \(did you mean 'width'\?\)",
         ("adam_lr", 0.1): r"adam_lr got 0.1, but adamw does not read it; allowed with: muon; else adam_lr=None",
     }.items():
         with pytest.raises(ValueError, match=message):
             optimizer.make(10, lr=1.0, **dict([fields]))
-    with pytest.raises(ValueError, match=r"warmup_steps=2 and warmup_share=0.5; allowed: one of them"):
-        optimizer.make(10, lr=1.0, warmup_steps=2, warmup_share=0.5)
+    with pytest.raises(ValueError, match=r"warmup_steps=2 and warmup_fraction=0.5; allowed: one of them"):
+        optimizer.make(10, lr=1.0, warmup_steps=2, warmup_fraction=0.5)
 
 
 # A value of each field that is not its default.
@@ -86,13 +89,15 @@ def test_a_field_changes_the_updates_or_is_refused(name):
 
 
 def test_a_share_at_the_end_of_a_constant_schedule_is_refused():
-    with pytest.raises(ValueError, match=r"final_share got 0.1, but a constant schedule does not read it; allowed with: cos"):
-        optimizer.make(10, lr=0.1, final_share=0.1)
-    optimizer.make(10, lr=0.1, final_share=0.1, schedule_kind="cosine")
+    with pytest.raises(ValueError, match=r"final_fraction got 0.1, but a constant schedule does not read it; allowed with: cos"):
+        optimizer.make(10, lr=0.1, final_fraction=0.1)
+    optimizer.make(10, lr=0.1, final_fraction=0.1, schedule_kind="cosine")
 
 
 def test_warmup_as_a_share_of_the_phase():
-    by_share, by_steps = (optimizer.schedule(1.0, 40, kind="cosine", **f) for f in ({"warmup_share": 0.1}, {"warmup_steps": 4}))
+    by_share, by_steps = (
+        optimizer.schedule(1.0, 40, kind="cosine", **f) for f in ({"warmup_fraction": 0.1}, {"warmup_steps": 4})
+    )
     np.testing.assert_array_equal([by_share(i) for i in range(40)], [by_steps(i) for i in range(40)])
 
 
@@ -130,7 +135,9 @@ def test_gradients_are_clipped_to_a_norm():
 
 
 def test_adam_by_hand():
-    """Two steps against the paper's formula (Kingma and Ba 2014, arXiv 1412.6980, algorithm 1), decay as in AdamW."""
+    """Two steps against the paper's formula (Kingma and Ba 2014, arXiv 1412.6980,
+    algorithm 1), decay as in AdamW.
+    """
     b1, b2, eps, lr, decay = 0.8, 0.9, 1e-3, 0.1, 0.01
     made = optimizer.make(10, lr=lr, b1=b1, b2=b2, eps=eps, weight_decay=decay, clip_norm=None)
     params = {"kernel": jnp.array([1.0])}
@@ -148,7 +155,9 @@ def test_adam_by_hand():
 
 @functools.cache
 def wide():
-    """Params and gradients large enough for Adafactor to factor (two axes of 128), every kind of leaf among them."""
+    """Params and gradients large enough for Adafactor to factor (two axes of 128),
+    every kind of leaf among them.
+    """
     config = sized(
         "tiny", vocab_size=128, width=128, heads=8, kv_heads=8, head_size=16, feed_forward=160, layers=2, qkv_bias=True
     )
@@ -170,7 +179,8 @@ def test_muon_makes_each_layer_s_matrix_orthogonal():
         for layer in update:
             matrix = layer.reshape(np.prod(layer.shape[:ins]), -1)
             singular = np.linalg.svd(matrix, compute_uv=False) / (0.2 * max(matrix.shape) ** 0.5)
-            # Newton-Schulz ends at 0.7 to 1.2, whatever the gradient has (0 to 23 here), the very smallest aside.
+            # Newton-Schulz ends at 0.7 to 1.2, whatever the gradient has (0 to 23
+            # here), the very smallest aside.
             assert np.quantile(singular, 0.1) > 0.6, name
             assert singular.max() < 1.3, name
 
@@ -195,7 +205,9 @@ def test_muon_leaves_the_rest_to_adamw():
 
 
 def test_muon_scales():
-    """Of one gradient, the update by width is that by root mean square times sqrt(max(1, out / in)) / 0.2 sqrt(max(in, out))."""
+    """Of one gradient, the update by width is that by root mean square times
+    sqrt(max(1, out / in)) / 0.2 sqrt(max(in, out)).
+    """
     params, grads = wide()
     rms, width = (
         updates(optimizer.make(10, name="muon", lr=1.0, muon_scale=scale), params, grads)["layers"]["mlp"]
@@ -297,7 +309,7 @@ def test_second_moments_decay_where_params_are_bfloat16(name):
         ({"weight_decay": -0.1}, "weight_decay got -0.1; allowed: 0 or more"),
         ({"weight_decay": float("inf")}, "weight_decay got inf"),
         ({"clip_norm": 0.0}, "clip_norm got 0.0; allowed: None, or above 0"),
-        ({"final_share": 1.5}, "final_share got 1.5; allowed: 0 to 1"),
+        ({"final_fraction": 1.5}, "final_fraction got 1.5; allowed: 0 to 1"),
         ({"lr": 1e-50}, "lr got 1e-50, in float32 0; allowed: above 0"),
         ({"lr": 1e39}, r"lr got 1e\+39, in float32 inf"),
         ({"eps": 1e-40}, "eps got 1e-40, in float32 0; allowed: above 0"),

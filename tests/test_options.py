@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxreason.options import parse, unknown
+from jaxreason.options import parse, unknown_name_message
 
 
 def options(arg):
@@ -42,6 +42,9 @@ def test_errors_say_what_is_allowed(arg, message):
 
 
 def test_unknown_names_the_nearest_only_if_one_is_near():
-    assert unknown("objective", "grop", ("dapo", "grpo")) == "unknown objective 'grop' (did you mean 'grpo'?); one of: dapo, grpo"
-    assert unknown("objective", "xyz", ("dapo", "grpo")) == "unknown objective 'xyz'; one of: dapo, grpo"
-    assert unknown("task", "x", ()) == "unknown task 'x'; one of: none"
+    assert (
+        unknown_name_message("objective", "grop", ("dapo", "grpo"))
+        == "unknown objective 'grop' (did you mean 'grpo'?); one of: dapo, grpo"
+    )
+    assert unknown_name_message("objective", "xyz", ("dapo", "grpo")) == "unknown objective 'xyz'; one of: dapo, grpo"
+    assert unknown_name_message("task", "x", ()) == "unknown task 'x'; one of: none"

@@ -1,4 +1,6 @@
-"""What is held out is not trained on: splits by default, and questions that are in both are counted and refused."""
+"""What is held out is not trained on: splits by default, and questions that are in both
+are counted and refused.
+"""
 
 import json
 
@@ -20,7 +22,9 @@ QUESTIONS = [f"{a}+{b}:" for a in range(10) for b in range(20)]
 
 
 def built(source, suite, **evaluate):
-    """What a run of tiny with this task and this suite says, and the tasks of its suite."""
+    """What a run of tiny with this task and this suite says, and the tasks of its
+    suite.
+    """
     config = load_config("tiny", "smoke")
     said = []
     with config.unlocked():
@@ -64,7 +68,9 @@ def test_questions_in_common_are_counted_and_refused(tmp_path):
 
 
 def test_spellings_of_one_question_are_in_one_split(tmp_path):
-    """They would be refused as common, though one file was named for both; what has no twin stays where it was."""
+    """They would be refused as common, though one file was named for both; what has no
+    twin stays where it was.
+    """
     apart = [f"What is {i} + 1?" for i in range(100)]
     twins = [f"what  is {i} + 1?" for i in range(50)]
     path = write(tmp_path / "all.jsonl", apart + twins)
@@ -134,7 +140,9 @@ def test_splits_are_written_into_the_config(tmp_path):
 
 
 def test_another_suite_on_resume_does_not_change_what_is_trained_on(tmp_path):
-    """Adding or removing the suite that shares the source's file is a change of the source, and refused as one."""
+    """Adding or removing the suite that shares the source's file is a change of the
+    source, and refused as one.
+    """
     path = write(tmp_path / "all.jsonl", QUESTIONS)
     source, suite = {"name": "jsonl", "path": path}, {"name": "jsonl", "path": path}
     run = tmp_path / "run"
@@ -152,7 +160,9 @@ def check(run, config):
 
 
 def test_a_run_of_an_earlier_version_keeps_its_splits(tmp_path):
-    """There a source trained on the whole of a file of which a suite held the test part."""
+    """There a source trained on the whole of a file of which a suite held the test
+    part.
+    """
     path = write(tmp_path / "all.jsonl", QUESTIONS)
     source, suite = {"name": "jsonl", "path": path}, {"name": "jsonl", "path": path}
     now = settled(source, {"a": suite})

@@ -1,4 +1,6 @@
-"""A user's own task, verifier, objective and source, by `module:maker`, from a module beside the config."""
+"""A user's own task, verifier, objective and source, by `module:maker`, from a module
+beside the config.
+"""
 
 import re
 import sys
@@ -144,7 +146,9 @@ def test_what_is_wrong_with_it_is_one_line(own, changes, words):
 
 
 def test_a_config_that_a_run_recorded_is_built_again(own):
-    """A run that is resumed, and one that begins with its params, find the user's module as the first did."""
+    """A run that is resumed, and one that begins with its params, find the user's
+    module as the first did.
+    """
     config = own(VERIFIER)
     there, new = build.from_earlier(config.to_dict())
     assert new == []

@@ -1,4 +1,6 @@
-"""The plan: what a config needs of TPUs that are not here. Skipped without libtpu, but for what goes wrong earlier."""
+"""The plan: what a config needs of TPUs that are not here. Skipped without libtpu, but
+for what goes wrong earlier.
+"""
 
 import importlib.util
 import json
@@ -135,7 +137,7 @@ def test_a_bad_config_is_refused_before_anything_is_compiled(fields, message, mo
 
 @needs_libtpu
 def test_attempts_that_share_a_prompt_stand_in_one_row():
-    alone, shared = (work_of(**{"rl.microbatches": 1, "rl.source.share_prompts": n}) for n in (1, 4))
+    alone, shared = (work_of(**{"rl.microbatches": 1, "rl.source.rollouts_per_prompt": n}) for n in (1, 4))
     prompt, completion = dict(alone.sampler)["max_prompt_tokens"], alone.new_tokens
     assert (alone.rows, alone.length) == (256, prompt + completion)
     assert (shared.rows, shared.length) == (64, prompt + 4 * completion + 3)
@@ -169,7 +171,8 @@ def test_the_command_plans_a_config_and_its_flops_are_those_of_the_formula():
         assert program["bytes"] > 0, name
         assert program["flops"] == pytest.approx(program["flops_by_formula"], rel=0.03), name
     update = found["programs"]["train step, 8 micro-batches"]
-    # Eight devices with an eighth of the rows each: the gradients of all params, float32, are summed in a ring.
+    # Eight devices with an eighth of the rows each: the gradients of all params,
+    # float32, are summed in a ring.
     assert update["sent"]["all-reduce of 8"]["bytes"] >= 2 * 7 / 8 * 4 * found["parameters"]
     params = found["stages"]["train step"]["params"]
     assert params == 4 * found["parameters"]
@@ -245,10 +248,10 @@ def test_what_laying_out_the_samplers_weights_takes_and_leaves(fields, of_params
 def test_each_process_of_several_samples_its_share_on_its_own_chips():
     axes = {"sharding.mesh.fsdp": 8, "sharding.mesh.data": 1, "sharding.mesh.tensor": 2, "sampler.slots": 64}
     work = work_of("v5e:4x4", **axes)
-    roller, meshes = arrays.roller_of(work), arrays.meshes_of(work)
+    completer, meshes = arrays.completer_of(work), arrays.meshes_of(work)
     assert (arrays.processes_of(work), dict(meshes.sample.shape)) == (4, {"data": 2, "fsdp": 1, "tensor": 2})
     assert len({d.process_index for d in meshes.sample.devices.flat}) == 1
-    assert roller.sampler.slots == 16
+    assert completer.sampler.slots == 16
     assert [w.slots for w in search.slot_choices(work)] == [64, 32, 16, 8]
     assert arrays.processes_of(work_of(SMALL)) == 1
     with pytest.raises(ValueError, match="slots got 62, which do not divide over 4 processes"):
@@ -318,11 +321,13 @@ SIZES = re.findall(r"^    (\d[\d.]*b) .*(v5e:\S+)", GSM8K, re.MULTILINE)  # of i
 
 @pytest.mark.parametrize(("size", "topology"), SIZES)
 def test_each_size_of_gsm8k_has_room_for_what_needs_no_compiler(size, topology, monkeypatch):
-    """On as many devices of this machine as the topology has chips, since there may be no compiler for TPUs."""
+    """On as many devices of this machine as the topology has chips, since there may be
+    no compiler for TPUs.
+    """
     devices = jax.devices()[: chips.chips_of(topology)]
     for module in (arrays, plan_config):
         monkeypatch.setattr(module, "devices_of", lambda topology: devices)
-    caches = (arrays.meshes_of, arrays.model_of, arrays.state_of, arrays.roller_of, arrays.slots_of)
+    caches = (arrays.meshes_of, arrays.model_of, arrays.state_of, arrays.completer_of, arrays.slots_of)
     try:
         for cached in caches:
             cached.cache_clear()

@@ -1,7 +1,9 @@
-"""Several processes on this machine: they do what one does, agree before they start, and end together.
+"""Several processes on this machine: they do what one does, agree before they start,
+and end together.
 
-Injected: another number of processes, config or flag, an input that only one of them cannot read, a bug in one, and the death of
-either. Nobody hangs, and who it was is said; started again they end as if nobody had died, bit for bit.
+Injected: another number of processes, config or flag, an input that only one of them
+cannot read, a bug in one, and the death of either. Nobody hangs, and who it was is
+said; started again they end as if nobody had died, bit for bit.
 """
 
 import json
@@ -121,10 +123,10 @@ def read():
     return 7
 
 try:
-    processes.together(read)
+    processes.on_all_processes(read)
 except (ValueError, FileNotFoundError) as error:
     print(type(error).__name__, error)
-assert processes.together(lambda: 7) == 7
+assert processes.on_all_processes(lambda: 7) == 7
 print("writes", processes.writes())
 """
     found = finish(start(script(body), 3, 1))
@@ -194,7 +196,8 @@ def get_config(arg=""):
     config.checkpoint.every_steps = 3
     return config
 """
-# `main`, but that the process of this number kills itself when it comes to a point (see killed_run.py) for so many times.
+# `main`, but that the process of this number kills itself when it comes to a point (see
+# killed_run.py) for so many times.
 KILLED = """
 import sys
 from absl import app
@@ -209,7 +212,9 @@ app.run(main, argv=[sys.argv[0], *sys.argv[5:]], flags_parser=parse_flags)
 
 @pytest.mark.process
 def test_one_process_is_killed_and_both_started_again_is_uninterrupted(tmp_path):
-    """First the one that writes, while it writes its second checkpoint; then the other, in the middle of a phase after one."""
+    """First the one that writes, while it writes its second checkpoint; then the other,
+    in the middle of a phase after one.
+    """
     path = tmp_path / "run.py"
     path.write_text(RESTARTED)
     killed, whole = tmp_path / "killed", tmp_path / "whole"

@@ -1,11 +1,14 @@
-"""Stopped on one mesh and continued on others is the same run, up to the rounding of sums.
+"""Stopped on one mesh and continued on others is the same run, up to the rounding of
+sums.
 
-One run of three phases is made in four pieces. Each goes on where the one before was killed, on another mesh and in other
-micro-batches, which is harmless and needs no `--accept_config_change`; the last of them as two processes. Beside it the same run
-on one device in one piece.
+One run of three phases is made in four pieces. Each goes on where the one before was
+killed, on another mesh and in other micro-batches, which is harmless and needs no
+`--accept_config_change`; the last of them as two processes. Beside it the same run on
+one device in one piece.
 
-Found (jax 0.10.2, CPU, 2026-11-24): the same batches, problems and texts throughout; params apart by 1.2e-7, which is the last
-bit of one near 1, and moments by 1e-5 of the largest.
+Found (jax 0.10.2, CPU, 2026-11-24): the same batches, problems and texts throughout;
+params apart by 1.2e-7, which is the last bit of one near 1, and moments by 1e-5 of the
+largest.
 """
 
 import json
@@ -21,7 +24,8 @@ from jaxreason.runtime import workdir
 
 pytestmark = pytest.mark.process
 
-# All three sources and a reference policy. Of gradients that are rounding alone Adam would make whole steps, were eps below them.
+# All three sources and a reference policy. Of gradients that are rounding alone Adam
+# would make whole steps, were eps below them.
 CONFIG = """
 import runpy
 
@@ -40,14 +44,16 @@ def get_config(arg=""):
     config.checkpoint.every_steps = 2
     return config
 """
-# Mesh, micro-batches, and how often a piece saves before it is killed; and of which steps there are checkpoints then.
+# Mesh, micro-batches, and how often a piece saves before it is killed; and of which
+# steps there are checkpoints then.
 PIECES = [
     ({"data": 1, "fsdp": 1, "tensor": 1}, 2, 1, [2]),
     ({"data": 2, "fsdp": 2, "tensor": 2}, 1, 2, [4, 6]),
     ({"data": 1, "fsdp": 8, "tensor": 1}, 4, 2, [8, 10]),
 ]
 LAST = ({"data": 2, "fsdp": 2, "tensor": 1}, 2)  # by two processes
-# What is to be as in one piece, to so many parts; `train/nll` would tell of another batch.
+# What is to be as in one piece, to so many parts; `train/nll` would tell of another
+# batch.
 SAME = {
     "step": 0,
     "phase": 0,

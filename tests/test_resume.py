@@ -1,7 +1,9 @@
-"""Killed and resumed is uninterrupted, bit for bit: params, optimizer state, metrics.jsonl, rollouts.jsonl, evaluations, ledger.
+"""Killed and resumed is uninterrupted, bit for bit: params, optimizer state,
+metrics.jsonl, rollouts.jsonl, evaluations, ledger.
 
-Two phases with Adam, shuffled data of more than one epoch, dynamic sampling, a reference policy and a line of metrics for every
-three steps, saved every fourth step, 30 steps in all. What is injected, each in a process of its own, and each with SIGKILL:
+Two phases with Adam, shuffled data of more than one epoch, dynamic sampling, a
+reference policy and a line of metrics for every three steps, saved every fourth step,
+30 steps in all. What is injected, each in a process of its own, and each with SIGKILL:
 
     prefill, sampling, verifying, batching   while rollouts are made, judged, and put into a batch
     reference, update                        before its log-probs are taken, before an update
@@ -9,10 +11,10 @@ three steps, saved every fourth step, 30 steps in all. What is injected, each in
     saving, renaming                         before a save, and while it is written, before it gets its name
     evaluation, summary, phase               before an evaluation, before the summary is written, between phases
 
-Some of these by default, all with -m slow. Found in all of them: nothing was lost and nothing was
-done twice. The same for a batch sampled ahead on devices of its own, and at fifty random times each
-(-m soak): 2026-11-26, 100 kills, 41 runs that came to their end, all of them equal; 14 minutes on
-one core.
+Some of these by default, all with -m slow. Found in all of them: nothing was lost and
+nothing was done twice. The same for a batch sampled ahead on devices of its own, and at
+fifty random times each (-m soak): 2026-11-26, 100 kills, 41 runs that came to their
+end, all of them equal; 14 minutes on one core.
 
 Other faults, and where they are injected; nothing was lost in any of them:
 
@@ -70,7 +72,8 @@ def get_config(arg=""):
 """
 STEPS = 30
 KINDS = {"lag 0": {"lag": 0, "sampling_devices": 0}, "lag 1": {"lag": 1, "sampling_devices": 1}}
-# In the order in which a run comes to them; each process gets further than the one before.
+# In the order in which a run comes to them; each process gets further than the one
+# before.
 SOME = [("logging", 3), ("reference", 2), ("line", 5), ("renaming", 2), ("summary", 2)]
 ALL = [
     ("evaluation", 1),
@@ -154,7 +157,9 @@ def test_killed_at_these_points_and_resumed_is_uninterrupted(tmp_path, whole, po
 @pytest.mark.soak
 @pytest.mark.parametrize("whole", KINDS, indirect=True)
 def test_killed_at_fifty_random_times(tmp_path, whole):
-    """At any time from the start of a process on, up to a fifth longer than a whole run takes: also while it reads or saves."""
+    """At any time from the start of a process on, up to a fifth longer than a whole run
+    takes: also while it reads or saves.
+    """
     config, expected = whole
     started_s = time.monotonic()
 
@@ -187,7 +192,9 @@ def test_killed_at_fifty_random_times(tmp_path, whole):
 
 
 def last_step(folder: Path) -> int:
-    """Of a run that was killed: the last one of which a whole line of metrics is written."""
+    """Of a run that was killed: the last one of which a whole line of metrics is
+    written.
+    """
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=-1)

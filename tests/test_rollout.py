@@ -1,4 +1,6 @@
-"""The host loop: rollouts depend on their requests alone; where they stop; forced tokens; what is compiled and when."""
+"""The host loop: rollouts depend on their requests alone; where they stop; forced
+tokens; what is compiled and when.
+"""
 
 import dataclasses
 import logging
@@ -7,7 +9,7 @@ import threading
 import jax
 import numpy as np
 import pytest
-import tiny_roller as t
+import tiny_completer as t
 
 from jaxreason.draw import ALL, Filter
 from jaxreason.environment import Environment, Step, single_turn
@@ -38,7 +40,7 @@ def requests():
 @pytest.fixture(scope="module")
 def expected(made, requests):
     """What all variants must give, with twice as many requests as slots."""
-    rollouts = t.roll(t.make_roller(made[0], prompt_rows=0), made[1], requests, JUDGE, temperature=0.9)
+    rollouts = t.roll(t.make_completer(made[0], prompt_rows=0), made[1], requests, JUDGE, temperature=0.9)
     assert [(r.problem, r.attempt) for r in rollouts] == [(r.problem, r.attempt) for r in requests]
     assert len({len(r.tokens) for r in rollouts}) > 6
     assert len({r.tokens.tobytes() for r in rollouts}) > 20
@@ -64,53 +66,57 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rollouts_do_not_depend_on_the_sampler(made, requests, expected, variant):
-    roller = t.make_roller(made[0], **{"slots": 8, **VARIANTS[variant]})
-    got = t.roll(roller, made[1], requests, JUDGE, temperature=0.9)
+    completer = t.make_completer(made[0], **{"slots": 8, **VARIANTS[variant]})
+    got = t.roll(completer, made[1], requests, JUDGE, temperature=0.9)
     assert [(r.problem, r.attempt) for r in got] == [(r.problem, r.attempt) for r in requests]
     t.assert_same(got, expected)
 
 
 def test_a_prompt_of_more_attempts_than_share_it(made):
-    """The ninth attempt of problem 1 takes the slot of problem 0 and a place that another has left, whose slot stays empty.
+    """The ninth attempt of problem 1 takes the slot of problem 0 and a place that
+    another has left, whose slot stays empty.
 
-    With keys that were seen to give such an order: counting the empty slot, too, made one of them another rollout.
+    With keys that were seen to give such an order: counting the empty slot, too, made
+    one of them another rollout.
     """
     prompts = ([1, 2, 3], [4, 5, 6, 7])
     wanted = [Request(Task("", "a"), p, g, prompts[p]) for p, attempts in enumerate((1, 9)) for g in range(attempts)]
     for key in range(20):
         alone, shared = (
-            t.roll(t.make_roller(made[0], slots=9, prompt_rows=rows), made[1], wanted, JUDGE, key=key) for rows in (0, 2)
+            t.roll(t.make_completer(made[0], slots=9, prompt_rows=rows), made[1], wanted, JUDGE, key=key) for rows in (0, 2)
         )
         t.assert_same(shared, alone)
 
 
 @pytest.mark.parametrize(("problems", "attempts", "shared", "own"), [(6, 3, 6, 0), (6, 1, 0, 6), (1, 9, 1, 0)])
 def test_a_prompt_is_copied_once_for_those_who_share_it(made, problems, attempts, shared, own):
-    """To a row of prompts if there is somebody to share it with, else to the slot. Rows are free again when all have left."""
-    roller, copies = t.make_roller(made[0], slots=3, prompt_rows=2), []
+    """To a row of prompts if there is somebody to share it with, else to the slot. Rows
+    are free again when all have left.
+    """
+    completer, copies = t.make_completer(made[0], slots=3, prompt_rows=2), []
 
     def place(slots, prefilled, own_S, prompt_R):
         copies.append(((prompt_R >= 0).sum(), (own_S >= 0).sum()))
-        return roller.sampler.place(slots, prefilled, own_S, prompt_R)
+        return completer.sampler.copy_prompts(slots, prefilled, own_S, prompt_R)
 
-    spied = roller._replace(sampler=roller.sampler._replace(place=place))
+    spied = completer._replace(sampler=completer.sampler._replace(place=place))
     t.roll(spied, t.biased(made[1], _=ALWAYS), t.make_requests(problems, attempts), JUDGE)
     assert np.sum(copies, axis=0).tolist() == [shared, own]
 
 
 def test_rollouts_do_not_depend_on_order_or_neighbours(made, requests, expected):
     model, params = made
-    roller = t.make_roller(model, slots=12)
+    completer = t.make_completer(model, slots=12)
     order = np.random.default_rng(1).permutation(len(requests))
-    got = t.roll(roller, params, [requests[i] for i in order], JUDGE, temperature=0.9)
+    got = t.roll(completer, params, [requests[i] for i in order], JUDGE, temperature=0.9)
     assert [(r.problem, r.attempt) for r in got] == [(requests[i].problem, requests[i].attempt) for i in order]
     t.assert_same(got, expected)
 
     few = [5, 17, 18]
-    t.assert_same(t.roll(roller, params, [requests[i] for i in few], JUDGE, temperature=0.9), [expected[i] for i in few])
+    t.assert_same(t.roll(completer, params, [requests[i] for i in few], JUDGE, temperature=0.9), [expected[i] for i in few])
     others = [r._replace(problem=r.problem + 100, prompt=[3, *r.prompt[:4]]) for r in requests]
     mixed = [x for pair in zip(others, requests, strict=True) for x in pair]
-    t.assert_same(t.roll(roller, params, mixed, JUDGE, temperature=0.9)[1::2], expected)
+    t.assert_same(t.roll(completer, params, mixed, JUDGE, temperature=0.9)[1::2], expected)
 
 
 MESHES = [
@@ -127,71 +133,72 @@ def test_rollouts_do_not_depend_on_the_mesh(made, requests, expected, axes, scan
     params = jax.device_put(made[1], shardings(made[1], mesh))
     rows, tensor = row_devices(mesh), mesh.shape["tensor"]
     sizes = (8,) if rows < 8 else ()
-    roller = t.new_roller(model, slots=16, sizes=sizes, mesh=mesh, buckets=(8, 24), prompt_rows=rows)
-    t.assert_same(t.roll(roller, params, requests, JUDGE, temperature=0.9), expected)
-    greedy = t.roll(t.make_roller(made[0]), made[1], requests, JUDGE, temperature=0.0)
-    t.assert_same(t.roll(roller, params, requests, JUDGE, temperature=0.0), greedy)
-    for slots in (roller.sampler.empty(), roller.sampler.resize(roller.sampler.empty(), 24)):
+    completer = t.new_completer(model, slots=16, sizes=sizes, mesh=mesh, buckets=(8, 24), prompt_rows=rows)
+    t.assert_same(t.roll(completer, params, requests, JUDGE, temperature=0.9), expected)
+    greedy = t.roll(t.make_completer(made[0]), made[1], requests, JUDGE, temperature=0.0)
+    t.assert_same(t.roll(completer, params, requests, JUDGE, temperature=0.0), greedy)
+    for slots in (completer.sampler.empty(), completer.sampler.resize(completer.sampler.empty(), 24)):
         assert {len(x.sharding.device_set) for x in jax.tree.leaves(slots)} == {8}
         assert slots.tokens_ST.addressable_shards[0].data.shape == (16 // rows, 24)
         shards = {x.sharding.shard_shape(x.shape)[:2] for x in jax.tree.leaves(slots.cache)}
         assert shards == {(16 // rows, 2 // tensor)}  # slots, and heads of keys and values
-    assert 2 <= roller.sampler.decode._cache_size() <= 2 * (1 + len(sizes))
-    assert roller.sampler.prefill._cache_size() == 1
-    layers = roller.sampler.prepare(params).decode["layers"]
+    assert 2 <= completer.sampler.decode._cache_size() <= 2 * (1 + len(sizes))
+    assert completer.sampler.prefill._cache_size() == 1
+    layers = completer.sampler.prepare(params).decode["layers"]
     for kernel in (layers[0]["mlp"]["gate_up"]["kernel"], layers[0]["attention"]["qkv"]["kernel"]):
         assert np.prod(kernel.sharding.shard_shape(kernel.shape)) == kernel.size // tensor  # gathered but for `tensor`
 
 
 def test_a_vocabulary_that_does_not_divide_over_the_mesh(requests):
     model, params = t.make_model(vocab_size=13)
-    roller = t.make_roller(model)._replace(decode=str)
-    expected = t.roll(roller, params, requests, JUDGE)
+    completer = t.make_completer(model)._replace(decode=str)
+    expected = t.roll(completer, params, requests, JUDGE)
     mesh = make_mesh(data=4, tensor=2)
-    roller = t.new_roller(model, slots=12, mesh=mesh, prompt_rows=0)._replace(decode=str)
-    t.assert_same(t.roll(roller, jax.device_put(params, shardings(params, mesh)), requests, JUDGE), expected)
+    completer = t.new_completer(model, slots=12, mesh=mesh, prompt_rows=0)._replace(decode=str)
+    t.assert_same(t.roll(completer, jax.device_put(params, shardings(params, mesh)), requests, JUDGE), expected)
 
 
 def test_another_key_gives_other_rollouts(made, requests, expected):
-    roller = t.make_roller(made[0])
-    got = t.roll(roller, made[1], requests, JUDGE, temperature=0.9, key=1)
+    completer = t.make_completer(made[0])
+    got = t.roll(completer, made[1], requests, JUDGE, temperature=0.9, key=1)
     same = [g.tokens.tolist() == e.tokens.tolist() for g, e in zip(got, expected, strict=True)]
     assert sum(same) < 5  # some consist of the end alone
 
 
 def test_nothing_is_wanted(made):
-    assert t.roll(t.make_roller(made[0]), made[1], [], JUDGE) == []
+    assert t.roll(t.make_completer(made[0]), made[1], [], JUDGE) == []
 
 
 # --- where rollouts stop ---
 
 
 def test_immediate_end(made, requests):
-    for r in t.roll(t.make_roller(made[0]), t.biased(made[1], _=ALWAYS), requests, JUDGE):
+    for r in t.roll(t.make_completer(made[0]), t.biased(made[1], _=ALWAYS), requests, JUDGE):
         assert (r.tokens.tolist(), r.sampled.tolist(), r.stop, r.text) == ([t.EOS], [True], "eos", "")
         assert r.verdict.parsed == ""
         assert r.logp == pytest.approx(0, abs=1e-6)
 
 
 def test_no_end_before_the_limit(made, requests):
-    roller = t.make_roller(made[0])
-    for r in t.roll(roller, t.biased(made[1], _=NEVER), requests, JUDGE):
+    completer = t.make_completer(made[0])
+    for r in t.roll(completer, t.biased(made[1], _=NEVER), requests, JUDGE):
         assert (len(r.tokens), len(r.text), r.stop, r.sampled.all()) == (12, 12, "limit", True)
-    # A limit of each roller, over the same compiled sampler.
-    for r in t.roll(roller._replace(max_tokens=5), t.biased(made[1], _=NEVER), requests, JUDGE):
+    # A limit of each completer, over the same compiled sampler.
+    for r in t.roll(completer._replace(max_tokens=5), t.biased(made[1], _=NEVER), requests, JUDGE):
         assert (len(r.tokens), r.stop) == (5, "limit")
 
 
 def test_padding_is_not_the_end(made, requests):
-    # Token 0 pads prompts and rows; a sampler that has another end samples it like any other.
-    roller = t.make_roller(made[0], eos_ids=(4,))
-    for r in t.roll(roller, t.biased(made[1], _=ALWAYS), requests, JUDGE):
+    # Token 0 pads prompts and rows; a sampler that has another end samples it like any
+    # other.
+    completer = t.make_completer(made[0], eos_ids=(4,))
+    for r in t.roll(completer, t.biased(made[1], _=ALWAYS), requests, JUDGE):
         assert (r.text, r.stop) == ("_" * 12, "limit")
 
 
 def test_any_of_several_ends_stops_and_is_left_out_of_the_text(made, requests):
     eos_ids = (t.EOS, 4, 7)
-    rollouts = t.roll(t.make_roller(made[0], eos_ids=eos_ids), made[1], requests, JUDGE)
+    rollouts = t.roll(t.make_completer(made[0], eos_ids=eos_ids), made[1], requests, JUDGE)
     ends = [int(r.tokens[-1]) for r in rollouts if r.stop == "eos"]
     assert set(ends) == set(eos_ids)
     for r in rollouts:
@@ -202,20 +209,20 @@ def test_any_of_several_ends_stops_and_is_left_out_of_the_text(made, requests):
 
 
 def test_the_end_in_the_last_place_is_an_end(made, requests, expected):
-    roller = t.make_roller(made[0])
+    completer = t.make_completer(made[0])
     ended = [r for r in expected if r.stop == "eos" and len(r.tokens) > 2]
     for n in {len(r.tokens) for r in ended}:
         same = [r for r in ended if len(r.tokens) == n]
         wanted = [q for q in requests if (q.problem, q.attempt) in {(r.problem, r.attempt) for r in same}]
-        t.assert_same(t.roll(roller._replace(max_tokens=n), made[1], wanted, JUDGE, temperature=0.9), same)
-        for r in t.roll(roller._replace(max_tokens=n - 1), made[1], wanted, JUDGE, temperature=0.9):
+        t.assert_same(t.roll(completer._replace(max_tokens=n), made[1], wanted, JUDGE, temperature=0.9), same)
+        for r in t.roll(completer._replace(max_tokens=n - 1), made[1], wanted, JUDGE, temperature=0.9):
             assert (r.stop, len(r.tokens), len(r.text)) == ("limit", n - 1, n - 1)
 
 
 def test_a_completion_ends_with_the_cache(made):
-    roller = t.make_roller(made[0], slots=3, length=8)
+    completer = t.make_completer(made[0], slots=3, length=8)
     wanted = [Request(Task("", "a"), n, g, [1] * n) for n in (1, 2, 5, 7, 8) for g in range(6)]
-    rollouts = t.roll(roller._replace(max_tokens=4), made[1], wanted, JUDGE)
+    rollouts = t.roll(completer._replace(max_tokens=4), made[1], wanted, JUDGE)
     for r in rollouts:
         ended = len(r.tokens) > 0 and r.tokens[-1] == t.EOS
         assert r.stop == ("eos" if ended else "limit")
@@ -224,25 +231,27 @@ def test_a_completion_ends_with_the_cache(made):
 
 
 def test_a_prompt_must_be_neither_empty_nor_too_long(made):
-    roller = t.make_roller(made[0])
+    completer = t.make_completer(made[0])
     with pytest.raises(ValueError, match="prompt of problem 7 has 0 tokens; allowed: 1 to 8"):
-        t.roll(roller, made[1], [Request(Task("", ""), 7, 0, [])], JUDGE)
+        t.roll(completer, made[1], [Request(Task("", ""), 7, 0, [])], JUDGE)
     with pytest.raises(ValueError, match=r"prompt of problem 7 has 9 tokens; allowed: 1 to 8; raise sampler.max_prompt_tokens"):
-        t.roll(roller, made[1], [Request(Task("", ""), 7, 0, [1] * 9)], JUDGE)
+        t.roll(completer, made[1], [Request(Task("", ""), 7, 0, [1] * 9)], JUDGE)
 
 
 # --- stop strings ---
 
 
-def with_stops(roller, *strings):
-    return roller._replace(stop_strings=strings)
+def with_stops(completer, *strings):
+    return completer._replace(stop_strings=strings)
 
 
 def test_a_stop_string_ends_the_text_where_it_is_complete(made, requests):
-    """Two letters are two tokens, so it straddles them; chunks are of 4, 1 and 16 tokens, so it straddles chunks."""
+    """Two letters are two tokens, so it straddles them; chunks are of 4, 1 and 16
+    tokens, so it straddles chunks.
+    """
     params, strings = t.biased(made[1], _=-1.0), ("ab", "c", "ghi")
-    free = t.roll(t.make_roller(made[0]), params, requests, JUDGE)
-    stopped = t.roll(with_stops(t.make_roller(made[0]), *strings), params, requests, JUDGE)
+    free = t.roll(t.make_completer(made[0]), params, requests, JUDGE)
+    stopped = t.roll(with_stops(t.make_completer(made[0]), *strings), params, requests, JUDGE)
     assert {r.stop for r in stopped} == {"stop", "eos", "limit"}
     assert any(r.text.endswith("ab") for r in stopped)
     for r, whole in zip(stopped, free, strict=True):
@@ -256,17 +265,19 @@ def test_a_stop_string_ends_the_text_where_it_is_complete(made, requests):
         np.testing.assert_allclose(r.logp, whole.logp[:n], atol=1e-5)  # a prompt may be shared in one and copied in the other
         assert r.verdict.parsed == r.text
     for shape in ({"chunk_tokens": 1}, {"chunk_tokens": 16, "slots": 3}, {"slots": 32, "chunk_tokens": 5}):
-        t.assert_same(t.roll(with_stops(t.make_roller(made[0], **shape), *strings), params, requests, JUDGE), stopped)
+        t.assert_same(t.roll(with_stops(t.make_completer(made[0], **shape), *strings), params, requests, JUDGE), stopped)
 
 
 def test_a_stop_string_may_begin_and_end_inside_tokens(made, requests):
-    """Here a token is of three letters, of which a stop string needs the last of one, a whole one and the first of a third."""
+    """Here a token is of three letters, of which a stop string needs the last of one, a
+    whole one and the first of a third.
+    """
     spell = lambda ids: "".join("x" + t.ALPHABET[i] + "y" for i in ids)  # noqa: E731
-    roller = t.make_roller(made[0])._replace(decode=spell)
+    completer = t.make_completer(made[0])._replace(decode=spell)
     params = t.biased(made[1], _=NEVER)
     found = 0
-    free = t.roll(roller, params, requests, JUDGE)
-    for r, whole in zip(t.roll(with_stops(roller, "yxayx"), params, requests, JUDGE), free, strict=True):
+    free = t.roll(completer, params, requests, JUDGE)
+    for r, whole in zip(t.roll(with_stops(completer, "yxayx"), params, requests, JUDGE), free, strict=True):
         place = whole.text.find("yxayx")
         assert r.stop == ("limit" if place < 0 else "stop")
         found += place >= 0
@@ -276,14 +287,16 @@ def test_a_stop_string_may_begin_and_end_inside_tokens(made, requests):
 
 
 def test_after_a_stop_string_an_observation_goes_on_from_there(made):
-    """What was sampled past the stop string, up to the end of the chunk, leaves no trace."""
+    """What was sampled past the stop string, up to the end of the chunk, leaves no
+    trace.
+    """
     model, params = made[0], t.biased(made[1], _=-3.0, a=1.0)
     talk = [r._replace(task=dataclasses.replace(r.task, id="3")) for r in t.make_requests(8, 2)]
-    rollers = [
-        with_stops(t.make_roller(model, slots=slots, length=36, max_tokens=28, chunk_tokens=chunk), "a")
+    completers = [
+        with_stops(t.make_completer(model, slots=slots, length=36, max_tokens=28, chunk_tokens=chunk), "a")
         for slots, chunk in ((5, 4), (16, 7), (2, 1))
     ]
-    first, *others = (t.roll(roller, params, talk, scripted(several)) for roller in rollers)
+    first, *others = (t.roll(completer, params, talk, scripted(several)) for completer in completers)
     for other in others:
         t.assert_same(other, first)
     assert t.largest_gap(model, params, first) < 1e-5
@@ -295,15 +308,15 @@ def test_after_a_stop_string_an_observation_goes_on_from_there(made):
 # --- a budget for thinking ---
 
 
-def thinker(roller, tokens=4, end="k"):
-    return roller._replace(thinking=Budget(tokens, end, t.encode(end)))
+def thinker(completer, tokens=4, end="k"):
+    return completer._replace(thinking=Budget(tokens, end, t.encode(end)))
 
 
 def test_thinking_is_ended_at_its_budget_unless_it_has_ended(made, requests):
     params = t.biased(made[1], _=-1.0)
-    free = t.roll(t.make_roller(made[0]), params, requests, JUDGE)
-    roller = thinker(t.make_roller(made[0]), end="jk")
-    rollouts = t.roll(roller, params, requests, JUDGE)
+    free = t.roll(t.make_completer(made[0]), params, requests, JUDGE)
+    completer = thinker(t.make_completer(made[0]), end="jk")
+    rollouts = t.roll(completer, params, requests, JUDGE)
     kinds = set()
     for r, whole in zip(rollouts, free, strict=True):
         if len(whole.tokens) < 4 or (len(whole.tokens) == 4 and whole.stop == "eos") or "jk" in whole.text[:4]:
@@ -319,21 +332,21 @@ def test_thinking_is_ended_at_its_budget_unless_it_has_ended(made, requests):
         assert r.verdict.parsed == r.text  # one turn: what was thought and what was said
     assert kinds == {"free", "forced"}
     assert t.largest_gap(made[0], params, [r for r in rollouts if len(r.tokens) > 0]) < 1e-5
-    other = thinker(t.make_roller(made[0], slots=3, chunk_tokens=16, buckets=(8, 16, 24)), end="jk")
+    other = thinker(t.make_completer(made[0], slots=3, chunk_tokens=16, buckets=(8, 16, 24)), end="jk")
     t.assert_same(t.roll(other, params, requests, JUDGE), rollouts)
 
 
 def test_thinking_that_has_ended_goes_on_to_the_limit(made, requests):
     params = t.biased(made[1], _=NEVER, k=ALWAYS)
-    for r in t.roll(thinker(t.make_roller(made[0])), params, requests, JUDGE):
+    for r in t.roll(thinker(t.make_completer(made[0])), params, requests, JUDGE):
         assert (r.text, r.sampled.all(), r.stop) == ("k" * 12, True, "limit")
 
 
 def test_a_budget_at_the_limit_forces_nothing(made, requests):
     params = t.biased(made[1], _=NEVER)
-    free = t.roll(t.make_roller(made[0]), params, requests, JUDGE)
-    t.assert_same(t.roll(thinker(t.make_roller(made[0]), tokens=12), params, requests, JUDGE), free)
-    for r in t.roll(thinker(t.make_roller(made[0]), tokens=11, end="jkjk"), params, requests, JUDGE):
+    free = t.roll(t.make_completer(made[0]), params, requests, JUDGE)
+    t.assert_same(t.roll(thinker(t.make_completer(made[0]), tokens=12), params, requests, JUDGE), free)
+    for r in t.roll(thinker(t.make_completer(made[0]), tokens=11, end="jkjk"), params, requests, JUDGE):
         assert (r.sampled.tolist(), r.stop, len(r.tokens)) == ([True] * 11 + [False], "limit", 12)
 
 
@@ -341,7 +354,9 @@ def test_a_budget_at_the_limit_forces_nothing(made, requests):
 
 
 def scripted(observations, heard=None):
-    """Answer a turn of a task with the next of `observations(task)`; judge when there are none left, or no room."""
+    """Answer a turn of a task with the next of `observations(task)`; judge when there
+    are none left, or no room.
+    """
 
     def step(state, turn):
         task, count = state
@@ -380,8 +395,8 @@ def conversations(made):
     heard = {}
     params = t.biased(made[1], _=2.0)
     wanted = [r._replace(task=dataclasses.replace(r.task, id=f"{r.problem * 3 + r.attempt}")) for r in t.make_requests(8, 3)]
-    roller = t.make_roller(made[0], slots=5, length=36, max_tokens=28)
-    return params, wanted, t.roll(roller, params, wanted, scripted(several, heard)), heard
+    completer = t.make_completer(made[0], slots=5, length=36, max_tokens=28)
+    return params, wanted, t.roll(completer, params, wanted, scripted(several, heard)), heard
 
 
 def test_forced_tokens_are_appended_and_not_sampled(conversations):
@@ -420,15 +435,15 @@ def test_the_environment_hears_what_was_written_since_it_spoke(conversations):
 
 def test_conversations_do_not_depend_on_the_sampler(made, conversations):
     params, wanted, rollouts, _ = conversations
-    roller = t.make_roller(made[0], slots=16, length=44, max_tokens=28, chunk_tokens=3)
-    t.assert_same(t.roll(roller, params, wanted, scripted(several)), rollouts)
+    completer = t.make_completer(made[0], slots=16, length=44, max_tokens=28, chunk_tokens=3)
+    t.assert_same(t.roll(completer, params, wanted, scripted(several)), rollouts)
 
 
 def test_forced_tokens_are_cut_at_the_limit_and_the_rollout_judged(made, requests):
     heard = {}
-    roller = t.make_roller(made[0])
+    completer = t.make_completer(made[0])
     wanted = [r for r in requests if r.attempt == 0]
-    rollouts = t.roll(roller, t.biased(made[1], _=ALWAYS), wanted, scripted(lambda task: ["bcdefghijkbcdefghijk"], heard))
+    rollouts = t.roll(completer, t.biased(made[1], _=ALWAYS), wanted, scripted(lambda task: ["bcdefghijkbcdefghijk"], heard))
     for r in rollouts:
         assert (t.decode(r.tokens), r.stop) == ("_bcdefghijkb", "limit")
         assert r.sampled.tolist() == [True] + [False] * 11
@@ -440,9 +455,9 @@ def test_forced_tokens_are_cut_at_the_limit_and_the_rollout_judged(made, request
 def test_an_empty_observation_ends_the_rollout(made, requests):
     heard = {}
     wanted = [r for r in requests if r.attempt == 0]
-    roller = t.make_roller(made[0])
-    alone = t.roll(roller, made[1], wanted, JUDGE)
-    for r, lone in zip(t.roll(roller, made[1], wanted, scripted(lambda task: [""] * 5, heard)), alone, strict=True):
+    completer = t.make_completer(made[0])
+    alone = t.roll(completer, made[1], wanted, JUDGE)
+    for r, lone in zip(t.roll(completer, made[1], wanted, scripted(lambda task: [""] * 5, heard)), alone, strict=True):
         np.testing.assert_array_equal(r.tokens, lone.tokens)
         assert r.sampled.all()
         assert (heard[r.task.id][0], heard[r.task.id][1:]) == (
@@ -455,8 +470,8 @@ def test_an_end_in_the_last_place_leaves_no_room_for_an_observation(made, reques
     ended = next(r for r in expected if r.stop == "eos" and len(r.tokens) > 2)
     wanted = [q for q in requests if (q.problem, q.attempt) == (ended.problem, ended.attempt)]
     heard = {}
-    roller = t.make_roller(made[0])._replace(max_tokens=len(ended.tokens))
-    (r,) = t.roll(roller, made[1], wanted, scripted(lambda task: ["bc"] * 20, heard), temperature=0.9)
+    completer = t.make_completer(made[0])._replace(max_tokens=len(ended.tokens))
+    (r,) = t.roll(completer, made[1], wanted, scripted(lambda task: ["bc"] * 20, heard), temperature=0.9)
     np.testing.assert_array_equal(r.tokens, ended.tokens)
     assert heard[r.task.id][-1][1], "the step that judges must be told that it is the last"
     assert len(heard[r.task.id]) <= 2
@@ -471,7 +486,7 @@ def test_a_verifier_that_raises_costs_a_wrong_verdict(made, requests):
             raise KeyError("no such thing")
         return t.verify(text, task)
 
-    rollouts = t.roll(t.make_roller(made[0]), made[1], requests, single_turn(brittle))
+    rollouts = t.roll(t.make_completer(made[0]), made[1], requests, single_turn(brittle))
     for r in rollouts:
         if r.problem == 3:
             assert (r.verdict.reward, r.verdict.correct, r.verdict.parsed) == (0.0, False, None)
@@ -484,9 +499,9 @@ def test_a_verifier_that_raises_costs_a_wrong_verdict(made, requests):
 
 
 def test_what_was_spent(made, requests):
-    roller = t.make_roller(made[0])
-    layout = roller.sampler.prepare(made[1])
-    rollouts, spent = collect(roller, layout, requests, JUDGE, key=jax.random.key(0), temperature=1.0)
+    completer = t.make_completer(made[0])
+    layout = completer.sampler.prepare(made[1])
+    rollouts, spent = collect(completer, layout, requests, JUDGE, key=jax.random.key(0), temperature=1.0)
     assert spent.tokens == sum(len(r.tokens) for r in rollouts)
     assert spent.sample_s > 0
     assert spent.verify_s > 0
@@ -494,18 +509,22 @@ def test_what_was_spent(made, requests):
 
 
 def least_slot_steps(rollouts, sizes) -> int:
-    """Slots x steps if all start together and each step has the smallest size that holds who is left."""
+    """Slots x steps if all start together and each step has the smallest size that
+    holds who is left.
+    """
     lengths = [len(r.tokens) for r in rollouts]
     return sum(min(n for n in sizes if n >= sum(x > step for x in lengths)) for step in range(max(lengths)))
 
 
 def test_occupancy_counts_the_steps_of_all_slots(made, requests):
-    """Of one slot no step is lost; where all start together, the longest decides how long the others wait."""
+    """Of one slot no step is lost; where all start together, the longest decides how
+    long the others wait.
+    """
 
     def spend(params, wanted, environment, **shape):
-        roller = t.make_roller(made[0], **shape)
-        layout = roller.sampler.prepare(params)
-        return collect(roller, layout, wanted, environment, key=jax.random.key(0), temperature=1.0)
+        completer = t.make_completer(made[0], **shape)
+        layout = completer.sampler.prepare(params)
+        return collect(completer, layout, wanted, environment, key=jax.random.key(0), temperature=1.0)
 
     rollouts, spent = spend(made[1], requests, JUDGE, slots=32)
     longest = max(len(r.tokens) for r in rollouts)
@@ -522,15 +541,15 @@ def test_occupancy_counts_the_steps_of_all_slots(made, requests):
 
 def test_no_slots_are_moved_when_nobody_is_left_in_them(made, requests):
     model, params = made
-    roller = t.make_roller(model, slots=12, sizes=(6, 2))
+    completer = t.make_completer(model, slots=12, sizes=(6, 2))
     still_running = []
 
     def compact(slots, row_R):
         still_running.append(int(np.sum(np.asarray(slots.stop_S)[row_R] == RUNNING)))
-        return roller.sampler.compact(slots, row_R)
+        return completer.sampler.compact(slots, row_R)
 
-    counting = roller._replace(sampler=roller.sampler._replace(compact=compact))
-    weights = roller.sampler.prepare(t.biased(params, _=-1e9))  # all end at once, at the limit
+    counting = completer._replace(sampler=completer.sampler._replace(compact=compact))
+    weights = completer.sampler.prepare(t.biased(params, _=-1e9))  # all end at once, at the limit
     collect(counting, weights, requests[:6], JUDGE, key=jax.random.key(0), temperature=1.0)
     assert still_running == [6]
 
@@ -539,13 +558,13 @@ def test_each_shape_is_compiled_once(made, requests, expected, caplog):
     model, params = made
     prompt_buckets = (4, 8)
     mixed = sorted(requests, key=lambda r: (len(r.prompt) > 4, r.attempt))  # unlike prompts side by side, short ones first
-    roller = t.new_roller(model, slots=4, prompt_buckets=prompt_buckets, rows=2)
-    sampler = roller.sampler
+    completer = t.new_completer(model, slots=4, prompt_buckets=prompt_buckets, rows=2)
+    sampler = completer.sampler
 
     def run(params, **more):
         caplog.clear()
         with jax.log_compiles(), caplog.at_level(logging.WARNING):
-            rollouts = t.roll(roller, params, mixed, JUDGE, **more)
+            rollouts = t.roll(completer, params, mixed, JUDGE, **more)
         return rollouts, [r.getMessage() for r in caplog.records if "XLA compilation" in r.getMessage()]
 
     rollouts, compiled = run(params, temperature=0.9)
@@ -558,33 +577,39 @@ def test_each_shape_is_compiled_once(made, requests, expected, caplog):
 
 @pytest.mark.parametrize("sizes", [(), (2, 1)])
 def test_after_a_warm_up_nothing_is_compiled(made, caplog, sizes):
-    """A long ragged run over all buckets, with observations, stop strings, a thinking budget and two filters."""
+    """A long ragged run over all buckets, with observations, stop strings, a thinking
+    budget and two filters.
+    """
     sampler = {"slots": 5, "sizes": sizes, "length": 44, "max_tokens": 30, "prompt_buckets": (4, 8), "buckets": (8, 16, 44)}
-    roller = with_stops(thinker(t.new_roller(made[0], **sampler), tokens=14), "ab")
+    completer = with_stops(thinker(t.new_completer(made[0], **sampler), tokens=14), "ab")
     filters = (ALL, Filter(top_k=6))
-    weights = roller.sampler.prepare(made[1])
-    warm_up(roller, weights, filters, forces=True)
+    weights = completer.sampler.prepare(made[1])
+    warm_up(completer, weights, filters, appends_tokens=True)
     talk = [r._replace(task=dataclasses.replace(r.task, id=f"{r.problem + r.attempt}")) for r in t.make_requests(24, 3)]
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         found = []
         for filter in filters:
-            rollouts, _ = collect(roller, weights, talk, scripted(several), key=jax.random.key(0), temperature=0.9, filter=filter)
+            rollouts, _ = collect(
+                completer, weights, talk, scripted(several), key=jax.random.key(0), temperature=0.9, filter=filter
+            )
             found += rollouts
     assert {r.stop for r in found} == {"eos", "limit", "stop"}
     assert len({len(r.prompt) + len(r.tokens) for r in found}) > 20
     compiled = [r.getMessage() for r in caplog.records if "XLA compilation" in r.getMessage()]
     assert compiled == []
-    assert roller.sampler.decode._cache_size() == 3 * (1 + len(sizes)) * 2  # buckets x sizes x filters
+    assert completer.sampler.decode._cache_size() == 3 * (1 + len(sizes)) * 2  # buckets x sizes x filters
 
 
 def test_observations_of_many_lengths_share_few_shapes(made, conversations):
-    # They were of 2, 3 and 4 tokens. The roller is that of the conversations.
-    roller = t.make_roller(made[0], slots=5, length=36, max_tokens=28)
-    assert roller.sampler.force._cache_size() == 1
+    # They were of 2, 3 and 4 tokens. The completer is that of the conversations.
+    completer = t.make_completer(made[0], slots=5, length=36, max_tokens=28)
+    assert completer.sampler.append_tokens._cache_size() == 1
 
 
 def test_verdicts_are_made_while_others_decode(made, requests):
-    """The first to end gets its verdict only when another has ended, which it can only if sampling went on without it."""
+    """The first to end gets its verdict only when another has ended, which it can only
+    if sampling went on without it.
+    """
     ended = [threading.Event() for _ in range(2)]
     order = []
 
@@ -595,8 +620,8 @@ def test_verdicts_are_made_while_others_decode(made, requests):
             ended[number].set()
         return t.verify(text, task) if number or ended[1].wait(60) else Verdict(-1.0, False, None, "nobody else ended")
 
-    roller = t.make_roller(made[0], slots=2, chunk_tokens=1)
-    t.assert_same(t.roll(roller, made[1], requests, single_turn(patient)), t.roll(roller, made[1], requests, JUDGE))
+    completer = t.make_completer(made[0], slots=2, chunk_tokens=1)
+    t.assert_same(t.roll(completer, made[1], requests, single_turn(patient)), t.roll(completer, made[1], requests, JUDGE))
 
 
 def test_an_observation_is_awaited_while_others_decode(made, requests):
@@ -611,22 +636,22 @@ def test_an_observation_is_awaited_while_others_decode(made, requests):
             others.set()
         return state, Step(verdict=Verdict(0.0, False, turn.text))
 
-    roller = t.make_roller(made[0], slots=2, chunk_tokens=1)
+    completer = t.make_completer(made[0], slots=2, chunk_tokens=1)
     wanted = [r for r in requests if r.attempt == 0]
-    first, *_ = t.roll(roller, t.biased(made[1], _=2.5), wanted, Environment(lambda task: (task, 0), step))
+    first, *_ = t.roll(completer, t.biased(made[1], _=2.5), wanted, Environment(lambda task: (task, 0), step))
     assert t.decode(first.tokens[~first.sampled]) == "kk"
 
 
 def test_an_environment_that_says_one_turn_must_give_verdicts(made, requests):
     step = lambda state, turn: (state, Step(observation="a"))  # noqa: E731
     with pytest.raises(ValueError, match="one_turn=True gave an observation"):
-        t.roll(t.make_roller(made[0]), made[1], requests, Environment(lambda task: task, step, one_turn=True))
+        t.roll(t.make_completer(made[0]), made[1], requests, Environment(lambda task: task, step, one_turn=True))
 
 
 def test_must_finish_pays_nothing_for_what_was_cut_off(made, requests):
     always = lambda text, task: Verdict(1.0, True, text)  # noqa: E731
     params = t.biased(made[1], _=1.0)
-    judged = {m: t.roll(t.make_roller(made[0]), params, requests, single_turn(always, must_finish=m)) for m in (False, True)}
+    judged = {m: t.roll(t.make_completer(made[0]), params, requests, single_turn(always, must_finish=m)) for m in (False, True)}
     assert {r.stop for r in judged[True]} == {"eos", "limit"}
     for free, r in zip(judged[False], judged[True], strict=True):
         assert free.verdict == Verdict(1.0, True, r.text)
@@ -634,9 +659,11 @@ def test_must_finish_pays_nothing_for_what_was_cut_off(made, requests):
 
 
 def test_must_finish_does_not_mind_an_end_at_the_very_limit(made, requests):
-    """The last token that there is room for may be the end of sequence: the attempt is whole."""
+    """The last token that there is room for may be the end of sequence: the attempt is
+    whole.
+    """
     always = lambda text, task: Verdict(1.0, True, text)  # noqa: E731
-    roller = t.make_roller(made[0], max_tokens=1)
-    rollouts = t.roll(roller, t.biased(made[1], _=ALWAYS), requests, single_turn(always, must_finish=True))
+    completer = t.make_completer(made[0], max_tokens=1)
+    rollouts = t.roll(completer, t.biased(made[1], _=ALWAYS), requests, single_turn(always, must_finish=True))
     assert {r.stop for r in rollouts} == {"eos"}
     assert all(r.verdict.correct for r in rollouts)

@@ -1,4 +1,6 @@
-"""The sampler against the learner, against the distribution it states, and against its own leftovers."""
+"""The sampler against the learner, against the distribution it states, and against its
+own leftovers.
+"""
 
 import dataclasses
 
@@ -6,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_roller as t
+import tiny_completer as t
 from scipy import stats
 
 from jaxreason import sharding
@@ -37,9 +39,9 @@ def test_decoded_logp_is_teacher_forced_logp(made, slots, length):
     model, params = made
     requests = t.make_requests(8, 2)
     assert {len(r.prompt) for r in requests} == set(range(1, 9))
-    roller = t.make_roller(model, slots=slots, length=length)
+    completer = t.make_completer(model, slots=slots, length=length)
     for temperature in (1.0, 0.7):
-        rollouts = t.roll(roller, params, requests, JUDGE, temperature=temperature)
+        rollouts = t.roll(completer, params, requests, JUDGE, temperature=temperature)
         assert len({len(r.tokens) for r in rollouts}) > 4
         assert {r.stop for r in rollouts} == {"eos", "limit"}
         assert t.largest_gap(model, params, rollouts) < 1e-5
@@ -48,19 +50,21 @@ def test_decoded_logp_is_teacher_forced_logp(made, slots, length):
 @pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.1), ("int8", 0.1)])  # nats
 def test_a_smaller_cache_costs_little_and_not_nothing(made, dtype, bound):
     model, params = made
-    roller = t.make_roller(model, slots=16, cache_dtype=dtype)
-    cache = roller.sampler.empty().cache
+    completer = t.make_completer(model, slots=16, cache_dtype=dtype)
+    cache = completer.sampler.empty().cache
     kept = {path[-1].key: x.dtype.name for path, x in jax.tree_util.tree_leaves_with_path(cache)}
     assert {kept["k"], kept["v"]} == {dtype}
-    rollouts = t.roll(roller, params, t.make_requests(8, 2), JUDGE)
+    rollouts = t.roll(completer, params, t.make_requests(8, 2), JUDGE)
     assert 1e-3 < t.largest_gap(model, params, rollouts) < bound
 
 
 def test_in_bfloat16_sampler_and_learner_round_alike():
-    """Both multiply the same numbers in another order. Bfloat16 keeps 8 bits: of logits near 4, 0.02; 0.06 nats measured."""
+    """Both multiply the same numbers in another order. Bfloat16 keeps 8 bits: of logits
+    near 4, 0.02; 0.06 nats measured.
+    """
     model, params = t.make_model(dtype="bfloat16", scan_layers=True)
     for cache_dtype in (None, "float32"):
-        rollouts = t.roll(t.make_roller(model, slots=16, cache_dtype=cache_dtype), params, t.make_requests(8, 2), JUDGE)
+        rollouts = t.roll(t.make_completer(model, slots=16, cache_dtype=cache_dtype), params, t.make_requests(8, 2), JUDGE)
         assert t.largest_gap(model, params, rollouts) < 0.1
 
 
@@ -101,7 +105,9 @@ def test_samples_follow_the_tempered_softmax(temperature):
 
 @pytest.mark.parametrize("words", [5, 128, 300])
 def test_draws_follow_their_weights_over_blocks(words):
-    """Fewer words than a block, one block, and a last block that is not full; what has no weight is never drawn."""
+    """Fewer words than a block, one block, and a last block that is not full; what has
+    no weight is never drawn.
+    """
     rng = np.random.default_rng(words)
     weight_V = rng.exponential(size=words).astype(np.float32)
     weight_V[rng.permutation(words)[: words // 3]] = 0
@@ -176,21 +182,21 @@ def test_samples_follow_the_filtered_distribution_and_so_does_their_logp(filter)
 
 def test_the_untempered_logp_is_that_of_the_model(made):
     model, params = made
-    roller = t.make_roller(model, slots=16, untempered_logp=True)
-    plain = t.make_roller(model, slots=16)
+    completer = t.make_completer(model, slots=16, logp_temperature_1=True)
+    plain = t.make_completer(model, slots=16)
     requests = t.make_requests(8, 2)
     more = {"temperature": 0.6, "filter": Filter(top_k=4)}
-    rollouts = t.roll(roller, params, requests, JUDGE, **more)
+    rollouts = t.roll(completer, params, requests, JUDGE, **more)
     t.assert_same(rollouts, without := t.roll(plain, params, requests, JUDGE, **more))
-    assert all(r.untempered_logp is None for r in without)
-    as_one = [dataclasses.replace(r, logp=r.untempered_logp, temperature=1.0) for r in rollouts]
+    assert all(r.logp_temperature_1 is None for r in without)
+    as_one = [dataclasses.replace(r, logp=r.logp_temperature_1, temperature=1.0) for r in rollouts]
     assert t.largest_gap(model, params, as_one) < 1e-5
-    assert max(np.abs(r.logp - r.untempered_logp).max() for r in rollouts) > 0.1
+    assert max(np.abs(r.logp - r.logp_temperature_1).max() for r in rollouts) > 0.1
 
 
 def test_temperature_zero_takes_the_most_likely_token(made):
     model, params = made
-    rollouts = t.roll(t.make_roller(model, slots=16, length=33), params, t.make_requests(8, 2), JUDGE, temperature=0.0)
+    rollouts = t.roll(t.make_completer(model, slots=16, length=33), params, t.make_requests(8, 2), JUDGE, temperature=0.0)
     tokens_BT = np.zeros((len(rollouts), 20), np.int32)
     for row, r in zip(tokens_BT, rollouts, strict=True):
         row[: len(r.prompt) + len(r.tokens)] = [*r.prompt, *r.tokens]
@@ -206,10 +212,10 @@ def test_attempts_at_a_problem_follow_the_model():
     model, params = t.make_model()
     prompt = [3, 1, 4]
     requests = [Request(Task("", "a"), 5, g, prompt) for g in range(2048)]
-    roller = t.make_roller(model, slots=256, length=8, chunk_tokens=1, max_tokens=1)
+    completer = t.make_completer(model, slots=256, length=8, chunk_tokens=1, max_tokens=1)
     logits = t.logits(model)(params, np.array([prompt]))[0, -1]
     for temperature in (1.0, 0.7):
-        rollouts = t.roll(roller, params, requests, JUDGE, temperature=temperature)
+        rollouts = t.roll(completer, params, requests, JUDGE, temperature=temperature)
         tokens, logp = (np.array([getattr(r, name)[0] for r in rollouts]) for name in ("tokens", "logp"))
         expected = tempered(logits, temperature)
         assert stats.chisquare(np.bincount(tokens, minlength=len(t.ALPHABET)), 2048 * expected).pvalue > 0.01
@@ -229,14 +235,15 @@ def test_attempt_keys_are_distinct_over_seeds_phases_steps_problems_and_attempts
 
 
 def test_noise_is_never_shared_and_comes_back_with_its_key():
-    # A model that has no preference among very many tokens: a token is a fingerprint of the noise that chose it.
+    # A model that has no preference among very many tokens: a token is a fingerprint of
+    # the noise that chose it.
     model, params = t.make_model(vocab_size=2**20, width=2, layers=1, heads=1, kv_heads=1, head_size=2, feed_forward=2)
     params = jax.tree.map(jnp.zeros_like, params)
     requests = [Request(Task("", ""), p, g, [1]) for p in range(3) for g in range(3)]
-    roller = t.make_roller(model, slots=5, length=8, eos_ids=(2**20,), max_tokens=4)._replace(decode=str)
+    completer = t.make_completer(model, slots=5, length=8, eos_ids=(2**20,), max_tokens=4)._replace(decode=str)
 
     def fingerprints(key, requests=requests):
-        return {(r.problem, r.attempt): tuple(r.tokens.tolist()) for r in t.roll(roller, params, requests, JUDGE, key=key)}
+        return {(r.problem, r.attempt): tuple(r.tokens.tolist()) for r in t.roll(completer, params, requests, JUDGE, key=key)}
 
     first, second = fingerprints(1), fingerprints(2)
     tokens = [token for found in (first, second) for row in found.values() for token in row]
@@ -251,7 +258,9 @@ def test_noise_is_never_shared_and_comes_back_with_its_key():
 
 @pytest.fixture(scope="module")
 def small(made):
-    """A model, a compiled sampler of four slots and params that never end a sequence."""
+    """A model, a compiled sampler of four slots and params that never end a
+    sequence.
+    """
     model, params = made
     compiled = compile_sampler(model, slots=4, length=12, eos_ids=(t.EOS,), chunk_tokens=2, prompt_rows=1, prompt_columns=4)
     return model, compiled, compiled.prepare(t.biased(params, _=-1e9))
@@ -263,7 +272,9 @@ KEYS = np.asarray(attempt_keys(jax.random.key(0), np.arange(4, dtype=np.uint32),
 
 
 def insert(compiled, params, slots, rows, places, limits, shared=None):
-    """Put prompt `rows[i]`, with key i, into slot `places[i]`; but prompt `shared` into the row that its slots continue."""
+    """Put prompt `rows[i]`, with key i, into slot `places[i]`; but prompt `shared` into
+    the row that its slots continue.
+    """
     own_S, limit_S, key_S = np.full(4, -1, np.int32), np.zeros(4, np.int32), np.zeros_like(KEYS)
     start_S, tokens_ST, length_S = np.zeros(4, bool), np.zeros((4, 12), np.int32), np.ones(4, np.int32)
     prompt_S, prompt_R = np.full(4, -1, np.int32), np.array([-1 if shared is None else shared], np.int32)
@@ -273,9 +284,9 @@ def insert(compiled, params, slots, rows, places, limits, shared=None):
             prompt_S[s] = 0
         else:
             own_S[s] = row
-    slots = compiled.place(slots, compiled.prefill(params, PROMPTS, LENGTHS), own_S, prompt_R)
+    slots = compiled.copy_prompts(slots, compiled.prefill(params, PROMPTS, LENGTHS), own_S, prompt_R)
     tokens_R = np.array([0 if shared is None else LENGTHS[shared] - 1], np.int32)
-    return compiled.start(slots, start_S, tokens_ST, length_S, limit_S, key_S, prompt_S, tokens_R)
+    return compiled.start_rollouts(slots, start_S, tokens_ST, length_S, limit_S, key_S, prompt_S, tokens_R)
 
 
 def decode(compiled, params, slots, times=1):
@@ -305,7 +316,9 @@ def test_insert_fills_the_slots_it_is_told_to(small):
 
 
 def test_slots_that_share_a_prompt_sample_as_with_a_copy_each(small):
-    """Slots 0 and 3 continue one prompt, in one place; slot 1 has another of its own. Who leaves and comes changes nothing."""
+    """Slots 0 and 3 continue one prompt, in one place; slot 1 has another of its own.
+    Who leaves and comes changes nothing.
+    """
     _, compiled, params = small
     placed = ([0, 1, 0], [0, 1, 3], [12, 12, 12])
     apart = decode(compiled, params, insert(compiled, params, compiled.empty(), *placed), 5)
@@ -315,7 +328,8 @@ def test_slots_that_share_a_prompt_sample_as_with_a_copy_each(small):
     for s in (0, 1, 3):
         np.testing.assert_array_equal(together.tokens_ST[s], apart.tokens_ST[s])
         np.testing.assert_allclose(together.logp_ST[s], apart.logp_ST[s], atol=1e-5)
-    # Nothing of the prompt is in their own columns: two tokens of theirs were written from column 0 on.
+    # Nothing of the prompt is in their own columns: two tokens of theirs were written
+    # from column 0 on.
     one = jax.device_get(decode(compiled, params, insert(compiled, params, compiled.empty(), [0], [0], [12], shared=0)))
     assert [bool(one.cache[0]["v"][0, :, c].any()) for c in range(4)] == [True, True, False, False]
 
@@ -336,7 +350,7 @@ def test_a_refilled_slot_sees_nothing_of_its_last_tenant(small):
 def test_a_halted_slot_stops_and_the_others_go_on(small):
     _, compiled, params = small
     slots = insert(compiled, params, compiled.empty(), [0, 1], [0, 1], [12, 12])
-    slots = compiled.halt(decode(compiled, params, slots), np.array([True, False, False, False]))
+    slots = compiled.stop_slots(decode(compiled, params, slots), np.array([True, False, False, False]))
     assert decode(compiled, params, slots).length_S[:2].tolist() == [5, 6]
 
 
@@ -349,7 +363,7 @@ def test_forced_tokens_may_cut_a_slot_back(small):
 
     def finish(times):
         slots = decode(compiled, params, insert(compiled, params, compiled.empty(), [0], [0], [12]), times)
-        slots = compiled.force(params, slots, start_S, tokens_ST, count_S, limit_S)
+        slots = compiled.append_tokens(params, slots, start_S, tokens_ST, count_S, limit_S)
         return jax.device_get(decode(compiled, params, slots, 4))
 
     short, long = finish(1), finish(3)  # cut back by one token, and by five
@@ -366,7 +380,7 @@ def test_force_appends_up_to_the_limit_and_lets_run_on(small):
     tokens_ST = np.zeros((4, 12), np.int32)
     tokens_ST[:, :4] = [[3, 4, 0, 0], [3, 4, 2, 2], [5] * 4, [5] * 4]
     start_S, count_S, limit_S = np.array([[5, 5, -1, -1], [2, 4, 0, 0], [12, 6, 0, 0]], np.int32)
-    slots = compiled.force(params, jax.device_put(before), start_S, tokens_ST, count_S, limit_S)
+    slots = compiled.append_tokens(params, jax.device_put(before), start_S, tokens_ST, count_S, limit_S)
     assert slots.length_S[:3].tolist() == [7, 6, 4]
     assert slots.stop_S.tolist() == [RUNNING, LIMIT, RUNNING, EMPTY]
     assert slots.tokens_ST[:2, 5:8].tolist() == [[3, 4, 0], [3, 0, 0]]

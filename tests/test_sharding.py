@@ -1,4 +1,6 @@
-"""Meshes that cannot be made, and that the rules place every parameter of every kind of model, and its optimizer state."""
+"""Meshes that cannot be made, and that the rules place every parameter of every kind of
+model, and its optimizer state.
+"""
 
 import functools
 
@@ -162,15 +164,19 @@ def test_rows_are_split_over_both_axes():
 @pytest.mark.parametrize(
     ("axes", "most"),
     [
-        # Two micro-batches gather the params forward and backward, 7/8 each time, and add up gradients once: 2 x (2 + 2) x 7/8.
+        # Two micro-batches gather the params forward and backward, 7/8 each time, and
+        # add up gradients once: 2 x (2 + 2) x 7/8.
         ({"fsdp": 8}, 7.5),
-        # Beside that tensor parallelism adds up activations, which are large here beside so few params.
+        # Beside that tensor parallelism adds up activations, which are large here
+        # beside so few params.
         ({"data": 2, "fsdp": 2, "tensor": 2}, 26),
     ],
     ids=str,
 )
 def test_a_train_step_sends_its_params_and_not_its_activations(axes, most):
-    """Without `gather_weights` and `keep_rows` these were 429 and 88 times the params (jax 0.10.2, CPU, 2026-11-24)."""
+    """Without `gather_weights` and `keep_rows` these were 429 and 88 times the params
+    (jax 0.10.2, CPU, 2026-11-24).
+    """
     shape = {"vocab_size": 96, "width": 64, "layers": 3, "heads": 4, "kv_heads": 2, "head_size": 32, "feed_forward": 128}
     mesh = sharding.make_mesh(**{"data": 1} | axes)
     model = transformer(ModelConfig(**shape, scan_layers=True, remat="full"), mesh)

@@ -1,4 +1,6 @@
-"""Sources: the same state, params and key draw the same batch; what each draws, and what it says of it."""
+"""Sources: the same state, params and key draw the same batch; what each draws, and
+what it says of it.
+"""
 
 import collections
 import dataclasses
@@ -7,7 +9,7 @@ import json
 import jax
 import numpy as np
 import pytest
-import tiny_roller as t
+import tiny_completer as t
 from runs import grouped
 
 from jaxreason import objectives, sources
@@ -50,8 +52,8 @@ def judge(text, task):
 
 
 @pytest.fixture(scope="module")
-def roller():
-    return t.make_roller(t.make_model()[0])
+def completer():
+    return t.make_completer(t.make_model()[0])
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +61,11 @@ def params():
     return t.biased(t.make_model()[1], _=0.8)
 
 
-def make_rollouts(roller, tasks=None, objective=None, **more):
+def make_rollouts(completer, tasks=None, objective=None, **more):
     return sources.rollouts(
         WithPrompts(Stream() if tasks is None else tasks),
         single_turn(judge),
-        roller,
+        completer,
         objective or objectives.grpo(),
         problems=PROBLEMS,
         group=GROUP,
@@ -72,15 +74,15 @@ def make_rollouts(roller, tasks=None, objective=None, **more):
     )
 
 
-def sampled(roller):
-    return make_rollouts(roller)
+def sampled(completer):
+    return make_rollouts(completer)
 
 
-def windows(roller):
+def windows(completer):
     return sources.corpus([np.arange(i, i + 12).reshape(2, 6) for i in range(9)], objectives.lm(), rows=2)
 
 
-def solutions(roller):
+def solutions(completer):
     def encode(task):
         return [1, 2, int(task.id)] * (1 + int(task.id)), [False, True, True] * (1 + int(task.id))
 
@@ -92,21 +94,21 @@ def assert_equal(a, b):
 
 
 @pytest.mark.parametrize("make", [windows, solutions, sampled])
-def test_same_state_params_and_key_same_batch(make, roller, params):
-    source, key = make(roller), jax.random.key(3)
+def test_same_state_params_and_key_same_batch(make, completer, params):
+    source, key = make(completer), jax.random.key(3)
     state = source.init()
-    assert state == make(roller).init()
+    assert state == make(completer).init()
     after, first = source.next(state, params, key)
     assert state == source.init() != after  # passed in, not changed
     assert first.batch.tokens_BT.shape[0] == source.rows
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(first.batch))
-    for again in (source, make(roller)):
+    for again in (source, make(completer)):
         after_again, second = again.next(state, params, key)
         assert after_again == after
         assert_equal(second.batch, first.batch)
     # A source has no memory: what was saved draws on where it stood.
     expected = source.next(after, params, key)
-    got = make(roller).next(dict(after), params, key)
+    got = make(completer).next(dict(after), params, key)
     assert got[0] == expected[0] != after
     assert_equal(got[1].batch, expected[1].batch)
     assert expected[1].batch.tokens_BT.tolist() != first.batch.tokens_BT.tolist()
@@ -115,8 +117,8 @@ def test_same_state_params_and_key_same_batch(make, roller, params):
         assert count > 0, name
 
 
-def test_the_corpus_in_its_order(roller):
-    source = windows(roller)
+def test_the_corpus_in_its_order(completer):
+    source = windows(completer)
     state, seen = source.init(), []
     for _ in range(3):
         state, drawn = source.next(state, None, None)
@@ -127,8 +129,8 @@ def test_the_corpus_in_its_order(roller):
     assert not source.samples
 
 
-def test_demonstrations_in_their_order_cut_and_counted(roller):
-    source = solutions(roller)
+def test_demonstrations_in_their_order_cut_and_counted(completer):
+    source = solutions(completer)
     state, drawn = source.next(source.init(), None, None)
     assert state == {"position": 3}
     assert drawn.batch.tokens_BT[:, 2].tolist() == [0, 1, 2]
@@ -141,9 +143,9 @@ def test_demonstrations_in_their_order_cut_and_counted(roller):
 # --- rollouts ---
 
 
-def test_groups_of_attempts_at_the_problems_of_the_stream(roller, params):
+def test_groups_of_attempts_at_the_problems_of_the_stream(completer, params):
     tasks = Stream()
-    source = make_rollouts(roller, tasks)
+    source = make_rollouts(completer, tasks)
     assert source.rows == PROBLEMS * GROUP
     assert source.samples
     state, drawn = source.next({"position": 40}, params, jax.random.key(0))
@@ -161,8 +163,8 @@ def test_groups_of_attempts_at_the_problems_of_the_stream(roller, params):
     assert gap_BT[drawn.batch.weight_BT > 0].max() < 1e-5
 
 
-def test_another_step_and_other_params_draw_other_rollouts(roller, params):
-    source = make_rollouts(roller)
+def test_another_step_and_other_params_draw_other_rollouts(completer, params):
+    source = make_rollouts(completer)
 
     def texts(params, step):
         drawn = source.next(source.init(), params, jax.random.fold_in(jax.random.key(0), step))[1]
@@ -174,8 +176,8 @@ def test_another_step_and_other_params_draw_other_rollouts(roller, params):
     assert (texts(t.biased(params, a=3.0), 0) & first).total() < 6
 
 
-def test_metrics_of_rollouts(roller, params):
-    source = make_rollouts(roller)
+def test_metrics_of_rollouts(completer, params):
+    source = make_rollouts(completer)
     _, drawn = source.next(source.init(), params, jax.random.key(0))
     r_R, R = drawn.rollouts, float(PROBLEMS * GROUP)
     groups = [r_R[i : i + GROUP] for i in range(0, len(r_R), GROUP)]
@@ -202,10 +204,10 @@ def test_metrics_of_rollouts(roller, params):
         assert drawn.metrics[name][0] > 0
 
 
-def test_random_rewards_are_as_many_and_for_nothing(roller, params):
+def test_random_rewards_are_as_many_and_for_nothing(completer, params):
     key = jax.random.key(0)
-    _, honest = make_rollouts(roller).next({"position": 0}, params, key)
-    source = make_rollouts(roller, reward="random")
+    _, honest = make_rollouts(completer).next({"position": 0}, params, key)
+    source = make_rollouts(completer, reward="random")
     _, drawn = source.next({"position": 0}, params, key)
     for a, b in zip(drawn.rollouts, honest.rollouts, strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
@@ -232,9 +234,9 @@ def test_random_rewards_are_as_many_and_for_nothing(roller, params):
     assert len(deals) == 8
 
 
-def test_an_unknown_reward_is_refused(roller):
+def test_an_unknown_reward_is_refused(completer):
     with pytest.raises(ValueError, match=r"unknown reward 'randm' \(did you mean 'random'\?\); one of: random, verdict"):
-        make_rollouts(roller, reward="randm")
+        make_rollouts(completer, reward="randm")
 
 
 # --- sampling ahead ---
@@ -242,20 +244,20 @@ def test_an_unknown_reward_is_refused(roller):
 
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("lag", [0, 1, 2])
-def test_a_batch_is_of_the_params_of_lag_updates_ago(roller, params, lag, background):
+def test_a_batch_is_of_the_params_of_lag_updates_ago(completer, params, lag, background):
     versions, prepared = [t.biased(params, a=0.4 * update) for update in range(6)], []
 
     def prepare(params):
         prepared.append(next(i for i, version in enumerate(versions) if version is params))
-        return roller.sampler.prepare(params)
+        return completer.sampler.prepare(params)
 
-    watched = roller._replace(sampler=roller.sampler._replace(prepare=prepare))
+    watched = completer._replace(sampler=completer.sampler._replace(prepare=prepare))
     source, key = make_rollouts(watched, lag=lag, background=background, steps=6), jax.random.key(1)
     state = source.init()
     for update in range(6):
         state, drawn = source.next(state, versions[update], key)
         older = versions[max(0, update - lag)]
-        _, expected = make_rollouts(roller).next({"position": update * PROBLEMS}, older, key)
+        _, expected = make_rollouts(completer).next({"position": update * PROBLEMS}, older, key)
         assert [r.problem for r in drawn.rollouts] == [r.problem for r in expected.rollouts]
         assert_equal(drawn.batch, expected.batch)
     assert prepared == list(range(6 - lag))  # nothing is sampled for a step after the last
@@ -264,14 +266,14 @@ def test_a_batch_is_of_the_params_of_lag_updates_ago(roller, params, lag, backgr
 
 @pytest.mark.parametrize("untempered", [False, True])
 def test_what_was_sampled_ahead_is_saved_bit_for_bit(params, untempered):
-    roller = t.make_roller(t.make_model()[0], untempered_logp=untempered)
-    source, key = make_rollouts(roller, lag=2, background=True), jax.random.key(1)
+    completer = t.make_completer(t.make_model()[0], logp_temperature_1=untempered)
+    source, key = make_rollouts(completer, lag=2, background=True), jax.random.key(1)
     state, _ = source.next(source.init(), params, key)
     saved = json.loads(json.dumps(source.save(state)))
     assert saved["position"] == PROBLEMS
     assert len(saved["ahead"]) == 2
     other = t.biased(params, a=3.0)
-    for now, again in zip(range(3), (source, make_rollouts(roller, lag=2)), strict=False):
+    for now, again in zip(range(3), (source, make_rollouts(completer, lag=2)), strict=False):
         (state, first), (saved, second) = source.next(state, other, key), again.next(saved, other, key)
         for a, b in zip(first.rollouts, second.rollouts, strict=True):
             for field in dataclasses.fields(a):
@@ -289,10 +291,12 @@ def rewards_of(rollouts):
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 9])
-def test_problems_are_drawn_until_enough_teach_something(roller, params, most):
-    """What is drawn is what the stream holds, each problem once; the batch has the first problems that teach something."""
-    key, state, plain = jax.random.key(5), {"position": 8}, make_rollouts(roller)
-    source = make_rollouts(roller, dynamic_sampling=most)
+def test_problems_are_drawn_until_enough_teach_something(completer, params, most):
+    """What is drawn is what the stream holds, each problem once; the batch has the
+    first problems that teach something.
+    """
+    key, state, plain = jax.random.key(5), {"position": 8}, make_rollouts(completer)
+    source = make_rollouts(completer, dynamic_sampling=most)
     for _ in range(3):
         start = state["position"]
         state, drawn = source.next(state, params, key)
@@ -314,9 +318,9 @@ def test_problems_are_drawn_until_enough_teach_something(roller, params, most):
             np.testing.assert_array_equal(a.tokens, b.tokens)
 
 
-def test_attempts_share_their_prompt_in_the_batch(roller, params):
+def test_attempts_share_their_prompt_in_the_batch(completer, params):
     key = jax.random.key(5)
-    source, alone = make_rollouts(roller, share=GROUP, buckets=(64,)), make_rollouts(roller)
+    source, alone = make_rollouts(completer, rollouts_per_prompt=GROUP, buckets=(64,)), make_rollouts(completer)
     (_, drawn), (_, expected) = (s.next({"position": 8}, params, key) for s in (source, alone))
     assert (source.rows, alone.rows) == (PROBLEMS, PROBLEMS * GROUP)
     assert len(drawn.batch.tokens_BT) == PROBLEMS
@@ -327,22 +331,22 @@ def test_attempts_share_their_prompt_in_the_batch(roller, params):
     assert drawn.metrics["train/packing_efficiency"][0] <= drawn.metrics["train/packing_efficiency"][1]
 
 
-def test_dynamic_sampling_draws_more_than_a_round_here(roller, params):
-    _, drawn = make_rollouts(roller, dynamic_sampling=9).next({"position": 8}, params, jax.random.key(5))
+def test_dynamic_sampling_draws_more_than_a_round_here(completer, params):
+    _, drawn = make_rollouts(completer, dynamic_sampling=9).next({"position": 8}, params, jax.random.key(5))
     assert len(drawn.rollouts) > PROBLEMS * GROUP
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_dynamic_sampling_ahead_is_saved_and_drawn_on_bit_for_bit(roller, params, background):
-    source, key = make_rollouts(roller, lag=1, background=background, dynamic_sampling=3, steps=4), jax.random.key(1)
-    again, at = make_rollouts(roller, lag=1, dynamic_sampling=3, steps=4), {"position": 0}
+def test_dynamic_sampling_ahead_is_saved_and_drawn_on_bit_for_bit(completer, params, background):
+    source, key = make_rollouts(completer, lag=1, background=background, dynamic_sampling=3, steps=4), jax.random.key(1)
+    again, at = make_rollouts(completer, lag=1, dynamic_sampling=3, steps=4), {"position": 0}
     state = source.init()
     for update in range(4):
         older = t.biased(params, a=0.4 * max(0, update - 1))
         saved = json.loads(json.dumps(source.save(state)))
         state, drawn = source.next(state, t.biased(params, a=0.4 * update), key)
         _, same = again.next(saved, t.biased(params, a=0.4 * update), key)
-        at, expected = make_rollouts(roller, dynamic_sampling=3).next(at, older, key)
+        at, expected = make_rollouts(completer, dynamic_sampling=3).next(at, older, key)
         for other in (same, expected):
             assert_equal(drawn.batch, other.batch)
             assert [r.problem for r in drawn.rollouts] == [r.problem for r in other.rollouts]
@@ -351,11 +355,11 @@ def test_dynamic_sampling_ahead_is_saved_and_drawn_on_bit_for_bit(roller, params
 
 
 @pytest.mark.parametrize(("times", "objective"), [(0, objectives.grpo()), (2, objectives.expert_iteration())])
-def test_dynamic_sampling_that_makes_no_sense_is_refused(roller, times, objective):
+def test_dynamic_sampling_that_makes_no_sense_is_refused(completer, times, objective):
     with pytest.raises(ValueError, match=rf"source.dynamic_sampling got {times}; allowed: 1 \(off\), or more for an objective"):
-        make_rollouts(roller, objective=objective, dynamic_sampling=times)
+        make_rollouts(completer, objective=objective, dynamic_sampling=times)
 
 
-def test_a_negative_lag_is_refused(roller):
+def test_a_negative_lag_is_refused(completer):
     with pytest.raises(ValueError, match=r"source.lag got -1; allowed: 0 or more updates"):
-        make_rollouts(roller, lag=-1)
+        make_rollouts(completer, lag=-1)

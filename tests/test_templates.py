@@ -1,4 +1,6 @@
-"""Chat templates of many makers: what reasoning models open, what asks for the date, what takes arguments, what never ends."""
+"""Chat templates of many makers: what reasoning models open, what asks for the date,
+what takes arguments, what never ends.
+"""
 
 import datetime
 import json
@@ -21,7 +23,8 @@ GOLDEN = Path(__file__).parent / "golden"
 CHAT = GOLDEN / "chat"
 TASK = Task("What is 3 + 4?", "7", solution="3 + 4 = 7.\n#### 7")
 
-# As the distilled models of R1 have it: reasoning is opened in the prompt, and no turn is rendered with any.
+# As the distilled models of R1 have it: reasoning is opened in the prompt, and no turn
+# is rendered with any.
 R1 = """{% for m in messages %}{% if m['role'] == 'user' %}<|start|>user
 {{ m['content'] }}{% else %}<|start|>assistant
 {{ m['content'].split('</think>')[-1] }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant
@@ -77,7 +80,9 @@ def test_a_template_that_never_ends_a_turn_is_refused_all_the_same(bpe):
 
 
 def test_a_demonstration_is_what_the_template_writes(bpe):
-    """With what it puts around a solution (Qwen3 an empty thought, Llama 2 spaces) and takes from its ends."""
+    """With what it puts around a solution (Qwen3 an empty thought, Llama 2 spaces) and
+    takes from its ends.
+    """
     around = (
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}: {% else %}[{{ m.content.strip() }} ]<|end|>\n"
         "{% endif %}{% endfor %}"
@@ -98,7 +103,9 @@ def test_forced_spans_of_a_demonstration_are_not_trained_on(bpe):
 
 
 def test_what_a_template_leaves_out_is_said(bpe):
-    """A template for pictures runs over the characters of a text as if they were parts, and writes none."""
+    """A template for pictures runs over the characters of a text as if they were parts,
+    and writes none.
+    """
     parts = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}<|end|>{% endfor %}"
     with pytest.raises(ValueError, match="leaves out the user's message, or changes it"):
         chat(bpe, parts)
@@ -250,7 +257,9 @@ def test_a_template_that_does_not_end_is_ended(source):
 
 
 def test_what_templates_do_is_not_too_much():
-    """Long conversations, long texts, all that a loop offers: the same as without a budget."""
+    """Long conversations, long texts, all that a loop offers: the same as without a
+    budget.
+    """
     source = (
         "{% for m in messages %}{% set c = m.content ~ '!' %}{{ loop.index }}/{{ loop.length }}{{ '' if loop.last else ',' }}"
         "{{ loop.previtem.role if not loop.first }}{{ c | trim | length }}{% endfor %}"

@@ -1,4 +1,6 @@
-"""Tokenizers, chat templates and prompt formats. tests/golden/chat holds a small tokenizer and what transformers does with it."""
+"""Tokenizers, chat templates and prompt formats. tests/golden/chat holds a small
+tokenizer and what transformers does with it.
+"""
 
 import json
 import random
@@ -138,7 +140,9 @@ def test_check_vocabulary():
 
 @pytest.mark.parametrize("case", EXPECTED, ids=lambda c: f"{len(c['messages'])}_messages")
 def test_encoded_chats_are_those_of_transformers(bpe, template, case):
-    """Ids of apply_chat_template, and its assistant mask from the template's `generation` tags, which we do not read."""
+    """Ids of apply_chat_template, and its assistant mask from the template's
+    `generation` tags, which we do not read.
+    """
     prompt = case["messages"][-1]["role"] == "user"
     ids, trainable = text.encode_chat(bpe, template, case["messages"], add_generation_prompt=prompt)
     assert text.render(template, case["messages"], prompt) == case["text"]
@@ -183,7 +187,9 @@ NORMALIZERS = {  # and how a question writes <|end|> through it
 
 
 def with_normalizer(folder, parts, normalized=True, model=None):
-    """The small tokenizer, whose added tokens are looked for in what these normalizers make of a text."""
+    """The small tokenizer, whose added tokens are looked for in what these normalizers
+    make of a text.
+    """
     folder.mkdir()
     for name in ("tokenizer_config.json", "generation_config.json"):
         shutil.copy(CHAT / name, folder)
@@ -334,7 +340,9 @@ def test_chat_format(bpe, template):
 
 
 def test_chat_format_ends_with_the_token_that_the_template_ends_a_turn_with(bpe, template):
-    """Llama and Qwen list several eos tokens; the first is not always the one of a turn."""
+    """Llama and Qwen list several eos tokens; the first is not always the one of a
+    turn.
+    """
     form = text.chat(bpe._replace(eos_ids=(0, END)), template)
     assert form.demonstration(Task("two?", "2", solution="two"))[0][-1] == END
 

@@ -1,7 +1,9 @@
-"""Programs for TPUs, compiled here without one: the train step and the sampler on eight chips of a v5e and of a v6e.
+"""Programs for TPUs, compiled here without one: the train step and the sampler on eight
+chips of a v5e and of a v6e.
 
-Skipped without libtpu, which is the compiler: pip install 'jaxreason[tpu]'. What compiles has passed every check of shapes,
-layouts and memory that the compiler makes; it has not run.
+Skipped without libtpu, which is the compiler: pip install 'jaxreason[tpu]'. What
+compiles has passed every check of shapes, layouts and memory that the compiler makes;
+it has not run.
 """
 
 import dataclasses
@@ -104,7 +106,7 @@ def test_the_sampler_compiles(topology, cache_dtype):
     programs = {
         "prefill": sampler.prefill.lower(weights, numbers(P, 128), numbers(P)),
         "decode": sampler.decode.lower(weights, slots, numbers(dtype=jnp.float32), Filter(top_k=4, top_p=0.9, min_p=0.1)),
-        "force": sampler.force.lower(weights, slots, row, prompt, row, row),
+        "force": sampler.append_tokens.lower(weights, slots, row, prompt, row, row),
     }
     for name, lowered in programs.items():
         text = lowered.compile().as_text()

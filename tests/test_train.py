@@ -1,4 +1,6 @@
-"""The loop: a run that is cut off and started again ends as if it had not been; what it writes; controls."""
+"""The loop: a run that is cut off and started again ends as if it had not been; what it
+writes; controls.
+"""
 
 import json
 
@@ -51,7 +53,9 @@ def test_cut_off_and_started_again_is_uninterrupted(tmp_path, monkeypatch, whole
 
 @pytest.mark.process
 def test_sampling_one_step_ahead_on_devices_of_its_own_is_sampling_in_place(tmp_path, monkeypatch):
-    """The same lag gives the same run, bit for bit, wherever it samples, and cut off with a batch ahead and started again."""
+    """The same lag gives the same run, bit for bit, wherever it samples, and cut off
+    with a batch ahead and started again.
+    """
     lagged = FEW | {"rl.objective.name": "dapo", "rl.source.lag": 1, "prior.steps": 30, "rl.steps": 5, "rl.source.problems": 8}
     places = {
         "in place": {"sharding.mesh.data": 4},
@@ -99,7 +103,9 @@ def test_a_reference_policy_in_the_hosts_memory_changes_nothing(tmp_path, monkey
 
 
 def test_a_checkpoint_without_an_item_of_the_hosts_part_is_refused_by_its_name(tmp_path, whole):
-    """Before anything else of it is read: nothing is guessed in its place. All that is demanded is what a run saves."""
+    """Before anything else of it is read: nothing is guessed in its place. All that is
+    demanded is what a run saves.
+    """
     made = checkpoint.open_checkpoints(whole[0] / "checkpoints", read_only=True)
     host = made.peek(made.latest())
     made.close()
@@ -153,7 +159,9 @@ def test_a_whole_run_on_eight_devices_is_the_run_on_one(tmp_path, on_one_device,
 
 
 def test_a_run_that_diverges_stops_and_says_so(tmp_path):
-    """Huge steps make the loss NaN; what was there before is kept, and the message is one line."""
+    """Huge steps make the loss NaN; what was there before is kept, and the message is
+    one line.
+    """
     config = load_config("tiny", "smoke", **{"prior.steps": 8, "prior.max_skipped": 3, "prior.log_every": 1})
     config.prior.optimizer = {"name": "sgd", "lr": 1e17, "clip_norm": None}
     config.evaluate.suites = {}

@@ -1,4 +1,6 @@
-"""A verifier that misbehaves costs its attempt the reward, is named, counted, and in the end stops the run with one line."""
+"""A verifier that misbehaves costs its attempt the reward, is named, counted, and in
+the end stops the run with one line.
+"""
 
 import itertools
 import math
@@ -9,7 +11,7 @@ import types
 
 import numpy as np
 import pytest
-import tiny_roller as t
+import tiny_completer as t
 from runs import grouped
 
 from jaxreason import environment, rollout, sources, train
@@ -120,7 +122,7 @@ def test_ten_failures_in_a_row_stop_the_run():
 @pytest.fixture(scope="module")
 def made():
     model, params = t.make_model()
-    return t.make_roller(model), t.biased(params, _=0.8)
+    return t.make_completer(model), t.biased(params, _=0.8)
 
 
 def test_a_broken_verifier_stops_the_collection(made):
@@ -136,7 +138,9 @@ def test_what_a_model_wrote_never_stops_the_run(made):
 
 @pytest.fixture
 def hung(monkeypatch):
-    """A verifier that hangs at problem 3 while time, which is made here, passes for it alone."""
+    """A verifier that hangs at problem 3 while time, which is made here, passes for it
+    alone.
+    """
     released, others = threading.Event(), itertools.count()
     waits = 24  # verdicts of other problems
 
@@ -171,7 +175,9 @@ def test_a_verifier_that_hangs_is_given_up_and_the_run_goes_on(made, hung):
 
 
 def test_more_hang_than_there_are_threads(made, monkeypatch):
-    """Each thread that is given up is replaced: else the ninth verdict would wait for ever."""
+    """Each thread that is given up is replaced: else the ninth verdict would wait for
+    ever.
+    """
     monkeypatch.setattr(rollout, "TICK_S", 0.01)
     monkeypatch.setattr(environment, "IN_A_ROW", 100)
     monkeypatch.setattr(environment, "STUCK", 20)

@@ -1,4 +1,6 @@
-"""Verifiers: right is right, wrong is wrong, and no text raises, hangs or outlives its limits."""
+"""Verifiers: right is right, wrong is wrong, and no text raises, hangs or outlives its
+limits.
+"""
 
 from __future__ import annotations
 
@@ -304,7 +306,9 @@ def test_pool_limits_memory():
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="reads /proc")
 def test_child_is_light(math):
-    """It imports neither jax nor this package: else each child would cost seconds and gigabytes."""
+    """It imports neither jax nor this package: else each child would cost seconds and
+    gigabytes.
+    """
     math("1", one("1"))
     children = pool.shared("math", 2, 2.0, 1024)._children.queue
     started = [child for child in children if child is not None]

@@ -1,4 +1,6 @@
-"""Configs and weights against transformers: tests/golden/make_golden.py wrote small random checkpoints and their logits."""
+"""Configs and weights against transformers: tests/golden/make_golden.py wrote small
+random checkpoints and their logits.
+"""
 
 import dataclasses
 import json
@@ -255,7 +257,9 @@ def test_value_head_comes_from_init_and_is_not_exported(tmp_path):
 
 
 def test_host_memory_of_loading_is_below_one_copy(tmp_path):
-    """Only one stacked array and one tensor may be on the host at a time (device arrays are not counted here)."""
+    """Only one stacked array and one tensor may be on the host at a time (device arrays
+    are not counted here).
+    """
     config = ModelConfig(vocab_size=64, width=256, layers=16, heads=4, kv_heads=4, head_size=64, feed_forward=256)
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(transformer(config).init, jax.random.key(0)))
     weights.save(tmp_path, config, params)

@@ -1,4 +1,6 @@
-"""The folder of a run: who may go on in it, with which config, and how a run that is asked to stop ends."""
+"""The folder of a run: who may go on in it, with which config, and how a run that is
+asked to stop ends.
+"""
 
 import http.server
 import json
@@ -59,7 +61,9 @@ def test_a_change_of_the_maths_is_refused_unless_accepted(folder, field):
 
 
 def test_fewer_steps_than_a_run_has_made_are_refused(folder):
-    """Where it seemed that the disk was full, after the sampler was compiled and the new config written."""
+    """Where it seemed that the disk was full, after the sampler was compiled and the
+    new config written.
+    """
     for item, name, text in (("host", "metadata", '{"host": {}}'), ("state", "_METADATA", "{}")):
         (folder / "checkpoints" / "40" / item).mkdir()
         (folder / "checkpoints" / "40" / item / name).write_text(text)
@@ -134,7 +138,9 @@ def test_a_lock_of_another_host_is_watched(tmp_path, monkeypatch, clock):
 
 @pytest.mark.process
 def test_a_clock_that_is_set_back_changes_nothing(tmp_path, monkeypatch):
-    """An hour at every line of metrics, in the run that is killed and in the one that goes on; files are as old as it said."""
+    """An hour at every line of metrics, in the run that is killed and in the one that
+    goes on; files are as old as it said.
+    """
     config = load_config("tiny", "smoke", **{"phases": ("prior",), "prior.steps": 8, "prior.log_every": 1})
     config.evaluate.suites, config.checkpoint.every_steps = {}, 2
     run_config(config, tmp_path / "whole")
@@ -175,8 +181,9 @@ def test_a_clock_that_is_set_back_changes_nothing(tmp_path, monkeypatch):
 
 # --- folders that can't be written, or read ---
 
-# Root reads and writes whatever it likes, unless it gives that up for what it becomes: drops from its bounding set (prctl 24)
-# CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH. For anybody else that does nothing.
+# Root reads and writes whatever it likes, unless it gives that up for what it becomes:
+# drops from its bounding set (prctl 24) CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH. For
+# anybody else that does nothing.
 WITHOUT_RIGHTS = """
 import ctypes, os, sys
 for right in (1, 2):
@@ -315,7 +322,9 @@ def test_the_maintenance_notice_of_a_cloud_tpu_is_heard(monkeypatch):
 
 @pytest.mark.process
 def test_a_disk_that_is_full_fails_a_save_and_not_the_run(tmp_path):
-    """A limit on the size of files stands for a full disk: it is lifted after two saves have failed."""
+    """A limit on the size of files stands for a full disk: it is lifted after two saves
+    have failed.
+    """
     body = """
 import resource, sys
 sys.path.insert(0, "tests")
@@ -390,7 +399,9 @@ def assert_same(folder, whole):
 
 
 def full_at(monkeypatch, owner, name, path, call):
-    """At the call-th call of what writes a file, that may grow by 40 bytes and no more: what is written ends in mid-line."""
+    """At the call-th call of what writes a file, that may grow by 40 bytes and no more:
+    what is written ends in mid-line.
+    """
     write, calls = getattr(owner, name), [0]
 
     def limited(*args, **kwargs):
@@ -436,7 +447,9 @@ def test_a_file_that_cannot_be_written_ends_the_run_and_loses_nothing(tmp_path, 
 
 @pytest.mark.process
 def test_checkpoints_that_cannot_be_written_end_a_run_at_its_last_step_and_not_before(tmp_path, monkeypatch, whole):
-    """A file stands where their folder was: from step 4 on no save succeeds, step 7 is the last."""
+    """A file stands where their folder was: from step 4 on no save succeeds, step 7 is
+    the last.
+    """
     folder, aside, made, said = tmp_path / "checkpoints", tmp_path / "aside", checkpoint.open_checkpoints, []
 
     def opened(*args, **kwargs):

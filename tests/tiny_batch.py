@@ -13,7 +13,9 @@ SPANS = [(3, 12), (2, 7), (5, 6), (1, 12), (4, 9), (2, 3), (6, 11), (3, 8)]
 
 
 def random_batch(seed=0, *, temperature=1.0, rows=B):
-    """A batch as of rollouts: prompts, completions, padding, per-sequence weights, advantages of both signs."""
+    """A batch as of rollouts: prompts, completions, padding, per-sequence weights,
+    advantages of both signs.
+    """
     rng = np.random.default_rng(seed)
     batch = batching.empty(rows, T)
     for i in range(rows):
@@ -27,7 +29,8 @@ def random_batch(seed=0, *, temperature=1.0, rows=B):
     return batch
 
 
-# Of one name and one set of numbers there is one objective, and so one compiled gradient, for all tests.
+# Of one name and one set of numbers there is one objective, and so one compiled
+# gradient, for all tests.
 make = functools.cache(objectives.make)
 
 

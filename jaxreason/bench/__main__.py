@@ -1,4 +1,6 @@
-"""The door of the benchmarks: the first word says which, the rest are its flags; `--help` lists them."""
+"""The door of the benchmarks: the first word says which, the rest are its flags;
+`--help` lists them.
+"""
 
 import ast
 import importlib
@@ -7,13 +9,15 @@ import re
 import sys
 from pathlib import Path
 
-from jaxreason.options import unknown
+from jaxreason.options import unknown_name_message
 
 BENCHMARKS = {name: f"jaxreason.bench.{name}" for name in ("sampler", "learner", "step", "lookup", "cache")}
 
 
 def help() -> str:
-    """What each benchmark measures, a line each, from its docstring: nothing is imported."""
+    """What each benchmark measures, a line each, from its docstring: nothing is
+    imported.
+    """
     lines = ["python -m jaxreason.bench NAME [flags], one of:", ""]
     for name, module in BENCHMARKS.items():
         doc = ast.get_docstring(ast.parse(Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8"))) or ""
@@ -28,7 +32,9 @@ def main() -> None:
         print(help())
         return
     if name not in BENCHMARKS:
-        sys.exit(f"error: {unknown('benchmark', name, BENCHMARKS)}; for example: python -m jaxreason.bench sampler --help")
+        sys.exit(
+            f"error: {unknown_name_message('benchmark', name, BENCHMARKS)}; for example: python -m jaxreason.bench sampler --help"
+        )
     sys.argv[:2] = [f"python -m jaxreason.bench {name}"]
     importlib.import_module(BENCHMARKS[name]).run()
 

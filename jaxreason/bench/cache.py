@@ -1,15 +1,18 @@
-"""Two choices of the sampler's cache, timed against what they were chosen over: how a step writes it, and who reads a prompt.
+"""Two choices of the sampler's cache, timed against what they were chosen over: how a
+step writes it, and who reads a prompt.
 
     python -m jaxreason.bench cache --cores=1
 
-write: each slot's keys and values go to the slot's own column (`layers.write`), against one column for all slots, which would
-need a position for every column and lose those of a slot that waits, against writing all columns through a mask.
+write: each slot's keys and values go to the slot's own column (`layers.write`), against
+one column for all slots, which would need a position for every column and lose those of
+a slot that waits, against writing all columns through a mask.
 
-prefix: each attempt reads its own copy of its prompt's keys and values, against the attempts at a problem reading them once, as
-rows of one matrix product, and the two softmaxes, over the prompt and over what was sampled, merged by their sums.
+prefix: each attempt reads its own copy of its prompt's keys and values, against the
+attempts at a problem reading them once, as rows of one matrix product, and the two
+softmaxes, over the prompt and over what was sampled, merged by their sums.
 
-Found (2026-11-24, one EPYC core, float32, jax 0.10.2, SmolLM2-135M's shape, all 30 layers; ms a decode step, one
-run of each):
+Found (2026-11-24, one EPYC core, float32, jax 0.10.2, SmolLM2-135M's shape, all 30
+layers; ms a decode step, one run of each):
 
     write and attend, slots x columns   16 x 128   16 x 512   64 x 128   64 x 512
     own columns (used)                       8.8         49         33        181
@@ -21,10 +24,11 @@ run of each):
     a copy each (used)                 12.1   27.0    121     59.6    153    666
     once a group                        8.8   11.6     26     32.8     54    108
 
-No way to write is the faster one at every shape (this was not repeated), so each slot keeps its own columns. Reading a prompt
-once a group saves 3 to 15 ms of the 80 to 120 ms of a step of 16 slots with prompts of 64 to 256 tokens, and most of it with
-prompts of 1024. The sampler does so since 2026-11-26: by rows of prompts that slots point to, so that attempts of one group need
-not stand side by side (`model.cache.Members`).
+No way to write is the faster one at every shape (this was not repeated), so each slot
+keeps its own columns. Reading a prompt once a group saves 3 to 15 ms of the 80 to 120
+ms of a step of 16 slots with prompts of 64 to 256 tokens, and most of it with prompts
+of 1024. The sampler does so since 2026-11-26: by rows of prompts that slots point to,
+so that attempts of one group need not stand side by side (`model.cache.Members`).
 """
 
 from __future__ import annotations
@@ -65,7 +69,8 @@ def writes() -> dict:
 
 
 def attend_shared(q_BTNH, prompt: dict, own: dict, visible_P, visible_BTC):
-    """Attend to the prompt of each problem once for its G attempts, B = P x G in order, and to each attempt's own columns.
+    """Attend to the prompt of each problem once for its G attempts, B = P x G in order,
+    and to each attempt's own columns.
 
     `prompt` is a cache of P rows, of which `visible_P` columns count.
     """

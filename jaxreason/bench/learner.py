@@ -9,7 +9,7 @@ the optimizer and the micro-batches of the config's last phase, which `--kl` and
 is scored if there is a KL coefficient. An update ends when the new params are there.
 
 The floor is the time of the matrix products that cannot be left out, at the best rate measured here: forward, and twice that
-backward; logits of trained tokens only, prompts as often as they stand in the batch (`--share_prompts`). Norms, softmax,
+backward; logits of trained tokens only, prompts as often as they stand in the batch (`--rollouts_per_prompt`). Norms, softmax,
 rotations, the optimizer and padding are above it. Tokens a second count every rollout with its prompt.
 """
 
@@ -32,7 +32,9 @@ FLAGS = flags.FLAGS
 
 
 def random_groups(wanted, vocab_size: int):
-    """Groups as if sampled: `--tokens` random tokens per rollout, or with `--work=natural` a random number of them."""
+    """Groups as if sampled: `--tokens` random tokens per rollout, or with
+    `--work=natural` a random number of them.
+    """
     import numpy as np
 
     from jaxreason.types import Group, Rollout, Verdict
@@ -58,7 +60,9 @@ def random_groups(wanted, vocab_size: int):
 
 
 def paid_alternately(group):
-    """A group of which every other attempt earned 1, so that there is something to learn."""
+    """A group of which every other attempt earned 1, so that there is something to
+    learn.
+    """
     from jaxreason.types import Group, Verdict
 
     return Group(tuple(dataclasses.replace(r, verdict=Verdict(float(r.attempt % 2), False)) for r in group.attempts))
@@ -69,26 +73,26 @@ def bench(cores: int, whole: bool) -> None:
     import jax
 
     from jaxreason import batching, learner, objectives, optimizer, sharding
-    from jaxreason.build import attempts_that_share
+    from jaxreason.build import choose_rollouts_per_prompt
     from jaxreason.learner import new_state
     from jaxreason.logp import compile_token_logp
-    from jaxreason.options import call
+    from jaxreason.options import call_with_section
     from jaxreason.runtime import ledger, memory
 
     memory.give_back()  # as `main` does
-    model, params, roller, wanted = sampling.make_work()
+    model, params, completer, wanted = sampling.make_work()
     c, config = model.config, FLAGS.config.to_dict()
     phase = config[config["phases"][-1]]
     section = phase["objective"] | ({} if FLAGS.kl is None else {"kl_coefficient": FLAGS.kl})
-    objective = call(objectives.make, section, "objective")
-    made = call(optimizer.make, phase["optimizer"] | {"warmup_steps": 0}, "optimizer", steps=phase["steps"])
+    objective = call_with_section(objectives.make, section, "objective")
+    made = call_with_section(optimizer.make, phase["optimizer"] | {"warmup_steps": 0}, "optimizer", steps=phase["steps"])
     microbatches = FLAGS.microbatches or phase["microbatches"]
-    mesh = call(sharding.make_mesh, config["sharding"]["mesh"], "config.sharding.mesh")
+    mesh = call_with_section(sharding.make_mesh, config["sharding"]["mesh"], "config.sharding.mesh")
     R, multiple = len(wanted) * FLAGS.group, microbatches * sharding.row_devices(mesh)
-    how = {"group": FLAGS.group, "rows": R, "multiple": multiple, "completion": roller.max_tokens}
+    how = {"group": FLAGS.group, "rows": R, "multiple": multiple, "completion": completer.max_tokens}
     how["prompt"] = sum(len(requests[0].prompt) for requests in wanted) // len(wanted)
-    share = attempts_that_share(FLAGS.share_prompts, c, **how)
-    longest_prompt = roller.sampler.length - roller.max_tokens
+    share = choose_rollouts_per_prompt(FLAGS.rollouts_per_prompt, c, **how)
+    longest_prompt = completer.sampler.length - completer.max_tokens
     if R // share % multiple:
         raise ValueError(f"{R // share} rows do not divide over {microbatches} micro-batches; set --microbatches")
     placed = sharding.shardings(jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), made)), mesh)
@@ -99,11 +103,11 @@ def bench(cores: int, whole: bool) -> None:
     to_batch = functools.partial(
         batching.from_groups,
         objective=objective,
-        buckets=batching.length_buckets(shared_length(longest_prompt, [roller.max_tokens] * share)),
-        limit=roller.max_tokens,
+        buckets=batching.length_buckets(shared_length(longest_prompt, [completer.max_tokens] * share)),
+        limit=completer.max_tokens,
         pack=FLAGS.pack,
         microbatches=microbatches,
-        share=share,
+        rollouts_per_prompt=share,
     )
     sizes = f"{FLAGS.prompt_tokens}+{FLAGS.tokens} tokens, {share} to a prompt, {microbatches} micro-batches"
     work = f"{FLAGS.config.model.name} {FLAGS.work}: {FLAGS.prompts}x{FLAGS.group} rollouts, {sizes}, {c.dtype}, remat {c.remat}"
@@ -118,7 +122,7 @@ def bench(cores: int, whole: bool) -> None:
         times = [time.perf_counter()]
         groups = random
         if whole:
-            groups, _ = sampling.batch(roller, roller.sampler.prepare(state.params), wanted, number)
+            groups, _ = sampling.batch(completer, completer.sampler.prepare(state.params), wanted, number)
             groups = list(map(paid_alternately, groups))
             memory.trim()
         times.append(time.perf_counter())
@@ -156,7 +160,9 @@ def run(whole: bool = False) -> None:
     sampling.define_flags()
     flags.DEFINE_float("kl", None, "KL coefficient, in the place of the config's.", lower_bound=0.0)
     flags.DEFINE_integer("microbatches", 0, "0: those of the config.", lower_bound=0)
-    flags.DEFINE_integer("share_prompts", None, "Attempts behind one copy of a prompt; default: as many as pay.", lower_bound=1)
+    flags.DEFINE_integer(
+        "rollouts_per_prompt", None, "Attempts behind one copy of a prompt; default: as many as pay.", lower_bound=1
+    )
     flags.DEFINE_boolean("pack", True, "Let short rollouts share a row.")
 
     def main(argv) -> None:

@@ -41,7 +41,9 @@ NGRAMS = (3, 2)  # the longest that has an earlier occurrence is taken
 
 
 def steps_with_lookup(prompt: Sequence[int], completion: Sequence[int], guesses: int, ngrams: Sequence[int] = NGRAMS) -> int:
-    """Count the decode steps that a completion takes if each step checks up to `guesses` tokens looked up in the text before."""
+    """Count the decode steps that a completion takes if each step checks up to
+    `guesses` tokens looked up in the text before.
+    """
     tokens = [*prompt, *completion]
     follows: dict[tuple, int] = {}  # an n-gram -> where its last occurrence ends
     known, at, steps = 0, len(prompt), 0
@@ -54,7 +56,8 @@ def steps_with_lookup(prompt: Sequence[int], completion: Sequence[int], guesses:
         start = next((follows[g] for n in ngrams if at >= n and (g := tuple(tokens[at - n : at])) in follows), None)
         right = 0
         if start is not None:
-            # A guess may reach into what it itself proposes: a loop is guessed to go on.
+            # A guess may reach into what it itself proposes: a loop is guessed to go
+            # on.
             guess = tokens[start:at]
             while right < guesses and at + right < len(tokens) and guess[right % len(guess)] == tokens[at + right]:
                 right += 1
@@ -64,7 +67,9 @@ def steps_with_lookup(prompt: Sequence[int], completion: Sequence[int], guesses:
 
 
 def time_step(model, weights, slots: int, tokens: int, columns: int, repeats: int) -> float:
-    """Median seconds of a decode step that feeds `tokens` tokens in each slot and samples after each of them."""
+    """Median seconds of a decode step that feeds `tokens` tokens in each slot and
+    samples after each of them.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -94,10 +99,10 @@ def bench(cores: int) -> None:
 
     from jaxreason import build, sharding
     from jaxreason.model import transformer
-    from jaxreason.options import call
+    from jaxreason.options import call_with_section
 
     config = FLAGS.config.to_dict()
-    _, tokenizer, _, shape, load = build.describe(config["model"], config["text"])
+    _, tokenizer, _, shape, load = build.read_model_and_text(config["model"], config["text"])
     lines = [json.loads(line) for line in Path(os.path.expanduser(FLAGS.rollouts)).read_text().splitlines()]
     texts = [(tokenizer.encode(r["prompt"]), tokenizer.encode(r["text"], special=False, continues=True)) for r in lines]
     texts = [(prompt, completion) for prompt, completion in texts if completion]
@@ -110,7 +115,7 @@ def bench(cores: int) -> None:
         show(f"tokens a step, {k} guessed", gain[k], "tokens", tokens=total)
 
     model = transformer(shape)
-    mesh = call(sharding.make_mesh, {"data": 1}, "mesh", devices=jax.devices()[:1])
+    mesh = call_with_section(sharding.make_mesh, {"data": 1}, "mesh", devices=jax.devices()[:1])
     weights = model.decode_layout(build.init_params(model, load, 0, mesh))
     for slots in map(int, FLAGS.slots):
         plain = time_step(model, weights, slots, 1, FLAGS.columns, FLAGS.repeats)
@@ -132,7 +137,9 @@ def main(argv) -> None:
 
 
 def run() -> None:
-    """Read flags, measure, print. They are defined here, since main.py has flags of the same names."""
+    """Read flags, measure, print. They are defined here, since main.py has flags of the
+    same names.
+    """
     command.define("As of jaxreason.main; its model and its tokenizer are used.")
     flags.DEFINE_string("rollouts", None, "JSONL file with the fields 'prompt' and 'text', as a run writes it.")
     flags.DEFINE_list("guesses", ["1", "3", "7"], "Tokens that are proposed at a time.")

@@ -20,7 +20,9 @@ class Ceiling(NamedTuple):
 
 
 def pin(cores: int) -> int:
-    """Bind this process to its first `cores` cores (0: all it may use) and return how many. Call before jax is imported."""
+    """Bind this process to its first `cores` cores (0: all it may use) and return how
+    many. Call before jax is imported.
+    """
     mine = sorted(os.sched_getaffinity(0))
     count = min(cores or len(mine), len(mine))
     os.sched_setaffinity(0, mine[:count])
@@ -42,7 +44,9 @@ def seconds(function: Callable, repeats: int = 5, warmup: int = 1) -> list[float
 
 
 def measure(shapes: Sequence[tuple[int, int, int]], dtype: str) -> Ceiling:
-    """Measure the rate of matrix products, the best of a square one and of `shapes` (rows, inputs, outputs), and of reading."""
+    """Measure the rate of matrix products, the best of a square one and of `shapes`
+    (rows, inputs, outputs), and of reading.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -75,7 +79,9 @@ def measure(shapes: Sequence[tuple[int, int, int]], dtype: str) -> Ceiling:
 
 
 def peak_bytes() -> int:
-    """The most memory that was in use: of the device, or of this process where the device is the host."""
+    """The most memory that was in use: of the device, or of this process where the
+    device is the host.
+    """
     import jax
 
     stats = jax.local_devices()[0].memory_stats()
@@ -87,7 +93,9 @@ def peak_bytes() -> int:
 
 
 def printer(work: str, cores: int) -> Callable:
-    """Make `show(what, values, unit, **more)`, which prints the median of some values as one JSON line."""
+    """Make `show(what, values, unit, **more)`, which prints the median of some values
+    as one JSON line.
+    """
     import jax
 
     always = {"work": work, "cores": cores, "device": jax.devices()[0].device_kind, "devices": jax.device_count()}

@@ -51,14 +51,17 @@ class Cost(NamedTuple):
 
 
 def decode_cost(c, groups, slots: int, attention: bool = True, shared: bool = True, itemsize: int = 4) -> Cost:
-    """The least cost of sampling in `slots` slots: `groups` are pairs of (prompt tokens, the tokens sampled in each attempt).
+    """The least cost of sampling in `slots` slots: `groups` are pairs of (prompt
+    tokens, the tokens sampled in each attempt).
 
-    Each token: 2 FLOPs a matrix weight; 4 L N H for each position that it attends to, itself included. Each step, of which there
-    are tokens / slots at least: the weights are read once; and each token reads the keys and values before it, but a prompt is
+    Each token: 2 FLOPs a matrix weight; 4 L N H for each position that it attends to,
+    itself included. Each step, of which there are tokens / slots at least: the weights
+    are read once; and each token reads the keys and values before it, but a prompt is
     read once for all attempts that share it, who all run at a time at best.
     """
     tokens = sum(sum(attempts) for _, attempts in groups)
-    # The first sampled token is predicted from the last of the prompt, which attends to p positions, the last from p + g - 1.
+    # The first sampled token is predicted from the last of the prompt, which attends to
+    # p positions, the last from p + g - 1.
     own = sum(g * (g - 1) / 2 for _, attempts in groups for g in attempts) if attention else 0
     prompts = sum(p * sum(attempts) for p, attempts in groups) if attention else 0
     once = sum(p * max(attempts) for p, attempts in groups) if attention and shared else prompts
@@ -70,14 +73,18 @@ def decode_cost(c, groups, slots: int, attention: bool = True, shared: bool = Tr
 
 
 def prefill_cost(c, prompts, itemsize: int = 4) -> Cost:
-    """The least cost of the keys and values of prompts of so many tokens, in one pass over the weights; no logits are taken."""
+    """The least cost of the keys and values of prompts of so many tokens, in one pass
+    over the weights; no logits are taken.
+    """
     attended = sum(p * (p + 1) / 2 for p in prompts)
     weights = c.layers * layer_weights(c)
     return Cost(2 * weights * sum(prompts) + 4 * c.layers * c.heads * c.head_size * attended, itemsize * weights)
 
 
 def floors(c, groups, slots: int, ceiling: machine.Ceiling) -> dict[str, float]:
-    """Seconds that some rollouts take at least, by name; `groups` are those of `decode_cost`."""
+    """Seconds that some rollouts take at least, by name; `groups` are those of
+    `decode_cost`.
+    """
 
     def decode(**how):
         return decode_cost(c, groups, slots, itemsize=itemsize, **how).seconds(ceiling)
@@ -100,20 +107,20 @@ def lengths_of(groups) -> list[tuple[int, list[int]]]:
 
 
 def make_work():
-    """Build what is measured: `(model, params, roller, requests)`, params loaded."""
+    """Build what is measured: `(model, params, completer, requests)`, params loaded."""
     import jax
 
     from jaxreason import build, sharding
     from jaxreason.model import transformer
-    from jaxreason.options import call
+    from jaxreason.options import call_with_section
     from jaxreason.rollout import Request
     from jaxreason.types import Task
 
     config = FLAGS.config.to_dict()
     fields = dict(part.split("=", 1) for part in FLAGS.model.split(",") if part)
     config["model"] |= {name: ast.literal_eval(value) for name, value in fields.items()}
-    mesh = call(sharding.make_mesh, config["sharding"]["mesh"], "config.sharding.mesh")
-    _, tokenizer, format, shape, load = build.describe(config["model"], config["text"])
+    mesh = call_with_section(sharding.make_mesh, config["sharding"]["mesh"], "config.sharding.mesh")
+    _, tokenizer, format, shape, load = build.read_model_and_text(config["model"], config["text"])
     model = transformer(shape, mesh)
 
     if FLAGS.work == "exact":
@@ -134,13 +141,13 @@ def make_work():
     section = config["sampler"] | {"max_prompt_tokens": FLAGS.prompt_tokens, "max_tokens": FLAGS.tokens}
     section["slots"] = FLAGS.slots or FLAGS.prompts * FLAGS.group
     given = {"model": model, "tokenizer": tokenizer, "format": format, "mesh": mesh, "processes": 1}
-    roller = call(build.make_roller, section, "config.sampler", **given)
+    completer = call_with_section(build.make_completer, section, "config.sampler", **given)
     wanted = [[Request(task, p, g, prompts[p]) for g in range(FLAGS.group)] for p, task in enumerate(tasks)]
     params = jax.block_until_ready(build.init_params(model, load, config["seed"], mesh))
-    return model, params, roller, wanted
+    return model, params, completer, wanted
 
 
-def batch(roller, weights, wanted, number: int):
+def batch(completer, weights, wanted, number: int):
     """Sample the wanted groups once, with a key of this batch's own."""
     import jax
 
@@ -149,23 +156,27 @@ def batch(roller, weights, wanted, number: int):
     from jaxreason.types import Verdict
 
     free = single_turn(lambda text, task: Verdict(0.0, False))
-    return collect_groups(roller, weights, wanted, free, key=jax.random.key(number), temperature=FLAGS.temperature)
+    return collect_groups(completer, weights, wanted, free, key=jax.random.key(number), temperature=FLAGS.temperature)
 
 
 def first_batch() -> None:
-    """Print the seconds to this process's first batch: after the params are there, and from its start."""
+    """Print the seconds to this process's first batch: after the params are there, and
+    from its start.
+    """
     from jaxreason.rollout import warm_up
 
-    _, params, roller, wanted = make_work()
+    _, params, completer, wanted = make_work()
     started_s = time.perf_counter()
-    weights = roller.sampler.prepare(params)
-    warm_up(roller, weights, forces=False)
-    batch(roller, weights, wanted, 0)
+    weights = completer.sampler.prepare(params)
+    warm_up(completer, weights, appends_tokens=False)
+    batch(completer, weights, wanted, 0)
     print(json.dumps({"first_s": time.perf_counter() - started_s, "start_s": time.perf_counter() - STARTED_S}))
 
 
 def in_fresh_processes(show) -> None:
-    """Time first batches with an empty folder of compiled programs, and with what the first process left there."""
+    """Time first batches with an empty folder of compiled programs, and with what the
+    first process left there.
+    """
     with tempfile.TemporaryDirectory() as folder:
         kept = {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
         for name in ("cold", "compiled programs kept"):
@@ -190,25 +201,25 @@ def bench(cores: int) -> None:
     from jaxreason.runtime import memory
 
     memory.give_back()  # as `main` does
-    model, params, roller, wanted = make_work()
-    c, slots = model.config, roller.sampler.slots
+    model, params, completer, wanted = make_work()
+    c, slots = model.config, completer.sampler.slots
     lengths = f"{FLAGS.prompt_tokens}+{FLAGS.tokens} tokens, {slots} slots, {c.dtype}"
     show = machine.printer(f"{FLAGS.config.model.name} {FLAGS.work}: {FLAGS.prompts}x{FLAGS.group} rollouts, {lengths}", cores)
     ceiling = machine.measure([(slots, c.width, c.feed_forward), (slots, c.width, c.vocab_size)], c.dtype)
     show("matrix products, best", ceiling.flops_per_s / 1e9, "GFLOP/s")
     show("memory read", ceiling.bytes_per_s / 1e9, "GB/s")
 
-    prepare = functools.partial(roller.sampler.prepare, params)
+    prepare = functools.partial(completer.sampler.prepare, params)
     show("layout of weights, once an update", machine.seconds(lambda: jax.block_until_ready(prepare())), "s")
     weights = prepare()
     requests = list(itertools.chain(*wanted))
-    prefill_s, prompt_tokens = time_prefill(roller, weights, requests)
+    prefill_s, prompt_tokens = time_prefill(completer, weights, requests)
     show("prefill", [prompt_tokens / s for s in prefill_s], "tokens/s")
 
     found = []
     for number in range(FLAGS.warmup + FLAGS.repeats):
         started_s = time.perf_counter()
-        groups, spent = batch(roller, weights, wanted, number)
+        groups, spent = batch(completer, weights, wanted, number)
         found.append((time.perf_counter() - started_s, groups, spent))
     found = found[FLAGS.warmup :]
     show("batch", [s for s, *_ in found], "s")
@@ -229,14 +240,14 @@ def bench(cores: int) -> None:
         in_fresh_processes(show)
 
 
-def time_prefill(roller, weights, requests) -> tuple[list[float], int]:
+def time_prefill(completer, weights, requests) -> tuple[list[float], int]:
     """Times of prefilling all prompts, each once, and how many tokens they have."""
     import jax
 
     from jaxreason.rollout import Prompts
 
     def prefill():
-        prompts = Prompts(roller, weights, requests)
+        prompts = Prompts(completer, weights, requests)
         for request in requests:
             if request.problem not in prompts.ready:
                 prompts.prefill(requests)
@@ -258,7 +269,9 @@ def main(argv) -> None:
 
 
 def define_flags() -> None:
-    """Define what says which work it is. Not at import: main.py has flags of the same names."""
+    """Define what says which work it is. Not at import: main.py has flags of the same
+    names.
+    """
     command.define("As of jaxreason.main; its model, text, sampler and mesh are used.")
     flags.DEFINE_string("model", "", "Fields of the ModelConfig that replace those of the config: layers=4,width=128")
     flags.DEFINE_enum("work", "exact", ["exact", "natural"], "Whether rollouts end by themselves.")

@@ -1,8 +1,8 @@
 """From a config to a run: the only reader of ConfigDict.
 
 Each section of a config is the keyword arguments of one function here or below, so a
-field that nothing reads can't exist: it is refused by name. Everything that can be wrong
-with a config is found here, before anything is compiled.
+field that nothing reads can't exist: it is refused by name. Everything that can be
+wrong with a config is found here, before anything is compiled.
 
     layout       the fields of a config, their defaults, and those of earlier versions
     model        model, params, tokenizer and prompt format
@@ -32,10 +32,18 @@ from jaxreason.build.layout import (
     section_of_verifier,
     settle,
 )
-from jaxreason.build.model import Described, check_size, describe, find_described, init_params, make_model, make_text
-from jaxreason.build.phases import SOURCES, attempts_that_share, corpus, demonstrations, rollouts
+from jaxreason.build.model import (
+    ModelAndText,
+    check_size,
+    find_model_and_text,
+    init_params,
+    make_model,
+    make_text,
+    read_model_and_text,
+)
+from jaxreason.build.phases import SOURCES, choose_rollouts_per_prompt, corpus, demonstrations, rollouts
 from jaxreason.build.run import build
-from jaxreason.build.sampler import make_roller
+from jaxreason.build.sampler import make_completer
 from jaxreason.build.tasks import check_keys, judge, make_environment
 
 __all__ = [
@@ -43,28 +51,28 @@ __all__ = [
     "SECTIONS",
     "SOURCES",
     "VERSION",
-    "Described",
-    "attempts_that_share",
+    "ModelAndText",
     "build",
     "check_changes",
     "check_keys",
     "check_size",
+    "choose_rollouts_per_prompt",
     "complete",
     "corpus",
     "demonstrations",
-    "describe",
     "families",
-    "find_described",
+    "find_model_and_text",
     "from_earlier",
     "init_params",
     "is_phase",
     "judge",
     "layout",
+    "make_completer",
     "make_environment",
     "make_log",
     "make_model",
-    "make_roller",
     "make_text",
+    "read_model_and_text",
     "rollouts",
     "section",
     "section_of_model",

@@ -8,10 +8,10 @@ from jaxreason import batching, data, sharding
 from jaxreason import evaluate as evaluation
 from jaxreason import objectives as objectives_
 from jaxreason.build.sampler import make_filter
-from jaxreason.build.tasks import Parts, check_keys, check_positive, encode_documents, fitting, judge, load_held_out
+from jaxreason.build.tasks import Parts, check_keys, check_positive, drop_long_prompts, encode_documents, judge, load_held_out
 from jaxreason.draw import Filter
 from jaxreason.logp import compile_token_logp
-from jaxreason.options import call
+from jaxreason.options import call_with_section
 from jaxreason.runtime import ledger
 
 
@@ -28,16 +28,19 @@ def make_evaluate(
     min_p: float = 0.0,  # draw from tokens with this fraction of the likeliest's probability
     allow_overlap: bool = False,  # evaluate on questions that a source trains on too
 ) -> tuple[Callable, Filter | None]:
-    """Return `evaluate(params, phase, step, final)`: n tasks of each suite, `final_n` at the start and the end of a phase.
+    """Return `evaluate(params, phase, step, final)`: n tasks of each suite, `final_n`
+    at the start and the end of a phase.
 
     Also return which words its attempts may use, None if it makes none.
 
-    A suite's section is that of its tasks, and may have a `verifier` of its own. A text's section is that of its documents, with
-    the `length` and the number of `rows` of its windows. Of files that a source reads too, sources get the train split and
-    suites the test split, unless they say which; files that nothing trains on are held out whole. Questions that a source
-    trains on are refused in a suite, unless `allow_overlap`.
+    A suite's section is that of its tasks, and may have a `verifier` of its own. A
+    text's section is that of its documents, with the `length` and the number of `rows`
+    of its windows. Of files that a source reads too, sources get the train split and
+    suites the test split, unless they say which; files that nothing trains on are held
+    out whole. Questions that a source trains on are refused in a suite, unless
+    `allow_overlap`.
     """
-    roller = parts.roller
+    completer = parts.completer
     filter = make_filter(top_k, top_p, min_p, "config.evaluate")
     if suites and not temperatures:
         raise ValueError("config.evaluate.temperatures is empty; allowed: one or more, 0 is greedy")
@@ -47,12 +50,12 @@ def make_evaluate(
     # Written as the metrics name them, so that none takes another's place.
     if twice := [t for i, t in enumerate(temperatures) if f"{t:g}" in [f"{other:g}" for other in temperatures[:i]]]:
         raise ValueError(f"config.evaluate.temperatures has {twice[0]:g} twice; allowed: each once")
-    longest_prompt = roller.sampler.length - roller.max_tokens
+    longest_prompt = completer.sampler.length - completer.max_tokens
     made = []
     for name, section in suites.items():
         task = {k: v for k, v in section.items() if k != "verifier"}
         items = load_held_out(task, parts, f"suite {name!r}", allow_overlap, size=max(n, final_n or n))
-        prompted = fitting(items, parts.format.prompt, longest_prompt, f"suite {name!r}", parts.say)
+        prompted = drop_long_prompts(items, parts.format.prompt, longest_prompt, f"suite {name!r}", parts.say)
         items = [task for task, _ in prompted]
         own = section.get("verifier")
         verifier = parts.verifier if own is None else own
@@ -60,7 +63,9 @@ def make_evaluate(
         made.append(evaluation.Suite(name, prompted, judge(verifier, items)))
 
     made_texts = [
-        call(held_out_text, section, f"config.evaluate.texts.{name}", name=name, parts=parts, allow_overlap=allow_overlap)
+        call_with_section(
+            held_out_text, section, f"config.evaluate.texts.{name}", name=name, parts=parts, allow_overlap=allow_overlap
+        )
         for name, section in (texts or {}).items()
     ]
     mesh, config = parts.meshes.learn, parts.model.config
@@ -73,7 +78,7 @@ def make_evaluate(
     def evaluate(params, *, phase: str, step: int, final: bool):
         nll = evaluation.score(token_logp, params, made_texts)
         evaluations, rollouts = evaluation.evaluate(
-            roller,
+            completer,
             params,
             made,
             temperatures=temperatures,

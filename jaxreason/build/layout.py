@@ -1,6 +1,8 @@
-"""The fields of a config: which function each section belongs to, and what earlier versions meant by them.
+"""The fields of a config: which function each section belongs to, and what earlier
+versions meant by them.
 
-A section is the keyword arguments of one function, so a field that nothing reads can't exist.
+A section is the keyword arguments of one function, so a field that nothing reads can't
+exist.
 """
 
 from __future__ import annotations
@@ -18,12 +20,12 @@ from jaxreason import sharding, tasks, text, verify
 from jaxreason.build.evaluation import held_out_text, judged, make_evaluate, make_log
 from jaxreason.build.model import make_model, make_text
 from jaxreason.build.phases import SOURCES, make_phase, make_source
-from jaxreason.build.sampler import make_roller
+from jaxreason.build.sampler import make_completer
 from jaxreason.build.tasks import held_out_sections, make_environment, named, shares_files, trained_sections
 from jaxreason.environment import single_turn
 from jaxreason.model import ModelConfig
 from jaxreason.model import config as model_config
-from jaxreason.options import fields, unknown
+from jaxreason.options import fields, unknown_name_message
 from jaxreason.runtime.checkpoint import open_checkpoints
 
 SECTIONS = ("seed", "model", "text", "sampler", "verifier", "phases", "evaluate", "sharding", "checkpoint", "log")
@@ -37,11 +39,12 @@ VERSION = 1
 
 
 def settle(config: dict) -> dict:
-    """Check the fields of a config and write down the split of every task that is read from files.
+    """Check the fields of a config and write down the split of every task that is read
+    from files.
 
-    Files that a source and a suite (or text) both name are split: the source takes train, the
-    suite test. A file that only one of them names is read whole. Since the run records the
-    result, another suite on resume can't change what is trained on.
+    Files that a source and a suite (or text) both name are split: the source takes
+    train, the suite test. A file that only one of them names is read whole. Since the
+    run records the result, another suite on resume can't change what is trained on.
 
     Raises:
       ValueError: a missing, unknown or mistyped field.
@@ -67,18 +70,19 @@ def check_fields(config: dict) -> None:
         if not isinstance(name, str):
             raise ValueError(f"config.phases got {phase_names!r}; allowed: a tuple of names, each a section of its own")
         if name not in config or name in (*SECTIONS, *OPTIONAL):
-            raise ValueError(unknown("phase", name, set(config) - {*SECTIONS, *OPTIONAL}))
+            raise ValueError(unknown_name_message("phase", name, set(config) - {*SECTIONS, *OPTIONAL}))
     for key in set(config) - {*SECTIONS, *OPTIONAL, *phase_names}:
-        # A phase that is defined but not run is fine (that is how phases are left out); anything else would be read by nobody.
+        # A phase that is defined but not run is fine (that is how phases are left out);
+        # anything else would be read by nobody.
         if not isinstance(config[key], dict) or "source" not in config[key]:
-            raise ValueError(unknown("field of the config", key, {*SECTIONS, *OPTIONAL, *phase_names}))
+            raise ValueError(unknown_name_message("field of the config", key, {*SECTIONS, *OPTIONAL, *phase_names}))
     for name in phase_names:
         if not is_phase(name, config[name]):
             raise ValueError(f"config.{name} needs source=..., as each of config.phases; got {config[name]!r}")
     fields.check(layout(config), config)
     suites, best = config["evaluate"].get("suites", {}), config["checkpoint"].get("keep_best")
     if best is not None and best not in suites:
-        raise ValueError(unknown("suite in config.checkpoint.keep_best", best, suites))
+        raise ValueError(unknown_name_message("suite in config.checkpoint.keep_best", best, suites))
     if config["seed"] < 0:
         raise ValueError(f"config.seed got {config['seed']}; allowed: 0 or more")
     if config.get("version", VERSION) != VERSION:
@@ -103,7 +107,8 @@ class Config(NamedTuple):
 
 
 def layout(config: dict) -> fields.Section:
-    """Which function's keyword arguments each section of a config is. A name that is not known brings no fields.
+    """Which function's keyword arguments each section of a config is. A name that is
+    not known brings no fields.
 
     Raises:
       ValueError: a name of a user's own code that does not load.
@@ -115,7 +120,7 @@ def layout(config: dict) -> fields.Section:
         | {
             "model": section_of_model,
             "text": section(make_text, "folder"),
-            "sampler": section(make_roller, "model", "tokenizer", "format", "mesh", "processes"),
+            "sampler": section(make_completer, "model", "tokenizer", "format", "mesh", "processes"),
             "verifier": section_of_verifier,
             "evaluate": section(make_evaluate, "parts", suites=each(section_of_suite), texts=each(section_of_text)),
             "sharding": section(sharding.make_meshes, "devices", "process", mesh=section(sharding.make_mesh, "devices")),
@@ -130,7 +135,9 @@ def is_phase(name: str, value) -> bool:
 
 
 def section(function: Callable, *given: str, **below) -> Callable[[dict], fields.Section]:
-    """A section that is the keyword arguments of one function, less those that are given, with the sections `below` in it."""
+    """A section that is the keyword arguments of one function, less those that are
+    given, with the sections `below` in it.
+    """
     return lambda values: fields.Section((function,), given, below)
 
 
@@ -217,7 +224,9 @@ def first_sentence(function: Callable) -> str:
 
 
 def complete(config: dict) -> dict:
-    """Add all fields that a config leaves out, with their defaults. Those that others decide stay absent."""
+    """Add all fields that a config leaves out, with their defaults. Those that others
+    decide stay absent.
+    """
     return fields.complete(layout(config), config)
 
 
@@ -240,7 +249,8 @@ CHANGED = (
 
 
 def from_earlier(config: dict) -> tuple[dict, list[str]]:
-    """Read the config.json of a run as this version would have written it; also return the fields that it lacked.
+    """Read the config.json of a run as this version would have written it; also return
+    the fields that it lacked.
 
     Where a default has changed since, the field gets the value that it had then.
 

@@ -1,4 +1,6 @@
-"""Build the model, its params, and the tokenizer and prompt format that belong to it."""
+"""Build the model, its params, and the tokenizer and prompt format that belong to
+it.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,14 @@ from jaxreason import sharding, text
 from jaxreason.model import ModelConfig
 from jaxreason.model import config as model_config
 from jaxreason.model import weights as weights_
-from jaxreason.options import call, unknown
+from jaxreason.options import call_with_section, unknown_name_message
 from jaxreason.platforms import platform_of
 from jaxreason.runtime import hub
 from jaxreason.runtime import warm_start as origin_
 from jaxreason.tasks.procedural import ALPHABET
 
 
-class Described(NamedTuple):
+class ModelAndText(NamedTuple):
     """The model and the text of a config."""
 
     folder: Path | None  # of a pretrained model
@@ -33,12 +35,12 @@ class Described(NamedTuple):
     load: Callable | None  # what loads its params (see `init_params`); None: they are random
 
 
-def describe(model: dict, words: dict) -> Described:
+def read_model_and_text(model: dict, words: dict) -> ModelAndText:
     """Read the sections `model` and `text` of a config."""
     folder = find_folder(**{key: model[key] for key in ("name", "weights", "revision") if key in model})
-    tokenizer, format = call(make_text, words, "config.text", folder=folder)
-    shape, load = call(make_model, model, "config.model", folder=folder, tokenizer=tokenizer)
-    return Described(folder, tokenizer, format, shape, load)
+    tokenizer, format = call_with_section(make_text, words, "config.text", folder=folder)
+    shape, load = call_with_section(make_model, model, "config.model", folder=folder, tokenizer=tokenizer)
+    return ModelAndText(folder, tokenizer, format, shape, load)
 
 
 WEIGHTS = ("random", "pretrained")
@@ -47,7 +49,7 @@ WEIGHTS = ("random", "pretrained")
 def find_folder(name: str = "tiny", weights: str = "random", revision: str | None = None) -> Path | None:
     """Where a pretrained model lies; None for random weights."""
     if weights not in WEIGHTS:
-        raise ValueError(unknown("value of config.model.weights", weights, WEIGHTS))
+        raise ValueError(unknown_name_message("value of config.model.weights", weights, WEIGHTS))
     if weights == "random":
         if revision is not None:
             raise ValueError(
@@ -70,22 +72,26 @@ def make_model(
     scan_layers: bool | None = None,  # scan over layers in the place of unrolling; None: on accelerators
     **fields,
 ) -> tuple[ModelConfig, Callable | None]:
-    """Give the shape of a named size, folder or hub id, and what loads its weights (None for random ones).
+    """Give the shape of a named size, folder or hub id, and what loads its weights
+    (None for random ones).
 
-    `revision` of the hub is a commit, branch or tag; None for `main`. `scan_layers` None means: scan on accelerators, unroll on a
-    CPU. `fields` replace fields of the ModelConfig.
+    `revision` of the hub is a commit, branch or tag; None for `main`. `scan_layers`
+    None means: scan on accelerators, unroll on a CPU. `fields` replace fields of the
+    ModelConfig.
     """
     for key in fields:
         if key not in ModelConfig.__dataclass_fields__:
             known = {"name", "weights", "revision", *ModelConfig.__dataclass_fields__}
-            raise ValueError(unknown("field of config.model", key, known))
+            raise ValueError(unknown_name_message("field of config.model", key, known))
     for key, made in (("lora", model_config.Lora), ("rope_scaling", model_config.RopeScaling)):
         if fields.get(key) is not None:
-            fields[key] = call(made, fields[key], f"config.model.{key}")
+            fields[key] = call_with_section(made, fields[key], f"config.model.{key}")
     fields["scan_layers"] = platform_of().scan_layers if scan_layers is None else scan_layers
     if folder is None:
         if name not in model_config.SIZES:
-            raise ValueError(unknown("model", name, model_config.SIZES) + "; or weights='pretrained' with a folder or hub id")
+            raise ValueError(
+                unknown_name_message("model", name, model_config.SIZES) + "; or weights='pretrained' with a folder or hub id"
+            )
         if name == "tiny":
             fields.setdefault("vocab_size", tokenizer.vocab_size)
         return model_config.sized(name, **fields), None
@@ -93,13 +99,15 @@ def make_model(
     return shape, functools.partial(origin_.load_folder, folder, shape)
 
 
-def start_from(path: str, mine: Described, say: Callable[[str], None]) -> Callable:
-    """Find the params that `config.init_from` names and check that this config can take them; return what loads them.
+def start_from(path: str, mine: ModelAndText, say: Callable[[str], None]) -> Callable:
+    """Find the params that `config.init_from` names and check that this config can take
+    them; return what loads them.
 
-    They stand in for those of `config.model`, pretrained ones too, whose shape, tokenizer and chat template stay.
+    They stand in for those of `config.model`, pretrained ones too, whose shape,
+    tokenizer and chat template stay.
     """
     try:
-        found, theirs = find_described(path)
+        found, theirs = find_model_and_text(path)
         notes = origin_.check(found, theirs.shape, mine.shape)
         if theirs.tokenizer is not None:
             text.check_same(theirs.tokenizer, mine.tokenizer)
@@ -109,14 +117,14 @@ def start_from(path: str, mine: Described, say: Callable[[str], None]) -> Callab
     return functools.partial(origin_.load, found, theirs.shape, mine.shape)
 
 
-def find_described(path: str, step: int | None = None) -> tuple[origin_.Origin, Described]:
+def find_model_and_text(path: str, step: int | None = None) -> tuple[origin_.Origin, ModelAndText]:
     """Find params (see `origin`) and what they belong to."""
     found = origin_.find(path, step)
     if found.step is not None:
         with hub.noting(found.config.get("revisions")):
-            return found, describe(found.config["model"], found.config["text"])
+            return found, read_model_and_text(found.config["model"], found.config["text"])
     tokenizer = text.load(found.folder) if (found.folder / "tokenizer.json").is_file() else None
-    return found, Described(found.folder, tokenizer, None, model_config.read_hf(found.folder), None)
+    return found, ModelAndText(found.folder, tokenizer, None, model_config.read_hf(found.folder), None)
 
 
 MOST_LAYERS = 10_000  # each is traced
@@ -144,7 +152,9 @@ def check_size(shape: model_config.ModelConfig, devices) -> None:
 
 
 def memory_of(devices) -> int | None:
-    """Bytes of all devices together; of CPUs those of their hosts; None if that is not known."""
+    """Bytes of all devices together; of CPUs those of their hosts; None if that is not
+    known.
+    """
     if devices.flat[0].platform == "cpu":
         pages = {name: os.sysconf(name) for name in ("SC_PHYS_PAGES", "SC_PAGE_SIZE") if name in os.sysconf_names}
         return len({d.process_index for d in devices.flat}) * math.prod(pages.values()) if len(pages) == 2 else None
@@ -155,7 +165,8 @@ def memory_of(devices) -> int | None:
 def init_params(model, load: Callable | None, seed: int, mesh):
     """Make or load the params of a run, each leaf straight onto its devices.
 
-    `load(placed, fresh)` gives params with the shardings `placed`; `fresh(*names)` makes those that it has none for.
+    `load(placed, fresh)` gives params with the shardings `placed`; `fresh(*names)`
+    makes those that it has none for.
     """
     key = jax.random.fold_in(jax.random.key(seed), INITIALISATION)
     placed = sharding.shardings(jax.eval_shape(model.init, key), mesh)
@@ -184,9 +195,11 @@ def make_text(
 ) -> tuple[text.Tokenizer, text.Format]:
     """Make the tokenizer and how tasks are put to the model.
 
-    `{question}` in `instruction` stands for the question. `eos` are further tokens that end a completion, by their texts or ids.
-    Of a chat model: `system` is its system message; `template` are arguments that its chat template reads, such as
-    {"enable_thinking": False}; `date` (YYYY-MM-DD) is the day that it takes for today, None the day on which the run began.
+    `{question}` in `instruction` stands for the question. `eos` are further tokens that
+    end a completion, by their texts or ids. Of a chat model: `system` is its system
+    message; `template` are arguments that its chat template reads, such as
+    {"enable_thinking": False}; `date` (YYYY-MM-DD) is the day that it takes for today,
+    None the day on which the run began.
     """
     if tokenizer == "pretrained":
         if folder is None:
@@ -196,7 +209,7 @@ def make_text(
         made = text.make(tokenizer, **({"alphabet": alphabet} if tokenizer == "characters" else {}))
     made = text.with_eos(made, eos)
     if format not in text.FORMATS:
-        raise ValueError(unknown("format", format, text.FORMATS))
+        raise ValueError(unknown_name_message("format", format, text.FORMATS))
     today = to_date(date)
     if format == "plain":
         if system or template or date is not None:

@@ -13,15 +13,15 @@ from jaxreason.build.tasks import (
     check_keys,
     check_positive,
     check_solutions,
+    drop_long_prompts,
     encode_documents,
-    fitting,
     judge,
     load_trained,
 )
 from jaxreason.cost import attempts_behind_a_prompt, shared_length
 from jaxreason.draw import ALL
 from jaxreason.model import ModelConfig
-from jaxreason.options import call, find
+from jaxreason.options import call_with_section, find
 from jaxreason.train import Phase
 
 
@@ -40,9 +40,11 @@ def make_phase(
     offload_reference: bool = False,  # keep the reference params in the host's memory while they are not used
     max_skipped: int = 5,  # batches in a row without a finite gradient, after which the run stops
 ) -> Phase:
-    """One phase: `Source x Objective x steps`. After `max_skipped` batches in a row that are not finite the run stops.
+    """One phase: `Source x Objective x steps`. After `max_skipped` batches in a row
+    that are not finite the run stops.
 
-    With `offload_reference` the reference policy lies in the host's memory, and on the devices only while it scores a batch.
+    With `offload_reference` the reference policy lies in the host's memory, and on the
+    devices only while it scores a batch.
     """
     if steps < 0:
         raise ValueError(f"config.{name}.steps got {steps}; allowed: 0 (evaluate only) or more")
@@ -50,10 +52,12 @@ def make_phase(
     check_positive(f"config.{name}", **positive, log_every=log_every)
     if evaluate_every < 0:
         raise ValueError(f"config.{name}.evaluate_every got {evaluate_every}; allowed: 0 (at the end only) or more")
-    made_objective = call(objectives_.make, objective, f"config.{name}.objective")
+    made_objective = call_with_section(objectives_.make, objective, f"config.{name}.objective")
     optimizer = without_ignored(optimizer, f"config.{name}.optimizer", parts.say)
     try:
-        made_optimizer = call(optimizer_.make, optimizer, f"config.{name}.optimizer", steps=steps * updates_per_batch)
+        made_optimizer = call_with_section(
+            optimizer_.make, optimizer, f"config.{name}.optimizer", steps=steps * updates_per_batch
+        )
     except ValueError as error:
         raise ValueError(f"config.{name}.optimizer: {error}") from None
     kind, group = source.get("name"), source.get("group", 1)
@@ -68,11 +72,11 @@ def make_phase(
             f"{name}.objective.kl_coefficient above 0"
         )
     given = {"parts": parts, "objective": made_objective, "microbatches": microbatches, "steps": steps}
-    made_source = call(make_source, {"name": None} | source, f"config.{name}.source", **given)
+    made_source = call_with_section(make_source, {"name": None} | source, f"config.{name}.source", **given)
     if made_source.rows % (parts.devices * microbatches):
         raise ValueError(
             f"config.{name} has {made_source.rows} rows a batch, which do not divide over {parts.devices} devices x "
-            f"{microbatches} micro-batches; change rows, problems x group, source.share_prompts or microbatches"
+            f"{microbatches} micro-batches; change rows, problems x group, source.rollouts_per_prompt or microbatches"
         )
     return Phase(
         name,
@@ -90,7 +94,9 @@ def make_phase(
 
 
 def without_ignored(section: dict, where: str, say: Callable[[str], None]) -> dict:
-    """Leave out the fields of an optimizer's section that it does not read, and say which."""
+    """Leave out the fields of an optimizer's section that it does not read, and say
+    which.
+    """
     unread = optimizer_.ignored(section)
     for field, (why, default) in unread.items():
         say(f"warning: {where}.{field}={section[field]!r} changes nothing: {why}; --{where}.{field}={default} silences this")
@@ -108,7 +114,7 @@ def make_source(
 ) -> sources.Source:
     """Make the source of a name."""
     given = {"parts": parts, "objective": objective, "microbatches": microbatches, "steps": steps}
-    made = call(find("source", name, SOURCES), section, f"source {name!r}", **given)
+    made = call_with_section(find("source", name, SOURCES), section, f"source {name!r}", **given)
     if not isinstance(made, sources.Source):
         raise ValueError(f"source {name!r} made a {type(made).__name__}; allowed: a sources.Source")
     return made
@@ -124,7 +130,9 @@ def corpus(
     rows: int,  # windows in a batch
     length: int,  # of a window, in tokens
 ) -> sources.Source:
-    """Windows of `length` tokens from the packed stream of a text corpus or of a family's worked solutions."""
+    """Windows of `length` tokens from the packed stream of a text corpus or of a
+    family's worked solutions.
+    """
     check_positive("source", rows=rows, length=length)
     windows = data.token_windows(encode_documents(load_trained(task, parts), parts, task), length)
     return sources.corpus(data.batches(data.shuffled(windows, seed=parts.seed), rows), objective, rows=rows)
@@ -141,7 +149,9 @@ def demonstrations(
     max_tokens: int,  # of prompt and solution; longer ones are cut
     pack: bool = True,  # put short ones into one row
 ) -> sources.Source:
-    """`rows` worked solutions a batch, of at most `max_tokens` tokens, prompt included; longer ones are cut."""
+    """`rows` worked solutions a batch, of at most `max_tokens` tokens, prompt included;
+    longer ones are cut.
+    """
     check_positive("source", rows=rows, max_tokens=max_tokens)
     items = check_solutions(load_trained(task, parts), task)
     parts.format.demonstration(items[0])  # raises for a template that has no demonstrations
@@ -172,15 +182,17 @@ def rollouts(
     dynamic_sampling: int = 1,  # draw up to this many times the problems, until enough have attempts that differ in reward
     lag: int = 0,  # updates between the params that sample and those that learn
     pack: bool = True,  # put short attempts into one row
-    share_prompts: int | None = None,  # attempts behind one copy of their prompt in the learner; None: as many as save work
+    rollouts_per_prompt: int | None = None,  # attempts behind one copy of their prompt in the learner; None: as many as save work
     top_k: int = 0,  # refused in training unless 0: the importance ratio would be biased
     top_p: float = 1.0,  # refused in training unless 1
     min_p: float = 0.0,  # refused in training unless 0
 ) -> sources.Source:
-    """`group` verified attempts at each of `problems` tasks a step, sampled from the params `lag` updates ago.
+    """`group` verified attempts at each of `problems` tasks a step, sampled from the
+    params `lag` updates ago.
 
-    With `dynamic_sampling` of n up to n times as many problems are drawn, until enough have attempts that differ in reward.
-    The learner reads `share_prompts` attempts at a problem behind one copy of its prompt; None: as many as save work.
+    With `dynamic_sampling` of n up to n times as many problems are drawn, until enough
+    have attempts that differ in reward. The learner reads `rollouts_per_prompt`
+    attempts at a problem behind one copy of its prompt; None: as many as save work.
 
     Words may not be left out by `top_k`, `top_p` or `min_p`: they are here to say why.
     """
@@ -198,40 +210,40 @@ def rollouts(
             f"source.lag got {lag}, but the objective has no importance ratio, so its gradient would be biased; allowed: 0, or "
             "an objective with a ratio: grpo, dr_grpo, dapo"
         )
-    roller = parts.roller
+    completer = parts.completer
     if max_tokens is not None:
-        if not 1 <= max_tokens <= roller.max_tokens:
-            raise ValueError(f"source.max_tokens got {max_tokens}; allowed: 1 to sampler.max_tokens={roller.max_tokens}")
-        roller = roller._replace(max_tokens=max_tokens)
-    longest_prompt = roller.sampler.length - parts.roller.max_tokens
-    share = attempts_that_share(
-        share_prompts,
+        if not 1 <= max_tokens <= completer.max_tokens:
+            raise ValueError(f"source.max_tokens got {max_tokens}; allowed: 1 to sampler.max_tokens={completer.max_tokens}")
+        completer = completer._replace(max_tokens=max_tokens)
+    longest_prompt = completer.sampler.length - parts.completer.max_tokens
+    share = choose_rollouts_per_prompt(
+        rollouts_per_prompt,
         parts.model.config,
         group=group,
         rows=problems * group,
         multiple=parts.devices * microbatches,
         prompt=longest_prompt // 2,
-        completion=roller.max_tokens,
+        completion=completer.max_tokens,
     )
     loaded = load_trained(task, parts)
     what = f"task {task['name']!r}"
-    prompted = fitting(loaded, parts.format.prompt, longest_prompt, what, parts.say)
+    prompted = drop_long_prompts(loaded, parts.format.prompt, longest_prompt, what, parts.say)
     items = [task for task, _ in prompted]
     check_keys(items, parts.verifier, what, parts.say)
     return sources.rollouts(
         data.shuffled(prompted, seed=parts.seed),
         judge(parts.verifier, items),
-        roller,
+        completer,
         objective,
         problems=problems,
         group=group,
         temperature=temperature,
-        buckets=batching.length_buckets(shared_length(longest_prompt, [roller.max_tokens] * share)),
+        buckets=batching.length_buckets(shared_length(longest_prompt, [completer.max_tokens] * share)),
         reward=reward,
         dynamic_sampling=dynamic_sampling,
         pack=pack,
         microbatches=microbatches,
-        share=share,
+        rollouts_per_prompt=share,
         lag=lag,
         background=not set(parts.meshes.sample.devices.flat) & set(parts.meshes.learn.devices.flat),
         steps=steps,
@@ -241,13 +253,13 @@ def rollouts(
 MOST_ATTEMPTS = 2**20  # at a problem, in a batch
 
 
-def attempts_that_share(
+def choose_rollouts_per_prompt(
     asked: int | None, shape: ModelConfig, *, group: int, rows: int, multiple: int, prompt: int, completion: int
 ) -> int:
     """How many attempts at a problem stand behind one copy of its prompt.
 
-    None asks for as many as pay with a typical `prompt` and the longest `completion`, of those that leave a `multiple` of rows:
-    devices x micro-batches.
+    None asks for as many as pay with a typical `prompt` and the longest `completion`,
+    of those that leave a `multiple` of rows: devices x micro-batches.
     """
     if not 1 <= group <= MOST_ATTEMPTS:
         raise ValueError(f"source.group got {group}; allowed: 1 to {MOST_ATTEMPTS:,}")
@@ -256,9 +268,11 @@ def attempts_that_share(
         choices = [n for n in range(1, group + 1) if group % n == 0 and rows // n % multiple == 0]
         return 1 if alone else attempts_behind_a_prompt(shape, choices or [1], prompt, completion)
     if asked < 1 or group % asked:
-        raise ValueError(f"source.share_prompts got {asked}; allowed: a divisor of group={group}, or None: what saves work")
+        raise ValueError(f"source.rollouts_per_prompt got {asked}; allowed: a divisor of group={group}, or None: what saves work")
     if asked > 1 and alone:
-        raise ValueError(f"source.share_prompts got {asked} with attention={shape.attention!r}; allowed: 1, or attention='xla'")
+        raise ValueError(
+            f"source.rollouts_per_prompt got {asked} with attention={shape.attention!r}; allowed: 1, or attention='xla'"
+        )
     return asked
 
 

@@ -1,4 +1,6 @@
-"""Build a run from a config: everything that can be wrong with it is found here, before anything is compiled."""
+"""Build a run from a config: everything that can be wrong with it is found here, before
+anything is compiled.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,15 @@ import jax
 from jaxreason import __version__, sharding, text
 from jaxreason.build.evaluation import make_evaluate, make_log
 from jaxreason.build.layout import settle
-from jaxreason.build.model import check_size, describe, init_params, start_from
+from jaxreason.build.model import check_size, init_params, read_model_and_text, start_from
 from jaxreason.build.phases import make_phase
-from jaxreason.build.sampler import make_roller, warm_up
+from jaxreason.build.sampler import make_completer, warm_up
 from jaxreason.build.tasks import Parts
 from jaxreason.draw import ALL
 from jaxreason.model import attention, transformer
 from jaxreason.model import config as model_config
 from jaxreason.model import weights as weights_
-from jaxreason.options import call
+from jaxreason.options import call_with_section
 from jaxreason.runtime import hub
 from jaxreason.runtime.checkpoint import open_checkpoints
 from jaxreason.train import Run
@@ -32,10 +34,11 @@ from jaxreason.train import Run
 def build(
     config, *, resumes: bool = False, revisions: Mapping[str, str] | None = None, say: Callable[[str], None] = print
 ) -> Run:
-    """Make a run from a ConfigDict. One that resumes has params of its own, so `init_from` is not looked at.
+    """Make a run from a ConfigDict. One that resumes has params of its own, so
+    `init_from` is not looked at.
 
-    `revisions` are the commits at which repositories of the hub are read, unless the config names others (see `hub.noting`).
-    The run's provenance has those that were.
+    `revisions` are the commits at which repositories of the hub are read, unless the
+    config names others (see `hub.noting`). The run's provenance has those that were.
 
     Raises:
       ValueError, FileNotFoundError: anything wrong with it, in one line.
@@ -52,8 +55,8 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
     phase_names = config["phases"]
 
     here = {"devices": jax.devices(), "process": jax.process_index()}
-    meshes = call(sharding.make_meshes, config["sharding"], "config.sharding", **here)
-    described = describe(config["model"], config["text"])
+    meshes = call_with_section(sharding.make_meshes, config["sharding"], "config.sharding", **here)
+    described = read_model_and_text(config["model"], config["text"])
     folder, tokenizer, format, shape, load = described
     text.check_vocabulary(tokenizer, shape)
     if config.get("init_from") and not resumes:
@@ -66,21 +69,21 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
     for mesh in meshes:
         sharding.shardings(jax.eval_shape(model.init, jax.random.key(0)), mesh)  # raises if an axis does not divide
     given = {"model": sampled, "tokenizer": tokenizer, "format": format, "mesh": meshes.sample}
-    roller = call(make_roller, config["sampler"], "config.sampler", processes=jax.process_count(), **given)
+    completer = call_with_section(make_completer, config["sampler"], "config.sampler", processes=jax.process_count(), **given)
     parts = Parts(
         seed=config["seed"],
         model=model,
         tokenizer=tokenizer,
         format=format,
-        roller=roller,
+        completer=completer,
         verifier=config["verifier"],
         meshes=meshes,
         devices=sharding.row_devices(meshes.learn),
         say=say,
         loaded=[],
     )
-    phases = [call(make_phase, config[name], f"config.{name}", name=name, parts=parts) for name in phase_names]
-    evaluate, filter = call(make_evaluate, config["evaluate"], "config.evaluate", parts=parts)
+    phases = [call_with_section(make_phase, config[name], f"config.{name}", name=name, parts=parts) for name in phase_names]
+    evaluate, filter = call_with_section(make_evaluate, config["evaluate"], "config.evaluate", parts=parts)
     filters = [ALL] * any(phase.source.samples for phase in phases) + [filter] * (filter is not None)
 
     return Run(
@@ -88,13 +91,13 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
         init=functools.partial(init_params, model, load, config["seed"], meshes.learn),
         phases=phases,
         evaluate=evaluate,
-        warm_up=functools.partial(warm_up, roller, filters) if filters else None,
+        warm_up=functools.partial(warm_up, completer, filters) if filters else None,
         mesh=meshes.learn,
         seed=config["seed"],
         decode=lambda ids: tokenizer.decode([int(i) for i in ids]),
         sample_devices=meshes.sample.size * jax.process_count(),
-        **call(make_log, config["log"], "config.log"),
-        open_checkpoints=functools.partial(call, open_checkpoints, config["checkpoint"], "config.checkpoint"),
+        **call_with_section(make_log, config["log"], "config.log"),
+        open_checkpoints=functools.partial(call_with_section, open_checkpoints, config["checkpoint"], "config.checkpoint"),
         provenance={"config": json.loads(json.dumps(config, default=list)), **versions()},
         description={"config": config, "parameters": model_config.count_parameters(shape)},
     )
@@ -104,7 +107,9 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
 def versions() -> dict:
-    """Versions of what decides the numbers, and the git revision of this code if it is in a repository."""
+    """Versions of what decides the numbers, and the git revision of this code if it is
+    in a repository.
+    """
     revision = None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]

@@ -1,4 +1,4 @@
-"""Build the sampler and the text handling around it: a `Roller`."""
+"""Build the sampler and the text handling around it: a `Completer`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from jaxreason import batching, rollout, sharding, text
 from jaxreason.draw import Filter
 from jaxreason.model import ModelConfig
 from jaxreason.model.config import count_parameters
-from jaxreason.options import unknown
+from jaxreason.options import unknown_name_message
 from jaxreason.platforms import platform_of
-from jaxreason.rollout import Budget, Roller
-from jaxreason.sampler import MEMBERS, cache_buckets, compile_sampler
+from jaxreason.rollout import Budget, Completer
+from jaxreason.sampler import MAX_SLOTS_PER_PROMPT, cache_buckets, compile_sampler
 
 
-def make_roller(
+def make_completer(
     *,
     model,
     tokenizer: text.Tokenizer,
@@ -33,15 +33,18 @@ def make_roller(
     stop_strings: Sequence[str] = (),  # texts that end a turn, and stay in it
     thinking_tokens: int | None = None,  # after which the end of thinking is forced; None: never
     end_of_thinking: str = "\n</think>\n\n",  # the text that is forced
-    untempered_logp: bool = False,  # also keep log-probs at temperature 1
-) -> Roller:
-    """Compile-to-be sampler of `slots` sequences of at most `max_prompt_tokens` + `max_tokens` tokens, and the text around it.
-    The slots are those of all processes together, and the mesh is that of one. On a CPU a small model is fastest with so few that
-    their keys and values stay in the processor's caches.
+    logp_temperature_1: bool = False,  # also keep log-probs at temperature 1
+) -> Completer:
+    """Compile-to-be sampler of `slots` sequences of at most `max_prompt_tokens` +
+    `max_tokens` tokens, and the text around it. The slots are those of all processes
+    together, and the mesh is that of one. On a CPU a small model is fastest with so few
+    that their keys and values stay in the processor's caches.
 
-    A turn ends with any of `stop_strings`, which stays in its text. After `thinking_tokens` tokens of a completion
-    `end_of_thinking` is forced, unless it was written. `cache_dtype` is that of the model, or float32, bfloat16 or int8.
-    Attempts at a problem share its prompt in one of `prompt_rows` rows of a process; 0: each has a copy; None: by their size.
+    A turn ends with any of `stop_strings`, which stays in its text. After
+    `thinking_tokens` tokens of a completion `end_of_thinking` is forced, unless it was
+    written. `cache_dtype` is that of the model, or float32, bfloat16 or int8. Attempts
+    at a problem share its prompt in one of `prompt_rows` rows of a process; 0: each has
+    a copy; None: by their size.
     """
     positive = {
         "slots": slots,
@@ -72,10 +75,10 @@ def make_roller(
         prompt_rows=prompt_rows,
         prompt_columns=max_prompt_tokens,
         cache_dtype=cache_dtype,
-        untempered_logp=untempered_logp,
+        logp_temperature_1=logp_temperature_1,
         mesh=mesh,
     )
-    return Roller(
+    return Completer(
         sampler=sampler,
         encode=format.forced,
         decode=functools.partial(tokenizer.decode, continues=True),
@@ -101,7 +104,7 @@ def check_fields(
     if prompt_rows is not None and prompt_rows < 0:
         raise ValueError(f"config.sampler.prompt_rows got {prompt_rows}; allowed: 0 or more")
     if cache_dtype not in CACHE_DTYPES:
-        raise ValueError(unknown("config.sampler.cache_dtype", cache_dtype, map(str, CACHE_DTYPES)))
+        raise ValueError(unknown_name_message("config.sampler.cache_dtype", cache_dtype, map(str, CACHE_DTYPES)))
     if isinstance(stop_strings, str) or not all(isinstance(s, str) and s for s in stop_strings):
         raise ValueError(f"config.sampler.stop_strings got {stop_strings!r}; allowed: a tuple of texts, none of them empty")
 
@@ -118,20 +121,22 @@ def thinking_budget(tokenizer: text.Tokenizer, tokens: int | None, end: str) -> 
 
 
 def prompt_rows_for(slots: int, longest_prompt: int, mesh) -> int:
-    """How many prompts the slots of a process share, where the config leaves it open."""
+    """How many prompts the slots of a process share, where the config leaves it
+    open.
+    """
     if longest_prompt < platform_of(mesh).share_prompts_from:
         return 0
     devices = sharding.row_devices(mesh)
-    # Twice as many as full slots need, since the last attempts of a group are beside those of other problems; none where a few
-    # slots are alone.
-    return 2 * slots // MEMBERS // devices * devices
+    # Twice as many as full slots need, since the last attempts of a group are beside
+    # those of other problems; none where a few slots are alone.
+    return 2 * slots // MAX_SLOTS_PER_PROMPT // devices * devices
 
 
 def buckets_for(shape: ModelConfig, slots: int, length: int, completion: int, prompt_rows: int, mesh) -> list[int]:
     """The lengths of the cache that decode steps are compiled for."""
     smallest = length if shape.attention == "cudnn" else 128  # that kernel reads only the tokens that are there
-    # Finely stepped where a decode step reads more of the cache than of the weights; but each length is a program, and takes
-    # long to compile on accelerators.
+    # Finely stepped where a decode step reads more of the cache than of the weights;
+    # but each length is a program, and takes long to compile on accelerators.
     cached = 2 * shape.layers * shape.kv_heads * shape.head_size * slots * length
     fine = platform_of(mesh).fine_buckets and cached > count_parameters(shape)
     # An attempt that continues a shared prompt takes room for its completion alone.
@@ -139,10 +144,10 @@ def buckets_for(shape: ModelConfig, slots: int, length: int, completion: int, pr
     return sorted({*cache_buckets(length, smallest, fine), *shared})
 
 
-def warm_up(roller: Roller, filters: Sequence[Filter], params) -> None:
+def warm_up(completer: Completer, filters: Sequence[Filter], params) -> None:
     """Compile the sampler for all lengths."""
     # Every verifier judges a turn at once, so only the end of thinking is ever forced.
-    rollout.warm_up(roller, roller.sampler.prepare(params), filters, forces=roller.thinking is not None)
+    rollout.warm_up(completer, completer.sampler.prepare(params), filters, appends_tokens=completer.thinking is not None)
 
 
 def make_filter(top_k: int, top_p: float, min_p: float, where: str) -> Filter:

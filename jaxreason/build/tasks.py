@@ -1,4 +1,6 @@
-"""Load tasks for sources and suites, keep them apart, and check that their keys can be judged."""
+"""Load tasks for sources and suites, keep them apart, and check that their keys can be
+judged.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ import numpy as np
 from jaxreason import sharding, tasks, text, verify
 from jaxreason.environment import Environment, single_turn
 from jaxreason.model import Model
-from jaxreason.options import call, find, lines_of
-from jaxreason.rollout import Roller
+from jaxreason.options import call_with_section, find, lines_of
+from jaxreason.rollout import Completer
 from jaxreason.types import Prompted, Task, Verdict
 
 
@@ -23,7 +25,7 @@ class Parts(NamedTuple):
     model: Model
     tokenizer: text.Tokenizer
     format: text.Format
-    roller: Roller
+    completer: Completer
     verifier: dict
     meshes: sharding.Meshes
     devices: int  # that rows are split over
@@ -45,7 +47,9 @@ def check_positive(where: str, **fields: int) -> None:
 
 
 def load_tasks(section: dict, **defaults) -> Sequence:
-    """Load tasks from their section; `defaults` fill in fields that the family has and the section leaves open."""
+    """Load tasks from their section; `defaults` fill in fields that the family has and
+    the section leaves open.
+    """
     section = dict(section)
     name = section.pop("name", None)
     for maker in named("task", tasks.TASKS, {"name": name}):
@@ -63,7 +67,8 @@ def load_trained(section: dict, parts: Parts) -> Sequence:
 
 
 def load_held_out(section: dict, parts: Parts, what: str, allow_overlap: bool, **defaults) -> Sequence:
-    """Load the tasks of a suite or a text, of the test split unless the section names another.
+    """Load the tasks of a suite or a text, of the test split unless the section names
+    another.
 
     Raises:
       ValueError: a source trains on some of them.
@@ -92,13 +97,17 @@ def held_out_sections(suites: dict | None = None, texts: dict | None = None, **_
 
 
 def shares_files(section: dict, others: Sequence[dict]) -> bool:
-    """Whether a task family reads files, some of which are read by other sections too."""
+    """Whether a task family reads files, some of which are read by other sections
+    too.
+    """
     files = tasks.files(section)
     return any(files & tasks.files(other) for other in others)
 
 
-def fitting(items: Sequence, prompt: Callable, limit: int, what: str, say: Callable[[str], None]) -> list[Prompted]:
-    """The tasks whose prompts have at most `limit` tokens, with these; says how many were dropped, refuses if all were."""
+def drop_long_prompts(items: Sequence, prompt: Callable, limit: int, what: str, say: Callable[[str], None]) -> list[Prompted]:
+    """The tasks whose prompts have at most `limit` tokens, with these; says how many
+    were dropped, refuses if all were.
+    """
     if not len(items):
         raise ValueError(f"{what} has no tasks; check its split and limit")
     prompted = [Prompted(task, np.asarray(prompt(task), np.int32)) for task in items]
@@ -114,7 +123,9 @@ def fitting(items: Sequence, prompt: Callable, limit: int, what: str, say: Calla
 
 
 def encode_documents(documents: Sequence, parts: Parts, task: dict) -> list[list[int]]:
-    """Token ids of texts, or of tasks with their worked solutions, each from beginning to end of sequence."""
+    """Token ids of texts, or of tasks with their worked solutions, each from beginning
+    to end of sequence.
+    """
     tokenizer = parts.tokenizer
     if not isinstance(documents[0], str):
         return [parts.format.demonstration(d)[0] for d in check_solutions(documents, task)]
@@ -149,7 +160,8 @@ KEYS_TRIED = 20_000  # at most; a verifier reads some ten thousand a second
 
 
 def check_keys(items: Sequence, section: dict, what: str, say: Callable[[str], None]) -> None:
-    """Say how many tasks have keys that their verifier can't judge, so that no answer would be right; refuse if all have.
+    """Say how many tasks have keys that their verifier can't judge, so that no answer
+    would be right; refuse if all have.
 
     A verifier that is not of this package is not asked: it may be slow, or cost money.
     """
@@ -168,10 +180,12 @@ def check_keys(items: Sequence, section: dict, what: str, say: Callable[[str], N
 
 
 def judge(section: dict, items: Sequence[Task]) -> Environment:
-    """Make the environment of a `verifier` section, whose verifier, if it is the user's own, is tried on the first task.
+    """Make the environment of a `verifier` section, whose verifier, if it is the user's
+    own, is tried on the first task.
 
     Raises:
-      ValueError: no verifier of that name, a wrong field, or a verifier of the user's that gives no Verdict.
+      ValueError: no verifier of that name, a wrong field, or a verifier of the user's
+        that gives no Verdict.
     """
     section = {"name": None} | section
     if isinstance(name := section["name"], str) and ":" in name and len(items):
@@ -181,4 +195,4 @@ def judge(section: dict, items: Sequence[Task]) -> Environment:
                 verdict = judge_one(answer, items[0])
             if not isinstance(verdict, Verdict):
                 raise ValueError(f"verifier {name!r} gave {verdict!r} of the first task; allowed: a types.Verdict")
-    return call(make_environment, section, "config.verifier")
+    return call_with_section(make_environment, section, "config.verifier")

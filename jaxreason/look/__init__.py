@@ -1,1 +1,3 @@
-"""Look at what runs left behind: each module is an entry point of its own and reads run folders only."""
+"""Look at what runs left behind: each module is an entry point of its own and reads run
+folders only.
+"""

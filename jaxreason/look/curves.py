@@ -3,9 +3,10 @@
     python -m jaxreason.look.curves --out=tiny.png --metric=eval/chain/greedy/accuracy --phase=rl \
         'prior, then RL=runs/seed*' 'random reward=runs/random' 'no prior=runs/noprior'
 
-Each argument is LABEL=GLOB of run folders. A curve is the mean over the runs of a group, its
-band goes from the lowest to the highest run. Steps count from the start of the phase; the
-value at step 0 is the last one before it. Needs matplotlib (`pip install -e '.[look]'`).
+Each argument is LABEL=GLOB of run folders. A curve is the mean over the runs of a
+group, its band goes from the lowest to the highest run. Steps count from the start of
+the phase; the value at step 0 is the last one before it. Needs matplotlib (`pip install
+-e '.[look]'`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags, logging
 
-from jaxreason.options import unknown
+from jaxreason.options import unknown_name_message
 
 COLORS = ("#0072B2", "#D55E00", "#555555", "#009E73", "#CC79A7")  # told apart by colour-blind readers too
 
@@ -36,10 +37,10 @@ def read_curve(run: Path, metric: str, phase: str | None) -> dict[int, float]:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     having = [line for line in lines if isinstance(line.get(metric), int | float)]
     if not having:
-        raise ValueError(unknown(f"metric in {path}", metric, {name for line in lines for name in line}))
+        raise ValueError(unknown_name_message(f"metric in {path}", metric, {name for line in lines for name in line}))
     inside = [line for line in having if phase in (None, line["phase"])]
     if not inside:
-        raise ValueError(unknown(f"phase in {path}", phase, {line["phase"] for line in having}))
+        raise ValueError(unknown_name_message(f"phase in {path}", phase, {line["phase"] for line in having}))
     before = [line for line in having if line["step"] < inside[0]["step"]]
     start = before[-1]["step"] if before else inside[0]["step"]
     return {line["step"] - start: line[metric] for line in before[-1:] + inside}
@@ -62,7 +63,8 @@ def read_groups(arguments: Sequence[str], metric: str, phase: str | None) -> dic
     """Read the curves that LABEL=GLOB arguments name: label -> one curve per run.
 
     Raises:
-      ValueError, FileNotFoundError: an argument of another form, or one that no run matches.
+      ValueError, FileNotFoundError: an argument of another form, or one that no run
+        matches.
     """
     groups = {}
     for argument in arguments:

@@ -1,4 +1,6 @@
-"""Models: the only folder that imports flax. `transformer(ModelConfig) -> Model`; weights in and out of Hugging Face folders."""
+"""Models: the only folder that imports flax. `transformer(ModelConfig) -> Model`;
+weights in and out of Hugging Face folders.
+"""
 
 from jaxreason.model.config import ModelConfig
 from jaxreason.model.seam import Model

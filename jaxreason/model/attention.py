@@ -1,20 +1,24 @@
-"""How T tokens attend to each other: one of `KERNELS`, chosen by `ModelConfig.attention`.
+"""How T tokens attend to each other: one of `KERNELS`, chosen by
+`ModelConfig.attention`.
 
     xla      two batched matrix products around a softmax: any device, any dtype; of its scores, [B, N, T, T], it makes half
              and somewhat more
     cudnn    cuDNN's flash attention, by way of `jax.nn.dot_product_attention`: NVIDIA GPUs, bfloat16
     splash   the flash kernel for TPUs that comes with jax, `jax.experimental.pallas.ops.tpu.splash_attention`
 
-They differ in speed, memory and rounding only: with each, a token sees itself and what came before it in its segment. Branches of
-a segment (`causal`), by which attempts share a prompt, are for xla alone. They serve the path without a cache (training,
-log-probs). With a cache it is XLA: a decode step has one query a row and no square of scores for a flash kernel to save, and a
-prompt is prefilled once for all of its attempts; but with `cudnn` a decode step goes by `decode_attention`, one kernel that
-leaves out columns that hold nothing.
+They differ in speed, memory and rounding only: with each, a token sees itself and what
+came before it in its segment. Branches of a segment (`causal`), by which attempts share
+a prompt, are for xla alone. They serve the path without a cache (training, log-probs).
+With a cache it is XLA: a decode step has one query a row and no square of scores for a
+flash kernel to save, and a prompt is prefilled once for all of its attempts; but with
+`cudnn` a decode step goes by `decode_attention`, one kernel that leaves out columns
+that hold nothing.
 
-Figures: jaxreason/bench/README.md (GPUs) and jaxreason/plan/README.md (programs for TPUs). splash has not been timed.
+Figures: jaxreason/bench/README.md (GPUs) and jaxreason/plan/README.md (programs for
+TPUs). splash has not been timed.
 
-Left out: tokamax (0.0.12), whose public attention has no segments and, on a TPU, takes no mask that differs from row to row; its
-TPU kernel is a relative of splash.
+Left out: tokamax (0.0.12), whose public attention has no segments and, on a TPU, takes
+no mask that differs from row to row; its TPU kernel is a relative of splash.
 """
 
 from __future__ import annotations
@@ -50,10 +54,12 @@ class Kernel(NamedTuple):
 
 
 def causal(position_BT, segment_BT):
-    """Which tokens of its row each token may see: itself and what came before it in its segment.
+    """Which tokens of its row each token may see: itself and what came before it in its
+    segment.
 
-    Where positions fall back within a segment a branch begins: it sees, of what came before it, positions before its own first.
-    So attempts at a problem can stand one behind the other after a single copy of its prompt.
+    Where positions fall back within a segment a branch begins: it sees, of what came
+    before it, positions before its own first. So attempts at a problem can stand one
+    behind the other after a single copy of its prompt.
     """
     B, T = position_BT.shape
     earlier_TT = jnp.tril(jnp.ones((T, T), bool))
@@ -70,7 +76,8 @@ def causal(position_BT, segment_BT):
 def xla(config: ModelConfig, mesh=None) -> Kernel:
     """Make the plain one; the compiler splits it over any mesh by itself.
 
-    Queries are taken in parts, since early ones need not be multiplied with later keys (jaxreason/bench/README.md).
+    Queries are taken in parts, since early ones need not be multiplied with later keys
+    (jaxreason/bench/README.md).
     """
 
     def see(position_BT, segment_BT):
@@ -95,7 +102,8 @@ def xla(config: ModelConfig, mesh=None) -> Kernel:
 
 
 def query_parts(tokens: int) -> list[tuple[int, int]]:
-    """The parts in which the plain kernel takes its queries, first and end of each: 128 to 256 tokens, or an eighth of them.
+    """The parts in which the plain kernel takes its queries, first and end of each: 128
+    to 256 tokens, or an eighth of them.
 
     Parts of 64 tokens are no faster and take longer to compile.
     """
@@ -107,8 +115,9 @@ def query_parts(tokens: int) -> list[tuple[int, int]]:
 def mix(q_BKQH, k_BKHT, v_BKTH, bias):
     """Softmax attention, with its gradient written out.
 
-    The sum in the gradient of a softmax is one over H here, `sum(gradient * mixed)` (Dao et al. 2022, arXiv 2205.14135, eq. 4),
-    not over T, which XLA:CPU is slow at. The weights are kept in the dtype of the queries.
+    The sum in the gradient of a softmax is one over H here, `sum(gradient * mixed)`
+    (Dao et al. 2022, arXiv 2205.14135, eq. 4), not over T, which XLA:CPU is slow at.
+    The weights are kept in the dtype of the queries.
     """
     return mix_forward(q_BKQH, k_BKHT, v_BKTH, bias)[0]
 
@@ -121,7 +130,8 @@ def mix_forward(q_BKQH, k_BKHT, v_BKTH, bias):
 
 
 def mix_backward(kept, gradient_BKQH):
-    # All products as row by column, which a CPU is faster at: what is turned for it is narrow.
+    # All products as row by column, which a CPU is faster at: what is turned for it is
+    # narrow.
     q_BKQH, k_BKHT, v_BKTH, weights_BKQT, mixed_BKQH = kept
     by_v_BKHT = jnp.matmul(gradient_BKQH.swapaxes(-1, -2), weights_BKQT)
     by_weights_BKQT = jnp.matmul(gradient_BKQH, v_BKTH.swapaxes(-1, -2), preferred_element_type=jnp.float32)
@@ -139,8 +149,9 @@ mix.defvjp(mix_forward, mix_backward)
 def cudnn(config: ModelConfig, mesh=None, *, implementation: str = "cudnn") -> Kernel:
     """Make cuDNN's; with `implementation="xla"` the same call runs anywhere.
 
-    Segments reach cuDNN as a bias of [B, 1, T, T], once for all heads: jax's public function has no other way to say them. So it
-    saves N - 1 of N squares of scores then, and all of them without segments.
+    Segments reach cuDNN as a bias of [B, 1, T, T], once for all heads: jax's public
+    function has no other way to say them. So it saves N - 1 of N squares of scores
+    then, and all of them without segments.
     """
 
     def see(position_BT, segment_BT):
@@ -175,7 +186,8 @@ def splash(config: ModelConfig, mesh=None, *, interpret: bool = False) -> Kernel
         _, T, N, H = q_BTNH.shape
         q, k, v = (pad_tokens(x, LANES).swapaxes(1, 2) for x in (q_BTNH * H**-0.5, k_BTKH, v_BTKH))
         padded = q.shape[2]
-        # The widest block that divides T, 512 at most: a block of scores and its operands must fit a core's memory.
+        # The widest block that divides T, 512 at most: a block of scores and its
+        # operands must fit a core's memory.
         block = next(size for size in (512, 256, LANES) if padded % size == 0)
         kernel = kernels.make_splash_mha(
             masks.MultiHeadMask([masks.CausalMask((padded, padded))] * N),
@@ -197,12 +209,15 @@ KERNELS = {"xla": xla, "cudnn": cudnn, "splash": splash}
 
 
 def pad_tokens(x_BT, multiple: int):
-    """Lengthen axis 1 with zeros to a multiple. What is added stands after every token, so no token sees it."""
+    """Lengthen axis 1 with zeros to a multiple. What is added stands after every token,
+    so no token sees it.
+    """
     return jnp.pad(x_BT, ((0, 0), (0, -x_BT.shape[1] % multiple), *[(0, 0)] * (x_BT.ndim - 2)))
 
 
 def split(attend, config: ModelConfig, mesh):
-    """Let each device of a mesh run a kernel on its own rows and heads: the compiler can't split one by itself.
+    """Let each device of a mesh run a kernel on its own rows and heads: the compiler
+    can't split one by itself.
 
     Without a mesh the kernel is for one device.
 
@@ -217,12 +232,14 @@ def split(attend, config: ModelConfig, mesh):
             f"{mesh.shape['tensor']}; choose a divisor, or attention='xla'"
         )
     by_head, by_row = P(*ROWS, None, "tensor"), P(*ROWS)
-    # Kernels do not say over which axes their results vary, which is what check_vma would check.
+    # Kernels do not say over which axes their results vary, which is what check_vma
+    # would check.
     return jax.shard_map(attend, mesh=mesh, in_specs=(by_head, by_head, by_head, by_row), out_specs=by_head, check_vma=False)
 
 
 def check_platform(config: ModelConfig, platform: str) -> None:
-    """Refuse a kernel that is not for these devices. `platform` is that of the devices compiled for: "cpu", "gpu" or "tpu".
+    """Refuse a kernel that is not for these devices. `platform` is that of the devices
+    compiled for: "cpu", "gpu" or "tpu".
 
     Raises:
       ValueError: the kernel is for others.

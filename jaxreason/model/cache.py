@@ -1,10 +1,13 @@
-"""A key/value cache: a tuple of one dict of arrays a layer, or one dict with the layers stacked on axis 0.
+"""A key/value cache: a tuple of one dict of arrays a layer, or one dict with the layers
+stacked on axis 0.
 
-`k` is [B, K, H, C], keys in columns as attention multiplies them; `v` is [B, K, C, H]. An int8 cache also has `k_scale` and
-`v_scale`, float32 [B, K, 1, C]: a column is its integers times its scale.
+`k` is [B, K, H, C], keys in columns as attention multiplies them; `v` is [B, K, C, H].
+An int8 cache also has `k_scale` and `v_scale`, float32 [B, K, 1, C]: a column is its
+integers times its scale.
 
-Rows of a cache may continue prompts that lie in another, each there once for all rows that continue it (`Prefix`): attempts at
-one problem then read its prompt once a step, not once each. Hydragen (Juravsky et al. 2024, arXiv 2402.05099) does the same.
+Rows of a cache may continue prompts that lie in another, each there once for all rows
+that continue it (`Prefix`): attempts at one problem then read its prompt once a step,
+not once each. Hydragen (Juravsky et al. 2024, arXiv 2402.05099) does the same.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ import jax.numpy as jnp
 class Members(NamedTuple):
     """Which rows B of a cache continue which of R prompts, M of them at most each.
 
-    Rows and prompts may be split over D devices, in order; a row continues a prompt of its own device. Indices count from the
-    first of the device, so that gathering never leaves it.
+    Rows and prompts may be split over D devices, in order; a row continues a prompt of
+    its own device. Indices count from the first of the device, so that gathering never
+    leaves it.
     """
 
     slot_DRM: jax.Array  # int32: the rows that continue each prompt; 0 where there are fewer
@@ -47,7 +51,9 @@ class Members(NamedTuple):
         return self.member_DB // self.slot_DRM.shape[2]
 
     def begins_B(self):
-        """Tokens that stand before the first column of each row: those of its prompt."""
+        """Tokens that stand before the first column of each row: those of its
+        prompt.
+        """
         length_DR = self.length_R.reshape(self.slot_DRM.shape[:2])
         return jnp.where(self.belongs_B, jnp.take_along_axis(length_DR, self.row_DB(), axis=1).reshape(-1), 0)
 
@@ -94,7 +100,8 @@ def columns_of(cache) -> int:
 def by_layer(function, cache: tuple) -> tuple:
     """Apply `function(layer, i)` to each layer.
 
-    What moves columns is a small program for one layer, run once a layer: all layers in one take as many times longer to compile.
+    What moves columns is a small program for one layer, run once a layer: all layers in
+    one take as many times longer to compile.
     """
     return tuple(function(layer, i) for i, layer in enumerate(cache))
 
@@ -105,7 +112,9 @@ def layer(cache, i: int):
 
 
 def resize(layer: dict, columns: int) -> dict:
-    """Give a layer another number of columns: new ones at the end, or the last ones dropped."""
+    """Give a layer another number of columns: new ones at the end, or the last ones
+    dropped.
+    """
 
     def of(path, x):
         axis = _columns_axis(path, x)
@@ -122,7 +131,9 @@ def take_rows(layer: dict, row_R) -> dict:
 
 
 def copy_rows(layer: dict, source: dict, i, to_R, row_R, count) -> dict:
-    """Write rows `row_R[:count]` of a layer, or of layer i of stacked ones, into rows `to_R[:count]`: columns that both have."""
+    """Write rows `row_R[:count]` of a layer, or of layer i of stacked ones, into rows
+    `to_R[:count]`: columns that both have.
+    """
 
     def of(path, into, x):
         x = jax.lax.dynamic_index_in_dim(x, i, keepdims=False) if x.ndim > into.ndim else x

@@ -1,9 +1,12 @@
-"""The numbers of a model: `ModelConfig`, its named sizes, and both directions of a Hugging Face `config.json`.
+"""The numbers of a model: `ModelConfig`, its named sizes, and both directions of a
+Hugging Face `config.json`.
 
-Three dense families share one block and differ in two switches: Llama 3 (neither), Qwen2.5 (`qkv_bias`) and Qwen3
-(`qk_norm`). `from_hf` refuses what the block cannot do (sliding windows, output biases, quantised weights) instead of
-computing something else. RoPE frequencies live here because they are a function of these numbers alone. No jax needed.
-Left out: mixtures of experts, multimodal models, RoPE kinds whose frequencies depend on the length at hand.
+Three dense families share one block and differ in two switches: Llama 3 (neither),
+Qwen2.5 (`qkv_bias`) and Qwen3 (`qk_norm`). `from_hf` refuses what the block cannot do
+(sliding windows, output biases, quantised weights) instead of computing something else.
+RoPE frequencies live here because they are a function of these numbers alone. No jax
+needed. Left out: mixtures of experts, multimodal models, RoPE kinds whose frequencies
+depend on the length at hand.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxreason.options import read_object, unknown
+from jaxreason.options import read_object, unknown_name_message
 
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "dots")
@@ -39,7 +42,9 @@ def _check_positive(name: str, value, kind: type = Real) -> None:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE frequencies are stretched beyond the context a model was pretrained on. Hashable, like ModelConfig."""
+    """How RoPE frequencies are stretched beyond the context a model was pretrained on.
+    Hashable, like ModelConfig.
+    """
 
     kind: str  # "linear", "llama3" or "yarn"
     factor: float  # of the context beyond the original
@@ -55,7 +60,7 @@ class RopeScaling:
 
     def __post_init__(self):
         if self.kind not in ROPE_KINDS:
-            raise ValueError(unknown("rope scaling", self.kind, ROPE_KINDS))
+            raise ValueError(unknown_name_message("rope scaling", self.kind, ROPE_KINDS))
         numbers = ("factor", "original_max_position", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
         _positive(self, *numbers, *(n for n in ("attention_factor", "mscale", "mscale_all_dim") if getattr(self, n) is not None))
         if not self.high_freq_factor > self.low_freq_factor:
@@ -64,7 +69,8 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Lora:
-    """Adapters of the projections `targets`: `y = x W + alpha / rank * x A B`. Hashable, like ModelConfig.
+    """Adapters of the projections `targets`: `y = x W + alpha / rank * x A B`.
+    Hashable, like ModelConfig.
 
     `base_dtype` is that of the frozen params; None is that of all params.
     """
@@ -84,9 +90,9 @@ class Lora:
         object.__setattr__(self, "targets", tuple(self.targets))
         for name in self.targets:
             if name not in LORA_TARGETS:
-                raise ValueError(unknown("target of lora", name, LORA_TARGETS))
+                raise ValueError(unknown_name_message("target of lora", name, LORA_TARGETS))
         if self.base_dtype not in (None, *DTYPES):
-            raise ValueError(unknown("lora.base_dtype", self.base_dtype, (None, *DTYPES)))
+            raise ValueError(unknown_name_message("lora.base_dtype", self.base_dtype, (None, *DTYPES)))
 
     @property
     def scale(self) -> float:
@@ -95,7 +101,9 @@ class Lora:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder-only transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU."""
+    """The shape of a decoder-only transformer: RMSNorm, RoPE, grouped-query attention,
+    SwiGLU.
+    """
 
     vocab_size: int  # tokens that the model knows
     width: int  # of the residual stream
@@ -127,7 +135,7 @@ class ModelConfig:
             raise ValueError(f"head_size got {self.head_size}; allowed: even numbers, as RoPE turns pairs")
         for name, allowed in (("dtype", DTYPES), ("param_dtype", DTYPES), ("remat", REMAT), ("attention", ATTENTION)):
             if getattr(self, name) not in allowed:
-                raise ValueError(unknown(name, getattr(self, name), allowed))
+                raise ValueError(unknown_name_message(name, getattr(self, name), allowed))
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
             raise ValueError(f"rope_scaling got {type(self.rope_scaling).__name__}; allowed: None or a RopeScaling")
         if self.attention == "cudnn" and self.dtype != "bfloat16":
@@ -140,7 +148,9 @@ class ModelConfig:
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """Count the parameters of the policy as Hugging Face does: tied embeddings once, the value head not at all."""
+    """Count the parameters of the policy as Hugging Face does: tied embeddings once,
+    the value head not at all.
+    """
     c = config
     attention = c.width * c.head_size * (2 * c.heads + 2 * c.kv_heads)
     attention += c.qkv_bias * c.head_size * (c.heads + 2 * c.kv_heads) + c.qk_norm * 2 * c.head_size
@@ -152,10 +162,11 @@ def count_parameters(config: ModelConfig) -> int:
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
-    """Compute RoPE's inverse frequencies, float32 [H/2], and the factor that its sines and cosines are multiplied by.
+    """Compute RoPE's inverse frequencies, float32 [H/2], and the factor that its sines
+    and cosines are multiplied by.
 
-    The same numbers as transformers' `ROPE_INIT_FUNCTIONS`: llama3 from Llama 3.1's reference code, yarn from
-    Peng et al. 2023 (arXiv 2309.00071).
+    The same numbers as transformers' `ROPE_INIT_FUNCTIONS`: llama3 from Llama 3.1's
+    reference code, yarn from Peng et al. 2023 (arXiv 2309.00071).
     """
     scaling, H = config.rope_scaling, config.head_size
     frequency = config.rope_theta ** -(np.arange(0, H, 2, dtype=np.float64) / H)
@@ -177,7 +188,9 @@ def _llama3_frequencies(frequency: np.ndarray, s: RopeScaling) -> np.ndarray:
 
 
 def _yarn_frequencies(frequency: np.ndarray, s: RopeScaling, theta: float) -> tuple[np.ndarray, float]:
-    """Blend over dimensions (not rotations) from kept to divided, and sharpen attention by the returned factor."""
+    """Blend over dimensions (not rotations) from kept to divided, and sharpen attention
+    by the returned factor.
+    """
     pairs = len(frequency)
 
     def dimension(rotations):
@@ -186,7 +199,8 @@ def _yarn_frequencies(frequency: np.ndarray, s: RopeScaling, theta: float) -> tu
     low, high = dimension(s.beta_fast), dimension(s.beta_slow)
     if s.truncate:
         low, high = math.floor(low), math.ceil(high)
-    # The upper limit is over all H dimensions although the ramp runs over H/2 pairs: so it is in every implementation.
+    # The upper limit is over all H dimensions although the ramp runs over H/2 pairs: so
+    # it is in every implementation.
     low, high = max(low, 0), min(high, 2 * pairs - 1)
     divide = np.clip((np.arange(pairs) - low) / (high - low if high != low else 0.001), 0, 1)
 
@@ -223,16 +237,17 @@ def read_hf(folder: Path, **overrides) -> ModelConfig:
 def from_hf(config_json: Mapping[str, Any], **overrides) -> ModelConfig:
     """Read a Hugging Face `config.json`, then replace the fields named in `overrides`.
 
-    A missing key gets the default of that family in transformers. The stored dtype is not read: the dtypes here are
-    choices of a run, not properties of a checkpoint.
+    A missing key gets the default of that family in transformers. The stored dtype is
+    not read: the dtypes here are choices of a run, not properties of a checkpoint.
 
     Raises:
-      ValueError: a model type, or a variant of one, that this code base does not compute; a value of the wrong type.
+      ValueError: a model type, or a variant of one, that this code base does not
+        compute; a value of the wrong type.
     """
     c = config_json
     family = c.get("model_type")
     if family not in FAMILIES:
-        raise ValueError(unknown("model_type", family, FAMILIES))
+        raise ValueError(unknown_name_message("model_type", family, FAMILIES))
     _refuse_variants(c, family)
     missing = [k for k in WHOLE if k not in c]
     if missing:
@@ -258,7 +273,7 @@ def from_hf(config_json: Mapping[str, Any], **overrides) -> ModelConfig:
     }
     for name in overrides:
         if name not in ModelConfig.__dataclass_fields__:
-            raise ValueError(unknown("field of ModelConfig", name, ModelConfig.__dataclass_fields__))
+            raise ValueError(unknown_name_message("field of ModelConfig", name, ModelConfig.__dataclass_fields__))
     return ModelConfig(**fields | overrides)
 
 
@@ -281,7 +296,8 @@ def _flag(c: Mapping[str, Any], key: str) -> bool:
     return value
 
 
-# Settings of other architectures that change the computation, by their values that don't; null doesn't, either.
+# Settings of other architectures that change the computation, by their values that
+# don't; null doesn't, either.
 OFF = (0, 0.0, False)
 NEUTRAL: dict[str, tuple] = {
     **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "logits_soft_cap", "clip_qkv"), OFF),
@@ -295,12 +311,16 @@ NEUTRAL: dict[str, tuple] = {
 
 
 def _neutral(value: Any, allowed: tuple) -> bool:
-    """Whether a value is null or one of those allowed; true and false are no numbers."""
+    """Whether a value is null or one of those allowed; true and false are no
+    numbers.
+    """
     return value is None or any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
 
 
 def _refuse_variants(c: Mapping[str, Any], family: str) -> None:
-    """Raise for settings that change the computation and that the block does not have."""
+    """Raise for settings that change the computation and that the block does not
+    have.
+    """
     heads = c.get("num_attention_heads")
     wide = isinstance(c.get("hidden_size"), int) and isinstance(heads, int) and heads > 0
     head_size = c.get("head_dim") or (c["hidden_size"] // heads if wide else None)
@@ -335,7 +355,9 @@ ROPE_KEYS = {  # all that may be in rope_parameters or rope_scaling; those of an
 
 
 def _rope_from_hf(c: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Read RoPE from wherever the versions of transformers have put it (see `_rope_parameters`)."""
+    """Read RoPE from wherever the versions of transformers have put it (see
+    `_rope_parameters`).
+    """
     rope = _rope_parameters(c)
     for key in ("rope_theta", "partial_rotary_factor"):  # transformers 4 takes the one, transformers 5 the other
         beside, inside = _number(c, key), _number(rope, key)
@@ -356,7 +378,7 @@ def _rope_from_hf(c: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
             )
         return theta, None
     if kind not in ROPE_KINDS:
-        raise ValueError(unknown("rope_type in config.json", kind, ("default", *ROPE_KINDS)))
+        raise ValueError(unknown_name_message("rope_type in config.json", kind, ("default", *ROPE_KINDS)))
     most = _number(c, "max_position_embeddings")
     # As in transformers, what is beside rope_parameters counts before what is in it.
     original = _number(c, "original_max_position_embeddings", _number(rope, "original_max_position_embeddings", most))
@@ -380,7 +402,8 @@ def _rope_from_hf(c: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 
 
 def _rope_parameters(c: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge `rope_scaling` and transformers 5's `rope_parameters`, which may hold a mapping for each kind of layer.
+    """Merge `rope_scaling` and transformers 5's `rope_parameters`, which may hold a
+    mapping for each kind of layer.
 
     Raises:
       ValueError: they contradict each other, or hold a key that nobody here reads.
@@ -397,7 +420,7 @@ def _rope_parameters(c: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"config.json: {name} has type {given['type']!r} and rope_type {given['rope_type']!r}; keep one")
         for key, value in found.items():
             if key not in ROPE_KEYS:
-                raise ValueError(unknown(f"key of {name} in config.json", key, ROPE_KEYS))
+                raise ValueError(unknown_name_message(f"key of {name} in config.json", key, ROPE_KEYS))
             if key in rope and rope[key] != value and (key, rope[key]) != ("rope_type", "default"):
                 raise ValueError(
                     f"config.json: {key} is {rope[key]!r} in rope_parameters and {value!r} in rope_scaling; keep one"
@@ -407,11 +430,13 @@ def _rope_parameters(c: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_hf(config: ModelConfig, **tokens) -> dict[str, Any]:
-    """Write the `config.json` that transformers (4 and 5) and vLLM read back as the same model.
+    """Write the `config.json` that transformers (4 and 5) and vLLM read back as the
+    same model.
 
     Args:
       config: its switches choose the family.
-      **tokens: further entries, such as `eos_token_id` or `max_position_embeddings`; those that are None are left out.
+      **tokens: further entries, such as `eos_token_id` or `max_position_embeddings`;
+        those that are None are left out.
 
     Raises:
       ValueError: no family of transformers has this combination of switches.
@@ -482,7 +507,8 @@ _llama3 = partial(_shape, vocab_size=128256, kv_heads=8, rope_theta=5e5, norm_ep
 _qwen2 = partial(_shape, vocab_size=151936, rope_theta=1e6, qkv_bias=True, tied_embeddings=True)
 _qwen3 = partial(_shape, vocab_size=151936, kv_heads=8, head_size=128, rope_theta=1e6, qk_norm=True)
 
-# Each is a maker that takes further fields: `SIZES["tiny"](vocab_size=32)`, `SIZES["qwen3_8b"](dtype="bfloat16")`.
+# Each is a maker that takes further fields: `SIZES["tiny"](vocab_size=32)`,
+# `SIZES["qwen3_8b"](dtype="bfloat16")`.
 SIZES: dict[str, Callable[..., ModelConfig]] = {
     "tiny": _shape(64, 3, 4, 2, 16, 192),
     "smollm2_135m": _smollm2(576, 30, 9, 3, feed_forward=1536),
@@ -507,7 +533,8 @@ SIZES: dict[str, Callable[..., ModelConfig]] = {
     "qwen3_32b": _qwen3(5120, 64, 64, feed_forward=25600),
 }
 
-# Where the trained weights of a size are. Loading them reads their own config.json, never the numbers above.
+# Where the trained weights of a size are. Loading them reads their own config.json,
+# never the numbers above.
 HUB_IDS = {
     "smollm2_135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "smollm2_360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
@@ -535,7 +562,7 @@ def sized(name: str, **fields) -> ModelConfig:
       ValueError: an unknown name or field, or `tiny` without a `vocab_size`.
     """
     if name not in SIZES:
-        raise ValueError(unknown("model size", name, SIZES))
+        raise ValueError(unknown_name_message("model size", name, SIZES))
     try:
         return SIZES[name](**fields)
     except TypeError as error:

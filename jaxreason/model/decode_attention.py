@@ -1,9 +1,12 @@
-"""The attention of a decode step on a GPU, as one Pallas kernel for Triton: it reads the columns that are there and no others.
+"""The attention of a decode step on a GPU, as one Pallas kernel for Triton: it reads
+the columns that are there and no others.
 
-A cache has as many columns as the longest rollout in it needs, and the plain products of `layers.read` read all of them in all
-rows. Here one program for each row and key head puts the new key and value in their place, and goes over the row's prompt and its
-own columns with the softmax of flash attention (Dao et al. 2022, arXiv 2205.14135): running maximum, running sum. Rows that share
-a prompt mostly run side by side, and then find it in the card's cache. Left out: heads that are no power of two, and int8.
+A cache has as many columns as the longest rollout in it needs, and the plain products
+of `layers.read` read all of them in all rows. Here one program for each row and key
+head puts the new key and value in their place, and goes over the row's prompt and its
+own columns with the softmax of flash attention (Dao et al. 2022, arXiv 2205.14135):
+running maximum, running sum. Rows that share a prompt mostly run side by side, and then
+find it in the card's cache. Left out: heads that are no power of two, and int8.
 """
 
 from __future__ import annotations
@@ -27,10 +30,11 @@ def fits(own: dict) -> bool:
 
 
 def attend_columns(q_BKQH, k_BKH, v_BKH, own: dict, prompts: dict, column_B, row_B, begins_B, *, interpret: bool = False):
-    """Put one key and value a row into `column_B` of a cache (negative: nowhere) and attend to its columns up to that one.
+    """Put one key and value a row into `column_B` of a cache (negative: nowhere) and
+    attend to its columns up to that one.
 
-    Row b also sees the first `begins_B[b]` columns of row `row_B[b]` of the prompts. With `interpret` it runs anywhere, slowly.
-    Returns mixed_BKQH and the cache.
+    Row b also sees the first `begins_B[b]` columns of row `row_B[b]` of the prompts.
+    With `interpret` it runs anywhere, slowly. Returns mixed_BKQH and the cache.
     """
     # Imported where used: it takes a tenth of a second to load.
     from jax.experimental import pallas as pl
@@ -115,18 +119,22 @@ def attend_columns(q_BKQH, k_BKH, v_BKH, own: dict, prompts: dict, column_B, row
 
 
 def on_each_device(mesh, *, interpret: bool = False):
-    """Make `read` of one token a row, as each device of a mesh runs it on its own rows and heads (see `attention.Kernel`)."""
+    """Make `read` of one token a row, as each device of a mesh runs it on its own rows
+    and heads (see `attention.Kernel`).
+    """
     attend = functools.partial(attend_columns, interpret=interpret)
     if mesh is not None:
         by_head, by_row = jax.P(*ROWS, "tensor"), jax.P(*ROWS)
         specs = (*[by_head] * 5, *[by_row] * 3)
-        # Kernels do not say over which axes their results vary, which is what check_vma would check.
+        # Kernels do not say over which axes their results vary, which is what check_vma
+        # would check.
         attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=by_head, check_vma=False)
 
     def read(q_BTNH, k_BTKH, v_BTKH, own, prompts, seen: Seen):
         q_BKQH, column_B = by_key_head(q_BTNH, own["v"].shape[1]), seen.column_BT[:, 0]
         if prompts is None:
-            # Something of the right kind, of which nothing is read. Not `own` itself: it is written in place.
+            # Something of the right kind, of which nothing is read. Not `own` itself:
+            # it is written in place.
             prompts = {"k": own["k"][..., :1], "v": own["v"][:, :, :1]}
             row_B = begins_B = jnp.zeros_like(column_B)
         else:

@@ -1,8 +1,10 @@
-"""One block of the decoder, as `flax.nnx` modules: RMSNorm, rotary positions, grouped-query attention, gated MLP.
+"""One block of the decoder, as `flax.nnx` modules: RMSNorm, rotary positions,
+grouped-query attention, gated MLP.
 
-Nothing here is stateful: a key/value cache goes in as an argument and comes back as a result. Weights are kept in the
-dtype they were made in and cast to the dtype of the activations where they are used, so master weights stay float32
-under bfloat16 compute. Sums that lose digits (norms, softmax, rotations) run in float32 whatever the dtype.
+Nothing here is stateful: a key/value cache goes in as an argument and comes back as a
+result. Weights are kept in the dtype they were made in and cast to the dtype of the
+activations where they are used, so master weights stay float32 under bfloat16 compute.
+Sums that lose digits (norms, softmax, rotations) run in float32 whatever the dtype.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ class Norm(nnx.Module):
 def scaled(x, scale_D):
     """`x * scale_D`, whose gradient by the scale is a matrix product with ones.
 
-    XLA:CPU would sum into a row of the stacked scales, [1, D], one number at a time (jaxreason/bench/README.md).
+    XLA:CPU would sum into a row of the stacked scales, [1, D], one number at a time
+    (jaxreason/bench/README.md).
     """
     return x * scale_D
 
@@ -58,9 +61,11 @@ scaled.defvjp(scaled_forward, scaled_backward)
 
 
 class Projection(nnx.Module):
-    """A linear map from the last `inputs` axes to `outputs` axes, drawn from a normal of variance gain^2 / fan-in.
+    """A linear map from the last `inputs` axes to `outputs` axes, drawn from a normal
+    of variance gain^2 / fan-in.
 
-    `product` may be another (see `of_few_rows`), and the kernel then a matrix as that takes it.
+    `product` may be another (see `of_few_rows`), and the kernel then a matrix as that
+    takes it.
     """
 
     def __init__(self, inputs: tuple, outputs: tuple, *, gain: float = 1.0, bias: bool = False, rngs: nnx.Rngs):
@@ -68,7 +73,8 @@ class Projection(nnx.Module):
         self.inputs, self.outputs, self.product = inputs, outputs, product
         self.scale = 0.0  # of the adapters a and b, for those who add them
         self.kernel = nnx.Param(gain * fan_in**-0.5 * jax.random.normal(rngs.params(), (*inputs, *outputs)))
-        # A bias starts at zero, as in every published model that has one: its gradient does not vanish with it.
+        # A bias starts at zero, as in every published model that has one: its gradient
+        # does not vanish with it.
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
 
     def __call__(self, x):
@@ -87,8 +93,8 @@ class Projection(nnx.Module):
 def product(x, kernel_IO):
     """`x @ kernel_IO`, whose gradient by the kernel comes as [I, O].
 
-    jax makes it as [O, I] and transposes it, for which XLA:CPU copies the wider factor and takes its slower product
-    (jaxreason/bench/README.md).
+    jax makes it as [O, I] and transposes it, for which XLA:CPU copies the wider factor
+    and takes its slower product (jaxreason/bench/README.md).
     """
     return x @ kernel_IO
 
@@ -108,11 +114,13 @@ product.defvjp(product_forward, product_backward)
 
 
 def of_few_rows(name: str, size: int):
-    """Return the fastest form on a CPU of the product of a few rows with a kernel of `size` numbers.
+    """Return the fastest form on a CPU of the product of a few rows with a kernel of
+    `size` numbers.
 
-    `from_left`, which takes the kernel transposed, is fastest while kernels stay in the processor's caches, `from_columns` beyond
-    that. The result of `from_left` is in columns, which the next operation on queries and keys is slow at, so `qkv` is excepted
-    (jaxreason/bench/README.md).
+    `from_left`, which takes the kernel transposed, is fastest while kernels stay in the
+    processor's caches, `from_columns` beyond that. The result of `from_left` is in
+    columns, which the next operation on queries and keys is slow at, so `qkv` is
+    excepted (jaxreason/bench/README.md).
     """
     if size >= 2**18:
         return from_columns
@@ -122,7 +130,8 @@ def of_few_rows(name: str, size: int):
 def from_left(x, kernel_OI, out_dtype=None):
     """`x @ kernel.T` with the kernel as the left factor.
 
-    The barriers keep XLA from folding the transposes away, back into x @ kernel.T, which is slower than either.
+    The barriers keep XLA from folding the transposes away, back into x @ kernel.T,
+    which is slower than either.
     """
     x_IR = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
     y_OR = jax.lax.optimization_barrier(jnp.matmul(kernel_OI, x_IR, preferred_element_type=out_dtype))
@@ -130,16 +139,20 @@ def from_left(x, kernel_OI, out_dtype=None):
 
 
 def from_columns(x, kernel_IO):
-    """`x @ kernel` with the rows of x in columns, which XLA:CPU leaves to Eigen and not to YNNPACK.
+    """`x @ kernel` with the rows of x in columns, which XLA:CPU leaves to Eigen and not
+    to YNNPACK.
 
-    Eigen is faster where the kernel comes from memory (jaxreason/bench/README.md); we suppose that YNNPACK waits for it.
+    Eigen is faster where the kernel comes from memory (jaxreason/bench/README.md); we
+    suppose that YNNPACK waits for it.
     """
     x_IR = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
     return jax.lax.dot_general(x_IR, kernel_IO, (((0,), (0,)), ((), ()))).reshape(*x.shape[:-1], -1)
 
 
 def rotate(x_BTNH, cos_BTH, sin_BTH):
-    """Rotate each head's halves by position (Su et al. 2021, arXiv 2104.09864, in the two-halves order of Llama)."""
+    """Rotate each head's halves by position (Su et al. 2021, arXiv 2104.09864, in the
+    two-halves order of Llama).
+    """
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
     x32 = jnp.concatenate([first, second], axis=-1)
@@ -148,10 +161,12 @@ def rotate(x_BTNH, cos_BTH, sin_BTH):
 
 @jax.custom_vjp
 def rotate_by_product(x_BTNH, cos_BTH, sin_BTH):
-    """`rotate` for a TPU, where halves of 64 lanes would be arrays of their own: the halves are swapped by a product with ones.
+    """`rotate` for a TPU, where halves of 64 lanes would be arrays of their own: the
+    halves are swapped by a product with ones.
 
-    That is exact in any dtype: one term of each sum is not zero. The gradient is a rotation by the opposite angle; cosines and
-    sines get none. It moves a fifth less HBM bytes than `rotate` (jaxreason/plan/README.md).
+    That is exact in any dtype: one term of each sum is not zero. The gradient is a
+    rotation by the opposite angle; cosines and sines get none. It moves a fifth less
+    HBM bytes than `rotate` (jaxreason/plan/README.md).
     """
     _, _, _, H = x_BTNH.shape
     half = jnp.eye(H // 2, dtype=x_BTNH.dtype)
@@ -175,12 +190,14 @@ rotate_by_product.defvjp(rotate_by_product_forward, rotate_by_product_backward)
 
 
 def attend(q_BTNH, k_BKHC, v_BKCH, visible_BTC, k_scale_BK1C=None, v_scale_BK1C=None):
-    """Softmax attention of grouped queries over C keys, as two plain batched matrix products.
+    """Softmax attention of grouped queries over C keys, as two plain batched matrix
+    products.
 
-    Keys and values may be kept in another dtype than the queries; those of an int8 cache have a scale for each column.
+    Keys and values may be kept in another dtype than the queries; those of an int8
+    cache have a scale for each column.
 
-    The queries that share a key head become rows of one matrix, and keys are columns: a CPU would transpose them at every step
-    otherwise (jaxreason/bench/README.md).
+    The queries that share a key head become rows of one matrix, and keys are columns: a
+    CPU would transpose them at every step otherwise (jaxreason/bench/README.md).
     """
     q_BKQH = by_key_head(q_BTNH, v_BKCH.shape[1])
     scores = masked_scores(q_BKQH, k_BKHC, k_scale_BK1C, for_each_query(visible_BTC, q_BKQH))
@@ -191,7 +208,9 @@ def attend(q_BTNH, k_BKHC, v_BKCH, visible_BTC, k_scale_BK1C=None, v_scale_BK1C=
 
 
 def by_key_head(q_BTNH, K: int):
-    """[B, T, N, H] -> [B, K, N / K * T, H]: the queries that share a key head, those of one head side by side."""
+    """[B, T, N, H] -> [B, K, N / K * T, H]: the queries that share a key head, those of
+    one head side by side.
+    """
     B, T, N, H = q_BTNH.shape
     return q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H)
 
@@ -211,7 +230,9 @@ def for_each_query(visible_BTC, q_BKQH):
 
 
 def masked_scores(q_BKQH, k_BKHC, k_scale_BK1C, visible):
-    """Scores, float32 [B, K, Q, C], of what may be seen: `visible` is broadcast to them."""
+    """Scores, float32 [B, K, Q, C], of what may be seen: `visible` is broadcast to
+    them.
+    """
     q_BKQH *= q_BKQH.shape[-1] ** -0.5
     scores = jnp.matmul(q_BKQH, k_BKHC.astype(q_BKQH.dtype), preferred_element_type=jnp.float32)
     if k_scale_BK1C is not None:
@@ -220,7 +241,9 @@ def masked_scores(q_BKQH, k_BKHC, k_scale_BK1C, visible):
 
 
 class Part(NamedTuple):
-    """Attention over some of the keys, to be merged with that over others. All float32."""
+    """Attention over some of the keys, to be merged with that over others. All
+    float32.
+    """
 
     mixed: jax.Array  # [B, K, Q, H], values weighted by exp(score - highest)
     highest: jax.Array  # [B, K, Q, 1]
@@ -254,9 +277,11 @@ class Seen(NamedTuple):
 
 
 def read(q_BTNH, k_BTKH, v_BTKH, own: dict, prompts: dict | None, seen: Seen) -> tuple:
-    """Put keys and values into a cache and attend to its columns, and to the prompts that its rows continue.
+    """Put keys and values into a cache and attend to its columns, and to the prompts
+    that its rows continue.
 
-    Each prompt is read once for all rows that continue it. Returns mixed_BTNH and the cache.
+    Each prompt is read once for all rows that continue it. Returns mixed_BTNH and the
+    cache.
     """
     own = write(own, k_BTKH, v_BTKH, seen.column_BT)
     visible_BTC = jnp.arange(own["v"].shape[2]) <= seen.column_BT[..., None]
@@ -277,10 +302,12 @@ def first_columns(q_BKQH, cache: dict, count_B) -> Part:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245), with QK norm and biases where the config has them.
+    """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245), with QK norm and
+    biases where the config has them.
 
-    Without a cache the tokens attend to each other by `kernel.attend`, with one to what stands in it by `kernel.read`.
-    If `fused`, one product gives each key head's queries, its key and its value.
+    Without a cache the tokens attend to each other by `kernel.attend`, with one to what
+    stands in it by `kernel.read`. If `fused`, one product gives each key head's
+    queries, its key and its value.
     """
 
     def __init__(self, c: ModelConfig, *, fused: bool = False, rngs: nnx.Rngs):
@@ -315,7 +342,8 @@ class Attention(nnx.Module):
 def write(cache: dict, k_BTKH, v_BTKH, column_BT) -> dict:
     """Put keys and values into columns of a cache.
 
-    A column outside 0..C-1 is dropped: this is how padding and idle slots leave no trace.
+    A column outside 0..C-1 is dropped: this is how padding and idle slots leave no
+    trace.
     """
     C = cache["v"].shape[2]
     row_B1 = jnp.arange(len(column_BT))[:, None]
@@ -360,9 +388,11 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One pre-norm decoder layer. At the start its two outputs are scaled by 1/sqrt(2 L) (GPT-2), so depth adds no variance.
+    """One pre-norm decoder layer. At the start its two outputs are scaled by 1/sqrt(2
+    L) (GPT-2), so depth adds no variance.
 
-    If `fused`, products of the same input are one, as decoding reads weights best (see `transformer.decode_layer`).
+    If `fused`, products of the same input are one, as decoding reads weights best (see
+    `transformer.decode_layer`).
     """
 
     def __init__(self, c: ModelConfig, *, fused: bool = False, rngs: nnx.Rngs):

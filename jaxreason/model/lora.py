@@ -1,8 +1,11 @@
-"""Low-rank adapters (LoRA; Hu et al. 2021, arXiv 2106.09685): a frozen base, and two thin matrices beside chosen projections.
+"""Low-rank adapters (LoRA; Hu et al. 2021, arXiv 2106.09685): a frozen base, and two
+thin matrices beside chosen projections.
 
-Params of an adapted model are `{"frozen": base, "lora": adapters, ...}`. What stands under "frozen" has no gradient and no
-optimizer state; all the rest, a value head too, is trained. The base goes through a train step as an argument, donated and
-handed back, so compiled programs do not hold it as a constant, and checkpoints, samplers and shardings see one tree as ever.
+Params of an adapted model are `{"frozen": base, "lora": adapters, ...}`. What stands
+under "frozen" has no gradient and no optimizer state; all the rest, a value head too,
+is trained. The base goes through a train step as an argument, donated and handed back,
+so compiled programs do not hold it as a constant, and checkpoints, samplers and
+shardings see one tree as ever.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ from jaxreason.model.config import LORA_TARGETS, Lora
 
 
 def init(key, layers, lora: Lora):
-    """Draw adapters for stacked layers: A from a normal of variance 1 / fan-in, B zero, so that the model starts unchanged."""
+    """Draw adapters for stacked layers: A from a normal of variance 1 / fan-in, B zero,
+    so that the model starts unchanged.
+    """
     adapters: dict = {}
     for i, (target, part) in enumerate(LORA_TARGETS.items()):
         if target not in lora.targets:
@@ -30,7 +35,9 @@ def init(key, layers, lora: Lora):
 
 
 def beside(layers, adapters):
-    """Put each adapter into the layers' tree, beside the kernel it adapts; no array is touched."""
+    """Put each adapter into the layers' tree, beside the kernel it adapts; no array is
+    touched.
+    """
     layers = {part: dict(modules) for part, modules in layers.items()}
     for part, modules in adapters.items():
         for target, adapter in modules.items():
@@ -39,9 +46,11 @@ def beside(layers, adapters):
 
 
 def merge(params, lora: Lora | None):
-    """Give plain params that compute what the adapted ones do: `W + alpha / rank * A B`, in the wider of their dtypes.
+    """Give plain params that compute what the adapted ones do: `W + alpha / rank * A
+    B`, in the wider of their dtypes.
 
-    Plain params come back as they are. The kernels that are merged are new arrays; the others are those of the base.
+    Plain params come back as they are. The kernels that are merged are new arrays; the
+    others are those of the base.
     """
     if "lora" not in params:
         return params
@@ -56,5 +65,7 @@ def merge(params, lora: Lora | None):
 
 @jax.jit
 def merged_kernel(kernel, a, b, scale):
-    """`kernel + scale * a b` of each layer; a is [L, inputs, rank] and b [L, rank, outputs], inputs and outputs of any rank."""
+    """`kernel + scale * a b` of each layer; a is [L, inputs, rank] and b [L, rank,
+    outputs], inputs and outputs of any rank.
+    """
     return kernel + scale * jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(a, b)

@@ -1,4 +1,6 @@
-"""What the rest of jaxreason knows of a model: a NamedTuple of pure functions over nested dicts of arrays."""
+"""What the rest of jaxreason knows of a model: a NamedTuple of pure functions over
+nested dicts of arrays.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from jaxreason.model.config import ModelConfig
 
 
 class Model(NamedTuple):
-    """Behaviour of a model; its state is `params`, a nested dict of arrays with the layers stacked on axis 0."""
+    """Behaviour of a model; its state is `params`, a nested dict of arrays with the
+    layers stacked on axis 0.
+    """
 
     config: ModelConfig
     init: Callable

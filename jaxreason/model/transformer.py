@@ -1,9 +1,12 @@
-"""The decoder-only transformer behind the `Model` seam: stack, scan or unroll, rematerialisation, value head.
+"""The decoder-only transformer behind the `Model` seam: stack, scan or unroll,
+rematerialisation, value head.
 
-Layers are defined with `flax.nnx` and merged inside `apply`; only nested dicts of arrays cross the seam, with the layers
-stacked on axis 0. `ModelConfig.scan_layers` chooses between `lax.scan` over the stack (compile time flat in depth: for
-accelerators) and an unrolled loop (twice as fast on a CPU at 3 layers). Decoding is unrolled everywhere: a scan copies each
-layer's cache out of the stack and back (jaxreason/bench/README.md).
+Layers are defined with `flax.nnx` and merged inside `apply`; only nested dicts of
+arrays cross the seam, with the layers stacked on axis 0. `ModelConfig.scan_layers`
+chooses between `lax.scan` over the stack (compile time flat in depth: for accelerators)
+and an unrolled loop (twice as fast on a CPU at 3 layers). Decoding is unrolled
+everywhere: a scan copies each layer's cache out of the stack and back
+(jaxreason/bench/README.md).
 """
 
 from __future__ import annotations
@@ -33,10 +36,12 @@ REMAT = {
 def transformer(config: ModelConfig, mesh=None) -> Model:
     """Make the pure functions of a decoder-only transformer.
 
-    A mesh is for the attention kernels that the compiler can't split by itself, which is all but "xla".
+    A mesh is for the attention kernels that the compiler can't split by itself, which
+    is all but "xla".
     """
     dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
-    # Modules hold no arrays of their own here: only their structure is kept, to be merged with params inside `apply`.
+    # Modules hold no arrays of their own here: only their structure is kept, to be
+    # merged with params inside `apply`.
     block = nnx.graphdef(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
     adapted_block = nnx.graphdef(nnx.eval_shape(lambda: adapted(Block(config, rngs=nnx.Rngs(0)), config.lora)))
     decode_block = nnx.eval_shape(lambda: Block(config, fused=True, rngs=nnx.Rngs(0)))
@@ -175,12 +180,16 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
 
 
 def in_decode_layout(params) -> bool:
-    """Whether params are as `decode_layout` gives them: one tree a layer, products of the same input fused."""
+    """Whether params are as `decode_layout` gives them: one tree a layer, products of
+    the same input fused.
+    """
     return isinstance(params["layers"], tuple) and "qkv" in params["layers"][0]["attention"]
 
 
 def for_few_rows(block: Block) -> Block:
-    """Make the projections of a block take their kernels as `decode_layout` lays them out for a CPU."""
+    """Make the projections of a block take their kernels as `decode_layout` lays them
+    out for a CPU.
+    """
     for path, module in nnx.iter_graph(block):
         if isinstance(module, Projection):
             module.product = of_few_rows(path[-1], math.prod(module.inputs) * math.prod(module.outputs))
@@ -205,7 +214,8 @@ def cut_layer(layers, i):
 
 @functools.partial(jax.jit, static_argnums=1)
 def decode_layer(stack_of_one, few_rows: bool):
-    """Fuse products of the same input (see `Block`), and turn kernels that are better so for `few_rows`: [outputs, inputs].
+    """Fuse products of the same input (see `Block`), and turn kernels that are better
+    so for `few_rows`: [outputs, inputs].
 
     A program of its own, run once per layer: all layers in one take long to compile.
     """
@@ -232,7 +242,8 @@ def decode_layer(stack_of_one, few_rows: bool):
         product = of_few_rows(path[-2].key, x.size)
         if product is from_left:
             return x.T
-        # A row of a whole number of pages would have all rows share a few lines of the processor's cache.
+        # A row of a whole number of pages would have all rows share a few lines of the
+        # processor's cache.
         pad = 16 if product is from_columns and x.shape[1] * x.dtype.itemsize % 4096 == 0 else 0
         return jnp.pad(x, ((0, 0), (0, pad)))
 
@@ -243,7 +254,8 @@ def decode_layer(stack_of_one, few_rows: bool):
 def unstack(layers, count: int) -> tuple:
     """Split stacked layers into a tuple of one tree a layer.
 
-    Its gradient stacks. That of plain indexing adds up `count` arrays that are zero but for one layer.
+    Its gradient stacks. That of plain indexing adds up `count` arrays that are zero but
+    for one layer.
     """
     return tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count))
 
@@ -263,17 +275,20 @@ def rotation(config: ModelConfig, position_BT):
     """Cosines and sines of every position, float32, each [B, T, H]."""
     inverse, attention_factor = rope_frequencies(config)
     angle = position_BT[..., None].astype(jnp.float32) * inverse
-    # Computed into one array and laid out from there: XLA:CPU would compute two arrays anew in every fusion that reads them,
-    # for each layer's queries and again for its keys.
+    # Computed into one array and laid out from there: XLA:CPU would compute two arrays
+    # anew in every fusion that reads them, for each layer's queries and again for its
+    # keys.
     halves_BTH = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1) * attention_factor
     cos, sin = jnp.split(halves_BTH, 2, axis=-1)
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([sin, sin], axis=-1)
 
 
 def columns(position_BT, prefix) -> tuple:
-    """The column of its row's cache that each token has, and who continues which prompt.
+    """The column of its row's cache that each token has, and who continues which
+    prompt.
 
-    A row's columns are written in order, so what stands past a token's own is left from an earlier rollout or padding.
+    A row's columns are written in order, so what stands past a token's own is left from
+    an earlier rollout or padding.
     """
     if prefix is None:
         return position_BT, None

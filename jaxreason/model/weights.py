@@ -1,10 +1,13 @@
-"""Weights in and out of Hugging Face folders: safetensors <-> the nested dict of stacked arrays that a `Model` takes.
+"""Weights in and out of Hugging Face folders: safetensors <-> the nested dict of
+stacked arrays that a `Model` takes.
 
-`table(config)` is the one list of (their name, our path, how to reshape) and drives both directions. Loading fills each
-stacked array layer by layer, straight from the file, and hands it to the devices before the next is begun: host memory
-stays near one copy of the model. Whatever does not fit (a tensor missing, left over, misshapen or not finite) is an error that
-names it, found by the headers of the files before anything is allocated where it can be.
-Left out: the value head, which no Hugging Face checkpoint has; pickled and quantised checkpoints.
+`table(config)` is the one list of (their name, our path, how to reshape) and drives
+both directions. Loading fills each stacked array layer by layer, straight from the
+file, and hands it to the devices before the next is begun: host memory stays near one
+copy of the model. Whatever does not fit (a tensor missing, left over, misshapen or not
+finite) is an error that names it, found by the headers of the files before anything is
+allocated where it can be. Left out: the value head, which no Hugging Face checkpoint
+has; pickled and quantised checkpoints.
 """
 
 from __future__ import annotations
@@ -42,7 +45,9 @@ TOKENIZER_FILES = (
 
 
 class Row(NamedTuple):
-    """One kind of tensor. Ours (of one layer) is `theirs.reshape(split).transpose(axes)`; both are views."""
+    """One kind of tensor. Ours (of one layer) is
+    `theirs.reshape(split).transpose(axes)`; both are views.
+    """
 
     name: str  # theirs; {} stands for the layer
     path: tuple[str, ...]  # ours; under "layers" it is stacked on axis 0
@@ -76,7 +81,9 @@ def table(config: ModelConfig) -> list[Row]:
     D, F, V, N, K, H = c.width, c.feed_forward, c.vocab_size, c.heads, c.kv_heads, c.head_size
 
     def row(name, path, *split, axes=None, merged=0):
-        """`merged` axes, from the first on (from the last if negative), are one axis in their shape."""
+        """`merged` axes, from the first on (from the last if negative), are one axis in
+        their shape.
+        """
         shape = split
         if merged > 0:
             shape = (math.prod(split[:merged]), *split[merged:])
@@ -116,13 +123,16 @@ def table(config: ModelConfig) -> list[Row]:
 
 
 def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """Find the folder of a checkpoint: a folder, a named size, or a Hugging Face id, which is downloaded unless the cache has it.
+    """Find the folder of a checkpoint: a folder, a named size, or a Hugging Face id,
+    which is downloaded unless the cache has it.
 
     `revision` is a commit, branch or tag of the hub.
 
     Raises:
-      FileNotFoundError: neither a folder nor in the cache, and the hub cannot be reached or does not have it.
-      ValueError: the hub has it without safetensors, or a folder was given with a revision.
+      FileNotFoundError: neither a folder nor in the cache, and the hub cannot be
+        reached or does not have it.
+      ValueError: the hub has it without safetensors, or a folder was given with a
+        revision.
     """
     name = HUB_IDS.get(str(path_or_hub_id), str(path_or_hub_id))
     folder = Path(os.path.expanduser(name))
@@ -138,7 +148,8 @@ def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
 
 
 def needed_files(id: str, names: Sequence[str]) -> list[str]:
-    """Choose the files of a checkpoint by their names, the weights last: no pickles, no other formats.
+    """Choose the files of a checkpoint by their names, the weights last: no pickles, no
+    other formats.
 
     Raises:
       ValueError: there are no such weights.
@@ -205,16 +216,19 @@ def load(
       path_or_hub_id: as in `resolve`.
       dtype: of the computation; goes into the config.
       param_dtype: of the arrays returned; goes into the config.
-      sharding: one `jax.sharding.Sharding` for all arrays, or a tree of them shaped like params. Every process reads the
-        files and keeps its own shards.
-      value_head: whether the config has one. Its weights come from `init`; without that they are left out of params.
+      sharding: one `jax.sharding.Sharding` for all arrays, or a tree of them shaped
+        like params. Every process reads the files and keeps its own shards.
+      value_head: whether the config has one. Its weights come from `init`; without that
+        they are left out of params.
       init: params to take what no checkpoint has from.
       **overrides: further fields of ModelConfig, such as `remat`.
 
     Raises:
       FileNotFoundError: no such checkpoint, or a file of it is missing.
-      ValueError: a file is damaged, or a tensor is missing, left over or misshapen: the message names it.
-      BadWeights: a tensor is not finite in `param_dtype`, or a head that config.json says is tied differs from the embedding.
+      ValueError: a file is damaged, or a tensor is missing, left over or misshapen: the
+        message names it.
+      BadWeights: a tensor is not finite in `param_dtype`, or a head that config.json
+        says is tied differs from the embedding.
     """
     folder = resolve(path_or_hub_id)
     if not (folder / "config.json").is_file():
@@ -240,7 +254,8 @@ def load(
 
 
 def check(folder: str | Path, config: ModelConfig) -> None:
-    """Check that a folder has the tensors of this config, by the headers of its files alone.
+    """Check that a folder has the tensors of this config, by the headers of its files
+    alone.
 
     Raises:
       FileNotFoundError, ValueError: as `load` does.
@@ -257,20 +272,24 @@ LAYER = re.compile(r"(model\.layers\.)(0|[1-9]\d{0,8})(\..+)")
 
 
 def _check_headers(config: ModelConfig, rows: list[Row], files: Mapping[str, Path], folder: Path) -> None:
-    """Raise ValueError if a tensor is missing, left over, misshapen or of a type that is not read."""
+    """Raise ValueError if a tensor is missing, left over, misshapen or of a type that
+    is not read.
+    """
     row_of, wanted = {row.name: row for row in rows}, {}
     for name in files:
         found = LAYER.fullmatch(name)
         row = row_of.get(f"{found[1]}{{}}{found[3]}" if found else name)
         if row is not None and (int(found[2]) < config.layers if found else not row.stacked):
             wanted[name] = row.shape
-    # Not all names are made, of which a wrong config.json may want any number: the first that is missing comes soon.
+    # Not all names are made, of which a wrong config.json may want any number: the
+    # first that is missing comes soon.
     more = sum(config.layers if row.stacked else 1 for row in rows) - len(wanted) - 1
     if more >= 0:
         missing, shape = next((name, row.shape) for row in rows for name in row.names(config) if name not in files)
         also = f" and {more} more" if more else ""
         raise ValueError(f"{folder} lacks tensor {missing} of shape {shape}{also}; does config.json belong to it?")
-    # Old checkpoints store the RoPE frequencies, which config.json determines; some store a tied head twice.
+    # Old checkpoints store the RoPE frequencies, which config.json determines; some
+    # store a tied head twice.
     extra = sorted(n for n in files if n not in wanted and not n.endswith("rotary_emb.inv_freq") and n != HEAD)
     if extra:
         also = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
@@ -293,7 +312,9 @@ def _check_tensor(file, path: Path, name: str, shape: tuple[int, ...]) -> None:
 
 
 def _check_tied(files: Mapping[str, Path], folder: Path) -> None:
-    """Raise BadWeights if a checkpoint with tied embeddings has a head of its own: which of the two is meant?"""
+    """Raise BadWeights if a checkpoint with tied embeddings has a head of its own:
+    which of the two is meant?
+    """
     head, embedding = _read(files[HEAD], HEAD), _read(files[EMBEDDING], EMBEDDING)
     if head.shape != embedding.shape or not np.array_equal(head, embedding):
         raise BadWeights(
@@ -303,13 +324,17 @@ def _check_tied(files: Mapping[str, Path], folder: Path) -> None:
 
 
 def _read(path: Path, name: str) -> np.ndarray:
-    """Read one tensor. The file is opened anew for each: its mapped pages would count as our memory until it is closed."""
+    """Read one tensor. The file is opened anew for each: its mapped pages would count
+    as our memory until it is closed.
+    """
     with _open(path) as file:
         return file.get_tensor(name)
 
 
 def _is_finite(array: np.ndarray) -> bool:
-    """Whether no number is NaN or infinite, without a temporary array of the same size where there is a way."""
+    """Whether no number is NaN or infinite, without a temporary array of the same size
+    where there is a way.
+    """
     if array.dtype == np.float32:  # both ends are NaN if any number is
         return bool(np.isfinite(array.max()) and np.isfinite(array.min()))
     exponent = np.uint16(0x7F80)  # bfloat16's, all ones in what is not finite; NumPy has no fast loops for the type itself
@@ -358,10 +383,12 @@ def save(
       folder: made if need be; model files of an earlier save in it are replaced.
       config: of the params.
       params: layers stacked; every array addressable from this process.
-      tokenizer_folder: the tokenizer's files are copied from it, and from its config.json the token ids and context length.
+      tokenizer_folder: the tokenizer's files are copied from it, and from its
+        config.json the token ids and context length.
       dtype: of the weights written; None keeps that of the params.
       max_shard_bytes: begin a new file where the next tensor would go past this.
-      **tokens: entries for config.json, such as `eos_token_id`; token ids also go to generation_config.json.
+      **tokens: entries for config.json, such as `eos_token_id`; token ids also go to
+        generation_config.json.
     """
     folder = Path(folder)
     rows = table(config)
@@ -389,7 +416,9 @@ def save(
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
-    """Copy a tokenizer's files; return the entries of its config.json that belong to the text, not to the weights."""
+    """Copy a tokenizer's files; return the entries of its config.json that belong to
+    the text, not to the weights.
+    """
     if not (source / "tokenizer.json").is_file():
         raise FileNotFoundError(f"tokenizer_folder {source} has no tokenizer.json; leave it out to save weights alone")
     for name in TOKENIZER_FILES:

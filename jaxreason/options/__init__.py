@@ -1,7 +1,9 @@
-"""Names and numbers that a user gives, checked: options of a config file, fields of a section, names of a family, JSON files.
+"""Names and numbers that a user gives, checked: options of a config file, fields of a
+section, names of a family, JSON files.
 
-Options are the part after the colon of `--config=configs/tiny.py:task=countdown,smoke`. A name with a colon in it
-is a user's own code: `my_rewards:brevity` is the function `brevity` of the module `my_rewards`.
+Options are the part after the colon of `--config=configs/tiny.py:task=countdown,smoke`.
+A name with a colon in it is a user's own code: `my_rewards:brevity` is the function
+`brevity` of the module `my_rewards`.
 """
 
 from __future__ import annotations
@@ -19,12 +21,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-# Fields that have another name now: `"config.*.source.old": "new"`. The old one is refused, in configs and run folders alike.
-RENAMED: dict[str, str] = {}
+# Fields that have another name now: `"config.*.source.old": "new"`. The old one is
+# refused, in configs and run folders alike.
+RENAMED: dict[str, str] = {
+    "config.*.objective.clip": "clip_low and clip_high",
+    "config.*.objective.lo": "clip_low",
+    "config.*.objective.hi": "clip_high",
+    "config.*.optimizer.final_share": "final_fraction",
+    "config.*.optimizer.warmup_share": "warmup_fraction",
+    "config.*.source.share_prompts": "rollouts_per_prompt",
+    "config.sampler.untempered_logp": "logp_temperature_1",
+}
 
 
-def unknown(what: str, got: str, allowed: Iterable[str]) -> str:
-    """Say that `got` is not one of `allowed`, with the nearest of them first if one is near."""
+def unknown_name_message(what: str, got: str, allowed: Iterable[str]) -> str:
+    """Say that `got` is not one of `allowed`, with the nearest of them first if one is
+    near.
+    """
     allowed = sorted(map(str, allowed))
     near = difflib.get_close_matches(str(got), allowed, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
@@ -38,19 +51,22 @@ def renamed(where: str, name: str) -> str:
 
 
 def parse(arg: str, *, choices: dict[str, Iterable[Any]] | None = None, **defaults) -> SimpleNamespace:
-    """Parse `"size=small,smoke"` into a namespace that has each of `defaults`, cast to the type of its default.
+    """Parse `"size=small,smoke"` into a namespace that has each of `defaults`, cast to
+    the type of its default.
 
-    A bare name sets a flag whose default is False. `choices` limits the values of an option.
+    A bare name sets a flag whose default is False. `choices` limits the values of an
+    option.
 
     Raises:
-      ValueError: an unknown option, a value of the wrong type, or one that is not among the choices.
+      ValueError: an unknown option, a value of the wrong type, or one that is not among
+        the choices.
     """
     OFFERED.update({name: (default, (choices or {}).get(name)) for name, default in defaults.items()})
     values = dict(defaults)
     for part in filter(None, (p.strip() for p in (arg or "").split(","))):
         name, given, text = part.partition("=")
         if name not in defaults:
-            raise ValueError(unknown("config option", name, defaults))
+            raise ValueError(unknown_name_message("config option", name, defaults))
         default = defaults[name]
         if isinstance(default, bool):
             if given and text.lower() not in ("true", "false", "1", "0"):
@@ -64,16 +80,18 @@ def parse(arg: str, *, choices: dict[str, Iterable[Any]] | None = None, **defaul
         except ValueError:
             raise ValueError(f"config option {name} got {text!r}; allowed: {type(default).__name__}") from None
         if choices and name in choices and values[name] not in choices[name]:
-            raise ValueError(unknown(f"value of config option {name}", text, choices[name]))
+            raise ValueError(unknown_name_message(f"value of config option {name}", text, choices[name]))
     return SimpleNamespace(**values)
 
 
-# The options that were parsed for last, with their defaults and choices: how `--describe` learns of a file's options.
+# The options that were parsed for last, with their defaults and choices: how
+# `--describe` learns of a file's options.
 OFFERED: dict[str, tuple[Any, Iterable[Any] | None]] = {}
 
 
-def call(function: Callable, section: Mapping[str, Any], where: str, /, **given):
-    """Call `function(**section, **given)`, where `section` is a user's and `where` is what to call it.
+def call_with_section(function: Callable, section: Mapping[str, Any], where: str, /, **given):
+    """Call `function(**section, **given)`, where `section` is a user's and `where` is
+    what to call it.
 
     Raises:
       ValueError: a field that the function does not have, or one missing that it needs.
@@ -83,7 +101,7 @@ def call(function: Callable, section: Mapping[str, Any], where: str, /, **given)
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for name in section:
             if name not in allowed:
-                raise ValueError(renamed(where, name) or unknown(f"field of {where}", name, allowed))
+                raise ValueError(renamed(where, name) or unknown_name_message(f"field of {where}", name, allowed))
     for name in allowed:
         if parameters[name].default is inspect.Parameter.empty and name not in section:
             raise ValueError(f"{where} needs {name}=...")
@@ -91,7 +109,8 @@ def call(function: Callable, section: Mapping[str, Any], where: str, /, **given)
 
 
 def read_text(path: Path) -> str:
-    """Read a text file of UTF-8, without the byte order mark that some editors put in front.
+    """Read a text file of UTF-8, without the byte order mark that some editors put in
+    front.
 
     Raises:
       ValueError: it is not UTF-8; the message names the file.
@@ -131,7 +150,7 @@ def find(what: str, name: str, family: Mapping[str, Callable]) -> Callable:
     if isinstance(name, str) and ":" in name:
         return own(what, name)
     if name not in family:
-        raise ValueError(unknown(what, name, family) + (OWN if isinstance(name, str) else ""))
+        raise ValueError(unknown_name_message(what, name, family) + (OWN if isinstance(name, str) else ""))
     return family[name]
 
 
@@ -139,7 +158,9 @@ OWN = "; or module:function of your own"
 
 
 def own(what: str, name: str) -> Callable:
-    """A function of the user's, whose errors say where in the user's file they arose."""
+    """A function of the user's, whose errors say where in the user's file they
+    arose.
+    """
     module, _, attribute = name.partition(":")
     what = f"{what} {name!r}"
     with lines_of(what):
@@ -156,7 +177,7 @@ def own(what: str, name: str) -> Callable:
     found = functools.reduce(lambda at, part: getattr(at, part, None), attribute.split("."), loaded)
     if found is None:
         names = [n for n, value in vars(loaded).items() if callable(value) and not n.startswith("_")]
-        raise ValueError(f"{what}: {unknown(f'name in {module}', attribute, names)}")
+        raise ValueError(f"{what}: {unknown_name_message(f'name in {module}', attribute, names)}")
     if not callable(found):
         raise ValueError(f"{what} is a {type(found).__name__}; allowed: a function")
 
@@ -170,7 +191,8 @@ def own(what: str, name: str) -> Callable:
 
 @contextlib.contextmanager
 def lines_of(what: str) -> Iterator[None]:
-    """Turn errors of a user's code in this block into a ValueError that says what, the file and the line.
+    """Turn errors of a user's code in this block into a ValueError that says what, the
+    file and the line.
 
     A ValueError that this package raised for the user's code passes as it is.
     """
@@ -185,7 +207,9 @@ def lines_of(what: str) -> Iterator[None]:
 
 
 def line_of(error: BaseException) -> str:
-    """Say where in a user's file an error arose, as file:line; nothing if this package raised it."""
+    """Say where in a user's file an error arose, as file:line; nothing if this package
+    raised it.
+    """
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
     lines, traceback = [], error.__traceback__

@@ -74,7 +74,8 @@ def split(argv: list[str]) -> Words:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Parse flags, and give the flag `config` the whole config; return the words that are no flags.
+    """Parse flags, and give the flag `config` the whole config; return the words that
+    are no flags.
 
     Raises:
       ValueError, flags.Error, OSError: anything wrong, in one line.
@@ -114,7 +115,8 @@ def read(config: str, changes: dict[str, str]) -> ConfigDict:
     """Read the whole config of FILE:OPTIONS, with some of its fields changed.
 
     Raises:
-      ValueError: the file does not run, or a field that there is not or is not of its type.
+      ValueError: the file does not run, or a field that there is not or is not of its
+        type.
     """
     tree = load(config)
     from jaxreason import build  # jax is imported here, which takes a second

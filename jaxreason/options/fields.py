@@ -1,4 +1,5 @@
-"""Fields of a config, read from signatures: their types, defaults and one line about each.
+"""Fields of a config, read from signatures: their types, defaults and one line about
+each.
 
 A section of a config is the keyword arguments of one function, or of several that
 share them: a family's `make(name, ...)` and the maker that has the name. So a
@@ -27,7 +28,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from jaxreason.options import renamed, unknown
+from jaxreason.options import renamed, unknown_name_message
 
 NEEDED = inspect.Parameter.empty  # the default of a field that has none
 LARGEST = 2**32  # whole numbers of a config are below it, sizes of arrays among them
@@ -57,7 +58,9 @@ class Section(NamedTuple):
 
 
 def fields_of(section: Section) -> dict[str, Field]:
-    """The fields of a section by name; where two functions have one of the same name the first counts."""
+    """The fields of a section by name; where two functions have one of the same name
+    the first counts.
+    """
     found: dict[str, Field] = {}
     for function in section.functions:
         for field in parameters(function):
@@ -94,7 +97,9 @@ def comment_on(function: Callable, name: str) -> str:
 
 @functools.cache
 def comments(function: Callable) -> dict[str, str]:
-    """The comment at the end of each argument's line, or of each field's line of a class."""
+    """The comment at the end of each argument's line, or of each field's line of a
+    class.
+    """
     try:
         source = textwrap.dedent(inspect.getsource(function))
         (node,) = ast.parse(source).body
@@ -122,7 +127,9 @@ def members(type_: Any) -> tuple:
 
 
 def items(type_: Any, count: int) -> tuple | None:
-    """The types of the `count` items of a sequence; None if the type is no sequence or has another number of them."""
+    """The types of the `count` items of a sequence; None if the type is no sequence or
+    has another number of them.
+    """
     inside = typing.get_args(type_)
     if typing.get_origin(type_) is tuple and inside and inside[-1] is not Ellipsis:
         return inside if len(inside) == count else None
@@ -140,7 +147,9 @@ def is_section(type_: Any) -> bool:
 
 
 def fits(value: Any, type_: Any) -> bool:
-    """Tell whether a value is of a type. An int is a float, a list is a tuple, a bool is no int."""
+    """Tell whether a value is of a type. An int is a float, a list is a tuple, a bool
+    is no int.
+    """
     for one in members(type_):
         if (
             one is Any
@@ -159,7 +168,9 @@ def fits(value: Any, type_: Any) -> bool:
 
 
 def names_are_text(section: Mapping) -> bool:
-    """Whether all names in a section, and in those inside it, are text, as JSON and `--config.` have them."""
+    """Whether all names in a section, and in those inside it, are text, as JSON and
+    `--config.` have them.
+    """
     return all(isinstance(k, str) and (not isinstance(v, Mapping) or names_are_text(v)) for k, v in section.items())
 
 
@@ -257,7 +268,9 @@ def bare(text: str) -> Any:
 
 
 def sections_of(section: Section, tree: dict, where: str = "config") -> Iterator[tuple[str, Section, dict]]:
-    """Every section of a config, each before those in it: its name, where its fields come from, and its values."""
+    """Every section of a config, each before those in it: its name, where its fields
+    come from, and its values.
+    """
     yield where, section, tree
     for name, value in tree.items():
         below = section.each or section.sections.get(name)
@@ -266,7 +279,9 @@ def sections_of(section: Section, tree: dict, where: str = "config") -> Iterator
 
 
 def complete(section: Section, tree: dict) -> dict:
-    """Add the fields that a config lacks, with their defaults, but for those that other fields decide."""
+    """Add the fields that a config lacks, with their defaults, but for those that other
+    fields decide.
+    """
     found = fields_of(section)
     absent = [f for f in found.values() if f.name not in tree and f.default is not NEEDED and f.name not in section.decided]
     tree = tree | {field.name: field.default for field in absent}
@@ -293,7 +308,9 @@ def check(section: Section, tree: dict, name: str = "config") -> None:
 
 
 def unknown_fields(section: Section, tree: dict) -> list[tuple[str, str]]:
-    """The fields of a config that no function has: their names, and what to say of each."""
+    """The fields of a config that no function has: their names, and what to say of
+    each.
+    """
     found = []
     for where, here, values in sections_of(section, tree):
         known = fields_of(here)
@@ -303,15 +320,18 @@ def unknown_fields(section: Section, tree: dict) -> list[tuple[str, str]]:
 
 
 def no_field(where: str, name: str, known) -> str:
-    """Say that a section has no such field; where a name decides its fields, also how to be rid of those of another."""
+    """Say that a section has no such field; where a name decides its fields, also how
+    to be rid of those of another.
+    """
     whole = f"; if the config file set it for another name, give the whole section: --{where}=\"{{'name': ...}}\""
-    return renamed(where, name) or unknown(f"field of {where}", name, known) + (whole if "name" in known else "")
+    return renamed(where, name) or unknown_name_message(f"field of {where}", name, known) + (whole if "name" in known else "")
 
 
 def assign(layout: Callable[[dict], Section], tree: dict, changes: Mapping[str, str]) -> dict:
     """Set fields of a config as a command's words say: `{"rl.optimizer.lr": "1e-3"}`.
 
-    Names of families come before the fields that they bring; a section that is None is begun by its first field.
+    Names of families come before the fields that they bring; a section that is None is
+    begun by its first field.
 
     Raises:
       ValueError: a field that there is not, or a value that is not of its type.
@@ -329,7 +349,9 @@ def assigned(section: Section, tree: dict, path: list[str], text: str, where: st
     below = section.each or section.sections.get(name)
     begins_with_name = section.each and "name" in fields_of(section.each({}))
     if begins_with_name and name not in tree and rest not in ([], ["name"]):
-        raise ValueError(unknown(f"entry of {where}", name, tree) + f"; a new one begins with --{where}.{name}.name=...")
+        raise ValueError(
+            unknown_name_message(f"entry of {where}", name, tree) + f"; a new one begins with --{where}.{name}.name=..."
+        )
     if name not in known and below is None and section.functions:
         raise ValueError(no_field(where, name, {*known, *section.sections}))
     type_ = known[name].type if name in known else dict
@@ -350,7 +372,8 @@ def assigned(section: Section, tree: dict, path: list[str], text: str, where: st
 
 
 def describe(section: Section, tree: dict, path: str = "") -> list[str]:
-    """Lines about a section and those in it, or about one field; of the whole config where `path` is empty.
+    """Lines about a section and those in it, or about one field; of the whole config
+    where `path` is empty.
 
     Raises:
       ValueError: there is no such section or field.
@@ -366,7 +389,9 @@ def describe(section: Section, tree: dict, path: str = "") -> list[str]:
             return table(where, here, values, only=name)[1:]
     allowed = [where.removeprefix("config.") for where, *_ in found if where != "config"]
     near = next((fields_of(here) for where, here, _ in found if where == parent and where != "config"), None)
-    raise ValueError(unknown("section of the config", path, allowed) if near is None else no_field(parent, name, near))
+    raise ValueError(
+        unknown_name_message("section of the config", path, allowed) if near is None else no_field(parent, name, near)
+    )
 
 
 def table(where: str, section: Section, values: dict, only: str | None = None) -> list[str]:

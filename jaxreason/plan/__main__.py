@@ -1,4 +1,6 @@
-"""The door of the plan: flags, and what is printed of what was found. It opens without jax."""
+"""The door of the plan: flags, and what is printed of what was found. It opens without
+jax.
+"""
 
 from __future__ import annotations
 
@@ -96,10 +98,10 @@ def main(argv) -> None:
         show_topologies()
         return
     try:
-        fitting = plan()
+        drop_long_prompts = plan()
     except (ValueError, KeyError, FileNotFoundError) as error:
         fail(error)
-    sys.exit(0 if fitting else 1)
+    sys.exit(0 if drop_long_prompts else 1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What stands for arrays of a topology's devices, of which none need be there: train state, batch, sampler's weights, slots."""
+"""What stands for arrays of a topology's devices, of which none need be there: train
+state, batch, sampler's weights, slots.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from jaxreason import batching, build, sharding, text
 from jaxreason.learner import new_state
 from jaxreason.model import transformer
 from jaxreason.model.transformer import decode_layer
-from jaxreason.options import call, unknown
+from jaxreason.options import call_with_section, unknown_name_message
 from jaxreason.plan import chips
 from jaxreason.plan.work import Work
 from jaxreason.sampler import Weights
@@ -29,7 +31,7 @@ def devices_of(topology: str):
       ValueError: it is unknown, or libtpu is missing.
     """
     if topology not in chips.topology_names():
-        raise ValueError(f"{unknown('topology', topology, chips.topology_names())}; --topology=list shows them")
+        raise ValueError(f"{unknown_name_message('topology', topology, chips.topology_names())}; --topology=list shows them")
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("libtpu, the compiler for TPUs, is not installed; pip install -e '.[tpu]'")
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no cloud around that could say which TPU this is
@@ -49,9 +51,11 @@ def processes_of(work: Work) -> int:
 
 @functools.cache
 def meshes_of(work: Work) -> sharding.Meshes:
-    """The mesh of the learner, and that of sampling on the last process, which would be the first without a device."""
+    """The mesh of the learner, and that of sampling on the last process, which would be
+    the first without a device.
+    """
     section, here = {"mesh": dict(work.mesh), **dict(work.sampling)}, {"process": processes_of(work) - 1}
-    return call(sharding.make_meshes, section, "config.sharding", devices=devices_of(work.topology), **here)
+    return call_with_section(sharding.make_meshes, section, "config.sharding", devices=devices_of(work.topology), **here)
 
 
 def samples_apart(work: Work) -> bool:
@@ -92,14 +96,14 @@ def batch_of(work: Work):
 
 
 @functools.cache
-def roller_of(work: Work):
+def completer_of(work: Work):
     """The sampler of a process and the sizes of its prompts.
 
     Its tokenizer is not the model's; programs know the end of a sequence only.
     """
     tokenizer, mesh = text.make("byte_level"), meshes_of(work).sample
-    return call(
-        build.make_roller,
+    return call_with_section(
+        build.make_completer,
         dict(work.sampler),
         "config.sampler",
         model=transformer(work.shape, mesh),
@@ -111,7 +115,9 @@ def roller_of(work: Work):
 
 
 def weights_of(work: Work):
-    """The sampler's weights in their layout, and how many bytes of a device making them takes and leaves beside the params."""
+    """The sampler's weights in their layout, and how many bytes of a device making them
+    takes and leaves beside the params.
+    """
     model, meshes, params = model_of(work), meshes_of(work), state_of(work).params
     merged = jax.eval_shape(model.merge, params)
     cast = jax.eval_shape(model.cast, merged)
@@ -133,7 +139,9 @@ def weights_of(work: Work):
 
 
 def layout_of(sent) -> dict:
-    """An accelerator's layout for decoding (see `Model.decode_layout`) of what stands for params that were sent there."""
+    """An accelerator's layout for decoding (see `Model.decode_layout`) of what stands
+    for params that were sent there.
+    """
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype, sharding=x.sharding), sent["layers"])
     layer = decode_layer.lower(one, False).compile()
     count = sent["layers"]["attention_norm"]["scale"].shape[0]
@@ -153,7 +161,9 @@ def number(work: Work, *shape: int, dtype="int32"):
 
 @functools.cache
 def slots_of(work: Work, columns: int | None = None):
-    """What stands for the slots of the sampler, with the longest cache or one of so many columns."""
-    sampler = roller_of(work).sampler
+    """What stands for the slots of the sampler, with the longest cache or one of so
+    many columns.
+    """
+    sampler = completer_of(work).sampler
     slots = jax.eval_shape(lambda: sampler.resize(sampler.empty(), columns or sampler.length))
     return placed(slots, sampler.empty.lower().compile().output_shardings)

@@ -1,4 +1,6 @@
-"""Chips: peak rates, memory, topologies and prices; and the least time that a program takes on one."""
+"""Chips: peak rates, memory, topologies and prices; and the least time that a program
+takes on one.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,15 @@ class Chip(NamedTuple):
     topologies: tuple[str, ...]  # that are offered
 
 
-# Memory: what libtpu 0.0.42's compiler calls available (2026-11-24); the rest of 16, 32 and 95 GB is its own.
-# FLOP/s and HBM bandwidth: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}, read 2026-11-24.
-# Interconnect: "How to Scale Your Model" (Austin et al. 2025), jax-ml.github.io/scaling-book/tpus, "ICI BW/link (bidi)"; a little
-# below the documentation's 400, 1200 and 800 GB/s a chip over 4, 6 and 4 ports (v5e, v5p, v6e).
-# Prices are list prices on demand in the United States, from cloud.google.com/tpu/pricing as quoted in the source that is named.
-# They change: give your own with --prices. A v4 is not here: libtpu describes its two cores as two devices, while on a v4 they
-# are one, and jax makes no mesh of such.
+# Memory: what libtpu 0.0.42's compiler calls available (2026-11-24); the rest of 16, 32
+# and 95 GB is its own. FLOP/s and HBM bandwidth:
+# docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}, read 2026-11-24. Interconnect: "How to
+# Scale Your Model" (Austin et al. 2025), jax-ml.github.io/scaling-book/tpus, "ICI
+# BW/link (bidi)"; a little below the documentation's 400, 1200 and 800 GB/s a chip over
+# 4, 6 and 4 ports (v5e, v5p, v6e). Prices are list prices on demand in the United
+# States, from cloud.google.com/tpu/pricing as quoted in the source that is named. They
+# change: give your own with --prices. A v4 is not here: libtpu describes its two cores
+# as two devices, while on a v4 they are one, and jax makes no mesh of such.
 CHIPS = {
     "v5e": Chip(
         hbm_bytes=15.75 * GIB,
@@ -75,7 +79,9 @@ def chips_of(topology: str) -> int:
 
 
 class Roofline(NamedTuple):
-    """Seconds that a program takes at the least on a chip, if nothing of one kind of work waits for another."""
+    """Seconds that a program takes at the least on a chip, if nothing of one kind of
+    work waits for another.
+    """
 
     compute_s: float
     memory_s: float
@@ -91,7 +97,9 @@ class Roofline(NamedTuple):
 
 
 def roofline(program: Program, chip: Chip) -> Roofline:
-    """Time each kind of work at the chip's peak. Collectives are supposed to run along one axis of the torus, both ways."""
+    """Time each kind of work at the chip's peak. Collectives are supposed to run along
+    one axis of the torus, both ways.
+    """
     return Roofline(
         program.flops / chip.flops_per_s, program.bytes / chip.hbm_bytes_per_s, program.sent_bytes / chip.ici_bytes_per_s
     )

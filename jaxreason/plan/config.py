@@ -1,4 +1,6 @@
-"""A config as a piece of work: read as `build` does, but for tasks, tokenizer and weights."""
+"""A config as a piece of work: read as `build` does, but for tasks, tokenizer and
+weights.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from jaxreason import build, objectives, optimizer, sharding
 from jaxreason.cost import shared_length
 from jaxreason.model import attention
 from jaxreason.model.config import SIZES
-from jaxreason.options import call, fields, unknown
-from jaxreason.plan.arrays import devices_of, roller_of, state_of, weights_of
+from jaxreason.options import call_with_section, fields, unknown_name_message
+from jaxreason.plan.arrays import completer_of, devices_of, state_of, weights_of
 from jaxreason.plan.work import Work, microbatch_choices
 
 PREFILL_TOKENS = 1024  # what the sampler takes on an accelerator
@@ -30,17 +32,17 @@ def read(config: dict, topology: str, phase: str | None) -> Work:
     names = tuple(config["phases"])
     phase = names[-1] if phase is None else phase
     if phase not in config or phase in build.SECTIONS or not isinstance(config[phase], dict):
-        raise ValueError(unknown("phase", phase, names))
+        raise ValueError(unknown_name_message("phase", phase, names))
     section = config[phase]
     here = {"devices": devices_of(topology), "process": 0}
-    mesh = call(sharding.make_meshes, config["sharding"], "config.sharding", **here).learn.shape
+    mesh = call_with_section(sharding.make_meshes, config["sharding"], "config.sharding", **here).learn.shape
     shape = read_shape(config)
-    objective = call(objectives.make, section["objective"], f"config.{phase}.objective")
+    objective = call_with_section(objectives.make, section["objective"], f"config.{phase}.objective")
     updates, steps = section.get("updates_per_batch", 1), section["steps"]
     source = section["source"]
     microbatches = section.get("microbatches", 1)
     how = {"sampler": config["sampler"], "shape": shape, "multiple": mesh["data"] * mesh["fsdp"] * microbatches}
-    sizes = call(read_source, {"name": None} | source, f"config.{phase}.source", **how)
+    sizes = call_with_section(read_source, {"name": None} | source, f"config.{phase}.source", **how)
     evaluated = bool(config["evaluate"].get("suites"))
     sampler = {key: tuple(v) if isinstance(v, list) else v for key, v in config["sampler"].items()}
     sampler["prefill_tokens"] = sampler.get("prefill_tokens") or PREFILL_TOKENS
@@ -51,7 +53,7 @@ def read(config: dict, topology: str, phase: str | None) -> Work:
         shape=shape,
         phase=phase,
         objective=objective,
-        optimizer=call(optimizer.make, section["optimizer"], f"config.{phase}.optimizer", steps=steps * updates),
+        optimizer=call_with_section(optimizer.make, section["optimizer"], f"config.{phase}.optimizer", steps=steps * updates),
         microbatches=microbatches,
         updates=updates,
         offload_reference=section.get("offload_reference", False),
@@ -72,24 +74,28 @@ def read_shape(config: dict):
         if name not in SIZES:
             folder = Path(os.path.expanduser(name))
             if not (folder / "config.json").is_file():
-                raise ValueError(f"{unknown('model', name, SIZES)}; or a folder with a config.json (a plan downloads nothing)")
+                raise ValueError(
+                    f"{unknown_name_message('model', name, SIZES)}; or a folder with a config.json (a plan downloads nothing)"
+                )
     elif name == "tiny":
-        tokenizer, _ = call(build.make_text, config["text"], "config.text", folder=None)
+        tokenizer, _ = call_with_section(build.make_text, config["text"], "config.text", folder=None)
     if section.get("scan_layers") is None:
         section["scan_layers"] = True  # as build chooses on an accelerator
-    shape, _ = call(build.make_model, section, "config.model", folder=folder, tokenizer=tokenizer)
+    shape, _ = call_with_section(build.make_model, section, "config.model", folder=folder, tokenizer=tokenizer)
     attention.check_platform(shape, "tpu")
     return shape
 
 
 def read_source(*, name: str, sampler: dict, shape, multiple: int, **section) -> dict:
-    """How many rows a source's batches have, how long they are at most, and what is sampled for them."""
+    """How many rows a source's batches have, how long they are at most, and what is
+    sampled for them.
+    """
     if name not in build.SOURCES:
-        raise ValueError(unknown("source", name, build.SOURCES))
+        raise ValueError(unknown_name_message("source", name, build.SOURCES))
     allowed = inspect.signature(build.SOURCES[name]).parameters
     for key in section:
         if key not in allowed:
-            raise ValueError(unknown("field of the source", key, allowed))
+            raise ValueError(unknown_name_message("field of the source", key, allowed))
     new_tokens = sampler["max_tokens"]
     if name != "rollouts":
         return {
@@ -104,7 +110,7 @@ def read_source(*, name: str, sampler: dict, shape, multiple: int, **section) ->
     problems, group, longest_prompt = section["problems"], section["group"], sampler["max_prompt_tokens"]
     how = {"group": group, "rows": problems * group, "multiple": multiple}
     how |= {"prompt": longest_prompt // 2, "completion": new_tokens}  # as `build` has them
-    share = build.attempts_that_share(section.get("share_prompts"), shape, **how)
+    share = build.choose_rollouts_per_prompt(section.get("rollouts_per_prompt"), shape, **how)
     return {
         "rows": problems * group // share,
         "length": shared_length(longest_prompt, [new_tokens] * share),
@@ -126,4 +132,4 @@ def check(work: Work) -> None:
     state_of(work)  # raises if an axis of a parameter does not divide
     weights_of(work)
     if work.sampler is not None:
-        roller_of(work)
+        completer_of(work)

@@ -1,15 +1,15 @@
 """What a compiled program does, read from its HLO: FLOPs, HBM bytes, bytes sent.
 
-`program_cost` walks a module from its entry and multiplies the body of a loop by its trip
-count; XLA's own cost analysis counts a body once. A trip count is XLA's `known_trip_count`
-where there is one (CPU and GPU), else the number of increments until the counter reaches
-the constant that the condition compares it with (TPU). The caller gives the trip count of
-loops whose length is data, such as the one over micro-batches. Of a conditional the
-costlier branch counts.
+`program_cost` walks a module from its entry and multiplies the body of a loop by its
+trip count; XLA's own cost analysis counts a body once. A trip count is XLA's
+`known_trip_count` where there is one (CPU and GPU), else the number of increments until
+the counter reaches the constant that the condition compares it with (TPU). The caller
+gives the trip count of loops whose length is data, such as the one over micro-batches.
+Of a conditional the costlier branch counts.
 
 FLOPs are those of matrix products; custom kernels have none in the HLO. Bytes are those
-that the instructions of the schedule read from HBM and write to it; the vector memory of
-a TPU, `S(1)`, counts nothing. Needs no jax.
+that the instructions of the schedule read from HBM and write to it; the vector memory
+of a TPU, `S(1)`, counts nothing. Needs no jax.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Instruction(NamedTuple):
 
 
 def program_cost(hlo: str, *, unknown_trips: int = 1, devices: int = 1) -> Program:
-    """Add up what one run of a compiled module does. Loops whose length is not in the text run `unknown_trips` times.
+    """Add up what one run of a compiled module does. Loops whose length is not in the
+    text run `unknown_trips` times.
 
     `devices` is the size of a group that is written as empty, which means all.
     """
@@ -67,7 +68,9 @@ BITS = {"pred": 8, "bf16": 16, "f16": 16, "c64": 64, "c128": 128, "token": 0, "o
 
 
 def parse(hlo: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-    """Split the text of a module into its computations, each a dictionary of instructions, and name the entry."""
+    """Split the text of a module into its computations, each a dictionary of
+    instructions, and name the entry.
+    """
     computations, entry, here = {}, "", None
     for line in hlo.splitlines():
         if header := HEADER.match(line):
@@ -85,7 +88,9 @@ def parse(hlo: str) -> tuple[dict[str, dict[str, Instruction]], str]:
 
 
 def shape_at(line: str, at: int) -> tuple[str, int]:
-    """The shape that starts at a place in a line, which may be a tuple, and where it ends."""
+    """The shape that starts at a place in a line, which may be a tuple, and where it
+    ends.
+    """
     end = closing(line, at) + 1 if line[at] == "(" else line.index(" ", at)
     return line[at:end], end
 
@@ -106,7 +111,9 @@ def sizes(shape: str) -> list[int]:
 
 
 def elements(shape: str, everywhere: bool = False) -> list[float]:
-    """Bytes of each array of a shape; 0 for what is in a TPU's vector memory, unless `everywhere`."""
+    """Bytes of each array of a shape; 0 for what is in a TPU's vector memory, unless
+    `everywhere`.
+    """
     found = []
     for kind, dimensions, layout in SHAPE.findall(shape):
         number = re.search(r"\d+", kind)
@@ -117,11 +124,14 @@ def elements(shape: str, everywhere: bool = False) -> list[float]:
 
 
 def copied(part: str, source: str, destination: str) -> float:
-    """Bytes of a part that are read from its source and written to its destination, of those ends that are in HBM."""
+    """Bytes of a part that are read from its source and written to its destination, of
+    those ends that are in HBM.
+    """
     return sum(elements(part, everywhere=True)) * sum(any(elements(end)) for end in (source, destination))
 
 
-# What moves no bytes by itself: names of values, and the second half of what was started.
+# What moves no bytes by itself: names of values, and the second half of what was
+# started.
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id", "iota"}
 
 
@@ -151,7 +161,9 @@ class Walk:
         return Program(flops, moved, dict(sent), tuple(self.loops), self.unknown)
 
     def of(self, name: str, fused: bool):
-        """FLOPs, bytes and collectives of a computation; inside a fusion nothing is written to memory."""
+        """FLOPs, bytes and collectives of a computation; inside a fusion nothing is
+        written to memory.
+        """
         computation = self.computations[name]
         flops, moved, sent = 0.0, 0.0, collections.Counter()
         chained = {}
@@ -206,7 +218,9 @@ class Walk:
         return found
 
     def constant_trips(self, loop: Instruction, computation) -> int | None:
-        """The trip count of a loop that counts up to a constant; None if it does not."""
+        """The trip count of a loop that counts up to a constant; None if it does
+        not.
+        """
         condition = self.computations[called(loop, "condition")]
         root = next(i for i in condition.values() if i.root)
         if root.op != "compare" or "direction=LT" not in root.rest:
@@ -229,7 +243,9 @@ class Walk:
         return int(value.inside) if value is not None and value.op == "constant" and value.inside.isdigit() else None
 
     def step(self, loop: Instruction, index: int) -> int:
-        """What a loop adds to its counter each time: more than 1 where a TPU's compiler has unrolled it."""
+        """What a loop adds to its counter each time: more than 1 where a TPU's compiler
+        has unrolled it.
+        """
         body = self.computations[called(loop, "body")]
         root = next(i for i in body.values() if i.root)
         added = body.get(root.operands[index]) if root.op == "tuple" else None
@@ -239,9 +255,11 @@ class Walk:
     # --- collectives ---
 
     def sends(self, kind: str, i: Instruction, computation, name: str):
-        """Kind and group of a collective, and the bytes that a device sends in it, in a ring: (n - 1) / n of the whole.
+        """Kind and group of a collective, and the bytes that a device sends in it, in a
+        ring: (n - 1) / n of the whole.
 
-        The whole is what is gathered, scattered or exchanged; a reduction to all is a scatter and a gather.
+        The whole is what is gathered, scattered or exchanged; a reduction to all is a
+        scatter and a gather.
         """
         n = group_size(i.rest, self.devices)
         given = sum(sum(elements(computation[o].shape, everywhere=True)) for o in i.operands if o in computation)
@@ -255,7 +273,9 @@ class Walk:
     # --- bytes ---
 
     def moved(self, i: Instruction, computation) -> float:
-        """Bytes that an instruction of the schedule reads and writes; of what it slices or updates in place, that part."""
+        """Bytes that an instruction of the schedule reads and writes; of what it slices
+        or updates in place, that part.
+        """
         if i.op == "fusion":
             inner = called(i, "calls")
             return self.written(inner, i.shape) + sum(
@@ -272,7 +292,9 @@ class Walk:
         return sum(elements(i.shape)) + sum(sum(elements(shape)) for shape in operands)
 
     def started(self, i: Instruction, operands) -> float:
-        """Of an asynchronous instruction: what it reads, and what it will have written."""
+        """Of an asynchronous instruction: what it reads, and what it will have
+        written.
+        """
         read, results = sum(sum(elements(s)) for s in operands), elements(i.shape)
         if i.op == "copy-start":  # (destination, source, context)
             return read + results[0]
@@ -295,7 +317,9 @@ class Walk:
         return whole if parameter is None else min(whole, self.used(computation, parameter.name, shape))
 
     def used(self, computation, name: str, shape: str) -> float:
-        """Bytes of a value that the instructions of a fused computation read, or that it passes out."""
+        """Bytes of a value that the instructions of a fused computation read, or that
+        it passes out.
+        """
         whole, total = sum(elements(shape)), 0.0
         if computation[name].root:
             return whole
@@ -318,7 +342,9 @@ class Walk:
         return total
 
     def passes(self, name: str, at: int) -> bool:
-        """Whether all that a fusion makes of its operand number `at` is to pass it out as it is."""
+        """Whether all that a fusion makes of its operand number `at` is to pass it out
+        as it is.
+        """
         computation = self.computations[name]
         part = next(i for i in computation.values() if i.root)
         while part.op == "bitcast" and part.operands[0] in computation:
@@ -336,7 +362,9 @@ class Walk:
         return sum(min(size, self.updated(part, computation)) for size, part in zip(results, parts, strict=True))
 
     def updated(self, part: Instruction, computation) -> float:
-        """Bytes that making a value of a fused computation writes: all, or what is put into something that is there."""
+        """Bytes that making a value of a fused computation writes: all, or what is put
+        into something that is there.
+        """
         while part.op == "bitcast" and part.operands[0] in computation:
             part = computation[part.operands[0]]
         if part.op in ("dynamic-update-slice", "scatter"):
@@ -376,7 +404,9 @@ def collective(i: Instruction) -> str | None:
 
 
 def group_size(attributes: str, devices: int) -> int:
-    """How many devices a collective is among: of `{{0,1},{2,3}}`, `[2,4]<=[8]` or `mesh['x'=2,'y'=4] {'y'}`."""
+    """How many devices a collective is among: of `{{0,1},{2,3}}`, `[2,4]<=[8]` or
+    `mesh['x'=2,'y'=4] {'y'}`.
+    """
     if "source_target_pairs=" in attributes:
         return 2
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
@@ -422,7 +452,9 @@ def window_of(attributes: str, axes: int) -> list[dict[str, int]]:
 
 
 def valid_positions(left: int, right: int, out: int, *, stride: int, pad: int, left_dilation: int, right_dilation: int) -> int:
-    """How many pairs of a window's entry and an output meet an entry of the input, and not padding or a gap."""
+    """How many pairs of a window's entry and an output meet an entry of the input, and
+    not padding or a gap.
+    """
     if (left_dilation, right_dilation, pad) == (1, 1, 0) and (out - 1) * stride + right <= left:
         return out * right
     count = 0

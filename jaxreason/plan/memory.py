@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxreason.plan.arrays import roller_of, samples_apart, size_of, slots_of, state_of, weights_of
+from jaxreason.plan.arrays import completer_of, samples_apart, size_of, slots_of, state_of, weights_of
 from jaxreason.plan.programs import Compiled, compile_decode, compile_prefill, compile_reference, compile_train
 from jaxreason.plan.work import Work
 
 
 class Stage(NamedTuple):
-    """A moment of the loop, and what stands in a device's HBM then, in bytes by kind."""
+    """A moment of the loop, and what stands in a device's HBM then, in bytes by
+    kind.
+    """
 
     name: str
     kinds: dict[str, float]
@@ -42,12 +44,16 @@ def beside_sampling(work: Work) -> dict[str, float]:
 
 
 def layout_stage(work: Work) -> Stage:
-    """Making the sampler's weights. No program of ours: its size is computed, and needs no compiling."""
+    """Making the sampler's weights. No program of ours: its size is computed, and needs
+    no compiling.
+    """
     return Stage("lay out weights", beside_sampling(work) | {"sampler's weights": weights_of(work)[1]})
 
 
 def program_stage(name: str, compiled: Compiled, kinds: dict[str, float], given: str) -> Stage:
-    """A program that runs beside what is there: its arguments that are not in `kinds` are called `given`."""
+    """A program that runs beside what is there: its arguments that are not in `kinds`
+    are called `given`.
+    """
     if compiled.program is None:
         return Stage(name, {"temporaries": compiled.needed_bytes}, refused="by the compiler, without what stands beside it")
     return Stage(name, kinds | {given: kinds.get(given, 0.0), "temporaries": compiled.temporaries, "programs": compiled.code})
@@ -66,7 +72,7 @@ def learner_stages(work: Work) -> list[Stage]:
 
 def sampler_stages(work: Work) -> list[Stage]:
     """The moments of sampling, the layout of weights included."""
-    buckets, (_, _, left) = roller_of(work).sampler.buckets, weights_of(work)
+    buckets, (_, _, left) = completer_of(work).sampler.buckets, weights_of(work)
     prefill, decode = compile_prefill(work), compile_decode(work)
     slots, prompts = size_of(slots_of(work)), prefill.results  # a batch of prompts waits while others are prefilled or placed
     before = size_of(slots_of(work, buckets[-2]).cache) if len(buckets) > 1 else 0.0
@@ -90,7 +96,9 @@ def still_stages(work: Work) -> list[Stage]:
 
 
 def stages_of(work: Work) -> list[Stage]:
-    """All moments; if params and optimizer alone do not fit, only those that need no compiling."""
+    """All moments; if params and optimizer alone do not fit, only those that need no
+    compiling.
+    """
     still = still_stages(work)
     if not fits(still[:1], work):
         return still

@@ -1,4 +1,6 @@
-"""The programs of a piece of work, compiled ahead of time, and what each of them does and needs."""
+"""The programs of a piece of work, compiled ahead of time, and what each of them does
+and needs.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +22,18 @@ from jaxreason.draw import Filter
 from jaxreason.plan import hlo
 from jaxreason.plan.arrays import (
     batch_of,
+    completer_of,
     meshes_of,
     model_of,
     number,
     processes_of,
-    roller_of,
     slot_devices,
     slots_of,
     state_of,
     weights_of,
 )
 from jaxreason.plan.work import Work
-from jaxreason.sampler import MEMBERS
+from jaxreason.sampler import MAX_SLOTS_PER_PROMPT
 
 
 class Compiled(NamedTuple):
@@ -52,7 +54,9 @@ class Compiled(NamedTuple):
 def compile_program(
     name: str, work: Work, mesh: Mesh, lower: Callable, *, trips: int, flops: float, kernel_flops: float, times: int
 ) -> Compiled:
-    """Lower, compile and read one program of a mesh; FLOPs are those of all its devices."""
+    """Lower, compile and read one program of a mesh; FLOPs are those of all its
+    devices.
+    """
     started_s = time.perf_counter()
     say(f"compiling {name} for {work.topology}, mesh {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())} ...")
     try:
@@ -93,7 +97,9 @@ def say(text: str) -> None:
 
 
 def once_for(part: Callable[[Work], Work]) -> Callable:
-    """Compile once for all work that is alike in the part of it that a program knows of."""
+    """Compile once for all work that is alike in the part of it that a program knows
+    of.
+    """
 
     def decorate(compile: Callable[[Work], Compiled]) -> Callable[[Work], Compiled]:
         kept = functools.cache(compile)
@@ -113,7 +119,7 @@ def decode_part(work: Work) -> Work:
 def prefill_part(work: Work) -> Work:
     """The same program whatever the number of slots, but for very few."""
     devices = slot_devices(work)
-    return decode_part(work).with_slots(-(-roller_of(work).rows * processes_of(work) // devices) * devices)
+    return decode_part(work).with_slots(-(-completer_of(work).rows * processes_of(work) // devices) * devices)
 
 
 @once_for(learner_part)
@@ -158,28 +164,30 @@ def compile_reference(work: Work) -> Compiled:
 
 @once_for(prefill_part)
 def compile_prefill(work: Work) -> Compiled:
-    roller, (weights, _, _) = roller_of(work), weights_of(work)
-    columns, width = roller.prompt_buckets[-1], dict(work.sampler)["prefill_tokens"]
-    prompts = [number(work, roller.rows, columns), number(work, roller.rows)]
+    completer, (weights, _, _) = completer_of(work), weights_of(work)
+    columns, width = completer.prompt_buckets[-1], dict(work.sampler)["prefill_tokens"]
+    prompts = [number(work, completer.rows, columns), number(work, completer.rows)]
     return compile_program(
-        f"prefill, {roller.rows} prompts",
+        f"prefill, {completer.rows} prompts",
         work,
         meshes_of(work).sample,
-        lambda: roller.sampler.prefill.lower(weights, *prompts),
+        lambda: completer.sampler.prefill.lower(weights, *prompts),
         trips=-(-columns // width),
-        flops=cost.prefill_flops(work.shape, roller.rows, columns),
+        flops=cost.prefill_flops(work.shape, completer.rows, columns),
         kernel_flops=0.0,
-        times=-(-problems_each(work) // roller.rows),
+        times=-(-problems_each(work) // completer.rows),
     )
 
 
 @once_for(decode_part)
 def compile_decode(work: Work) -> Compiled:
-    roller, (weights, _, _) = roller_of(work), weights_of(work)
-    sampler = roller.sampler
+    completer, (weights, _, _) = completer_of(work), weights_of(work)
+    sampler = completer.sampler
     steps = -(-problems_each(work) * work.group // sampler.slots) * work.new_tokens  # as many waves as it takes
     one = sum(cost.dense_flops(work.shape, sampler.slots, 1, sampler.length, sampler.slots).values())
-    one += cost.dense_flops(work.shape, sampler.prompt_rows * MEMBERS, 1, roller.prompt_buckets[-1], 0)["attention"]
+    one += cost.dense_flops(work.shape, sampler.prompt_rows * MAX_SLOTS_PER_PROMPT, 1, completer.prompt_buckets[-1], 0)[
+        "attention"
+    ]
     return compile_program(
         f"decode, {sampler.chunk_tokens} tokens in {sampler.slots} slots",
         work,

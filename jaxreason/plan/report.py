@@ -1,4 +1,6 @@
-"""What was found, as one dictionary for a script and as tables: memory, work, collectives, and the time and price of a step."""
+"""What was found, as one dictionary for a script and as tables: memory, work,
+collectives, and the time and price of a step.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxreason.model.config import count_parameters
-from jaxreason.options import unknown
+from jaxreason.options import unknown_name_message
 from jaxreason.plan import chips
 from jaxreason.plan.arrays import devices_of, processes_of
 from jaxreason.plan.memory import KINDS, Stage, fits, stages_of
@@ -32,7 +34,7 @@ def read_prices(path: str | None) -> dict[str, float]:
         raise ValueError(f'{path} holds a {type(prices).__name__}; needed: an object such as {{"v5e": 1.2}}')
     for name, price in prices.items():
         if name not in chips.CHIPS:
-            raise ValueError(unknown(f"chip in {path}", name, chips.CHIPS))
+            raise ValueError(unknown_name_message(f"chip in {path}", name, chips.CHIPS))
         if not isinstance(price, (int, float)) or price < 0:
             raise ValueError(f"price of {name} in {path} got {price!r}; allowed: a number, dollars a chip and hour")
     return prices
@@ -79,7 +81,7 @@ def describe(work: Work, efficiency: float, prices: dict[str, float]) -> dict:
     """All that was found of one piece of work, as a script reads it."""
     kind, chip = work.topology.partition(":")[0], work.chip
     stages = stages_of(work)
-    fitting = fits(stages, work)
+    drop_long_prompts = fits(stages, work)
     compiled = any(stage.name == "train step" for stage in stages)
     programs = [p for p in (programs_of(work) if compiled else []) if p.program is not None]
     usd = prices.get(kind, chip.usd_per_hour)
@@ -96,7 +98,7 @@ def describe(work: Work, efficiency: float, prices: dict[str, float]) -> dict:
         "row_tokens": work.length,
         "microbatches": work.microbatches,
         "slots": work.slots if work.sampler is not None else None,
-        "fits": fitting,
+        "fits": drop_long_prompts,
         "hbm_bytes": chip.hbm_bytes,
         "peak_bytes": finite(max(stage.bytes for stage in stages)),
         "stages": {stage.name: describe_stage(stage) for stage in stages},

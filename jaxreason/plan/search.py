@@ -1,4 +1,6 @@
-"""What would fit, where something does not: smaller micro-batches, fewer slots, another mesh, more chips."""
+"""What would fit, where something does not: smaller micro-batches, fewer slots, another
+mesh, more chips.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ MESHES = 3  # other meshes that are tried, at most
 
 
 def find_fitting(work: Work) -> Work | None:
-    """The largest micro-batch and number of slots that fit, on this mesh or else on another of as many devices."""
+    """The largest micro-batch and number of slots that fit, on this mesh or else on
+    another of as many devices.
+    """
     for mesh in [work.mesh, *other_meshes(work)][: 1 + MESHES]:
         tried = work._replace(mesh=mesh)
         if not fits(still_stages(tried), tried):
@@ -31,7 +35,9 @@ def find_fitting(work: Work) -> Work | None:
 
 
 def first_that_fits(choices: Sequence[Work], fit: Callable[[Work], bool]) -> Work | None:
-    """The first choice that fits: the first, or by bisection, as what comes later needs less; None if not even the last does."""
+    """The first choice that fits: the first, or by bisection, as what comes later needs
+    less; None if not even the last does.
+    """
     if choices and fit(choices[0]):
         return choices[0]
     if not choices or not fit(choices[-1]):
@@ -44,7 +50,9 @@ def first_that_fits(choices: Sequence[Work], fit: Callable[[Work], bool]) -> Wor
 
 
 def slot_choices(work: Work) -> list[Work]:
-    """As many slots as asked for, or a half, a quarter, ..., that divide over the devices."""
+    """As many slots as asked for, or a half, a quarter, ..., that divide over the
+    devices.
+    """
     devices, counts = slot_devices(work), []
     slots = work.slots // devices * devices
     while slots:
@@ -54,7 +62,9 @@ def slot_choices(work: Work) -> list[Work]:
 
 
 def other_meshes(work: Work) -> list[tuple[tuple[str, int], ...]]:
-    """Meshes of all devices of the topology that hold the state and the layout of weights: `tensor` as small as may be."""
+    """Meshes of all devices of the topology that hold the state and the layout of
+    weights: `tensor` as small as may be.
+    """
     devices, found = len(devices_of(work.topology)), []
     for tensor, fsdp in itertools.product(range(1, devices + 1), range(devices, 0, -1)):
         if devices % (tensor * fsdp):
@@ -72,7 +82,9 @@ def other_meshes(work: Work) -> list[tuple[tuple[str, int], ...]]:
 
 
 def larger_topology(work: Work) -> str | None:
-    """The smallest topology of the same chips that would hold the state and the layout of weights; nothing is compiled for it."""
+    """The smallest topology of the same chips that would hold the state and the layout
+    of weights; nothing is compiled for it.
+    """
     kind, count = work.topology.partition(":")[0], chips.chips_of(work.topology)
     for name in (f"{kind}:{shape}" for shape in work.chip.topologies):
         if chips.chips_of(name) > count and other_meshes(work._replace(topology=name)):

@@ -1,4 +1,6 @@
-"""A piece of work that is planned, how else it could be split, and the flags that say so."""
+"""A piece of work that is planned, how else it could be split, and the flags that say
+so.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from jaxreason.plan import chips
 
 
 class Work(NamedTuple):
-    """What is planned. Hashable, so that what was compiled for one part of it is kept."""
+    """What is planned. Hashable, so that what was compiled for one part of it is
+    kept.
+    """
 
     topology: str
     mesh: tuple[tuple[str, int], ...]  # of the learner

@@ -1,16 +1,22 @@
-"""Everything that decides the next step, in one directory a run: train state, reference policy, and the host's own state.
+"""Everything that decides the next step, in one directory a run: train state, reference
+policy, and the host's own state.
 
-A checkpoint has three items: `state` (a pytree of arrays), `reference` (params, where a phase has one) and `host` (a JSON
-dictionary: phase, step, source state, evaluations, ledger). The tree of `state` depends on the phase's optimizer, so resume
-reads `host` first (`peek`), builds that phase, and restores into its abstract state, onto whatever mesh that names.
+A checkpoint has three items: `state` (a pytree of arrays), `reference` (params, where a
+phase has one) and `host` (a JSON dictionary: phase, step, source state, evaluations,
+ledger). The tree of `state` depends on the phase's optimizer, so resume reads `host`
+first (`peek`), builds that phase, and restores into its abstract state, onto whatever
+mesh that names.
 
-Over orbax's `CheckpointManager`: its v1 API is still under `experimental`. Saving is asynchronous: `save` returns when the
-arrays are copied (donating them to the next step is safe), and a directory gets its name only when complete, so a killed save
-leaves nothing that `latest` would see. With Adam, 150,000 parameters take 10 to 50 ms to copy and 50 to 100 more to write, on
-a CPU. Random keys are saved as plain uint32 data. What goes into `host` is left to the loop.
+Over orbax's `CheckpointManager`: its v1 API is still under `experimental`. Saving is
+asynchronous: `save` returns when the arrays are copied (donating them to the next step
+is safe), and a directory gets its name only when complete, so a killed save leaves
+nothing that `latest` would see. With Adam, 150,000 parameters take 10 to 50 ms to copy
+and 50 to 100 more to write, on a CPU. Random keys are saved as plain uint32 data. What
+goes into `host` is left to the loop.
 
-Beside the arrays stands a fingerprint of each, made on the devices before saving and compared after restoring: what comes back is
-what was there, bit for bit, on whatever mesh, or the checkpoint is `Damaged` and says which array is.
+Beside the arrays stands a fingerprint of each, made on the devices before saving and
+compared after restoring: what comes back is what was there, bit for bit, on whatever
+mesh, or the checkpoint is `Damaged` and says which array is.
 """
 
 from __future__ import annotations
@@ -37,7 +43,8 @@ import numpy as np
 from jaxreason.runtime import processes
 from jaxreason.runtime.workdir import free_name
 
-# Errors of a read that say nothing of what is read: to set a checkpoint aside would be wrong.
+# Errors of a read that say nothing of what is read: to set a checkpoint aside would be
+# wrong.
 NOT_THE_CHECKPOINTS = re.compile(
     r"MemoryError|RESOURCE_EXHAUSTED|[Oo]ut of memory|Cannot allocate memory|PERMISSION_DENIED|Permission denied"
     r"|Too many open files|Input/output error|Stale file handle|UNAVAILABLE|DEADLINE_EXCEEDED"
@@ -49,7 +56,9 @@ class Damaged(ValueError):
 
 
 class Checkpoints(NamedTuple):
-    """The checkpoints of one run. An abstract tree has `jax.ShapeDtypeStruct` leaves, with the shardings to restore to."""
+    """The checkpoints of one run. An abstract tree has `jax.ShapeDtypeStruct` leaves,
+    with the shardings to restore to.
+    """
 
     due: Callable[[int], bool]  # (step): is a checkpoint to be saved after this many steps?
     save: Callable[..., None]  # (step, state, host, reference=None): copies, then writes in the background
@@ -78,18 +87,21 @@ def open_checkpoints(
 ) -> Checkpoints:
     """Open the checkpoints in `folder`, of which the newest `keep` stay.
 
-    So do those of every `keep_every_steps`-th step, and the one whose `keep_best` is highest: the name of a suite, of which
-    the last evaluation at the first temperature counts.
+    So do those of every `keep_every_steps`-th step, and the one whose `keep_best` is
+    highest: the name of a suite, of which the last evaluation at the first temperature
+    counts.
 
-    Opening to write removes what a killed save left behind, so one process (or one SPMD program) at a time may do so; `read_only`
-    is for everybody else, and for one of several processes alone. All processes of a run must call `save`, `restore...` and
+    Opening to write removes what a killed save left behind, so one process (or one SPMD
+    program) at a time may do so; `read_only` is for everybody else, and for one of
+    several processes alone. All processes of a run must call `save`, `restore...` and
     `wait` together.
 
-    A save that fails, for want of space or of rights, is told by `failure` and ends nothing: the next one is tried.
+    A save that fails, for want of space or of rights, is told by `failure` and ends
+    nothing: the next one is tried.
 
     Raises:
-      ValueError: a `keep` or `every_steps` below 1, a folder that can't be written, or (from `restore...`) a tree that does not
-        fit the one saved.
+      ValueError: a `keep` or `every_steps` below 1, a folder that can't be written, or
+        (from `restore...`) a tree that does not fit the one saved.
       Damaged: from `peek` and `restore...`.
     """
     if keep < 1 or every_steps < 1 or (keep_every_steps is not None and keep_every_steps < 1):
@@ -119,7 +131,8 @@ def open_checkpoints(
             cleanup_tmp_directories=not read_only,
             save_root_metadata=not read_only,  # it has nothing in it, but all processes would wait for each other
             preservation_policy=policy.AnyPreservationPolicy(kept),
-            # Else its threads wait at exit, for 5 minutes, for a folder that could not be made.
+            # Else its threads wait at exit, for 5 minutes, for a folder that could not
+            # be made.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         ),
     )
@@ -139,7 +152,8 @@ def open_checkpoints(
     def save(step: int, state: Any, host: dict[str, Any], reference: Any = None) -> None:
         if read_only:
             raise ValueError(f"the checkpoints at {folder} are open read_only; open them to write")
-        # Through JSON and back: what can't be written fails here, and what the loop changes later stays out of the checkpoint.
+        # Through JSON and back: what can't be written fails here, and what the loop
+        # changes later stays out of the checkpoint.
         host = json.loads(json.dumps(host))
         trees = {"state": state} | ({} if reference is None else {"reference": reference})
         marks = {name: fingerprints(tree) for name, tree in trees.items()}
@@ -148,7 +162,8 @@ def open_checkpoints(
         metrics = None if keep_best is None else {"best": score(host, keep_best)}
         wait()  # for the save before this one, whose failure is not this one's
         sweep()
-        # Without `force` orbax skips a step that is not newer than the last one, silently.
+        # Without `force` orbax skips a step that is not newer than the last one,
+        # silently.
         attempt(step, lambda: manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True))
 
     def wait() -> None:
@@ -157,15 +172,17 @@ def open_checkpoints(
     def sweep() -> None:
         """Remove what was written of saves that failed: it takes the space of others.
 
-        Again and again, as threads of a failed save may write on for a while. Never while a save is under way.
+        Again and again, as threads of a failed save may write on for a while. Never
+        while a save is under way.
         """
         for step in failed:
             if processes.writes() and "://" not in folder:
                 shutil.rmtree(Path(folder, f"{step}.orbax-checkpoint-tmp"), ignore_errors=True)
 
     def is_there(step: int) -> bool:
-        # The folders themselves: orbax remembers checkpoints that have been removed. Only on the process that writes, since a
-        # network file system may show a new folder to others late.
+        # The folders themselves: orbax remembers checkpoints that have been removed.
+        # Only on the process that writes, since a network file system may show a new
+        # folder to others late.
         return "://" in folder or not processes.writes() or Path(folder, str(step)).is_dir()
 
     def steps() -> list[int]:
@@ -200,7 +217,9 @@ def open_checkpoints(
         return found
 
     def check_item(step: int, item: str, abstract: Any, partial: bool = False) -> None:
-        """Check an item that was saved. Reads metadata alone, so one of several processes may call it."""
+        """Check an item that was saved. Reads metadata alone, so one of several
+        processes may call it.
+        """
         try:
             metadata = manager.item_metadata(step).get(item)
             saved = None if metadata is None else _leaves(ocp.tree.to_flat_dict(metadata.tree), partial)
@@ -254,7 +273,9 @@ def open_checkpoints(
 
 
 def score(host: dict, suite: str) -> float:
-    """The accuracy of the last evaluation of a suite at its first temperature; -inf if there was none."""
+    """The accuracy of the last evaluation of a suite at its first temperature; -inf if
+    there was none.
+    """
     found = [e for e in host.get("evaluations", ()) if e["suite"] == suite]
     last = [e for e in found if e["step"] == found[-1]["step"]]
     return last[0]["accuracy"] if last else -math.inf
@@ -269,7 +290,9 @@ def checksum(*values: Any) -> int:
 
 
 def fingerprints(tree: Any) -> dict[str, str]:
-    """Type and 32 bits of each array of a tree, by its path; the same whatever devices it lies on."""
+    """Type and 32 bits of each array of a tree, by its path; the same whatever devices
+    it lies on.
+    """
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     paths = [".".join(_name(key) for key in path) for path, _ in flat]
     marks = jax.device_get(fingerprint([x for _, x in flat]))
@@ -278,7 +301,8 @@ def fingerprints(tree: Any) -> dict[str, str]:
 
 @jax.jit
 def fingerprint(arrays: list) -> list:
-    """The sum of the bits of each entry times an odd number of its own, modulo 2^32: no single flipped bit leaves it as it was.
+    """The sum of the bits of each entry times an odd number of its own, modulo 2^32: no
+    single flipped bit leaves it as it was.
 
     Sums of integers are exact in any order, so sharding does not matter.
     """
@@ -307,7 +331,9 @@ def first_line(error: BaseException) -> str:
 
 
 def saved_steps(folder: str | os.PathLike) -> list[int]:
-    """Steps of the complete checkpoints in `folder`, oldest first; none where there is no such folder."""
+    """Steps of the complete checkpoints in `folder`, oldest first; none where there is
+    no such folder.
+    """
     if not os.path.isdir(folder):
         return []
     with closing(open_checkpoints(folder, read_only=True)) as checkpoints:
@@ -315,7 +341,8 @@ def saved_steps(folder: str | os.PathLike) -> list[int]:
 
 
 def check_writable(folder: str | os.PathLike, over: Sequence[str] = ()) -> None:
-    """Make `folder` and write a file in it, so that a run fails before its first step and not at its first checkpoint.
+    """Make `folder` and write a file in it, so that a run fails before its first step
+    and not at its first checkpoint.
 
     What it holds under the names `over` must be writable too.
 
@@ -338,7 +365,9 @@ def check_writable(folder: str | os.PathLike, over: Sequence[str] = ()) -> None:
 
 
 def _leaves(flat: dict[tuple, Any], params_only: bool) -> dict[str, str]:
-    """Describe each array by its path; of the params alone without their type, since those may be cast when restored."""
+    """Describe each array by its path; of the params alone without their type, since
+    those may be cast when restored.
+    """
     leaves = {".".join(map(str, path)): leaf for path, leaf in flat.items() if hasattr(leaf, "shape")}
     if params_only:
         return {path: f"{list(leaf.shape)}" for path, leaf in leaves.items() if path.split(".")[0] == "params"}
@@ -346,7 +375,9 @@ def _leaves(flat: dict[tuple, Any], params_only: bool) -> dict[str, str]:
 
 
 def _check_fit(name: str, saved: dict[str, str], wanted: dict[str, str]) -> None:
-    """Raise ValueError naming the first leaf that differs; orbax itself does so after a page of errors from its reader tasks."""
+    """Raise ValueError naming the first leaf that differs; orbax itself does so after a
+    page of errors from its reader tasks.
+    """
     for path in sorted(saved.keys() | wanted.keys()):
         there, here = saved.get(path, "missing"), wanted.get(path, "missing")
         if there != here:
@@ -359,10 +390,12 @@ def _absolute(folder: str | os.PathLike) -> str:
 
 
 def _import_orbax():
-    """Import orbax (1 s, so not with this module) and keep out of the log its some 50 lines of information a save.
+    """Import orbax (1 s, so not with this module) and keep out of the log its some 50
+    lines of information a save.
 
-    And its 200 of a save that fails, with the same traceback five times: it raises each of these errors too, and we say them.
-    Tensorstore adds one traceback for each array of such a save, since orbax closes the event loop at the first error.
+    And its 200 of a save that fails, with the same traceback five times: it raises each
+    of these errors too, and we say them. Tensorstore adds one traceback for each array
+    of such a save, since orbax closes the event loop at the first error.
     """
     import orbax.checkpoint as ocp
     from absl import logging as absl_logging
@@ -383,7 +416,9 @@ def _worth_saying(record: logging.LogRecord) -> bool:
 
 
 def _skip_closed_loops(show: Callable) -> Callable:
-    """Return a hook that shows what cannot be raised, other than that a future of tensorstore found its event loop closed."""
+    """Return a hook that shows what cannot be raised, other than that a future of
+    tensorstore found its event loop closed.
+    """
 
     def hook(unraisable) -> None:
         if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":

@@ -1,7 +1,9 @@
-"""How long this thread has spent compiling: tracing, lowering and XLA itself, a program read from a cache included.
+"""How long this thread has spent compiling: tracing, lowering and XLA itself, a program
+read from a cache included.
 
-JAX tells a listener of each part when it ends. Parts contain others (a function that is traced within another), so what counts
-is the time that they cover together. Other threads, such as one that samples in the background, do not hold up this one.
+JAX tells a listener of each part when it ends. Parts contain others (a function that is
+traced within another), so what counts is the time that they cover together. Other
+threads, such as one that samples in the background, do not hold up this one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The files of a run, written and read back.
 
-Every line is strict ASCII JSON; a number that is not finite becomes null. A file that can
-no longer be written (a full disk, a folder that is gone) raises `Unwritable` with its name.
-Only one process of a run writes (`write`).
+Every line is strict ASCII JSON; a number that is not finite becomes null. A file that
+can no longer be written (a full disk, a folder that is gone) raises `Unwritable` with
+its name. Only one process of a run writes (`write`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class Unwritable(Exception):
 
 @contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Name the file that what is done within fails to write; the errors of a flush do not."""
+    """Name the file that what is done within fails to write; the errors of a flush do
+    not.
+    """
     try:
         yield
     except OSError as error:
@@ -46,10 +48,12 @@ class Kept(NamedTuple):
 
 
 def truncate(path: str | os.PathLike, step: int) -> Kept:
-    """Drop the lines of a JSONL file whose `step` is above the given one, and a torn last line.
+    """Drop the lines of a JSONL file whose `step` is above the given one, and a torn
+    last line.
 
-    For `metrics.jsonl` and `rollouts.jsonl` when a run goes on from a checkpoint older than its log. Atomic; a missing file is
-    an empty one. If other lines can't be read, the file as it was is kept beside the new one.
+    For `metrics.jsonl` and `rollouts.jsonl` when a run goes on from a checkpoint older
+    than its log. Atomic; a missing file is an empty one. If other lines can't be read,
+    the file as it was is kept beside the new one.
     """
     path = Path(path)
     if not path.exists():
@@ -84,7 +88,8 @@ def _record(line: str) -> dict[str, Any] | None:
 def lacking(steps: Iterable[int], stretches: Iterable[tuple[int, int, int]]) -> str:
     """Name the steps that a log should have lines of and has none; "" if it has all.
 
-    A stretch is (first step, last step, how many steps a line is for at most); its last step has a line.
+    A stretch is (first step, last step, how many steps a line is for at most); its last
+    step has a line.
     """
     there, missing = set(steps), []
     for first, last, every in stretches:
@@ -97,7 +102,9 @@ def lacking(steps: Iterable[int], stretches: Iterable[tuple[int, int, int]]) -> 
 
 
 def write_summary(path: str | os.PathLike, summary: Mapping[str, Any], *, write: bool = True) -> None:
-    """Write `summary` as JSON, atomically: a reader finds the old file or the new one, whole."""
+    """Write `summary` as JSON, atomically: a reader finds the old file or the new one,
+    whole.
+    """
     if write:
         with writing(path), replacing(Path(path)) as file:
             file.write(json.dumps(plain_json(summary), indent=2, allow_nan=False) + "\n")
@@ -112,7 +119,9 @@ def write_rollouts(
     decode: Callable[[np.ndarray], str] | None = None,
     write: bool = True,
 ) -> None:
-    """Append rollouts as JSONL; `decode` turns the prompt's token ids into text, and without it they are written as they are."""
+    """Append rollouts as JSONL; `decode` turns the prompt's token ids into text, and
+    without it they are written as they are.
+    """
     if not write:
         return
     with writing(path), Path(path).open("a", encoding="ascii") as file:
@@ -139,7 +148,9 @@ def write_rollouts(
 
 
 def plain_json(value: Any) -> Any:
-    """Return `value` as what JSON has: arrays as lists, named tuples as dictionaries, numbers that are not finite as None."""
+    """Return `value` as what JSON has: arrays as lists, named tuples as dictionaries,
+    numbers that are not finite as None.
+    """
     if isinstance(value, Mapping):
         return {str(key): plain_json(item) for key, item in value.items()}
     if hasattr(value, "_asdict"):
@@ -159,7 +170,9 @@ def json_line(record: Mapping[str, Any]) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[str]]:
-    """Yield a text file that takes the place of `path` once it is complete, and is removed if writing fails."""
+    """Yield a text file that takes the place of `path` once it is complete, and is
+    removed if writing fails.
+    """
     unfinished = path.with_name(f".{path.name}.tmp")  # in the same folder, so that the replacement is a rename
     try:
         with unfinished.open("w", encoding="ascii", errors="replace") as file:

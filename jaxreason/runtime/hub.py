@@ -74,7 +74,9 @@ def reading() -> Reading:
 
 
 def _known(name: str) -> str | None:
-    """The commit of a repository that the run continues with, or of which it has read some files already."""
+    """The commit of a repository that the run continues with, or of which it has read
+    some files already.
+    """
     pinned, noted, _ = reading()
     return pinned.get(name) or noted.get(name)
 

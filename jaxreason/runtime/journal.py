@@ -1,7 +1,9 @@
-"""Everything a run writes down while it trains: log, ledger, rollouts, evaluations, summary and checkpoints.
+"""Everything a run writes down while it trains: log, ledger, rollouts, evaluations,
+summary and checkpoints.
 
-The loop in `train.py` calls a verb of the `Journal` where something is to be recorded; what is measured
-around a step, and what waits to be written, is the journal's own business.
+The loop in `train.py` calls a verb of the `Journal` where something is to be recorded;
+what is measured around a step, and what waits to be written, is the journal's own
+business.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from jaxreason.runtime import compiling, files, ledger, processes, resume, termi
 from jaxreason.runtime import log as run_log
 from jaxreason.runtime.checkpoint import Checkpoints
 from jaxreason.runtime.resume import Found, Progress
-from jaxreason.sources import Drawn
+from jaxreason.sources import NextBatch
 from jaxreason.types import Evaluation, Rollout
 
 VERIFIER_WARNINGS = 5  # shown; further ones are only counted
@@ -74,7 +76,7 @@ class Journal:
         if self.step == self.start + 1:
             self.log.doing(f"{self.phase.name} {self.start}/{self.phase.steps}  drawing the first batch")
 
-    def drew(self, drawn: Drawn, source_state: dict) -> None:
+    def drew(self, drawn: NextBatch, source_state: dict) -> None:
         """Record that a batch was drawn."""
         self.drawn, self.progress.source = drawn, source_state
         self.warn_of_verifier(drawn.rollouts, f"step {self.before + self.step}")
@@ -83,14 +85,17 @@ class Journal:
             self.log.doing(f"{self.phase.name} {self.start}/{self.phase.steps}  compiling the train step, and making the first")
 
     def write_if_due(self) -> None:
-        """Log the metrics of the steps before this one: reading a metric waits for the device, so they are one step late."""
+        """Log the metrics of the steps before this one: reading a metric waits for the
+        device, so they are one step late.
+        """
         self.check_stays()
         if len(self.progress.waiting) >= self.phase.log_every:
             self.write_metrics(self.step - 1)
 
     def learned(self, metrics: dict) -> None:
         """Record an update: its metrics, its times, its cost and its rollouts."""
-        # Compilation belongs to no step: rates and the remaining time are of steps without it.
+        # Compilation belongs to no step: rates and the remaining time are of steps
+        # without it.
         step_s, compile_s = self.started.passed()
         learn_s, _ = self.drawn_at.passed()
         times = {"time/learn_s": (learn_s, 1.0), "time/step_s": (step_s, 1.0), "time/compile_s": (compile_s, 1.0)}
@@ -152,7 +157,9 @@ class Journal:
     # --- evaluations and what a person reads ---
 
     def warm_up(self, params) -> None:
-        """Compile the sampler before it is needed, so that nothing is compiled in the middle of a run."""
+        """Compile the sampler before it is needed, so that nothing is compiled in the
+        middle of a run.
+        """
         if self.run.warm_up is None:
             return
         started_s = time.perf_counter()
@@ -169,7 +176,9 @@ class Journal:
         self.evaluate_at(params, self.phase.name, self.before + self.step, final=final)
 
     def evaluate_at(self, params, phase: str, step: int, *, final: bool) -> None:
-        """Evaluate, log, and write the summary so far; `final` uses the full number of tasks."""
+        """Evaluate, log, and write the summary so far; `final` uses the full number of
+        tasks.
+        """
         started, progress = Clock(), self.progress
         self.log.doing(f"{phase}, step {step}: evaluating")
         result = self.run.evaluate(params, phase=phase, step=step, final=final)
@@ -216,7 +225,9 @@ class Journal:
         return summary
 
     def report(self) -> None:
-        """Print what a person wants to see at the end: accuracies before and after, the cost, and three rollouts in full."""
+        """Print what a person wants to see at the end: accuracies before and after, the
+        cost, and three rollouts in full.
+        """
         if self.progress.evaluations:
             terminal.print_evaluations([Evaluation(**e) for e in self.progress.evaluations])
         for loss in self.progress.losses:
@@ -234,7 +245,9 @@ class Journal:
         return self.checkpoints.due(self.before + self.step)
 
     def save(self, state, reference) -> None:
-        """Save a checkpoint of the step. A save that fails is reported, and training continues."""
+        """Save a checkpoint of the step. A save that fails is reported, and training
+        continues.
+        """
         step = self.before + self.step
         check_finite(state.params, self.last_update, step)
         self.check_stays()
@@ -259,7 +272,8 @@ class Journal:
         """Wait for the last checkpoint.
 
         Raises:
-          Unwritable: it is not on disk; what the run was for is not saved, so the run is not done.
+          Unwritable: it is not on disk; what the run was for is not saved, so the run
+            is not done.
         """
         self.log.doing("waiting for the last checkpoint")
         with self.saving():
@@ -348,7 +362,8 @@ def continues(checkpoints: Checkpoints) -> str:
 def check_finite(params, learned: dict, step: int) -> None:
     """Raise Diverged if params that are about to be saved are not finite.
 
-    They are looked at only where the last update was skipped: one that was made is finite.
+    They are looked at only where the last update was skipped: one that was made is
+    finite.
     """
     skipped, updates = learned["skipped"]
     if skipped < updates or all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params)):
@@ -359,5 +374,7 @@ def check_finite(params, learned: dict, step: int) -> None:
 
 
 def plain(metrics: list[dict]) -> list[dict]:
-    """Metrics as JSON has them: a sum of these is the same before and after a checkpoint."""
+    """Metrics as JSON has them: a sum of these is the same before and after a
+    checkpoint.
+    """
     return [{name: [float(x) for x in pair] for name, pair in step.items()} for step in jax.device_get(metrics)]

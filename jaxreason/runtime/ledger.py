@@ -1,4 +1,5 @@
-"""The ledger: what a run has used, for sampling, learning, evaluating and compiling apart. Goes into checkpoints and summaries.
+"""The ledger: what a run has used, for sampling, learning, evaluating and compiling
+apart. Goes into checkpoints and summaries.
 
     tokens      that were sampled (sample, evaluate), or that the learner has read (learn)
     flops       that this work needs, by formula (`cost.forward_flops`): without padding and without what is computed twice
@@ -6,8 +7,8 @@
                 without compilation, which is a kind of its own that has no tokens and no FLOPs
     joules      device_s x the watts of a device that `config.log.watts` states; 0 without. An estimate: nothing is measured
 
-A ledger is {kind of work: {unit: amount}}, floats that only grow. Work that a killed run had done after its last checkpoint, and
-that is done again, counts once.
+A ledger is {kind of work: {unit: amount}}, floats that only grow. Work that a killed
+run had done after its last checkpoint, and that is done again, counts once.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def add(ledger: dict, kind: str, *, tokens: float, flops: float, device_s: float
 
 
 def named(ledger: dict) -> dict[str, float]:
-    """What a line of metrics says of it. Seconds and joules are no two times the same: they stand with the times."""
+    """What a line of metrics says of it. Seconds and joules are no two times the same:
+    they stand with the times.
+    """
     values = {}
     for kind, amounts in ledger.items():
         for unit, amount in amounts.items():
@@ -46,7 +49,9 @@ def named(ledger: dict) -> dict[str, float]:
 
 
 def sampling(c, rollouts: Iterable[Rollout]) -> dict[str, float]:
-    """Tokens and FLOPs of sampling: each problem's prompt is read once, however many attempts there are at it."""
+    """Tokens and FLOPs of sampling: each problem's prompt is read once, however many
+    attempts there are at it.
+    """
     tokens, flops, prompts = 0.0, 0.0, {}
     for r in rollouts:
         prompt = len(r.prompt)
@@ -57,9 +62,11 @@ def sampling(c, rollouts: Iterable[Rollout]) -> dict[str, float]:
 
 
 def learning(c, batch: Batch, *, updates: int, reference: bool) -> dict[str, float]:
-    """Tokens and FLOPs of `updates` from a batch, and of its log-probs under a reference policy.
+    """Tokens and FLOPs of `updates` from a batch, and of its log-probs under a
+    reference policy.
 
-    Backward is twice forward; of a frozen base it is once, as its weights have no gradient.
+    Backward is twice forward; of a frozen base it is once, as its weights have no
+    gradient.
     """
     tokens, forward = float((batch.segment_BT > 0).sum()), reading(c, [batch])
     adapters = adapter_flops(c, tokens)
@@ -75,7 +82,8 @@ def reading(c, batches: Sequence[Batch]) -> float:
 
 
 def branches_of(batch: Batch) -> list[tuple[int, int, int]]:
-    """Of each branch in a numpy batch (see `attention.causal`) its first position, and how many tokens without and with a weight.
+    """Of each branch in a numpy batch (see `attention.causal`) its first position, and
+    how many tokens without and with a weight.
 
     What stands before the first position was read with another branch.
     """

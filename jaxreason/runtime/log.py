@@ -42,7 +42,9 @@ class Pace(NamedTuple):
 
 
 class RunLog:
-    """The open log of a run; see `open_log`. Use as a context manager, or call `close`."""
+    """The open log of a run; see `open_log`. Use as a context manager, or call
+    `close`.
+    """
 
     def __init__(self, file, board, wandb_run, console: Console | None, *, total_steps: int, start_s: float):
         self._file, self._board, self._wandb_run, self._console = file, board, wandb_run, console
@@ -51,7 +53,8 @@ class RunLog:
         self._pace, self._latest, self._printed_s = Pace(), {}, -math.inf
         self._live = None
         if console is not None and console.is_terminal:
-            # Redirecting a stdout that is no terminal would send to the terminal what was meant for a file.
+            # Redirecting a stdout that is no terminal would send to the terminal what
+            # was meant for a file.
             redirect = {"redirect_stdout": sys.stdout.isatty()}
             self._live = Live(get_renderable=self._line, console=console, refresh_per_second=4, **redirect)
             self._live.start()
@@ -66,7 +69,9 @@ class RunLog:
         phase_step: int | None = None,
         phase_steps: int | None = None,
     ) -> None:
-        """Log `values` of the global `step`, which never decreases over a run; `phase_step` counts from the phase's start."""
+        """Log `values` of the global `step`, which never decreases over a run;
+        `phase_step` counts from the phase's start.
+        """
         if self._file is None:
             return
         time_s = round(time.monotonic() - self._start_s, 3)
@@ -96,7 +101,9 @@ class RunLog:
         self._show(step, phase_step, phase_steps, now=any(name.startswith("eval/") for name in values))
 
     def _reopen(self, step: int) -> None:
-        """Notice that somebody has moved, removed or cut the file that lines go to, and begin another where it was."""
+        """Notice that somebody has moved, removed or cut the file that lines go to, and
+        begin another where it was.
+        """
         path = getattr(self._file, "name", None)
         if path is None:
             return
@@ -133,13 +140,17 @@ class RunLog:
             self._console.print(Text(line), soft_wrap=True)
 
     def _line(self) -> Text:
-        """The live line: of the last metrics, or else of what has been under way since; never more than one line."""
+        """The live line: of the last metrics, or else of what has been under way since;
+        never more than one line.
+        """
         took = f" {duration(time.monotonic() - self._doing_s)}"
         line = visible(self._doing + took) if self._doing else self._shown
         return Text(fitted(line, self._console.width), no_wrap=True, overflow="ellipsis")
 
     def doing(self, what: str) -> None:
-        """Say on the live line what is under way, and for how long, until there are other metrics."""
+        """Say on the live line what is under way, and for how long, until there are
+        other metrics.
+        """
         self._doing, self._doing_s = what, time.monotonic()
 
     def say(self, text: str) -> None:
@@ -171,11 +182,14 @@ class RunLog:
 class Board:
     """TensorBoard's events, by tensorboardX's writer of records, in this thread.
 
-    Its `SummaryWriter` has a thread of its own: a full disk ends that, and then every call waits for ever, at exit too.
+    Its `SummaryWriter` has a thread of its own: a full disk ends that, and then every
+    call waits for ever, at exit too.
     """
 
     def __init__(self, folder: str | os.PathLike, purge_step: int | None = None):
-        """Open a new file of events; TensorBoard shows none of earlier files from `purge_step` on."""
+        """Open a new file of events; TensorBoard shows none of earlier files from
+        `purge_step` on.
+        """
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.summary import scalar
@@ -207,11 +221,14 @@ def open_log(
     live: bool = True,
     write: bool = True,
 ) -> RunLog:
-    """Open the log of a run in `workdir`: `metrics.jsonl`, and TensorBoard events in `tensorboard/`.
+    """Open the log of a run in `workdir`: `metrics.jsonl`, and TensorBoard events in
+    `tensorboard/`.
 
-    `wandb` is the keyword arguments of `wandb.init`, or None. `live` shows progress on stderr: one live line on a terminal, else
-    a plain line every ten seconds. `resume_step`, if given, is the step of the checkpoint a run goes on from: what was logged
-    after it is cut, and `time_s` goes on from what was kept. With `write` False nothing is opened and every method does nothing.
+    `wandb` is the keyword arguments of `wandb.init`, or None. `live` shows progress on
+    stderr: one live line on a terminal, else a plain line every ten seconds.
+    `resume_step`, if given, is the step of the checkpoint a run goes on from: what was
+    logged after it is cut, and `time_s` goes on from what was kept. With `write` False
+    nothing is opened and every method does nothing.
 
     Raises:
       ValueError: W&B is asked for but not installed.

@@ -1,9 +1,11 @@
-"""Notices that a run is to end: Ctrl-C, SIGTERM, and the maintenance event of a Cloud TPU VM.
+"""Notices that a run is to end: Ctrl-C, SIGTERM, and the maintenance event of a Cloud
+TPU VM.
 
-The loop asks `stop()` after every step; once it is true on any process, all of them save and end. What a notice interrupts is
-never the step itself, unless that takes too long after a Ctrl-C. A second signal ends the process at once, and so does the first
-one before there is anything to save. A thread of its own hears the signals: the main one may be compiling, or wait for a verifier
-that never returns.
+The loop asks `stop()` after every step; once it is true on any process, all of them
+save and end. What a notice interrupts is never the step itself, unless that takes too
+long after a Ctrl-C. A second signal ends the process at once, and so does the first one
+before there is anything to save. A thread of its own hears the signals: the main one
+may be compiling, or wait for a verifier that never returns.
 """
 
 from __future__ import annotations
@@ -31,11 +33,12 @@ GRACE_S = 60.0  # that a step may take after a Ctrl-C, and three times as long a
 
 @contextlib.contextmanager
 def watch(ending: Callable[[], str] = lambda: "the run ends") -> Iterator[Callable[[], str]]:
-    """Listen, in the main thread; yield `stop()`, which all processes must call together after each step.
+    """Listen, in the main thread; yield `stop()`, which all processes must call
+    together after each step.
 
-    It returns "" while the run is to go on, then "interrupted" if a Ctrl-C has been heard,
-    or "stopped". `ending()` is called when the process is ended at once; what it returns is
-    said.
+    It returns "" while the run is to go on, then "interrupted" if a Ctrl-C has been
+    heard, or "stopped". `ending()` is called when the process is ended at once; what it
+    returns is said.
     """
     heard, steps_s = [0], [0.0]  # the index in HOWS; how long steps have taken
     asked_s, timers = [None], []
@@ -70,7 +73,7 @@ def watch(ending: Callable[[], str] = lambda: "the run ends") -> Iterator[Callab
         steps_s.append(0.0 if asked_s[0] is None else now_s - asked_s[0])
         del steps_s[:-100]
         asked_s[0] = now_s
-        return HOWS[processes.exchange(np.array([heard[0]], np.int32)).max()]
+        return HOWS[processes.all_gather_host(np.array([heard[0]], np.int32)).max()]
 
     with hearing({signal.SIGTERM: on_signal, signal.SIGINT: on_signal}):
         if processes.on_tpu_vm():
@@ -82,7 +85,9 @@ def watch(ending: Callable[[], str] = lambda: "the run ends") -> Iterator[Callab
 
 @contextlib.contextmanager
 def hearing(calls: dict[int, Callable[[int], None]]) -> Iterator[None]:
-    """Have signals call functions in a thread of their own, whatever the main one is busy with."""
+    """Have signals call functions in a thread of their own, whatever the main one is
+    busy with.
+    """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
 
@@ -104,14 +109,18 @@ def hearing(calls: dict[int, Callable[[int], None]]) -> Iterator[None]:
 
 
 def tell(line: str) -> None:
-    """Write a line to stderr, by itself: the live line and the cursor may be anywhere, and locks may be held."""
+    """Write a line to stderr, by itself: the live line and the cursor may be anywhere,
+    and locks may be held.
+    """
     clear = "\r\x1b[2K\x1b[?25h" if os.isatty(2) else ""
     with contextlib.suppress(OSError):
         os.write(2, f"{clear}{line}\n".encode())
 
 
 def await_maintenance(notice: Callable[[str], None], pause_s: float = 10.0) -> None:
-    """Ask the metadata server until it tells of maintenance (cloud.google.com/compute/docs/metadata: maintenance-event)."""
+    """Ask the metadata server until it tells of maintenance
+    (cloud.google.com/compute/docs/metadata: maintenance-event).
+    """
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     url = f"http://{server}/computeMetadata/v1/instance/maintenance-event"
     while True:

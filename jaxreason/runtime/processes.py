@@ -1,9 +1,12 @@
-"""Several processes of one run: how they find each other, tell each other things, and end together.
+"""Several processes of one run: how they find each other, tell each other things, and
+end together.
 
-Each process runs the same program on its own devices; what is computed on the mesh is computed by all. The host's own work, of
-which sampling is most, is shared out, and its results are made known to all (`gather`): so every process holds the same batch,
-the same metrics and the same state of its sources, whatever the number of processes. A batch of 4,096 rollouts of 2,000 tokens is
-some 100 MB that each process receives a step. Programs on the mesh, and so `gather`, must be started by all processes in the
+Each process runs the same program on its own devices; what is computed on the mesh is
+computed by all. The host's own work, of which sampling is most, is shared out, and its
+results are made known to all (`gather`): so every process holds the same batch, the
+same metrics and the same state of its sources, whatever the number of processes. A
+batch of 4,096 rollouts of 2,000 tokens is some 100 MB that each process receives a
+step. Programs on the mesh, and so `gather`, must be started by all processes in the
 same order: from the main thread alone.
 """
 
@@ -33,9 +36,11 @@ PIECE_BYTES = 2**20  # that are sent at a time: one shape, so one compilation
 def join(
     *, coordinator_address: str | None, num_processes: int | None, process_id: int | None, heartbeat_timeout_s: int = 100
 ) -> None:
-    """Become one of several processes, if there are: by what is given, or as Cloud TPU, Slurm or Open MPI has it.
+    """Become one of several processes, if there are: by what is given, or as Cloud TPU,
+    Slurm or Open MPI has it.
 
-    Call before anything else of jax. A process that is not heard of for `heartbeat_timeout_s` ends all others.
+    Call before anything else of jax. A process that is not heard of for
+    `heartbeat_timeout_s` ends all others.
 
     Raises:
       ValueError: only some of the three are given, or they do not fit together.
@@ -63,7 +68,9 @@ def join(
 
 
 def in_cluster() -> bool:
-    """Whether something has started this process as one of several, as far as its environment tells."""
+    """Whether something has started this process as one of several, as far as its
+    environment tells.
+    """
     if "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         return True
     if int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
@@ -79,21 +86,24 @@ def on_tpu_vm() -> bool:
 
 
 def gather(item: Any) -> list:
-    """Return what each process has given, in their order. It is pickled; all processes must call this together."""
+    """Return what each process has given, in their order. It is pickled; all processes
+    must call this together.
+    """
     if jax.process_count() == 1:
         return [item]
     mine = np.frombuffer(pickle.dumps(item), np.uint8)
-    size_P2 = exchange(np.array(divmod(len(mine), PIECE_BYTES), np.int32))
+    size_P2 = all_gather_host(np.array(divmod(len(mine), PIECE_BYTES), np.int32))
     size_P = size_P2[:, 0].astype(int) * PIECE_BYTES + size_P2[:, 1]
     mine = np.pad(mine, (0, -(-max(size_P) // PIECE_BYTES) * PIECE_BYTES - len(mine)))
-    pieces = [exchange(mine[i : i + PIECE_BYTES]) for i in range(0, len(mine), PIECE_BYTES)]
+    pieces = [all_gather_host(mine[i : i + PIECE_BYTES]) for i in range(0, len(mine), PIECE_BYTES)]
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(np.concatenate(pieces, axis=1), size_P, strict=True)]
 
 
-def exchange(x_N: np.ndarray) -> np.ndarray:
+def all_gather_host(x_N: np.ndarray) -> np.ndarray:
     """Return [P, N]: the array of each process.
 
-    By way of the first device of each, which no process keeps for sampling: what samples must not wait for this.
+    By way of the first device of each, which no process keeps for sampling: what
+    samples must not wait for this.
     """
     if jax.process_count() == 1:
         return x_N[None]
@@ -102,11 +112,11 @@ def exchange(x_N: np.ndarray) -> np.ndarray:
     part = jax.device_put(x_N[None], first[jax.process_index()])
     shape = (jax.process_count(), len(x_N))
     x_PN = jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, PartitionSpec("process")), [part])
-    return np.asarray(everywhere(x_PN, mesh))
+    return np.asarray(replicate(x_PN, mesh))
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def everywhere(x, mesh: Mesh):
+def replicate(x, mesh: Mesh):
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
 
 
@@ -115,11 +125,13 @@ def writes() -> bool:
     return jax.process_index() == 0
 
 
-def together(function: Callable, *args, **kwargs) -> Any:
-    """Call a function on every process; if its input is bad for any of them, raise on all: a run starts on all or on none.
+def on_all_processes(function: Callable, *args, **kwargs) -> Any:
+    """Call a function on every process; if its input is bad for any of them, raise on
+    all: a run starts on all or on none.
 
     Raises:
-      ValueError, OSError: as the function does, and ValueError where it failed on another process.
+      ValueError, OSError: as the function does, and ValueError where it failed on
+        another process.
     """
     result = error = None
     try:
@@ -136,10 +148,11 @@ def together(function: Callable, *args, **kwargs) -> Any:
 
 
 def end(error: BaseException, heartbeat_timeout_s: int) -> None:
-    """End this process of several, now that it has failed, so that the others do not wait for it.
+    """End this process of several, now that it has failed, so that the others do not
+    wait for it.
 
-    If it failed since another has died, first wait to hear which: jax names it when its heartbeats have been missed, and ends
-    the process.
+    If it failed since another has died, first wait to hear which: jax names it when its
+    heartbeats have been missed, and ends the process.
     """
     who = f"process {jax.process_index()} of {jax.process_count()}"
     if isinstance(error, jax.errors.JaxRuntimeError) or ANOTHER_DIED.search(str(error)):

@@ -1,4 +1,6 @@
-"""Where a run continues: the newest checkpoint that is whole, and logs cut back to it."""
+"""Where a run continues: the newest checkpoint that is whole, and logs cut back to
+it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class NotResumable(Exception):
 
 @dataclass
 class Progress:
-    """How far a run is and what it has found: the host's part of a checkpoint, as JSON has it."""
+    """How far a run is and what it has found: the host's part of a checkpoint, as JSON
+    has it.
+    """
 
     phase: int = 0  # index
     phase_step: int = 0  # steps that the phase has made
@@ -43,7 +47,9 @@ class Progress:
 
     @staticmethod
     def read(host: Mapping[str, Any]) -> Progress:
-        """Read the host's part of a checkpoint. Its ledger may lack kinds of work that earlier versions did not count."""
+        """Read the host's part of a checkpoint. Its ledger may lack kinds of work that
+        earlier versions did not count.
+        """
         found = {name: host[name] for name in Progress.names()}
         return Progress(**found | {"ledger": ledger.empty() | found["ledger"]})
 
@@ -64,7 +70,8 @@ class Found(NamedTuple):
 
 
 def find_newest(run, checkpoints: Checkpoints, say: Callable[[str], None]) -> Found | None:
-    """Restore the newest checkpoint that is whole; None if there are none. Damaged ones are set aside and reported.
+    """Restore the newest checkpoint that is whole; None if there are none. Damaged ones
+    are set aside and reported.
 
     Raises:
       NotResumable: a checkpoint of another run or version, or none that is whole.
@@ -135,7 +142,9 @@ def cut_logs(run, workdir: Path, found: Found, say: Callable[[str], None]) -> No
 
 
 def logged_steps(run, found: Found) -> dict[str, list[tuple[int, int, int]]]:
-    """Where each log must have lines: stretches of steps, first and last, and how many steps a line is for."""
+    """Where each log must have lines: stretches of steps, first and last, and how many
+    steps a line is for.
+    """
     config, begun, stretches = found.host["config"], 0, {"metrics.jsonl": [(0, 0, 1)], "rollouts.jsonl": []}
     for phase in run.phases:
         first, last = begun + 1, min(begun := begun + phase.steps, found.step)

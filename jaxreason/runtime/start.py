@@ -15,7 +15,7 @@ from jaxreason.build import build, from_earlier, settle
 from jaxreason.runtime import preemption, workdir
 from jaxreason.runtime.checkpoint import Checkpoints, check_writable, saved_steps
 from jaxreason.runtime.files import replacing, writing
-from jaxreason.runtime.processes import gather, together, writes
+from jaxreason.runtime.processes import gather, on_all_processes, writes
 from jaxreason.runtime.workdir import config_text
 from jaxreason.train import Run
 
@@ -34,13 +34,15 @@ class Opened(NamedTuple):
 def open_run(
     config: ConfigDict, folder: Path, *, resume: str, accept_config_change: bool, say: Callable[[str], None]
 ) -> Iterator[Opened]:
-    """Build the run of a config, compare it with what its folder holds, lock the folder and open its checkpoints.
+    """Build the run of a config, compare it with what its folder holds, lock the folder
+    and open its checkpoints.
 
-    All processes of a run call it; `folder` is the one that process 0 names. Signals that ask
-    the run to stop are heard until the end of the block.
+    All processes of a run call it; `folder` is the one that process 0 names. Signals
+    that ask the run to stop are heard until the end of the block.
 
     Raises:
-      ValueError, OSError, Unwritable: the config or the folder does not allow it, in one line.
+      ValueError, OSError, Unwritable: the config or the folder does not allow it, in
+        one line.
     """
     anew = resume == "never"
     texts, folders, dates = zip(*gather((config_text(config), folder, datetime.date.today().isoformat())), strict=True)
@@ -55,16 +57,16 @@ def open_run(
         stop = opened.enter_context(preemption.watch(ending))
         if differ := [process for process, other in enumerate(texts) if other != texts[0]]:
             raise ValueError(f"process {differ[0]} has another config than process 0; start all with the same command")
-        begun = dates[0] if anew else together(workdir.begun, folder, dates[0])
-        config = together(settled, dated(config, gather(begun)[0]))
+        begun = dates[0] if anew else on_all_processes(workdir.begun, folder, dates[0])
+        config = on_all_processes(settled, dated(config, gather(begun)[0]))
         how = {"resume": resume, "accept_config_change": accept_config_change, "say": say}
-        together(workdir.check, folder, config_text(config), read=from_earlier, **how)
+        on_all_processes(workdir.check, folder, config_text(config), read=from_earlier, **how)
         run = build_pinned(config, folder, anew, accept_config_change, say)
-        together(check_writable, folder, over=workdir.WRITTEN_OVER)
-        check_stays = together(lock if writes() else lambda *_: lambda: None, folder, locked, say)
+        on_all_processes(check_writable, folder, over=workdir.WRITTEN_OVER)
+        check_stays = on_all_processes(lock if writes() else lambda *_: lambda: None, folder, locked, say)
         opened.callback(locked.close)
-        together(workdir.set_aside if anew and writes() else lambda *_: None, folder, say)
-        checkpoints = together(run.open_checkpoints, folder=folder / "checkpoints")
+        on_all_processes(workdir.set_aside if anew and writes() else lambda *_: None, folder, say)
+        checkpoints = on_all_processes(run.open_checkpoints, folder=folder / "checkpoints")
         opened.callback(checkpoints.close)
         if writes():
             write_config(folder / "config.json", config, run.provenance["revisions"])
@@ -78,12 +80,14 @@ def lock(folder: Path, locked: contextlib.ExitStack, say: Callable[[str], None])
 
 
 def build_pinned(config: ConfigDict, folder: Path, anew: bool, accept_config_change: bool, say: Callable[[str], None]) -> Run:
-    """Build the run of a config, at the commits of the hub that its folder recorded, and say which of them changed."""
+    """Build the run of a config, at the commits of the hub that its folder recorded,
+    and say which of them changed.
+    """
     recorded = {} if anew else workdir.revisions(folder)
     pinned = {} if accept_config_change else recorded
-    run = together(build, config, resumes=not anew and bool(saved_steps(folder / "checkpoints")), revisions=pinned)
+    run = on_all_processes(build, config, resumes=not anew and bool(saved_steps(folder / "checkpoints")), revisions=pinned)
     if not anew:
-        together(workdir.check_steps, folder, sum(phase.steps for phase in run.phases))
+        on_all_processes(workdir.check_steps, folder, sum(phase.steps for phase in run.phases))
     used = run.provenance["revisions"]
     if len(set(gather(json.dumps(used)))) > 1:
         raise ValueError(f"processes found different commits on the hub, {used} here; set revision=... of task and model")
@@ -96,15 +100,17 @@ def build_pinned(config: ConfigDict, folder: Path, anew: bool, accept_config_cha
 def write_config(path: Path, config: ConfigDict, revisions: dict[str, str]) -> None:
     """Write a config and the commits that it read from the hub.
 
-    It replaces the file before it at once: a full disk must not cut that one short, since a
-    run without a config can't be continued.
+    It replaces the file before it at once: a full disk must not cut that one short,
+    since a run without a config can't be continued.
     """
     with writing(path), replacing(path) as file:
         file.write(json.dumps(json.loads(config_text(config)) | {"revisions": revisions}, indent=2, sort_keys=True))
 
 
 def dated(config: ConfigDict, date: str | None) -> ConfigDict:
-    """A config whose chat template takes `date` for today, unless it names a date of its own."""
+    """A config whose chat template takes `date` for today, unless it names a date of
+    its own.
+    """
     section = config.get("text", {})
     if section.get("format") != "chat" or section.get("date") is not None:
         return config
@@ -115,5 +121,7 @@ def dated(config: ConfigDict, date: str | None) -> ConfigDict:
 
 
 def settled(config: ConfigDict) -> ConfigDict:
-    """A config with the splits that its sources and suites decide together: see `build.settle`."""
+    """A config with the splits that its sources and suites decide together: see
+    `build.settle`.
+    """
     return ConfigDict(settle(config.to_dict()))

@@ -41,7 +41,8 @@ def progress(
 ) -> str:
     """Return the line of progress: what is among `values`, and no word of what is not.
 
-    The time left of the phase is for its own steps; that of the run supposes that later phases keep this pace, and says so.
+    The time left of the phase is for its own steps; that of the run supposes that later
+    phases keep this pace, and says so.
     """
     phase = f"{values['phase']} {phase_step}/{phase_steps}" if phase_steps else str(values["phase"])
     parts = [phase, f"step {step}/{total_steps}"]
@@ -77,7 +78,9 @@ def print_rollouts(
     decode: Callable[[np.ndarray], str] | None = None,
     console: Console | None = None,
 ) -> None:
-    """Print the first n rollouts in full, each with its verdict; the question stands for the prompt unless `decode` is given."""
+    """Print the first n rollouts in full, each with its verdict; the question stands
+    for the prompt unless `decode` is given.
+    """
     console = console or Console(highlight=False)
     for rollout in rollouts[:n]:
         verdict = rollout.verdict
@@ -93,7 +96,9 @@ def print_rollouts(
 
 
 def print_evaluations(evaluations: Iterable[Evaluation], *, console: Console | None = None) -> None:
-    """Print accuracy before and after: a row a suite and temperature, a column a phase (its last evaluation), and the change."""
+    """Print accuracy before and after: a row a suite and temperature, a column a phase
+    (its last evaluation), and the change.
+    """
     cells: dict[tuple[str, float], dict[str, Evaluation]] = {}
     phases: list[str] = []
     for evaluation in evaluations:

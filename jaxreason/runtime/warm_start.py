@@ -1,9 +1,12 @@
-"""Where params come from that were trained before: a run of ours, one of its checkpoints, or a Hugging Face folder.
+"""Where params come from that were trained before: a run of ours, one of its
+checkpoints, or a Hugging Face folder.
 
-`find` says what a path holds, `check` whether this model can take it, both before anything is compiled; `load` puts it straight
-onto the devices, in the tree, the types and the shardings of this model. Adapters go on as they are where this model has the
-same, and are merged where it has none; params without them are the base of a model that has some. What the other model lacks,
-new adapters or a value head, is made anew; its optimizer state is left behind. Left out: models of another shape.
+`find` says what a path holds, `check` whether this model can take it, both before
+anything is compiled; `load` puts it straight onto the devices, in the tree, the types
+and the shardings of this model. Adapters go on as they are where this model has the
+same, and are merged where it has none; params without them are the base of a model that
+has some. What the other model lacks, new adapters or a value head, is made anew; its
+optimizer state is left behind. Left out: models of another shape.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ class Origin(NamedTuple):
 
 
 def find(path: str | os.PathLike, step: int | None = None) -> Origin:
-    """Find params: in RUN (of `step`, or the newest), in RUN/checkpoints/STEP, or in a Hugging Face folder.
+    """Find params: in RUN (of `step`, or the newest), in RUN/checkpoints/STEP, or in a
+    Hugging Face folder.
 
     Raises:
       ValueError, FileNotFoundError: none of these, or not that step.
@@ -75,7 +79,8 @@ def read_json(path: Path) -> dict:
 
 
 def check(origin: Origin, theirs: ModelConfig, mine: ModelConfig) -> str:
-    """Check that params of `theirs` fit `mine`; return what is said about them in a line.
+    """Check that params of `theirs` fit `mine`; return what is said about them in a
+    line.
 
     Raises:
       ValueError, FileNotFoundError: they don't, or not all of them are there.
@@ -108,18 +113,22 @@ def check(origin: Origin, theirs: ModelConfig, mine: ModelConfig) -> str:
 
 
 def load(origin: Origin, theirs: ModelConfig, mine: ModelConfig, placed, fresh: Callable[..., dict]) -> dict[str, Any]:
-    """Load params of `theirs` as those of `mine`, with the shardings `placed`; all processes read, each what its devices hold.
+    """Load params of `theirs` as those of `mine`, with the shardings `placed`; all
+    processes read, each what its devices hold.
 
     `fresh(*names)` makes new params of these names.
     """
     if origin.step is None:
         return load_folder(origin.folder, mine, placed, fresh)
-    # The newest when this process looked; a run that goes on may have written another since.
+    # The newest when this process looked; a run that goes on may have written another
+    # since.
     return restore(origin._replace(step=processes.gather(origin.step)[0]), theirs, mine, placed, fresh)
 
 
 def load_folder(folder: Path, config: ModelConfig, placed, fresh: Callable[..., dict]) -> dict[str, Any]:
-    """Load the params of a Hugging Face folder; `fresh` makes what no such folder has."""
+    """Load the params of a Hugging Face folder; `fresh` makes what no such folder
+    has.
+    """
     new = fresh(*(name for name in ASIDE if name in placed))
     numbers = vars(config)
     if config.lora is None:
@@ -129,7 +138,9 @@ def load_folder(folder: Path, config: ModelConfig, placed, fresh: Callable[..., 
 
 
 def restore(origin: Origin, theirs: ModelConfig, mine: ModelConfig, placed, fresh: Callable[..., dict]) -> dict[str, Any]:
-    """Restore the params of a checkpoint: cast as they are read or, where adapters are merged, after that."""
+    """Restore the params of a checkpoint: cast as they are read or, where adapters are
+    merged, after that.
+    """
     mesh = jax.tree.leaves(placed)[0].mesh
     there, wanted = abstract(theirs, mesh), abstract(mine, mesh)
     merges = theirs.lora is not None and mine.lora is None

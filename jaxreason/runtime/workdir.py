@@ -1,10 +1,13 @@
 """The folder of a run: it holds one config, and one run at a time works in it.
 
-A change of the config that leaves the maths alone is said and allowed; any other is refused, unless it is accepted. The lock is
-the file `lock`: the system's own, which ends with the process, and for file systems whose locks do not reach other hosts a
-process that touches it. What a lock says of a process that has died is told and taken over.
+A change of the config that leaves the maths alone is said and allowed; any other is
+refused, unless it is accepted. The lock is the file `lock`: the system's own, which
+ends with the process, and for file systems whose locks do not reach other hosts a
+process that touches it. What a lock says of a process that has died is told and taken
+over.
 
-A folder that once had checkpoints is never begun anew by itself, and what it holds is moved aside, never removed.
+A folder that once had checkpoints is never begun anew by itself, and what it holds is
+moved aside, never removed.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 RESUME = ("auto", "must", "never")
-# Fields of a config that decide when something is written or measured, or how the same sums are split.
+# Fields of a config that decide when something is written or measured, or how the same
+# sums are split.
 SAME_MATHS = re.compile(
     r"(log|checkpoint|evaluate|sharding)\."
     r"|sampler\.(slots|chunk_tokens|prompts_per_prefill|prefill_tokens|prompt_rows)$"
@@ -48,7 +52,9 @@ def is_done(folder: Path) -> bool:
 
 
 def json_object(path: Path) -> dict | None:
-    """The JSON object in a file; None if there is no such file, or anything else in it."""
+    """The JSON object in a file; None if there is no such file, or anything else in
+    it.
+    """
     if not path.is_file():
         return None
     try:
@@ -65,7 +71,9 @@ def saved_at(folder: Path) -> list[int]:
 
 
 def looks_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint has what every complete one has; one that is empty or half made has not."""
+    """Whether a checkpoint has what every complete one has; one that is empty or half
+    made has not.
+    """
     host = json_object(checkpoint / "host" / "metadata") or {}
     return "host" in host and (checkpoint / "state" / "_METADATA").is_file()
 
@@ -77,7 +85,9 @@ def continues(folder: Path) -> str:
 
 
 def begun(folder: Path, today: str) -> str | None:
-    """The date on which the run in a folder began, as its config recorded it: today, if there is none."""
+    """The date on which the run in a folder began, as its config recorded it: today, if
+    there is none.
+    """
     there = recorded_config(folder, saved_at(folder), say=lambda line: None)
     section = {"date": today} if there is None else there.get("text")
     return section.get("date") if isinstance(section, dict) else None
@@ -92,10 +102,12 @@ def check(
     say: Callable[[str], None],
     read: Callable[[dict], tuple[dict, list[str]]] = lambda config: (config, []),
 ) -> None:
-    """Raise ValueError if a run of the config `text` may not go on, or start, in `folder`.
+    """Raise ValueError if a run of the config `text` may not go on, or start, in
+    `folder`.
 
-    `read` makes of a config that an earlier version wrote what this one would have written, and names the fields that it
-    lacked. It raises ValueError for one that it can't read.
+    `read` makes of a config that an earlier version wrote what this one would have
+    written, and names the fields that it lacked. It raises ValueError for one that it
+    can't read.
     """
     check_kinds(folder)
     if resume == "never":  # `set_aside` makes room for it
@@ -145,7 +157,9 @@ def check_steps(folder: Path, steps: int) -> None:
 
 
 def check_kinds(folder: Path) -> None:
-    """Raise ValueError if a folder stands in the place of a file of a run, or the other way round."""
+    """Raise ValueError if a folder stands in the place of a file of a run, or the other
+    way round.
+    """
     for name in (*RECORDS, "lock"):
         if (path := folder / name).exists() and path.is_file() == (name in FOLDERS):
             is_one, wanted = ("no folder", "folder") if name in FOLDERS else ("no file", "file")
@@ -153,7 +167,9 @@ def check_kinds(folder: Path) -> None:
 
 
 def check_is_new(folder: Path, resume: str) -> None:
-    """Raise ValueError if there are no checkpoints where there must be some, or have been some."""
+    """Raise ValueError if there are no checkpoints where there must be some, or have
+    been some.
+    """
     damaged = [path.name for path in (folder / "checkpoints").glob("*.damaged*")]
     last = (json_object(folder / "summary.json") or {}).get("saved")
     if damaged or last:
@@ -168,7 +184,9 @@ def check_is_new(folder: Path, resume: str) -> None:
 
 
 def recorded_config(folder: Path, saved: Sequence[int], say: Callable[[str], None]) -> dict | None:
-    """The config that a run was begun with: of `config.json`, or else of its newest checkpoint that tells."""
+    """The config that a run was begun with: of `config.json`, or else of its newest
+    checkpoint that tells.
+    """
     path = folder / "config.json"
     if (found := json_object(path)) is not None:
         return found
@@ -184,7 +202,9 @@ def recorded_config(folder: Path, saved: Sequence[int], say: Callable[[str], Non
 
 
 def set_aside(folder: Path, say: Callable[[str], None]) -> None:
-    """Make room for a new run: give all that there is of earlier ones names that end in .1, .2, ..., the same for all."""
+    """Make room for a new run: give all that there is of earlier ones names that end in
+    .1, .2, ..., the same for all.
+    """
     paths = [folder / name for name in RECORDS]
     there = [path.name for path in paths if path.is_file() or (path.is_dir() and any(path.iterdir()))]
     if not there:
@@ -205,13 +225,16 @@ class Moved(Exception):
 
 
 def stays(folder: Path) -> Callable[[], None]:
-    """Return what raises Moved once `folder`, which this process has locked, is renamed, removed or replaced."""
+    """Return what raises Moved once `folder`, which this process has locked, is
+    renamed, removed or replaced.
+    """
     handle = os.open(folder, os.O_RDONLY)
     began, mine = os.fstat(handle), (folder / "lock").read_bytes()
 
     def check_stays() -> None:
         with contextlib.suppress(OSError):
-            # The lock counts too, since some network file systems give the same folder another number now and then.
+            # The lock counts too, since some network file systems give the same folder
+            # another number now and then.
             if os.path.samestat(began, os.stat(folder)) or (folder / "lock").read_bytes() == mine:
                 return
         # Linux knows under which name an open folder is now.
@@ -224,7 +247,9 @@ def stays(folder: Path) -> Callable[[], None]:
 
 
 def revisions(folder: Path) -> dict[str, str]:
-    """The commits of the hub that the run in a folder was begun with; none where it has no config."""
+    """The commits of the hub that the run in a folder was begun with; none where it has
+    no config.
+    """
     found = (json_object(folder / "config.json") or {}).get("revisions")
     return found if isinstance(found, dict) else {}
 
@@ -287,7 +312,9 @@ def lock(folder: Path, say: Callable[[str], None]) -> Callable[[], None]:
 
 
 def beats(path: Path, say: Callable[[str], None]) -> bool:
-    """Whether somebody on another host touches a lock: watched, since clocks of hosts differ."""
+    """Whether somebody on another host touches a lock: watched, since clocks of hosts
+    differ.
+    """
     before = path.stat().st_mtime_ns
     say(f"{path} is of another host; watching for {2.5 * BEAT_S:.0f} s whether its run is alive ...")
     time.sleep(2.5 * BEAT_S)

@@ -1,6 +1,8 @@
-"""Problems by name: random-access sequences of `Task`, so `len(tasks)` and `tasks[i]` are all there is to know.
+"""Problems by name: random-access sequences of `Task`, so `len(tasks)` and `tasks[i]`
+are all there is to know.
 
-`corpus` is the odd one: a sequence of texts, for pretraining. To add a family, write a file with one maker and name it here.
+`corpus` is the odd one: a sequence of texts, for pretraining. To add a family, write a
+file with one maker and name it here.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxreason.options import call, find
+from jaxreason.options import call_with_section, find
 from jaxreason.tasks import corpus, gsm8k, hub, jsonl, procedural, splits
 from jaxreason.types import Task
 
@@ -43,7 +45,8 @@ def load(
     name: str,  # one of the tasks, or module:maker of your own
     **kwargs,
 ) -> Sequence[Task]:
-    """Make the tasks of a family, or of a user's `module:maker`; the keywords are those of its maker.
+    """Make the tasks of a family, or of a user's `module:maker`; the keywords are those
+    of its maker.
 
     Raises:
       ValueError: an unknown name, an unknown, missing or impossible keyword.
@@ -51,7 +54,7 @@ def load(
     maker, limit = find("task", name, TASKS), kwargs.get("limit")
     if name in TASKS and limit is not None and limit < 1:
         raise ValueError(f"limit of task {name!r} got {limit}; allowed: None (all), or 1 or more")
-    made = call(maker, kwargs, f"task {name!r}")
+    made = call_with_section(maker, kwargs, f"task {name!r}")
     if not hasattr(made, "__len__") or (len(made) and not isinstance(made[0], Task | str)):
         raise ValueError(f"task {name!r} made {type(made).__name__}; allowed: a sequence of Task, or of texts")
     return made
@@ -61,7 +64,9 @@ def load(
 
 
 def splits_files(section: Mapping[str, Any]) -> bool:
-    """Whether a section's family reads a user's files and splits them by the hash of each question or text."""
+    """Whether a section's family reads a user's files and splits them by the hash of
+    each question or text.
+    """
     name = section.get("name")
     return name in TASKS and {"path", "held_out"} <= inspect.signature(TASKS[name]).parameters.keys()
 
@@ -82,11 +87,12 @@ def of_split(section: Mapping[str, Any]) -> str:
 
 
 def overlap(trained: Sequence, held_out: Sequence) -> int:
-    """Count the held-out tasks and texts that are trained on, up to case and white space.
+    """Count the held-out tasks and texts that are trained on, up to case and white
+    space.
 
-    A task counts if its question is trained on; a text if more than half of its characters
-    are in paragraphs that are, so that a corpus cut into files is compared with one cut
-    into paragraphs.
+    A task counts if its question is trained on; a text if more than half of its
+    characters are in paragraphs that are, so that a corpus cut into files is compared
+    with one cut into paragraphs.
     """
     if procedural.are_disjoint(trained, held_out):
         return 0

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxreason.options import unknown
+from jaxreason.options import unknown_name_message
 from jaxreason.tasks import splits
 
 
@@ -18,21 +18,23 @@ def corpus(
     by: str = "paragraph",  # what a document is: paragraph, cut at blank lines, or file
     held_out: float = 0.1,  # fraction of the documents that are test
 ) -> Sequence[str]:
-    """Load the documents of a text file, of a glob such as `books/*.txt`, or of several of either. They are texts, not tasks.
+    """Load the documents of a text file, of a glob such as `books/*.txt`, or of several
+    of either. They are texts, not tasks.
 
     `by` "paragraph" cuts at blank lines, "file" takes each file whole. A document's own
     hash decides its split, and documents that differ in case or white space alone go
-    together, so none is in both; a share `held_out` of the distinct ones is test. A `split`
-    of None is all of them.
+    together, so none is in both; a share `held_out` of the distinct ones is test. A
+    `split` of None is all of them.
 
     Raises:
       FileNotFoundError: nothing matches.
-      ValueError: an unknown split or `by`, a file that is not UTF-8, or no document in the split.
+      ValueError: an unknown split or `by`, a file that is not UTF-8, or no document in
+        the split.
     """
     if split not in (None, *splits.SPLITS):
-        raise ValueError(unknown("split of task 'corpus'", split, splits.SPLITS))
+        raise ValueError(unknown_name_message("split of task 'corpus'", split, splits.SPLITS))
     if by not in ("paragraph", "file"):
-        raise ValueError(unknown("by of task 'corpus'", by, ("paragraph", "file")))
+        raise ValueError(unknown_name_message("by of task 'corpus'", by, ("paragraph", "file")))
     texts = [_read(file) for file in find_files([path] if isinstance(path, str) else path)]
     documents = texts if by == "file" else [piece for text in texts for piece in paragraphs(text)]
     documents, split_of = [document.strip() for document in documents], splits.splitter(held_out)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from hashlib import md5
 from pathlib import Path
 
-from jaxreason.options import unknown
+from jaxreason.options import unknown_name_message
 from jaxreason.runtime import hub
 from jaxreason.tasks.hub import data_folder, read_rows
 from jaxreason.types import Task
@@ -65,7 +65,7 @@ def _prepared(folder: Path, split: str, limit: int | None) -> Sequence[tuple[str
 
     builder = tfds.builder_from_directory(str(folder))  # reads only this folder; data_source("gsm8k") may ask GCS
     if split not in builder.info.splits:
-        raise ValueError(unknown("split of task 'gsm8k'", split, builder.info.splits))
+        raise ValueError(unknown_name_message("split of task 'gsm8k'", split, builder.info.splits))
     try:
         rows = builder.as_data_source(split=split)
     except NotImplementedError:
@@ -76,7 +76,7 @@ def _prepared(folder: Path, split: str, limit: int | None) -> Sequence[tuple[str
 
 def _downloaded(split: str, revision: str | None, root: Path) -> Sequence[tuple[str, str]]:
     if split not in ("train", "test"):
-        raise ValueError(unknown("split of task 'gsm8k'", split, ("train", "test")))
+        raise ValueError(unknown_name_message("split of task 'gsm8k'", split, ("train", "test")))
     folder, files = data_folder(HUB_ID, "main", split, revision)
     why = "as revision says" if revision is not None else f"no prepared TFDS folder in {root}"
     hub.reading().say(f"gsm8k: {why}, reading {HUB_ID}@{folder.name} from the hub")

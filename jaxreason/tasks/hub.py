@@ -17,7 +17,7 @@ from math import inf, isfinite
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from jaxreason.options import read_text, unknown
+from jaxreason.options import read_text, unknown_name_message
 from jaxreason.runtime import hub as hub_
 from jaxreason.tasks import splits
 from jaxreason.types import Task
@@ -63,7 +63,7 @@ def hub(
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out got {held_out}; allowed: 0 to below 1")
     if held_out and split not in splits.SPLITS:
-        raise ValueError(unknown("split", split, splits.SPLITS))
+        raise ValueError(unknown_name_message("split", split, splits.SPLITS))
     _check_filter(filter)
     folder, files = data_folder(id, config, "train" if held_out else split, revision)
     wanted = {"question": question, "answer": answer} | ({} if solution is None else {"solution": solution})
@@ -142,7 +142,7 @@ def data_files(id: str, names: Iterable[str], config: str | None, split: str) ->
         of_config = [name for name in files if _config_of(name) == chosen]
         of_config = of_config or [name for name in files if _config_of(name).rpartition("/")[2] == chosen]
         if not of_config:
-            raise ValueError(unknown(f"config of {id}", config, folders))
+            raise ValueError(unknown_name_message(f"config of {id}", config, folders))
         files = of_config
     files = _of_split(id, files, split)
     folders = sorted({_config_of(name) for name in files})
@@ -163,7 +163,9 @@ NUMBERED = re.compile(r"(.*?)(?:(?:^|[-_.])(\d+)(?:-of-(\d+)(?:-[0-9a-f]{16})?)?
 
 
 def _parts(name: str) -> tuple[str, str, str]:
-    """Folder, split that the last folder names ("" if it names none), and stem of a file."""
+    """Folder, split that the last folder names ("" if it names none), and stem of a
+    file.
+    """
     path = PurePosixPath(name)
     words = [word for known in WORDS.values() for word in known]
     is_split = path.parent.name in words or path.parent.name.startswith("partial-")  # as the hub names a part of a split
@@ -189,7 +191,7 @@ def _of_split(id: str, files: Sequence[str], split: str) -> list[str]:
     there = {known.get(word, word) for name in files for word in _named(name) | _told(name)}
     there = {word for word in there if word in WORDS or word.startswith("partial-")}
     if there or split != "train":  # files that name no split are train
-        raise ValueError(unknown(f"split of {id}", split, there or ["train"]))
+        raise ValueError(unknown_name_message(f"split of {id}", split, there or ["train"]))
     return list(files)
 
 
@@ -274,7 +276,7 @@ def _json(path: Path, columns: Sequence[str]) -> Iterator[dict]:
 
 def _check_field(name: str, there: Iterable[str], path: Path) -> None:
     if name not in there:
-        raise ValueError(f"{path.name}: {unknown('field', name, there)}")
+        raise ValueError(f"{path.name}: {unknown_name_message('field', name, there)}")
 
 
 # --- fields ---
@@ -349,7 +351,7 @@ def _check_filter(filter: Any) -> None:
             continue
         for bound, value in wish.items():
             if bound not in BOUNDS:
-                raise ValueError(unknown(f"bound in filter of {field!r}", bound, BOUNDS))
+                raise ValueError(unknown_name_message(f"bound in filter of {field!r}", bound, BOUNDS))
             if not isinstance(value, int | float) or isinstance(value, bool) or value != value:
                 raise ValueError(f"filter of {field!r} got {bound}={value!r}; allowed: numbers")
         if not wish or wish.get("min", -inf) > wish.get("max", inf):

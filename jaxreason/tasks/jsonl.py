@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxreason.options import unknown
+from jaxreason.options import unknown_name_message
 from jaxreason.tasks import splits
 from jaxreason.types import Task
 
@@ -24,20 +24,23 @@ def jsonl(
     held_out: float = 0.1,  # fraction of the questions that are test
     limit: int | None = None,  # tasks, at most
 ) -> Sequence[Task]:
-    """Load tasks from the named fields of each line; `question="Body+Question"` joins several with a space.
+    """Load tasks from the named fields of each line; `question="Body+Question"` joins
+    several with a space.
 
-    Numbers lose a zero fraction (145.0 -> "145"). With `marker`, the answer is what follows
-    its last occurrence in the answer field, and without a `solution` field the whole answer
-    field is the solution (GSM8K's own files: marker="####"). `split` "train" or "test" takes
-    the part of the questions whose hash says so (a share `held_out` is test); None takes
-    all. A config that names one file for a source and a suite gives them "train" and "test".
+    Numbers lose a zero fraction (145.0 -> "145"). With `marker`, the answer is what
+    follows its last occurrence in the answer field, and without a `solution` field the
+    whole answer field is the solution (GSM8K's own files: marker="####"). `split`
+    "train" or "test" takes the part of the questions whose hash says so (a share
+    `held_out` is test); None takes all. A config that names one file for a source and a
+    suite gives them "train" and "test".
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: a bad line (named as file:line), a missing or empty field, or nothing left.
+      ValueError: a bad line (named as file:line), a missing or empty field, or nothing
+        left.
     """
     if split not in (None, *splits.SPLITS):
-        raise ValueError(unknown("split of task 'jsonl'", split, splits.SPLITS))
+        raise ValueError(unknown_name_message("split of task 'jsonl'", split, splits.SPLITS))
     file = Path(os.path.expanduser(path))
     if not file.is_file():
         raise FileNotFoundError(f"task 'jsonl': no file {str(file)!r}")
@@ -86,7 +89,7 @@ def _row(line: bytes, where: str) -> dict:
 
 def _text(row: dict, name: str, where: str) -> str:
     if name not in row:
-        raise ValueError(f"{where}: {unknown('field', name, row)}")
+        raise ValueError(f"{where}: {unknown_name_message('field', name, row)}")
     value: Any = row[name]
     if (
         (isinstance(value, float) and not math.isfinite(value))

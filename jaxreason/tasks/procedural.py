@@ -1,12 +1,16 @@
-"""Problems made by rule: endless, exactly checkable, and split into train and test by construction.
+"""Problems made by rule: endless, exactly checkable, and split into train and test by
+construction.
 
-Each maker returns a lazy sequence of tasks. Item `index` is drawn from `default_rng((seed, split, index))` and redrawn until
-the hash of its question falls in the part of its split, so no seed, size or demonstration style ever puts a question
-in both. Out of distribution is the same maker with `split="test"` and another difficulty.
+Each maker returns a lazy sequence of tasks. Item `index` is drawn from
+`default_rng((seed, split, index))` and redrawn until the hash of its question falls in
+the part of its split, so no seed, size or demonstration style ever puts a question in
+both. Out of distribution is the same maker with `split="test"` and another difficulty.
 
-`demonstrations` chooses `Task.solution`: "none"; "human" (guesses, short cuts and slips, as people do); "verified" (human ones
-redrawn until the answer is right); "expert" (all the steps, no slip). The question does not depend on it.
-All families write with the 29 characters of `ALPHABET`, and mark the answer by `A`: `7+5*3-2:` -> `7+5=2*3=6-2=4;A4`.
+`demonstrations` chooses `Task.solution`: "none"; "human" (guesses, short cuts and
+slips, as people do); "verified" (human ones redrawn until the answer is right);
+"expert" (all the steps, no slip). The question does not depend on it. All families
+write with the 29 characters of `ALPHABET`, and mark the answer by `A`: `7+5*3-2:` ->
+`7+5=2*3=6-2=4;A4`.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxreason.options import unknown
+from jaxreason.options import unknown_name_message
 from jaxreason.tasks import splits
 from jaxreason.types import Task
 
@@ -31,7 +35,9 @@ DRAWS = 1000  # until a question falls in its split: with 1 in 8, all fail with 
 
 
 class Question(NamedTuple):
-    """A drawn problem. `canonical` is the same for questions that are the same; `parts` is for the demonstrations."""
+    """A drawn problem. `canonical` is the same for questions that are the same; `parts`
+    is for the demonstrations.
+    """
 
     text: str
     canonical: str
@@ -41,7 +47,9 @@ class Question(NamedTuple):
 
 
 class Demonstration(NamedTuple):
-    """A worked solution. `forced` are the character spans that a tool wrote: to be masked from the loss."""
+    """A worked solution. `forced` are the character spans that a tool wrote: to be
+    masked from the loss.
+    """
 
     text: str
     right: bool = True
@@ -49,7 +57,9 @@ class Demonstration(NamedTuple):
 
 
 class Dice:
-    """Uniform draws, in blocks: a scalar draw from a NumPy generator takes microseconds, and an item takes dozens of them."""
+    """Uniform draws, in blocks: a scalar draw from a NumPy generator takes
+    microseconds, and an item takes dozens of them.
+    """
 
     def __init__(self, *seed: int):
         self._rng = np.random.default_rng(seed)
@@ -112,7 +122,9 @@ class Drawn(Sequence):
 
 
 def are_disjoint(a: Sequence, b: Sequence) -> bool:
-    """Whether no question can be in both, as they are drawn from two splits of one family."""
+    """Whether no question can be in both, as they are drawn from two splits of one
+    family.
+    """
     return isinstance(a, Drawn) and isinstance(b, Drawn) and a.family == b.family and a.split != b.split
 
 
@@ -130,8 +142,9 @@ def chain(
 ) -> Sequence[Task]:
     """Make left-to-right arithmetic modulo 10: `7+5*3-2:` -> `7+5=2*3=6-2=4;A4`.
 
-    A human guesses with probability `guess` (right in `guess_right` of those), stops part-way with `stop_early` and answers
-    with the value so far, and otherwise works it all out; each step slips to a uniform digit with `slip` and goes on from there.
+    A human guesses with probability `guess` (right in `guess_right` of those), stops
+    part-way with `stop_early` and answers with the value so far, and otherwise works it
+    all out; each step slips to a uniform digit with `slip` and goes on from there.
     """
     _check_probabilities(slip=slip, guess=guess, stop_early=stop_early, guess_right=guess_right)
     draw_ops = _difficulty("ops", ops, ops_weights)
@@ -151,7 +164,8 @@ def chain(
             right = dice.chance(guess_right)
             value = question.answer if right else dice.other(10, int(question.answer))
             return Demonstration(f";A{value}", right)
-        # Given that it is no guess, so that `guess` and `stop_early` are shares of all demonstrations.
+        # Given that it is no guess, so that `guess` and `stop_early` are shares of all
+        # demonstrations.
         if guess < 1 and dice.chance(stop_early / (1 - guess)):
             return work(dice, question, slip, stop=dice.between(1, len(question.parts[1])))
         return work(dice, question, slip)
@@ -176,11 +190,14 @@ def inverse_chain(
     slip: float = 0.04,  # human: probability of a wrong step
     check_slip: float = 0.05,  # human: probability of a wrong check
 ) -> Sequence[Task]:
-    """Make chains with a missing first digit, for trial and error: `?*7+5=2:` -> `3*7=1+5=6n4*7=8+5=3n1*7=7+5=2yA1`.
+    """Make chains with a missing first digit, for trial and error: `?*7+5=2:` ->
+    `3*7=1+5=6n4*7=8+5=3n1*7=7+5=2yA1`.
 
-    `data["answers"]` has every digit that solves it, at most `max_answers`. A human tries an untried digit (a right one with
-    probability `lucky`, else a random one), gives up after a wrong attempt with `give_up` or when `attempts` are used up, and
-    then answers with a guess; a step slips with `slip`, the y/n check with `check_slip`. An expert neither slips nor gives up.
+    `data["answers"]` has every digit that solves it, at most `max_answers`. A human
+    tries an untried digit (a right one with probability `lucky`, else a random one),
+    gives up after a wrong attempt with `give_up` or when `attempts` are used up, and
+    then answers with a guess; a step slips with `slip`, the y/n check with
+    `check_slip`. An expert neither slips nor gives up.
     """
     _check_probabilities(lucky=lucky, give_up=give_up, slip=slip, check_slip=check_slip)
     draw_ops = _difficulty("ops", ops, ops_weights)
@@ -233,11 +250,14 @@ def calculator(
     sum_right: float = 0.3,  # human: probability that a sum without a call is right
     guess_right: float = 0.4,
 ) -> Sequence[Task]:
-    """Make a product and a sum, hard without the tool: `47*83+512:` -> `[47*83=3901][3901+512=4413]A4413`.
+    """Make a product and a sum, hard without the tool: `47*83+512:` ->
+    `[47*83=3901][3901+512=4413]A4413`.
 
-    The model writes a call up to its `=`; the tool writes the result and the `]`, and `data["forced"]` has those spans of the
-    solution. A human calls with probability `use_tool` (then calls again for the sum with `chain_calls`, else guesses the sum,
-    right in `sum_right`); otherwise guesses outright, right in `guess_right`. A wrong guess has one wrong digit.
+    The model writes a call up to its `=`; the tool writes the result and the `]`, and
+    `data["forced"]` has those spans of the solution. A human calls with probability
+    `use_tool` (then calls again for the sum with `chain_calls`, else guesses the sum,
+    right in `sum_right`); otherwise guesses outright, right in `guess_right`. A wrong
+    guess has one wrong digit.
     """
     _check_probabilities(use_tool=use_tool, chain_calls=chain_calls, sum_right=sum_right, guess_right=guess_right)
     draw_factor, draw_addend = _difficulty("factor_digits", factor_digits), _difficulty("addend_digits", addend_digits)
@@ -291,11 +311,14 @@ def countdown(
     slip: float = 0.04,
     check_slip: float = 0.05,
 ) -> Sequence[Task]:
-    """Make "reach the target with each number once": `3,7,5=26:` -> `7-5=2,2*3=6n3*7=21,21+5=26yA3*7+5`.
+    """Make "reach the target with each number once": `3,7,5=26:` ->
+    `7-5=2,2*3=6n3*7=21,21+5=26yA3*7+5`.
 
-    An attempt is its steps, joined by commas, and `n` or `y`. `data` has `numbers` and `target`; a solution exists, and
-    `Task.answer` is one, by construction: values are whole numbers >= 0 throughout. A human answers without a search with
-    probability `direct`; the rest is as in `inverse_chain`, but an attempt may be repeated. The expert's last attempt succeeds.
+    An attempt is its steps, joined by commas, and `n` or `y`. `data` has `numbers` and
+    `target`; a solution exists, and `Task.answer` is one, by construction: values are
+    whole numbers >= 0 throughout. A human answers without a search with probability
+    `direct`; the rest is as in `inverse_chain`, but an attempt may be repeated. The
+    expert's last attempt succeeds.
     """
     _check_probabilities(direct=direct, lucky=lucky, give_up=give_up, slip=slip, check_slip=check_slip)
     draw_count = _difficulty("numbers", numbers)
@@ -352,7 +375,9 @@ def reversal(
     slip: float = 0.05,
     guess: float = 0.3,
 ) -> Sequence[Task]:
-    """Make digit strings to reverse: `<407:` -> `40,7;4,70;,704;A704`, each step what is left and what is done."""
+    """Make digit strings to reverse: `<407:` -> `40,7;4,70;,704;A704`, each step what
+    is left and what is done.
+    """
     return _rearrange("reversal", "<", lambda rest: len(rest) - 1, split, size, seed, length, demonstrations, slip, guess)
 
 
@@ -365,12 +390,16 @@ def sorting(
     slip: float = 0.05,
     guess: float = 0.3,
 ) -> Sequence[Task]:
-    """Make digit strings to sort upwards: `>407:` -> `47,0;7,04;,047;A047`, each step what is left and what is done."""
+    """Make digit strings to sort upwards: `>407:` -> `47,0;7,04;,047;A047`, each step
+    what is left and what is done.
+    """
     return _rearrange("sorting", ">", lambda rest: rest.index(min(rest)), split, size, seed, length, demonstrations, slip, guess)
 
 
 def _rearrange(name, sign, choose, split, size, seed, length, demonstrations, slip, guess) -> Sequence[Task]:
-    """Move one digit at a time from the rest to the result. A human moves a random one with `slip`; a `guess` is any order."""
+    """Move one digit at a time from the rest to the result. A human moves a random one
+    with `slip`; a `guess` is any order.
+    """
     _check_probabilities(slip=slip, guess=guess)
     draw_length = _difficulty("length", length)
 
@@ -401,11 +430,13 @@ def _rearrange(name, sign, choose, split, size, seed, length, demonstrations, sl
 
 
 def _tasks(name, split, size, seed, demonstrations, draw, human, expert) -> Sequence[Task]:
-    """Build the sequence of a family from how it draws a question (None: draw again) and how people and experts work it out."""
+    """Build the sequence of a family from how it draws a question (None: draw again)
+    and how people and experts work it out.
+    """
     if split not in splits.SPLITS:
-        raise ValueError(unknown(f"split of task {name!r}", split, splits.SPLITS))
+        raise ValueError(unknown_name_message(f"split of task {name!r}", split, splits.SPLITS))
     if demonstrations not in DEMONSTRATIONS:
-        raise ValueError(unknown("demonstrations", demonstrations, DEMONSTRATIONS))
+        raise ValueError(unknown_name_message("demonstrations", demonstrations, DEMONSTRATIONS))
     if not 1 <= size <= LARGEST or seed < 0:
         raise ValueError(f"task {name!r} got size={size}, seed={seed}; allowed: size from 1 to {LARGEST:,}, seed >= 0")
     number = splits.SPLITS.index(split)
@@ -441,7 +472,9 @@ def _tasks(name, split, size, seed, demonstrations, draw, human, expert) -> Sequ
 
 
 def _difficulty(name: str, value: int | Sequence[int], weights: Sequence[float] | None = None) -> Callable[[Dice], int]:
-    """Return the draw of a difficulty given as a number or as (lowest, highest), by default uniform."""
+    """Return the draw of a difficulty given as a number or as (lowest, highest), by
+    default uniform.
+    """
     try:
         low, high = (value, value) if isinstance(value, int) else map(operator.index, value)
     except (TypeError, ValueError):
@@ -489,7 +522,9 @@ def _run(value: int, steps: list[tuple[str, int]]) -> int:
 
 
 def _trace(dice: Dice, value: int, steps: list[tuple[str, int]], slip: float) -> tuple[str, int]:
-    """Write the chain with `=value` after each step from the value so far: `7+5=2*3=6`."""
+    """Write the chain with `=value` after each step from the value so far:
+    `7+5=2*3=6`.
+    """
     text = str(value)
     for op, digit in steps:
         value = _apply(op, value, digit) % 10
@@ -511,7 +546,9 @@ def _misremember(dice: Dice, number: str) -> str:
 
 
 def _combine(dice: Dice, pool: Sequence[int]):
-    """Join all numbers into a random expression whose values are whole and >= 0 throughout."""
+    """Join all numbers into a random expression whose values are whole and >= 0
+    throughout.
+    """
     items: list = [(number, number) for number in pool]  # (expression, value)
     while len(items) > 1:
         (left, a), (right, b) = (items.pop(dice.below(len(items))) for _ in range(2))
@@ -538,7 +575,9 @@ def _expression(tree, outer: str = "", on_right: bool = False) -> str:
 
 
 def _work(dice: Dice, tree, slip: float) -> tuple[list[str], int]:
-    """Work an expression out step by step, inner ones first; a slip goes on from its wrong value."""
+    """Work an expression out step by step, inner ones first; a slip goes on from its
+    wrong value.
+    """
     if isinstance(tree, int):
         return [], tree
     left, op, right = tree

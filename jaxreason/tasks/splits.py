@@ -1,4 +1,6 @@
-"""The split of a text by its content: the same on every machine, whatever its neighbours, and equal texts stay together."""
+"""The split of a text by its content: the same on every machine, whatever its
+neighbours, and equal texts stay together.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def split_of(text: str, held_out: float) -> str:
 
 
 def normalised(text: str) -> str:
-    """Spell a question such that two that differ in case or white space alone are equal."""
+    """Spell a question such that two that differ in case or white space alone are
+    equal.
+    """
     return " ".join(text.casefold().split())
 
 

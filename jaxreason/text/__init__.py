@@ -1,4 +1,6 @@
-"""Text to token ids and back: tokenizers, chat templates, and the prompt formats that training and sampling share."""
+"""Text to token ids and back: tokenizers, chat templates, and the prompt formats that
+training and sampling share.
+"""
 
 from jaxreason.text.chat import Format, chat, encode_chat, plain
 from jaxreason.text.template import load_template, render, template_path

@@ -1,10 +1,12 @@
 """From tasks and messages to token ids, with a mask of what may be trained on.
 
-A `Format` is how one run talks to its model: `plain` (the question, then the model writes) or `chat` (a checkpoint's own
-Jinja template). Training and sampling see the same ids: what the model writes is encoded by itself and appended as ids to
-the prompt's, never re-tokenised with it. Text that comes from outside cannot smuggle in tokens with a meaning of their own:
-those written in a message are encoded as plain characters (of what the assistant wrote, only special ones are: a worked
-solution may think and call tools, but not end its turn).
+A `Format` is how one run talks to its model: `plain` (the question, then the model
+writes) or `chat` (a checkpoint's own Jinja template). Training and sampling see the
+same ids: what the model writes is encoded by itself and appended as ids to the
+prompt's, never re-tokenised with it. Text that comes from outside cannot smuggle in
+tokens with a meaning of their own: those written in a message are encoded as plain
+characters (of what the assistant wrote, only special ones are: a worked solution may
+think and call tools, but not end its turn).
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ PROBE = "\ue004"  # stands for a text where a template is tried
 
 
 def plain(tokenizer: Tokenizer, instruction: str = QUESTION) -> Format:
-    """Make the format of a model without a chat template: bos (if there is one), the question, and the model writes on.
+    """Make the format of a model without a chat template: bos (if there is one), the
+    question, and the model writes on.
 
     Raises:
       ValueError: an instruction without `{question}`.
@@ -80,22 +83,26 @@ def chat(
     date: datetime.date | None = None,
     path: Path | None = None,
 ) -> Format:
-    """Make the format of a chat model: the question is the user's turn, and the model writes the assistant's.
+    """Make the format of a chat model: the question is the user's turn, and the model
+    writes the assistant's.
 
-    A template whose prompt opens the assistant's turn in another way than it renders one (R1 and QwQ open `<think>`) has
-    prompts, but refuses demonstrations.
+    A template whose prompt opens the assistant's turn in another way than it renders
+    one (R1 and QwQ open `<think>`) has prompts, but refuses demonstrations.
 
     Args:
       tokenizer: its eos ids must hold the token that ends a turn in this template.
       template: Jinja source, as from `load_template`.
-      system: the system message; none is sent if empty (a template may then put in its own).
+      system: the system message; none is sent if empty (a template may then put in its
+        own).
       instruction: the user's message; `{question}` in it stands for the question.
-      arguments: what the template reads beyond messages, such as `{"enable_thinking": False}`.
+      arguments: what the template reads beyond messages, such as `{"enable_thinking":
+        False}`.
       date: what the template takes for today; None: the day on which this is called.
       path: the file of the template, for errors to name.
 
     Raises:
-      ValueError: a template that does not work, an argument that it does not read, or an instruction without `{question}`.
+      ValueError: a template that does not work, an argument that it does not read, or
+        an instruction without `{question}`.
     """
     check_instruction(instruction)
     with naming(path):
@@ -130,7 +137,8 @@ def check_instruction(instruction: str) -> None:
 
 
 def check_template(tokenizer: Tokenizer, template: str, messages: Sequence[Message], **arguments) -> None:
-    """Check that a template writes all that it is given, and ends the assistant's turn so that a sampler stops.
+    """Check that a template writes all that it is given, and ends the assistant's turn
+    so that a sampler stops.
 
     Raises:
       ValueError: it does not.
@@ -159,7 +167,9 @@ def naming(path: Path | None):
 
 
 def spans(task: Task) -> list[tuple[str, bool]]:
-    """Split a worked solution into what the model writes and what is forced (`task.data["forced"]`)."""
+    """Split a worked solution into what the model writes and what is forced
+    (`task.data["forced"]`).
+    """
     found, at = [], 0
     for start, end in [*sorted(task.data.get("forced", ())), (len(task.solution),) * 2]:
         if not at <= start <= end <= len(task.solution):
@@ -171,8 +181,9 @@ def spans(task: Task) -> list[tuple[str, bool]]:
 
 # --------------------------------------------------------------------------------------------------------- messages
 
-# Private-use characters put around what stands in a message's content and is to be encoded as plain characters (special tokens),
-# and around what is forced in it, to tell them, in the rendered text, from what the template wrote.
+# Private-use characters put around what stands in a message's content and is to be
+# encoded as plain characters (special tokens), and around what is forced in it, to tell
+# them, in the rendered text, from what the template wrote.
 OPEN, CLOSE, FORCED, GIVEN = "\ue000", "\ue001", "\ue002", "\ue003"
 MARKED = re.compile(f"{OPEN}([^{OPEN}{CLOSE}]*){CLOSE}|{FORCED}([^{FORCED}{GIVEN}]*){GIVEN}|[{OPEN}{CLOSE}{FORCED}{GIVEN}]")
 
@@ -184,14 +195,18 @@ def encode_chat(
     add_generation_prompt: bool = False,
     **arguments,
 ) -> tuple[list[int], list[bool]]:
-    """Encode a conversation; mark what the assistant wrote: its contents, each with the token that ends its turn.
+    """Encode a conversation; mark what the assistant wrote: its contents, each with the
+    token that ends its turn.
 
-    Each turn of the assistant is encoded apart from what stands before it, as when it was sampled. Where a template drops
-    parts of earlier turns (Qwen3 drops their reasoning), they are dropped here too, and not trained on. A content may be a list
-    of `(text, is_forced)`: what is forced is encoded as text from outside, and not trained on.
+    Each turn of the assistant is encoded apart from what stands before it, as when it
+    was sampled. Where a template drops parts of earlier turns (Qwen3 drops their
+    reasoning), they are dropped here too, and not trained on. A content may be a list
+    of `(text, is_forced)`: what is forced is encoded as text from outside, and not
+    trained on.
 
     Raises:
-      ValueError: the template fails, changes the prompt of an earlier turn, or ends a turn with no eos token.
+      ValueError: the template fails, changes the prompt of an earlier turn, or ends a
+        turn with no eos token.
     """
     messages = [_guarded(_plain(m), tokenizer) for m in messages]
     arguments = special_names(tokenizer) | arguments
@@ -243,7 +258,9 @@ def _plain(message: Message | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _guarded(message: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Put marks around what is forced in a message, and around tokens that it may not write."""
+    """Put marks around what is forced in a message, and around tokens that it may not
+    write.
+    """
     content = message["content"]
     pieces = [(content, False)] if isinstance(content, str) else content
     if not all(isinstance(piece, tuple) for piece in pieces):
@@ -267,7 +284,8 @@ def _guarded(message: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _encode_guarded(tokenizer: Tokenizer, text: str, continues: bool = False) -> tuple[list[int], list[bool]]:
-    """Encode rendered text, with what stands between marks as plain characters; say of each id whether it is forced.
+    """Encode rendered text, with what stands between marks as plain characters; say of
+    each id whether it is forced.
 
     A mark that lost its partner is dropped.
     """

@@ -1,8 +1,10 @@
-"""Chat templates: read from a checkpoint, and rendered in a sandbox with the names that transformers gives them.
+"""Chat templates: read from a checkpoint, and rendered in a sandbox with the names that
+transformers gives them.
 
-Templates come from the internet and are programs. Here they see no attribute that Python keeps to itself, and a budget of
-steps and of characters ends those that loop, recurse or grow without end. The same conversation always renders to the same
-text: its date is given (`clock`), and what draws at random is left out.
+Templates come from the internet and are programs. Here they see no attribute that
+Python keeps to itself, and a budget of steps and of characters ends those that loop,
+recurse or grow without end. The same conversation always renders to the same text: its
+date is given (`clock`), and what draws at random is left out.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import jinja2.nodes
 import jinja2.sandbox
 import jinja2.visitor
 
-from jaxreason.options import read_object, read_text, unknown
+from jaxreason.options import read_object, read_text, unknown_name_message
 from jaxreason.types import Message
 
 MAX_STEPS = 100_000  # calls, and rounds of loops, of one rendering
@@ -39,7 +41,8 @@ FAILURES = (
 
 
 def load_template(folder: str | Path) -> str:
-    """Read the chat template of a checkpoint: chat_template.jinja, or the entry of tokenizer_config.json.
+    """Read the chat template of a checkpoint: chat_template.jinja, or the entry of
+    tokenizer_config.json.
 
     Raises:
       FileNotFoundError: it has none, as a base model.
@@ -76,7 +79,7 @@ def check_arguments(template: str, arguments: Mapping[str, Any]) -> None:
     read -= {*GIVEN, *_environment().globals}
     for name in arguments:
         if name not in read:
-            raise ValueError(unknown("argument of the chat template", name, read))
+            raise ValueError(unknown_name_message("argument of the chat template", name, read))
 
 
 def render(
@@ -85,13 +88,15 @@ def render(
     add_generation_prompt: bool,
     **arguments,
 ) -> str:
-    """Render a conversation to text; `add_generation_prompt` ends it where the assistant starts to write.
+    """Render a conversation to text; `add_generation_prompt` ends it where the
+    assistant starts to write.
 
     Args:
       template: Jinja source.
       messages: the conversation.
       add_generation_prompt: whether the assistant's turn is opened.
-      **arguments: what else the template reads; `strftime_now`, unless given, tells the time at hand.
+      **arguments: what else the template reads; `strftime_now`, unless given, tells the
+        time at hand.
 
     Raises:
       ValueError: the template is not valid, refuses these messages, or does not end.
@@ -137,7 +142,9 @@ def _spend(steps: int) -> None:
 
 
 def _bounded(value, size: int | None = None):
-    """Give a value back, unless it has grown too large. A thousand characters are as good as a step."""
+    """Give a value back, unless it has grown too large. A thousand characters are as
+    good as a step.
+    """
     if size is None:
         size = value.bit_length() if isinstance(value, int) else len(value) if isinstance(value, str | list | tuple) else 0
     if size > MAX_SIZE:
@@ -161,7 +168,9 @@ def _counted(items):
 
 
 class _Budgeted(jinja2.visitor.NodeTransformer):
-    """Put `_counted` around what loops run over, and `_bounded` around what is assigned or joined."""
+    """Put `_counted` around what loops run over, and `_bounded` around what is assigned
+    or joined.
+    """
 
     def visit_For(self, node):
         node = self.generic_visit(node)
@@ -181,7 +190,9 @@ class _Budgeted(jinja2.visitor.NodeTransformer):
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The environment that templates are written for (the settings and names of transformers), with a budget."""
+    """The environment that templates are written for (the settings and names of
+    transformers), with a budget.
+    """
 
     intercepted_binops = frozenset({"*", "**", "+", "%"})
 
@@ -215,7 +226,9 @@ def _length(value) -> int:
 
 
 def _check_widths(text, *numbers) -> None:
-    """Raise for what would pad a text without end: `"%99999999d" % 1`, `"x".ljust(10**9)`."""
+    """Raise for what would pad a text without end: `"%99999999d" % 1`,
+    `"x".ljust(10**9)`.
+    """
     if isinstance(text, str) and (re.search(r"\d{6}", text) or any(isinstance(n, int) and n > MAX_SIZE for n in numbers)):
         raise jinja2.TemplateError("it pads a text to too many characters")
 
@@ -233,7 +246,9 @@ def _filter(function: Callable) -> Callable:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what the assistant wrote; renders as find where that is without it, so it does nothing here."""
+    """`{% generation %}` marks what the assistant wrote; renders as find where that is
+    without it, so it does nothing here.
+    """
 
     tags = {"generation"}  # noqa: RUF012
 

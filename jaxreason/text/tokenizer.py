@@ -1,12 +1,16 @@
-"""Tokenizers behind one NamedTuple of functions: characters of an alphabet, bytes, or a `tokenizer.json`.
+"""Tokenizers behind one NamedTuple of functions: characters of an alphabet, bytes, or a
+`tokenizer.json`.
 
-Encoding never adds tokens. It recognises special tokens written in the text, because chat templates write them;
-`special=False` reads them as plain characters, which is how a solution is encoded, so that it cannot end a turn or open
-another; `added=False` reads all tokens with a meaning of their own so (Qwen3's `</think>` is not special), which is how text
-from outside (questions, tool output) is encoded. Decoding is total: whatever ids a model samples, it gives a text.
+Encoding never adds tokens. It recognises special tokens written in the text, because
+chat templates write them; `special=False` reads them as plain characters, which is how
+a solution is encoded, so that it cannot end a turn or open another; `added=False` reads
+all tokens with a meaning of their own so (Qwen3's `</think>` is not special), which is
+how text from outside (questions, tool output) is encoded. Decoding is total: whatever
+ids a model samples, it gives a text.
 
-Tokenizers of the SentencePiece kind (Llama 2) write a space in front of a text and take it away when they decode. What
-continues a text has none: `continues=True`, for every piece that is encoded or decoded apart from what is before it.
+Tokenizers of the SentencePiece kind (Llama 2) write a space in front of a text and take
+it away when they decode. What continues a text has none: `continues=True`, for every
+piece that is encoded or decoded apart from what is before it.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from jaxreason.options import read_object, read_text, unknown
+from jaxreason.options import read_object, read_text, unknown_name_message
 
 UNKNOWN = "\ufffd"  # what an id without a token decodes to: checkpoints pad their vocabulary, and models sample from all of it
 
@@ -56,7 +60,9 @@ PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 def _made(
     pieces: int, vocab_size: int | None, encode_plain: Callable, decode_plain: Callable, show: Callable, save: Callable
 ) -> Tokenizer:
-    """A tokenizer with ids 0 = pad, 1 = bos, 2 = eos, then `pieces` more that start at 0 for the functions given."""
+    """A tokenizer with ids 0 = pad, 1 = bos, 2 = eos, then `pieces` more that start at
+    0 for the functions given.
+    """
     ids_of = {PAD: 0, BOS: 1, EOS: 2}
     texts = {i: text for text, i in ids_of.items()}
     first = len(ids_of)
@@ -89,14 +95,16 @@ def _made(
 
 
 def characters(alphabet: str, vocab_size: int | None = None) -> Tokenizer:
-    """Make one token a character: ids 0 = pad, 1 = bos, 2 = eos, then the alphabet in its order.
+    """Make one token a character: ids 0 = pad, 1 = bos, 2 = eos, then the alphabet in
+    its order.
 
     Args:
       alphabet: the characters, each once.
       vocab_size: None, or more than that, where a model's vocabulary is rounded up.
 
     Raises:
-      ValueError: here, a repeated character; when encoding, a character that is not in the alphabet.
+      ValueError: here, a repeated character; when encoding, a character that is not in
+        the alphabet.
     """
     index = {c: i for i, c in enumerate(alphabet)}
     if len(index) < len(alphabet):
@@ -115,7 +123,8 @@ def characters(alphabet: str, vocab_size: int | None = None) -> Tokenizer:
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers
 
-        # "<unk>" is no word of it, so that a character which is not in the alphabet is an error there too.
+        # "<unk>" is no word of it, so that a character which is not in the alphabet is
+        # an error there too.
         made = tokenizers.Tokenizer(models.WordLevel(_numbered(alphabet), unk_token="<unk>"))
         made.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
         made.decoder = decoders.Fuse()
@@ -125,7 +134,9 @@ def characters(alphabet: str, vocab_size: int | None = None) -> Tokenizer:
 
 
 def byte_level(vocab_size: int | None = None) -> Tokenizer:
-    """Make one token a byte of UTF-8: ids 0 = pad, 1 = bos, 2 = eos, then the 256 bytes."""
+    """Make one token a byte of UTF-8: ids 0 = pad, 1 = bos, 2 = eos, then the 256
+    bytes.
+    """
 
     def show(i):
         return chr(i) if 32 <= i < 127 else f"<0x{i:02X}>"
@@ -137,7 +148,8 @@ def byte_level(vocab_size: int | None = None) -> Tokenizer:
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers
 
-        # In such a file a byte is a character that can be seen: itself, or one from 256 on, as GPT-2 had it.
+        # In such a file a byte is a character that can be seen: itself, or one from 256
+        # on, as GPT-2 had it.
         seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
         unseen = [byte for byte in range(256) if byte not in seen]
         pieces = [chr(256 + unseen.index(byte) if byte in unseen else byte) for byte in range(256)]
@@ -154,7 +166,9 @@ def _numbered(pieces: Sequence[str]) -> dict[str, int]:
 
 
 def _write(made, folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json; with its special tokens a text begins with bos, as a plain prompt does."""
+    """Write tokenizer.json and tokenizer_config.json; with its special tokens a text
+    begins with bos, as a plain prompt does.
+    """
     from tokenizers import AddedToken, processors
 
     made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in (PAD, BOS, EOS)])
@@ -178,16 +192,18 @@ def _write(made, folder: Path) -> None:
 def load(folder: str | Path) -> Tokenizer:
     """Load a `tokenizer.json` and what stands beside it.
 
-    eos ids: `eos_token` of tokenizer_config.json first, then those of generation_config.json (Llama and Qwen list several
-    there); where that has none, those of config.json. bos: tokenizer_config.json alone, as some families name one that they
-    never use.
+    eos ids: `eos_token` of tokenizer_config.json first, then those of
+    generation_config.json (Llama and Qwen list several there); where that has none,
+    those of config.json. bos: tokenizer_config.json alone, as some families name one
+    that they never use.
 
     Args:
       folder: of a checkpoint; for a Hugging Face id pass `weights.resolve(id)`.
 
     Raises:
       FileNotFoundError: no tokenizer.json.
-      ValueError: a file cannot be read, no end-of-sequence token is known, or one that the tokenizer does not have.
+      ValueError: a file cannot be read, no end-of-sequence token is known, or one that
+        the tokenizer does not have.
     """
     import tokenizers  # here: 30 ms that characters and bytes need not pay
 
@@ -212,7 +228,8 @@ def load(folder: str | Path) -> Tokenizer:
     plain_reader.encode_special_tokens = True
     tokens = {token.content: (i, token.special) for i, token in reader.get_added_tokens_decoder().items()}
     special = {content: i for content, (i, is_special) in tokens.items() if is_special}
-    # Runs of white space, which some tokenizers add as tokens, mean nothing but themselves.
+    # Runs of white space, which some tokenizers add as tokens, mean nothing but
+    # themselves.
     added = {content: i for content, (i, is_special) in tokens.items() if not is_special and content.strip()}
     outside_reader = plain_reader
     if added:
@@ -254,7 +271,9 @@ def load(folder: str | Path) -> Tokenizer:
         return before + read(one, text[inner:], no)
 
     def read(one, text, no):
-        """Encode with no id of `no`: the model itself may have such a token as a piece of text. It is spelled then."""
+        """Encode with no id of `no`: the model itself may have such a token as a piece
+        of text. It is spelled then.
+        """
         found = one.encode(text, add_special_tokens=False)
         ids = found.ids  # a copy at each look
         if not no or no.isdisjoint(ids):
@@ -292,7 +311,9 @@ def load(folder: str | Path) -> Tokenizer:
 
 
 def _may_write(reader, words: Sequence[str]) -> bool:
-    """Whether one of these tokens is looked for in normalized text, or is a piece of the model itself."""
+    """Whether one of these tokens is looked for in normalized text, or is a piece of
+    the model itself.
+    """
     return any(token.normalized for token in reader.get_added_tokens_decoder().values() if token.content in words) or any(
         reader.model.token_to_id(word) is not None for word in words
     )
@@ -309,7 +330,9 @@ def _unknown_id(reader) -> int | None:
 
 
 def _any(words: Iterable[str]) -> re.Pattern:
-    """A pattern of any of these words, the longest first; it matches nowhere if there are none."""
+    """A pattern of any of these words, the longest first; it matches nowhere if there
+    are none.
+    """
     return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
 
 
@@ -319,7 +342,9 @@ PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder
 
 
 def _bare(reader) -> dict[str, Any]:
-    """Make the parts of a tokenizer anew that put a space in front of a text or take it away, so that they don't; by name."""
+    """Make the parts of a tokenizer anew that put a space in front of a text or take it
+    away, so that they don't; by name.
+    """
     import tokenizers
 
     shell = tokenizers.Tokenizer(tokenizers.models.BPE())  # its parts alone, without the vocabulary
@@ -334,7 +359,9 @@ def _bare(reader) -> dict[str, Any]:
 
 
 def _without_space(name: str, part: dict[str, Any]) -> dict[str, Any] | None:
-    """A part of a tokenizer.json, or of a sequence there, without the space; None if nothing is left of it."""
+    """A part of a tokenizer.json, or of a sequence there, without the space; None if
+    nothing is left of it.
+    """
     kind = part["type"]
     if kind == "Sequence":
         left = [_without_space(name, one) for one in part[PARTS[name]]]
@@ -349,7 +376,9 @@ def _without_space(name: str, part: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _bytes_of(reader) -> dict[int, int]:
-    """The tokens that are single bytes, of a tokenizer that falls back on them: id to byte."""
+    """The tokens that are single bytes, of a tokenizer that falls back on them: id to
+    byte.
+    """
     if reader.decoder is None or "ByteFallback" not in str(reader.decoder):
         return {}
     ids = {byte: reader.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
@@ -383,7 +412,9 @@ def _special_ids(folder: Path, token_to_id: Callable, known: frozenset[int]) -> 
 
 
 def _id_of(path: Path, name: str, text: Any, token_to_id: Callable) -> int | None:
-    """The id of a token that a file names; None for padding that the tokenizer does not have, as nothing reads it."""
+    """The id of a token that a file names; None for padding that the tokenizer does not
+    have, as nothing reads it.
+    """
     text = text.get("content") if isinstance(text, dict) else text
     if not isinstance(text, str):
         raise ValueError(f"{path}: {name} got {text!r}; allowed: the text of a token")
@@ -409,7 +440,8 @@ def _ids(path: Path, name: str, there: dict[str, Any], known: frozenset[int]) ->
 
 
 def with_eos(tokenizer: Tokenizer, eos: Sequence[str | int]) -> Tokenizer:
-    """Add end-of-sequence tokens, given as their texts or ids, behind those that a tokenizer has.
+    """Add end-of-sequence tokens, given as their texts or ids, behind those that a
+    tokenizer has.
 
     Raises:
       ValueError: one that it does not have, or a text that is more than one token.
@@ -442,12 +474,13 @@ TOKENIZERS = {"characters": characters, "byte_level": byte_level, "pretrained": 
 def make(name: str, **kwargs) -> Tokenizer:
     """Make the tokenizer of that name from its keyword arguments."""
     if name not in TOKENIZERS:
-        raise ValueError(unknown("tokenizer", name, TOKENIZERS))
+        raise ValueError(unknown_name_message("tokenizer", name, TOKENIZERS))
     return TOKENIZERS[name](**kwargs)
 
 
 def check_same(there: Tokenizer, here: Tokenizer) -> None:
-    """Check that an id means the same text to both; which of them end a completion may differ.
+    """Check that an id means the same text to both; which of them end a completion may
+    differ.
 
     Raises:
       ValueError: naming the first that does not.
@@ -463,7 +496,8 @@ def check_same(there: Tokenizer, here: Tokenizer) -> None:
 
 
 def check_vocabulary(tokenizer: Tokenizer, config) -> None:
-    """Check that a model of this config has an embedding for every token. More embeddings than tokens are fine.
+    """Check that a model of this config has an embedding for every token. More
+    embeddings than tokens are fine.
 
     Raises:
       ValueError: it has too few.

@@ -1,4 +1,5 @@
-"""The program that a pool's child runs: questions in and answers out, one at a time, until the pipe closes.
+"""The program that a pool's child runs: questions in and answers out, one at a time,
+until the pipe closes.
 
 Run by its path, so it must import nothing of jaxreason. See `pool`.
 """
@@ -14,7 +15,9 @@ from multiprocessing.connection import Connection
 
 
 def math(texts: list[str], keys: list[str]) -> tuple[bool, str | None, str]:
-    """Return (correct, parsed, reason); an empty reason is for the caller to fill in. Any text may be equal to any key."""
+    """Return (correct, parsed, reason); an empty reason is for the caller to fill in.
+    Any text may be equal to any key.
+    """
     from math_verify import parse, verify
 
     gold = [parsed for key in keys if (parsed := parse(key if DELIMITER.search(key) else f"${key}$", parsing_timeout=None))]
@@ -29,7 +32,8 @@ def math(texts: list[str], keys: list[str]) -> tuple[bool, str | None, str]:
 
 
 DELIMITER = re.compile(r"(?<!\\)\$|\\[(\[]")  # of a key that says itself where its mathematics is
-# Imports, builds the parser's tables and fills the caches of simplification, at the cost of about a second.
+# Imports, builds the parser's tables and fills the caches of simplification, at the
+# cost of about a second.
 WARM_UP = ((["$1/2$"], ["0.5"]), ([r"\boxed{x^2+2x+1}"], ["(x+1)^2"]), ([r"\boxed{\sin^2 x+\cos^2 x}"], ["1"]))
 
 
@@ -67,8 +71,9 @@ def main(fd: str, kind: str, timeout_s: str, memory_mb: str) -> None:
             question = json.loads(pipe.recv_bytes())
         except EOFError:
             return
-        # The timer is of our CPU time, which no other process's load can spend. The signal's default action ends the process
-        # even inside C code, and whether the parent lives or not.
+        # The timer is of our CPU time, which no other process's load can spend. The
+        # signal's default action ends the process even inside C code, and whether the
+        # parent lives or not.
         signal.setitimer(signal.ITIMER_PROF, float(timeout_s))
         reply = json.dumps(answer(serve, question)).encode()
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -1,7 +1,8 @@
-"""The answer is an expression that makes the target from the numbers: `3,7,5=26` -> `3*7+5`.
+"""The answer is an expression that makes the target from the numbers: `3,7,5=26` ->
+`3*7+5`.
 
-A small parser of its own (numbers, + - * /, parentheses; no sign, no power), on stacks and exact fractions: no `eval`,
-and no input that recurses or grows.
+A small parser of its own (numbers, + - * /, parentheses; no sign, no power), on stacks
+and exact fractions: no `eval`, and no input that recurses or grows.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ def countdown(
     end: str = "",  # and ends before it; empty: at the end of the text
     use_all: bool = True,  # each number exactly once; else at most once
 ) -> Callable[[str, Task], Verdict]:
-    """Check the expression after the last `marker` against `task.data["numbers"]` and `task.data["target"]`.
+    """Check the expression after the last `marker` against `task.data["numbers"]` and
+    `task.data["target"]`.
 
-    Each number is used exactly once, or at most once without `use_all`. Reasons: right, wrong, no answer, not an
-    expression, wrong numbers, bad key (the numbers or the target are such that no expression could be right).
+    Each number is used exactly once, or at most once without `use_all`. Reasons: right,
+    wrong, no answer, not an expression, wrong numbers, bad key (the numbers or the
+    target are such that no expression could be right).
 
     Raises:
       ValueError: the task has no numbers and target.
@@ -55,7 +58,9 @@ def countdown(
 
 
 def can_judge(numbers: Sequence[int], target: int | float | Fraction, use_all: bool) -> bool:
-    """Tell whether an expression can have these numbers, whole and of one to nine digits, and this target, exact and finite."""
+    """Tell whether an expression can have these numbers, whole and of one to nine
+    digits, and this target, exact and finite.
+    """
     if not isinstance(target, int | float | Fraction) or isinstance(target, bool) or not isfinite(target):
         return False
     writable = [isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 10**9 for n in numbers]

@@ -11,7 +11,9 @@ BAD_KEY = "bad key"  # the reason of a verdict on any text, where no text could 
 
 
 def answer_after(text: str, marker: str = "", end: str = "") -> str | None:
-    """Return what follows the last `marker`, up to `end` if that is there, stripped; None without the marker."""
+    """Return what follows the last `marker`, up to `end` if that is there, stripped;
+    None without the marker.
+    """
     start = text.rfind(marker) if marker else 0
     if start < 0:
         return None
@@ -29,10 +31,11 @@ def exact(
     marker: str = "",  # the answer is what follows the last of it; empty: the whole text
     end: str = "",  # and ends before it; empty: at the end of the text
 ) -> Callable[[str, Task], Verdict]:
-    """Compare the text after the last `marker` with `task.answer` and, where a task has several, `task.data["answers"]`.
+    """Compare the text after the last `marker` with `task.answer` and, where a task has
+    several, `task.data["answers"]`.
 
-    Reasons: right, wrong, no answer, bad key (no text could be equal: the key is empty, has white space at an end, or holds
-    `marker` or `end`).
+    Reasons: right, wrong, no answer, bad key (no text could be equal: the key is empty,
+    has white space at an end, or holds `marker` or `end`).
     """
 
     def verify(text: str, task: Task) -> Verdict:

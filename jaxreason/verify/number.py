@@ -32,9 +32,9 @@ def number(
 ) -> Callable[[str, Task], Verdict]:
     """Compare the number that the text gives as its answer with that of `task.answer`.
 
-    `strict` accepts a box or a `####` only. With `fractions=False`, `3/4` is two numbers.
-    Currency, percent signs and units are ignored: "50%" is 50. Reasons: right, wrong, no
-    answer, bad key (`task.answer` is not one number).
+    `strict` accepts a box or a `####` only. With `fractions=False`, `3/4` is two
+    numbers. Currency, percent signs and units are ignored: "50%" is 50. Reasons: right,
+    wrong, no answer, bad key (`task.answer` is not one number).
     """
 
     def verify(text: str, task: Task) -> Verdict:
@@ -50,7 +50,9 @@ def number(
 
 
 def read_number(text: str, strict: bool = False, fractions: bool = True) -> Fraction | None:
-    """Find the number that a text gives as its answer; None where there is none, or no single one."""
+    """Find the number that a text gives as its answer; None where there is none, or no
+    single one.
+    """
     text = text[-READ:]
     behind = normalise(_THOUGHT.split(text)[-1])
     if holds_answer(behind, strict):
@@ -154,7 +156,9 @@ def _plain_words(text: str) -> str:
 
 
 def _plain_text(match: re.Match) -> str:
-    """Take what a text macro holds, apart from digits at its sides if it has letters."""
+    """Take what a text macro holds, apart from digits at its sides if it has
+    letters.
+    """
     if not any(c.isalpha() for c in match[1]):
         return match[1]
     return f" {match[1]} " if match[2] else f" {match[1]}"
@@ -185,7 +189,9 @@ _DIGIT = re.compile("[0-9]")
 
 
 def last_box(text: str) -> str | None:
-    """Return what the last closed `\\boxed{...}` that is not empty holds, braces balanced."""
+    """Return what the last closed `\\boxed{...}` that is not empty holds, braces
+    balanced.
+    """
     stop = len(text)
     while (start := text.rfind("\\boxed", 0, stop)) >= 0:
         opened = start + 6 + (text[start + 6 : start + 7] == " ")
@@ -201,13 +207,17 @@ def last_box(text: str) -> str | None:
 
 
 def last_marked(text: str) -> str | None:
-    """Return what is behind the last `####` that something is behind; None without one."""
+    """Return what is behind the last `####` that something is behind; None without
+    one.
+    """
     parts = _MARK.split(text)
     return next((part for part in reversed(parts[1:]) if _DIGIT.search(part) or any(c.isalnum() for c in part)), None)
 
 
 def last_said(text: str) -> str | None:
-    """Return the rest of the sentence behind the last "answer is" that has a digit in it; None if a later one denies."""
+    """Return the rest of the sentence behind the last "answer is" that has a digit in
+    it; None if a later one denies.
+    """
     for match in reversed(list(_SAYS.finditer(text))[-20:]):
         if _DENIES.match(text, match.start()):
             return None
@@ -236,7 +246,9 @@ _SCALE = re.compile("|".join(_SCALES), re.IGNORECASE)
 
 
 def _token_pattern(whole: str, comma: str, joins: str) -> re.Pattern:
-    """The pattern of a token: more ways to write `whole` digits, a decimal `comma`, and what `joins` digits to no number."""
+    """The pattern of a token: more ways to write `whole` digits, a decimal `comma`, and
+    what `joins` digits to no number.
+    """
     return re.compile(
         rf"(?P<sign>(?<![\w)\]}}])-[ ]?)?"
         rf"(?P<digits>(?:{_GROUPED}{whole}|[0-9]+)(?![0-9])(?:\.[0-9]+)?|(?<![0-9A-Za-z])\.[0-9]+{comma})(?![0-9]|[{joins}][0-9]|\.\([0-9])"
@@ -252,7 +264,8 @@ def _token_pattern(whole: str, comma: str, joins: str) -> re.Pattern:
     )
 
 
-# Spaces between thousands and a decimal comma are read where an answer is, not in running text.
+# Spaces between thousands and a decimal comma are read where an answer is, not in
+# running text.
 _ANSWER = _token_pattern(r"|[0-9]{1,3}(?: [0-9]{3})+", "|[0-9]+,[0-9]{1,2}(?![0-9,])", ",.:'_")
 _RUNNING = _token_pattern("|[0-9]{1,3}(?: [0-9]{3}){2,}", "", ".:_")
 _UNITS = frozenset("mghslLNJWVACF")  # of one letter, that may follow a number without a space: 5m, but not 2x
@@ -260,7 +273,9 @@ _UNKNOWNS = frozenset("abcdeijknpqrtuvwxyzXYZ")
 
 
 class Token(NamedTuple):
-    """A piece of a region. A `number` has a value, or None where it can't be worked out."""
+    """A piece of a region. A `number` has a value, or None where it can't be worked
+    out.
+    """
 
     kind: str
     value: Fraction | None
@@ -292,12 +307,16 @@ def tokens(text: str, fractions: bool, pattern: re.Pattern = _ANSWER) -> Iterato
 
 
 def _expects(kind: str | None, text: str) -> bool:
-    """Whether a value follows in running text, so that `- 5` is no dash and no item of a list."""
+    """Whether a value follows in running text, so that `- 5` is no dash and no item of
+    a list.
+    """
     return kind in ("equals", "open") or text == ":" or text in ("is", "was", "be", "gives", "get")
 
 
 def _plain(digits: str) -> Fraction | None:
-    """The value of digits with thousands separators, or with a comma before their last one or two."""
+    """The value of digits with thousands separators, or with a comma before their last
+    one or two.
+    """
     if len(digits) > LONGEST or digits.count(".") > 1:
         return None
     if re.fullmatch(r"[0-9]+,[0-9]{1,2}", digits):
@@ -306,7 +325,9 @@ def _plain(digits: str) -> Fraction | None:
 
 
 def _value(match: re.Match) -> Fraction | None:
-    """The value of a matched number without its sign; None if it is too long, over zero, or a power too high."""
+    """The value of a matched number without its sign; None if it is too long, over
+    zero, or a power too high.
+    """
     value = _plain(match["digits"])
     powers = [int(match[name] or 0) for name in ("exponent", "to", "ten")]
     below = _plain(match["below"] or match["part"] or "1")
@@ -359,7 +380,9 @@ _AREA = re.compile(r"(?:[kcdm]?m|ft|in|yd)[23]")
 
 
 def only_value(text: str, fractions: bool) -> Fraction | None:
-    """Read the one number of a text that holds nothing else but words and units, or says that it equals it."""
+    """Read the one number of a text that holds nothing else but words and units, or
+    says that it equals it.
+    """
     found = list(tokens(text, fractions))
     equal = [i for i, token in enumerate(found) if token.kind == "equals"]
     if equal and (states_several(found[: equal[-1]]) or is_equation(found[: equal[0]])):
@@ -376,7 +399,9 @@ def only_value(text: str, fractions: bool) -> Fraction | None:
 
 
 def denies(words: list[Token]) -> bool:
-    """Whether words before a number deny it, bound it or make it a label: not 5, more than 5, option (5)."""
+    """Whether words before a number deny it, bound it or make it a label: not 5, more
+    than 5, option (5).
+    """
     words = words[:-1] if words and words[-1].kind == "open" else words
     names = [token.text.lower() for token in words if token.kind == "word"]
     if any(name in ("not", "never") or name.endswith("n't") for name in names) or names[-2:] == ["no", "longer"]:
@@ -387,13 +412,17 @@ def denies(words: list[Token]) -> bool:
 
 
 def restates(found: list[Token], at: int) -> bool:
-    """Whether a number is said to be another way to write the one before it: 18 (or 18 dollars), 1/2 or 0.5."""
+    """Whether a number is said to be another way to write the one before it: 18 (or 18
+    dollars), 1/2 or 0.5.
+    """
     before = found[at - 1]
     return before.text.lower() == "or" or before.kind == "open" or (before.kind == "equals" and found[at - 2].kind == "open")
 
 
 def states_several(found: list[Token]) -> bool:
-    """Whether what is before the last `=` gives values to several unknowns: x = 3, y."""
+    """Whether what is before the last `=` gives values to several unknowns: x = 3,
+    y.
+    """
     if any(token.text in (",", ";") for token in found):
         return True
     first = next((i for i, token in enumerate(found) if token.kind == "equals"), len(found))
@@ -421,7 +450,9 @@ def is_equation(left: list[Token]) -> bool:
 
 
 def is_complete(found: list[Token], at: int, factorial: bool = False) -> bool:
-    """Whether a number is not a part of a term: of 2x, 5!, f(3), 3 + a, half of 3, 3 grand."""
+    """Whether a number is not a part of a term: of 2x, 5!, f(3), 3 + a, half of 3, 3
+    grand.
+    """
     before, after = found[at - 1] if at else None, found[at + 1] if at + 1 < len(found) else None
     if is_factor(found, at) or is_multiplied(found, at) or is_taken_of(found, at):
         return False
@@ -435,7 +466,9 @@ def is_complete(found: list[Token], at: int, factorial: bool = False) -> bool:
 
 
 def is_factor(found: list[Token], at: int) -> bool:
-    """Whether an unknown of one letter follows a number, and not a unit: 2x, 2 n, but not 2m. So does `h30` in 5h30."""
+    """Whether an unknown of one letter follows a number, and not a unit: 2x, 2 n, but
+    not 2m. So does `h30` in 5h30.
+    """
     after = found[at + 1] if at + 1 < len(found) else None
     if after is None or after.kind != "word":
         return False
@@ -447,7 +480,9 @@ def is_factor(found: list[Token], at: int) -> bool:
 
 
 def is_multiplied(found: list[Token], at: int) -> bool:
-    """Whether words behind a number make it another: 5 grand, 5 B, 5 hours and a half."""
+    """Whether words behind a number make it another: 5 grand, 5 B, 5 hours and a
+    half.
+    """
     names = [token.text.lower() for token in found[at + 1 : at + 6] if token.kind == "word"]
     after = found[at + 1] if at + 1 < len(found) else None
     if after is None or after.text in _MULTIPLIERS:
@@ -474,7 +509,9 @@ def is_taken_of(found: list[Token], at: int) -> bool:
 
 
 def operates(found: list[Token], at: int) -> bool:
-    """Whether a sign stands between two operands, and is not a dash, a bullet or a slash between words."""
+    """Whether a sign stands between two operands, and is not a dash, a bullet or a
+    slash between words.
+    """
     if at == 0 or at + 1 >= len(found) or found[at].text == "!":
         return False
     after = found[at + 1]
@@ -484,7 +521,9 @@ def operates(found: list[Token], at: int) -> bool:
 
 
 def value_of_lines(text: str, fractions: bool) -> Fraction | None:
-    """Read the answer on the first line; where that has no digit, on the next, if that is a number alone."""
+    """Read the answer on the first line; where that has no digit, on the next, if that
+    is a number alone.
+    """
     lines = [line for line in text.splitlines() if any(c.isalnum() for c in line)][:2]
     if lines and not _DIGIT.search(lines[0]):
         return only_value(lines[1], fractions) if len(lines) > 1 else None
@@ -492,9 +531,11 @@ def value_of_lines(text: str, fractions: bool) -> Fraction | None:
 
 
 def first_value(line: str, fractions: bool) -> Fraction | None:
-    """Read the first number of a line, or what the calculation that it begins comes to: `3 + 4 = 7 apples` is 7.
+    """Read the first number of a line, or what the calculation that it begins comes to:
+    `3 + 4 = 7 apples` is 7.
 
-    There is none if the line holds another number that no clause sets apart: 5 hours 30 minutes.
+    There is none if the line holds another number that no clause sets apart: 5 hours 30
+    minutes.
     """
     found = list(tokens(line, fractions))
     at = next((i for i, token in enumerate(found) if token.kind == "number"), None)
@@ -540,7 +581,9 @@ def in_pair(line: str, found: list[Token], at: int) -> bool:
 
 
 def is_whole(found: list[Token], at: int, part: Fraction | None) -> bool:
-    """Whether a part is taken of the number at `at`: 1/4 of 12, 20% of 50 = 10, but not 7 of 12."""
+    """Whether a part is taken of the number at `at`: 1/4 of 12, 20% of 50 = 10, but not
+    7 of 12.
+    """
     if part is not None and part.denominator != 1:
         return True
     after = at + 1
@@ -550,7 +593,9 @@ def is_whole(found: list[Token], at: int, part: Fraction | None) -> bool:
 
 
 def has_rival(found: list[Token], at: int, value: Fraction) -> bool:
-    """Whether another number is as much the answer as the one at `at`: 5 to 7, 5 feet 6 inches, x = 3, y = 4."""
+    """Whether another number is as much the answer as the one at `at`: 5 to 7, 5 feet 6
+    inches, x = 3, y = 4.
+    """
     after = at + 1
     while after < len(found) and found[after].kind in ("word", "close"):
         if found[after].text.lower() in _CLAUSE:
@@ -571,7 +616,9 @@ def has_rival(found: list[Token], at: int, value: Fraction) -> bool:
 
 
 def is_listed(found: list[Token], at: int, value: Fraction) -> bool:
-    """Whether a number, or what gives a value to a name, is at `at` in a list: 5, and 6; x = 3, y = 4; A: 3, B: 4."""
+    """Whether a number, or what gives a value to a name, is at `at` in a list: 5, and
+    6; x = 3, y = 4; A: 3, B: 4.
+    """
     joined = False
     while at < len(found) and found[at].text.lower() in _JOINS:
         at, joined = at + 1, True
@@ -581,7 +628,9 @@ def is_listed(found: list[Token], at: int, value: Fraction) -> bool:
 
 
 def is_second(found: list[Token], at: int) -> bool:
-    """Whether the number behind the words from `at` is a second answer: 12 for Tom and 15, 12, but it may be 15."""
+    """Whether the number behind the words from `at` is a second answer: 12 for Tom and
+    15, 12, but it may be 15.
+    """
     words = []
     while at < len(found) and found[at].kind == "word":
         words.append(found[at].text.lower())
@@ -597,13 +646,17 @@ def is_places(found: list[Token], at: int) -> bool:
 
 
 def is_chain(found: list[Token], at: int) -> bool:
-    """Whether a comparison bounds an unknown, or is one of several: 3 < x, 3 < 4 < 5."""
+    """Whether a comparison bounds an unknown, or is one of several: 3 < x, 3 < 4 <
+    5.
+    """
     rest = found[at + 1 :]
     return bool(rest) and (rest[0].kind == "word" or any(token.kind == "compare" for token in rest))
 
 
 def is_rival_remark(found: list[Token], at: int, value: Fraction) -> bool:
-    """Whether brackets that open at `at` give another value: 12 (or 13), 12 (13), but not 12 (3 * 4)."""
+    """Whether brackets that open at `at` give another value: 12 (or 13), 12 (13), but
+    not 12 (3 * 4).
+    """
     inside = found[at + 1 : at + 4]
     if not inside:
         return False
@@ -617,7 +670,9 @@ def _next_number(found: list[Token], at: int) -> int | None:
 
 
 def last_value(text: str, fractions: bool) -> Fraction | None:
-    """Read the last number of a text, unless it can't be read or is a factor, as in 2x, or is multiplied, as in 5 grand."""
+    """Read the last number of a text, unless it can't be read or is a factor, as in 2x,
+    or is multiplied, as in 5 grand.
+    """
     found = list(tokens(text, fractions, _RUNNING))
     at = [i for i, token in enumerate(found) if token.kind == "number" and not (token.value is None and ":" in token.text)]
     if not at or is_factor(found, at[-1]) or is_multiplied(found, at[-1]):

@@ -1,10 +1,13 @@
-"""Child processes for what may hang, blow up or crash: each question has a limit of CPU time, each child one of memory.
+"""Child processes for what may hang, blow up or crash: each question has a limit of CPU
+time, each child one of memory.
 
-The child is the script `child.py`, run by its path: it imports neither this package (hence not jax) nor the program's main
-module, as multiprocessing's spawn would, and shares no lock with our threads, as its fork would. A pipe carries JSON both
-ways. No signal is used on this side, so any thread may ask. A child that fails is killed and another takes its place at the
-next question; a child whose parent is gone ends by itself. CPU time is counted, since on a busy machine an answer takes any
-time; a child that neither computes nor answers is given up after `PATIENCE` times as much.
+The child is the script `child.py`, run by its path: it imports neither this package
+(hence not jax) nor the program's main module, as multiprocessing's spawn would, and
+shares no lock with our threads, as its fork would. A pipe carries JSON both ways. No
+signal is used on this side, so any thread may ask. A child that fails is killed and
+another takes its place at the next question; a child whose parent is gone ends by
+itself. CPU time is counted, since on a busy machine an answer takes any time; a child
+that neither computes nor answers is given up after `PATIENCE` times as much.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ PATIENCE = 60  # times the limit of CPU time
 
 
 class Failed(Exception):
-    """A question without an answer; the message is the verdict's reason: timeout, crashed or out of memory."""
+    """A question without an answer; the message is the verdict's reason: timeout,
+    crashed or out of memory.
+    """
 
 
 class Child(NamedTuple):
@@ -34,7 +39,9 @@ class Child(NamedTuple):
 
 
 class Pool:
-    """Up to `processes` children of one kind of `child.KINDS`, started when first needed; `timeout_s` is CPU time."""
+    """Up to `processes` children of one kind of `child.KINDS`, started when first
+    needed; `timeout_s` is CPU time.
+    """
 
     def __init__(self, kind: str, processes: int = 2, timeout_s: float = 5.0, memory_mb: int = 2048):
         if processes < 1 or timeout_s <= 0 or memory_mb < 1:
@@ -47,7 +54,8 @@ class Pool:
             self._children.put(None)
 
     def ask(self, *question) -> Any:
-        """Return the child's answer to a question of JSON values; wait for a free child if need be.
+        """Return the child's answer to a question of JSON values; wait for a free child
+        if need be.
 
         Raises:
           Failed: no answer within the limits.
@@ -103,7 +111,9 @@ class Pool:
 
 @functools.cache
 def shared(kind: str, processes: int = 2, timeout_s: float = 5.0, memory_mb: int = 2048) -> Pool:
-    """Return the one pool with these settings, closed at exit: verifiers that are made twice share their children."""
+    """Return the one pool with these settings, closed at exit: verifiers that are made
+    twice share their children.
+    """
     pool = Pool(kind, processes, timeout_s, memory_mb)
     atexit.register(pool.close)
     return pool

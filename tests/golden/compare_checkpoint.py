@@ -1,17 +1,22 @@
-"""Compare one real checkpoint with transformers on nine texts: token ids, prompts, top-1 agreement, largest logit difference.
+"""Compare one real checkpoint with transformers on nine texts: token ids, prompts,
+top-1 agreement, largest logit difference.
 
-Two steps, as torch and jax may live in different environments. By hand; no test needs it:
+Two steps, as torch and jax may live in different environments. By hand; no test needs
+it:
 
     python tests/golden/compare_checkpoint.py reference FOLDER out.npz        # torch and transformers
     python tests/golden/compare_checkpoint.py compare FOLDER out.npz [RUN]    # jaxreason; exits 1 on disagreement
 
-FOLDER is a download, or an export of RUN (`python -m jaxreason.export RUN FOLDER`): then the params compared are those of the
-run's newest checkpoint, read from there. Texts that the tokenizer has no words for are left out, by both.
+FOLDER is a download, or an export of RUN (`python -m jaxreason.export RUN FOLDER`):
+then the params compared are those of the run's newest checkpoint, read from there.
+Texts that the tokenizer has no words for are left out, by both.
 
-2026-11-23, SmolLM2-135M-Instruct (de-quantised from Q4_1 to bfloat16), float32 compute on a CPU, against transformers
-5.23.0: top-1 428/428, largest difference 1.6e-4 where logits have a standard deviation of 6.2. 2026-11-24, exports beside
-their runs: configs/tiny.py:smoke 74/74, 1.9e-6 (1.0); the above after two steps of configs/sft.py, 4 rows, float32: 452/452,
-1.5e-4 (6.1) with all params trained at 1e-4, and 452/452, 4.1e-4 (5.6) with adapters on a bfloat16 base at 1e-2.
+2026-11-23, SmolLM2-135M-Instruct (de-quantised from Q4_1 to bfloat16), float32 compute
+on a CPU, against transformers 5.23.0: top-1 428/428, largest difference 1.6e-4 where
+logits have a standard deviation of 6.2. 2026-11-24, exports beside their runs:
+configs/tiny.py:smoke 74/74, 1.9e-6 (1.0); the above after two steps of configs/sft.py,
+4 rows, float32: 452/452, 1.5e-4 (6.1) with all params trained at 1e-4, and 452/452,
+4.1e-4 (5.6) with adapters on a bfloat16 base at 1e-2.
 """
 
 import argparse
@@ -67,12 +72,13 @@ def run_params(run: str):
     import jax
     from ml_collections import ConfigDict
 
-    from jaxreason.build import describe
+    from jaxreason import build
     from jaxreason.model import transformer
     from jaxreason.runtime.checkpoint import open_checkpoints
 
     config = ConfigDict(json.loads((Path(run) / "config.json").read_text()))
-    model = transformer(dataclasses.replace(describe(config.model.to_dict(), config.text.to_dict()).shape, dtype="float32"))
+    shape = build.read_model_and_text(config.model.to_dict(), config.text.to_dict()).shape
+    model = transformer(dataclasses.replace(shape, dtype="float32"))
     checkpoints = open_checkpoints(Path(run) / "checkpoints", read_only=True)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(model.init, jax.random.key(0))

@@ -1,11 +1,14 @@
-"""Make the golden files: small random checkpoints with the logits that transformers computes, and a chat as it encodes it.
+"""Make the golden files: small random checkpoints with the logits that transformers
+computes, and a chat as it encodes it.
 
-Run once, by hand, where torch and transformers are installed (written by transformers 5.23.0; no test needs it):
+Run once, by hand, where torch and transformers are installed (written by transformers
+5.23.0; no test needs it):
 
     python tests/golden/make_golden.py
 
-Weights are drawn wide (and norms, biases away from one and zero), so that a wrong RoPE, norm or head order moves the
-logits by far more than rounding does. They are rounded to bfloat16, so the files are small and float32 logits exact.
+Weights are drawn wide (and norms, biases away from one and zero), so that a wrong RoPE,
+norm or head order moves the logits by far more than rounding does. They are rounded to
+bfloat16, so the files are small and float32 logits exact.
 """
 
 import json

@@ -93,7 +93,9 @@ def last_boxes(text: str) -> list[str]:
 
 
 def _closing(text: str, start: int, stop: int) -> int | None:
-    """Return where the brace that was opened before `start` is closed, None if that is not before `stop`."""
+    """Return where the brace that was opened before `start` is closed, None if that is
+    not before `stop`.
+    """
     depth = 1
     for i in range(start, stop):
         depth += (text[i] == "{") - (text[i] == "}")
@@ -149,7 +151,9 @@ _PERCENT = re.compile(r"(?<=[\d}])(?:\\?%|\\?\s?\\text\{\s?(?:%|\\%|percent)\s?\
 
 
 def both_ways(expressions: list[str]) -> list[str]:
-    """Return expressions, and without their percent signs those that have any: 35.0% is 0.35, and as an answer also 35."""
+    """Return expressions, and without their percent signs those that have any: 35.0% is
+    0.35, and as an answer also 35.
+    """
     return list(dict.fromkeys([*expressions, *(_PERCENT.sub("", e) for e in expressions)]))
 
 
@@ -173,7 +177,9 @@ def bases(expression: str) -> tuple[int, ...]:
 
 
 def _same_bases(boxes: list[str], text: str, wanted: tuple[int, ...]) -> bool:
-    """Whether an answer may be that of a key with these bases: an answer that names none may."""
+    """Whether an answer may be that of a key with these bases: an answer that names
+    none may.
+    """
     found = list(map(bases, boxes)) if boxes else [bases(text)[-len(wanted) :]]
     return not wanted or any(there in ((), wanted) for there in found)
 
@@ -190,7 +196,9 @@ _CLOSE = Fraction(2, 10**6)  # math-verify rounds decimals to six places
 
 
 def compare(answer: str, keys: list[str]) -> bool | None:
-    """Tell whether plain numbers or equal texts are equal, as math-verify would; None where only it can tell."""
+    """Tell whether plain numbers or equal texts are equal, as math-verify would; None
+    where only it can tell.
+    """
     if answer in keys:
         return True
     value, (values, rounds) = plain(answer), ([plain(key) for key in keys], "." in answer)
@@ -203,7 +211,9 @@ def compare(answer: str, keys: list[str]) -> bool | None:
 
 
 def plain(text: str) -> Fraction | None:
-    """Read a number that is written plainly, and not too long for math-verify to read it exactly."""
+    """Read a number that is written plainly, and not too long for math-verify to read
+    it exactly.
+    """
     match = _PLAIN.fullmatch(text)
     if match is None:
         return None

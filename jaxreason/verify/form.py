@@ -1,4 +1,6 @@
-"""A control, not a verifier of answers: pays for the form alone, to see what of a gain is form."""
+"""A control, not a verifier of answers: pays for the form alone, to see what of a gain
+is form.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,12 @@ def format(
     pattern: str | None = None,  # a regular expression that is searched in their place
     timeout_s: float = 2.0,  # for one match
 ) -> Callable[[str, Task], Verdict]:
-    """Pay 1.0 for exactly one `open`, then exactly one `close`, then some text; or for a match of `pattern` in the text.
+    """Pay 1.0 for exactly one `open`, then exactly one `close`, then some text; or for
+    a match of `pattern` in the text.
 
-    `correct` is always False: this knows nothing of the answer. A pattern runs in a killable process for at most
-    `timeout_s` of CPU time, because a careless one can take for ever. Reasons: form, no form, timeout, crashed.
+    `correct` is always False: this knows nothing of the answer. A pattern runs in a
+    killable process for at most `timeout_s` of CPU time, because a careless one can
+    take for ever. Reasons: form, no form, timeout, crashed.
     """
     if pattern is not None:
         try:
@@ -41,7 +45,9 @@ def format(
 
 
 def _tagged(text: str, open: str, close: str) -> bool:
-    """Tell whether the text has one of each tag in order; an empty `open` is one that the prompt wrote."""
+    """Tell whether the text has one of each tag in order; an empty `open` is one that
+    the prompt wrote.
+    """
     before, found, answer = text.partition(close)
     once = (not open or (text.count(open) == 1 and open in before)) and text.count(close) == 1
     return bool(found and once and answer.strip())

@@ -1,6 +1,8 @@
-"""A model of a few thousand parameters, a sampler of it and a roller around it, for the tests of all that samples.
+"""A model of a few thousand parameters, a sampler of it and a completer around it, for
+the tests of all that samples.
 
-The padding is 0 everywhere in `jaxreason`; here 0 is the end-of-sequence token too, so a length that is inferred is wrong.
+The padding is 0 everywhere in `jaxreason`; here 0 is the end-of-sequence token too, so
+a length that is inferred is wrong.
 """
 
 import functools
@@ -13,7 +15,7 @@ from jaxreason.batching import from_groups
 from jaxreason.logp import compile_token_logp
 from jaxreason.model import ModelConfig, transformer
 from jaxreason.objectives import dapo
-from jaxreason.rollout import Request, Roller, collect
+from jaxreason.rollout import Completer, Request, collect
 from jaxreason.sampler import compile_sampler
 from jaxreason.types import Group, Task, Verdict
 
@@ -31,7 +33,9 @@ def encode(text: str) -> list[int]:
 
 @functools.cache
 def make_model(**fields):
-    """`(model, params)`; `params["bias"]` is added to the logits, so that a test says how likely a token is."""
+    """`(model, params)`; `params["bias"]` is added to the logits, so that a test says
+    how likely a token is.
+    """
     shape = {"vocab_size": len(ALPHABET), "width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_size": 8, "feed_forward": 32}
     made = transformer(ModelConfig(**shape | fields))
     model = made._replace(unembed=lambda params, hidden: made.unembed(params, hidden) + params["bias"])
@@ -40,21 +44,24 @@ def make_model(**fields):
     def draw(path, x):
         return jnp.float32(path[-1].key == "scale") + jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype)
 
-    # Not `init`: what it draws does not matter here, and it compiles for longer than a whole sampler.
+    # Not `init`: what it draws does not matter here, and it compiles for longer than a
+    # whole sampler.
     params = jax.tree_util.tree_map_with_path(draw, jax.eval_shape(made.init, jax.random.key(0)))
     return model, {**params, "bias": jnp.zeros(model.config.vocab_size)}
 
 
 def biased(params, **bias) -> dict:
-    """The params with the logit of each named token moved: `biased(params, a=2.0, _=-1e9)`."""
+    """The params with the logit of each named token moved: `biased(params, a=2.0,
+    _=-1e9)`.
+    """
     return {**params, "bias": jnp.zeros(len(ALPHABET)).at[np.array(encode("".join(bias)))].set(np.array([*bias.values()]))}
 
 
-def new_roller(
+def new_completer(
     model, *, slots=12, length=24, chunk_tokens=4, prompt_buckets=(8,), rows=4, max_tokens=12, eos_ids=(EOS,), **more
-) -> Roller:
+) -> Completer:
     more = {"prompt_rows": 2, "prompt_columns": prompt_buckets[-1]} | more
-    return Roller(
+    return Completer(
         sampler=compile_sampler(model, slots=slots, length=length, eos_ids=eos_ids, chunk_tokens=chunk_tokens, **more),
         encode=encode,
         decode=decode,
@@ -65,11 +72,13 @@ def new_roller(
     )
 
 
-make_roller = functools.cache(new_roller)  # shared by all tests: it has no state but what it has compiled
+make_completer = functools.cache(new_completer)  # shared by all tests: it has no state but what it has compiled
 
 
 def make_requests(problems: int, attempts: int, *, longest: int = 8) -> list[Request]:
-    """`attempts` at each of some problems, with prompts of 1 to `longest` tokens in a scrambled order of lengths."""
+    """`attempts` at each of some problems, with prompts of 1 to `longest` tokens in a
+    scrambled order of lengths.
+    """
     rng = np.random.default_rng(0)
     prompts = [rng.integers(1, len(ALPHABET), 1 + (5 * p) % longest).tolist() for p in range(problems)]
     tasks = [Task(f"question {p}", "a", id=str(p)) for p in range(problems)]
@@ -77,19 +86,23 @@ def make_requests(problems: int, attempts: int, *, longest: int = 8) -> list[Req
 
 
 def verify(text: str, task: Task) -> Verdict:
-    """Right is what has the answer in it, and earns its length: nearly every text gets a verdict of its own."""
+    """Right is what has the answer in it, and earns its length: nearly every text gets
+    a verdict of its own.
+    """
     return Verdict(float(len(text)), task.answer in text, text, "found" if task.answer in text else "not found")
 
 
-def roll(roller, params, requests, environment, *, key=0, temperature=1.0, **more):
+def roll(completer, params, requests, environment, *, key=0, temperature=1.0, **more):
     """The rollouts of `collect`, without its costs."""
-    weights = roller.sampler.prepare(params)
-    return collect(roller, weights, requests, environment, key=jax.random.key(key), temperature=temperature, **more)[0]
+    weights = completer.sampler.prepare(params)
+    return collect(completer, weights, requests, environment, key=jax.random.key(key), temperature=temperature, **more)[0]
 
 
 @functools.cache
 def logits(model):
-    """`logits(params, tokens_BT) -> logits_BTV`, jitted, of whole rows without a cache."""
+    """`logits(params, tokens_BT) -> logits_BTV`, jitted, of whole rows without a
+    cache.
+    """
 
     def of(params, tokens_BT):
         position_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
@@ -109,7 +122,9 @@ def rescore(model, params, rollouts) -> tuple:
 
 
 def largest_gap(model, params, rollouts) -> float:
-    """By how much the sampler's log-prob of a sampled token differs from the learner's, at most."""
+    """By how much the sampler's log-prob of a sampled token differs from the learner's,
+    at most.
+    """
     _, logp_BT = rescore(model, params, rollouts)
     gaps = [
         np.abs(r.logp - logp_BT[i, len(r.prompt) : len(r.prompt) + len(r.tokens)])[r.sampled].max()
