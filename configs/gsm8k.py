@@ -1,14 +1,18 @@
-r"""GSM8K by RL from a pretrained checkpoint: the model's own attempts, paid for right answers alone.
+r"""GSM8K by RL from a pretrained checkpoint: the model's own attempts, paid for right
+answers alone.
 
     python -m jaxreason.main --config=configs/gsm8k.py[:size=SIZE][,model=NAME][,sft=STEPS][,smoke]
 
-Nothing needs to be prepared: model and data come from the Hugging Face hub, unless a prepared TFDS folder is there.
-GSM8K: Cobbe et al. 2021, arXiv 2110.14168. An attempt that is cut off at its limit is paid nothing (`must_finish`).
-`model` is a named size (smollm2_135m, qwen2.5_7b, ...), a Hugging Face id or a folder, in the place of that of `size`.
-`sft` imitates the worked solutions for so many steps before RL. Not yet run on an accelerator.
+Nothing needs to be prepared: model and data come from the Hugging Face hub, unless a
+prepared TFDS folder is there. GSM8K: Cobbe et al. 2021, arXiv 2110.14168. An attempt
+that is cut off at its limit is paid nothing (`must_finish`). `model` is a named size
+(smollm2_135m, qwen2.5_7b, ...), a Hugging Face id or a folder, in the place of that of
+`size`. `sft` imitates the worked solutions for so many steps before RL. Not yet run on
+an accelerator.
 
-`size` chooses the model and how it is split, for TPU v5e chips of 16 GB (one GPU: add `--config.sharding.mesh.fsdp=1`,
-`tensor=1`); `python -m jaxreason.plan --config=configs/gsm8k.py:size=SIZE --topology=TOPOLOGY` says that it fits:
+`size` chooses the model and how it is split, for TPU v5e chips of 16 GB (one GPU: add
+`--config.sharding.mesh.fsdp=1`, `tensor=1`); `python -m jaxreason.plan
+--config=configs/gsm8k.py:size=SIZE --topology=TOPOLOGY` says that it fits:
 
     size   model                   topology   mesh                 trained
     0.5b   Qwen2.5-0.5B-Instruct   v5e:1x1                         all weights
@@ -16,11 +20,14 @@ GSM8K: Cobbe et al. 2021, arXiv 2110.14168. An attempt that is cut off at its li
     3b     Qwen2.5-3B-Instruct     v5e:2x4    fsdp 8               all weights
     8b     Qwen3-8B                v5e:2x4    fsdp 2 x tensor 4    LoRA, rank 32
 
-On one CPU core, 2026-11-24, SmolLM2-135M-Instruct (from 4-bit weights), float32, seed 0, six steps of 4 problems x 8 attempts
-of at most 320 tokens at temperature 0.7, killed with -9 after step 2 and started again: 396 to 482 s a step beside other work,
-mean |sampler - learner log-prob| 2.9e-6 to 3.7e-6 a step. 2 of 192 attempts were paid (steps 2 and 4, the only ones with a
-gradient): each ended by itself on the right number, both by luck to a reader of their reasoning, one after six other "####"
-lines. 156 ended wrong and 34 were cut. Six steps teach nothing: use a model that already solves some problems.
+On one CPU core, 2026-11-24, SmolLM2-135M-Instruct (from 4-bit weights), float32, seed
+0, six steps of 4 problems x 8 attempts of at most 320 tokens at temperature 0.7, killed
+with -9 after step 2 and started again: 396 to 482 s a step beside other work, mean
+|sampler - learner log-prob| 2.9e-6 to 3.7e-6 a step. 2 of 192 attempts were paid (steps
+2 and 4, the only ones with a gradient): each ended by itself on the right number, both
+by luck to a reader of their reasoning, one after six other "####" lines. 156 ended
+wrong and 34 were cut. Six steps teach nothing: use a model that already solves some
+problems.
 
     python -m jaxreason.main --config=configs/gsm8k.py:model=FOLDER --config.model.dtype=float32 \
         --config.model.remat=none --config.sampler.slots=16 --config.sampler.max_tokens=320 --config.rl.source.problems=4 \

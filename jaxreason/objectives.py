@@ -1,10 +1,11 @@
 """Objectives: what a batch is trained towards, as three small pure functions that never
 see the model.
 
-    advantage(reward_PG)                     how good was each attempt beside its group        } used once by `batching`, over the
-    weigh(length_R, advantage_R, limit)      the weight of each token of each rollout          } whole batch, before any split
-    token_loss(outputs, batch)               loss of each token, and what to report of it
+    advantage(reward_PG)                   how good each attempt was beside its group
+    weigh(length_R, advantage_R, limit)    the weight of each token of each rollout
+    token_loss(outputs, batch)             loss of each token, and what to report of it
 
+`batching` calls the first two once, over the whole batch, before any split.
 The loss of a batch is `sum(weight_BT * loss_BT)`. No denominator is left for a
 micro-batch, a shard or a packed row to get wrong. A named algorithm is one line: an
 entry of three short lists, so an ablation is their cross product. `with_kl` and

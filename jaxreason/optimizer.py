@@ -97,14 +97,18 @@ def make(
     """Make the optimizer of a phase of `steps` updates. Weight decay spares vectors
     (norms, biases) and is times the rate.
 
-    - adamw, adam: Kingma and Ba 2014, arXiv 1412.6980; Loshchilov and Hutter 2017, arXiv 1711.05101.
-    - lion: Chen et al. 2023, arXiv 2302.06675, who take a rate 3 to 10 times smaller than AdamW's and b2=0.99.
-    - adafactor: Shazeer and Stern 2018, arXiv 1804.04235. Its rate is relative to the root mean square of a parameter, here of
-      all layers of a kind together. Moments are factored over the two largest axes, if both have at least 128 entries.
-    - muon: Jordan et al. 2024, on the matrices of each layer; AdamW at `adam_lr` (None: `lr`) on embeddings, head and vectors.
-      `muon_scale` "rms" multiplies an orthogonal update by 0.2 sqrt(max(in, out)) (Liu et al. 2025, arXiv 2502.16982, eq. 4), so
-      that rates and decay of AdamW carry over; "width" by sqrt(max(1, out / in)), as Jordan, for rates near 0.02 and an
-      `adam_lr` of its own.
+    - adamw, adam: Kingma and Ba 2014, arXiv 1412.6980; Loshchilov and Hutter 2017,
+      arXiv 1711.05101.
+    - lion: Chen et al. 2023, arXiv 2302.06675, who take a rate 3 to 10 times smaller
+      than AdamW's and b2=0.99.
+    - adafactor: Shazeer and Stern 2018, arXiv 1804.04235. Its rate is relative to the
+      root mean square of a parameter, here of all layers of a kind together. Moments
+      are factored over the two largest axes, if both have at least 128 entries.
+    - muon: Jordan et al. 2024, on the matrices of each layer; AdamW at `adam_lr` (None:
+      `lr`) on embeddings, head and vectors. `muon_scale` "rms" multiplies an orthogonal
+      update by 0.2 sqrt(max(in, out)) (Liu et al. 2025, arXiv 2502.16982, eq. 4), so
+      that rates and decay of AdamW carry over; "width" by sqrt(max(1, out / in)), as
+      Jordan, for rates near 0.02 and an `adam_lr` of its own.
 
     `state_dtype` is that of the first moment; second moments and updates are float32,
     whatever the params are kept in.

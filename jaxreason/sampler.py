@@ -1,15 +1,17 @@
 """The sampler: slots of fixed shape that are filled with prompts, decoded together and
 refilled as they finish.
 
-    empty()                                no rollout anywhere
-    prefill(weights, prompts)              keys and values of prompts, each computed once
-    copy_prompts(slots, prefilled, ...)    copy them to where slots read them
-    start_rollouts(slots, ...)             begin an attempt in some slots
-    decode(weights, slots, ...)            sample up to `chunk_tokens` tokens in every running
-                                           slot, in one dispatch
-    append_tokens(weights, slots, ...)     append tokens that the model did not sample (tool
-                                           output); they are never trained on
-    stop_slots(slots, ...), resize(slots, columns), compact(slots, rows), prepare(params)
+    empty()                        no rollout anywhere
+    prefill(weights, prompts)      keys and values of prompts, each computed once
+    copy_prompts(slots, ...)       copy them to where slots read them
+    start_rollouts(slots, ...)     begin an attempt in some slots
+    decode(weights, slots, ...)    sample up to `chunk_tokens` tokens in every running
+                                   slot, in one dispatch
+    append_tokens(weights, ...)    append tokens that the model did not sample (tool
+                                   output); they are never trained on
+    stop_slots, resize, compact    end attempts, change the cache's length, keep fewer
+                                   slots
+    prepare(params)                lay params out for sampling
 
 A prompt stands in one of a few rows of its own (`prompts`), which up to
 `MAX_SLOTS_PER_PROMPT` slots continue: a step reads it once for all of them. Where no

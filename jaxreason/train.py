@@ -1,13 +1,10 @@
-"""THE loop: for each phase draw a batch, make a train step, log; evaluate and save
-where it is due.
+"""THE loop: draw a batch, make a train step, log; evaluate and save where it is due.
 
 A recipe is a list of phases, each one `Source x Objective x steps`; params flow from
 one to the next, and the reference policy of a phase, if its objective wants one, is the
-params at its start. A run is a folder: `config.json`, `metrics.jsonl`,
-`rollouts.jsonl`, `checkpoints/`, `summary.json`. Started again on its folder, a run
-continues from its newest checkpoint that is whole and ends as if it had not been
-stopped, bit for bit. Finding that checkpoint is `runtime.resume`; everything that is
-written down is `runtime.journal`.
+params at its start. A run is a folder; started again on it, it continues from its
+newest whole checkpoint (`runtime.resume`) and ends as if it had not been stopped, bit
+for bit. All that is written down is `runtime.journal`.
 """
 
 from __future__ import annotations
@@ -92,22 +89,18 @@ def train(
     check_stays: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = print,
 ) -> dict:
-    """Train all phases in `workdir`, from its newest checkpoint if there is one; return
-    the summary that is also written.
+    """Train all phases in `workdir`, from its newest checkpoint if there is one.
 
     `stop` is asked after every step; "stopped" or "interrupted" ends the run.
-    `check_stays` is called before anything is written, and raises if the folder is no
-    longer the one the run began in. `say` tells what was found in it, before the log is
-    open.
+    `check_stays` is called before anything is written, and raises if the folder was
+    moved or removed. `say` is used before the log is open. Return the summary.
 
     Raises:
       Stopped, Interrupted: `stop` said so; a checkpoint of the last step is there.
       Diverged: gradients were not finite for too long.
       NotResumable: the checkpoints do not fit the run, or none of them is whole.
-      VerifierFailed: a verifier fails all the time; `verifier_error.txt` in the folder
-        has the first traceback.
-      Unwritable: metrics, rollouts, the summary or the last checkpoint can't be
-        written; what was saved before is whole.
+      VerifierFailed: a verifier fails all the time; see `verifier_error.txt`.
+      Unwritable: a file or the last checkpoint can't be written.
     """
     workdir, steps = Path(workdir), sum(phase.steps for phase in run.phases)
     with told_how_to_continue(workdir, checkpoints, check_stays):
@@ -127,9 +120,7 @@ def train(
 
 
 def train_phase(run: Run, index: int, params, journal: Journal, found: Found | None, stop: Callable[[], str]):
-    """Train one phase, from `params` (donated) or from where it was found; return the
-    params.
-    """
+    """Train one phase, from `params` (donated) or where it was found; return them."""
     phase, key = run.phases[index], jax.random.fold_in(jax.random.key(run.seed), index)
     state, reference, source_state, start = begin_phase(run, phase, params, found)
     if found is not None:

@@ -5,9 +5,11 @@ its *group*. A *verdict* says whether an answer is right and what it earns. A *b
 what one train step consumes, whatever the paradigm.
 
 Shape letters, used as suffixes (`tokens_BT`) and in einsums:
-    B rows  T tokens in a row  P problems  G rollouts per problem  R rollouts  S slots  C cache length  L layers
-    D width  N query heads  K key/value heads  H head size  F feed-forward  V vocabulary
-Where slots share prompts: R rows of prompts  M slots that continue one  D devices  Q queries that share a key head
+    B rows  T tokens in a row  P problems  G rollouts per problem  R rollouts  S slots
+    C cache length  L layers  D width  N query heads  K key/value heads  H head size
+    F feed-forward  V vocabulary
+Where slots share prompts: R rows of prompts  M slots that continue one  D devices
+    Q queries that share a key head
 
 Position t of every `_BT` array is about token t, given the tokens before it: all arrays
 align, and column 0 is unused.

@@ -1,4 +1,6 @@
-r"""The verifier `math`: which part of a text is its answer, how keys are read, what needs no process, and a held-out table."""
+r"""The verifier `math`: which part of a text is its answer, how keys are read, what
+needs no process, and a held-out table.
+"""
 
 from __future__ import annotations
 

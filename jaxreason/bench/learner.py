@@ -1,16 +1,22 @@
-r"""How fast the learner is, and which share of the machine's matrix products it reaches; with sampling, what a whole step takes.
+r"""How fast the learner is, and which share of the machine's matrix products it
+reaches; with sampling, what a whole step takes.
 
-    python -m jaxreason.bench learner --config=configs/tiny.py --prompts=8 --group=8 --prompt_tokens=32 --tokens=128
-    python -m jaxreason.bench step --config=configs/gsm8k.py:model=FOLDER --config.model.dtype=float32 --config.model.remat=none \
+    python -m jaxreason.bench learner --config=configs/tiny.py \
+        --prompts=8 --group=8 --prompt_tokens=32 --tokens=128
+    python -m jaxreason.bench step --config=configs/gsm8k.py:model=FOLDER \
+        --config.model.dtype=float32 --config.model.remat=none \
         --prompts=2 --group=4 --prompt_tokens=64 --tokens=64
 
-Work is that of `bench sampler`. `learner` trains on random tokens, `step` on sampled ones; both with the objective,
-the optimizer and the micro-batches of the config's last phase, which `--kl` and `--microbatches` replace. A reference policy
-is scored if there is a KL coefficient. An update ends when the new params are there.
+Work is that of `bench sampler`. `learner` trains on random tokens, `step` on sampled
+ones; both with the objective, the optimizer and the micro-batches of the config's last
+phase, which `--kl` and `--microbatches` replace. A reference policy is scored if there
+is a KL coefficient. An update ends when the new params are there.
 
-The floor is the time of the matrix products that cannot be left out, at the best rate measured here: forward, and twice that
-backward; logits of trained tokens only, prompts as often as they stand in the batch (`--rollouts_per_prompt`). Norms, softmax,
-rotations, the optimizer and padding are above it. Tokens a second count every rollout with its prompt.
+The floor is the time of the matrix products that cannot be left out, at the best rate
+measured here: forward, and twice that backward; logits of trained tokens only, prompts
+as often as they stand in the batch (`--rollouts_per_prompt`). Norms, softmax,
+rotations, the optimizer and padding are above it. Tokens a second count every rollout
+with its prompt.
 """
 
 from __future__ import annotations

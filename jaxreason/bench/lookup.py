@@ -1,23 +1,28 @@
-r"""Would guessing from the text so far pay? Speculative decoding without a draft model (prompt look-up, Saxena 2023; Yang et al.
-2023, arXiv 2304.04487): the tokens that followed the last occurrence of the last few are proposed, all are checked in one step.
+r"""Would guessing from the text so far pay? Speculative decoding without a draft model
+(prompt look-up, Saxena 2023; Yang et al. 2023, arXiv 2304.04487): the tokens that
+followed the last occurrence of the last few are proposed, all are checked in one step.
 
-    python -m jaxreason.bench lookup --config=configs/gsm8k.py:model=FOLDER --config.model.dtype=float32 \
-        --rollouts=RUN/rollouts.jsonl
+    python -m jaxreason.bench lookup --config=configs/gsm8k.py:model=FOLDER \
+        --config.model.dtype=float32 --rollouts=RUN/rollouts.jsonl
 
-A sample's noise belongs to its position, so the text is the same with and without guessing: a guess is right if it equals the
-token that was sampled. So real rollouts say exactly how many tokens a step would have given, and a step over k + 1 tokens in each
+A sample's noise belongs to its position, so the text is the same with and without
+guessing: a guess is right if it equals the token that was sampled. So real rollouts say
+exactly how many tokens a step would have given, and a step over k + 1 tokens in each
 slot, timed, says what it costs. Guessing pays where the first is more than the second.
 
-Found (2026-11-24, one EPYC core, float32, jax 0.10.2; 192 rollouts of SmolLM2-135M-Instruct on GSM8K at temperature 0.7, 32,008
-tokens): one, three or seven guesses give 1.30, 1.49 or 1.58 tokens a step. What that makes of the speed, sampling included:
+Found (2026-11-24, one EPYC core, float32, jax 0.10.2; 192 rollouts of
+SmolLM2-135M-Instruct on GSM8K at temperature 0.7, 32,008 tokens): one, three or seven
+guesses give 1.30, 1.49 or 1.58 tokens a step. What that makes of the speed, sampling
+included:
 
     guesses   1 slot   4 slots   16 slots   64 slots
           1     1.24      1.29       0.90       0.83
           3     1.13      1.06       0.65       0.54
           7     1.10      0.76       0.39       0.28
 
-It pays with 1 and 4 slots, where a step waits for the weights, and not with 16 or 64. RL samples with as many or more, so the
-sampler has none of it. An accelerator may wait for the weights up to more slots: not measured.
+It pays with 1 and 4 slots, where a step waits for the weights, and not with 16 or 64.
+RL samples with as many or more, so the sampler has none of it. An accelerator may wait
+for the weights up to more slots: not measured.
 """
 
 from __future__ import annotations

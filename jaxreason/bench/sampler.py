@@ -1,17 +1,21 @@
 r"""How fast the sampler is, and which share of the machine's floor it reaches.
 
-    python -m jaxreason.bench sampler --config=configs/tiny.py --prompts=8 --group=8 --prompt_tokens=32 --tokens=128
-    python -m jaxreason.bench sampler --config=configs/gsm8k.py:model=FOLDER --config.model.dtype=float32 --work=natural \
-        --questions=QUESTIONS.jsonl --prompts=8 --group=8 --slots=16 --tokens=256 --prompt_tokens=256
+    python -m jaxreason.bench sampler --config=configs/tiny.py \
+        --prompts=8 --group=8 --prompt_tokens=32 --tokens=128
+    python -m jaxreason.bench sampler --config=configs/gsm8k.py:model=FOLDER \
+        --config.model.dtype=float32 --work=natural --questions=QUESTIONS.jsonl \
+        --prompts=8 --group=8 --slots=16 --tokens=256 --prompt_tokens=256
 
-`exact`: every rollout is exactly `prompt_tokens` random digits and `tokens` sampled ones. `natural`: until the model ends it or
-`tokens`; prompts are questions of a JSONL file if there is one. A batch ends with all text on the host. Weights are in the
+`exact`: every rollout is exactly `prompt_tokens` random digits and `tokens` sampled
+ones. `natural`: until the model ends it or `tokens`; prompts are questions of a JSONL
+file if there is one. A batch ends with all text on the host. Weights are in the
 sampler's layout beforehand; making it, once an update, is a line of its own.
 
-The floor is a time: what the machine's measured rates leave if nothing is lost. "2N" counts two FLOPs for each matrix weight and
-generated token; "full" also the attention over what stands before each token, and the prefill, with prompts computed and read
-once for their group as they are here, or ("unshared") one by one as others do. Each is the longer of computing and reading
-memory.
+The floor is a time: what the machine's measured rates leave if nothing is lost. "2N"
+counts two FLOPs for each matrix weight and generated token; "full" also the attention
+over what stands before each token, and the prefill, with prompts computed and read once
+for their group as they are here, or ("unshared") one by one as others do. Each is the
+longer of computing and reading memory.
 """
 
 from __future__ import annotations

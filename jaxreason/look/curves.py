@@ -1,7 +1,8 @@
-"""Draw a metric over the steps of a phase, one curve per group of runs, as a PNG file.
+r"""Draw a metric over the steps of a phase, one curve per group of runs, as a PNG file.
 
-    python -m jaxreason.look.curves --out=tiny.png --metric=eval/chain/greedy/accuracy --phase=rl \
-        'prior, then RL=runs/seed*' 'random reward=runs/random' 'no prior=runs/noprior'
+    python -m jaxreason.look.curves --out=tiny.png --phase=rl \
+        --metric=eval/chain/greedy/accuracy 'prior, then RL=runs/seed*' \
+        'random reward=runs/random' 'no prior=runs/noprior'
 
 Each argument is LABEL=GLOB of run folders. A curve is the mean over the runs of a
 group, its band goes from the lowest to the highest run. Steps count from the start of

@@ -1,10 +1,12 @@
 """How T tokens attend to each other: one of `KERNELS`, chosen by
 `ModelConfig.attention`.
 
-    xla      two batched matrix products around a softmax: any device, any dtype; of its scores, [B, N, T, T], it makes half
-             and somewhat more
-    cudnn    cuDNN's flash attention, by way of `jax.nn.dot_product_attention`: NVIDIA GPUs, bfloat16
-    splash   the flash kernel for TPUs that comes with jax, `jax.experimental.pallas.ops.tpu.splash_attention`
+    xla      two batched matrix products around a softmax: any device, any dtype; it
+             makes half of the scores [B, N, T, T] and somewhat more
+    cudnn    cuDNN's flash attention (`jax.nn.dot_product_attention`): NVIDIA GPUs,
+             bfloat16
+    splash   the flash kernel for TPUs that comes with jax
+             (`jax.experimental.pallas.ops.tpu.splash_attention`)
 
 They differ in speed, memory and rounding only: with each, a token sees itself and what
 came before it in its segment. Branches of a segment (`causal`), by which attempts share

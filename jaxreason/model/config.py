@@ -158,7 +158,7 @@ def count_parameters(config: ModelConfig) -> int:
     return c.layers * layer + c.width + (1 if c.tied_embeddings else 2) * c.vocab_size * c.width
 
 
-# ---------------------------------------------------------------------------------------------------------- RoPE
+# --- RoPE ---
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
@@ -214,7 +214,7 @@ def _yarn_frequencies(frequency: np.ndarray, s: RopeScaling, theta: float) -> tu
     return (1 - divide) * frequency + divide * frequency / s.factor, factor
 
 
-# ------------------------------------------------------------------------------------------- Hugging Face's config.json
+# --- Hugging Face's config.json ---
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 WHOLE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -486,7 +486,7 @@ def _rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
     return out
 
 
-# -------------------------------------------------------------------------------------------------------- named sizes
+# --- named sizes ---
 
 
 def _shape(width: int, layers: int, heads: int, kv_heads: int, head_size: int, feed_forward: int, **more):

@@ -119,7 +119,7 @@ def table(config: ModelConfig) -> list[Row]:
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------ finding
+# --- finding ---
 
 
 def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
@@ -197,7 +197,7 @@ def _files(folder: Path) -> dict[str, Path]:
     return files
 
 
-# ------------------------------------------------------------------------------------------------------------ loading
+# --- loading ---
 
 
 def load(
@@ -364,7 +364,7 @@ def _put(tree: dict[str, Any], path: tuple[str, ...], leaf) -> None:
     tree[path[-1]] = leaf
 
 
-# ------------------------------------------------------------------------------------------------------------- saving
+# --- saving ---
 
 
 def save(

@@ -1,6 +1,6 @@
 """A config from the words of a command, read alike by every entry point that takes one.
 
-    --config=configs/tiny.py:task=countdown,smoke --config.rl.optimizer.lr=1e-4 --config.model.lora.rank=8
+    --config=configs/tiny.py:task=countdown,smoke --config.rl.optimizer.lr=1e-4
 
 The file is run, fields named by the words are set, and all others are added with their
 defaults (see `fields`, `build.layout`), so any field can be named, whether the file has

@@ -1,11 +1,13 @@
 """The ledger: what a run has used, for sampling, learning, evaluating and compiling
 apart. Goes into checkpoints and summaries.
 
-    tokens      that were sampled (sample, evaluate), or that the learner has read (learn)
-    flops       that this work needs, by formula (`cost.forward_flops`): without padding and without what is computed twice
-    device_s    seconds x devices, from start to end of the work, waiting for verdicts included
-                without compilation, which is a kind of its own that has no tokens and no FLOPs
-    joules      device_s x the watts of a device that `config.log.watts` states; 0 without. An estimate: nothing is measured
+    tokens      sampled (sample, evaluate), or read by the learner (learn)
+    flops       of this work by formula (`cost.forward_flops`): without padding and
+                without recomputation
+    device_s    seconds x devices, from start to end of the work; waiting for verdicts
+                is included, compilation is a kind of its own
+    joules      device_s x the watts of a device that `config.log.watts` states, else 0:
+                an estimate, nothing is metered
 
 A ledger is {kind of work: {unit: amount}}, floats that only grow. Work that a killed
 run had done after its last checkpoint, and that is done again, counts once.

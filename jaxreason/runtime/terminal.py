@@ -122,10 +122,12 @@ def print_evaluations(evaluations: Iterable[Evaluation], *, console: Console | N
 
 
 def visible(text: str, encoding: str = "utf-8") -> str:
-    r"""Return text that a terminal shows and never obeys: what is not printable, a newline or a tab becomes `\x1b` or the like.
+    r"""Return text that a terminal shows and never obeys: what is not printable, a
+    newline or a tab becomes `\x1b` or the like.
 
-    That covers ANSI escapes, carriage returns, bidirectional overrides, zero-width characters, lone surrogates, and what
-    `encoding` lacks. Markup is no concern of it: give rich a `Text`.
+    That covers ANSI escapes, carriage returns, bidirectional overrides, zero-width
+    characters, lone surrogates, and what `encoding` lacks. Markup is no concern of it:
+    give rich a `Text`.
     """
     hidden = ("C", "Zl", "Zp")  # control, format, surrogate, private, unassigned; line and paragraph separators
     escaped = "".join(

@@ -40,7 +40,7 @@ class Format(NamedTuple):
     """The chat template, if there is one."""
 
 
-# ---------------------------------------------------------------------------------------------------------- formats
+# --- formats ---
 
 QUESTION = "{question}"
 PROBE = "\ue004"  # stands for a text where a template is tried
@@ -179,7 +179,7 @@ def spans(task: Task) -> list[tuple[str, bool]]:
     return [(text, is_forced) for text, is_forced in found if text]
 
 
-# --------------------------------------------------------------------------------------------------------- messages
+# --- messages ---
 
 # Private-use characters put around what stands in a message's content and is to be
 # encoded as plain characters (special tokens), and around what is forced in it, to tell

@@ -130,7 +130,7 @@ def clock(date: datetime.date) -> Callable[[str], str]:
     return datetime.datetime.combine(date, datetime.time()).strftime
 
 
-# ---------------------------------------------------------------------------------------------------------- the sandbox
+# --- the sandbox ---
 
 _budget = threading.local()  # steps that are left to the rendering under way in a thread
 

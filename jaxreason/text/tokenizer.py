@@ -52,7 +52,7 @@ class Tokenizer(NamedTuple):
     """Whether a normalizer may make a token of `special` or `added` from a text that does not contain it."""
 
 
-# ------------------------------------------------------------------------------------------------- made by us
+# --- made by us ---
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
@@ -186,7 +186,7 @@ def _write(made, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
-# -------------------------------------------------------------------------------------------------- tokenizer.json
+# --- tokenizer.json ---
 
 
 def load(folder: str | Path) -> Tokenizer:
@@ -336,7 +336,7 @@ def _any(words: Iterable[str]) -> re.Pattern:
     return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
 
 
-# ---------------------------------------------------------------------------- the space in front of a text, and bytes
+# --- the space in front of a text, and bytes ---
 
 PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}  # and their key in a sequence
 
@@ -385,7 +385,7 @@ def _bytes_of(reader) -> dict[int, int]:
     return {i: byte for byte, i in ids.items() if i is not None}
 
 
-# ------------------------------------------------------------------------------------------------- bos, eos and pad
+# --- bos, eos and pad ---
 
 
 def _special_ids(folder: Path, token_to_id: Callable, known: frozenset[int]) -> tuple[int | None, tuple[int, ...], int]:

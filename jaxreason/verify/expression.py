@@ -1,7 +1,9 @@
-r"""The answer is mathematics: math-verify compares it with the key by computer algebra, in killable processes.
+r"""The answer is mathematics: math-verify compares it with the key by computer algebra,
+in killable processes.
 
-Understands LaTeX in `\boxed{}` or dollars, and plain expressions: sets, intervals, matrices, roots, equations. The last box
-that holds something is the answer. Plain numbers and equal texts are compared here, without a process.
+Understands LaTeX in `\boxed{}` or dollars, and plain expressions: sets, intervals,
+matrices, roots, equations. The last box that holds something is the answer. Plain
+numbers and equal texts are compared here, without a process.
 """
 
 from __future__ import annotations
@@ -23,13 +25,16 @@ def math(
     memory_mb: int = 2048,  # of address space of each
     max_chars: int = 10_000,  # that are read, from the end
 ) -> Callable[[str, Task], Verdict]:
-    r"""Compare the last `max_chars` of the text with `task.answer` (or any of `task.data["answers"]`), both as mathematics.
+    r"""Compare the last `max_chars` of the text with `task.answer` (or any of
+    `task.data["answers"]`), both as mathematics.
 
-    A percent or currency sign that only one of them has is ignored. Boxes with nothing but a separator between them,
-    `\boxed{1} and \boxed{2}`, may also be one answer of several parts.
+    A percent or currency sign that only one of them has is ignored. Boxes with nothing
+    but a separator between them, `\boxed{1} and \boxed{2}`, may also be one answer of
+    several parts.
 
-    At most `processes` children are started, on first use, each with `memory_mb` of address space; one that takes more
-    than `timeout_s` of CPU time is killed, so a verdict does not depend on the load of the machine. Reasons: right, wrong, no
+    At most `processes` children are started, on first use, each with `memory_mb` of
+    address space; one that takes more than `timeout_s` of CPU time is killed, so a
+    verdict does not depend on the load of the machine. Reasons: right, wrong, no
     answer, bad key (`task.answer` is empty), timeout, crashed, out of memory.
 
     Raises:
@@ -75,7 +80,9 @@ _MAY_ANSWER = re.compile(r"[\d$\\\[]")  # what math-verify finds in a text begin
 
 
 def last_boxes(text: str) -> list[str]:
-    r"""Return what the last closed `\boxed{...}` holds, tidied; second, if others belong to it, all of them as one list."""
+    r"""Return what the last closed `\boxed{...}` holds, tidied; second, if others
+    belong to it, all of them as one list.
+    """
     found: list[str] = []
     stop = follows = len(text)
     for match in reversed(list(_BOX.finditer(text))):
@@ -118,7 +125,9 @@ _CURRENCY = "€£¥₹"
 
 
 def tidy(expression: str) -> str:
-    r"""Return an expression without what surrounds it: `\[18\]`, `$18$.`, `\boxed{18}`, `\text{18 apples}`, `18\,000`."""
+    r"""Return an expression without what surrounds it: `\[18\]`, `$18$.`, `\boxed{18}`,
+    `\text{18 apples}`, `18\,000`.
+    """
     for _ in range(9):  # more wraps are no answer
         before, expression = expression, _unwrap(expression.strip())
         if expression == before:
@@ -169,7 +178,8 @@ _NAMED_BASE = re.compile(rf"(?<=[0-9A-F)])_\{{\\text\{{({'|'.join(_NAMES)})\}}\}
 
 
 def bases(expression: str) -> tuple[int, ...]:
-    r"""The bases of the numbers of an expression that name one, in order: 2 and 16 of `101_2, 1F_{16}`.
+    r"""The bases of the numbers of an expression that name one, in order: 2 and 16 of
+    `101_2, 1F_{16}`.
 
     math-verify drops a subscript of digits, so 101_2 and 101_3 are the same to it.
     """

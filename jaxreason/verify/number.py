@@ -1,12 +1,13 @@
-r"""The answer is a number, written as people and models write it: `\boxed{1{,}234}`, `#### $1,234.50`, `the answer is -3/4.`
+r"""The answer is a number, written as people and models write it: `\boxed{1{,}234}`,
+`#### $1,234.50`, `the answer is -3/4.`
 
-Three steps over the end of the text. *Normalise*: markup, currency and percent signs go,
-LaTeX fractions and Unicode forms become plain. *Find the region*: the last box that is not
-empty counts; without one the last `####` that has something behind it, then the last
-affirmative "answer is", then the last number in the text. Text behind a closed
-`</think>` counts alone if it holds any of these. *Read one value*: a region that gives no
-single number, such as `24 + 18`, `2x`, `5, 6` or `5 feet 6 inches`, is no answer; it is
-never guessed at. Numbers are compared exactly, as fractions.
+Three steps over the end of the text. *Normalise*: markup, currency and percent signs
+go, LaTeX fractions and Unicode forms become plain. *Find the region*: the last box that
+is not empty counts; without one the last `####` that has something behind it, then the
+last affirmative "answer is", then the last number in the text. Text behind a closed
+`</think>` counts alone if it holds any of these. *Read one value*: a region that gives
+no single number, such as `24 + 18`, `2x`, `5, 6` or `5 feet 6 inches`, is no answer; it
+is never guessed at. Numbers are compared exactly, as fractions.
 """
 
 from __future__ import annotations
