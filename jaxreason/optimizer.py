@@ -150,39 +150,40 @@ def make(
         "final_fraction": final_fraction,
     }
     rate = schedule(lr, steps, **shape)
+    adam_rate = rate if adam_lr is None else schedule(adam_lr, steps, **shape)
+    clip = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+    return in_float32(optax.chain(*clip, rule(name, rate, adam_rate, **fields)))
+
+
+def rule(name: str, rate, adam_rate, *, b1, b2, eps, weight_decay, state_dtype, muon_momentum, muon_scale, **_):
+    """Make the update rule of a name, at the rates of a schedule."""
     dtype = None if state_dtype is None else jnp.dtype(state_dtype)
     adam = {"b1": b1, "b2": b2, "eps": eps, "mu_dtype": dtype}
     decay = {"weight_decay": weight_decay, "mask": decayed}
     if name == "adamw":
-        chain = [optax.adamw(rate, **adam, **decay)]
-    elif name == "adam":
-        chain = [optax.adam(rate, **adam)]
-    elif name == "sgd":
-        chain = [optax.sgd(rate)]
-    elif name == "lion":
-        chain = [optax.lion(rate, b1=b1, b2=b2, mu_dtype=dtype, **decay)]
-    elif name == "adafactor":
+        return optax.adamw(rate, **adam, **decay)
+    if name == "adam":
+        return optax.adam(rate, **adam)
+    if name == "sgd":
+        return optax.sgd(rate)
+    if name == "lion":
+        return optax.lion(rate, b1=b1, b2=b2, mu_dtype=dtype, **decay)
+    if name == "adafactor":
         # optax adds this decay after the rate; times the rate it means what it means in
         # the others.
         decay_rate = (lambda step: weight_decay * rate(step)) if weight_decay else None
-        chain = [optax.adafactor(rate, weight_decay_rate=decay_rate, weight_decay_mask=decayed)]
-    else:
-        matrices = optax.contrib.muon(
-            rate,
-            beta=muon_momentum,
-            weight_decay=weight_decay,
-            mu_dtype=dtype,
-            muon_weight_dimension_numbers=matrix_axes,
-            consistent_rms=MUON_SCALES[muon_scale],
-        )
-        adam_rate = rate if adam_lr is None else schedule(adam_lr, steps, **shape)
-        # optax's muon would give the rest Nesterov's Adam, and its decay to norms and
-        # biases too.
-        rest = optax.adamw(adam_rate, **adam, **decay)
-        chain = [optax.partition({"matrices": matrices, "rest": rest}, labels)]
-    if clip_norm is not None:
-        chain.insert(0, optax.clip_by_global_norm(clip_norm))
-    return in_float32(optax.chain(*chain))
+        return optax.adafactor(rate, weight_decay_rate=decay_rate, weight_decay_mask=decayed)
+    matrices = optax.contrib.muon(
+        rate,
+        beta=muon_momentum,
+        weight_decay=weight_decay,
+        mu_dtype=dtype,
+        muon_weight_dimension_numbers=matrix_axes,
+        consistent_rms=MUON_SCALES[muon_scale],
+    )
+    # optax's muon would give the rest Nesterov's Adam, and its decay to norms and
+    # biases too.
+    return optax.partition({"matrices": matrices, "rest": optax.adamw(adam_rate, **adam, **decay)}, labels)
 
 
 def ignored(fields: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:

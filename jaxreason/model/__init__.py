@@ -3,7 +3,7 @@ weights in and out of Hugging Face folders.
 """
 
 from jaxreason.model.config import ModelConfig
-from jaxreason.model.seam import Model
+from jaxreason.model.interface import Model
 from jaxreason.model.transformer import transformer
 
 __all__ = ["Model", "ModelConfig", "transformer"]

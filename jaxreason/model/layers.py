@@ -392,7 +392,7 @@ class Block(nnx.Module):
     L) (GPT-2), so depth adds no variance.
 
     If `fused`, products of the same input are one, as decoding reads weights best (see
-    `transformer.decode_layer`).
+    `decode_layout.decode_layer`).
     """
 
     def __init__(self, c: ModelConfig, *, fused: bool = False, rngs: nnx.Rngs):

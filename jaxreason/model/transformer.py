@@ -1,8 +1,8 @@
-"""The decoder-only transformer behind the `Model` seam: stack, scan or unroll,
+"""The decoder-only transformer behind the `Model` interface: stack, scan or unroll,
 rematerialisation, value head.
 
 Layers are defined with `flax.nnx` and merged inside `apply`; only nested dicts of
-arrays cross the seam, with the layers stacked on axis 0. `ModelConfig.scan_layers`
+arrays cross the interface, with the layers stacked on axis 0. `ModelConfig.scan_layers`
 chooses between `lax.scan` over the stack (compile time flat in depth: for accelerators)
 and an unrolled loop (twice as fast on a CPU at 3 layers). Decoding is unrolled
 everywhere: a scan copies each layer's cache out of the stack and back
@@ -12,7 +12,6 @@ everywhere: a scan copies each layer's cache out of the stack and back
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +22,9 @@ from jaxreason.model import cache as kv
 from jaxreason.model import lora
 from jaxreason.model.attention import KERNELS
 from jaxreason.model.config import LORA_TARGETS, Lora, ModelConfig, rope_frequencies
-from jaxreason.model.layers import Block, Norm, Projection, Seen, from_columns, from_left, of_few_rows
-from jaxreason.model.seam import Model
+from jaxreason.model.decode_layout import cast_used, decode_layout, for_few_rows, in_decode_layout
+from jaxreason.model.interface import Model
+from jaxreason.model.layers import Block, Norm, Projection, Seen, from_left
 
 REMAT = {
     "none": None,
@@ -39,7 +39,7 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
     A mesh is for the attention kernels that the compiler can't split by itself, which
     is all but "xla".
     """
-    dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
+    dtype = jnp.dtype(config.dtype)
     # Modules hold no arrays of their own here: only their structure is kept, to be
     # merged with params inside `apply`.
     block = nnx.graphdef(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
@@ -47,33 +47,6 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
     decode_block = nnx.eval_shape(lambda: Block(config, fused=True, rngs=nnx.Rngs(0)))
     decode_block = nnx.graphdef(decode_block if config.scan_layers else for_few_rows(decode_block))
     final_norm = nnx.graphdef(nnx.eval_shape(lambda: Norm(config.width, config.norm_eps)))
-
-    base_dtype = jnp.dtype((config.lora and config.lora.base_dtype) or config.param_dtype)
-
-    def cast(params, dtype=param_dtype):
-        return jax.tree.map(lambda x: x.astype(dtype), params)
-
-    def init(key):
-        def one_layer(key):
-            return nnx.to_pure_dict(nnx.state(Block(config, rngs=nnx.Rngs(params=key)), nnx.Param))
-
-        embed_key, layers_key, unembed_key, value_key = jax.random.split(key, 4)
-        std = config.width**-0.5
-        params = {
-            "embed": {"embedding": std * jax.random.normal(embed_key, (config.vocab_size, config.width))},
-            "layers": jax.vmap(one_layer)(jax.random.split(layers_key, config.layers)),
-            "final_norm": {"scale": jnp.ones(config.width)},
-        }
-        if not config.tied_embeddings:
-            params["unembed"] = {"kernel": std * jax.random.normal(unembed_key, (config.width, config.vocab_size))}
-        if config.value_head:
-            params["value"] = {"kernel": std * jax.random.normal(value_key, (config.width,))}
-        if config.lora is not None:
-            # A key of their own: the base is that of the same seed without adapters.
-            adapters = lora.init(jax.random.fold_in(key, 1), params["layers"], config.lora)
-            value = {"value": params.pop("value")} if config.value_head else {}  # trained, like the adapters
-            return {"frozen": cast(params, base_dtype), "lora": cast(adapters), **cast(value)}
-        return cast(params)
 
     kernel = KERNELS[config.attention](config, mesh)
 
@@ -104,22 +77,11 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
         layers = params["layers"] if adapters is None else lora.beside(params["layers"], adapters)
         assert prefix is None or isinstance(cache, tuple)
         if isinstance(cache, dict) or (config.scan_layers and cache is None and not in_decode_layout(params)):
-
-            def step(x_BTD, layer_and_cache):
-                layer, layer_cache = layer_and_cache
-                return run_block(x_BTD, layer, rotations, seen, None if layer_cache is None else (layer_cache, None))
-
-            x_BTD, cache = jax.lax.scan(step, x_BTD, (layers, cache))
+            x_BTD, cache = forward_scan(run_block, x_BTD, layers, rotations, seen, cache)
         else:
             run_layer = run_decode if in_decode_layout(params) else run_block
             layers = layers if isinstance(layers, tuple) else unstack(layers, config.layers)
-            nothing = (None,) * config.layers
-            caches = nothing if cache is None else zip(cache, nothing if prefix is None else prefix.layers, strict=True)
-            new_caches = []
-            for layer, layer_cache in zip(layers, caches, strict=True):
-                x_BTD, layer_cache = run_layer(x_BTD, layer, rotations, seen, layer_cache)
-                new_caches.append(layer_cache)
-            cache = None if cache is None else tuple(new_caches)
+            x_BTD, cache = forward_layers(run_layer, x_BTD, layers, rotations, seen, cache, prefix)
         return nnx.merge(final_norm, params["final_norm"])(x_BTD), cache
 
     def unembed(params, hidden):
@@ -141,25 +103,6 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
             return make(stacked=config.layers)
         return tuple(make() for _ in range(config.layers))
 
-    def cast_used(params):
-        # Norms and the value head are small, and not all of their use is in `dtype`.
-        def of(path, x):
-            often = path[-1].key in ("kernel", "embedding") and path[0].key != "value"
-            return x.astype(dtype) if often and x.dtype != dtype else x
-
-        return jax.tree_util.tree_map_with_path(of, params)
-
-    def decode_layout(params, send=lambda part: part):
-        params, few_rows = cast_used(params), not config.scan_layers  # on a CPU they decide how a product is made
-        # Sent layer by layer: never is the whole stack beside the layers.
-        layers = tuple(
-            decode_layer(send({"layers": cut_layer(params["layers"], i)})["layers"], few_rows) for i in range(config.layers)
-        )
-        params = {**send({name: part for name, part in params.items() if name != "layers"}), "layers": layers}
-        if few_rows and not config.tied_embeddings:
-            params["unembed"] = {"kernel": params["unembed"]["kernel"].T}
-        return params
-
     def by_layer(params):
         if config.scan_layers or "layers" not in params:
             return params
@@ -167,33 +110,67 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
 
     return Model(
         config=config,
-        init=init,
+        init=functools.partial(init_params, config),
         apply=apply,
         unembed=unembed,
         value=value if config.value_head else None,
         merge=functools.partial(lora.merge, lora=config.lora),
         by_layer=by_layer,
-        cast=cast_used,
+        cast=functools.partial(cast_used, config),
         init_cache=init_cache,
-        decode_layout=decode_layout,
+        decode_layout=functools.partial(decode_layout, config),
     )
 
 
-def in_decode_layout(params) -> bool:
-    """Whether params are as `decode_layout` gives them: one tree a layer, products of
-    the same input fused.
-    """
-    return isinstance(params["layers"], tuple) and "qkv" in params["layers"][0]["attention"]
+def init_params(config: ModelConfig, key):
+    """Draw random params, with layers stacked on axis 0."""
+    dtype = jnp.dtype(config.param_dtype)
+    base_dtype = jnp.dtype((config.lora and config.lora.base_dtype) or config.param_dtype)
+
+    def one_layer(key):
+        return nnx.to_pure_dict(nnx.state(Block(config, rngs=nnx.Rngs(params=key)), nnx.Param))
+
+    def cast(params, dtype=dtype):
+        return jax.tree.map(lambda x: x.astype(dtype), params)
+
+    embed_key, layers_key, unembed_key, value_key = jax.random.split(key, 4)
+    std = config.width**-0.5
+    params = {
+        "embed": {"embedding": std * jax.random.normal(embed_key, (config.vocab_size, config.width))},
+        "layers": jax.vmap(one_layer)(jax.random.split(layers_key, config.layers)),
+        "final_norm": {"scale": jnp.ones(config.width)},
+    }
+    if not config.tied_embeddings:
+        params["unembed"] = {"kernel": std * jax.random.normal(unembed_key, (config.width, config.vocab_size))}
+    if config.value_head:
+        params["value"] = {"kernel": std * jax.random.normal(value_key, (config.width,))}
+    if config.lora is not None:
+        # A key of their own: the base is that of the same seed without adapters.
+        adapters = lora.init(jax.random.fold_in(key, 1), params["layers"], config.lora)
+        value = {"value": params.pop("value")} if config.value_head else {}  # trained, like the adapters
+        return {"frozen": cast(params, base_dtype), "lora": cast(adapters), **cast(value)}
+    return cast(params)
 
 
-def for_few_rows(block: Block) -> Block:
-    """Make the projections of a block take their kernels as `decode_layout` lays them
-    out for a CPU.
-    """
-    for path, module in nnx.iter_graph(block):
-        if isinstance(module, Projection):
-            module.product = of_few_rows(path[-1], math.prod(module.inputs) * math.prod(module.outputs))
-    return block
+def forward_scan(run_block, x_BTD, layers, rotations, seen, cache):
+    """Run stacked layers by a scan."""
+
+    def step(x_BTD, layer_and_cache):
+        layer, layer_cache = layer_and_cache
+        return run_block(x_BTD, layer, rotations, seen, None if layer_cache is None else (layer_cache, None))
+
+    return jax.lax.scan(step, x_BTD, (layers, cache))
+
+
+def forward_layers(run_layer, x_BTD, layers: tuple, rotations, seen, cache, prefix):
+    """Run layers one after the other."""
+    nothing = (None,) * len(layers)
+    caches = nothing if cache is None else zip(cache, nothing if prefix is None else prefix.layers, strict=True)
+    new_caches = []
+    for layer, layer_cache in zip(layers, caches, strict=True):
+        x_BTD, layer_cache = run_layer(x_BTD, layer, rotations, seen, layer_cache)
+        new_caches.append(layer_cache)
+    return x_BTD, None if cache is None else tuple(new_caches)
 
 
 def adapted(block: Block, adapters: Lora | None) -> Block:
@@ -204,50 +181,6 @@ def adapted(block: Block, adapters: Lora | None) -> Block:
         module.a = Projection(module.inputs, (adapters.rank,), rngs=nnx.Rngs(0))
         module.b = Projection((adapters.rank,), module.outputs, rngs=nnx.Rngs(0))
     return block
-
-
-@jax.jit
-def cut_layer(layers, i):
-    """Cut layer i out of stacked layers: a stack of one."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1), layers)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def decode_layer(stack_of_one, few_rows: bool):
-    """Fuse products of the same input (see `Block`), and turn kernels that are better
-    so for `few_rows`: [outputs, inputs].
-
-    A program of its own, run once per layer: all layers in one take long to compile.
-    """
-    layer = jax.tree.map(lambda x: x[0], stack_of_one)
-    attention, mlp = dict(layer["attention"]), dict(layer["mlp"])
-    q, k, v = (attention.pop(name) for name in "qkv")
-
-    def by_key_head(name):
-        """Of each key head: its queries, its key, its value."""
-        K, H = k[name].shape[-2:]
-        lead = q[name].shape[:-2]
-        parts = [q[name].reshape(*lead, K, -1, H), k[name][..., None, :], v[name][..., None, :]]
-        return jnp.concatenate(parts, axis=-2)
-
-    attention["qkv"] = {name: by_key_head(name) for name in q}
-    mlp["gate_up"] = {"kernel": jnp.stack([mlp.pop("gate")["kernel"], mlp.pop("up")["kernel"]], axis=-1)}
-    layer = {**layer, "attention": attention, "mlp": mlp}
-
-    def turn(path, x):
-        if path[-1].key != "kernel":
-            return x
-        inputs = 2 if path[-2].key == "o" else 1  # attention's output reads heads x head size
-        x = x.reshape(math.prod(x.shape[:inputs]), -1)
-        product = of_few_rows(path[-2].key, x.size)
-        if product is from_left:
-            return x.T
-        # A row of a whole number of pages would have all rows share a few lines of the
-        # processor's cache.
-        pad = 16 if product is from_columns and x.shape[1] * x.dtype.itemsize % 4096 == 0 else 0
-        return jnp.pad(x, ((0, 0), (0, pad)))
-
-    return jax.tree_util.tree_map_with_path(turn, layer) if few_rows else layer
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

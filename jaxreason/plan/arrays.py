@@ -16,7 +16,7 @@ from jax.experimental import topologies
 from jaxreason import batching, build, sharding, text
 from jaxreason.learner import new_state
 from jaxreason.model import transformer
-from jaxreason.model.transformer import decode_layer
+from jaxreason.model.decode_layout import decode_layer
 from jaxreason.options import call_with_section, unknown_name_message
 from jaxreason.plan import chips
 from jaxreason.plan.work import Work

@@ -34,7 +34,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,25 +55,175 @@ class Damaged(ValueError):
     """A checkpoint can't be read, or is not what was saved."""
 
 
-class Checkpoints(NamedTuple):
+class Checkpoints:
     """The checkpoints of one run. An abstract tree has `jax.ShapeDtypeStruct` leaves,
     with the shardings to restore to.
     """
 
-    due: Callable[[int], bool]  # (step): is a checkpoint to be saved after this many steps?
-    save: Callable[..., None]  # (step, state, host, reference=None): copies, then writes in the background
-    failure: Callable[[], str | None]  # why the last save failed, if it has; said once
-    steps: Callable[[], list[int]]  # of the complete checkpoints, the newest first
-    latest: Callable[[], int | None]  # step of the newest complete checkpoint
-    gone: Callable[[], list[int]]  # steps of complete checkpoints that somebody has removed since; told once
-    set_aside: Callable[[int], None]  # (step): rename a damaged one, so that it is no longer among the steps
-    peek: Callable[[int], dict[str, Any]]  # (step) -> host
-    restore: Callable[[int, Any], tuple[Any, dict[str, Any]]]  # (step, abstract_state) -> (state, host)
-    restore_params: Callable[[int, Any], Any]  # (step, abstract_params) -> `params` of the state, and nothing else of it
-    check_params: Callable[[int, Any], None]  # (step, abstract_params): raise if `restore_params` would; reads no array
-    restore_reference: Callable[[int, Any], Any]  # (step, abstract_params) -> reference params
-    wait: Callable[[], None]  # until all saves are complete, or have failed
-    close: Callable[[], None]  # waits too; a save that fails meanwhile is told by `failure`
+    def __init__(self, folder: str, ocp, manager, *, every_steps: int, keep_best: str | None, read_only: bool):
+        self.folder, self.ocp, self.manager = folder, ocp, manager
+        self.every_steps, self.keep_best, self.read_only = every_steps, keep_best, read_only
+        self.failures: list[str] = []  # that nobody has asked for yet
+        self.missed: set[int] = set()  # steps whose checkpoints were found to be gone
+        self.failed: list[int] = []  # steps whose saves may have left something behind
+
+    # --- saving ---
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is to be saved after this many steps."""
+        return step % self.every_steps == 0
+
+    def save(self, step: int, state: Any, host: dict[str, Any], reference: Any = None) -> None:
+        """Copy what is to be saved, and write it in the background."""
+        if self.read_only:
+            raise ValueError(f"the checkpoints at {self.folder} are open read_only; open them to write")
+        ocp = self.ocp
+        # Through JSON and back: what can't be written fails here, and what the loop
+        # changes later stays out of the checkpoint.
+        host = json.loads(json.dumps(host))
+        trees = {"state": state} | ({} if reference is None else {"reference": reference})
+        marks = {name: fingerprints(tree) for name, tree in trees.items()}
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
+        items["host"] = ocp.args.JsonSave({"host": host, "fingerprints": marks, "crc32": checksum(host, marks)})
+        metrics = None if self.keep_best is None else {"best": score(host, self.keep_best)}
+        self.wait()  # for the save before this one, whose failure is not this one's
+        self.sweep()
+        # Without `force` orbax skips a step that is not newer than the last one,
+        # silently.
+        self.attempt(step, lambda: self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True))
+
+    def wait(self) -> None:
+        """Wait until all saves are complete, or have failed."""
+        self.attempt(max(self.manager.all_steps(), default=0), self.manager.wait_until_finished)
+
+    def close(self) -> None:
+        """Wait, too; `failure` tells of a save that fails meanwhile."""
+        self.attempt(max(self.manager.all_steps(), default=0), self.manager.close)
+        self.sweep()
+
+    def failure(self) -> str | None:
+        """Why the last save failed, if it has; told once."""
+        return self.failures.pop(0) if self.failures else None
+
+    def attempt(self, step: int, function: Callable) -> None:
+        try:
+            function()
+        except Exception as error:  # OSError, or whatever orbax and tensorstore make of it
+            latest = self.latest()
+            newest = "there is no checkpoint" if latest is None else f"the newest checkpoint is of step {latest}"
+            self.failures.append(f"the save of step {step} failed: {first_line(error)}; {newest}")
+            self.failed.append(step)
+
+    def sweep(self) -> None:
+        """Remove what was written of saves that failed: it takes the space of others.
+
+        Again and again, as threads of a failed save may write on for a while. Never
+        while a save is under way.
+        """
+        for step in self.failed:
+            if processes.writes() and "://" not in self.folder:
+                shutil.rmtree(Path(self.folder, f"{step}.orbax-checkpoint-tmp"), ignore_errors=True)
+
+    # --- what there is ---
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, the newest first."""
+        return sorted(filter(self.is_there, self.manager.all_steps()), reverse=True)
+
+    def latest(self) -> int | None:
+        """The step of the newest complete checkpoint."""
+        return max(self.steps(), default=None)
+
+    def gone(self) -> list[int]:
+        """Steps of complete checkpoints that somebody has removed; told once."""
+        self.wait()  # a save under way has no folder yet
+        missing = sorted(s for s in self.manager.all_steps() if not self.is_there(s) and s not in self.missed)
+        self.missed.update(missing)
+        if missing and os.path.isdir(self.folder):
+            self.manager.reload()
+        return missing
+
+    def is_there(self, step: int) -> bool:
+        # The folders themselves: orbax remembers checkpoints that have been removed.
+        # Only on the process that writes, since a network file system may show a new
+        # folder to others late.
+        return "://" in self.folder or not processes.writes() or Path(self.folder, str(step)).is_dir()
+
+    def set_aside(self, step: int) -> None:
+        """Rename a damaged checkpoint, so that it is no longer among the steps."""
+        if processes.writes():
+            path = Path(self.folder, f"{step}.damaged")
+            Path(self.folder, str(step)).rename(free_name(path) if path.exists() else path)
+        processes.gather(None)  # until it is done
+        self.manager.reload()
+
+    # --- restoring ---
+
+    def peek(self, step: int) -> dict[str, Any]:
+        """Read the host's part."""
+        return self.read_host(step)["host"]
+
+    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """Read the state and the host's part."""
+        return self.restore_item(step, "state", abstract_state), self.peek(step)
+
+    def restore_params(self, step: int, abstract_params: Any) -> Any:
+        """Read the params of the state, and nothing else of it."""
+        return self.restore_item(step, "state", {"params": abstract_params}, partial=True)["params"]
+
+    def check_params(self, step: int, abstract_params: Any) -> None:
+        """Raise if `restore_params` would; reads no array."""
+        self.check_item(step, "state", {"params": abstract_params}, partial=True)
+
+    def restore_reference(self, step: int, abstract_params: Any) -> Any:
+        """Read the reference params."""
+        return self.restore_item(step, "reference", abstract_params)
+
+    def damaged(self, step: int, what: object) -> Damaged:
+        return Damaged(f"the checkpoint of step {step} at {self.folder} is damaged: {what}")
+
+    def read(self, step: int, **items) -> Any:
+        try:
+            return self.manager.restore(step, args=self.ocp.args.Composite(**items))
+        except Exception as error:
+            if NOT_THE_CHECKPOINTS.search(f"{type(error).__name__}: {error}"):
+                raise ValueError(f"can't read the checkpoint of step {step} at {self.folder}: {first_line(error)}") from None
+            raise self.damaged(step, first_line(error)) from None
+
+    def read_host(self, step: int) -> dict:
+        found = self.read(step, host=self.ocp.args.JsonRestore())["host"]
+        if not isinstance(found, dict) or checksum(found.get("host"), found.get("fingerprints")) != found.get("crc32"):
+            raise self.damaged(step, "host/metadata is not what was saved")
+        return found
+
+    def check_item(self, step: int, item: str, abstract: Any, partial: bool = False) -> None:
+        """Check an item that was saved. Reads metadata alone, so one of several
+        processes may call it.
+        """
+        ocp = self.ocp
+        try:
+            metadata = self.manager.item_metadata(step).get(item)
+            saved = None if metadata is None else _leaves(ocp.tree.to_flat_dict(metadata.tree), partial)
+        except Exception as error:
+            raise self.damaged(step, first_line(error)) from None
+        if saved is None:
+            raise self.damaged(step, f"{item} was saved, but it or its _METADATA is missing")
+        _check_fit(f"{item} at step {step} of {self.folder}", saved, _leaves(ocp.tree.to_flat_dict(abstract), partial))
+
+    def restore_item(self, step: int, item: str, abstract: Any, partial: bool = False) -> Any:
+        marks = self.read_host(step)["fingerprints"].get(item)
+        if marks is None:
+            raise ValueError(f"the checkpoint of step {step} at {self.folder} has no {item}")
+        self.check_item(step, item, abstract, partial)
+        ocp = self.ocp
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial)
+        tree = self.read(step, **{item: args})[item]
+        for path, mark in fingerprints(tree).items():
+            cast = mark.split()[0] != marks[path].split()[0]
+            if mark != marks[path] and not cast:
+                raise self.damaged(step, f"{item}.{path} is not what was saved")
+        return tree
 
 
 def open_checkpoints(
@@ -137,139 +287,7 @@ def open_checkpoints(
         ),
     )
 
-    failures: list[str] = []  # that nobody has asked for yet
-    missed: set[int] = set()  # steps whose checkpoints were found to be gone
-    failed: list[int] = []  # steps whose saves may have left something behind
-
-    def attempt(step: int, function: Callable) -> None:
-        try:
-            function()
-        except Exception as error:  # OSError, or whatever orbax and tensorstore make of it
-            newest = "there is no checkpoint" if latest() is None else f"the newest checkpoint is of step {latest()}"
-            failures.append(f"the save of step {step} failed: {first_line(error)}; {newest}")
-            failed.append(step)
-
-    def save(step: int, state: Any, host: dict[str, Any], reference: Any = None) -> None:
-        if read_only:
-            raise ValueError(f"the checkpoints at {folder} are open read_only; open them to write")
-        # Through JSON and back: what can't be written fails here, and what the loop
-        # changes later stays out of the checkpoint.
-        host = json.loads(json.dumps(host))
-        trees = {"state": state} | ({} if reference is None else {"reference": reference})
-        marks = {name: fingerprints(tree) for name, tree in trees.items()}
-        items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
-        items["host"] = ocp.args.JsonSave({"host": host, "fingerprints": marks, "crc32": checksum(host, marks)})
-        metrics = None if keep_best is None else {"best": score(host, keep_best)}
-        wait()  # for the save before this one, whose failure is not this one's
-        sweep()
-        # Without `force` orbax skips a step that is not newer than the last one,
-        # silently.
-        attempt(step, lambda: manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True))
-
-    def wait() -> None:
-        attempt(max(manager.all_steps(), default=0), manager.wait_until_finished)
-
-    def sweep() -> None:
-        """Remove what was written of saves that failed: it takes the space of others.
-
-        Again and again, as threads of a failed save may write on for a while. Never
-        while a save is under way.
-        """
-        for step in failed:
-            if processes.writes() and "://" not in folder:
-                shutil.rmtree(Path(folder, f"{step}.orbax-checkpoint-tmp"), ignore_errors=True)
-
-    def is_there(step: int) -> bool:
-        # The folders themselves: orbax remembers checkpoints that have been removed.
-        # Only on the process that writes, since a network file system may show a new
-        # folder to others late.
-        return "://" in folder or not processes.writes() or Path(folder, str(step)).is_dir()
-
-    def steps() -> list[int]:
-        return sorted(filter(is_there, manager.all_steps()), reverse=True)
-
-    def latest() -> int | None:
-        return max(steps(), default=None)
-
-    def gone() -> list[int]:
-        wait()  # a save under way has no folder yet
-        missing = sorted(step for step in manager.all_steps() if not is_there(step) and step not in missed)
-        missed.update(missing)
-        if missing and os.path.isdir(folder):
-            manager.reload()
-        return missing
-
-    def damaged(step: int, what: object) -> Damaged:
-        return Damaged(f"the checkpoint of step {step} at {folder} is damaged: {what}")
-
-    def read(step: int, **items) -> Any:
-        try:
-            return manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:
-            if NOT_THE_CHECKPOINTS.search(f"{type(error).__name__}: {error}"):
-                raise ValueError(f"can't read the checkpoint of step {step} at {folder}: {first_line(error)}") from None
-            raise damaged(step, first_line(error)) from None
-
-    def read_host(step: int) -> dict:
-        found = read(step, host=ocp.args.JsonRestore())["host"]
-        if not isinstance(found, dict) or checksum(found.get("host"), found.get("fingerprints")) != found.get("crc32"):
-            raise damaged(step, "host/metadata is not what was saved")
-        return found
-
-    def check_item(step: int, item: str, abstract: Any, partial: bool = False) -> None:
-        """Check an item that was saved. Reads metadata alone, so one of several
-        processes may call it.
-        """
-        try:
-            metadata = manager.item_metadata(step).get(item)
-            saved = None if metadata is None else _leaves(ocp.tree.to_flat_dict(metadata.tree), partial)
-        except Exception as error:
-            raise damaged(step, first_line(error)) from None
-        if saved is None:
-            raise damaged(step, f"{item} was saved, but it or its _METADATA is missing")
-        _check_fit(f"{item} at step {step} of {folder}", saved, _leaves(ocp.tree.to_flat_dict(abstract), partial))
-
-    def restore_item(step: int, item: str, abstract: Any, partial: bool = False) -> Any:
-        marks = read_host(step)["fingerprints"].get(item)
-        if marks is None:
-            raise ValueError(f"the checkpoint of step {step} at {folder} has no {item}")
-        check_item(step, item, abstract, partial)
-        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-        args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial)
-        tree = read(step, **{item: args})[item]
-        for path, mark in fingerprints(tree).items():
-            cast = mark.split()[0] != marks[path].split()[0]
-            if mark != marks[path] and not cast:
-                raise damaged(step, f"{item}.{path} is not what was saved")
-        return tree
-
-    def close() -> None:
-        attempt(max(manager.all_steps(), default=0), manager.close)
-        sweep()
-
-    def set_aside(step: int) -> None:
-        if processes.writes():
-            path = Path(folder, f"{step}.damaged")
-            Path(folder, str(step)).rename(free_name(path) if path.exists() else path)
-        processes.gather(None)  # until it is done
-        manager.reload()
-
-    return Checkpoints(
-        due=lambda step: step % every_steps == 0,
-        save=save,
-        failure=lambda: failures.pop(0) if failures else None,
-        steps=steps,
-        latest=latest,
-        gone=gone,
-        set_aside=set_aside,
-        peek=lambda step: read_host(step)["host"],
-        restore=lambda step, abstract_state: (restore_item(step, "state", abstract_state), read_host(step)["host"]),
-        restore_params=lambda step, abstract: restore_item(step, "state", {"params": abstract}, partial=True)["params"],
-        check_params=lambda step, abstract: check_item(step, "state", {"params": abstract}, partial=True),
-        restore_reference=lambda step, abstract: restore_item(step, "reference", abstract),
-        wait=wait,
-        close=close,
-    )
+    return Checkpoints(folder, ocp, manager, every_steps=every_steps, keep_best=keep_best, read_only=read_only)
 
 
 def score(host: dict, suite: str) -> float:

@@ -15,6 +15,7 @@ piece that is encoded or decoded apart from what is before it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import re
@@ -205,25 +206,11 @@ def load(folder: str | Path) -> Tokenizer:
       ValueError: a file cannot be read, no end-of-sequence token is known, or one that
         the tokenizer does not have.
     """
-    import tokenizers  # here: 30 ms that characters and bytes need not pay
-
     folder = Path(folder)
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"no {path}; pass the folder of a checkpoint (for a Hugging Face id: weights.resolve(id))")
-    source = read_text(path)
-
-    def new_reader():
-        try:
-            made = tokenizers.Tokenizer.from_str(source)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the library raises bare Exception, and panics
-            raise ValueError(f"{path} is not a tokenizer that the tokenizers library reads ({error})") from None
-        made.no_truncation()  # some files say to cut or pad every text to a length
-        made.no_padding()
-        return made
-
+    new_reader = functools.partial(make_reader, path, read_text(path))
     reader, plain_reader = new_reader(), new_reader()
     plain_reader.encode_special_tokens = True
     tokens = {token.content: (i, token.special) for i, token in reader.get_added_tokens_decoder().items()}
@@ -243,11 +230,9 @@ def load(folder: str | Path) -> Tokenizer:
         inner_reader.add_special_tokens(list(added))
         inner_reader.encode_special_tokens = True
     decoder = new_reader() if strips else reader
-    for one, names in ((inner_reader, ("normalizer", "pre_tokenizer")), (decoder, ("decoder",))):
-        for name in names:
-            if name in bare:
-                setattr(one, name, bare[name])
-    normalizer = inner_reader.normalizer
+    replace_parts(inner_reader, bare, ("normalizer", "pre_tokenizer"))
+    replace_parts(decoder, bare, ("decoder",))
+    read = functools.partial(encode_without, inner_reader)
     texts = {i: t for t, i in special.items()}
     known = frozenset(reader.get_vocab().values())
     size = max(known) + 1
@@ -270,25 +255,6 @@ def load(folder: str | Path) -> Tokenizer:
         before = read(inner_reader, text[:inner], no) if inner else []
         return before + read(one, text[inner:], no)
 
-    def read(one, text, no):
-        """Encode with no id of `no`: the model itself may have such a token as a piece
-        of text. It is spelled then.
-        """
-        found = one.encode(text, add_special_tokens=False)
-        ids = found.ids  # a copy at each look
-        if not no or no.isdisjoint(ids):
-            return ids
-        spelled = []
-        for i, (start, end) in zip(ids, found.offsets, strict=True):
-            spelled += [i] if i not in no else spell(text[start:end], no)
-        return spelled
-
-    def spell(text, no):
-        """Encode each character by itself; one that is a barred token is left out."""
-        if normalizer is not None:  # first: one character may be all of a token
-            text = normalizer.normalize_str(text)
-        return [i for c in text for i in inner_reader.encode(c, add_special_tokens=False).ids if i not in no]
-
     def kind(i):
         return bytes if i in byte_of else str if i in known else None
 
@@ -308,6 +274,50 @@ def load(folder: str | Path) -> Tokenizer:
         return texts.get(int(i)) or decode([i], continues=True)
 
     return Tokenizer(size, bos_id, eos_ids, pad_id, special, encode, decode, token_text, None, added, rewrites)
+
+
+def make_reader(path: Path, source: str):
+    """Make a tokenizer of the library from the text of a tokenizer.json."""
+    import tokenizers  # here: 30 ms that characters and bytes need not pay
+
+    try:
+        made = tokenizers.Tokenizer.from_str(source)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and panics
+        raise ValueError(f"{path} is not a tokenizer that the tokenizers library reads ({error})") from None
+    made.no_truncation()  # some files say to cut or pad every text to a length
+    made.no_padding()
+    return made
+
+
+def replace_parts(reader, bare: dict, names: Sequence[str]) -> None:
+    """Replace parts of a tokenizer by those that add and take no space."""
+    for name in names:
+        if name in bare:
+            setattr(reader, name, bare[name])
+
+
+def encode_without(inner_reader, reader, text: str, barred: frozenset[int]) -> list[int]:
+    """Encode with no id of `barred`.
+
+    The model itself may have such a token as a piece of text; it is spelled then, each
+    character by itself, and one that is all of a barred token is left out.
+    """
+    found = reader.encode(text, add_special_tokens=False)
+    ids = found.ids  # a copy at each look
+    if not barred or barred.isdisjoint(ids):
+        return ids
+
+    def spell(text):
+        if inner_reader.normalizer is not None:  # first: one character may be all of a token
+            text = inner_reader.normalizer.normalize_str(text)
+        return [i for c in text for i in inner_reader.encode(c, add_special_tokens=False).ids if i not in barred]
+
+    spelled = []
+    for i, (start, end) in zip(ids, found.offsets, strict=True):
+        spelled += [i] if i not in barred else spell(text[start:end])
+    return spelled
 
 
 def _may_write(reader, words: Sequence[str]) -> bool:
