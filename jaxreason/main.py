@@ -203,9 +203,9 @@ def main(argv) -> None:
 
 def run(config) -> None:
     """Build the run of a config and train it, on this process and all others."""
+    from jaxreason.build.start import open_run
     from jaxreason.runtime import memory
     from jaxreason.runtime.files import Unwritable
-    from jaxreason.runtime.start import open_run
 
     memory.give_back()
     flag = flags.FLAGS["config"]

@@ -22,7 +22,7 @@ FLOORS = (
     "learner sampler logp environment batching runtime.warm_start runtime.ledger",
     "rollout sources runtime.preemption",
     "evaluate runtime.resume runtime.journal",
-    "build train options.command runtime.start",
+    "build train options.command",
     "main api export sweep launch plan bench look __main__",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
@@ -100,9 +100,7 @@ def test_only_the_model_imports_flax():
 
 
 def test_config_dicts_stop_at_the_doors():
-    allowed = {
-        name for name in MODULES if name != "jaxreason" and room(name) in ("build", "options.command", "runtime.start", *DOORS)
-    }
+    allowed = {name for name in MODULES if name != "jaxreason" and room(name) in ("build", "options.command", *DOORS)}
     assert users("ml_collections") <= allowed
     for name, path in MODULES.items():
         if name not in allowed:

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict, config_dict
 
 from jaxreason import build as builder
 from jaxreason import main, text
-from jaxreason.build import make_text
-from jaxreason.runtime import start, workdir
+from jaxreason.build import make_text, start
+from jaxreason.runtime import workdir
 from jaxreason.text.chat import chat
 from jaxreason.text.template import clock, render
 from jaxreason.types import Message, Task

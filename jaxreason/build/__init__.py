@@ -11,6 +11,7 @@ wrong with a config is found here, before anything is compiled.
     phases       sources, objectives, optimizers
     evaluation   held-out tasks and texts; the options of the log
     run          `build`: all of these together
+    start        `open_run`: build a run, lock its folder, open its checkpoints
 """
 
 from jaxreason.build.evaluation import make_log
