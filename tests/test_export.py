@@ -268,7 +268,7 @@ def test_the_front_door_loads_a_run(run, adapted):
     """
     policy = jaxreason.load(run, max_prompt_tokens=24, max_tokens=4)
     assert_equal(policy.params, saved(run)[1])
-    assert len(jaxreason.sample(policy, ["1+1:"], n=2)[0]) == 2
+    assert len(jaxreason.sample(policy, ["1+1:"], n=2)[0].attempts) == 2
     assert "lora" in jaxreason.load(adapted / "checkpoints" / "2", max_tokens=4).params
     assert "lora" not in jaxreason.load(adapted, max_tokens=4, model={"lora": None}).params
 

@@ -95,11 +95,11 @@ def test_a_prompt_is_copied_once_for_those_who_share_it(made, problems, attempts
     """
     completer, copies = t.make_completer(made[0], slots=3, prompt_rows=2), []
 
-    def place(slots, prefilled, own_S, prompt_R):
+    def copy_prompts(slots, prefilled, own_S, prompt_R):
         copies.append(((prompt_R >= 0).sum(), (own_S >= 0).sum()))
         return completer.sampler.copy_prompts(slots, prefilled, own_S, prompt_R)
 
-    spied = completer._replace(sampler=completer.sampler._replace(place=place))
+    spied = completer._replace(sampler=completer.sampler._replace(copy_prompts=copy_prompts))
     t.roll(spied, t.biased(made[1], _=ALWAYS), t.make_requests(problems, attempts), JUDGE)
     assert np.sum(copies, axis=0).tolist() == [shared, own]
 
