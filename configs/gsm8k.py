@@ -17,7 +17,7 @@ an accelerator.
     size   model                   topology   mesh                 trained
     0.5b   Qwen2.5-0.5B-Instruct   v5e:1x1                         all weights
     1.5b   Qwen2.5-1.5B-Instruct   v5e:2x2    fsdp 4               all weights
-    3b     Qwen2.5-3B-Instruct     v5e:2x4    fsdp 8               all weights
+    3b     Qwen2.5-3B-Instruct     v5e:2x4    fsdp 4 x tensor 2    all weights
     8b     Qwen3-8B                v5e:2x4    fsdp 2 x tensor 4    LoRA, rank 32
 
 On one CPU core, 2026-11-24, SmolLM2-135M-Instruct (from 4-bit weights), float32, seed
@@ -47,7 +47,7 @@ LORA = {"rank": 32, "alpha": 32.0, "targets": ("q", "k", "v", "o", "gate", "up",
 SIZES = {
     "0.5b": ("qwen2.5_0.5b", {"fsdp": 1, "tensor": 1}, None),
     "1.5b": ("qwen2.5_1.5b", {"fsdp": 4, "tensor": 1}, None),
-    "3b": ("qwen2.5_3b", {"fsdp": 8, "tensor": 1}, None),
+    "3b": ("qwen2.5_3b", {"fsdp": 4, "tensor": 2}, None),
     "8b": ("qwen3_8b", {"fsdp": 2, "tensor": 4}, LORA),
 }
 
