@@ -224,12 +224,12 @@ def test_time_grows_no_faster_than_the_text(piece, start, end, monkeypatch):
     def seconds(length, times):
         text, spent = start + piece * (length // len(piece)) + end, []
         for _ in range(times):
-            start_s = time.perf_counter()
+            start_s = time.process_time()  # whatever else the machine does
             number.read_number(text)
-            spent.append(time.perf_counter() - start_s)
+            spent.append(time.process_time() - start_s)
         return min(spent)
 
-    assert seconds(100_000, 1) < 30 * seconds(10_000, 2) + 0.1  # quadratic: 100 times
+    assert seconds(100_000, 2) < 50 * seconds(10_000, 3) + 0.1  # quadratic: 100 times
 
 
 @pytest.mark.parametrize("text", NEGATIVE)
