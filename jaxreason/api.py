@@ -25,12 +25,14 @@ from jaxreason import optimizer as optimizers
 from jaxreason.environment import single_turn, verifier_failed
 from jaxreason.learner import name_metrics, new_state
 from jaxreason.model import Model, transformer
-from jaxreason.options import call_with_section, fields
+from jaxreason.options import call_with_section, fields, renamed
 from jaxreason.platforms import PLATFORMS
 from jaxreason.rollout import Completer, Request, collect_groups
 from jaxreason.runtime import warm_start
 from jaxreason.text import Format, Tokenizer, check_vocabulary
 from jaxreason.types import Group, Task, TrainState, Verdict
+
+LOWEST_TEMPERATURE = 1e-4  # below it log-probs overflow in float32
 
 
 class Policy(NamedTuple):
@@ -166,8 +168,8 @@ def sample(
         raise ValueError(f"sample got prompts={prompts!r}, n={n}; allowed: a list of questions or tasks, and n of 1 or more")
     if not callable(verify):
         raise ValueError(f"sample got verify={verify!r}; allowed: a function, such as jr.verify.make('number')")
-    if not temperature >= 0:
-        raise ValueError(f"sample got temperature={temperature}; allowed: 0 (greedy) or more")
+    if not (temperature == 0 or temperature >= LOWEST_TEMPERATURE):
+        raise ValueError(f"sample got temperature={temperature}; allowed: 0 (greedy), or {LOWEST_TEMPERATURE:g} and more")
     tasks = [Task(prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
     ids = [policy.format.prompt(task) for task in tasks]
     wanted = [[Request(task, p, g, ids[p]) for g in range(n)] for p, task in enumerate(tasks)]
@@ -214,6 +216,7 @@ def train_step(
     options = {"objective_options": objective_options, "optimizer_options": optimizer_options}
     check_types(train_step, objective=objective, lr=lr, microbatches=microbatches, **options)
     size = check_groups(groups)
+    check_options(objective_options or {}, optimizer_options or {})
     asked = {"name": objective, **(objective_options or {})}, {"lr": lr, **(optimizer_options or {})}
     for where, section, values in zip(("objective", "optimizer"), LEARNING, asked, strict=True):
         fields.check(section(values), values, where)
@@ -242,13 +245,37 @@ def train_step(
     return policy._replace(state=state, learning=learning), metrics.divide(jax.device_get(measured))
 
 
+def check_options(objective: Mapping[str, Any], optimizer: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option that is an argument too, or that needs a number of
+    steps: a single step has none, so the rate would be 0 from the second one on.
+    """
+    for options, taken, argument in ((objective, "name", "objective"), (optimizer, "lr", "lr")):
+        if taken in options:
+            raise ValueError(f"train_step got {argument} twice, as {argument}= and as {taken!r} in its options; give it once")
+    if scheduled := [name for name in SCHEDULE if name in optimizer]:
+        raise ValueError(
+            f"train_step got optimizer_options with {scheduled[0]!r}, and its rate is constant; change lr= from step to step"
+        )
+    for where, options in (("objective", objective), ("optimizer", optimizer)):
+        for name, value in options.items():
+            if message := renamed(f"config.api.{where}", name):
+                raise ValueError(message.replace("config.api.", "").replace(f"; write {where}.", "; write "))
+            try:
+                hash(value)
+            except TypeError:
+                raise ValueError(f"train_step got {name}={value!r} in {where}_options; allowed: numbers, texts, None") from None
+
+
+SCHEDULE = ("schedule_kind", "warmup_steps", "warmup_fraction", "final_fraction")
 LEARNING = build.section_of_objective, build.section(optimizers.make, "steps")
 
 
 def check_policy(function: Callable, policy: Any) -> None:
-    """Raise ValueError if `policy` is none."""
+    """Raise ValueError if `policy` is none, or its params are gone."""
     if not isinstance(policy, Policy):
         raise ValueError(f"{function.__name__} got policy of type {type(policy).__name__}; allowed: what jr.load returns")
+    if any(x.is_deleted() for x in jax.tree.leaves(policy.params)):
+        raise ValueError(f"{function.__name__} got a policy that a train_step has used up; use the one that it returned")
 
 
 def check_groups(groups: Any) -> int:

@@ -142,6 +142,13 @@ def test_wrong_calls_are_one_line(policy, checkpoint, tmp_path):
         (lambda p, g: jr.train_step(p, g, lr=1.0, optimizer_options={"name": "sgd", "b1": 0.5}), "sgd does not read it"),
         (lambda p, g: jr.train_step(p, g, lr=1.0, objective_options={"clip_low": "1"}), "objective.clip_low|clip_low"),
         (lambda p, g: jr.train_step(p, g, lr=1.0, optimizer_options=[1]), "train_step: optimizer_options got"),
+        (lambda p, g: jr.train_step(p, g, lr=1.0, optimizer_options={"lr": 5.0}), "train_step got lr twice"),
+        (lambda p, g: jr.train_step(p, g, lr=1.0, objective_options={"name": "lm"}), "train_step got objective twice"),
+        (lambda p, g: jr.train_step(p, g, lr=1.0, optimizer_options={"schedule_kind": "cosine"}), "its rate is constant"),
+        (lambda p, g: jr.train_step(p, g, lr=1.0, optimizer_options={"warmup_steps": 1}), "its rate is constant"),
+        (lambda p, g: jr.train_step(p, g, lr=1.0, optimizer_options={"betas": [0.9]}), r"got betas=\[0.9\] in optimizer_options"),
+        (lambda p, g: jr.train_step(p, g, lr=1.0, objective_options={"lo": 0.1}), "is called 'clip_low' now; write clip_low"),
+        (lambda p, g: jr.sample(p, ["one"], temperature=1e-45), "allowed: 0 .greedy., or 0.0001 and more"),
         (
             lambda p, g: jr.train_step(p, list(g[0].attempts), lr=1.0),
             "train_step got a list of Rollout; allowed: a list of groups",
@@ -164,6 +171,15 @@ def test_arguments_of_a_wrong_kind_are_one_line(policy, call, message):
     with pytest.raises(ValueError, match=message) as error:
         call(policy, groups)
     assert "\n" not in str(error.value)
+
+
+def test_a_policy_that_was_used_up_is_refused(checkpoint):
+    before = jr.load(checkpoint, max_prompt_tokens=64, max_tokens=8, slots=8)
+    groups = jr.sample(before, ["one", "two"], n=4, verify=length_parity)
+    jr.train_step(before, groups, lr=1e-3)
+    for call in (lambda: jr.sample(before, ["one"]), lambda: jr.train_step(before, groups, lr=1e-3)):
+        with pytest.raises(ValueError, match="that a train_step has used up; use the one that it returned"):
+            call()
 
 
 def rewarded(groups, reward):

@@ -209,3 +209,10 @@ def test_a_bad_line_is_named(tmp_path, row, message):
     with pytest.raises(ValueError, match=r"bad\.jsonl:2: ") as error:
         tasks.load("jsonl", path=str(path))
     assert message in str(error.value)
+
+
+def test_a_file_of_several_names_is_read_once(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
+    paths = [str(tmp_path / "a.txt"), f"{tmp_path}/./a.txt", str(tmp_path / "link.txt")]
+    assert len(tasks.load("corpus", path=paths)) == 3

@@ -47,7 +47,10 @@ def unknown_name_message(what: str, got: str, allowed: Iterable[str]) -> str:
 def renamed(where: str, name: str) -> str:
     """Say what a field is called now; nothing if it was not renamed."""
     new = next((new for old, new in RENAMED.items() if fnmatch.fnmatchcase(f"{where}.{name}", old)), None)
-    return f"field {name!r} of {where} is called {new!r} now; write {where}.{new}" if new else ""
+    if not new:
+        return ""
+    written = " and ".join(f"{where}.{field}" for field in new.split(" and "))
+    return f"field {name!r} of {where} is called {new!r} now; write {written}"
 
 
 def parse(arg: str, *, choices: dict[str, Iterable[Any]] | None = None, **defaults) -> SimpleNamespace:

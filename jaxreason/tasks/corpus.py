@@ -50,19 +50,21 @@ def paragraphs(text: str) -> list[str]:
 
 
 def find_files(paths: Sequence[str]) -> list[Path]:
-    """Find the files that paths and globs name, each once, in order.
+    """Find the files that paths and globs name, each once, in order of their names.
+
+    A file that several names lead to (`./a.txt`, a symbolic link) is read once.
 
     Raises:
       FileNotFoundError: one matches nothing.
     """
-    files: set[str] = set()
+    files: dict[str, str] = {}  # by their place on the disk
     for pattern in map(str, paths):
         name = os.path.expanduser(pattern)
         found = [name] if Path(name).is_file() else [hit for hit in glob.glob(name, recursive=True) if Path(hit).is_file()]
         if not found:
             raise FileNotFoundError(f"no file matches {pattern!r}; give a file, or a glob such as books/*.txt")
-        files.update(found)
-    return [Path(name) for name in sorted(files)]
+        files |= {os.path.realpath(hit): hit for hit in found if os.path.realpath(hit) not in files}
+    return [Path(name) for name in sorted(files.values())]
 
 
 def _read(file: Path) -> str:
