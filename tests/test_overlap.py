@@ -149,7 +149,10 @@ def test_another_suite_on_resume_does_not_change_what_is_trained_on(tmp_path):
     (run / "checkpoints" / "4").mkdir(parents=True)
     for before, after in (({"a": suite}, {}), ({}, {"a": suite})):
         (run / "config.json").write_text(json.dumps(settled(source, before), default=list))
-        with pytest.raises(ValueError, match=r"another config \(rl\.source\.task\.split: "):
+        with pytest.raises(
+            ValueError,
+            match=r"config \(rl\.source\.task\.split: .*or set --config\.rl\.source\.task\.split",
+        ):
             check(run, settled(source, after))
         check(run, settled(source, before))
 
@@ -216,3 +219,13 @@ def test_a_file_of_several_names_is_read_once(tmp_path):
     (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
     paths = [str(tmp_path / "a.txt"), f"{tmp_path}/./a.txt", str(tmp_path / "link.txt")]
     assert len(tasks.load("corpus", path=paths)) == 3
+
+
+def test_a_question_inside_a_text_that_is_trained_on_counts():
+    texts = ["A book. What is 17 apples and 25 apples?  42. The end.", "Another text."]
+    asked = [
+        tasks.Task("what is 17 apples and  25 apples?", "42"),
+        tasks.Task("What is 9 pears less 4?", "5"),
+        tasks.Task("A", "a"),
+    ]
+    assert tasks.overlap(texts, asked) == 1

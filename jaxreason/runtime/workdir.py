@@ -127,6 +127,9 @@ def check(
         refused = [line for name, line in changed.items() if not SAME_MATHS.match(name)]
         if refused and not accept_config_change:
             more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
+            split = next((name for name in changed if name.endswith("source.task.split")), None)
+            if split is not None:  # which nobody has written: it follows from the suites that read the same file
+                more += f"; a suite that reads the source's file decides {split}: keep the suite, or set --config.{split}"
             raise ValueError(
                 f"{folder} holds a run of another config ({'; '.join(refused[:3])}{more}); choose another --workdir, or "
                 "--accept_config_change to go on with this one"

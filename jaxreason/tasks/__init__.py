@@ -97,7 +97,22 @@ def overlap(trained: Sequence, held_out: Sequence) -> int:
     if procedural.are_disjoint(trained, held_out):
         return 0
     known = {piece for item in trained for piece in _pieces(item)}
-    return sum(_known_share(_pieces(item), known) > 0.5 for item in held_out)
+    texts = "\n".join(piece for item in trained if isinstance(item, str) for piece in _pieces(item))
+    if len(texts) * len(held_out) > MOST_COMPARED:
+        texts = ""
+    return sum(_known_share(_pieces(item), known) > 0.5 or _is_in(item, texts) for item in held_out)
+
+
+MOST_COMPARED = 10**10  # characters x questions: some ten seconds
+SHORTEST_QUOTED = 16  # characters of a question that is looked for inside a text
+
+
+def _is_in(item: Task | str, texts: str) -> bool:
+    """Whether a task's question is part of a text that is trained on."""
+    if isinstance(item, str) or not texts:
+        return False
+    question = splits.normalised(item.question)
+    return len(question) >= SHORTEST_QUOTED and question in texts
 
 
 def _known_share(pieces: list[str], known: set[str]) -> float:
