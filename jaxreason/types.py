@@ -120,8 +120,8 @@ class Batch:
     advantage_BT: jax.Array  # float32
     behaviour_logp_BT: jax.Array  # float32, log-prob under the policy that sampled the token
     temperature_BT: jax.Array  # float32, at which the token was sampled; the learner's log-probs are taken at the same
-    # int32, the rollout that a token belongs to, numbered from 1 over the whole batch; it
-    # never crosses rows. Prompts of rollouts and padding have 0.
+    # int32, the rollout that a token belongs to, numbered from 1 over the whole batch;
+    # a rollout never crosses rows. Prompts of rollouts and padding have 0.
     rollout_BT: jax.Array
     reference_logp_BT: jax.Array | None = None  # float32; None where no objective asks for a reference policy
 
