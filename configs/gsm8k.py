@@ -1,7 +1,8 @@
 r"""GSM8K by RL from a pretrained checkpoint: the model's own attempts, paid for right
 answers alone.
 
-    python -m jaxreason.main --config=configs/gsm8k.py[:size=SIZE][,model=NAME][,sft=STEPS][,smoke]
+    python -m jaxreason.main \
+        --config=configs/gsm8k.py[:size=SIZE][,model=NAME][,sft=STEPS][,smoke]
 
 Nothing needs to be prepared: model and data come from the Hugging Face hub, unless a
 prepared TFDS folder is there. GSM8K: Cobbe et al. 2021, arXiv 2110.14168. An attempt
@@ -29,11 +30,15 @@ by luck to a reader of their reasoning, one after six other "####" lines. 156 en
 wrong and 34 were cut. Six steps teach nothing: use a model that already solves some
 problems.
 
-    python -m jaxreason.main --config=configs/gsm8k.py:model=FOLDER --config.model.dtype=float32 \
-        --config.model.remat=none --config.sampler.slots=16 --config.sampler.max_tokens=320 --config.rl.source.problems=4 \
-        --config.rl.source.group=8 --config.rl.source.temperature=0.7 --config.rl.microbatches=8 --config.rl.steps=6 \
-        --config.rl.evaluate_every=0 --config.rl.optimizer.warmup_steps=0 --config.checkpoint.every_steps=1 \
-        --config.evaluate.n=8 --config.evaluate.final_n=8 '--config.evaluate.temperatures=(0.7,)'
+    python -m jaxreason.main --config=configs/gsm8k.py:model=FOLDER \
+        --config.model.dtype=float32 --config.model.remat=none \
+        --config.sampler.slots=16 --config.sampler.max_tokens=320 \
+        --config.rl.source.problems=4 --config.rl.source.group=8 \
+        --config.rl.source.temperature=0.7 --config.rl.microbatches=8 \
+        --config.rl.steps=6 --config.rl.evaluate_every=0 \
+        --config.rl.optimizer.warmup_steps=0 --config.checkpoint.every_steps=1 \
+        --config.evaluate.n=8 --config.evaluate.final_n=8 \
+        '--config.evaluate.temperatures=(0.7,)'
 """
 
 from ml_collections import ConfigDict, config_dict

@@ -1,17 +1,18 @@
-"""Learn to reason on a laptop: a prior of imperfect demonstrations, then RL on right
+r"""Learn to reason on a laptop: a prior of imperfect demonstrations, then RL on right
 answers. Nothing is downloaded.
 
-python -m jaxreason.main
---config=configs/tiny.py[:prior=none][,reward=random][,task=inverse_chain|countdown][,smoke]
+    python -m jaxreason.main --config=configs/tiny.py\
+        [:prior=none][,reward=random][,task=inverse_chain|countdown][,smoke]
 
-2026-11-23, one core of an AMD EPYC a run, float32, 2,000 + 160 steps, seeds 0 to 4, on
-512 held-out chains of five operations, worst and best seed: greedy 0.18 to 0.52 after
-the prior, 0.967 to 1.000 after RL; at temperature 1, 0.19 to 0.27 and 0.89 to 0.95
-(intervals: README). `prior=none` 0.000; `reward=random` falls to 0.148, both seed 0.
-Negative: on longer chains (`chain_ood`) it does not reliably improve. With `guess` at
-0.5, 1,800 steps and a slip of 0.12, one prior of five had a greedy accuracy of 0.81 (it
-chose to think by a hair); with `guess` at 0.6, RL from the weakest of two priors ended
-at 0.89. The other tasks run; not yet measured to the end.
+2026-11-27, one core of an Intel Xeon per run, float32, 2,000 + 160 steps, seeds 0 to 4,
+on 512 held-out chains of five operations, worst and best seed: greedy 0.21 to 0.47
+after the prior, 0.951 to 1.000 after RL; at temperature 1, 0.19 to 0.26 and 0.88 to
+0.94 (intervals: experiments/README.md). `prior=none` 0.000; `reward=random` falls from
+0.459 to 0.086, both seed 0. Negative: on longer chains (`chain_ood`) it does not
+reliably improve. Earlier, with `guess` at 0.5, 1,800 steps and a slip of 0.12, one
+prior of five had a greedy accuracy of 0.81 (it chose to think by a hair); with `guess`
+at 0.6, RL from the weakest of two priors ended at 0.89. The other tasks run; they were
+not measured to the end.
 """
 
 from ml_collections import ConfigDict, config_dict

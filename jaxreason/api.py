@@ -25,7 +25,7 @@ from jaxreason import optimizer as optimizers
 from jaxreason.environment import single_turn, verifier_failed
 from jaxreason.learner import name_metrics, new_state
 from jaxreason.model import Model, transformer
-from jaxreason.options import call_with_section, fields, renamed
+from jaxreason.options import call_with_section, fields, new_name
 from jaxreason.platforms import PLATFORMS
 from jaxreason.rollout import Completer, Request, collect_groups
 from jaxreason.runtime import warm_start
@@ -258,8 +258,8 @@ def check_options(objective: Mapping[str, Any], optimizer: Mapping[str, Any]) ->
         )
     for where, options in (("objective", objective), ("optimizer", optimizer)):
         for name, value in options.items():
-            if message := renamed(f"config.api.{where}", name):
-                raise ValueError(message.replace("config.api.", "").replace(f"; write {where}.", "; write "))
+            if new := new_name(f"config.phase.{where}", name):
+                raise ValueError(f"field {name!r} of {where} is called {new!r} now; write {new}")
             try:
                 hash(value)
             except TypeError:

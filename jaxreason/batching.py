@@ -141,13 +141,13 @@ def split_rows(x_B, parts: int):
 
 
 def used_parts(parts: Batch):
-    """How many micro-batches there are up to the last that trains anything."""
+    """Count the micro-batches up to the last that trains anything."""
     trains_P = jnp.any(parts.weight_BT != 0, axis=(1, 2))
     return jnp.max(jnp.where(trains_P, jnp.arange(len(trains_P)) + 1, 0))
 
 
 def computed_tokens(batch: Batch, microbatches: int) -> int:
-    """How many tokens the learner computes, padding included: those of the
+    """Count the tokens that the learner computes, padding included: those of the
     micro-batches up to the last that trains anything.
     """
     B, T = batch.weight_BT.shape

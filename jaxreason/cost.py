@@ -44,8 +44,8 @@ def shared_length(prompt: int, completions: Sequence[int]) -> int:
 
 
 def attempts_behind_a_prompt(c, choices, prompt: int, completion: int) -> int:
-    """How many attempts at a problem the learner best has behind one copy of its
-    prompt, of some `choices`.
+    """Choose from `choices` the number of attempts that follow one copy of their prompt
+    in the learner.
 
     Fewer tokens then, but more scores, of which most are masked. A FLOP of theirs
     counts four times, since softmax and masks go with it (jaxreason/bench/README.md).

@@ -39,7 +39,7 @@ COUNTED = {
 
 
 class Turn(NamedTuple):
-    """What the model wrote since the last observation."""
+    """Text that the model wrote since the last observation."""
 
     text: str
     stop: str  # why it stopped, one of sampler.STOPS

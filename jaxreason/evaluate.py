@@ -38,8 +38,8 @@ class Text(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What an evaluation found: of suites, and of texts the mean negative
-    log-likelihood in nats a token.
+    """The outcome of an evaluation: of suites, and of texts the mean negative
+    log-likelihood in nats per token.
     """
 
     evaluations: list[Evaluation]

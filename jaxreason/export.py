@@ -1,4 +1,4 @@
-"""A door: `python -m jaxreason.export RUN OUT [--step=N] [--dtype=bfloat16]
+"""An entry point: `python -m jaxreason.export RUN OUT [--step=N] [--dtype=bfloat16]
 [--overwrite]` writes a Hugging Face folder.
 
 RUN is the folder of a run; its newest checkpoint is taken, or that of `--step`. OUT

@@ -20,7 +20,7 @@ from jaxreason.types import Batch, Outputs
 
 
 class Limits(NamedTuple):
-    """How many logits may exist on all devices of a mesh."""
+    """The most logits that may exist on all devices of a mesh."""
 
     at_once: int  # while they are computed
     kept: int  # between a forward and its backward pass

@@ -1,5 +1,5 @@
-"""The door: `python -m jaxreason.main --config=configs/tiny.py [--workdir=runs/mine]
-[--config.rl.steps=10]`.
+"""The entry point: `python -m jaxreason.main --config=configs/tiny.py
+[--workdir=runs/mine] [--config.rl.steps=10]`.
 
 Reads flags, checks the config and the folder, builds the run and trains it. A run that
 was stopped goes on when the same command is given again: without `--workdir` its folder
@@ -264,7 +264,7 @@ def tell(line: str) -> None:
 
 
 def what_next(workdir: Path, config_flag: str, changes: Mapping[str, str]) -> list[str]:
-    """What was written, and what to do with it: a path or a command a line, to be
+    """List the files that were written and commands that use them, one per line, to be
     copied.
     """
     written = [workdir / name for name in ("summary.json", "metrics.jsonl", "rollouts.jsonl") if (workdir / name).is_file()]

@@ -240,12 +240,12 @@ def _check_numbers(**numbers: tuple) -> None:
 
 
 def decayed(params):
-    """Which parameters decay: kernels and embeddings."""
+    """Mark the parameters that decay: kernels and embeddings."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
 
 
 def labels(params):
-    """Which parameters are matrices of layers, for Muon."""
+    """Label the matrices of layers, which Muon updates, and the rest."""
 
     def of(path, _):
         return "matrices" if path[0].key in ("layers", "lora") and path[-1].key == "kernel" else "rest"
@@ -254,8 +254,8 @@ def labels(params):
 
 
 def matrix_axes(params):
-    """What is input and what is output of each kernel; axis 0 is the layer, which is a
-    batch of matrices to Muon.
+    """Name the input and output axes of each kernel for Muon; axis 0 is the layer, a
+    batch of matrices.
     """
 
     def of(path, x):

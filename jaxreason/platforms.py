@@ -1,4 +1,4 @@
-"""What differs by platform, in one table: the algorithm itself has no branch on a
+"""One table of all that differs by platform: the algorithm itself has no branch on a
 backend.
 
 The figures behind the rows are in `jaxreason/bench/README.md`.

@@ -45,7 +45,7 @@ class Request(NamedTuple):
 
 
 class SamplingStats(NamedTuple):
-    """What a collection cost."""
+    """Time and tokens that sampling a set of requests took."""
 
     sample_s: float
     verify_s: float  # that sampling stood still for verdicts and tools
@@ -65,7 +65,9 @@ class Budget(NamedTuple):
 
 
 class Completer(NamedTuple):
-    """What turns requests into rollouts: a compiled sampler and the text around it."""
+    """A compiled sampler and the text handling around it: it turns requests into
+    rollouts.
+    """
 
     sampler: Sampler
     encode: Callable[[str], list[int]]  # observations -> ids
@@ -122,8 +124,8 @@ class Attempt:
     rollout: Rollout | None = None  # once it has ended; it lacks a verdict
 
     def columns(self, length: int) -> int:
-        """How many of its slot's own columns a sequence of this length takes. Its last
-        token has none yet.
+        """Count the columns of its own slot that a sequence of this length takes. Its
+        last token has none yet.
         """
         return length - 1 - (len(self.request.prompt) - 1 if self.prompt_row >= 0 else 0)
 
@@ -160,8 +162,8 @@ def collect(
 
 
 class LocalGroups(NamedTuple):
-    """What one process has collected: groups by their number among those wanted, and
-    their cost.
+    """Groups that one process collected, by their number among those wanted, and their
+    cost.
     """
 
     groups: dict[int, Group]
@@ -287,9 +289,7 @@ def warm_up(completer: Completer, weights: Weights, filters: Iterable[Filter] = 
 
 
 def nothing(S: int, T: int) -> tuple:
-    """What to force or to place where nothing is: where, which tokens, and two numbers
-    for each slot.
-    """
+    """Arguments that append or copy nothing: slots, tokens and two numbers per slot."""
     return np.full(S, -1, np.int32), np.zeros((S, T), np.int32), np.ones(S, np.int32), np.ones(S, np.int32)
 
 
@@ -468,8 +468,8 @@ class Collection:
             self.slots = self.sampler.resize(self.slots, self.columns)
 
     def compact(self) -> None:
-        """When no request waits and few rollouts run, go on with fewer slots. Each
-        stays on its device, where its prompt is.
+        """Continue with fewer slots if no request waits and few rollouts run. Each
+        rollout stays on its device, where its prompt is.
         """
         S, D = len(self.attempt_by_slot), self.sampler.devices
         on = [range(d * S // D, (d + 1) * S // D) for d in range(D)]
@@ -573,8 +573,8 @@ def to_rollout(completer: Completer, attempt: Attempt, written: Written, tempera
 
 
 class PromptRows:
-    """Which problems' prompts are in the rows that slots share, and how many slots
-    continue each.
+    """The problems whose prompts are in the rows that slots share, and the number of
+    slots that continue each.
     """
 
     def __init__(self, sampler: Sampler):

@@ -124,7 +124,7 @@ attempt_keys = jax.jit(attempt_keys)
 
 
 class Spec(NamedTuple):
-    """What a sampler is compiled for."""
+    """Sizes and choices that a sampler is compiled for."""
 
     model: Model
     slots: int
@@ -229,7 +229,7 @@ def check(spec: Spec, sizes: tuple[int, ...]) -> None:
 
 
 class Placement(NamedTuple):
-    """Where the arrays of a sampler are: None without a mesh."""
+    """Shardings of a sampler's arrays; None without a mesh."""
 
     slots: Any = None
     bare: Any = None  # slots without their caches
@@ -329,7 +329,7 @@ def prefill(spec: Spec, weights: Weights, tokens_PT, length_P):
 
 
 def part_sharding(spec: Spec):
-    """Where prompts are while they are computed."""
+    """Return the sharding of prompts while they are computed."""
     stack = (None,) * (not spec.model.config.scan_layers)
     return jax.NamedSharding(spec.mesh, jax.P(*stack, *sharding.ROWS, "tensor"))
 

@@ -1,4 +1,4 @@
-"""Where arrays live: a mesh of named axes, a short table of rules from parameter path
+"""Placement of arrays: a mesh of named axes, a short table of rules from parameter path
 to axes, and shardings of any tree.
 
 Rows of a batch and slots of the sampler are split over `data` and `fsdp`; params and
@@ -66,8 +66,8 @@ def make_mesh(
 
 
 class Meshes(NamedTuple):
-    """Where the learner runs, on all processes together, and where this process
-    samples: the same where it can be.
+    """The learner's mesh over all processes, and this process's mesh for sampling: the
+    same devices where possible.
     """
 
     learn: Mesh

@@ -44,7 +44,7 @@ class NextBatch(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where batches come from."""
+    """A stream of batches."""
 
     init: Callable[[], dict]
     next: Callable[..., tuple[dict, NextBatch]]
@@ -114,7 +114,7 @@ class SampledGroups(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """What the attempts of a source are made from."""
+    """Fixed arguments of sampling: tasks, environment, completer and sizes."""
 
     tasks: Sequence[Prompted]
     environment: Environment
@@ -126,8 +126,8 @@ class Sampling(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """How the groups of a batch are sampled, in two parts, since threads must not
-    exchange anything with other processes.
+    """Two parts of sampling a batch's groups: threads must not exchange anything with
+    other processes, so `collect` may run in one and `finish` may not.
     """
 
     collect: Callable[..., LocalGroups]  # (wanted, weights, key): this process's part; may run in a thread
@@ -264,8 +264,8 @@ def with_dynamic_sampling(draw: Draw, sampling: Sampling, most: int) -> Draw:
 
 
 def missing(groups: Sequence[Group], problems: int, most: int) -> int:
-    """How many further problems to draw: as many as it takes at the rate so far, but no
-    more than a batch at a time.
+    """Estimate how many further problems to draw at the rate so far, at most a batch at
+    a time.
     """
     drawn, mixed = len(groups), sum(map(has_mixed_rewards, groups))
     wanted = math.ceil((problems - mixed) * drawn / max(mixed, 1))
@@ -377,7 +377,7 @@ def pack_groups(sampled: SampledGroups) -> dict:
 
 
 def unpack(packed: dict, wanted: Sequence[Sequence[Request]]) -> SampledGroups:
-    """What `pack_groups` has packed."""
+    """Restore groups that `pack_groups` packed."""
     lengths = packed["lengths"]
     ends = np.cumsum(lengths)[:-1]
     arrays = {
@@ -420,7 +420,7 @@ def shuffle_rewards(groups: Sequence[Group], key) -> list[Group]:
 
 
 def measure(groups: Sequence[Group]) -> dict:
-    """What there is to say of groups, as (sum, count) pairs."""
+    """Measure groups, as (sum, count) pairs."""
     rollouts = [r for group in groups for r in group.attempts]
     R, P = float(len(rollouts)), float(len(groups))
     return {

@@ -46,7 +46,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a verifier says of one answer."""
+    """A verifier's judgement of one answer."""
 
     reward: float
     correct: bool
@@ -107,7 +107,7 @@ def _registered(cls):
 
 @_registered
 class Batch:
-    """What one train step consumes. The loss is `sum(weight_BT * token_loss_BT)`: every
+    """Input of one train step. The loss is `sum(weight_BT * token_loss_BT)`: every
     normalisation is in the weights.
     """
 
@@ -136,7 +136,7 @@ class TrainState:
 
 
 class Outputs(NamedTuple):
-    """What an objective sees of the model."""
+    """Outputs of the model that an objective sees."""
 
     logp_BT: jax.Array  # of token t given the tokens before it, at the batch's temperature; 0 in column 0
     entropy_BT: jax.Array  # of the distribution of token t, nats

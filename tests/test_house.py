@@ -11,6 +11,7 @@ LONGEST_FUNCTION = 90  # lines
 ROOT_MODULES = 22  # files and packages that are not folders of a family
 WIDTH = 88  # columns of docstrings, comments and Markdown; code may use 130
 FILES = sorted((ROOT / "jaxreason").rglob("*.py"))
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 MARKDOWN = [
     ROOT / "README.md",
     *sorted(p for folder in ("jaxreason", "experiments", "tests") for p in (ROOT / folder).rglob("*.md")),
@@ -53,7 +54,7 @@ def comment_lines(text):
             yield token.start[0]
 
 
-@pytest.mark.parametrize("path", FILES, ids=names(FILES))
+@pytest.mark.parametrize("path", FILES + CONFIGS, ids=names(FILES + CONFIGS))
 def test_prose_in_code_is_narrow(path):
     text = path.read_text()
     lines = text.splitlines()

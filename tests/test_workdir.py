@@ -524,7 +524,8 @@ def test_a_full_disk_is_one_line_and_room_is_all_that_the_same_command_needs(tmp
     ]
 
     def start(filled):
-        # A program that takes long to compile is kept on the disk, and jax warns if it can't be.
+        # A program that takes long to compile is kept on the disk, and jax warns if it
+        # can't be.
         quiet = ["-W", "ignore:Error writing persistent compilation cache entry"]
         command = [sys.executable, *quiet, "-c", FILLED, filled, str(tmp_path), *fields]
         got = subprocess.run(

@@ -1,5 +1,5 @@
-r"""How fast the learner is, and which share of the machine's matrix products it
-reaches; with sampling, what a whole step takes.
+r"""Measure the learner and its fraction of the machine's matrix products; with
+sampling, a whole RL step.
 
     python -m jaxreason.bench learner --config=configs/tiny.py \
         --prompts=8 --group=8 --prompt_tokens=32 --tokens=128

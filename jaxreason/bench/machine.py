@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured, and how a measurement is printed."""
+"""Measure the best rates of this machine, and print measurements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""How fast the sampler is, and which share of the machine's floor it reaches.
+r"""Measure the sampler and its fraction of the machine's roofline.
 
     python -m jaxreason.bench sampler --config=configs/tiny.py \
         --prompts=8 --group=8 --prompt_tokens=32 --tokens=128
@@ -45,7 +45,7 @@ STARTED_S = time.perf_counter()
 
 
 class Cost(NamedTuple):
-    """What some work takes at least."""
+    """FLOPs and bytes that some work needs at least."""
 
     flops: float
     bytes: float

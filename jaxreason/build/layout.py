@@ -107,8 +107,8 @@ class Config(NamedTuple):
 
 
 def layout(config: dict) -> fields.Section:
-    """Which function's keyword arguments each section of a config is. A name that is
-    not known brings no fields.
+    """Map each section of a config to the function whose keyword arguments it is. An
+    unknown name brings no fields.
 
     Raises:
       ValueError: a name of a user's own code that does not load.
@@ -199,7 +199,7 @@ def section_of_objective(values: dict) -> fields.Section:
 
 
 def families() -> dict[str, dict[str, str]]:
-    """What a config can name, by family, and what each is."""
+    """List the names that a config can use, by family, each with its description."""
     makers = {
         "tasks": tasks.TASKS,
         "verifiers": verify.VERIFIERS,

@@ -47,7 +47,7 @@ WEIGHTS = ("random", "pretrained")
 
 
 def find_folder(name: str = "tiny", weights: str = "random", revision: str | None = None) -> Path | None:
-    """Where a pretrained model lies; None for random weights."""
+    """Find the folder of a pretrained model; None for random weights."""
     if weights not in WEIGHTS:
         raise ValueError(unknown_name_message("value of config.model.weights", weights, WEIGHTS))
     if weights == "random":

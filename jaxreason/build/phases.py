@@ -256,7 +256,7 @@ MOST_ATTEMPTS = 2**20  # at a problem, in a batch
 def choose_rollouts_per_prompt(
     asked: int | None, shape: ModelConfig, *, group: int, rows: int, multiple: int, prompt: int, completion: int
 ) -> int:
-    """How many attempts at a problem stand behind one copy of its prompt.
+    """Choose the number of attempts at a problem that follow one copy of its prompt.
 
     None asks for as many as pay with a typical `prompt` and the longest `completion`,
     of those that leave a `multiple` of rows: devices x micro-batches.

@@ -121,8 +121,8 @@ def thinking_budget(tokenizer: text.Tokenizer, tokens: int | None, end: str) -> 
 
 
 def prompt_rows_for(slots: int, longest_prompt: int, mesh) -> int:
-    """How many prompts the slots of a process share, where the config leaves it
-    open.
+    """Choose the number of prompts that the slots of a process share, if the config
+    leaves it open.
     """
     if longest_prompt < platform_of(mesh).share_prompts_from:
         return 0
@@ -151,7 +151,7 @@ def warm_up(completer: Completer, filters: Sequence[Filter], params) -> None:
 
 
 def make_filter(top_k: int, top_p: float, min_p: float, where: str) -> Filter:
-    """Which words may be drawn."""
+    """Check the fields of a filter and make it."""
     if top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p < 1:
         raise ValueError(
             f"{where} got top_k={top_k}, top_p={top_p}, min_p={min_p}; allowed: top_k 0 (all) or more, top_p above 0 and at "

@@ -19,7 +19,7 @@ from jaxreason.types import Prompted, Task, Verdict
 
 
 class Parts(NamedTuple):
-    """What the phases of a run share."""
+    """Objects that all phases of a run share."""
 
     seed: int
     model: Model

@@ -1,4 +1,4 @@
-"""How T tokens attend to each other: one of `KERNELS`, chosen by
+"""Attention of T tokens to each other by one of `KERNELS`, chosen by
 `ModelConfig.attention`.
 
     xla      two batched matrix products around a softmax: any device, any dtype; it
@@ -56,7 +56,7 @@ class Kernel(NamedTuple):
 
 
 def causal(position_BT, segment_BT):
-    """Which tokens of its row each token may see: itself and what came before it in its
+    """Mask, bool [B, T, T]: each token may see itself and the earlier tokens of its
     segment.
 
     Where positions fall back within a segment a branch begins: it sees, of what came
@@ -83,7 +83,7 @@ def xla(config: ModelConfig, mesh=None) -> Kernel:
     """
 
     def see(position_BT, segment_BT):
-        """What is added to scores, float32 [B, T, T].
+        """Make the bias that is added to scores, float32 [B, T, T].
 
         A choice between scores and `MASKED` is slower on a CPU.
         """

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 
 class Members(NamedTuple):
-    """Which rows B of a cache continue which of R prompts, M of them at most each.
+    """The rows B of a cache that continue each of R prompts, at most M of them.
 
     Rows and prompts may be split over D devices, in order; a row continues a prompt of
     its own device. Indices count from the first of the device, so that gathering never
@@ -47,7 +47,7 @@ class Members(NamedTuple):
         return x.reshape(-1, K, Q // M, H)
 
     def row_DB(self):
-        """Which prompt of its device each row continues; 0 if none."""
+        """The prompt, among those of its device, that each row continues; 0 if none."""
         return self.member_DB // self.slot_DRM.shape[2]
 
     def begins_B(self):

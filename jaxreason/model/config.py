@@ -42,7 +42,7 @@ def _check_positive(name: str, value, kind: type = Real) -> None:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE frequencies are stretched beyond the context a model was pretrained on.
+    """Stretch RoPE frequencies beyond the context that a model was pretrained on.
     Hashable, like ModelConfig.
     """
 

@@ -1,6 +1,4 @@
-"""What the rest of jaxreason knows of a model: a NamedTuple of pure functions over
-nested dicts of arrays.
-"""
+"""The interface of a model: pure functions over nested dicts of arrays."""
 
 from __future__ import annotations
 

@@ -270,7 +270,7 @@ def merge(a: Part, b: Part):
 
 
 class Seen(NamedTuple):
-    """What each token may see of a cache."""
+    """The part of a cache that each token may see."""
 
     column_BT: jax.Array  # the columns of its row up to this one, where its own key is put
     members: Members | None  # and the prompt that the row continues

@@ -175,7 +175,7 @@ def _open(path: Path):
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """Which file of a sharded checkpoint holds which tensor, as its index says."""
+    """Map each tensor of a sharded checkpoint to its file, as the index says."""
     found = read_object(folder / INDEX).get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(file, str) and Path(file).name == file for file in found.values()):
         raise ValueError(f"{folder / INDEX} has no weight_map of tensors to names of files beside it; download it again")
@@ -183,7 +183,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Which file holds which tensor."""
+    """Map each tensor to its file."""
     if (folder / SINGLE).is_file():
         with _open(folder / SINGLE) as file:
             return dict.fromkeys(file.keys(), folder / SINGLE)

@@ -44,10 +44,14 @@ def unknown_name_message(what: str, got: str, allowed: Iterable[str]) -> str:
     return f"unknown {what} {got!r}{hint}; one of: {', '.join(allowed) or 'none'}"
 
 
+def new_name(where: str, name: str) -> str:
+    """Return the name that a field has now, or "" if it was not renamed."""
+    return next((new for old, new in RENAMED.items() if fnmatch.fnmatchcase(f"{where}.{name}", old)), "")
+
+
 def renamed(where: str, name: str) -> str:
-    """Say what a field is called now; nothing if it was not renamed."""
-    new = next((new for old, new in RENAMED.items() if fnmatch.fnmatchcase(f"{where}.{name}", old)), None)
-    if not new:
+    """Say that a field was renamed; nothing if it was not."""
+    if not (new := new_name(where, name)):
         return ""
     written = " and ".join(f"{where}.{field}" for field in new.split(" and "))
     return f"field {name!r} of {where} is called {new!r} now; write {written}"
@@ -227,6 +231,6 @@ def line_of(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; a SyntaxError's without its place."""
+    """Return the message of an error in one line; a SyntaxError's without its place."""
     said = error.msg if isinstance(error, SyntaxError) else error
     return " ".join(str(said).split())

@@ -26,7 +26,7 @@ FLAGS = flags.FLAGS
 
 
 class Words(NamedTuple):
-    """What a command says of its config, and the rest of it."""
+    """The words of a command about its config, and the other words."""
 
     config: str | None  # FILE, or FILE:OPTIONS
     changes: dict[str, str]  # fields by their full names, without the first word `config`

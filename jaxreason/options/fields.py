@@ -45,7 +45,7 @@ class Field(NamedTuple):
 
 
 class Section(NamedTuple):
-    """Where the fields of a section come from."""
+    """The functions that the fields of a section come from."""
 
     functions: tuple[Callable, ...] = ()  # their keyword arguments, all together, are the fields
     given: tuple[str, ...] = ()  # keyword arguments that the caller gives
@@ -86,7 +86,9 @@ def parameters(function: Callable) -> tuple[Field, ...]:
 
 
 def comment_on(function: Callable, name: str) -> str:
-    """What the comment beside an argument says, here or first in this file."""
+    """Return the comment beside an argument, else the first one of its name in the
+    file.
+    """
     module = vars(sys.modules.get(function.__module__, types.ModuleType("")))
     others = [f for f in module.values() if callable(f) and getattr(f, "__module__", None) == function.__module__]
     for other in (function, *others):

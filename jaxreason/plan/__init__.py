@@ -1,5 +1,5 @@
-r"""What a config needs of a TPU slice, found on any machine: does it fit, what bounds
-it, what will it cost.
+r"""Plan a config on a TPU slice, from any machine: does it fit, what bounds it, what
+will it cost.
 
     python -m jaxreason.plan --config=configs/gsm8k.py:model=qwen3_8b \
         --topology=v5e:4x8 --config.sharding.mesh.fsdp=8 \
@@ -14,7 +14,7 @@ share on its own chips, as a run does.
 
 The modules, in the order of what happens: `config` reads a piece of `work`, `arrays`
 are what stands for its state, `programs` compiles it, `memory` and `search` say what
-fits, `report` says all of it, `__main__` is the door.
+fits, `report` says all of it, `__main__` is the entry point.
 
 Assumed, and worse than what will be: every sequence is as long as it may be, all
 micro-batches are in use, every decode step attends to the longest cache. Assumed, and

@@ -1,4 +1,4 @@
-"""The door of the plan: flags, and what is printed of what was found. It opens without
+"""The entry point of the plan: its flags, and its output. It starts without
 jax.
 """
 
@@ -17,7 +17,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """Define flags. Not at import: other doors have flags of the same names."""
+    """Define flags. Not at import: other entry points have flags of the same names."""
     command.define("As of jaxreason.main; --config.rl.microbatches=64 changes a field.")
     flags.DEFINE_string("topology", None, "As v5e:4x8; 'list' shows what is known.")
     flags.DEFINE_string("phase", None, "The phase to plan; default: the last.")

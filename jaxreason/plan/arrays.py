@@ -1,5 +1,5 @@
-"""What stands for arrays of a topology's devices, of which none need be there: train
-state, batch, sampler's weights, slots.
+"""Shapes and shardings in the place of arrays on a topology's devices, none of which
+need be there: train state, batch, sampler's weights, slots.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def devices_of(topology: str):
 
 
 def processes_of(work: Work) -> int:
-    """How many processes there are: one a host."""
+    """Return the number of processes: one per host."""
     return len({d.process_index for d in devices_of(work.topology)})
 
 
@@ -74,7 +74,7 @@ def model_of(work: Work):
 
 
 def placed(tree, where):
-    """What stands for arrays in `where`, a sharding or a tree of them."""
+    """Give shapes the shardings of `where`, one or a tree of them."""
     if isinstance(where, jax.sharding.Sharding):
         where = jax.tree.map(lambda _: where, tree)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where)
@@ -154,15 +154,15 @@ def size_of(tree) -> float:
 
 
 def number(work: Work, *shape: int, dtype="int32"):
-    """What stands for a small array that every device of a sampler has."""
+    """Make the shape of a small array that every device of a sampler has."""
     everywhere = jax.NamedSharding(meshes_of(work).sample, jax.P())
     return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
 
 
 @functools.cache
 def slots_of(work: Work, columns: int | None = None):
-    """What stands for the slots of the sampler, with the longest cache or one of so
-    many columns.
+    """Make the shapes of the sampler's slots, with the longest cache or one of the
+    given length.
     """
     sampler = completer_of(work).sampler
     slots = jax.eval_shape(lambda: sampler.resize(sampler.empty(), columns or sampler.length))

@@ -74,7 +74,7 @@ def topology_names() -> list[str]:
 
 
 def chips_of(topology: str) -> int:
-    """How many chips `v5e:4x8` has."""
+    """Count the chips of a topology such as `v5e:4x8`."""
     return math.prod(map(int, topology.partition(":")[2].split("x")))
 
 

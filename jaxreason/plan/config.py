@@ -87,8 +87,8 @@ def read_shape(config: dict):
 
 
 def read_source(*, name: str, sampler: dict, shape, multiple: int, **section) -> dict:
-    """How many rows a source's batches have, how long they are at most, and what is
-    sampled for them.
+    """Read the number and the longest length of a source's rows, and what is sampled
+    for them.
     """
     if name not in build.SOURCES:
         raise ValueError(unknown_name_message("source", name, build.SOURCES))

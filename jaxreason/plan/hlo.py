@@ -1,4 +1,4 @@
-"""What a compiled program does, read from its HLO: FLOPs, HBM bytes, bytes sent.
+"""Count FLOPs, HBM bytes and bytes sent of a compiled program from its HLO.
 
 `program_cost` walks a module from its entry and multiplies the body of a loop by its
 trip count; XLA's own cost analysis counts a body once. A trip count is XLA's
@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 
 class Program(NamedTuple):
-    """What one run of a compiled program does, on each device."""
+    """Work of one run of a compiled program, per device."""
 
     flops: float
     bytes: float  # read from and written to HBM
@@ -96,7 +96,7 @@ def shape_at(line: str, at: int) -> tuple[str, int]:
 
 
 def closing(text: str, opened: int) -> int:
-    """Where the bracket that opens at `opened` closes."""
+    """Find the bracket that closes the one at `opened`."""
     depth = 0
     for at in range(opened, len(text)):
         depth += (text[at] == "(") - (text[at] == ")")
@@ -243,8 +243,8 @@ class Walk:
         return int(value.inside) if value is not None and value.op == "constant" and value.inside.isdigit() else None
 
     def step(self, loop: Instruction, index: int) -> int:
-        """What a loop adds to its counter each time: more than 1 where a TPU's compiler
-        has unrolled it.
+        """Read the increment of a loop's counter: more than 1 where the compiler
+        unrolled it.
         """
         body = self.computations[called(loop, "body")]
         root = next(i for i in body.values() if i.root)
@@ -404,7 +404,7 @@ def collective(i: Instruction) -> str | None:
 
 
 def group_size(attributes: str, devices: int) -> int:
-    """How many devices a collective is among: of `{{0,1},{2,3}}`, `[2,4]<=[8]` or
+    """Count the devices of a collective's group: of `{{0,1},{2,3}}`, `[2,4]<=[8]` or
     `mesh['x'=2,'y'=4] {'y'}`.
     """
     if "source_target_pairs=" in attributes:
@@ -452,8 +452,8 @@ def window_of(attributes: str, axes: int) -> list[dict[str, int]]:
 
 
 def valid_positions(left: int, right: int, out: int, *, stride: int, pad: int, left_dilation: int, right_dilation: int) -> int:
-    """How many pairs of a window's entry and an output meet an entry of the input, and
-    not padding or a gap.
+    """Count the pairs of window entry and output that meet an entry of the input, not
+    padding or a gap.
     """
     if (left_dilation, right_dilation, pad) == (1, 1, 0) and (out - 1) * stride + right <= left:
         return out * right

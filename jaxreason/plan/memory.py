@@ -1,4 +1,4 @@
-"""What stands in a device's HBM at each moment of the loop."""
+"""Contents of a device's HBM at each moment of the loop."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KINDS = ("params", "optimizer", "reference", "sampler's weights", "KV cache", "b
 
 
 def resident(work: Work) -> dict[str, float]:
-    """What is there throughout."""
+    """Sizes of the arrays that are in HBM throughout."""
     state = state_of(work)
     params = size_of(state.params)
     return {
@@ -39,7 +39,7 @@ def resident(work: Work) -> dict[str, float]:
 
 
 def beside_sampling(work: Work) -> dict[str, float]:
-    """What is there on a device that samples."""
+    """Sizes of the learner's arrays on a device that samples."""
     return {} if samples_apart(work) else resident(work)
 
 
@@ -91,7 +91,7 @@ def fits(stages: Sequence[Stage], work: Work) -> bool:
 
 
 def still_stages(work: Work) -> list[Stage]:
-    """What needs no compiling."""
+    """Stages whose memory is calculated without compiling."""
     return [Stage("between steps", resident(work))] + ([layout_stage(work)] if work.sampler is not None else [])
 
 

@@ -201,12 +201,12 @@ def compile_decode(work: Work) -> Compiled:
 
 
 def problems_each(work: Work) -> int:
-    """How many problems a process samples, at most: each its share."""
+    """Count the problems that a process samples, at most."""
     return -(-work.problems // processes_of(work))
 
 
 def programs_of(work: Work) -> list[Compiled]:
-    """What was compiled, in the order of a step."""
+    """Compile the programs of a step, in its order."""
     sampling = [compile_prefill(work), compile_decode(work)] if work.sampler is not None else []
     learning = [*([compile_reference(work)] if work.objective.needs_reference else []), compile_train(work)]
     return sampling + learning

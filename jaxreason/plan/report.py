@@ -1,4 +1,4 @@
-"""What was found, as one dictionary for a script and as tables: memory, work,
+"""Report a plan, as one dictionary for scripts and as tables: memory, work,
 collectives, and the time and price of a step.
 """
 

@@ -1,5 +1,5 @@
-"""What would fit, where something does not: smaller micro-batches, fewer slots, another
-mesh, more chips.
+"""Search for a plan that fits if one does not: smaller micro-batches, fewer slots,
+another mesh, more chips.
 """
 
 from __future__ import annotations

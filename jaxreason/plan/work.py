@@ -10,8 +10,8 @@ from jaxreason.plan import chips
 
 
 class Work(NamedTuple):
-    """What is planned. Hashable, so that what was compiled for one part of it is
-    kept.
+    """The work that is planned. Hashable, so that programs compiled for one part of it
+    are kept.
     """
 
     topology: str

@@ -1,1 +1,3 @@
-"""What keeps a run alive and records it: where it continues, and its journal."""
+"""Everything that keeps a run alive and records it: checkpoints, resume, journal, logs,
+locks, processes.
+"""

@@ -275,7 +275,8 @@ def open_checkpoints(
             "reference": ocp.PyTreeCheckpointHandler(),
             "host": ocp.JsonCheckpointHandler(),
         },
-        # orbax's own `read_only` warns at each opening; `save` below refuses instead.
+        # orbax's own `read_only` warns at each opening; `Checkpoints.save` refuses
+        # instead.
         options=ocp.CheckpointManagerOptions(
             create=not read_only,
             cleanup_tmp_directories=not read_only,

@@ -1,4 +1,4 @@
-"""How long this thread has spent compiling: tracing, lowering and XLA itself, a program
+"""Time that this thread spent compiling: tracing, lowering and XLA itself, programs
 read from a cache included.
 
 JAX tells a listener of each part when it ends. Parts contain others (a function that is

@@ -39,7 +39,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 class Kept(NamedTuple):
-    """What `truncate` has left of a file."""
+    """The part of a file that `truncate` kept."""
 
     last: dict[str, Any] | None = None  # line
     dropped: int = 0  # lines of later steps, and a torn last one

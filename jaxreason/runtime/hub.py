@@ -36,7 +36,7 @@ Choose = Callable[[Sequence[str]], Sequence[str]]
 
 
 class Reading(NamedTuple):
-    """What a block of `noting` knows."""
+    """State of a `noting` block."""
 
     pinned: Mapping[str, str]
     noted: dict[str, str]
@@ -181,8 +181,8 @@ def _cache(id: str, kind: str) -> Path:
 
 
 def _listing(cache: Path, commit: str) -> Path:
-    """Where the names of a commit's files are kept: offline, a cache alone can't
-    tell which are missing.
+    """Return the path of the stored list of a commit's files: offline, a cache alone
+    can't tell which are missing.
     """
     return cache / "jaxreason" / f"{commit}.json"
 

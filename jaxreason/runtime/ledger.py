@@ -38,8 +38,8 @@ def add(ledger: dict, kind: str, *, tokens: float, flops: float, device_s: float
 
 
 def named(ledger: dict) -> dict[str, float]:
-    """What a line of metrics says of it. Seconds and joules are no two times the same:
-    they stand with the times.
+    """Name the ledger's entries for a line of metrics. Seconds and joules vary between
+    equal runs, so they are under `time/`.
     """
     values = {}
     for kind, amounts in ledger.items():

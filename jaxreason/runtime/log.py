@@ -27,7 +27,7 @@ PLAIN_EVERY_S = 10.0  # without a terminal, at most one line of progress in this
 
 
 class Pace(NamedTuple):
-    """How long a step takes: an exponential average that starts anew in each phase."""
+    """Duration of a step: an exponential average that starts anew in each phase."""
 
     phase: str = ""
     steps: int = 0

@@ -1,5 +1,5 @@
-"""Where a run continues: the newest checkpoint that is whole, and logs cut back to
-it.
+"""Find where a run continues: restore the newest whole checkpoint and cut the logs back
+to it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ class NotResumable(Exception):
 
 @dataclass
 class Progress:
-    """How far a run is and what it has found: the host's part of a checkpoint, as JSON
-    has it.
-    """
+    """Progress and findings of a run: the host's part of a checkpoint, as JSON."""
 
     phase: int = 0  # index
     phase_step: int = 0  # steps that the phase has made
@@ -55,7 +53,7 @@ class Progress:
 
 
 class Found(NamedTuple):
-    """What a run continues from."""
+    """The checkpoint that a run continues from."""
 
     step: int  # of the whole run
     host: dict  # the host's part of the checkpoint: `Progress`, and what the run was made from
@@ -142,8 +140,8 @@ def cut_logs(run, workdir: Path, found: Found, say: Callable[[str], None]) -> No
 
 
 def logged_steps(run, found: Found) -> dict[str, list[tuple[int, int, int]]]:
-    """Where each log must have lines: stretches of steps, first and last, and how many
-    steps a line is for.
+    """List the steps at which each log must have lines: first and last of a stretch,
+    and the steps per line.
     """
     config, begun, stretches = found.host["config"], 0, {"metrics.jsonl": [(0, 0, 1)], "rollouts.jsonl": []}
     for phase in run.phases:

@@ -1,4 +1,4 @@
-"""What a person sees of a run: the live line, accuracies, rollouts.
+"""Output for a person at the terminal: the live line, accuracies, rollouts.
 
 What a model wrote is data: its control characters and markup are shown, never obeyed.
 """

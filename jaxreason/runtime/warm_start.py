@@ -1,5 +1,5 @@
-"""Where params come from that were trained before: a run of ours, one of its
-checkpoints, or a Hugging Face folder.
+"""Load params that were trained before: of a run of ours, one of its checkpoints, or a
+Hugging Face folder.
 
 `find` says what a path holds, `check` whether this model can take it, both before
 anything is compiled; `load` puts it straight onto the devices, in the tree, the types
@@ -32,7 +32,7 @@ ASIDE = ("value", "lora")  # what stands beside the params that every model has
 
 
 class Origin(NamedTuple):
-    """What a path holds."""
+    """The checkpoint or weights that a path holds."""
 
     folder: Path  # of a run, or in the format of Hugging Face
     step: int | None  # of the run's checkpoint; None: a Hugging Face folder

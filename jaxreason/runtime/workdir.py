@@ -79,7 +79,7 @@ def looks_whole(checkpoint: Path) -> bool:
 
 
 def continues(folder: Path) -> str:
-    """What the same command does next, as far as the folder tells."""
+    """Say from which step the same command continues, as far as the folder tells."""
     steps = saved_at(folder)
     return f"the same command continues from {f'step {steps[-1]}' if steps else 'the start'}"
 
@@ -258,7 +258,7 @@ def revisions(folder: Path) -> dict[str, str]:
 
 
 def differences(there: dict, here: dict) -> dict[str, str]:
-    """What to say of each field that two configs do not have alike, by its name."""
+    """Describe each field in which two configs differ, by its name."""
     there, here = flat(json.loads(json.dumps(there, default=list))), flat(here)
     names = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
     return {name: f"{name}: {there.get(name, 'absent')} there, {here.get(name, 'absent')} here" for name in names}

@@ -178,7 +178,7 @@ def _config_of(name: str) -> str:
 
 
 def _series(name: str) -> str:
-    """What the shards of one table have in common."""
+    """Return the name that the shards of one table share."""
     _, split, stem = _parts(name)
     return f"{split}/{NUMBERED.fullmatch(stem)[1]}"
 
@@ -288,7 +288,7 @@ def fields_of(spec: str) -> list[str]:
 
 
 def _at(row: Any, path: str) -> Any:
-    """What is at a path of a row; None if there is nothing."""
+    """Return the value at a path of a row; None if there is none."""
     for part in path.split("."):
         if isinstance(row, Mapping):
             row = row.get(part)
@@ -366,8 +366,8 @@ def _accepts(value: Any, wish: Any) -> bool:
 
 
 def _after(text: str, marker: str) -> str:
-    """What follows the last marker; to the matching brace if it ends in an open one.
-    Empty if there is none.
+    """Return the text after the last marker, up to the matching brace if the marker
+    ends in an open one; empty if there is none.
     """
     _, found, rest = text.rpartition(marker)
     if not found or not marker.endswith("{"):

@@ -27,7 +27,7 @@ from jaxreason.types import Message, Task
 
 
 class Format(NamedTuple):
-    """How tasks become token ids."""
+    """Functions from tasks to token ids."""
 
     prompt: Callable[[Task], list[int]]
     """Ids up to where the model starts to write."""
@@ -232,13 +232,13 @@ def encode_chat(
 
 
 def special_names(tokenizer: Tokenizer) -> dict[str, str]:
-    """What a template reads of a tokenizer: the texts of its special tokens."""
+    """Collect the special tokens' texts that a template reads from a tokenizer."""
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_ids[0], "pad_token": tokenizer.pad_id}
     return {name: tokenizer.token_text(i) for name, i in ids.items() if i is not None}
 
 
 def first_end(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
-    """Where the assistant's turn ends.
+    """Find the end of the assistant's turn.
 
     Raises:
       ValueError: nowhere.

@@ -160,7 +160,7 @@ def _range(*numbers):
 
 
 def _counted(items):
-    """What a loop runs over, with each round counted."""
+    """Return the items of a loop, with its rounds counted."""
     if hasattr(items, "__len__"):
         _spend(len(items))
         return items
