@@ -7,6 +7,7 @@ import copy
 import functools
 import json
 import math
+import re
 
 import pytest
 from absl import flags
@@ -165,9 +166,52 @@ def test_names_on_the_command_line_bring_their_own_fields():
     assert read(rl__objective__name="dapo")["rl"]["objective"]["clip_high"] == 0.28
     with pytest.raises(ValueError, match=r"unknown field of config.rl.objective 'clip_low'"):
         read(rl__objective__clip_low="0.3")
-    # A field that the file set for the old name is the user's, and refused.
-    with pytest.raises(ValueError, match=r"unknown field of verifier 'number' 'marker'"):
-        build.build(ConfigDict(read(verifier__name="number")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "gone", "said"),
+    [
+        # `weigh` replaces a part of the algorithm, so GRPO with rloo's is no GRPO.
+        ({"rl.objective.name": "grpo"}, ["rl.objective.weigh"], "dropped weigh='per_token', .* for 'rloo'; .*objective.weigh=..."),
+        ({"rl.objective.name": "rloo"}, [], ""),
+        ({"rl.objective.name": "grpo", "rl.objective.weigh": "token_sum"}, [], ""),
+        ({"verifier.name": "number"}, ["verifier.marker"], r"config.verifier.name=number: dropped marker=';A', .* for 'exact'$"),
+        ({"rl.source.task.name": "countdown"}, ["rl.source.task.ops"], r"dropped ops=\(2, 5\)"),
+        ({"evaluate.suites.chain.name": "sorting"}, ["evaluate.suites.chain.ops"], "dropped ops=5"),
+        ({"model.name": "qwen3_0.6b"}, ["model.layers"], r"dropped layers=1, .*model.layers=\.\.\.$"),
+        ({"rl.optimizer.name": "lion"}, [], ""),
+    ],
+)
+def test_a_new_name_drops_what_the_file_gives_for_the_old_one_and_says_so(changes, gone, said, quick_build):
+    lines = []
+    file = f"{ROOT}/configs/tiny.py:smoke"
+    before = workdir.flat(command.load(file))
+    tree = command.read(file, changes, lines.append).to_dict()
+    assert re.search(said, "".join(lines)) and len(lines) == bool(said)
+    after = workdir.flat(tree)
+    for path, value in before.items():
+        if path in gone:
+            assert after.get(path) is None
+        elif path not in changes:
+            assert after[path] == value
+    assert all(after[path] == value for path, value in changes.items())
+    build.build(ConfigDict(tree), say=[].append)
+
+
+def test_fields_whose_default_is_another_under_the_new_name_are_dropped(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        f"""
+from jaxreason.options import command
+def get_config(arg=''):
+    config = command.load({f"{ROOT}/configs/tiny.py:smoke"!r})
+    config["rl"]["objective"] = dict(name="dapo", clip_low=0.1, clip_high=0.3, kl_coefficient=0.5)
+    return config
+"""
+    )
+    lines = []
+    made = command.read(f"{tmp_path}/mine.py", {"rl.objective.name": "grpo"}, lines.append).to_dict()["rl"]["objective"]
+    assert (made["clip_low"], made["clip_high"], made["kl_coefficient"]) == (0.1, 0.2, 0.5)
+    assert re.search(r"dropped clip_high=0\.3, given by the config file for 'dapo'; .*clip_high=", lines[0])
 
 
 @pytest.mark.parametrize("name", optimizer.OPTIMIZERS)

@@ -156,7 +156,7 @@ OF_THE_MODEL = (
 def section_of_model(values: dict) -> fields.Section:
     below = {"lora": section(model_config.Lora), "rope_scaling": section(model_config.RopeScaling)}
     decided = dict.fromkeys(OF_THE_MODEL, "of the model")
-    return fields.Section((make_model, ModelConfig), ("folder", "tokenizer"), below, decided)
+    return fields.Section((make_model, ModelConfig), ("folder", "tokenizer"), below, decided, replaces=OF_THE_MODEL)
 
 
 def section_of_verifier(values: dict) -> fields.Section:
@@ -195,7 +195,8 @@ def section_of_source(values: dict) -> fields.Section:
 
 
 def section_of_objective(values: dict) -> fields.Section:
-    return fields.Section((objectives_.make, *named("objective", objectives_.OBJECTIVES, values)))
+    makers = (objectives_.make, *named("objective", objectives_.OBJECTIVES, values))
+    return fields.Section(makers, replaces=("advantage", "weigh"))
 
 
 def families() -> dict[str, dict[str, str]]:

@@ -10,10 +10,12 @@ dictionary. A folder of the config's is where a user's own modules are found.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,7 +89,7 @@ def parse(argv: list[str]) -> list[str]:
     if words.config is None and words.changes:
         raise ValueError(f"--config.{next(iter(words.changes))} is given and no --config=FILE")
     if words.config is not None:
-        FLAGS["config"].value = read(words.config, words.changes)
+        FLAGS["config"].value = read(words.config, words.changes, say=functools.partial(print, file=sys.stderr))
         FLAGS["config"].config_filename, FLAGS["config"].config_changes = words.config, words.changes
     return rest
 
@@ -111,8 +113,9 @@ def find_file(config: str) -> Path:
     return path
 
 
-def read(config: str, changes: dict[str, str]) -> ConfigDict:
-    """Read the whole config of FILE:OPTIONS, with some of its fields changed.
+def read(config: str, changes: dict[str, str], say: Callable[[str], None] = print) -> ConfigDict:
+    """Read the whole config of FILE:OPTIONS, with some of its fields changed; `say` gets
+    a line about each section whose new name drops fields of the file.
 
     Raises:
       ValueError: the file does not run, or a field that there is not or is not of its
@@ -122,7 +125,7 @@ def read(config: str, changes: dict[str, str]) -> ConfigDict:
     from jaxreason import build  # jax is imported here, which takes a second
     from jaxreason.options import fields
 
-    tree = fields.assign(build.layout, tree, changes)
+    tree = fields.assign(build.layout, tree, changes, say)
     tree = build.complete(tree)
     fields.check(build.layout(tree), tree)
     build.check_changes(tree, changes)

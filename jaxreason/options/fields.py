@@ -52,6 +52,7 @@ class Section(NamedTuple):
     sections: Mapping[str, Callable[[dict], Section]] = {}  # fields that are sections, of the value that they have
     decided: Mapping[str, str] = {}  # fields that other fields decide where they are absent, and how
     each: Callable[[dict], Section] | None = None  # what every entry is, if the names of the entries are the user's
+    replaces: tuple[str, ...] = ()  # fields that replace a part of what the section's name brings
 
 
 # --- fields of a function ---
@@ -322,29 +323,71 @@ def unknown_fields(section: Section, tree: dict) -> list[tuple[str, str]]:
 
 
 def no_field(where: str, name: str, known) -> str:
-    """Say that a section has no such field; where a name decides its fields, also how
-    to be rid of those of another.
-    """
-    whole = f"; if the config file set it for another name, give the whole section: --{where}=\"{{'name': ...}}\""
-    return renamed(where, name) or unknown_name_message(f"field of {where}", name, known) + (whole if "name" in known else "")
+    """Say that a section has no such field, or what it is called now."""
+    return renamed(where, name) or unknown_name_message(f"field of {where}", name, known)
 
 
-def assign(layout: Callable[[dict], Section], tree: dict, changes: Mapping[str, str]) -> dict:
+class Dropped(NamedTuple):
+    """Fields that a config file gives for a name that the command replaced."""
+
+    where: str
+    old: str
+    name: str
+    fields: dict
+    known: Mapping[str, Field]  # fields of the new name
+
+    def message(self) -> str:
+        told = ", ".join(f"{name}={value!r}" for name, value in self.fields.items())
+        settable = next((name for name in self.fields if name in self.known), None)
+        hint = f"; to set it, write --{self.where}.{settable}=..." if settable else ""
+        return f"{self.where}.name={self.name}: dropped {told}, given by the config file for {self.old!r}{hint}"
+
+
+def assign(
+    layout: Callable[[dict], Section], tree: dict, changes: Mapping[str, str], say: Callable[[str], None] | None = None
+) -> dict:
     """Set fields of a config as a command's words say: `{"rl.optimizer.lr": "1e-3"}`.
 
     Names of families come before the fields that they bring; a section that is None is
-    begun by its first field.
+    begun by its first field. A new name drops the fields that the file gives for the
+    old one (see `belongs_to_name`); `say` gets a line about those that the command does
+    not set itself.
 
     Raises:
       ValueError: a field that there is not, or a value that is not of its type.
     """
     paths = sorted((path.split(".") for path in changes), key=lambda path: (len(path), path[-1] != "name"))
+    dropped: list[Dropped] = []
     for path in paths:
-        tree = assigned(layout(tree), tree, path, changes[".".join(path)], "config")
+        tree = assigned(layout(tree), tree, path, changes[".".join(path)], "config", dropped)
+    for one in dropped:
+        left = {name: value for name, value in one.fields.items() if f"{one.where}.{name}".removeprefix("config.") not in changes}
+        if left and say:
+            say(one._replace(fields=left).message())
     return tree
 
 
-def assigned(section: Section, tree: dict, path: list[str], text: str, where: str) -> dict:
+def belongs_to_name(field: str, old: Section, new: Section) -> bool:
+    """Whether a field goes with the old name of a section: the new name does not have
+    it, has another default for it, or brings the part that it replaces.
+    """
+    before, after = fields_of(old), fields_of(new)
+    if field not in after:
+        return True
+    return field in new.replaces or (field in before and before[field].default != after[field].default)
+
+
+def with_new_name(old: Section, new: Section, before: dict, after: dict, where: str, dropped: list[Dropped]) -> dict:
+    """The section `after` its name was set, without the fields of its name `before`."""
+    unknown = len(new.functions) < len(old.functions)  # it brings no function, and is refused where it is used
+    if before.get("name") in (None, after["name"]) or unknown:
+        return after
+    gone = {name: value for name, value in after.items() if name != "name" and belongs_to_name(name, old, new)}
+    dropped.append(Dropped(where, before["name"], after["name"], gone, fields_of(new)))
+    return {name: value for name, value in after.items() if name not in gone}
+
+
+def assigned(section: Section, tree: dict, path: list[str], text: str, where: str, dropped: list[Dropped]) -> dict:
     """The section with one field set."""
     name, *rest = path
     known = fields_of(section)
@@ -367,7 +410,10 @@ def assigned(section: Section, tree: dict, path: list[str], text: str, where: st
         raise ValueError(f"{where} got the field {'.'.join(rest)!r}; it has none: it is {shown(type_)}")
     inside = tree.get(name)
     inside = dict(inside) if isinstance(inside, Mapping) else {}
-    return tree | {name: assigned(below(inside) if below else Section(), inside, rest, text, where)}
+    changed = assigned(below(inside) if below else Section(), inside, rest, text, where, dropped)
+    if below and rest == ["name"]:
+        changed = with_new_name(below(inside), below(changed), inside, changed, where, dropped)
+    return tree | {name: changed}
 
 
 # --- describe ---
