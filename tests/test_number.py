@@ -33,6 +33,14 @@ NO_ANSWER = [
 
 # Every kind with controls that must still be read.
 KINDS = [
+    # reported as a mistake
+    ("The answer is 15. A common mistake is to say the answer is 12.", "15"),
+    ("The answer is 15. One might be tempted to conclude that the final answer is 12, which ignores the tax.", "15"),
+    ("The answer is 15. A careless reader would say that the answer is 12.", "15"),
+    ("You might think the answer is 12. The answer is 15.", "15"),
+    ("The answer is 12. I made a mistake, the answer is 15.", "15"),
+    ("The answer is 12. Correcting the error, the answer is 15.", "15"),
+    ("The answer is 12. I made an error. I would say the answer is 15.", "15"),
     # a minus with a space, in running text
     ("so x = - 3/4", "-3/4"),
     ("Total = - 5", "-5"),

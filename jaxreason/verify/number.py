@@ -182,6 +182,12 @@ _DENIES = re.compile(
     r"[^0-9\n]{0,40}[0-9.,]*[0-9]?(?:[\W_]{0,3}n?or[\W_]{1,3}[0-9.,]*[0-9])*",
     re.IGNORECASE,
 )
+# Ends the words before an "answer is" that somebody might say by mistake.
+_MISTAKEN = re.compile(
+    r"\b(?:mistake|error|misconception|trap|tempt(?:ed|ing)|wrong(?:ly)?|incorrect(?:ly)?|mistakenly|(?<!\bI )(?<!\bwe )(?:might|may|could|would))\b"
+    r"[^.!?,;:\n]{0,40}\b(?:think|say|guess|assume|conclude|believe|claim|answer)(?:ing)?(?: that)?(?: the)?(?: \w+)? $",
+    re.IGNORECASE,
+)
 _THOUGHT = re.compile(r"</(?:think|thinking|thought|thoughts|reasoning|scratchpad)>")
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
 _BULLETS = re.compile(r"\n\s{0,9}- .*\n\s{0,9}- ")  # one alone may be a negative number
@@ -217,11 +223,13 @@ def last_marked(text: str) -> str | None:
 
 def last_said(text: str) -> str | None:
     """Return the rest of the sentence behind the last "answer is" that has a digit in
-    it; None if a later one denies.
+    it; None if a later one denies. What is reported as a mistake does not count.
     """
     for match in reversed(list(_SAYS.finditer(text))[-20:]):
         if _DENIES.match(text, match.start()):
             return None
+        if _MISTAKEN.search(text, max(0, match.start() - 120), match.start()):
+            continue
         lines = text[match.end() :].lstrip(" :*")
         line = lines.lstrip().partition("\n")[0]
         if _BULLETS.match(lines):
