@@ -17,6 +17,8 @@ FRONT_DOOR = {
     "sample": "jaxreason.api",
     "train_step": "jaxreason.api",
     "Policy": "jaxreason.api",
+    "Group": "jaxreason.types",
+    "Rollout": "jaxreason.types",
     "Task": "jaxreason.types",
     "Verdict": "jaxreason.types",
 }

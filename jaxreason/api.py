@@ -50,6 +50,11 @@ class Policy(NamedTuple):
     def params(self) -> Any:
         return self.state.params
 
+    def __repr__(self) -> str:
+        sizes = " x ".join(f"{axis} {n}" for axis, n in self.mesh.shape.items())
+        c, count = self.model.config, sum(x.size for x in jax.tree.leaves(self.params))
+        return f"Policy({count:,} params, {c.layers} layers, {c.dtype}, mesh {sizes}, {int(self.state.step)} steps trained)"
+
 
 def load(
     path: str | Path,
@@ -83,6 +88,8 @@ def load(
     """
     check_types(load, path=path, max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, slots=slots, mesh=mesh, seed=seed)
     check_types(load, model=model, text=text)
+    if not os.fspath(path):
+        raise ValueError("load: path got ''; allowed: a Hugging Face id, a named size, or a folder")
     sizes = {"data": 1} if mesh is None else dict(mesh)
     fields.check(build.section(sharding.make_mesh, "devices")(sizes), sizes, "mesh")
     devices = jax.devices()[: None if -1 in sizes.values() else max(1, math.prod(sizes.values()))]
@@ -123,10 +130,16 @@ def check_types(function: Callable, **values: Any) -> None:
       ValueError: one is not of its type.
     """
     for field in fields.parameters(function):
-        value = values.get(field.name, field.default)
-        value = value.item() if isinstance(value, np.generic) else os.fspath(value) if isinstance(value, os.PathLike) else value
+        value = plain(values.get(field.name, field.default))
         if field.name in values and not fields.fits(value, field.type):
             raise ValueError(fields.wrong_type(f"{function.__name__}: {field.name}", value, field.type))
+
+
+def plain(value: Any) -> Any:
+    """Turn a NumPy or JAX scalar into a Python number, and a path into text."""
+    if isinstance(value, np.generic | np.ndarray | jax.Array) and np.ndim(value) == 0:
+        return value.item()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 @functools.lru_cache(maxsize=16)
@@ -215,9 +228,13 @@ def train_step(
     check_policy(train_step, policy)
     options = {"objective_options": objective_options, "optimizer_options": optimizer_options}
     check_types(train_step, objective=objective, lr=lr, microbatches=microbatches, **options)
+    lr, microbatches = plain(lr), plain(microbatches)
+    objective_options, optimizer_options = (
+        {name: plain(value) for name, value in (given or {}).items()} for given in (objective_options, optimizer_options)
+    )
     size = check_groups(groups)
-    check_options(objective_options or {}, optimizer_options or {})
-    asked = {"name": objective, **(objective_options or {})}, {"lr": lr, **(optimizer_options or {})}
+    check_options(objective_options, optimizer_options)
+    asked = {"name": objective, **objective_options}, {"lr": lr, **optimizer_options}
     for where, section, values in zip(("objective", "optimizer"), LEARNING, asked, strict=True):
         fields.check(section(values), values, where)
     learning = tuple(map(_frozen, asked))

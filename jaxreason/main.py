@@ -263,13 +263,20 @@ def tell(line: str) -> None:
         print(line, flush=True)
 
 
+def quoted(value: str) -> str:
+    """Quote a word for a shell; one with single quotes in double ones, where it can
+    be read.
+    """
+    return f'"{value}"' if "'" in value and not set(value) & set('"$`\\!') else shlex.quote(value)
+
+
 def what_next(workdir: Path, config_flag: str, changes: Mapping[str, str]) -> list[str]:
     """List the files that were written and commands that use them, one per line, to be
     copied.
     """
     written = [workdir / name for name in ("summary.json", "metrics.jsonl", "rollouts.jsonl") if (workdir / name).is_file()]
     run, export = shlex.quote(str(workdir)), shlex.quote(f"{workdir}-export")
-    same = "".join(f" --config.{name}={shlex.quote(value)}" for name, value in changes.items() if name != "init_from")
+    same = "".join(f" --config.{name}={quoted(value)}" for name, value in changes.items() if name != "init_from")
     todo = {
         "see a rollout": f"tail -n 1 {shlex.quote(str(workdir / 'rollouts.jsonl'))} | python -m json.tool",
         "export the weights": f"python -m jaxreason.export {run} {export}",

@@ -233,6 +233,7 @@ def test_an_optimizer_is_swept_by_its_name_alone_and_what_it_does_not_read_is_sa
         ({"rl.optimizer.name": "adam", "rl.optimizer.weight_decay": "0.1"}, "weight_decay got 0.1, but adam does not .*=0.0"),
         ({"rl.optimizer.name": "sgd", "rl.optimizer.b1": "0.8"}, "b1 got 0.8, but sgd does not read it; .*b1=0.9"),
         ({"rl.optimizer.name": "adafactor", "rl.optimizer.eps": "1e-6"}, "eps got 1e-06, but adafactor .*; else --config.rl.opt"),
+        ({"rl.objective.kl_estimator": "k1"}, "kl_estimator got 'k1', but kl_coefficient is 0, so nothing reads it; set both"),
         ({"rl.optimizer.muon_scale": "width"}, "muon_scale got 'width', but adamw does not read it; allowed with: muon"),
         (
             {"rl.optimizer.schedule_kind": "constant", "rl.optimizer.final_fraction": "0.2"},
@@ -240,7 +241,7 @@ def test_an_optimizer_is_swept_by_its_name_alone_and_what_it_does_not_read_is_sa
         ),
     ],
 )
-def test_a_field_of_the_command_that_the_optimizer_does_not_read_is_refused(changes, message):
+def test_a_field_of_the_command_that_nothing_reads_is_refused(changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         command.read(f"{ROOT}/configs/tiny.py:smoke", changes)
     assert "\n" not in str(caught.value)

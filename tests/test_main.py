@@ -172,10 +172,13 @@ def test_the_command_runs_refuses_another_config_and_finishes_once(tmp_path):
     code, _, err = main(*command, "--config.seed=1", f"--workdir={workdir}")
     assert code != 0
     assert err.startswith("error: ")
-    assert "another config (seed: 0 there, 1 here)" in err
+    assert "is finished, of another config (seed: 0 there, 1 here)" in err
     code, _, err = main(*command, f"--workdir={workdir}")
     assert code != 0
-    assert "is finished" in err
+    assert "is finished; choose another --workdir" in err
+    code, _, err = main(*command, "--config.prior.steps=9", "--accept_config_change", f"--workdir={workdir}")
+    assert code != 0
+    assert "is finished, of another config (prior.steps: 4 there, 9 here)" in err
 
 
 def test_what_to_do_next_is_a_path_or_a_command_a_line(tmp_path):

@@ -10,6 +10,7 @@ from runs import load_config
 from jaxreason import build as build_module
 from jaxreason import tasks
 from jaxreason.build import build, settle
+from jaxreason.build import run as run_module
 from jaxreason.runtime import workdir
 
 
@@ -21,7 +22,7 @@ def write(path, questions):
 QUESTIONS = [f"{a}+{b}:" for a in range(10) for b in range(20)]
 
 
-def built(source, suite, **evaluate):
+def built(source, suite, init_from=None, **evaluate):
     """What a run of tiny with this task and this suite says, and the tasks of its
     suite.
     """
@@ -30,8 +31,9 @@ def built(source, suite, **evaluate):
     with config.unlocked():
         config.phases, config.rl.source.task, config.rl.source.problems = ("rl",), source, 8
         config.evaluate = {"suites": {"held": suite}, "n": 1000, **evaluate}
+        config.init_from = init_from
     build(config, say=said.append)
-    return [line for line in said if "of task" in line or "common" in line]
+    return [line for line in said if "of task" in line or "common" in line or "warning" in line]
 
 
 def count(lines, what):
@@ -229,3 +231,41 @@ def test_a_question_inside_a_text_that_is_trained_on_counts():
         tasks.Task("A", "a"),
     ]
     assert tasks.overlap(texts, asked) == 1
+
+
+def test_two_question_fields_of_one_file_are_refused(tmp_path):
+    path = tmp_path / "two.jsonl"
+    path.write_text("".join(json.dumps({"question": q, "again": f"?{q}", "answer": "1"}) + "\n" for q in QUESTIONS))
+    source, suite = ({"name": "jsonl", "path": str(path), "question": field} for field in ("question", "again"))
+    with pytest.raises(ValueError, match="reads the field 'question' of .* as its question and a suite 'again'"):
+        built(source, suite)
+    built(source, suite, allow_overlap=True)
+    built(source, suite | {"question": "question"})
+
+
+def test_what_a_run_before_was_trained_on_is_not_held_out(tmp_path, monkeypatch):
+    """Through two runs, and with one whose file is gone."""
+    first, second = write(tmp_path / "first.jsonl", QUESTIONS[:100]), write(tmp_path / "second.jsonl", QUESTIONS[100:150])
+    suite = {"name": "jsonl", "path": write(tmp_path / "held.jsonl", QUESTIONS[95:120])}
+    rest = {"name": "jsonl", "path": write(tmp_path / "rest.jsonl", QUESTIONS[150:])}
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, path, init_from=None):
+        config = load_config("tiny", "smoke")
+        config.phases, config.evaluate = ("rl",), {"suites": {}}
+        with config.unlocked():
+            config.rl.source.task, config.init_from = {"name": "jsonl", "path": path}, init_from
+        (tmp_path / name / "checkpoints" / "2").mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text(workdir.config_text(config))
+
+    run("a", first)
+    run("b", second, init_from="a")
+    monkeypatch.setattr(run_module, "start_from", lambda *_: None)
+    monkeypatch.setattr(run_module.warm_start, "saved_steps", lambda _: [2])
+    with pytest.raises(ValueError, match=r"holds 20 of its 25 .* in common with the task 'jsonl' of .*/b"):
+        built(rest, suite, init_from="b")
+    said = built(rest, suite, init_from="b", allow_overlap=True)
+    assert [int(line.split(" holds ")[1].split()[0]) for line in said if " holds " in line] == [20, 5]
+    (tmp_path / "first.jsonl").unlink()
+    said = built(rest, suite, init_from="b", allow_overlap=True)
+    assert any("warning: what a was trained on can't be read" in line for line in said)

@@ -52,10 +52,26 @@ def settle(config: dict) -> dict:
     check_fields(config)
     config = copy.deepcopy(config)
     trained, held_out = trained_sections(config), held_out_sections(**config["evaluate"])
+    if not config["evaluate"].get("allow_overlap"):
+        check_questions(trained, held_out)
     for sections, others, part in ((trained, held_out, "train"), (held_out, trained, "test")):
         for section in filter(tasks.splits_files, sections):
             section.setdefault("split", part if shares_files(section, others) else None)
     return config
+
+
+def check_questions(trained: Sequence[dict], held_out: Sequence[dict]) -> None:
+    """Raise ValueError if a suite and a source take their questions from different
+    fields of one file: it is split by the question.
+    """
+    for suite in held_out:
+        for source in trained:
+            there, here = (section.get("question", "question") for section in (source, suite))
+            if there != here and shares_files(suite, [source]):
+                raise ValueError(
+                    f"a source reads the field {there!r} of {source['path']} as its question and a suite {here!r}; allowed: one "
+                    "field in both, as the file is split by it, a file each, or config.evaluate.allow_overlap=True to insist"
+                )
 
 
 def check_fields(config: dict) -> None:
@@ -276,12 +292,17 @@ def from_earlier(config: dict) -> tuple[dict, list[str]]:
 
 
 def check_changes(config: dict, changes: Mapping[str, str]) -> None:
-    """Check that an optimizer reads each of its fields that a command names.
+    """Check that the fields of optimizers and objectives that a command names are read.
 
     Raises:
-      ValueError: it does not; a sweep over the field would vary nothing.
+      ValueError: one is not; a sweep over it would vary nothing.
     """
     for phase, values in config.items():
+        objective = values.get("objective") if is_phase(phase, values) else None
+        estimator = f"{phase}.objective.kl_estimator"
+        if estimator in changes and isinstance(objective, dict) and objective.get("kl_coefficient") == 0:
+            got = objective["kl_estimator"]
+            raise ValueError(f"config.{estimator} got {got!r}, but kl_coefficient is 0, so nothing reads it; set both")
         section = values.get("optimizer") if is_phase(phase, values) else None
         for field, (why, default) in optimizer_.ignored(section).items() if isinstance(section, dict) else ():
             where = f"{phase}.optimizer.{field}"

@@ -9,24 +9,24 @@ import functools
 import importlib.metadata
 import json
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
 
 from jaxreason import __version__, sharding, text
 from jaxreason.build.evaluation import make_evaluate, make_log
-from jaxreason.build.layout import settle
+from jaxreason.build.layout import from_earlier, settle
 from jaxreason.build.model import check_size, init_params, read_model_and_text, start_from
 from jaxreason.build.phases import make_phase
 from jaxreason.build.sampler import make_completer, warm_up
-from jaxreason.build.tasks import Parts
+from jaxreason.build.tasks import Parts, load_tasks, trained_sections
 from jaxreason.draw import ALL
 from jaxreason.model import attention, transformer
 from jaxreason.model import config as model_config
 from jaxreason.model import weights as weights_
 from jaxreason.options import call_with_section
-from jaxreason.runtime import hub
+from jaxreason.runtime import hub, warm_start
 from jaxreason.runtime.checkpoint import open_checkpoints
 from jaxreason.train import Run
 
@@ -80,7 +80,7 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
         meshes=meshes,
         devices=sharding.row_devices(meshes.learn),
         say=say,
-        loaded=[],
+        loaded=list(trained_before(config.get("init_from"), say)),
     )
     phases = [call_with_section(make_phase, config[name], f"config.{name}", name=name, parts=parts) for name in phase_names]
     evaluate, filter = call_with_section(make_evaluate, config["evaluate"], "config.evaluate", parts=parts)
@@ -101,6 +101,27 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
         provenance={"config": json.loads(json.dumps(config, default=list)), **versions()},
         description={"config": config, "parameters": model_config.count_parameters(shape)},
     )
+
+
+def trained_before(init_from: str | None, say: Callable[[str], None]) -> Iterator[tuple[str, Sequence]]:
+    """What the run that `init_from` names, and those that it began from, were trained
+    on, each with what to call it: no suite may ask it.
+    """
+    seen = set()
+    while init_from:
+        try:
+            found = warm_start.find(init_from)
+            if found.step is None or found.folder in seen:  # a pretrained checkpoint; nobody knows
+                return
+            seen.add(found.folder)
+            config, _ = from_earlier(found.config)
+            with hub.noting(found.config.get("revisions")):
+                for section in trained_sections(config):
+                    yield f"the task {section['name']!r} of {found.folder}", load_tasks(section, seed=config["seed"])
+        except (ValueError, OSError) as error:
+            say(f"warning: what {init_from} was trained on can't be read, so suites are not compared with it: {error}")
+            return
+        init_from = config.get("init_from")
 
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")

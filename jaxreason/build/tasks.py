@@ -30,7 +30,7 @@ class Parts(NamedTuple):
     meshes: sharding.Meshes
     devices: int  # that rows are split over
     say: Callable[[str], None]
-    loaded: list[tuple[str, Sequence]] | None = None  # tasks of the sources, each with its name
+    loaded: list[tuple[str, Sequence]] | None = None  # what is trained on, each with what to call it
 
 
 def named(what: str, family: dict, values: dict) -> tuple[Callable, ...]:
@@ -61,7 +61,7 @@ def load_tasks(section: dict, **defaults) -> Sequence:
 def load_trained(section: dict, parts: Parts) -> Sequence:
     """Load the tasks of a source."""
     items = load_tasks(section, seed=parts.seed)
-    parts.loaded.append((section["name"], items))
+    parts.loaded.append((f"the source task {section['name']!r}", items))
     parts.say(f"source: {len(items):,} of task {section['name']!r}{tasks.of_split(section)}")
     return items
 
@@ -77,7 +77,7 @@ def load_held_out(section: dict, parts: Parts, what: str, allow_overlap: bool, *
     parts.say(f"{what}: {len(items):,} of task {section['name']!r}{tasks.of_split({'split': 'test'} | section)}")
     for name, trained in parts.loaded:
         if shared := tasks.overlap(trained, items):
-            message = f"{what} holds {shared:,} of its {len(items):,} questions or texts in common with the source task {name!r}"
+            message = f"{what} holds {shared:,} of its {len(items):,} questions or texts in common with {name}"
             if not allow_overlap:
                 raise ValueError(f"{message}; set their split, or another path, or config.evaluate.allow_overlap=True to insist")
             parts.say(f"warning: {message}")

@@ -39,8 +39,9 @@ def unknown_name_message(what: str, got: str, allowed: Iterable[str]) -> str:
     near.
     """
     allowed = sorted(map(str, allowed))
-    near = difflib.get_close_matches(str(got), allowed, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    by_lower = {name.lower(): name for name in allowed}
+    near = difflib.get_close_matches(str(got).lower(), by_lower, n=1)
+    hint = f" (did you mean {by_lower[near[0]]!r}?)" if near else ""
     return f"unknown {what} {got!r}{hint}; one of: {', '.join(allowed) or 'none'}"
 
 

@@ -125,8 +125,9 @@ def check(
             raise ValueError(f"{path}: {error}; choose another --workdir, or go on with the version that began it") from None
         changed = differences(there, json.loads(text))
         refused = [line for name, line in changed.items() if not SAME_MATHS.match(name)]
+        more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
+        check_is_open(folder, f", of another config ({'; '.join(refused[:3])}{more})" if refused else "")
         if refused and not accept_config_change:
-            more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
             split = next((name for name in changed if name.endswith("source.task.split")), None)
             if split is not None:  # which nobody has written: it follows from the suites that read the same file
                 more += f"; a suite that reads the source's file decides {split}: keep the suite, or set --config.{split}"
@@ -140,10 +141,18 @@ def check(
             say(f"{path} is of an earlier version: {len(new)} {plural}: {', '.join(new[:6])}{more}")
         for line in changed.values():
             say(f"config changed: {line}")
-    if is_done(folder):
-        raise ValueError(f"the run in {folder} is finished; choose another --workdir, or --resume=never to start anew in it")
+    check_is_open(folder)
     if summary.is_file() and not isinstance((json_object(summary) or {}).get("done"), bool):
         say(f"{summary} is no summary of a run; the next evaluation writes it anew, with all that the checkpoint has of it")
+
+
+def check_is_open(folder: Path, more: str = "") -> None:
+    """Raise ValueError if the run in a folder is finished."""
+    if is_done(folder):
+        raise ValueError(
+            f"the run in {folder} is finished{more}; choose another --workdir (--config.init_from={folder} begins with its "
+            "params), or --resume=never to start anew in it"
+        )
 
 
 def check_steps(folder: Path, steps: int) -> None:
