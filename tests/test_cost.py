@@ -299,7 +299,7 @@ def test_attempts_share_a_prompt_where_that_is_less_work():
 
 
 def test_what_config_asks_for_is_taken_or_refused():
-    shape, how = sized("smollm2_135m"), {"group": 8, "rows": 32, "prompt": 1024, "completion": 8}
+    shape, how = sized("smollm2_135m"), {"group": 8, "rows": 32, "longest_prompt": 2048, "completion": 8}
     choose = functools.partial(build.choose_rollouts_per_prompt, **how)
     assert choose(None, shape, multiple=4) == 8
     assert choose(None, shape, multiple=16) == 2  # as many as leave rows for all devices and micro-batches

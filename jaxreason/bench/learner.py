@@ -95,10 +95,10 @@ def bench(cores: int, whole: bool) -> None:
     microbatches = FLAGS.microbatches or phase["microbatches"]
     mesh = call_with_section(sharding.make_mesh, config["sharding"]["mesh"], "config.sharding.mesh")
     R, multiple = len(wanted) * FLAGS.group, microbatches * sharding.row_devices(mesh)
-    how = {"group": FLAGS.group, "rows": R, "multiple": multiple, "completion": completer.max_tokens}
-    how["prompt"] = sum(len(requests[0].prompt) for requests in wanted) // len(wanted)
-    share = choose_rollouts_per_prompt(FLAGS.rollouts_per_prompt, c, **how)
     longest_prompt = completer.sampler.length - completer.max_tokens
+    sizes = {"group": FLAGS.group, "rows": R, "multiple": multiple}
+    sizes |= {"longest_prompt": longest_prompt, "completion": completer.max_tokens}
+    share = choose_rollouts_per_prompt(FLAGS.rollouts_per_prompt, c, **sizes)
     if R // share % multiple:
         raise ValueError(f"{R // share} rows do not divide over {microbatches} micro-batches; set --microbatches")
     placed = sharding.shardings(jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), made)), mesh)

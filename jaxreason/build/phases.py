@@ -222,7 +222,7 @@ def rollouts(
         group=group,
         rows=problems * group,
         multiple=parts.devices * microbatches,
-        prompt=longest_prompt // 2,
+        longest_prompt=longest_prompt,
         completion=completer.max_tokens,
     )
     loaded = load_trained(task, parts)
@@ -254,19 +254,20 @@ MOST_ATTEMPTS = 2**20  # at a problem, in a batch
 
 
 def choose_rollouts_per_prompt(
-    asked: int | None, shape: ModelConfig, *, group: int, rows: int, multiple: int, prompt: int, completion: int
+    asked: int | None, shape: ModelConfig, *, group: int, rows: int, multiple: int, longest_prompt: int, completion: int
 ) -> int:
     """Choose the number of attempts at a problem that follow one copy of its prompt.
 
-    None asks for as many as pay with a typical `prompt` and the longest `completion`,
-    of those that leave a `multiple` of rows: devices x micro-batches.
+    None asks for as many as save work with a typical prompt, of half the longest, and
+    the longest `completion`. The rows that remain are a `multiple` of devices x
+    micro-batches.
     """
     if not 1 <= group <= MOST_ATTEMPTS:
         raise ValueError(f"source.group got {group}; allowed: 1 to {MOST_ATTEMPTS:,}")
     alone = shape.attention != "xla"  # the kernels know segments, but no branches of one
     if asked is None:
         choices = [n for n in range(1, group + 1) if group % n == 0 and rows // n % multiple == 0]
-        return 1 if alone else attempts_behind_a_prompt(shape, choices or [1], prompt, completion)
+        return 1 if alone else attempts_behind_a_prompt(shape, choices or [1], longest_prompt // 2, completion)
     if asked < 1 or group % asked:
         raise ValueError(f"source.rollouts_per_prompt got {asked}; allowed: a divisor of group={group}, or None: what saves work")
     if asked > 1 and alone:

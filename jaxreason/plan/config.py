@@ -108,9 +108,9 @@ def read_source(*, name: str, sampler: dict, shape, multiple: int, **section) ->
     if section.get("max_tokens") is not None:
         new_tokens = section["max_tokens"]
     problems, group, longest_prompt = section["problems"], section["group"], sampler["max_prompt_tokens"]
-    how = {"group": group, "rows": problems * group, "multiple": multiple}
-    how |= {"prompt": longest_prompt // 2, "completion": new_tokens}  # as `build` has them
-    share = build.choose_rollouts_per_prompt(section.get("rollouts_per_prompt"), shape, **how)
+    sizes = {"group": group, "rows": problems * group, "multiple": multiple}
+    sizes |= {"longest_prompt": longest_prompt, "completion": new_tokens}
+    share = build.choose_rollouts_per_prompt(section.get("rollouts_per_prompt"), shape, **sizes)
     return {
         "rows": problems * group // share,
         "length": shared_length(longest_prompt, [new_tokens] * share),
