@@ -92,6 +92,7 @@ def evaluate(
             correct = sum(r.verdict.correct for r in rollouts)
             low, high = wilson(correct, len(rollouts))
             accuracy = correct / len(rollouts)
-            evaluations.append(Evaluation(phase, step, suite.name, accuracy, low, high, len(rollouts), temperature))
+            verdicts = "".join("01"[bool(r.verdict.correct)] for r in rollouts)
+            evaluations.append(Evaluation(phase, step, suite.name, accuracy, low, high, len(rollouts), temperature, verdicts))
             all_rollouts += rollouts
     return evaluations, all_rollouts

@@ -50,6 +50,9 @@ RESUME = flags.DEFINE_enum(
 ACCEPT_CONFIG_CHANGE = flags.DEFINE_bool(
     "accept_config_change", False, "Go on with a config that is not the one the run was begun with."
 )
+STOP_AFTER = flags.DEFINE_string(
+    "stop_after", None, "Stop after this phase, with a checkpoint; the same command without this flag continues."
+)
 DESCRIBE = flags.DEFINE_string("describe", None, "Print the fields of the config, or of a section as rl.optimizer, and end.")
 LIST = flags.DEFINE_string("list", None, "Print the names of all families, or of one as verifiers, and end.")
 COORDINATOR_ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, if there are several processes.")
@@ -236,7 +239,9 @@ def train_to_the_end(opened) -> bool:
     from jaxreason.train import Diverged, Interrupted, NotResumable, Stopped, train
 
     run, folder, checkpoints, stop, check_stays = opened
-    how = {"log_options": run.log_options, "stop": stop, "check_stays": check_stays, "say": tell}
+    if STOP_AFTER.value not in (None, *(names := [phase.name for phase in run.phases])):
+        fail(ValueError(unknown_name_message("phase in --stop_after", STOP_AFTER.value, names)))
+    how = {"log_options": run.log_options, "stop": stop, "stop_after": STOP_AFTER.value, "check_stays": check_stays, "say": tell}
     try:
         train(run, folder, checkpoints, **how)
     except Interrupted as interrupted:

@@ -84,14 +84,16 @@ def train(
     workdir: str | os.PathLike,
     checkpoints: Checkpoints,
     *,
-    log_options: dict | None = None,
+    log_options: Mapping[str, Any] = {},
     stop: Callable[[], str] = lambda: "",
+    stop_after: str | None = None,
     check_stays: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = print,
 ) -> dict:
     """Train all phases in `workdir`, from its newest checkpoint if there is one.
 
-    `stop` is asked after every step; "stopped" or "interrupted" ends the run.
+    `stop` is asked after every step; "stopped" or "interrupted" ends the run, as does
+    the end of the phase `stop_after`, if another follows.
     `check_stays` is called before anything is written, and raises if the folder was
     moved or removed. `say` is used before the log is open. Return the summary.
 
@@ -105,12 +107,13 @@ def train(
     workdir, steps = Path(workdir), sum(phase.steps for phase in run.phases)
     with told_how_to_continue(workdir, checkpoints, check_stays):
         found = resume.find_newest(run, checkpoints, say)
-        how = {"log_options": log_options or {}, "check_stays": check_stays, "say": say}
-        with open_journal(run, workdir, checkpoints, found, **how) as journal:
+        with open_journal(run, workdir, checkpoints, found, log_options=log_options, check_stays=check_stays, say=say) as journal:
             params = first_params(run, journal) if found is None else journal.tell_found(found)
             for index in range(0 if found is None else found.host["phase"], len(run.phases)):
                 if run.phases[index].steps:
                     params, found = train_phase(run, index, params, journal, found, stop), None
+                    if run.phases[index].name == stop_after and index + 1 < len(run.phases):
+                        end(journal, "stopped")
             journal.finish(steps)
         journal.saved = checkpoints.latest()
         summary = journal.summarise(steps, done=True)
@@ -125,13 +128,8 @@ def train_phase(run: Run, index: int, params, journal: Journal, found: Found | N
     state, reference, source_state, start = begin_phase(run, phase, params, found)
     if found is not None:
         journal.warm_up(state.params)
-    step_fn = compile_train_step(
-        run.model,
-        phase.objective,
-        phase.optimizer,
-        microbatches=phase.microbatches,
-        state_shardings=state_shapes(run.model, phase.optimizer, run.mesh)[1],
-    )
+    made, placed = (run.model, phase.objective, phase.optimizer), state_shapes(run.model, phase.optimizer, run.mesh)[1]
+    step_fn = compile_train_step(*made, microbatches=phase.microbatches, state_shardings=placed)
     reference_logp = compile_token_logp(run.model, phase.microbatches, run.mesh)
     journal.begin_phase(index, start)
     for step in range(start + 1, phase.steps + 1):

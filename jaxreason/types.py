@@ -154,6 +154,7 @@ class Evaluation(NamedTuple):
     high: float
     n: int
     temperature: float
+    verdicts: str = ""  # a letter per task, in order: 1 is correct, 0 is not; for paired tests
 
 
 Tasks = Sequence[Task]  # random access: `len(tasks)`, `tasks[i]`

@@ -172,7 +172,7 @@ def test_names_on_the_command_line_bring_their_own_fields():
     ("changes", "gone", "said"),
     [
         # `weigh` replaces a part of the algorithm, so GRPO with rloo's is no GRPO.
-        ({"rl.objective.name": "grpo"}, ["rl.objective.weigh"], "dropped weigh='per_token', .* for 'rloo'; .*objective.weigh=..."),
+        ({"rl.objective.name": "grpo"}, ["rl.objective.weigh"], "dropped weigh='per_token', .* for 'rloo'; .*weigh=..."),
         ({"rl.objective.name": "rloo"}, [], ""),
         ({"rl.objective.name": "grpo", "rl.objective.weigh": "token_sum"}, [], ""),
         ({"verifier.name": "number"}, ["verifier.marker"], r"config.verifier.name=number: dropped marker=';A', .* for 'exact'$"),
@@ -187,7 +187,8 @@ def test_a_new_name_drops_what_the_file_gives_for_the_old_one_and_says_so(change
     file = f"{ROOT}/configs/tiny.py:smoke"
     before = workdir.flat(command.load(file))
     tree = command.read(file, changes, lines.append).to_dict()
-    assert re.search(said, "".join(lines)) and len(lines) == bool(said)
+    assert re.search(said, "".join(lines))
+    assert len(lines) == bool(said)
     after = workdir.flat(tree)
     for path, value in before.items():
         if path in gone:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import ROOT, load_config, main
+from runs import ROOT, load_config, main, maths
 
 SMOKE = "configs/tiny.py:smoke"
 
@@ -207,3 +207,19 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
     assert code != 0
     assert len(err.strip().splitlines()) == 1, err
     assert "can't write" in err
+
+
+@pytest.mark.process
+def test_a_run_stopped_after_a_phase_ends_as_one_that_was_not(tmp_path):
+    config = f"--config={ROOT / SMOKE}"
+    code, out, err = main(config, f"--workdir={tmp_path / 'two'}", "--stop_after=prior")
+    assert code == 0, err
+    assert "stopped after step 4; the same command continues from step 4" in out
+    assert not json.loads((tmp_path / "two" / "summary.json").read_text())["done"]
+    for folder in ("two", "one"):
+        code, _, err = main(config, f"--workdir={tmp_path / folder}")
+        assert code == 0, err
+    assert maths(tmp_path / "two") == maths(tmp_path / "one")
+    code, _, err = main(config, f"--workdir={tmp_path / 'three'}", "--stop_after=priro")
+    assert code != 0
+    assert err.splitlines()[-1] == "error: unknown phase in --stop_after 'priro' (did you mean 'prior'?); one of: prior, rl"

@@ -237,7 +237,7 @@ def test_two_question_fields_of_one_file_are_refused(tmp_path):
     path = tmp_path / "two.jsonl"
     path.write_text("".join(json.dumps({"question": q, "again": f"?{q}", "answer": "1"}) + "\n" for q in QUESTIONS))
     source, suite = ({"name": "jsonl", "path": str(path), "question": field} for field in ("question", "again"))
-    with pytest.raises(ValueError, match="reads the field 'question' of .* as its question and a suite 'again'"):
+    with pytest.raises(ValueError, match=r"reads the field 'question' of .* as its question and a suite 'again'"):
         built(source, suite)
     built(source, suite, allow_overlap=True)
     built(source, suite | {"question": "question"})

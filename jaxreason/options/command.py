@@ -114,8 +114,8 @@ def find_file(config: str) -> Path:
 
 
 def read(config: str, changes: dict[str, str], say: Callable[[str], None] = print) -> ConfigDict:
-    """Read the whole config of FILE:OPTIONS, with some of its fields changed; `say` gets
-    a line about each section whose new name drops fields of the file.
+    """Read the whole config of FILE:OPTIONS, with some of its fields changed; `say`
+    gets a line about each section whose new name drops fields of the file.
 
     Raises:
       ValueError: the file does not run, or a field that there is not or is not of its

@@ -184,7 +184,8 @@ _DENIES = re.compile(
 )
 # Ends the words before an "answer is" that somebody might say by mistake.
 _MISTAKEN = re.compile(
-    r"\b(?:mistake|error|misconception|trap|tempt(?:ed|ing)|wrong(?:ly)?|incorrect(?:ly)?|mistakenly|(?<!\bI )(?<!\bwe )(?:might|may|could|would))\b"
+    r"\b(?:mistake|error|misconception|trap|tempt(?:ed|ing)|wrong(?:ly)?|incorrect(?:ly)?|mistakenly"
+    r"|(?<!\bI )(?<!\bwe )(?:might|may|could|would))\b"
     r"[^.!?,;:\n]{0,40}\b(?:think|say|guess|assume|conclude|believe|claim|answer)(?:ing)?(?: that)?(?: the)?(?: \w+)? $",
     re.IGNORECASE,
 )
