@@ -95,7 +95,7 @@ def decode_layer(stack_of_one, few_rows: bool):
     def turn(path, x):
         if path[-1].key != "kernel":
             return x
-        inputs = 2 if path[-2].key == "o" else 1  # attention's output reads heads x head size
+        inputs = 2 if path[-2].key == "o" else 1  # the input of o has two axes: heads and head size
         x = x.reshape(math.prod(x.shape[:inputs]), -1)
         product = of_few_rows(path[-2].key, x.size)
         if product is from_left:

@@ -27,7 +27,7 @@ def init(key, layers, lora: Lora):
         if target not in lora.targets:
             continue
         shape = layers[part][target]["kernel"].shape
-        inputs = 3 if target == "o" else 2  # attention's output reads heads x head size
+        inputs = 3 if target == "o" else 2  # the input of o has two axes: heads and head size
         a = math.prod(shape[1:inputs]) ** -0.5 * jax.random.normal(jax.random.fold_in(key, i), (*shape[:inputs], lora.rank))
         b = jnp.zeros((shape[0], lora.rank, *shape[inputs:]))
         adapters.setdefault(part, {})[target] = {"a": {"kernel": a}, "b": {"kernel": b}}

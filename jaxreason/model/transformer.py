@@ -147,7 +147,7 @@ def init_params(config: ModelConfig, key):
         # Adapters have their own key, so the base equals that of the same seed without
         # adapters.
         adapters = lora.init(jax.random.fold_in(key, 1), params["layers"], config.lora)
-        value = {"value": params.pop("value")} if config.value_head else {}  # trained, like the adapters
+        value = {"value": params.pop("value")} if config.value_head else {}  # the value head is trained, like the adapters
         return {"frozen": cast(params, base_dtype), "lora": cast(adapters), **cast(value)}
     return cast(params)
 

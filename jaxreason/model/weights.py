@@ -447,7 +447,7 @@ def _write_shards(folder: Path, config: ModelConfig, rows: list[Row], params, st
     files = [SINGLE] if len(shards) == 1 else names
     at_end = {shard[-1]: file for shard, file in zip(shards, files, strict=True)}
     tensors: dict[str, np.ndarray] = {}
-    for row in rows:  # one stacked array and one shard in host memory at a time
+    for row in rows:  # keep only one stacked array and one shard in host memory
         stack = np.asarray(_at(params, row.path))
         for i, name in enumerate(row.names(config)):
             theirs = row.to_theirs(stack[i] if row.stacked else stack)

@@ -75,7 +75,7 @@ def parameters(function: Callable) -> tuple[Field, ...]:
     """Return the arguments of a function that can be passed by name."""
     try:
         hints = typing.get_type_hints(function)
-    except Exception:  # a user's annotation that can't be evaluated
+    except Exception:  # annotations of a user's function may not evaluate
         hints = {}
     found = []
     for name, parameter in inspect.signature(function).parameters.items():

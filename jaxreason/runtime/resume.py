@@ -26,7 +26,7 @@ class NotResumable(Exception):
 class Progress:
     """Progress and results of a run: the `host` item of a checkpoint, as JSON."""
 
-    phase: int = 0  # index
+    phase: int = 0  # index of the current phase
     phase_step: int = 0  # steps done in the phase
     source: dict | None = None  # state of the phase's source; None before its first step
     waiting: list[dict] = field(default_factory=list)  # metrics of steps not logged yet
@@ -53,7 +53,7 @@ class Progress:
 class Found(NamedTuple):
     """The checkpoint that a run continues from."""
 
-    step: int  # of the whole run
+    step: int  # counted over the whole run
     host: dict  # the checkpoint's `host` item: `Progress`, and the provenance of the run
     state: TrainState
     reference: Any  # params, or None if the phase has no reference policy

@@ -38,8 +38,8 @@ class Origin(NamedTuple):
     """The checkpoint or weights found at a path."""
 
     folder: Path  # of a run, or in Hugging Face format
-    step: int | None  # of the run's checkpoint; None: a Hugging Face folder
-    config: dict  # its config.json
+    step: int | None  # step of the run's checkpoint; None: a Hugging Face folder
+    config: dict  # contents of its config.json
 
 
 def find(path: str | os.PathLike, step: int | None = None) -> Origin:
