@@ -153,9 +153,9 @@ def test_a_text_is_begun_by_any_field_and_a_suite_by_its_name():
 
 @pytest.mark.parametrize("text", ["{1: {'name': 'chain'}}", "{'a': {'name': 'chain', 'ops': {2: 3}}}", "{None: {}}"])
 def test_a_section_whose_names_are_no_text_is_one_line(text):
-    with pytest.raises(ValueError, match=r"config.evaluate.suites got .*; allowed: a section, all names in it text"):
+    with pytest.raises(ValueError, match=r"config.evaluate.suites got .*; allowed: a section, with strings as names"):
         read(evaluate__suites=text)
-    with pytest.raises(ValueError, match=r"config.evaluate got .*\(dict\); allowed: a section, all names in it text"):
+    with pytest.raises(ValueError, match=r"config.evaluate got .*\(dict\); allowed: a section, with strings as names"):
         fields.check(build.layout({}), {"evaluate": {"suites": ast.literal_eval(text)}})
 
 
@@ -172,7 +172,11 @@ def test_names_on_the_command_line_bring_their_own_fields():
     ("changes", "gone", "said"),
     [
         # `weigh` replaces a part of the algorithm, so GRPO with rloo's is no GRPO.
-        ({"rl.objective.name": "grpo"}, ["rl.objective.weigh"], "dropped weigh='per_token', .* for 'rloo'; .*objective.weigh=..."),
+        (
+            {"rl.objective.name": "grpo"},
+            ["rl.objective.weigh"],
+            "dropped weigh='per_token', .* for 'rloo'; .*objective.weigh=...",
+        ),
         ({"rl.objective.name": "rloo"}, [], ""),
         ({"rl.objective.name": "grpo", "rl.objective.weigh": "token_sum"}, [], ""),
         ({"verifier.name": "number"}, ["verifier.marker"], r"config.verifier.name=number: dropped marker=';A', .* for 'exact'$"),

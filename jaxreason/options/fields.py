@@ -206,7 +206,7 @@ def wrong_type(where: str, value: Any, type_: Any) -> str:
     elif number and int in members(type_) and not isinstance(value, float):
         limit = ", below 2**32"
     if isinstance(value, Mapping) and any(map(is_section, members(type_))):
-        limit = ", all names in it text"
+        limit = ", with strings as names"
     text = repr(value)
     text = text if len(text) <= 60 else f"{text[:57]}..."
     return f"{where} got {text} ({type(value).__name__}); allowed: {shown(type_)}{limit}"
@@ -228,7 +228,7 @@ def read(text: str, type_: Any, where: str) -> Any:
         value = read_one(text, literal, kind)
         if value is not NEEDED:
             return value
-    names = ", all names in it text" if isinstance(literal, Mapping) and any(map(is_section, kinds)) else ""
+    names = ", with strings as names" if isinstance(literal, Mapping) and any(map(is_section, kinds)) else ""
     raise ValueError(f"{where} got {text!r}; allowed: {shown(type_)}{names}")
 
 

@@ -159,7 +159,10 @@ def end(error: BaseException, heartbeat_timeout_s: int) -> None:
     """
     who = f"process {jax.process_index()} of {jax.process_count()}"
     if isinstance(error, jax.errors.JaxRuntimeError) or ANOTHER_DIED.search(str(error)):
-        print(f"error: {who} lost another, which is named within {heartbeat_timeout_s} s: {first_line(error)}", file=sys.stderr)
+        print(
+            f"error: {who} lost another process, which jax names within {heartbeat_timeout_s} s: {first_line(error)}",
+            file=sys.stderr,
+        )
         sys.stderr.flush()
         time.sleep(heartbeat_timeout_s + 10)  # jax ends this process meanwhile
     else:

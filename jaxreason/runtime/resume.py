@@ -85,7 +85,7 @@ def find_newest(run, checkpoints: Checkpoints, say: Callable[[str], None]) -> Fo
     if steps:
         raise NotResumable(
             "none of the checkpoints is whole, so there is nothing to go on from; choose another --workdir, or start "
-            "anew with --resume=never, which moves all that is there aside"
+            "anew with --resume=never, which moves the old files aside"
         )
     return None
 
@@ -129,12 +129,14 @@ def cut_logs(run, workdir: Path, found: Found, say: Callable[[str], None]) -> No
         got = files.truncate(workdir / name, step)
         dropped[name] = got.dropped
         if got.aside is not None:
-            say(f"warning: {workdir / name} had lines that are not of a log; they are left out, and {got.aside} has them")
+            say(
+                f"warning: {workdir / name} had lines that are not log records; they are removed, and {got.aside} is the original"
+            )
         if missing := files.lacking(got.steps, stretches[name]):
-            say(f"warning: {workdir / name} lacks steps {missing}, which are not made again")
+            say(f"warning: {workdir / name} lacks steps {missing}, which are not repeated")
     if any(dropped.values()):
         counts = ", ".join(f"{count} of {name}" for name, count in dropped.items())
-        say(f"dropped lines of steps that will be made again: {counts}")
+        say(f"dropped lines of steps that will be repeated: {counts}")
 
 
 def logged_steps(run, found: Found) -> dict[str, list[tuple[int, int, int]]]:

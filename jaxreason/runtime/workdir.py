@@ -141,7 +141,7 @@ def check(
             say(f"config changed: {line}")
     check_is_open(folder)
     if summary.is_file() and not isinstance((json_object(summary) or {}).get("done"), bool):
-        say(f"{summary} is no summary of a run; the next evaluation writes it anew, with all that the checkpoint has of it")
+        say(f"{summary} is not a summary of a run; the next evaluation rewrites it with the results in the checkpoint")
 
 
 def check_is_open(folder: Path, more: str = "") -> None:
@@ -185,7 +185,7 @@ def check_is_new(folder: Path, resume: str) -> None:
         had = only if damaged else f"none of its checkpoints any more (the last known was of step {last})"
         raise ValueError(
             f"{folder} has {had}; bring one back, choose another --workdir, or start anew with --resume=never, which "
-            "moves all that is there aside"
+            "moves the old files aside"
         )
     if resume == "must":
         raise ValueError(f"{folder} holds no checkpoint, and --resume=must; give the --workdir of a run, or --resume=auto")
