@@ -127,7 +127,7 @@ class Checkpoints:
             if processes.writes() and "://" not in self.folder:
                 shutil.rmtree(Path(self.folder, f"{step}.orbax-checkpoint-tmp"), ignore_errors=True)
 
-    # --- what there is ---
+    # --- existing checkpoints ---
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, newest first."""

@@ -300,7 +300,7 @@ def _waits_told(id: str, say: Callable[[str], None]) -> Iterator[None]:
         logger.handlers = before
 
 
-# --- what went wrong ---
+# --- errors ---
 
 
 @contextlib.contextmanager

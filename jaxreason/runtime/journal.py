@@ -153,7 +153,7 @@ class Journal:
     def book(self, kind: str, work: dict, device_s: float) -> None:
         self.progress.ledger = ledger.add(self.progress.ledger, kind, **work, device_s=device_s, watts=self.run.watts)
 
-    # --- evaluations and what a person reads ---
+    # --- evaluations and reports ---
 
     def warm_up(self, params) -> None:
         """Compile the sampler in advance, so that nothing compiles in the middle of a

@@ -40,8 +40,8 @@ def give_back(after_s: float = 1.0) -> None:
 
 
 def trim() -> None:
-    """Return all memory that is free now, such as after releasing the sampler's
-    weights.
+    """Return all memory that is free now. Call it after a large release, such as of the
+    sampler's weights.
     """
     if hasattr(LIBC, "malloc_trim"):
         LIBC.malloc_trim(0)
