@@ -331,7 +331,7 @@ def test_a_summary_that_is_none_is_said(tmp_path, text, monkeypatch):
     (tmp_path / "summary.json").write_text(text)
     assert not workdir.is_done(tmp_path)
     (line,) = check(tmp_path)
-    assert line.startswith(f"{tmp_path / 'summary.json'} is no summary of a run; ")
+    assert line.startswith(f"{tmp_path / 'summary.json'} is not a summary of a run; ")
     monkeypatch.chdir(tmp_path)
     free = default_workdir("configs/tiny.py", "text")
     free.mkdir(parents=True)
@@ -393,15 +393,15 @@ def test_lines_that_somebody_removed_are_said(tmp_path):
 
     assert said([0, 2, 4, 4, 5], [5, 5]) == []
     assert said([0, 2, 4, 5, 6], [5, 6]) == [
-        "dropped lines of steps that will be made again: 1 of metrics.jsonl, 1 of rollouts.jsonl"
+        "dropped lines of steps that will be repeated: 1 of metrics.jsonl, 1 of rollouts.jsonl"
     ]
-    lacks = "warning: /metrics.jsonl lacks steps {}, which are not made again"
+    lacks = "warning: /metrics.jsonl lacks steps {}, which are not repeated"
     assert said([0, 4, 5], [5]) == [lacks.format("1 to 3")]
-    assert said([0, 2], []) == [lacks.format("3 to 4, 5"), "warning: /rollouts.jsonl lacks steps 5, which are not made again"]
+    assert said([0, 2], []) == [lacks.format("3 to 4, 5"), "warning: /rollouts.jsonl lacks steps 5, which are not repeated"]
     (tmp_path / "metrics.jsonl").unlink()
     lines = []
     resume.cut_logs(run, tmp_path, found, lines.append)
-    assert lines[0] == f"warning: {tmp_path / 'metrics.jsonl'} lacks steps 0, 1 to 4, 5, which are not made again"
+    assert lines[0] == f"warning: {tmp_path / 'metrics.jsonl'} lacks steps 0, 1 to 4, 5, which are not repeated"
 
 
 def test_what_a_lock_holds_is_shown_and_never_obeyed(tmp_path, monkeypatch):

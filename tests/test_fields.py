@@ -153,9 +153,9 @@ def test_a_text_is_begun_by_any_field_and_a_suite_by_its_name():
 
 @pytest.mark.parametrize("text", ["{1: {'name': 'chain'}}", "{'a': {'name': 'chain', 'ops': {2: 3}}}", "{None: {}}"])
 def test_a_section_whose_names_are_no_text_is_one_line(text):
-    with pytest.raises(ValueError, match=r"config.evaluate.suites got .*; allowed: a section, all names in it text"):
+    with pytest.raises(ValueError, match=r"config.evaluate.suites got .*; allowed: a section, with strings as names"):
         read(evaluate__suites=text)
-    with pytest.raises(ValueError, match=r"config.evaluate got .*\(dict\); allowed: a section, all names in it text"):
+    with pytest.raises(ValueError, match=r"config.evaluate got .*\(dict\); allowed: a section, with strings as names"):
         fields.check(build.layout({}), {"evaluate": {"suites": ast.literal_eval(text)}})
 
 

@@ -1,5 +1,5 @@
-"""Models: the only folder that imports flax. `transformer(ModelConfig) -> Model`;
-weights in and out of Hugging Face folders.
+"""Models; the only package that imports flax. `transformer(ModelConfig) -> Model`;
+`weights` converts from and to Hugging Face folders.
 """
 
 from jaxreason.model.config import ModelConfig

@@ -1,26 +1,28 @@
-"""Attention of T tokens to each other by one of `KERNELS`, chosen by
-`ModelConfig.attention`.
+"""Attention of T tokens to each other, computed by one of `KERNELS`.
+`ModelConfig.attention` selects it.
 
     xla      two batched matrix products around a softmax: any device, any dtype; it
-             makes half of the scores [B, N, T, T] and somewhat more
+             computes slightly more than half of the scores [B, N, T, T]
     cudnn    cuDNN's flash attention (`jax.nn.dot_product_attention`): NVIDIA GPUs,
              bfloat16
     splash   the flash kernel for TPUs that comes with jax
              (`jax.experimental.pallas.ops.tpu.splash_attention`)
 
-They differ in speed, memory and rounding only: with each, a token sees itself and what
-came before it in its segment. Branches of a segment (`causal`), by which attempts share
-a prompt, are for xla alone. They serve the path without a cache (training, log-probs).
-With a cache it is XLA: a decode step has one query a row and no square of scores for a
-flash kernel to save, and a prompt is prefilled once for all of its attempts; but with
-`cudnn` a decode step goes by `decode_attention`, one kernel that leaves out columns
-that hold nothing.
+The kernels differ only in speed, memory and rounding: in each, a token sees itself and
+the earlier tokens of its segment. Only xla supports branches of a segment (`causal`),
+with which attempts share a prompt.
 
-Figures: jaxreason/bench/README.md (GPUs) and jaxreason/plan/README.md (programs for
-TPUs). splash has not been timed.
+The kernels compute attention without a cache (training, log-probs). With a cache,
+attention uses plain XLA products: a decode step has one query per row, so there is no
+square of scores for a flash kernel to avoid, and each prompt is prefilled once for all
+of its attempts. One exception: with `cudnn`, a decode step uses `decode_attention`, one
+kernel that skips empty cache positions.
 
-Left out: tokamax (0.0.12), whose public attention has no segments and, on a TPU, takes
-no mask that differs from row to row; its TPU kernel is a relative of splash.
+Measurements are in jaxreason/bench/README.md (GPUs) and jaxreason/plan/README.md
+(programs for TPUs). splash has not been timed.
+
+Not used: tokamax (0.0.12). Its public attention has no segments, and on a TPU accepts
+no mask that differs between rows. Its TPU kernel is related to splash.
 """
 
 from __future__ import annotations
@@ -38,12 +40,12 @@ from jaxreason.model.config import ModelConfig
 from jaxreason.model.layers import MASKED, by_key_head, by_token, for_each_query, read, rotate, rotate_by_product
 from jaxreason.sharding import ROWS
 
-LANES = 128  # a TPU kernel's blocks are whole multiples of them
+LANES = 128  # block sizes of a TPU kernel are multiples of this
 PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
 
 
 class Kernel(NamedTuple):
-    """One way to compute attention without a cache."""
+    """One implementation of attention without a cache."""
 
     see: Callable
     """`see(position_BT, segment_BT) -> seen`: what may be seen, as `attend` takes it; made once for all layers."""
@@ -56,19 +58,20 @@ class Kernel(NamedTuple):
 
 
 def causal(position_BT, segment_BT):
-    """Mask, bool [B, T, T]: each token may see itself and the earlier tokens of its
-    segment.
+    """Return the mask, bool [B, T, T]: each token sees itself and the earlier tokens of
+    its segment.
 
-    Where positions fall back within a segment a branch begins: it sees, of what came
-    before it, positions before its own first. So attempts at a problem can stand one
-    behind the other after a single copy of its prompt.
+    Within a segment, a branch begins at each token whose position is not the previous
+    position plus 1. A branch sees itself, and earlier tokens whose position is below
+    its own first position. Several attempts can thus follow a single copy of their
+    prompt in one row.
     """
     B, T = position_BT.shape
     earlier_TT = jnp.tril(jnp.ones((T, T), bool))
     if segment_BT is None:
         return jnp.broadcast_to(earlier_TT, (B, T, T))
     follows_BT = (jnp.diff(position_BT, axis=1, prepend=-1) == 1) & (jnp.diff(segment_BT, axis=1, prepend=-1) == 0)
-    branch_BT = jax.lax.cummax(jnp.where(follows_BT, 0, jnp.arange(T)), axis=1)  # the column that it begins at
+    branch_BT = jax.lax.cummax(jnp.where(follows_BT, 0, jnp.arange(T)), axis=1)  # index in the row at which the branch begins
     first_BT = jnp.take_along_axis(position_BT, branch_BT, axis=1)
     same_BTT = segment_BT[:, :, None] == segment_BT[:, None, :]
     branch_BTT = branch_BT[:, :, None] == branch_BT[:, None, :]
@@ -76,16 +79,16 @@ def causal(position_BT, segment_BT):
 
 
 def xla(config: ModelConfig, mesh=None) -> Kernel:
-    """Make the plain one; the compiler splits it over any mesh by itself.
+    """Make the plain kernel. The compiler partitions it over any mesh.
 
-    Queries are taken in parts, since early ones need not be multiplied with later keys
-    (jaxreason/bench/README.md).
+    Queries are processed in parts, so that early queries are not multiplied with later
+    keys (jaxreason/bench/README.md).
     """
 
     def see(position_BT, segment_BT):
         """Make the bias that is added to scores, float32 [B, T, T].
 
-        A choice between scores and `MASKED` is slower on a CPU.
+        Selecting between scores and `MASKED` is slower on a CPU.
         """
         return jnp.where(causal(position_BT, segment_BT), jnp.float32(0), jnp.float32(MASKED))
 
@@ -104,8 +107,8 @@ def xla(config: ModelConfig, mesh=None) -> Kernel:
 
 
 def query_parts(tokens: int) -> list[tuple[int, int]]:
-    """The parts in which the plain kernel takes its queries, first and end of each: 128
-    to 256 tokens, or an eighth of them.
+    """Return the parts (first, end) in which the plain kernel processes its queries:
+    128 to 256 tokens each, or an eighth of the queries if that is more.
 
     Parts of 64 tokens are no faster and take longer to compile.
     """
@@ -115,11 +118,11 @@ def query_parts(tokens: int) -> list[tuple[int, int]]:
 
 @jax.custom_vjp
 def mix(q_BKQH, k_BKHT, v_BKTH, bias):
-    """Softmax attention, with its gradient written out.
+    """Compute softmax attention, with a hand-written gradient.
 
-    The sum in the gradient of a softmax is one over H here, `sum(gradient * mixed)`
-    (Dao et al. 2022, arXiv 2205.14135, eq. 4), not over T, which XLA:CPU is slow at.
-    The weights are kept in the dtype of the queries.
+    The sum in the softmax gradient runs over H, as `sum(gradient * mixed)` (Dao et al.
+    2022, arXiv 2205.14135, eq. 4), and not over T, which is slow on XLA:CPU. The
+    weights are kept in the dtype of the queries.
     """
     return mix_forward(q_BKQH, k_BKHT, v_BKTH, bias)[0]
 
@@ -132,8 +135,8 @@ def mix_forward(q_BKQH, k_BKHT, v_BKTH, bias):
 
 
 def mix_backward(kept, gradient_BKQH):
-    # All products as row by column, which a CPU is faster at: what is turned for it is
-    # narrow.
+    # Each product multiplies rows by columns, which is faster on a CPU; only narrow
+    # arrays are transposed for it.
     q_BKQH, k_BKHT, v_BKTH, weights_BKQT, mixed_BKQH = kept
     by_v_BKHT = jnp.matmul(gradient_BKQH.swapaxes(-1, -2), weights_BKQT)
     by_weights_BKQT = jnp.matmul(gradient_BKQH, v_BKTH.swapaxes(-1, -2), preferred_element_type=jnp.float32)
@@ -149,11 +152,11 @@ mix.defvjp(mix_forward, mix_backward)
 
 
 def cudnn(config: ModelConfig, mesh=None, *, implementation: str = "cudnn") -> Kernel:
-    """Make cuDNN's; with `implementation="xla"` the same call runs anywhere.
+    """Make cuDNN's kernel; with `implementation="xla"` the same call runs anywhere.
 
-    Segments reach cuDNN as a bias of [B, 1, T, T], once for all heads: jax's public
-    function has no other way to say them. So it saves N - 1 of N squares of scores
-    then, and all of them without segments.
+    jax's public function can pass segments to cuDNN only as a bias of [B, 1, T, T],
+    shared by all heads. With segments it thus stores one matrix [T, T] per row instead
+    of N, and without segments none.
     """
 
     def see(position_BT, segment_BT):
@@ -164,7 +167,7 @@ def cudnn(config: ModelConfig, mesh=None, *, implementation: str = "cudnn") -> K
 
     def attend_cudnn(q_BTNH, k_BTKH, v_BTKH, same_B1TT):
         T = q_BTNH.shape[1]
-        q, k, v = (pad_tokens(x, 2) for x in (q_BTNH, k_BTKH, v_BTKH))  # jax refuses to differentiate cuDNN's at an odd T
+        q, k, v = (pad_tokens(x, 2) for x in (q_BTNH, k_BTKH, v_BTKH))  # jax refuses the gradient of cuDNN's at an odd T
         mixed = jax.nn.dot_product_attention(q, k, v, mask=same_B1TT, is_causal=True, implementation=implementation)
         return mixed[:, :T]
 
@@ -178,18 +181,18 @@ def cudnn(config: ModelConfig, mesh=None, *, implementation: str = "cudnn") -> K
 
 
 def splash(config: ModelConfig, mesh=None, *, interpret: bool = False) -> Kernel:
-    """Make the TPU's; with `interpret` it runs anywhere, slowly."""
+    """Make the TPU kernel; with `interpret` it runs anywhere, slowly."""
 
     def attend_splash(q_BTNH, k_BTKH, v_BTKH, segment_BT):
-        # Imported where used: pallas for TPUs takes a tenth of a second to load.
+        # Imported here because pallas for TPUs takes 0.1 s to load.
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
         _, T, N, H = q_BTNH.shape
         q, k, v = (pad_tokens(x, LANES).swapaxes(1, 2) for x in (q_BTNH * H**-0.5, k_BTKH, v_BTKH))
         padded = q.shape[2]
-        # The widest block that divides T, 512 at most: a block of scores and its
-        # operands must fit a core's memory.
+        # The largest block size that divides the padded T, at most 512: a block of
+        # scores and its operands must fit the core's memory.
         block = next(size for size in (512, 256, LANES) if padded % size == 0)
         kernel = kernels.make_splash_mha(
             masks.MultiHeadMask([masks.CausalMask((padded, padded))] * N),
@@ -211,17 +214,17 @@ KERNELS = {"xla": xla, "cudnn": cudnn, "splash": splash}
 
 
 def pad_tokens(x_BT, multiple: int):
-    """Lengthen axis 1 with zeros to a multiple. What is added stands after every token,
-    so no token sees it.
+    """Pad axis 1 with zeros to a multiple. The padding follows all tokens, so no token
+    sees it.
     """
     return jnp.pad(x_BT, ((0, 0), (0, -x_BT.shape[1] % multiple), *[(0, 0)] * (x_BT.ndim - 2)))
 
 
 def split(attend, config: ModelConfig, mesh):
-    """Let each device of a mesh run a kernel on its own rows and heads: the compiler
-    can't split one by itself.
+    """Run a kernel on each device's own rows and heads. The compiler can't partition
+    such a kernel by itself.
 
-    Without a mesh the kernel is for one device.
+    Without a mesh the kernel runs on one device.
 
     Raises:
       ValueError: the heads do not divide over the mesh axis "tensor".
@@ -234,17 +237,17 @@ def split(attend, config: ModelConfig, mesh):
             f"{mesh.shape['tensor']}; choose a divisor, or attention='xla'"
         )
     by_head, by_row = P(*ROWS, None, "tensor"), P(*ROWS)
-    # Kernels do not say over which axes their results vary, which is what check_vma
-    # would check.
+    # check_vma needs to know over which axes the results vary, and these kernels do not
+    # declare it.
     return jax.shard_map(attend, mesh=mesh, in_specs=(by_head, by_head, by_head, by_row), out_specs=by_head, check_vma=False)
 
 
 def check_platform(config: ModelConfig, platform: str) -> None:
-    """Refuse a kernel that is not for these devices. `platform` is that of the devices
-    compiled for: "cpu", "gpu" or "tpu".
+    """Refuse a kernel that the devices can't run. `platform` is the platform compiled
+    for: "cpu", "gpu" or "tpu".
 
     Raises:
-      ValueError: the kernel is for others.
+      ValueError: the kernel needs another platform.
     """
     needed = PLATFORMS.get(config.attention, platform)
     if platform != needed:

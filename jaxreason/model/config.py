@@ -1,12 +1,12 @@
-"""The numbers of a model: `ModelConfig`, its named sizes, and both directions of a
-Hugging Face `config.json`.
+"""The hyperparameters of a model: `ModelConfig`, its named sizes, and conversion from
+and to a Hugging Face `config.json`.
 
 Three dense families share one block and differ in two switches: Llama 3 (neither),
-Qwen2.5 (`qkv_bias`) and Qwen3 (`qk_norm`). `from_hf` refuses what the block cannot do
-(sliding windows, output biases, quantised weights) instead of computing something else.
-RoPE frequencies live here because they are a function of these numbers alone. No jax
-needed. Left out: mixtures of experts, multimodal models, RoPE kinds whose frequencies
-depend on the length at hand.
+Qwen2.5 (`qkv_bias`) and Qwen3 (`qk_norm`). `from_hf` refuses features that the block
+lacks (sliding windows, output biases, quantised weights). RoPE frequencies are computed
+here because they depend only on these numbers. This module does not import jax. Not
+supported: mixtures of experts, multimodal models, and kinds of RoPE whose frequencies
+depend on the current length.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "dots")
 ATTENTION = ("xla", "cudnn", "splash")
 ROPE_KINDS = ("linear", "llama3", "yarn")
-LORA_TARGETS = dict.fromkeys("qkvo", "attention") | dict.fromkeys(("gate", "up", "down"), "mlp")  # and where in a block
+LORA_TARGETS = dict.fromkeys("qkvo", "attention") | dict.fromkeys(("gate", "up", "down"), "mlp")  # projection -> its module
 
 
 def _positive(owner, *names: str, kind: type = Real) -> None:
@@ -42,21 +42,21 @@ def _check_positive(name: str, value, kind: type = Real) -> None:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Stretch RoPE frequencies beyond the context that a model was pretrained on.
-    Hashable, like ModelConfig.
+    """Stretching of RoPE frequencies beyond the pretraining context. Hashable, like
+    ModelConfig.
     """
 
     kind: str  # "linear", "llama3" or "yarn"
-    factor: float  # of the context beyond the original
-    original_max_position: int = 8192  # llama3 and yarn: the context before stretching, in tokens
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn, in rotations over the original context, as the next
-    beta_slow: float = 1.0  # yarn
+    factor: float  # new context length / original context length
+    original_max_position: int = 8192  # llama3 and yarn: original context length, in tokens
+    low_freq_factor: float = 1.0  # llama3: up to this many rotations over the original context, divide a frequency by factor
+    high_freq_factor: float = 4.0  # llama3: from this many rotations on, keep a frequency; blend in between
+    beta_fast: float = 32.0  # yarn: from this many rotations over the original context on, keep a frequency
+    beta_slow: float = 1.0  # yarn: up to this many rotations, divide a frequency by factor; blend in between
     truncate: bool = True  # yarn: round the ends of the ramp to whole dimensions
-    attention_factor: float | None = None  # yarn: None derives it from factor and the two mscales
-    mscale: float | None = None  # yarn
-    mscale_all_dim: float | None = None  # yarn
+    attention_factor: float | None = None  # yarn: multiplies RoPE's sines and cosines; None: derived from factor and the mscales
+    mscale: float | None = None  # yarn: with mscale_all_dim, determines attention_factor if that is None
+    mscale_all_dim: float | None = None  # yarn: see mscale
 
     def __post_init__(self):
         if self.kind not in ROPE_KINDS:
@@ -72,13 +72,13 @@ class Lora:
     """Adapters of the projections `targets`: `y = x W + alpha / rank * x A B`.
     Hashable, like ModelConfig.
 
-    `base_dtype` is that of the frozen params; None is that of all params.
+    `base_dtype` is the dtype of the frozen params; None means `param_dtype`.
     """
 
-    rank: int = 8  # of A and B
-    alpha: float = 16.0  # the adapters' outputs are times alpha / rank
-    targets: tuple[str, ...] = ("q", "v")  # which projections: q, k, v, o, gate, up, down
-    base_dtype: str | None = None  # of the frozen params; None: that of all params
+    rank: int = 8  # rank of A and B
+    alpha: float = 16.0  # adapter outputs are multiplied by alpha / rank
+    targets: tuple[str, ...] = ("q", "v")  # projections with adapters: q, k, v, o, gate, up, down
+    base_dtype: str | None = None  # dtype of the frozen params; None: param_dtype
 
     def __post_init__(self):
         if self.rank < 1:
@@ -101,30 +101,30 @@ class Lora:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder-only transformer: RMSNorm, RoPE, grouped-query attention,
-    SwiGLU.
+    """Hyperparameters of a decoder-only transformer: RMSNorm, RoPE, grouped-query
+    attention, SwiGLU.
     """
 
-    vocab_size: int  # tokens that the model knows
-    width: int  # of the residual stream
-    layers: int  # blocks
-    heads: int  # of queries
-    kv_heads: int  # of keys and values
-    head_size: int  # of each head
-    feed_forward: int  # width inside a SwiGLU
-    rope_theta: float = 10000.0  # base of the rotation frequencies
-    rope_scaling: RopeScaling | None = None  # how frequencies are stretched for longer contexts
-    norm_eps: float = 1e-6  # added to a mean square
+    vocab_size: int  # number of tokens
+    width: int  # size of the residual stream
+    layers: int  # number of blocks
+    heads: int  # number of query heads
+    kv_heads: int  # number of key/value heads
+    head_size: int  # size of each head
+    feed_forward: int  # hidden size of the SwiGLU
+    rope_theta: float = 10000.0  # base of the RoPE frequencies
+    rope_scaling: RopeScaling | None = None  # stretching of RoPE frequencies for longer contexts
+    norm_eps: float = 1e-6  # epsilon of RMSNorm, added to the mean square
     qkv_bias: bool = False  # biases of queries, keys and values (Qwen2.5)
     qk_norm: bool = False  # norms of queries and keys (Qwen3)
-    tied_embeddings: bool = False  # one matrix is embedding and output
-    value_head: bool = False  # a second output: the value of a position
+    tied_embeddings: bool = False  # use the embedding matrix as output projection
+    value_head: bool = False  # second output: a value estimate per position
     lora: Lora | None = None  # adapters on a frozen base
-    dtype: str = "float32"  # of the computation
-    param_dtype: str = "float32"  # of the parameters at rest
-    scan_layers: bool = False  # lax.scan over the stacked layers: compile time flat in depth, slower on a CPU
-    remat: str = "none"  # recompute in the backward pass: nothing, whole layers, or all but the matrix products
-    attention: str = "xla"  # the kernel: "cudnn" on NVIDIA GPUs, "splash" on TPUs; "xla" anywhere
+    dtype: str = "float32"  # dtype of the computation
+    param_dtype: str = "float32"  # dtype in which params are stored
+    scan_layers: bool = False  # lax.scan over layers: compile time independent of depth, but slower on a CPU
+    remat: str = "none"  # recomputed in the backward pass: none: nothing, full: whole layers, dots: all but matrix products
+    attention: str = "xla"  # attention kernel: cudnn on NVIDIA GPUs, splash on TPUs, xla anywhere
 
     def __post_init__(self):
         _positive(self, "vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "feed_forward", kind=Integral)
@@ -148,8 +148,8 @@ class ModelConfig:
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """Count the parameters of the policy as Hugging Face does: tied embeddings once,
-    the value head not at all.
+    """Count the parameters of the policy as Hugging Face does: tied embeddings count
+    once, the value head does not count.
     """
     c = config
     attention = c.width * c.head_size * (2 * c.heads + 2 * c.kv_heads)
@@ -162,11 +162,11 @@ def count_parameters(config: ModelConfig) -> int:
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
-    """Compute RoPE's inverse frequencies, float32 [H/2], and the factor that its sines
-    and cosines are multiplied by.
+    """Compute RoPE's inverse frequencies, float32 [H/2], and the factor that multiplies
+    its sines and cosines.
 
-    The same numbers as transformers' `ROPE_INIT_FUNCTIONS`: llama3 from Llama 3.1's
-    reference code, yarn from Peng et al. 2023 (arXiv 2309.00071).
+    They equal those of transformers' `ROPE_INIT_FUNCTIONS`: llama3 follows Llama 3.1's
+    reference code, yarn Peng et al. 2023 (arXiv 2309.00071).
     """
     scaling, H = config.rope_scaling, config.head_size
     frequency = config.rope_theta ** -(np.arange(0, H, 2, dtype=np.float64) / H)
@@ -188,8 +188,8 @@ def _llama3_frequencies(frequency: np.ndarray, s: RopeScaling) -> np.ndarray:
 
 
 def _yarn_frequencies(frequency: np.ndarray, s: RopeScaling, theta: float) -> tuple[np.ndarray, float]:
-    """Blend over dimensions (not rotations) from kept to divided, and sharpen attention
-    by the returned factor.
+    """Blend from kept to divided frequencies over dimensions (not rotations), and
+    return the factor that sharpens attention.
     """
     pairs = len(frequency)
 
@@ -199,8 +199,8 @@ def _yarn_frequencies(frequency: np.ndarray, s: RopeScaling, theta: float) -> tu
     low, high = dimension(s.beta_fast), dimension(s.beta_slow)
     if s.truncate:
         low, high = math.floor(low), math.ceil(high)
-    # The upper limit is over all H dimensions although the ramp runs over H/2 pairs: so
-    # it is in every implementation.
+    # The upper limit counts all H dimensions although the ramp covers H/2 pairs, as in
+    # every other implementation.
     low, high = max(low, 0), min(high, 2 * pairs - 1)
     divide = np.clip((np.arange(pairs) - low) / (high - low if high != low else 0.001), 0, 1)
 
@@ -221,10 +221,10 @@ WHOLE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"
 
 
 def read_hf(folder: Path, **overrides) -> ModelConfig:
-    """`from_hf` of a folder's config.json; errors name the file.
+    """Read the config.json in a folder with `from_hf`; errors name the file.
 
     Raises:
-      ValueError: as `from_hf` does, or the file is no JSON object.
+      ValueError: from `from_hf`, or the file is not a JSON object.
     """
     path = folder / "config.json"
     config_json = read_object(path)
@@ -235,14 +235,14 @@ def read_hf(folder: Path, **overrides) -> ModelConfig:
 
 
 def from_hf(config_json: Mapping[str, Any], **overrides) -> ModelConfig:
-    """Read a Hugging Face `config.json`, then replace the fields named in `overrides`.
+    """Convert a Hugging Face `config.json`, then replace the fields named in
+    `overrides`.
 
-    A missing key gets the default of that family in transformers. The stored dtype is
-    not read: the dtypes here are choices of a run, not properties of a checkpoint.
+    A missing key gets its family's default in transformers. The stored dtype is
+    ignored: dtypes are chosen per run.
 
     Raises:
-      ValueError: a model type, or a variant of one, that this code base does not
-        compute; a value of the wrong type.
+      ValueError: an unsupported model type or variant, or a value of the wrong type.
     """
     c = config_json
     family = c.get("model_type")
@@ -278,7 +278,7 @@ def from_hf(config_json: Mapping[str, Any], **overrides) -> ModelConfig:
 
 
 def _given(c: Mapping[str, Any], key: str, default):
-    """A key of config.json; null means unset there."""
+    """Return a key of config.json; null counts as missing."""
     return default if c.get(key) is None else c[key]
 
 
@@ -296,8 +296,8 @@ def _flag(c: Mapping[str, Any], key: str) -> bool:
     return value
 
 
-# Settings of other architectures that change the computation, by their values that
-# don't; null doesn't, either.
+# Settings of other architectures that change the computation, with the values that
+# leave it unchanged. null leaves it unchanged too.
 OFF = (0, 0.0, False)
 NEUTRAL: dict[str, tuple] = {
     **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "logits_soft_cap", "clip_qkv"), OFF),
@@ -311,15 +311,15 @@ NEUTRAL: dict[str, tuple] = {
 
 
 def _neutral(value: Any, allowed: tuple) -> bool:
-    """Whether a value is null or one of those allowed; true and false are no
-    numbers.
+    """Return whether a value is null or one of `allowed`. A bool never equals a number
+    here.
     """
     return value is None or any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
 
 
 def _refuse_variants(c: Mapping[str, Any], family: str) -> None:
-    """Raise for settings that change the computation and that the block does not
-    have.
+    """Raise ValueError for settings that change the computation in a way that the block
+    does not support.
     """
     heads = c.get("num_attention_heads")
     wide = isinstance(c.get("hidden_size"), int) and isinstance(heads, int) and heads > 0
@@ -330,7 +330,7 @@ def _refuse_variants(c: Mapping[str, Any], family: str) -> None:
         "use_qk_norm": (family == "qwen3",),
         "qk_layernorm": (family == "qwen3",),
     }
-    biased = _flag(c, "attention_bias")  # of the output projection, too; qwen2 reads no such key
+    biased = _flag(c, "attention_bias")  # adds a bias to the output projection too; qwen2 ignores this key
     kinds = c.get("layer_types") or ()
     refused = {
         **{key: not _neutral(c[key], values) for key, values in allowed.items() if key in c},
@@ -347,19 +347,19 @@ def _refuse_variants(c: Mapping[str, Any], family: str) -> None:
 
 
 YARN_NUMBERS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
-ROPE_KEYS = {  # all that may be in rope_parameters or rope_scaling; those of another kind than the model's are not read
+ROPE_KEYS = {  # keys allowed in rope_parameters or rope_scaling; keys of other kinds of RoPE are ignored
     *("rope_type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings"),
     *("low_freq_factor", "high_freq_factor", "truncate", *YARN_NUMBERS),
-    *("max_position_embeddings", "finetuned"),  # remarks of those who stretched a model, which no implementation reads
+    *("max_position_embeddings", "finetuned"),  # informative entries of stretched models, which no implementation reads
 }
 
 
 def _rope_from_hf(c: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Read RoPE from wherever the versions of transformers have put it (see
-    `_rope_parameters`).
+    """Read RoPE's settings from any of the places that versions of transformers use
+    (see `_rope_parameters`).
     """
     rope = _rope_parameters(c)
-    for key in ("rope_theta", "partial_rotary_factor"):  # transformers 4 takes the one, transformers 5 the other
+    for key in ("rope_theta", "partial_rotary_factor"):  # transformers 4 and 5 prefer different places
         beside, inside = _number(c, key), _number(rope, key)
         if beside is not None and inside is not None and beside != inside:
             where = "rope_parameters" if c.get("rope_parameters") else "rope_scaling"
@@ -380,7 +380,7 @@ def _rope_from_hf(c: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     if kind not in ROPE_KINDS:
         raise ValueError(unknown_name_message("rope_type in config.json", kind, ("default", *ROPE_KINDS)))
     most = _number(c, "max_position_embeddings")
-    # As in transformers, what is beside rope_parameters counts before what is in it.
+    # As in transformers, a key beside rope_parameters takes precedence over one inside.
     original = _number(c, "original_max_position_embeddings", _number(rope, "original_max_position_embeddings", most))
     if factor is None and kind == "yarn" and original:
         factor = (most or original) / original
@@ -402,17 +402,17 @@ def _rope_from_hf(c: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 
 
 def _rope_parameters(c: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge `rope_scaling` and transformers 5's `rope_parameters`, which may hold a
-    mapping for each kind of layer.
+    """Merge `rope_scaling` and transformers 5's `rope_parameters`, which may be nested
+    by kind of layer.
 
     Raises:
-      ValueError: they contradict each other, or hold a key that nobody here reads.
+      ValueError: they contradict each other, or contain an unknown key.
     """
     rope: dict[str, Any] = {}
     for name in ("rope_parameters", "rope_scaling"):
         given = _given(c, name, {})
         if isinstance(given, Mapping) and "full_attention" in given:
-            given = _given(given, "full_attention", {})  # all layers are of that kind, or `_refuse_variants` had raised
+            given = _given(given, "full_attention", {})  # `_refuse_variants` has already refused other kinds
         if not isinstance(given, Mapping):
             raise ValueError(f"config.json: {name} got {given!r}; allowed: null or an object")
         found = {key: value for key, value in given.items() if key != "type" and value is not None}
@@ -430,13 +430,13 @@ def _rope_parameters(c: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_hf(config: ModelConfig, **tokens) -> dict[str, Any]:
-    """Write the `config.json` that transformers (4 and 5) and vLLM read back as the
+    """Return the `config.json` that transformers (4 and 5) and vLLM read back as the
     same model.
 
     Args:
-      config: its switches choose the family.
+      config: its switches determine the family.
       **tokens: further entries, such as `eos_token_id` or `max_position_embeddings`;
-        those that are None are left out.
+        entries that are None are dropped.
 
     Raises:
       ValueError: no family of transformers has this combination of switches.
@@ -507,8 +507,8 @@ _llama3 = partial(_shape, vocab_size=128256, kv_heads=8, rope_theta=5e5, norm_ep
 _qwen2 = partial(_shape, vocab_size=151936, rope_theta=1e6, qkv_bias=True, tied_embeddings=True)
 _qwen3 = partial(_shape, vocab_size=151936, kv_heads=8, head_size=128, rope_theta=1e6, qk_norm=True)
 
-# Each is a maker that takes further fields: `SIZES["tiny"](vocab_size=32)`,
-# `SIZES["qwen3_8b"](dtype="bfloat16")`.
+# Functions that make a ModelConfig and accept further fields:
+# `SIZES["tiny"](vocab_size=32)`, `SIZES["qwen3_8b"](dtype="bfloat16")`.
 SIZES: dict[str, Callable[..., ModelConfig]] = {
     "tiny": _shape(64, 3, 4, 2, 16, 192),
     "smollm2_135m": _smollm2(576, 30, 9, 3, feed_forward=1536),
@@ -533,8 +533,8 @@ SIZES: dict[str, Callable[..., ModelConfig]] = {
     "qwen3_32b": _qwen3(5120, 64, 64, feed_forward=25600),
 }
 
-# Where the trained weights of a size are. Loading them reads their own config.json,
-# never the numbers above.
+# Hub ids of the trained weights of each size. Loading them reads their own config.json,
+# not the numbers above.
 HUB_IDS = {
     "smollm2_135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "smollm2_360m": "HuggingFaceTB/SmolLM2-360M-Instruct",

@@ -1,12 +1,13 @@
-"""The attention of a decode step on a GPU, as one Pallas kernel for Triton: it reads
-the columns that are there and no others.
+"""Attention of a decode step on a GPU, as one Pallas kernel for Triton that reads only
+filled cache positions.
 
-A cache has as many columns as the longest rollout in it needs, and the plain products
-of `layers.read` read all of them in all rows. Here one program for each row and key
-head puts the new key and value in their place, and goes over the row's prompt and its
-own columns with the softmax of flash attention (Dao et al. 2022, arXiv 2205.14135):
-running maximum, running sum. Rows that share a prompt mostly run side by side, and then
-find it in the card's cache. Left out: heads that are no power of two, and int8.
+A cache is as long as its longest rollout needs, and the plain products of `layers.read`
+read all of its positions in all rows. Here one program per row and key head writes the
+new key and value into the cache, then loops over the row's prompt and its own positions
+with the softmax of flash attention (Dao et al. 2022, arXiv 2205.14135): running
+maximum, running sum. Rows that share a prompt mostly run at the same time, so the
+prompt is mostly in the GPU's cache. Not supported: head sizes below 16 or not a power
+of two, and int8.
 """
 
 from __future__ import annotations
@@ -19,24 +20,24 @@ import jax.numpy as jnp
 from jaxreason.model.layers import MASKED, Seen, by_key_head, by_token
 from jaxreason.sharding import ROWS
 
-COLUMNS = 64  # that a program reads at a time
-QUERIES = 16  # rows of the smallest product of a tensor core
+COLUMNS = 64  # cache positions that a program reads at a time
+QUERIES = 16  # rows of a tensor core's smallest product
 
 
 def fits(own: dict) -> bool:
-    """Whether the kernel can read this cache."""
+    """Return whether the kernel supports this cache."""
     H = own["v"].shape[-1]
     return "v_scale" not in own and H >= 16 and H & (H - 1) == 0
 
 
 def attend_columns(q_BKQH, k_BKH, v_BKH, own: dict, prompts: dict, column_B, row_B, begins_B, *, interpret: bool = False):
-    """Put one key and value a row into `column_B` of a cache (negative: nowhere) and
-    attend to its columns up to that one.
+    """Write one key and value per row at cache position `column_B` (negative: nowhere),
+    and attend to the row's positions up to it.
 
-    Row b also sees the first `begins_B[b]` columns of row `row_B[b]` of the prompts.
-    With `interpret` it runs anywhere, slowly. Returns mixed_BKQH and the cache.
+    Row b also sees the first `begins_B[b]` positions of prompt `row_B[b]`. With
+    `interpret` it runs anywhere, slowly. Returns mixed_BKQH and the cache.
     """
-    # Imported where used: it takes a tenth of a second to load.
+    # Imported here because it takes 0.1 s to load.
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
@@ -57,7 +58,9 @@ def attend_columns(q_BKQH, k_BKH, v_BKH, own: dict, prompts: dict, column_B, row
         triton.store(values_out.at[at, :], v_H, mask=here)
 
         def over(count, load_k, load_v, carry):
-            """Go on over the first `count` columns of some keys and values."""
+            """Continue the softmax over the first `count` positions of some keys and
+            values.
+            """
 
             def some(i, carry):
                 mixed, highest, total = carry
@@ -77,7 +80,7 @@ def attend_columns(q_BKQH, k_BKH, v_BKH, own: dict, prompts: dict, column_B, row
         def load(ref, index):
             return lambda columns, mask: triton.load(ref.at[index(columns)], mask=mask, other=0)
 
-        # The token itself comes first, so that no row is without a key.
+        # Start with the token itself, so that every row has at least one key.
         alone = jnp.sum(q.astype(jnp.float32) * k_H.astype(jnp.float32)[None], axis=1) * H**-0.5
         carry = (jnp.broadcast_to(v_H.astype(jnp.float32)[None], (rows, H)), alone, jnp.ones(rows, jnp.float32))
         of_prompt = load(prompt_keys, lambda c: (row, slice(None), c)), load(prompt_values, lambda c: (row, c, slice(None)))
@@ -87,7 +90,7 @@ def attend_columns(q_BKQH, k_BKH, v_BKH, own: dict, prompts: dict, column_B, row
         triton.store(mixed_ref, (mixed / total[:, None]).astype(dtype), mask=asked)
 
     def block(*shape):
-        """Of an array [B, K, *shape], the part of row b and key head k."""
+        """Select the part of an array [B, K, *shape] for row b and key head k."""
         return pl.BlockSpec((None, None, *shape), lambda b, k: (b, k, *[0] * len(shape)))
 
     def of_all_rows(*shape):
@@ -119,22 +122,22 @@ def attend_columns(q_BKQH, k_BKH, v_BKH, own: dict, prompts: dict, column_B, row
 
 
 def on_each_device(mesh, *, interpret: bool = False):
-    """Make `read` of one token a row, as each device of a mesh runs it on its own rows
-    and heads (see `attention.Kernel`).
+    """Make a `read` for one token per row, which each device of a mesh runs on its own
+    rows and heads (see `attention.Kernel`).
     """
     attend = functools.partial(attend_columns, interpret=interpret)
     if mesh is not None:
         by_head, by_row = jax.P(*ROWS, "tensor"), jax.P(*ROWS)
         specs = (*[by_head] * 5, *[by_row] * 3)
-        # Kernels do not say over which axes their results vary, which is what check_vma
-        # would check.
+        # check_vma needs to know over which axes the results vary, and these kernels do
+        # not declare it.
         attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=by_head, check_vma=False)
 
     def read(q_BTNH, k_BTKH, v_BTKH, own, prompts, seen: Seen):
         q_BKQH, column_B = by_key_head(q_BTNH, own["v"].shape[1]), seen.column_BT[:, 0]
         if prompts is None:
-            # Something of the right kind, of which nothing is read. Not `own` itself:
-            # it is written in place.
+            # A placeholder of the right dtype, from which nothing is read. It can't be
+            # `own` itself, which is written in place.
             prompts = {"k": own["k"][..., :1], "v": own["v"][:, :, :1]}
             row_B = begins_B = jnp.zeros_like(column_B)
         else:

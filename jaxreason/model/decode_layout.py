@@ -1,5 +1,6 @@
-"""Params laid out for decoding: one tree per layer, products of one input fused,
-kernels transposed where a CPU is faster so. Made once per update.
+"""Params laid out for decoding: one tree per layer, projections of the same input
+fused, kernels transposed if that is faster on a CPU. The layout is made once per
+update.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from jaxreason.model.layers import Block, Projection, from_columns, from_left, o
 
 
 def cast_used(config: ModelConfig, params):
-    """Cast params to the dtype of the computation, but for norms and the value head.
+    """Cast params to the dtype of the computation, except norms and the value head.
 
-    These are small, and not all of their use is in that dtype.
+    These are small, and some of their uses are in another dtype.
     """
     dtype = jnp.dtype(config.dtype)
 
@@ -30,9 +31,12 @@ def cast_used(config: ModelConfig, params):
 
 
 def decode_layout(config: ModelConfig, params, send=lambda part: part):
-    """Lay params out for decoding: one tree per layer, products of one input fused."""
-    params, few_rows = cast_used(config, params), not config.scan_layers  # on a CPU they decide how a product is made
-    # Sent layer by layer: the whole stack is never beside the layers.
+    """Lay params out for decoding: one tree per layer, projections of the same input
+    fused.
+    """
+    params, few_rows = cast_used(config, params), not config.scan_layers  # CPUs run without scan_layers
+    # Send layer by layer, so that the receiving devices never hold the whole stack
+    # beside the layers.
     layers = tuple(
         decode_layer(send({"layers": cut_layer(params["layers"], i)})["layers"], few_rows) for i in range(config.layers)
     )
@@ -43,15 +47,15 @@ def decode_layout(config: ModelConfig, params, send=lambda part: part):
 
 
 def in_decode_layout(params) -> bool:
-    """Whether params are as `decode_layout` gives them: one tree a layer, products of
-    the same input fused.
+    """Return whether params have the layout of `decode_layout`: one tree per layer,
+    projections of the same input fused.
     """
     return isinstance(params["layers"], tuple) and "qkv" in params["layers"][0]["attention"]
 
 
 def for_few_rows(block: Block) -> Block:
-    """Make the projections of a block take their kernels as `decode_layout` lays them
-    out for a CPU.
+    """Make the projections of a block take kernels in the CPU layout of
+    `decode_layout`.
     """
     for path, module in nnx.iter_graph(block):
         if isinstance(module, Projection):
@@ -61,23 +65,24 @@ def for_few_rows(block: Block) -> Block:
 
 @jax.jit
 def cut_layer(layers, i):
-    """Cut layer i out of stacked layers: a stack of one."""
+    """Cut layer i out of stacked layers, as a stack of one."""
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1), layers)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def decode_layer(stack_of_one, few_rows: bool):
-    """Fuse products of the same input (see `Block`), and turn kernels that are better
-    so for `few_rows`: [outputs, inputs].
+    """Fuse projections of the same input (see `Block`), and for `few_rows` transpose
+    kernels to [outputs, inputs] if that is faster.
 
-    A program of its own, run once per layer: all layers in one take long to compile.
+    This program is compiled for one layer and run once per layer; a program for all
+    layers takes long to compile.
     """
     layer = jax.tree.map(lambda x: x[0], stack_of_one)
     attention, mlp = dict(layer["attention"]), dict(layer["mlp"])
     q, k, v = (attention.pop(name) for name in "qkv")
 
     def by_key_head(name):
-        """Of each key head: its queries, its key, its value."""
+        """Concatenate the queries, the key and the value of each key head."""
         K, H = k[name].shape[-2:]
         lead = q[name].shape[:-2]
         parts = [q[name].reshape(*lead, K, -1, H), k[name][..., None, :], v[name][..., None, :]]
@@ -90,13 +95,13 @@ def decode_layer(stack_of_one, few_rows: bool):
     def turn(path, x):
         if path[-1].key != "kernel":
             return x
-        inputs = 2 if path[-2].key == "o" else 1  # attention's output reads heads x head size
+        inputs = 2 if path[-2].key == "o" else 1  # the input of o has two axes: heads and head size
         x = x.reshape(math.prod(x.shape[:inputs]), -1)
         product = of_few_rows(path[-2].key, x.size)
         if product is from_left:
             return x.T
-        # A row of a whole number of pages would have all rows share a few lines of the
-        # processor's cache.
+        # If a row were a whole number of pages, all rows would compete for the same few
+        # lines of the processor's cache.
         pad = 16 if product is from_columns and x.shape[1] * x.dtype.itemsize % 4096 == 0 else 0
         return jnp.pad(x, ((0, 0), (0, pad)))
 

@@ -9,7 +9,7 @@ from jaxreason.model.config import ModelConfig
 
 
 class Model(NamedTuple):
-    """Behaviour of a model; its state is `params`, a nested dict of arrays with the
+    """The functions of a model. Its state is `params`, a nested dict of arrays with the
     layers stacked on axis 0.
     """
 

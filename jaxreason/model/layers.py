@@ -1,10 +1,10 @@
 """One block of the decoder, as `flax.nnx` modules: RMSNorm, rotary positions,
 grouped-query attention, gated MLP.
 
-Nothing here is stateful: a key/value cache goes in as an argument and comes back as a
-result. Weights are kept in the dtype they were made in and cast to the dtype of the
-activations where they are used, so master weights stay float32 under bfloat16 compute.
-Sums that lose digits (norms, softmax, rotations) run in float32 whatever the dtype.
+The modules are stateless: a key/value cache is an argument and a result. Weights keep
+the dtype in which they were made and are cast to the dtype of the activations where
+they are used, so master weights stay float32 under bfloat16 compute. Operations that
+lose precision (norms, softmax, rotations) run in float32 under any dtype.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flax import nnx
 from jaxreason.model.cache import Members
 from jaxreason.model.config import ModelConfig
 
-MASKED = -1e30  # finite: a row that may see nothing (padding) gives a uniform softmax, never NaN
+MASKED = -1e30  # finite, so a row that sees nothing (padding) gets a uniform softmax and not NaN
 
 
 class Norm(nnx.Module):
@@ -37,10 +37,10 @@ class Norm(nnx.Module):
 
 @jax.custom_vjp
 def scaled(x, scale_D):
-    """`x * scale_D`, whose gradient by the scale is a matrix product with ones.
+    """Return `x * scale_D`; the gradient of the scale is a matrix product with ones.
 
-    XLA:CPU would sum into a row of the stacked scales, [1, D], one number at a time
-    (jaxreason/bench/README.md).
+    Otherwise XLA:CPU would sum into a row of the stacked scales, [1, D], one number at
+    a time (jaxreason/bench/README.md).
     """
     return x * scale_D
 
@@ -61,20 +61,20 @@ scaled.defvjp(scaled_forward, scaled_backward)
 
 
 class Projection(nnx.Module):
-    """A linear map from the last `inputs` axes to `outputs` axes, drawn from a normal
-    of variance gain^2 / fan-in.
+    """A linear map from the last `inputs` axes to `outputs` axes. Weights are drawn
+    from a normal of variance gain^2 / fan-in.
 
-    `product` may be another (see `of_few_rows`), and the kernel then a matrix as that
-    takes it.
+    `product` may be replaced (see `of_few_rows`); the kernel is then a matrix in the
+    layout of the new product.
     """
 
     def __init__(self, inputs: tuple, outputs: tuple, *, gain: float = 1.0, bias: bool = False, rngs: nnx.Rngs):
         fan_in = math.prod(inputs)
         self.inputs, self.outputs, self.product = inputs, outputs, product
-        self.scale = 0.0  # of the adapters a and b, for those who add them
+        self.scale = 0.0  # scale of the adapters a and b, if they are added
         self.kernel = nnx.Param(gain * fan_in**-0.5 * jax.random.normal(rngs.params(), (*inputs, *outputs)))
-        # A bias starts at zero, as in every published model that has one: its gradient
-        # does not vanish with it.
+        # A bias starts at zero, as in every published model with biases; its gradient
+        # is not zero there.
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
 
     def __call__(self, x):
@@ -82,7 +82,7 @@ class Projection(nnx.Module):
         kernel = self.kernel[...].astype(x.dtype)
         if kernel.ndim > 2:
             kernel = kernel.reshape(math.prod(self.inputs), -1)
-        y = self.product(x.reshape(*lead, -1), kernel)[..., : math.prod(self.outputs)]  # a row of the kernel may be filled up
+        y = self.product(x.reshape(*lead, -1), kernel)[..., : math.prod(self.outputs)]  # the kernel's rows may be padded
         y = y.reshape(*lead, *self.outputs)
         if self.scale:
             y += self.scale * self.b(self.a(x))
@@ -91,10 +91,10 @@ class Projection(nnx.Module):
 
 @jax.custom_vjp
 def product(x, kernel_IO):
-    """`x @ kernel_IO`, whose gradient by the kernel comes as [I, O].
+    """Return `x @ kernel_IO`; the gradient of the kernel is computed as [I, O].
 
-    jax makes it as [O, I] and transposes it, for which XLA:CPU copies the wider factor
-    and takes its slower product (jaxreason/bench/README.md).
+    jax computes it as [O, I] and transposes it, for which XLA:CPU copies the wider
+    factor and uses its slower product (jaxreason/bench/README.md).
     """
     return x @ kernel_IO
 
@@ -114,13 +114,13 @@ product.defvjp(product_forward, product_backward)
 
 
 def of_few_rows(name: str, size: int):
-    """Return the fastest form on a CPU of the product of a few rows with a kernel of
-    `size` numbers.
+    """Return the fastest product on a CPU of a few rows with a kernel of `size`
+    numbers.
 
-    `from_left`, which takes the kernel transposed, is fastest while kernels stay in the
-    processor's caches, `from_columns` beyond that. The result of `from_left` is in
-    columns, which the next operation on queries and keys is slow at, so `qkv` is
-    excepted (jaxreason/bench/README.md).
+    `from_left`, which takes the transposed kernel, is fastest while kernels fit the
+    processor's caches; beyond that `from_columns` is. `qkv` uses neither if it is
+    small: `from_left` returns its result in columns, which slows the next operation on
+    queries and keys (jaxreason/bench/README.md).
     """
     if size >= 2**18:
         return from_columns
@@ -128,10 +128,10 @@ def of_few_rows(name: str, size: int):
 
 
 def from_left(x, kernel_OI, out_dtype=None):
-    """`x @ kernel.T` with the kernel as the left factor.
+    """Return `x @ kernel_OI.T`, computed with the kernel as the left factor.
 
-    The barriers keep XLA from folding the transposes away, back into x @ kernel.T,
-    which is slower than either.
+    The barriers keep XLA from folding the transposes back into x @ kernel_OI.T, which
+    is slower than either order.
     """
     x_IR = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
     y_OR = jax.lax.optimization_barrier(jnp.matmul(kernel_OI, x_IR, preferred_element_type=out_dtype))
@@ -139,19 +139,19 @@ def from_left(x, kernel_OI, out_dtype=None):
 
 
 def from_columns(x, kernel_IO):
-    """`x @ kernel` with the rows of x in columns, which XLA:CPU leaves to Eigen and not
-    to YNNPACK.
+    """Return `x @ kernel_IO`, computed with the rows of x as columns. XLA:CPU then uses
+    Eigen instead of YNNPACK.
 
-    Eigen is faster where the kernel comes from memory (jaxreason/bench/README.md); we
-    suppose that YNNPACK waits for it.
+    Eigen is faster if the kernel comes from memory (jaxreason/bench/README.md),
+    presumably because YNNPACK waits for it.
     """
     x_IR = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
     return jax.lax.dot_general(x_IR, kernel_IO, (((0,), (0,)), ((), ()))).reshape(*x.shape[:-1], -1)
 
 
 def rotate(x_BTNH, cos_BTH, sin_BTH):
-    """Rotate each head's halves by position (Su et al. 2021, arXiv 2104.09864, in the
-    two-halves order of Llama).
+    """Rotate the two halves of each head by position (RoPE; Su et al. 2021, arXiv
+    2104.09864, in Llama's order of two halves).
     """
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
@@ -161,12 +161,12 @@ def rotate(x_BTNH, cos_BTH, sin_BTH):
 
 @jax.custom_vjp
 def rotate_by_product(x_BTNH, cos_BTH, sin_BTH):
-    """`rotate` for a TPU, where halves of 64 lanes would be arrays of their own: the
-    halves are swapped by a product with ones.
+    """Rotate like `rotate`, but swap the halves by a product with ones. On a TPU,
+    halves of 64 lanes would become separate arrays.
 
-    That is exact in any dtype: one term of each sum is not zero. The gradient is a
-    rotation by the opposite angle; cosines and sines get none. It moves a fifth less
-    HBM bytes than `rotate` (jaxreason/plan/README.md).
+    The product is exact in any dtype, since only one term of each sum is not zero. The
+    gradient is a rotation by the opposite angle; cosines and sines get no gradient.
+    This moves a fifth fewer HBM bytes than `rotate` (jaxreason/plan/README.md).
     """
     _, _, _, H = x_BTNH.shape
     half = jnp.eye(H // 2, dtype=x_BTNH.dtype)
@@ -190,14 +190,15 @@ rotate_by_product.defvjp(rotate_by_product_forward, rotate_by_product_backward)
 
 
 def attend(q_BTNH, k_BKHC, v_BKCH, visible_BTC, k_scale_BK1C=None, v_scale_BK1C=None):
-    """Softmax attention of grouped queries over C keys, as two plain batched matrix
-    products.
+    """Compute softmax attention of grouped queries over C keys, as two plain batched
+    matrix products.
 
-    Keys and values may be kept in another dtype than the queries; those of an int8
-    cache have a scale for each column.
+    Keys and values may have another dtype than the queries; an int8 cache has a scale
+    per cache position.
 
-    The queries that share a key head become rows of one matrix, and keys are columns: a
-    CPU would transpose them at every step otherwise (jaxreason/bench/README.md).
+    The queries that share a key head become rows of one matrix, and keys are its
+    columns: a CPU would otherwise transpose them at every step
+    (jaxreason/bench/README.md).
     """
     q_BKQH = by_key_head(q_BTNH, v_BKCH.shape[1])
     scores = masked_scores(q_BKQH, k_BKHC, k_scale_BK1C, for_each_query(visible_BTC, q_BKQH))
@@ -208,30 +209,34 @@ def attend(q_BTNH, k_BKHC, v_BKCH, visible_BTC, k_scale_BK1C=None, v_scale_BK1C=
 
 
 def by_key_head(q_BTNH, K: int):
-    """[B, T, N, H] -> [B, K, N / K * T, H]: the queries that share a key head, those of
-    one head side by side.
+    """Group queries by the key head that they share.
+
+    [B, T, N, H] -> [B, K, N / K * T, H], the queries of one head side by side.
     """
     B, T, N, H = q_BTNH.shape
     return q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H)
 
 
 def by_token(x_BKQH, shape):
-    """The other way round: to the shape [B, T, N, H]."""
+    """Invert `by_key_head`; `shape` is [B, T, N, H]."""
     B, T, N, H = shape
     K = x_BKQH.shape[1]
     return x_BKQH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def for_each_query(visible_BTC, q_BKQH):
-    """[B, T, C] -> [B, 1, Q, C], in the order of `by_key_head`."""
+    """Repeat a mask for each query, in the order of `by_key_head`.
+
+    [B, T, C] -> [B, 1, Q, C].
+    """
     B, T, C = visible_BTC.shape
     heads = q_BKQH.shape[2] // T
     return jnp.broadcast_to(visible_BTC[:, None], (B, heads, T, C)).reshape(B, 1, heads * T, C)
 
 
 def masked_scores(q_BKQH, k_BKHC, k_scale_BK1C, visible):
-    """Scores, float32 [B, K, Q, C], of what may be seen: `visible` is broadcast to
-    them.
+    """Return scores, float32 [B, K, Q, C], with `MASKED` where `visible` is false.
+    `visible` is broadcast to their shape.
     """
     q_BKQH *= q_BKQH.shape[-1] ** -0.5
     scores = jnp.matmul(q_BKQH, k_BKHC.astype(q_BKQH.dtype), preferred_element_type=jnp.float32)
@@ -241,8 +246,8 @@ def masked_scores(q_BKQH, k_BKHC, k_scale_BK1C, visible):
 
 
 class Part(NamedTuple):
-    """Attention over some of the keys, to be merged with that over others. All
-    float32.
+    """Attention over some of the keys, to be merged with attention over others. All
+    arrays are float32.
     """
 
     mixed: jax.Array  # [B, K, Q, H], values weighted by exp(score - highest)
@@ -251,7 +256,7 @@ class Part(NamedTuple):
 
 
 def attend_part(q_BKQH, cache: dict, visible) -> Part:
-    """Attend to the columns of a cache; `visible` is broadcast to [B, K, Q, C]."""
+    """Attend to a cache; `visible` is broadcast to [B, K, Q, C]."""
     scores = masked_scores(q_BKQH, cache["k"], cache.get("k_scale"), visible)
     highest = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - highest)
@@ -263,7 +268,7 @@ def attend_part(q_BKQH, cache: dict, visible) -> Part:
 
 
 def merge(a: Part, b: Part):
-    """Attention over the keys of both."""
+    """Return the attention over the keys of both parts."""
     highest = jnp.maximum(a.highest, b.highest)
     to_a, to_b = jnp.exp(a.highest - highest), jnp.exp(b.highest - highest)
     return (a.mixed * to_a + b.mixed * to_b) / (a.total * to_a + b.total * to_b)
@@ -272,13 +277,13 @@ def merge(a: Part, b: Part):
 class Seen(NamedTuple):
     """The part of a cache that each token may see."""
 
-    column_BT: jax.Array  # the columns of its row up to this one, where its own key is put
-    members: Members | None  # and the prompt that the row continues
+    column_BT: jax.Array  # cache position of the token's own key; it sees its row's positions up to this one
+    members: Members | None  # the prompts that rows continue, which their tokens see too
 
 
 def read(q_BTNH, k_BTKH, v_BTKH, own: dict, prompts: dict | None, seen: Seen) -> tuple:
-    """Put keys and values into a cache and attend to its columns, and to the prompts
-    that its rows continue.
+    """Write keys and values into a cache, then attend to it and to the prompts that its
+    rows continue.
 
     Each prompt is read once for all rows that continue it. Returns mixed_BTNH and the
     cache.
@@ -291,23 +296,23 @@ def read(q_BTNH, k_BTKH, v_BTKH, own: dict, prompts: dict | None, seen: Seen) ->
     near = attend_part(q_BKQH, own, for_each_query(visible_BTC, q_BKQH))
     far = first_columns(members.gather(q_BKQH), prompts, members.length_R)
     far = Part(*(members.scatter(x) for x in far))
-    # A row that continues no prompt has got some other row's: of weight 0.
+    # Rows without a shared prompt gathered an arbitrary prompt's scores; mask them out.
     far = far._replace(highest=jnp.where(members.belongs_B[:, None, None, None], far.highest, MASKED))
     return by_token(merge(near, far).astype(q_BTNH.dtype), q_BTNH.shape), own
 
 
 def first_columns(q_BKQH, cache: dict, count_B) -> Part:
-    """Attend to the first `count_B` columns of each row."""
+    """Attend to the first `count_B` cache positions of each row."""
     return attend_part(q_BKQH, cache, jnp.arange(cache["v"].shape[2]) < count_B[:, None, None, None])
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245), with QK norm and
-    biases where the config has them.
+    """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245), with optional QK
+    norm and biases.
 
-    Without a cache the tokens attend to each other by `kernel.attend`, with one to what
-    stands in it by `kernel.read`. If `fused`, one product gives each key head's
-    queries, its key and its value.
+    Without a cache the tokens attend to each other through `kernel.attend`; with a
+    cache they attend to it through `kernel.read`. If `fused`, one product computes the
+    queries, the key and the value of each key head.
     """
 
     def __init__(self, c: ModelConfig, *, fused: bool = False, rngs: nnx.Rngs):
@@ -340,14 +345,13 @@ class Attention(nnx.Module):
 
 
 def write(cache: dict, k_BTKH, v_BTKH, column_BT) -> dict:
-    """Put keys and values into columns of a cache.
+    """Write keys and values at positions of a cache.
 
-    A column outside 0..C-1 is dropped: this is how padding and idle slots leave no
-    trace.
+    Positions outside 0..C-1 are dropped, so padding and idle slots write nothing.
     """
     C = cache["v"].shape[2]
     row_B1 = jnp.arange(len(column_BT))[:, None]
-    column_BT = jnp.where(column_BT < 0, C, column_BT)  # a negative index would wrap, one past the end is dropped
+    column_BT = jnp.where(column_BT < 0, C, column_BT)  # negative indices would wrap; C is dropped
     new = {"k": k_BTKH, "v": v_BTKH}
     if "k_scale" in cache:
         new["k"], new["k_scale"] = quantise(k_BTKH)
@@ -362,7 +366,7 @@ def write(cache: dict, k_BTKH, v_BTKH, column_BT) -> dict:
 
 
 def quantise(x_BTKH):
-    """Round each head's vector to int8 of a scale of its own, float32 [B, T, K, 1]."""
+    """Round each head's vector to int8 with its own scale, float32 [B, T, K, 1]."""
     x32 = x_BTKH.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(x32), axis=-1, keepdims=True), 1e-30) / 127
     return jnp.round(x32 / scale).astype(jnp.int8), scale
@@ -388,11 +392,11 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One pre-norm decoder layer. At the start its two outputs are scaled by 1/sqrt(2
-    L) (GPT-2), so depth adds no variance.
+    """One pre-norm decoder layer. The output projections of attention and MLP start
+    with a factor of 1/sqrt(2 L) (GPT-2), so depth adds no variance.
 
-    If `fused`, products of the same input are one, as decoding reads weights best (see
-    `decode_layout.decode_layer`).
+    If `fused`, projections of the same input are one product, which reads weights
+    fastest when decoding (see `decode_layout.decode_layer`).
     """
 
     def __init__(self, c: ModelConfig, *, fused: bool = False, rngs: nnx.Rngs):

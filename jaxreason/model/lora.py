@@ -1,11 +1,11 @@
 """Low-rank adapters (LoRA; Hu et al. 2021, arXiv 2106.09685): a frozen base, and two
-thin matrices beside chosen projections.
+thin matrices beside each chosen projection.
 
-Params of an adapted model are `{"frozen": base, "lora": adapters, ...}`. What stands
-under "frozen" has no gradient and no optimizer state; all the rest, a value head too,
-is trained. The base goes through a train step as an argument, donated and handed back,
-so compiled programs do not hold it as a constant, and checkpoints, samplers and
-shardings see one tree as ever.
+Params of an adapted model are `{"frozen": base, "lora": adapters, ...}`. Params under
+"frozen" have no gradient and no optimizer state; all others, including a value head,
+are trained. The train step takes the base as a donated argument and returns it, so that
+compiled programs do not contain it as a constant. Checkpoints, samplers and shardings
+treat params as one tree, as without adapters.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from jaxreason.model.config import LORA_TARGETS, Lora
 
 def init(key, layers, lora: Lora):
     """Draw adapters for stacked layers: A from a normal of variance 1 / fan-in, B zero,
-    so that the model starts unchanged.
+    so that the model is unchanged at the start.
     """
     adapters: dict = {}
     for i, (target, part) in enumerate(LORA_TARGETS.items()):
         if target not in lora.targets:
             continue
         shape = layers[part][target]["kernel"].shape
-        inputs = 3 if target == "o" else 2  # attention's output reads heads x head size
+        inputs = 3 if target == "o" else 2  # the input of o has two axes: heads and head size
         a = math.prod(shape[1:inputs]) ** -0.5 * jax.random.normal(jax.random.fold_in(key, i), (*shape[:inputs], lora.rank))
         b = jnp.zeros((shape[0], lora.rank, *shape[inputs:]))
         adapters.setdefault(part, {})[target] = {"a": {"kernel": a}, "b": {"kernel": b}}
@@ -35,8 +35,8 @@ def init(key, layers, lora: Lora):
 
 
 def beside(layers, adapters):
-    """Put each adapter into the layers' tree, beside the kernel it adapts; no array is
-    touched.
+    """Insert each adapter into the layers' tree, beside the kernel that it adapts. No
+    array is copied.
     """
     layers = {part: dict(modules) for part, modules in layers.items()}
     for part, modules in adapters.items():
@@ -46,11 +46,11 @@ def beside(layers, adapters):
 
 
 def merge(params, lora: Lora | None):
-    """Give plain params that compute what the adapted ones do: `W + alpha / rank * A
-    B`, in the wider of their dtypes.
+    """Return plain params that compute the same as the adapted ones: `W + alpha / rank
+    * A B`, in the wider of the two dtypes.
 
-    Plain params come back as they are. The kernels that are merged are new arrays; the
-    others are those of the base.
+    Params without adapters are returned unchanged. Merged kernels are new arrays; the
+    other arrays are those of the base.
     """
     if "lora" not in params:
         return params
@@ -65,7 +65,7 @@ def merge(params, lora: Lora | None):
 
 @jax.jit
 def merged_kernel(kernel, a, b, scale):
-    """`kernel + scale * a b` of each layer; a is [L, inputs, rank] and b [L, rank,
-    outputs], inputs and outputs of any rank.
+    """Return `kernel + scale * a b` for each layer. a is [L, inputs, rank] and b is [L,
+    rank, outputs]; inputs and outputs may be several axes.
     """
     return kernel + scale * jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(a, b)

@@ -1,11 +1,11 @@
-"""The decoder-only transformer behind the `Model` interface: stack, scan or unroll,
-rematerialisation, value head.
+"""The decoder-only transformer behind the `Model` interface: layers as a scan or a
+loop, rematerialisation, value head.
 
 Layers are defined with `flax.nnx` and merged inside `apply`; only nested dicts of
 arrays cross the interface, with the layers stacked on axis 0. `ModelConfig.scan_layers`
-chooses between `lax.scan` over the stack (compile time flat in depth: for accelerators)
-and an unrolled loop (twice as fast on a CPU at 3 layers). Decoding is unrolled
-everywhere: a scan copies each layer's cache out of the stack and back
+selects `lax.scan` over the stack (compile time independent of depth, for accelerators)
+or an unrolled loop (twice as fast on a CPU at 3 layers). Decoding is always unrolled,
+because a scan copies each layer's cache out of the stack and back
 (jaxreason/bench/README.md).
 """
 
@@ -34,14 +34,13 @@ REMAT = {
 
 
 def transformer(config: ModelConfig, mesh=None) -> Model:
-    """Make the pure functions of a decoder-only transformer.
+    """Make the functions of a decoder-only transformer.
 
-    A mesh is for the attention kernels that the compiler can't split by itself, which
-    is all but "xla".
+    `mesh` is for attention kernels that the compiler can't partition: all but "xla".
     """
     dtype = jnp.dtype(config.dtype)
-    # Modules hold no arrays of their own here: only their structure is kept, to be
-    # merged with params inside `apply`.
+    # Keep only the structure of the modules, without arrays; `apply` merges it with
+    # params.
     block = nnx.graphdef(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
     adapted_block = nnx.graphdef(nnx.eval_shape(lambda: adapted(Block(config, rngs=nnx.Rngs(0)), config.lora)))
     decode_block = nnx.eval_shape(lambda: Block(config, fused=True, rngs=nnx.Rngs(0)))
@@ -56,7 +55,7 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
         x_BTD, cache = nnx.merge(block, layer)(x_BTD, rotations, seen, cache, kernel)
         return (x_BTD if cache is not None else sharding.keep_rows(x_BTD, mesh)), cache
 
-    # Traced once for all layers, which halves the time.
+    # With jit, one trace serves all layers, which halves the tracing time.
     run_decode = jax.jit(functools.partial(run, decode_block))
     run_plain, run_adapted = functools.partial(run, block), functools.partial(run, adapted_block)
     policy = REMAT[config.remat]
@@ -145,15 +144,16 @@ def init_params(config: ModelConfig, key):
     if config.value_head:
         params["value"] = {"kernel": std * jax.random.normal(value_key, (config.width,))}
     if config.lora is not None:
-        # A key of their own: the base is that of the same seed without adapters.
+        # Adapters have their own key, so the base equals that of the same seed without
+        # adapters.
         adapters = lora.init(jax.random.fold_in(key, 1), params["layers"], config.lora)
-        value = {"value": params.pop("value")} if config.value_head else {}  # trained, like the adapters
+        value = {"value": params.pop("value")} if config.value_head else {}  # the value head is trained, like the adapters
         return {"frozen": cast(params, base_dtype), "lora": cast(adapters), **cast(value)}
     return cast(params)
 
 
 def forward_scan(run_block, x_BTD, layers, rotations, seen, cache):
-    """Run stacked layers by a scan."""
+    """Run stacked layers with a scan."""
 
     def step(x_BTD, layer_and_cache):
         layer, layer_cache = layer_and_cache
@@ -174,7 +174,7 @@ def forward_layers(run_layer, x_BTD, layers: tuple, rotations, seen, cache, pref
 
 
 def adapted(block: Block, adapters: Lora | None) -> Block:
-    """Give the chosen projections of a block their adapters."""
+    """Add adapters to the chosen projections of a block."""
     for target in () if adapters is None else adapters.targets:
         module = getattr(getattr(block, LORA_TARGETS[target]), target)
         module.scale = adapters.scale
@@ -185,10 +185,10 @@ def adapted(block: Block, adapters: Lora | None) -> Block:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def unstack(layers, count: int) -> tuple:
-    """Split stacked layers into a tuple of one tree a layer.
+    """Split stacked layers into a tuple of one tree per layer.
 
-    Its gradient stacks. That of plain indexing adds up `count` arrays that are zero but
-    for one layer.
+    Its gradient stacks the layers' gradients. The gradient of plain indexing would add
+    up `count` arrays that are zero except in one layer.
     """
     return tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count))
 
@@ -205,23 +205,21 @@ unstack.defvjp(unstack_forward, unstack_backward)
 
 
 def rotation(config: ModelConfig, position_BT):
-    """Cosines and sines of every position, float32, each [B, T, H]."""
+    """Return the cosines and sines of every position, float32, each [B, T, H]."""
     inverse, attention_factor = rope_frequencies(config)
     angle = position_BT[..., None].astype(jnp.float32) * inverse
-    # Computed into one array and laid out from there: XLA:CPU would compute two arrays
-    # anew in every fusion that reads them, for each layer's queries and again for its
-    # keys.
+    # Both are computed in one array. XLA:CPU would recompute two separate arrays in
+    # every fusion that reads them: for each layer's queries and again for its keys.
     halves_BTH = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1) * attention_factor
     cos, sin = jnp.split(halves_BTH, 2, axis=-1)
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([sin, sin], axis=-1)
 
 
 def columns(position_BT, prefix) -> tuple:
-    """The column of its row's cache that each token has, and who continues which
-    prompt.
+    """Return the cache position of each token, and the assignment of rows to prompts.
 
-    A row's columns are written in order, so what stands past a token's own is left from
-    an earlier rollout or padding.
+    A row's cache is written in order of position. Positions after a token's own hold
+    only remains of an earlier rollout or padding, and the token must not see them.
     """
     if prefix is None:
         return position_BT, None

@@ -1,13 +1,14 @@
-"""Weights in and out of Hugging Face folders: safetensors <-> the nested dict of
-stacked arrays that a `Model` takes.
+"""Conversion of weights between Hugging Face folders (safetensors) and the nested dict
+of stacked arrays that a `Model` takes.
 
-`table(config)` is the one list of (their name, our path, how to reshape) and drives
-both directions. Loading fills each stacked array layer by layer, straight from the
-file, and hands it to the devices before the next is begun: host memory stays near one
-copy of the model. Whatever does not fit (a tensor missing, left over, misshapen or not
-finite) is an error that names it, found by the headers of the files before anything is
-allocated where it can be. Left out: the value head, which no Hugging Face checkpoint
-has; pickled and quantised checkpoints.
+`table(config)` lists each tensor with its name in the file, its path in our params, and
+the reshaping between them; loading and saving both use it. Loading fills each stacked
+array layer by layer, straight from the file, and moves it to the devices before
+beginning the next one, so host memory stays near one copy of the model. A tensor that
+is missing, unexpected, misshapen or not finite is an error that names it. Where
+possible, the file headers reveal such errors before anything is allocated. Not
+supported: the value head, which no Hugging Face checkpoint has, and pickled or
+quantised checkpoints.
 """
 
 from __future__ import annotations
@@ -45,19 +46,19 @@ TOKENIZER_FILES = (
 
 
 class Row(NamedTuple):
-    """One kind of tensor. Ours (of one layer) is
-    `theirs.reshape(split).transpose(axes)`; both are views.
+    """One kind of tensor: "theirs" in the file, "ours" in params. Ours (for one layer)
+    is `theirs.reshape(split).transpose(axes)`; both are views.
     """
 
-    name: str  # theirs; {} stands for the layer
-    path: tuple[str, ...]  # ours; under "layers" it is stacked on axis 0
-    shape: tuple[int, ...]  # theirs
-    split: tuple[int, ...]  # theirs, with heads and head size apart
-    axes: tuple[int, ...]  # where the axes of split go: theirs are (out, in), ours (in, out)
+    name: str  # name in the file; {} is the layer number
+    path: tuple[str, ...]  # path in params; under "layers" it is stacked on axis 0
+    shape: tuple[int, ...]  # shape in the file
+    split: tuple[int, ...]  # shape in the file, with heads and head size as separate axes
+    axes: tuple[int, ...]  # transposition of split: theirs are (out, in), ours (in, out)
 
     @property
     def ours(self) -> tuple[int, ...]:
-        """Shape of ours, without the layer axis."""
+        """Return the shape in params, without the layer axis."""
         return tuple(self.split[a] for a in self.axes)
 
     @property
@@ -65,7 +66,7 @@ class Row(NamedTuple):
         return self.path[0] == "layers"
 
     def names(self, config: ModelConfig) -> Iterator[str]:
-        """Their names, one a layer or just one."""
+        """Return the names in the file: one per layer, or just one."""
         return (self.name.format(i) for i in range(config.layers if self.stacked else 1))
 
     def from_theirs(self, array: np.ndarray) -> np.ndarray:
@@ -81,8 +82,8 @@ def table(config: ModelConfig) -> list[Row]:
     D, F, V, N, K, H = c.width, c.feed_forward, c.vocab_size, c.heads, c.kv_heads, c.head_size
 
     def row(name, path, *split, axes=None, merged=0):
-        """`merged` axes, from the first on (from the last if negative), are one axis in
-        their shape.
+        """Make a Row. In its shape in the file, the first `merged` axes of `split` are
+        one axis, or the last `-merged` axes if `merged` is negative.
         """
         shape = split
         if merged > 0:
@@ -123,16 +124,16 @@ def table(config: ModelConfig) -> list[Row]:
 
 
 def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """Find the folder of a checkpoint: a folder, a named size, or a Hugging Face id,
-    which is downloaded unless the cache has it.
+    """Return the folder of a checkpoint, given as a folder, a named size, or a Hugging
+    Face id. Files that the cache lacks are downloaded.
 
     `revision` is a commit, branch or tag of the hub.
 
     Raises:
-      FileNotFoundError: neither a folder nor in the cache, and the hub cannot be
-        reached or does not have it.
-      ValueError: the hub has it without safetensors, or a folder was given with a
-        revision.
+      FileNotFoundError: it is neither a folder nor cached, and the hub is unreachable
+        or does not have it.
+      ValueError: the hub has no safetensors for it, or a revision was given with a
+        folder.
     """
     name = HUB_IDS.get(str(path_or_hub_id), str(path_or_hub_id))
     folder = Path(os.path.expanduser(name))
@@ -148,11 +149,11 @@ def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
 
 
 def needed_files(id: str, names: Sequence[str]) -> list[str]:
-    """Choose the files of a checkpoint by their names, the weights last: no pickles, no
-    other formats.
+    """Choose the files of a checkpoint by name, the weights last. Pickles and other
+    formats are left out.
 
     Raises:
-      ValueError: there are no such weights.
+      ValueError: the repository lacks config.json or safetensors weights.
     """
     shards = [n for n in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", n)]
     weights = [SINGLE] if SINGLE in names else [INDEX, *sorted(shards)] if INDEX in names and shards else []
@@ -175,7 +176,7 @@ def _open(path: Path):
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """Map each tensor of a sharded checkpoint to its file, as the index says."""
+    """Map each tensor of a sharded checkpoint to its file, as listed in the index."""
     found = read_object(folder / INDEX).get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(file, str) and Path(file).name == file for file in found.values()):
         raise ValueError(f"{folder / INDEX} has no weight_map of tensors to names of files beside it; download it again")
@@ -214,21 +215,21 @@ def load(
 
     Args:
       path_or_hub_id: as in `resolve`.
-      dtype: of the computation; goes into the config.
-      param_dtype: of the arrays returned; goes into the config.
-      sharding: one `jax.sharding.Sharding` for all arrays, or a tree of them shaped
-        like params. Every process reads the files and keeps its own shards.
-      value_head: whether the config has one. Its weights come from `init`; without that
-        they are left out of params.
-      init: params to take what no checkpoint has from.
+      dtype: of the computation; stored in the config.
+      param_dtype: of the returned arrays; stored in the config.
+      sharding: one `jax.sharding.Sharding` for all arrays, or a tree of them with the
+        structure of params. Every process reads the files and keeps its own shards.
+      value_head: whether the config has a value head. Its weights come from `init`;
+        without `init`, params lack them.
+      init: params that provide the weights that no checkpoint has.
       **overrides: further fields of ModelConfig, such as `remat`.
 
     Raises:
-      FileNotFoundError: no such checkpoint, or a file of it is missing.
-      ValueError: a file is damaged, or a tensor is missing, left over or misshapen: the
-        message names it.
-      BadWeights: a tensor is not finite in `param_dtype`, or a head that config.json
-        says is tied differs from the embedding.
+      FileNotFoundError: there is no such checkpoint, or one of its files is missing.
+      ValueError: a file is damaged, or a tensor is missing, unexpected or misshapen;
+        the message names it.
+      BadWeights: a tensor is not finite in `param_dtype`, or config.json ties the
+        output head but the file has a head that differs from the embedding.
     """
     folder = resolve(path_or_hub_id)
     if not (folder / "config.json").is_file():
@@ -243,7 +244,7 @@ def load(
         stack = np.empty((*([config.layers] if row.stacked else []), *row.ours), np.dtype(param_dtype))
         for i, name in enumerate(row.names(config)):
             ours = stack[i] if row.stacked else stack
-            with np.errstate(over="ignore"):  # said below, by name
+            with np.errstate(over="ignore"):  # reported below, with the tensor's name
                 ours[...] = row.from_theirs(_read(files[name], name))
             if not _is_finite(ours):
                 raise BadWeights(f"tensor {name} in {files[name]} holds NaN or infinity as {param_dtype}; download it again")
@@ -254,8 +255,7 @@ def load(
 
 
 def check(folder: str | Path, config: ModelConfig) -> None:
-    """Check that a folder has the tensors of this config, by the headers of its files
-    alone.
+    """Check that a folder has the tensors of this config, reading only file headers.
 
     Raises:
       FileNotFoundError, ValueError: as `load` does.
@@ -264,7 +264,7 @@ def check(folder: str | Path, config: ModelConfig) -> None:
 
 
 class BadWeights(ValueError):
-    """Weights that no run can begin with, which only reading them shows."""
+    """Weights that no run can start from; only reading the tensors reveals them."""
 
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -272,8 +272,8 @@ LAYER = re.compile(r"(model\.layers\.)(0|[1-9]\d{0,8})(\..+)")
 
 
 def _check_headers(config: ModelConfig, rows: list[Row], files: Mapping[str, Path], folder: Path) -> None:
-    """Raise ValueError if a tensor is missing, left over, misshapen or of a type that
-    is not read.
+    """Raise ValueError if a tensor is missing, unexpected, misshapen or of an
+    unsupported dtype.
     """
     row_of, wanted = {row.name: row for row in rows}, {}
     for name in files:
@@ -281,15 +281,15 @@ def _check_headers(config: ModelConfig, rows: list[Row], files: Mapping[str, Pat
         row = row_of.get(f"{found[1]}{{}}{found[3]}" if found else name)
         if row is not None and (int(found[2]) < config.layers if found else not row.stacked):
             wanted[name] = row.shape
-    # Not all names are made, of which a wrong config.json may want any number: the
-    # first that is missing comes soon.
+    # Find the first missing name lazily: a wrong config.json may ask for any number of
+    # names.
     more = sum(config.layers if row.stacked else 1 for row in rows) - len(wanted) - 1
     if more >= 0:
         missing, shape = next((name, row.shape) for row in rows for name in row.names(config) if name not in files)
         also = f" and {more} more" if more else ""
         raise ValueError(f"{folder} lacks tensor {missing} of shape {shape}{also}; does config.json belong to it?")
-    # Old checkpoints store the RoPE frequencies, which config.json determines; some
-    # store a tied head twice.
+    # Ignore RoPE frequencies in old checkpoints, which config.json determines, and a
+    # tied head that is stored twice.
     extra = sorted(n for n in files if n not in wanted and not n.endswith("rotary_emb.inv_freq") and n != HEAD)
     if extra:
         also = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
@@ -312,8 +312,8 @@ def _check_tensor(file, path: Path, name: str, shape: tuple[int, ...]) -> None:
 
 
 def _check_tied(files: Mapping[str, Path], folder: Path) -> None:
-    """Raise BadWeights if a checkpoint with tied embeddings has a head of its own:
-    which of the two is meant?
+    """Raise BadWeights if a checkpoint with tied embeddings has a different head: it is
+    unclear which of the two is meant.
     """
     head, embedding = _read(files[HEAD], HEAD), _read(files[EMBEDDING], EMBEDDING)
     if head.shape != embedding.shape or not np.array_equal(head, embedding):
@@ -324,20 +324,20 @@ def _check_tied(files: Mapping[str, Path], folder: Path) -> None:
 
 
 def _read(path: Path, name: str) -> np.ndarray:
-    """Read one tensor. The file is opened anew for each: its mapped pages would count
-    as our memory until it is closed.
+    """Read one tensor. Each call opens the file anew, because its mapped pages count as
+    this process's memory until it is closed.
     """
     with _open(path) as file:
         return file.get_tensor(name)
 
 
 def _is_finite(array: np.ndarray) -> bool:
-    """Whether no number is NaN or infinite, without a temporary array of the same size
-    where there is a way.
+    """Return whether all numbers are finite, without a temporary array of the same size
+    for float32.
     """
-    if array.dtype == np.float32:  # both ends are NaN if any number is
+    if array.dtype == np.float32:  # max and min are NaN if any number is
         return bool(np.isfinite(array.max()) and np.isfinite(array.min()))
-    exponent = np.uint16(0x7F80)  # bfloat16's, all ones in what is not finite; NumPy has no fast loops for the type itself
+    exponent = np.uint16(0x7F80)  # bfloat16's exponent bits, all ones if not finite; NumPy has no fast loops for bfloat16
     return not ((array.view(np.uint16) & exponent) == exponent).any()
 
 
@@ -346,11 +346,13 @@ def _to_devices(array: np.ndarray, sharding) -> jax.Array:
         placed = jax.device_put(array)
     else:
         placed = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-    return jax.block_until_ready(placed)  # else copies that are under way hold several host arrays at a time
+    return jax.block_until_ready(placed)  # otherwise pending copies hold several host arrays at a time
 
 
 def _at(tree, path: tuple[str, ...]):
-    """The leaf at a path; a tree that is no mapping stands for all its leaves."""
+    """Return the leaf at a path. A tree that is not a mapping stands for all of its
+    leaves.
+    """
     for key in path:
         if not isinstance(tree, Mapping):
             return tree
@@ -377,22 +379,23 @@ def save(
     max_shard_bytes: int = 5_000_000_000,
     **tokens,
 ) -> None:
-    """Write a folder that transformers, vLLM and `load` read. A value head is left out.
+    """Write a folder that transformers, vLLM and `load` can read. The value head is not
+    written.
 
     Args:
-      folder: made if need be; model files of an earlier save in it are replaced.
+      folder: created if missing; model files of an earlier save in it are replaced.
       config: of the params.
-      params: layers stacked; every array addressable from this process.
-      tokenizer_folder: the tokenizer's files are copied from it, and from its
-        config.json the token ids and context length.
-      dtype: of the weights written; None keeps that of the params.
-      max_shard_bytes: begin a new file where the next tensor would go past this.
-      **tokens: entries for config.json, such as `eos_token_id`; token ids also go to
-        generation_config.json.
+      params: with stacked layers; every array must be addressable from this process.
+      tokenizer_folder: source of the tokenizer files, and of the token ids and
+        context length in its config.json.
+      dtype: of the weights in the file; None keeps the dtype of the params.
+      max_shard_bytes: maximum size of a file; a larger tensor gets its own file.
+      **tokens: entries for config.json, such as `eos_token_id`; token ids are also
+        written to generation_config.json.
     """
     folder = Path(folder)
     rows = table(config)
-    for row in rows:  # all of them before anything is written
+    for row in rows:  # check all of them before writing anything
         leaf, shape = _at(params, row.path), (*([config.layers] if row.stacked else []), *row.ours)
         if not getattr(leaf, "is_fully_addressable", True):
             raise ValueError("save got arrays of other processes; gather them first: multihost_utils.process_allgather")
@@ -409,15 +412,15 @@ def save(
     _write_shards(folder, config, rows, params, stored, max_shard_bytes)
     path = folder / "generation_config.json"
     copied = read_object(path) if path.is_file() and tokenizer_folder is not None else {}
-    tokens = given if copied else tokens  # what was copied knows its ids better than a config.json, but not than our caller
+    tokens = given if copied else tokens  # a copied file's ids take precedence over config.json's, but not over the caller's
     ids = {k: tokens[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if tokens.get(k) is not None}
     if copied or "eos_token_id" in ids:
         _write_json(path, copied | ids)
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
-    """Copy a tokenizer's files; return the entries of its config.json that belong to
-    the text, not to the weights.
+    """Copy a tokenizer's files, and return the entries of its config.json that concern
+    the text and not the weights.
     """
     if not (source / "tokenizer.json").is_file():
         raise FileNotFoundError(f"tokenizer_folder {source} has no tokenizer.json; leave it out to save weights alone")
@@ -444,14 +447,14 @@ def _write_shards(folder: Path, config: ModelConfig, rows: list[Row], params, st
     files = [SINGLE] if len(shards) == 1 else names
     at_end = {shard[-1]: file for shard, file in zip(shards, files, strict=True)}
     tensors: dict[str, np.ndarray] = {}
-    for row in rows:  # one stacked array and one shard in host memory at a time
+    for row in rows:  # keep only one stacked array and one shard in host memory
         stack = np.asarray(_at(params, row.path))
         for i, name in enumerate(row.names(config)):
             theirs = row.to_theirs(stack[i] if row.stacked else stack)
             tensors[name] = np.ascontiguousarray(theirs, dtype=stored)
-            if name in at_end:  # transformers wants the file to say whose layout it has
+            if name in at_end:  # transformers requires the format in the metadata
                 save_file(tensors, folder / at_end[name], metadata={"format": "pt"})
-                shutil.copymode(folder / "config.json", folder / at_end[name])  # save_file makes it unreadable to others
+                shutil.copymode(folder / "config.json", folder / at_end[name])  # save_file makes it private
                 tensors = {}
     if len(shards) > 1:
         weight_map = {name: file for shard, file in zip(shards, files, strict=True) for name in shard}

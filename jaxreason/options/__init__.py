@@ -1,8 +1,8 @@
-"""Names and numbers that a user gives, checked: options of a config file, fields of a
-section, names of a family, JSON files.
+"""Checks of names and numbers that a user gives: options of a config file, fields of a
+section, names in a family, JSON files.
 
-Options are the part after the colon of `--config=configs/tiny.py:task=countdown,smoke`.
-A name with a colon in it is a user's own code: `my_rewards:brevity` is the function
+Options follow the colon in `--config=configs/tiny.py:task=countdown,smoke`. A name that
+contains a colon refers to the user's own code: `my_rewards:brevity` is the function
 `brevity` of the module `my_rewards`.
 """
 
@@ -21,8 +21,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-# Fields that have another name now: `"config.*.source.old": "new"`. The old one is
-# refused, in configs and run folders alike.
+# Renamed fields: `"config.*.source.old": "new"`. Old names are refused, in configs and
+# in run folders.
 RENAMED: dict[str, str] = {
     "config.*.objective.clip": "clip_low and clip_high",
     "config.*.objective.lo": "clip_low",
@@ -35,8 +35,8 @@ RENAMED: dict[str, str] = {
 
 
 def unknown_name_message(what: str, got: str, allowed: Iterable[str]) -> str:
-    """Say that `got` is not one of `allowed`, with the nearest of them first if one is
-    near.
+    """Say that `got` is not one of `allowed`, and suggest the nearest name if one is
+    close.
     """
     allowed = sorted(map(str, allowed))
     by_lower = {name.lower(): name for name in allowed}
@@ -46,12 +46,12 @@ def unknown_name_message(what: str, got: str, allowed: Iterable[str]) -> str:
 
 
 def new_name(where: str, name: str) -> str:
-    """Return the name that a field has now, or "" if it was not renamed."""
+    """Return the new name of a renamed field, or "" if it was not renamed."""
     return next((new for old, new in RENAMED.items() if fnmatch.fnmatchcase(f"{where}.{name}", old)), "")
 
 
 def renamed(where: str, name: str) -> str:
-    """Say that a field was renamed; nothing if it was not."""
+    """Say that a field was renamed; "" if it was not."""
     if not (new := new_name(where, name)):
         return ""
     written = " and ".join(f"{where}.{field}" for field in new.split(" and "))
@@ -62,11 +62,11 @@ def parse(arg: str, *, choices: dict[str, Iterable[Any]] | None = None, **defaul
     """Parse `"size=small,smoke"` into a namespace that has each of `defaults`, cast to
     the type of its default.
 
-    A bare name sets a flag whose default is False. `choices` limits the values of an
+    A bare name sets an option whose default is False. `choices` limits the values of an
     option.
 
     Raises:
-      ValueError: an unknown option, a value of the wrong type, or one that is not among
+      ValueError: an unknown option, a value of the wrong type, or a value not among
         the choices.
     """
     OFFERED.update({name: (default, (choices or {}).get(name)) for name, default in defaults.items()})
@@ -92,17 +92,18 @@ def parse(arg: str, *, choices: dict[str, Iterable[Any]] | None = None, **defaul
     return SimpleNamespace(**values)
 
 
-# The options that were parsed for last, with their defaults and choices: how
-# `--describe` learns of a file's options.
+# Options of the last call of `parse`, with their defaults and choices. `--describe`
+# reads the options of a config file from here.
 OFFERED: dict[str, tuple[Any, Iterable[Any] | None]] = {}
 
 
 def call_with_section(function: Callable, section: Mapping[str, Any], where: str, /, **given):
-    """Call `function(**section, **given)`, where `section` is a user's and `where` is
-    what to call it.
+    """Call `function(**section, **given)`. The user wrote `section`, and errors refer
+    to it as `where`.
 
     Raises:
-      ValueError: a field that the function does not have, or one missing that it needs.
+      ValueError: the section has a field that the function lacks, or lacks one that
+        it needs.
     """
     parameters = inspect.signature(function).parameters
     allowed = [n for n, p in parameters.items() if n not in given and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -117,11 +118,10 @@ def call_with_section(function: Callable, section: Mapping[str, Any], where: str
 
 
 def read_text(path: Path) -> str:
-    """Read a text file of UTF-8, without the byte order mark that some editors put in
-    front.
+    """Read a UTF-8 text file, without the byte order mark that some editors write.
 
     Raises:
-      ValueError: it is not UTF-8; the message names the file.
+      ValueError: the file is not UTF-8; the message names it.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -130,10 +130,10 @@ def read_text(path: Path) -> str:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
+    """Read a JSON file that contains an object.
 
     Raises:
-      ValueError: it is not JSON, or holds something else; the message names the file.
+      ValueError: the file is not JSON or contains no object; the message names it.
     """
     try:
         value = json.loads(read_text(path))
@@ -150,10 +150,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def find(what: str, name: str, family: Mapping[str, Callable]) -> Callable:
-    """Find the function of a name: one of a family, or `module:function` of the user's.
+    """Find a function by name: one of a family, or the user's `module:function`.
 
     Raises:
-      ValueError: there is none, or the user's module does not load.
+      ValueError: there is no such function, or the user's module can't be imported.
     """
     if isinstance(name, str) and ":" in name:
         return own(what, name)
@@ -166,8 +166,8 @@ OWN = "; or module:function of your own"
 
 
 def own(what: str, name: str) -> Callable:
-    """A function of the user's, whose errors say where in the user's file they
-    arose.
+    """Import a user's function, and wrap it so that its errors name the line in the
+    user's file.
     """
     module, _, attribute = name.partition(":")
     what = f"{what} {name!r}"
@@ -199,10 +199,10 @@ def own(what: str, name: str) -> Callable:
 
 @contextlib.contextmanager
 def lines_of(what: str) -> Iterator[None]:
-    """Turn errors of a user's code in this block into a ValueError that says what, the
+    """Turn errors of a user's code in this block into a ValueError with `what`, the
     file and the line.
 
-    A ValueError that this package raised for the user's code passes as it is.
+    A ValueError raised by this package passes unchanged.
     """
     try:
         yield
@@ -215,7 +215,7 @@ def lines_of(what: str) -> Iterator[None]:
 
 
 def line_of(error: BaseException) -> str:
-    """Say where in a user's file an error arose, as file:line; nothing if this package
+    """Return the file:line in a user's file where an error arose; "" if this package
     raised it.
     """
     if isinstance(error, SyntaxError) and error.filename:
@@ -232,6 +232,8 @@ def line_of(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the message of an error in one line; a SyntaxError's without its place."""
+    """Return the message of an error as one line; for a SyntaxError, without its
+    location.
+    """
     said = error.msg if isinstance(error, SyntaxError) else error
     return " ".join(str(said).split())

@@ -1,11 +1,12 @@
-"""A config from the words of a command, read alike by every entry point that takes one.
+"""The config of a command line, read in the same way by all entry points.
 
     --config=configs/tiny.py:task=countdown,smoke --config.rl.optimizer.lr=1e-4
 
-The file is run, fields named by the words are set, and all others are added with their
-defaults (see `fields`, `build.layout`), so any field can be named, whether the file has
-it or not. `None` unsets a field, `(1, 2)` or `1,2` is a tuple, a section is a Python
-dictionary. A folder of the config's is where a user's own modules are found.
+The config file is run, the fields named on the command line are set, and all other
+fields get their defaults (see `fields`, `build.layout`). Any field can thus be set,
+even if the file does not mention it. `None` unsets a field, `(1, 2)` or `1,2` is a
+tuple, and a section is a Python dictionary. The folder of the config file is on the
+import path, so a user's modules can be beside it.
 """
 
 from __future__ import annotations
@@ -28,23 +29,24 @@ FLAGS = flags.FLAGS
 
 
 class Words(NamedTuple):
-    """The words of a command about its config, and the other words."""
+    """The arguments of a command, split into those about the config and the rest."""
 
     config: str | None  # FILE, or FILE:OPTIONS
-    changes: dict[str, str]  # fields by their full names, without the first word `config`
+    changes: dict[str, str]  # full field name without the leading `config.` -> value
     rest: list[str]
 
 
 def define(help: str) -> flags.FlagHolder:
-    """Define the flag `--config`, whose value `parse` makes the whole config."""
+    """Define the flag `--config`. `parse` replaces its value by the complete config."""
     return flags.DEFINE_string("config", None, help)
 
 
 def split(argv: list[str]) -> Words:
-    """Take `--config=FILE` and `--config.FIELD=VALUE` out of a command's words.
+    """Separate `--config=FILE` and `--config.FIELD=VALUE` from the other arguments of a
+    command.
 
     Raises:
-      ValueError: several files, or a word without its value.
+      ValueError: several files, or an argument without its value.
     """
     files, changes, rest = [], {}, argv[:1]
     words = FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
@@ -76,15 +78,15 @@ def split(argv: list[str]) -> Words:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Parse flags, and give the flag `config` the whole config; return the words that
-    are no flags.
+    """Parse the flags, set the flag `config` to the complete config, and return the
+    arguments that are not flags.
 
     Raises:
-      ValueError, flags.Error, OSError: anything wrong, in one line.
+      ValueError, flags.Error, OSError: any error of the user, in one line.
     """
     words = split(argv)
     if words.config is not None:
-        find_file(words.config)  # before anything that takes time
+        find_file(words.config)  # fail before anything slow
     rest = FLAGS(words.rest)
     if words.config is None and words.changes:
         raise ValueError(f"--config.{next(iter(words.changes))} is given and no --config=FILE")
@@ -95,7 +97,7 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def parse_or_exit(argv: list[str]) -> list[str]:
-    """Parse flags as `parse` does; end with one line where something is wrong."""
+    """Parse flags as `parse` does; on an error exit with one line."""
     try:
         return parse(argv)
     except (flags.Error, ValueError, OSError) as error:
@@ -103,7 +105,7 @@ def parse_or_exit(argv: list[str]) -> list[str]:
 
 
 def find_file(config: str) -> Path:
-    """The file of FILE:OPTIONS."""
+    """Return the path of the file in FILE:OPTIONS."""
     path = Path(os.path.expanduser(config.partition(":")[0]))
     name = config.partition(":")[0]
     if name and path.is_dir():
@@ -114,12 +116,11 @@ def find_file(config: str) -> Path:
 
 
 def read(config: str, changes: dict[str, str], say: Callable[[str], None] = print) -> ConfigDict:
-    """Read the whole config of FILE:OPTIONS, with some of its fields changed; `say`
-    gets a line about each section whose new name drops fields of the file.
+    """Read the complete config of FILE:OPTIONS and set the fields in `changes`. `say`
+    gets one line for each section whose new name drops fields of the file.
 
     Raises:
-      ValueError: the file does not run, or a field that there is not or is not of its
-        type.
+      ValueError: the file does not run, or a field is unknown or has the wrong type.
     """
     tree = load(config)
     from jaxreason import build  # jax is imported here, which takes a second
@@ -135,10 +136,11 @@ def read(config: str, changes: dict[str, str], say: Callable[[str], None] = prin
 
 
 def load(config: str) -> dict:
-    """Run a config file and return what its `get_config` gives.
+    """Run a config file and return the result of its `get_config`.
 
     Raises:
-      ValueError: it does not run; where an error is the file's own, its line is said.
+      ValueError: the file does not run; the message names the line if the error is in
+        the file.
     """
     path = find_file(config)
     _, colon, arguments = config.partition(":")

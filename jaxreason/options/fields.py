@@ -1,15 +1,15 @@
-"""Fields of a config, read from signatures: their types, defaults and one line about
-each.
+"""Fields of a config, read from function signatures: types, defaults and one line of
+help each.
 
-A section of a config is the keyword arguments of one function, or of several that
-share them: a family's `make(name, ...)` and the maker that has the name. So a
-signature says all there is to know of a field: its annotation is the type, its default
-the default, and the comment at the end of its line what it does. A field whose line has
-no comment takes that of the first function of its file that has one of this name.
+A section of a config is the keyword arguments of one function, or of several that share
+them: a family's `make(name, ...)` and the function that the name selects. The signature
+fully defines a field: the annotation is its type, the default its default, and the
+comment at the end of its line its help. A field without such a comment takes the
+comment of the first function in the same file that has a field of this name.
 
-`Section` names the functions; `complete`, `check`, `assign` and `describe` go through a
-config by it. Left out: which section is which function (`build.layout`), and ranges,
-which the functions check themselves.
+`Section` lists the functions of a section. `complete`, `check`, `assign` and `describe`
+traverse a config with it. This module does not decide which section uses which function
+(`build.layout`), and does not check ranges (the functions do).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from typing import Any, NamedTuple
 
 from jaxreason.options import renamed, unknown_name_message
 
-NEEDED = inspect.Parameter.empty  # the default of a field that has none
-LARGEST = 2**32  # whole numbers of a config are below it, sizes of arrays among them
-LARGEST_FLOAT = 1e38  # of float32
+NEEDED = inspect.Parameter.empty  # stands for a missing default or value
+LARGEST = 2**32  # limit of whole numbers in a config, which may be sizes of arrays
+LARGEST_FLOAT = 1e38  # limit of floats in a config, close to the largest float32
 
 
 class Field(NamedTuple):
@@ -45,22 +45,22 @@ class Field(NamedTuple):
 
 
 class Section(NamedTuple):
-    """The functions that the fields of a section come from."""
+    """The functions that define the fields of a section."""
 
-    functions: tuple[Callable, ...] = ()  # their keyword arguments, all together, are the fields
-    given: tuple[str, ...] = ()  # keyword arguments that the caller gives
-    sections: Mapping[str, Callable[[dict], Section]] = {}  # fields that are sections, of the value that they have
-    decided: Mapping[str, str] = {}  # fields that other fields decide where they are absent, and how
-    each: Callable[[dict], Section] | None = None  # what every entry is, if the names of the entries are the user's
-    replaces: tuple[str, ...] = ()  # fields that replace a part of what the section's name brings
+    functions: tuple[Callable, ...] = ()  # the fields are all their keyword arguments
+    given: tuple[str, ...] = ()  # keyword arguments that the caller passes, so they are not fields
+    sections: Mapping[str, Callable[[dict], Section]] = {}  # field -> function from its value to its Section
+    decided: Mapping[str, str] = {}  # field that other fields decide if it is absent -> how
+    each: Callable[[dict], Section] | None = None  # Section of each entry, if the user names the entries
+    replaces: tuple[str, ...] = ()  # fields that replace a part of what the section's name selects
 
 
 # --- fields of a function ---
 
 
 def fields_of(section: Section) -> dict[str, Field]:
-    """The fields of a section by name; where two functions have one of the same name
-    the first counts.
+    """Return the fields of a section by name. If two functions have a field of the same
+    name, the first one counts.
     """
     found: dict[str, Field] = {}
     for function in section.functions:
@@ -72,10 +72,10 @@ def fields_of(section: Section) -> dict[str, Field]:
 
 @functools.cache
 def parameters(function: Callable) -> tuple[Field, ...]:
-    """The arguments of a function that have names."""
+    """Return the arguments of a function that can be passed by name."""
     try:
         hints = typing.get_type_hints(function)
-    except Exception:  # a user's annotation that can't be evaluated
+    except Exception:  # annotations of a user's function may not evaluate
         hints = {}
     found = []
     for name, parameter in inspect.signature(function).parameters.items():
@@ -87,8 +87,8 @@ def parameters(function: Callable) -> tuple[Field, ...]:
 
 
 def comment_on(function: Callable, name: str) -> str:
-    """Return the comment beside an argument, else the first one of its name in the
-    file.
+    """Return the comment on an argument's line, else the first comment in the file on
+    an argument of the same name.
     """
     module = vars(sys.modules.get(function.__module__, types.ModuleType("")))
     others = [f for f in module.values() if callable(f) and getattr(f, "__module__", None) == function.__module__]
@@ -100,8 +100,8 @@ def comment_on(function: Callable, name: str) -> str:
 
 @functools.cache
 def comments(function: Callable) -> dict[str, str]:
-    """The comment at the end of each argument's line, or of each field's line of a
-    class.
+    """Return the comment at the end of each argument's line, or of each field's line in
+    a class.
     """
     try:
         source = textwrap.dedent(inspect.getsource(function))
@@ -125,13 +125,13 @@ def comments(function: Callable) -> dict[str, str]:
 
 
 def members(type_: Any) -> tuple:
-    """The types of a union, or the type alone."""
+    """Return the types in a union, or the type alone."""
     return typing.get_args(type_) if typing.get_origin(type_) in (typing.Union, types.UnionType) else (type_,)
 
 
 def items(type_: Any, count: int) -> tuple | None:
-    """The types of the `count` items of a sequence; None if the type is no sequence or
-    has another number of them.
+    """Return the types of the `count` items of a sequence; None if the type is not a
+    sequence or has another length.
     """
     inside = typing.get_args(type_)
     if typing.get_origin(type_) is tuple and inside and inside[-1] is not Ellipsis:
@@ -150,8 +150,8 @@ def is_section(type_: Any) -> bool:
 
 
 def fits(value: Any, type_: Any) -> bool:
-    """Tell whether a value is of a type. An int is a float, a list is a tuple, a bool
-    is no int.
+    """Return whether a value has a type. An int counts as a float and a list as a
+    tuple, but a bool does not count as an int.
     """
     for one in members(type_):
         if (
@@ -171,8 +171,8 @@ def fits(value: Any, type_: Any) -> bool:
 
 
 def names_are_text(section: Mapping) -> bool:
-    """Whether all names in a section, and in those inside it, are text, as JSON and
-    `--config.` have them.
+    """Return whether all names in a section and its subsections are strings, as JSON
+    and `--config.` require.
     """
     return all(isinstance(k, str) and (not isinstance(v, Mapping) or names_are_text(v)) for k, v in section.items())
 
@@ -182,7 +182,7 @@ def is_finite(value: float) -> bool:
 
 
 def shown(type_: Any) -> str:
-    """A type in words: `int or None`."""
+    """Describe a type in words, such as `int or None`."""
     words = []
     for one in members(type_):
         inside = typing.get_args(one)
@@ -198,7 +198,7 @@ def shown(type_: Any) -> str:
 
 
 def wrong_type(where: str, value: Any, type_: Any) -> str:
-    """Say that a value is not of the type of the field `where`."""
+    """Say that a value has the wrong type for the field `where`."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     limit = ""
     if number and float in members(type_):
@@ -206,29 +206,29 @@ def wrong_type(where: str, value: Any, type_: Any) -> str:
     elif number and int in members(type_) and not isinstance(value, float):
         limit = ", below 2**32"
     if isinstance(value, Mapping) and any(map(is_section, members(type_))):
-        limit = ", all names in it text"
+        limit = ", with strings as names"
     text = repr(value)
     text = text if len(text) <= 60 else f"{text[:57]}..."
     return f"{where} got {text} ({type(value).__name__}); allowed: {shown(type_)}{limit}"
 
 
 def read(text: str, type_: Any, where: str) -> Any:
-    """Read a value of a type from a word of a command.
+    """Parse a command-line value of a given type.
 
     Raises:
-      ValueError: it is not of that type.
+      ValueError: the value does not have that type.
     """
     kinds = members(type_)
     if type(None) in kinds and text == "None":
         return None
     literal = literal_of(text)
-    for kind in sorted(kinds, key=lambda kind: kind is str):  # which takes any text
+    for kind in sorted(kinds, key=lambda kind: kind is str):  # str comes last, since it accepts any text
         if kind is not str and str in kinds and not isinstance(literal, tuple | list):
             continue
         value = read_one(text, literal, kind)
         if value is not NEEDED:
             return value
-    names = ", all names in it text" if isinstance(literal, Mapping) and any(map(is_section, kinds)) else ""
+    names = ", with strings as names" if isinstance(literal, Mapping) and any(map(is_section, kinds)) else ""
     raise ValueError(f"{where} got {text!r}; allowed: {shown(type_)}{names}")
 
 
@@ -240,7 +240,7 @@ def literal_of(text: str) -> Any:
 
 
 def read_one(text: str, literal: Any, kind: Any) -> Any:
-    """A value of one type, NEEDED if the text is none."""
+    """Parse a value of one type; NEEDED if the text is not of this type."""
     if kind is bool:
         return {"true": True, "false": False, "1": True, "0": False}.get(text.strip().lower(), NEEDED)
     if kind is str:
@@ -262,7 +262,7 @@ def read_one(text: str, literal: Any, kind: Any) -> Any:
 
 
 def bare(text: str) -> Any:
-    """An item of a list without quotes: `q,v` or `1,2`."""
+    """Parse an item of a list written without brackets or quotes: `q,v` or `1,2`."""
     value = literal_of(text)
     return text.strip() if value is NEEDED else value
 
@@ -271,8 +271,8 @@ def bare(text: str) -> Any:
 
 
 def sections_of(section: Section, tree: dict, where: str = "config") -> Iterator[tuple[str, Section, dict]]:
-    """Every section of a config, each before those in it: its name, where its fields
-    come from, and its values.
+    """Yield every section of a config, parents first: its name, its Section, and its
+    values.
     """
     yield where, section, tree
     for name, value in tree.items():
@@ -282,7 +282,7 @@ def sections_of(section: Section, tree: dict, where: str = "config") -> Iterator
 
 
 def complete(section: Section, tree: dict) -> dict:
-    """Add the fields that a config lacks, with their defaults, but for those that other
+    """Add the absent fields of a config with their defaults, except fields that other
     fields decide.
     """
     found = fields_of(section)
@@ -296,10 +296,10 @@ def complete(section: Section, tree: dict) -> dict:
 
 
 def check(section: Section, tree: dict, name: str = "config") -> None:
-    """Check the types of all fields of a config, or of the section of this name.
+    """Check the types of all fields of a config, or of the section named `name`.
 
     Raises:
-      ValueError: a value that is not of its field's type.
+      ValueError: a value does not have the type of its field.
     """
     for where, here, values in sections_of(section, tree, name):
         for name, field in fields_of(here).items():
@@ -311,9 +311,7 @@ def check(section: Section, tree: dict, name: str = "config") -> None:
 
 
 def unknown_fields(section: Section, tree: dict) -> list[tuple[str, str]]:
-    """The fields of a config that no function has: their names, and what to say of
-    each.
-    """
+    """List the fields of a config that no function has, each with its error message."""
     found = []
     for where, here, values in sections_of(section, tree):
         known = fields_of(here)
@@ -323,12 +321,12 @@ def unknown_fields(section: Section, tree: dict) -> list[tuple[str, str]]:
 
 
 def no_field(where: str, name: str, known) -> str:
-    """Say that a section has no such field, or what it is called now."""
+    """Say that a section has no such field, or that it was renamed."""
     return renamed(where, name) or unknown_name_message(f"field of {where}", name, known)
 
 
 class Dropped(NamedTuple):
-    """Fields that a config file gives for a name that the command replaced."""
+    """Fields of a config file that belong to a name which the command replaced."""
 
     where: str
     old: str
@@ -346,15 +344,16 @@ class Dropped(NamedTuple):
 def assign(
     layout: Callable[[dict], Section], tree: dict, changes: Mapping[str, str], say: Callable[[str], None] | None = None
 ) -> dict:
-    """Set fields of a config as a command's words say: `{"rl.optimizer.lr": "1e-3"}`.
+    """Set fields of a config from the command line: `{"rl.optimizer.lr": "1e-3"}`.
 
-    Names of families come before the fields that they bring; a section that is None is
-    begun by its first field. A new name drops the fields that the file gives for the
-    old one (see `belongs_to_name`); `say` gets a line about those that the command does
-    not set itself.
+    A `name` is set before the other fields of its section, since it decides which
+    fields exist. Setting the first field of a section that is None creates the section.
+    A new name drops the file's fields that belong to the old name (see
+    `belongs_to_name`). `say` gets one line for dropped fields that the command does not
+    set itself.
 
     Raises:
-      ValueError: a field that there is not, or a value that is not of its type.
+      ValueError: a field is unknown, or a value does not have its type.
     """
     paths = sorted((path.split(".") for path in changes), key=lambda path: (len(path), path[-1] != "name"))
     dropped: list[Dropped] = []
@@ -368,8 +367,8 @@ def assign(
 
 
 def belongs_to_name(field: str, old: Section, new: Section) -> bool:
-    """Whether a field goes with the old name of a section: the new name does not have
-    it, has another default for it, or brings the part that it replaces.
+    """Return whether a field belongs to the old name of a section: the new name lacks
+    the field, has another default for it, or selects the part that the field replaces.
     """
     before, after = fields_of(old), fields_of(new)
     if field not in after:
@@ -378,8 +377,10 @@ def belongs_to_name(field: str, old: Section, new: Section) -> bool:
 
 
 def with_new_name(old: Section, new: Section, before: dict, after: dict, where: str, dropped: list[Dropped]) -> dict:
-    """The section `after` its name was set, without the fields of its name `before`."""
-    unknown = len(new.functions) < len(old.functions)  # it brings no function, and is refused where it is used
+    """Return the section `after` its name was set, without the fields that belong to
+    its previous name.
+    """
+    unknown = len(new.functions) < len(old.functions)  # the name selects no function; it is refused later
     if before.get("name") in (None, after["name"]) or unknown:
         return after
     gone = {name: value for name, value in after.items() if name != "name" and belongs_to_name(name, old, new)}
@@ -388,7 +389,7 @@ def with_new_name(old: Section, new: Section, before: dict, after: dict, where: 
 
 
 def assigned(section: Section, tree: dict, path: list[str], text: str, where: str, dropped: list[Dropped]) -> dict:
-    """The section with one field set."""
+    """Return the section with one field set."""
     name, *rest = path
     known = fields_of(section)
     below = section.each or section.sections.get(name)
@@ -420,8 +421,8 @@ def assigned(section: Section, tree: dict, path: list[str], text: str, where: st
 
 
 def describe(section: Section, tree: dict, path: str = "") -> list[str]:
-    """Lines about a section and those in it, or about one field; of the whole config
-    where `path` is empty.
+    """Return the lines that describe a section and its subsections, one field, or the
+    whole config if `path` is empty.
 
     Raises:
       ValueError: there is no such section or field.
@@ -443,7 +444,7 @@ def describe(section: Section, tree: dict, path: str = "") -> list[str]:
 
 
 def table(where: str, section: Section, values: dict, only: str | None = None) -> list[str]:
-    """A section's fields, a line each: name, value, default, type and what it does."""
+    """List a section's fields, one line each: name, value, default, type and help."""
     rows = []
     for name, field in fields_of(section).items():
         if only not in (None, name):

@@ -1,3 +1,3 @@
-"""Everything that keeps a run alive and records it: checkpoints, resume, journal, logs,
-locks, processes.
+"""Code that keeps a run alive and records it: checkpoints, resume, journal, logs, locks
+and processes.
 """

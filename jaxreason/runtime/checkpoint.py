@@ -1,22 +1,22 @@
-"""Everything that decides the next step, in one directory a run: train state, reference
-policy, and the host's own state.
+"""Checkpoints of a run: everything that determines the next step, saved under one
+folder.
 
-A checkpoint has three items: `state` (a pytree of arrays), `reference` (params, where a
-phase has one) and `host` (a JSON dictionary: phase, step, source state, evaluations,
-ledger). The tree of `state` depends on the phase's optimizer, so resume reads `host`
-first (`peek`), builds that phase, and restores into its abstract state, onto whatever
-mesh that names.
+A checkpoint has three items: `state` (a pytree of arrays), `reference` (params, if the
+phase has a reference policy) and `host` (a JSON dictionary: phase, step, source state,
+evaluations, ledger). The tree of `state` depends on the phase's optimizer. Resume
+therefore reads `host` first (`peek`), builds that phase, and restores `state` into the
+phase's abstract state, onto any mesh. The training loop decides what `host` contains.
 
-Over orbax's `CheckpointManager`: its v1 API is still under `experimental`. Saving is
-asynchronous: `save` returns when the arrays are copied (donating them to the next step
-is safe), and a directory gets its name only when complete, so a killed save leaves
-nothing that `latest` would see. With Adam, 150,000 parameters take 10 to 50 ms to copy
-and 50 to 100 more to write, on a CPU. Random keys are saved as plain uint32 data. What
-goes into `host` is left to the loop.
+This module wraps orbax's `CheckpointManager`; orbax's v1 API is still under
+`experimental`. Saving is asynchronous: `save` returns once the arrays are copied, so
+donating them to the next step is safe. A folder gets its final name only when it is
+complete, so `latest` never sees a save that was killed. Random keys are saved as plain
+uint32 data. `jaxreason/runtime/README.md` lists the cost of saves.
 
-Beside the arrays stands a fingerprint of each, made on the devices before saving and
-compared after restoring: what comes back is what was there, bit for bit, on whatever
-mesh, or the checkpoint is `Damaged` and says which array is.
+Each array has a fingerprint, which is computed on the devices before saving and again
+after restoring. If they differ, the restore raises `Damaged`, which names the array. A
+restored array thus equals the saved one bit for bit, on any mesh, unless the restore
+casts it.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ import numpy as np
 from jaxreason.runtime import processes
 from jaxreason.runtime.workdir import free_name
 
-# Errors of a read that say nothing of what is read: to set a checkpoint aside would be
-# wrong.
+# Read errors that are not the checkpoint's fault: a checkpoint must not be set aside
+# for one of these.
 NOT_THE_CHECKPOINTS = re.compile(
     r"MemoryError|RESOURCE_EXHAUSTED|[Oo]ut of memory|Cannot allocate memory|PERMISSION_DENIED|Permission denied"
     r"|Too many open files|Input/output error|Stale file handle|UNAVAILABLE|DEADLINE_EXCEEDED"
@@ -52,91 +52,96 @@ NOT_THE_CHECKPOINTS = re.compile(
 
 
 class Damaged(ValueError):
-    """A checkpoint can't be read, or is not what was saved."""
+    """A checkpoint that can't be read, or that differs from what was saved."""
 
 
 class Checkpoints:
-    """The checkpoints of one run. An abstract tree has `jax.ShapeDtypeStruct` leaves,
-    with the shardings to restore to.
+    """The checkpoints of one run. The leaves of an abstract tree are
+    `jax.ShapeDtypeStruct`s, with the shardings to restore to.
     """
 
     def __init__(self, folder: str, ocp, manager, *, every_steps: int, keep_best: str | None, read_only: bool):
         self.folder, self.ocp, self.manager = folder, ocp, manager
         self.every_steps, self.keep_best, self.read_only = every_steps, keep_best, read_only
-        self.failures: list[str] = []  # that nobody has asked for yet
-        self.missed: set[int] = set()  # steps whose checkpoints were found to be gone
-        self.failed: list[int] = []  # steps whose saves may have left something behind
+        self.failures: list[str] = []  # failed saves that `failure` has not returned yet
+        self.missed: set[int] = set()  # steps whose checkpoints `gone` has already reported
+        self.failed: list[int] = []  # steps of failed saves, which may have left files
 
     # --- saving ---
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint is to be saved after this many steps."""
+        """Return whether a checkpoint is due after this many steps."""
         return step % self.every_steps == 0
 
     def save(self, step: int, state: Any, host: dict[str, Any], reference: Any = None) -> None:
-        """Copy what is to be saved, and write it in the background."""
+        """Copy the state, and write it in the background."""
         if self.read_only:
             raise ValueError(f"the checkpoints at {self.folder} are open read_only; open them to write")
         ocp = self.ocp
-        # Through JSON and back: what can't be written fails here, and what the loop
-        # changes later stays out of the checkpoint.
+        # A round trip through JSON raises here for values that JSON lacks, and protects
+        # the checkpoint from later changes by the loop.
         host = json.loads(json.dumps(host))
         trees = {"state": state} | ({} if reference is None else {"reference": reference})
         marks = {name: fingerprints(tree) for name, tree in trees.items()}
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
         items["host"] = ocp.args.JsonSave({"host": host, "fingerprints": marks, "crc32": checksum(host, marks)})
         metrics = None if self.keep_best is None else {"best": score(host, self.keep_best)}
-        self.wait()  # for the save before this one, whose failure is not this one's
+        self.wait()  # for the previous save: its failure must not be reported as this one's
         self.sweep()
-        # Without `force` orbax skips a step that is not newer than the last one,
-        # silently.
+        # Without `force`, orbax silently skips a step that is not newer than the last
+        # one.
         self.attempt(step, lambda: self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True))
 
     def wait(self) -> None:
-        """Wait until all saves are complete, or have failed."""
+        """Wait until all saves have completed or failed."""
         self.attempt(max(self.manager.all_steps(), default=0), self.manager.wait_until_finished)
 
     def close(self) -> None:
-        """Wait, too; `failure` tells of a save that fails meanwhile."""
+        """Wait for the saves, then close; `failure` reports a save that fails
+        meanwhile.
+        """
         self.attempt(max(self.manager.all_steps(), default=0), self.manager.close)
         self.sweep()
 
     def failure(self) -> str | None:
-        """Why the last save failed, if it has; told once."""
+        """Return why the last save failed, or None. Each failure is returned once."""
         return self.failures.pop(0) if self.failures else None
 
     def attempt(self, step: int, function: Callable) -> None:
         try:
             function()
-        except Exception as error:  # OSError, or whatever orbax and tensorstore make of it
+        except Exception as error:  # orbax and tensorstore also wrap OSError in other types
             latest = self.latest()
             newest = "there is no checkpoint" if latest is None else f"the newest checkpoint is of step {latest}"
             self.failures.append(f"the save of step {step} failed: {first_line(error)}; {newest}")
             self.failed.append(step)
 
     def sweep(self) -> None:
-        """Remove what was written of saves that failed: it takes the space of others.
+        """Remove the unfinished files of failed saves, which take space from later
+        ones.
 
-        Again and again, as threads of a failed save may write on for a while. Never
-        while a save is under way.
+        This runs before each save and at the end, since threads of a failed save may
+        keep writing for a while. Never call it during a save.
         """
         for step in self.failed:
             if processes.writes() and "://" not in self.folder:
                 shutil.rmtree(Path(self.folder, f"{step}.orbax-checkpoint-tmp"), ignore_errors=True)
 
-    # --- what there is ---
+    # --- existing checkpoints ---
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, the newest first."""
+        """Return the steps of the complete checkpoints, newest first."""
         return sorted(filter(self.is_there, self.manager.all_steps()), reverse=True)
 
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint."""
+        """Return the step of the newest complete checkpoint, or None."""
         return max(self.steps(), default=None)
 
     def gone(self) -> list[int]:
-        """Steps of complete checkpoints that somebody has removed; told once."""
-        self.wait()  # a save under way has no folder yet
+        """Return the steps of complete checkpoints that somebody has removed. Each step
+        is returned once.
+        """
+        self.wait()  # an unfinished save has no folder yet
         missing = sorted(s for s in self.manager.all_steps() if not self.is_there(s) and s not in self.missed)
         self.missed.update(missing)
         if missing and os.path.isdir(self.folder):
@@ -144,39 +149,39 @@ class Checkpoints:
         return missing
 
     def is_there(self, step: int) -> bool:
-        # The folders themselves: orbax remembers checkpoints that have been removed.
-        # Only on the process that writes, since a network file system may show a new
-        # folder to others late.
+        # Look at the folders, since orbax still lists checkpoints that have been
+        # removed. Only the process that writes looks: a network file system may show a
+        # new folder late to the other processes.
         return "://" in self.folder or not processes.writes() or Path(self.folder, str(step)).is_dir()
 
     def set_aside(self, step: int) -> None:
-        """Rename a damaged checkpoint, so that it is no longer among the steps."""
+        """Rename a damaged checkpoint so that `steps` no longer lists it."""
         if processes.writes():
             path = Path(self.folder, f"{step}.damaged")
             Path(self.folder, str(step)).rename(free_name(path) if path.exists() else path)
-        processes.gather(None)  # until it is done
+        processes.gather(None)  # a barrier: no process continues before the rename
         self.manager.reload()
 
     # --- restoring ---
 
     def peek(self, step: int) -> dict[str, Any]:
-        """Read the host's part."""
+        """Read the `host` item."""
         return self.read_host(step)["host"]
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """Read the state and the host's part."""
+        """Read the `state` and `host` items."""
         return self.restore_item(step, "state", abstract_state), self.peek(step)
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
-        """Read the params of the state, and nothing else of it."""
+        """Read only the params of the `state` item."""
         return self.restore_item(step, "state", {"params": abstract_params}, partial=True)["params"]
 
     def check_params(self, step: int, abstract_params: Any) -> None:
-        """Raise if `restore_params` would; reads no array."""
+        """Raise if `restore_params` would. Reads no array."""
         self.check_item(step, "state", {"params": abstract_params}, partial=True)
 
     def restore_reference(self, step: int, abstract_params: Any) -> Any:
-        """Read the reference params."""
+        """Read the `reference` item."""
         return self.restore_item(step, "reference", abstract_params)
 
     def damaged(self, step: int, what: object) -> Damaged:
@@ -197,8 +202,8 @@ class Checkpoints:
         return found
 
     def check_item(self, step: int, item: str, abstract: Any, partial: bool = False) -> None:
-        """Check an item that was saved. Reads metadata alone, so one of several
-        processes may call it.
+        """Check that an item was saved and fits the abstract tree. Reads only metadata,
+        so one process of several may call it alone.
         """
         ocp = self.ocp
         try:
@@ -229,29 +234,29 @@ class Checkpoints:
 def open_checkpoints(
     folder: str | os.PathLike,
     *,
-    keep: int = 2,  # newest checkpoints that stay
-    every_steps: int = 100,  # steps between two saves; the last step of a phase is saved too
-    keep_every_steps: int | None = None,  # those of every so many steps stay too; None: none
-    keep_best: str | None = None,  # a suite: its best checkpoint stays too
+    keep: int = 2,  # number of newest checkpoints to keep
+    every_steps: int = 100,  # steps between saves; the last step of a phase is always saved
+    keep_every_steps: int | None = None,  # also keep checkpoints whose step is a multiple of this; None: none
+    keep_best: str | None = None,  # name of a suite, whose best checkpoint is kept too
     read_only: bool = False,
 ) -> Checkpoints:
-    """Open the checkpoints in `folder`, of which the newest `keep` stay.
+    """Open the checkpoints in `folder`.
 
-    So do those of every `keep_every_steps`-th step, and the one whose `keep_best` is
-    highest: the name of a suite, of which the last evaluation at the first temperature
-    counts.
+    The newest `keep` checkpoints stay. Those at every `keep_every_steps`-th step stay
+    too, and so does the best one for the suite `keep_best`, by its accuracy at the
+    first temperature in its last evaluation.
 
-    Opening to write removes what a killed save left behind, so one process (or one SPMD
-    program) at a time may do so; `read_only` is for everybody else, and for one of
-    several processes alone. All processes of a run must call `save`, `restore...` and
-    `wait` together.
+    Opening for writing removes the files of killed saves, so only one process (or one
+    SPMD program) at a time may do it. Any other reader passes `read_only`, including
+    one process of a run that opens the folder alone. All processes of a run must call
+    `save`, `restore...` and `wait` together.
 
-    A save that fails, for want of space or of rights, is told by `failure` and ends
-    nothing: the next one is tried.
+    A save that fails, for lack of space or permission, doesn't raise: `failure` reports
+    it, and the next save is attempted as usual.
 
     Raises:
-      ValueError: a `keep` or `every_steps` below 1, a folder that can't be written, or
-        (from `restore...`) a tree that does not fit the one saved.
+      ValueError: `keep`, `every_steps` or `keep_every_steps` is below 1, the folder
+        can't be written, or (from `restore...`) the tree does not fit the saved one.
       Damaged: from `peek` and `restore...`.
     """
     if keep < 1 or every_steps < 1 or (keep_every_steps is not None and keep_every_steps < 1):
@@ -275,15 +280,15 @@ def open_checkpoints(
             "reference": ocp.PyTreeCheckpointHandler(),
             "host": ocp.JsonCheckpointHandler(),
         },
-        # orbax's own `read_only` warns at each opening; `Checkpoints.save` refuses
+        # orbax's own `read_only` warns at each opening; `Checkpoints.save` raises
         # instead.
         options=ocp.CheckpointManagerOptions(
             create=not read_only,
             cleanup_tmp_directories=not read_only,
-            save_root_metadata=not read_only,  # it has nothing in it, but all processes would wait for each other
+            save_root_metadata=not read_only,  # it is empty, but all processes would wait for each other
             preservation_policy=policy.AnyPreservationPolicy(kept),
-            # Else its threads wait at exit, for 5 minutes, for a folder that could not
-            # be made.
+            # Otherwise orbax's threads wait 5 minutes at exit for a folder that could
+            # not be created.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         ),
     )
@@ -292,25 +297,25 @@ def open_checkpoints(
 
 
 def score(host: dict, suite: str) -> float:
-    """The accuracy of the last evaluation of a suite at its first temperature; -inf if
-    there was none.
+    """Return the accuracy of the last evaluation of a suite at its first temperature;
+    -inf if there was none.
     """
     found = [e for e in host.get("evaluations", ()) if e["suite"] == suite]
     last = [e for e in found if e["step"] == found[-1]["step"]]
     return last[0]["accuracy"] if last else -math.inf
 
 
-# --- is it what was saved? ---
+# --- integrity ---
 
 
 def checksum(*values: Any) -> int:
-    """Of what JSON has."""
+    """Return the CRC-32 of JSON values."""
     return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def fingerprints(tree: Any) -> dict[str, str]:
-    """Type and 32 bits of each array of a tree, by its path; the same whatever devices
-    it lies on.
+    """Return the dtype and a 32-bit fingerprint of each array of a tree, by path. The
+    result does not depend on the sharding.
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     paths = [".".join(_name(key) for key in path) for path, _ in flat]
@@ -320,10 +325,10 @@ def fingerprints(tree: Any) -> dict[str, str]:
 
 @jax.jit
 def fingerprint(arrays: list) -> list:
-    """The sum of the bits of each entry times an odd number of its own, modulo 2^32: no
-    single flipped bit leaves it as it was.
+    """Sum `bits * (2 * index + 1)` over the entries of each array, modulo 2^32. Any
+    single flipped bit changes the sum.
 
-    Sums of integers are exact in any order, so sharding does not matter.
+    Integer sums are exact in any order, so the result does not depend on the sharding.
     """
 
     def of(x):
@@ -350,8 +355,8 @@ def first_line(error: BaseException) -> str:
 
 
 def saved_steps(folder: str | os.PathLike) -> list[int]:
-    """Steps of the complete checkpoints in `folder`, oldest first; none where there is
-    no such folder.
+    """Return the steps of the complete checkpoints in `folder`, oldest first; an empty
+    list if the folder is missing.
     """
     if not os.path.isdir(folder):
         return []
@@ -360,21 +365,21 @@ def saved_steps(folder: str | os.PathLike) -> list[int]:
 
 
 def check_writable(folder: str | os.PathLike, over: Sequence[str] = ()) -> None:
-    """Make `folder` and write a file in it, so that a run fails before its first step
+    """Create `folder` and write a file in it, so that a run fails before its first step
     and not at its first checkpoint.
 
-    What it holds under the names `over` must be writable too.
+    Existing files in it with the names `over` must be writable too.
 
     Raises:
-      ValueError: it can't be written.
+      ValueError: the folder or one of these files can't be written.
     """
     folder = _absolute(folder)
-    if "://" in folder:  # object stores: orbax itself makes the folder at once
+    if "://" in folder:  # object stores: orbax creates the folder itself
         return
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder) as file:
-            file.write(b"\n")  # a full disk lets an empty file be made
+            file.write(b"\n")  # on a full disk an empty file can still be created
             file.flush()
     except OSError as error:
         raise ValueError(f"can't write to {folder}: {error.strerror}; make room or choose another workdir") from None
@@ -384,8 +389,8 @@ def check_writable(folder: str | os.PathLike, over: Sequence[str] = ()) -> None:
 
 
 def _leaves(flat: dict[tuple, Any], params_only: bool) -> dict[str, str]:
-    """Describe each array by its path; of the params alone without their type, since
-    those may be cast when restored.
+    """Describe each array by its path. With `params_only`, describe only params, and
+    leave out the dtype because a restore may cast them.
     """
     leaves = {".".join(map(str, path)): leaf for path, leaf in flat.items() if hasattr(leaf, "shape")}
     if params_only:
@@ -394,8 +399,8 @@ def _leaves(flat: dict[tuple, Any], params_only: bool) -> dict[str, str]:
 
 
 def _check_fit(name: str, saved: dict[str, str], wanted: dict[str, str]) -> None:
-    """Raise ValueError naming the first leaf that differs; orbax itself does so after a
-    page of errors from its reader tasks.
+    """Raise a ValueError that names the first leaf that differs. Orbax would raise too,
+    after a page of errors from its reader tasks.
     """
     for path in sorted(saved.keys() | wanted.keys()):
         there, here = saved.get(path, "missing"), wanted.get(path, "missing")
@@ -409,19 +414,19 @@ def _absolute(folder: str | os.PathLike) -> str:
 
 
 def _import_orbax():
-    """Import orbax (1 s, so not with this module) and keep out of the log its some 50
-    lines of information a save.
+    """Import orbax (1 s, so not at module level) and silence the 50 or so lines it logs
+    per save.
 
-    And its 200 of a save that fails, with the same traceback five times: it raises each
-    of these errors too, and we say them. Tensorstore adds one traceback for each array
-    of such a save, since orbax closes the event loop at the first error.
+    A failed save logs some 200 lines, with the same traceback five times. Orbax raises
+    each of these errors too, and this module reports them. Tensorstore adds a traceback
+    for each array of such a save, since orbax closes the event loop at the first error.
     """
     import orbax.checkpoint as ocp
     from absl import logging as absl_logging
 
     absl_logging.get_absl_logger().addFilter(_worth_saying)  # adding the same filter again does nothing
     logging.getLogger("asyncio").addFilter(_worth_saying)
-    warnings.filterwarnings("ignore", r"coroutine '.*serialize.*' was never awaited", RuntimeWarning)  # of a save that failed
+    warnings.filterwarnings("ignore", r"coroutine '.*serialize.*' was never awaited", RuntimeWarning)  # raised by a failed save
     if not getattr(sys.unraisablehook, "skips_closed_loops", False):
         sys.unraisablehook = _skip_closed_loops(sys.unraisablehook)
     return ocp
@@ -435,8 +440,8 @@ def _worth_saying(record: logging.LogRecord) -> bool:
 
 
 def _skip_closed_loops(show: Callable) -> Callable:
-    """Return a hook that shows what cannot be raised, other than that a future of
-    tensorstore found its event loop closed.
+    """Return an `unraisablehook` that ignores "Event loop is closed", which
+    tensorstore's futures raise after a failed save.
     """
 
     def hook(unraisable) -> None:

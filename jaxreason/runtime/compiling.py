@@ -1,9 +1,10 @@
-"""Time that this thread spent compiling: tracing, lowering and XLA itself, programs
-read from a cache included.
+"""Time that this thread spent compiling: tracing, lowering and XLA, including reads
+from the compilation cache.
 
-JAX tells a listener of each part when it ends. Parts contain others (a function that is
-traced within another), so what counts is the time that they cover together. Other
-threads, such as one that samples in the background, do not hold up this one.
+JAX reports the duration of each part to a listener when the part ends. Parts can
+overlap (a function traced within another), so `Covered` measures the union of their
+time spans. Compilation in other threads, such as background sampling, does not block
+this one and is not counted.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ PARTS = ("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compi
 
 
 class Covered(threading.local):
-    """The spans of time that parts cover together, of this thread."""
+    """The union of the time spans of this thread's compilations."""
 
     def __init__(self):
-        self.spans: list[tuple[float, float]] = []  # in order, apart from each other
+        self.spans: list[tuple[float, float]] = []  # sorted and disjoint
         self.total_s = 0.0
 
     def add(self, start_s: float, end_s: float) -> None:
-        """Add a span that ends after all others."""
+        """Add a span that ends after all earlier ones."""
         while self.spans and self.spans[-1][1] > start_s:
             first_s, last_s = self.spans.pop()
             self.total_s -= last_s - first_s
@@ -45,11 +46,13 @@ def _heard(event: str, duration_s: float, **_) -> None:
 
 @functools.cache
 def listen() -> None:
-    """Begin to count, once per process."""
+    """Start counting; only the first call in a process has an effect."""
     jax.monitoring.register_event_duration_secs_listener(_heard)
 
 
 def seconds() -> float:
-    """Seconds that this thread has spent compiling since the process first asked."""
+    """Return the seconds that this thread has spent compiling since `listen` was first
+    called in this process.
+    """
     listen()
     return _covered.total_s

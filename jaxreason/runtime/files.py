@@ -1,8 +1,8 @@
-"""The files of a run, written and read back.
+"""Reading and writing of a run's files.
 
-Every line is strict ASCII JSON; a number that is not finite becomes null. A file that
-can no longer be written (a full disk, a folder that is gone) raises `Unwritable` with
-its name. Only one process of a run writes (`write`).
+Every line is strict ASCII JSON; a number that is not finite becomes null. If a file can
+no longer be written (full disk, missing folder), `Unwritable` names it. Only one
+process of a run writes: the one with `write` true.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from jaxreason.types import Rollout
 
 
 class Unwritable(Exception):
-    """A file of a run can't be written."""
+    """A file of a run that can't be written."""
 
 
 @contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Name the file that what is done within fails to write; the errors of a flush do
-    not.
+    """Turn an OSError in this block into Unwritable that names `path`; flush errors
+    carry no file name.
     """
     try:
         yield
@@ -39,21 +39,21 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 class Kept(NamedTuple):
-    """The part of a file that `truncate` kept."""
+    """What `truncate` kept of a file."""
 
-    last: dict[str, Any] | None = None  # line
-    dropped: int = 0  # lines of later steps, and a torn last one
-    steps: Sequence[int] = ()  # of the lines that are left
-    aside: Path | None = None  # the file as it was, if it had lines that are not of a log
+    last: dict[str, Any] | None = None  # the last line kept
+    dropped: int = 0  # number of lines dropped: those of later steps, and an incomplete last one
+    steps: Sequence[int] = ()  # steps of the lines kept
+    aside: Path | None = None  # copy of the original file, if some of its lines were unreadable
 
 
 def truncate(path: str | os.PathLike, step: int) -> Kept:
-    """Drop the lines of a JSONL file whose `step` is above the given one, and a torn
-    last line.
+    """Drop the lines of a JSONL file whose `step` is above the given one, and an
+    incomplete last line.
 
-    For `metrics.jsonl` and `rollouts.jsonl` when a run goes on from a checkpoint older
-    than its log. Atomic; a missing file is an empty one. If other lines can't be read,
-    the file as it was is kept beside the new one.
+    This is for `metrics.jsonl` and `rollouts.jsonl` when a run resumes from a
+    checkpoint older than its log. It is atomic and treats a missing file as empty. If
+    other lines can't be read, a copy of the original file is kept beside the new one.
     """
     path = Path(path)
     if not path.exists():
@@ -66,7 +66,7 @@ def truncate(path: str | os.PathLike, step: int) -> Kept:
                 kept.write(line if line.endswith("\n") else line + "\n")
                 last = record
                 steps.append(record["step"])
-            elif record is not None or not line.endswith("\n"):  # torn: the process was killed while it wrote
+            elif record is not None or not line.endswith("\n"):  # incomplete: the process was killed while writing
                 dropped += 1
             else:
                 strange += 1
@@ -77,7 +77,7 @@ def truncate(path: str | os.PathLike, step: int) -> Kept:
 
 
 def _record(line: str) -> dict[str, Any] | None:
-    """A line of a log; None for anything else."""
+    """Parse a line of a log; None for anything else."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -86,9 +86,9 @@ def _record(line: str) -> dict[str, Any] | None:
 
 
 def lacking(steps: Iterable[int], stretches: Iterable[tuple[int, int, int]]) -> str:
-    """Name the steps that a log should have lines of and has none; "" if it has all.
+    """Name the steps that a log should have lines for but lacks; "" if it lacks none.
 
-    A stretch is (first step, last step, how many steps a line is for at most); its last
+    A stretch is (first step, last step, largest number of steps per line); its last
     step has a line.
     """
     there, missing = set(steps), []
@@ -102,8 +102,8 @@ def lacking(steps: Iterable[int], stretches: Iterable[tuple[int, int, int]]) -> 
 
 
 def write_summary(path: str | os.PathLike, summary: Mapping[str, Any], *, write: bool = True) -> None:
-    """Write `summary` as JSON, atomically: a reader finds the old file or the new one,
-    whole.
+    """Write `summary` as JSON, atomically: a reader finds either the complete old file
+    or the complete new one.
     """
     if write:
         with writing(path), replacing(Path(path)) as file:
@@ -119,8 +119,8 @@ def write_rollouts(
     decode: Callable[[np.ndarray], str] | None = None,
     write: bool = True,
 ) -> None:
-    """Append rollouts as JSONL; `decode` turns the prompt's token ids into text, and
-    without it they are written as they are.
+    """Append rollouts as JSONL. `decode` turns the prompt's token ids into text;
+    without it the ids are written.
     """
     if not write:
         return
@@ -148,8 +148,8 @@ def write_rollouts(
 
 
 def plain_json(value: Any) -> Any:
-    """Return `value` as what JSON has: arrays as lists, named tuples as dictionaries,
-    numbers that are not finite as None.
+    """Convert `value` to JSON types: arrays to lists, named tuples to dictionaries,
+    numbers that are not finite to None.
     """
     if isinstance(value, Mapping):
         return {str(key): plain_json(item) for key, item in value.items()}
@@ -170,8 +170,8 @@ def json_line(record: Mapping[str, Any]) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[str]]:
-    """Yield a text file that takes the place of `path` once it is complete, and is
-    removed if writing fails.
+    """Yield a text file that replaces `path` once it is complete, and is removed if
+    writing fails.
     """
     unfinished = path.with_name(f".{path.name}.tmp")  # in the same folder, so that the replacement is a rename
     try:

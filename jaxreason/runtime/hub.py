@@ -1,12 +1,13 @@
-"""Files of repositories on the Hugging Face hub, by its own client: from its cache,
-else downloaded, checked and kept there.
+"""Files of repositories on the Hugging Face hub, read from its client's cache or else
+downloaded, checked and cached.
 
-`fetch` returns a folder with the files that its caller needs of one commit. What is in
-the cache costs no request. A download is one line with its size, a live bar on a
-terminal, and for each file a check of the content that the hub promised. A branch is
-written to the cache last, so a download that ended early is never taken for a whole
-one; the next try gets only what is missing. Whatever goes wrong is one line that says
-what to do. `noting` records commits, and holds a run that continues to its own.
+`fetch` returns a folder with the files that the caller needs, at one commit. Cached
+files cost no request. A download prints one line with its size and, on a terminal, a
+live bar; each file is then checked against the hash from the hub. The branch name is
+written to the cache last, so an interrupted download is never taken for a complete one,
+and the next attempt fetches only the missing files. Every error is one line that says
+what to do. `noting` records the commits that were read, and makes a resumed run use the
+commits that it began with.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 COMMIT = re.compile(r"[0-9a-f]{40}")
 ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\..*)")
-WAITS_S = (1, 2, 4, 8)  # between tries of a hub that is down or asks to wait
+WAITS_S = (1, 2, 4, 8)  # between attempts when the hub is down or asks to wait
 LONGEST_WAIT_S = 300
 TIMEOUT_S = 10
 
@@ -48,11 +49,11 @@ _READING: ContextVar[Reading | None] = ContextVar("reading", default=None)
 
 @contextlib.contextmanager
 def noting(pinned: Mapping[str, str] | None = None, say: Callable[[str], None] = print) -> Iterator[dict[str, str]]:
-    """Note the commit of each repository that is read in this block, as `{"owner/name":
-    commit}`; data sets: `datasets/owner/name`.
+    """Record the commit of each repository read in this block, as `{"owner/name":
+    commit}`. Names of data sets begin with `datasets/`.
 
-    A repository that is in `pinned` is read at the commit given there, unless its
-    reader asks for another. `say` tells of downloads, each line once.
+    A repository in `pinned` is read at the commit given there, unless the caller asks
+    for another. `say` prints progress of downloads, each line once.
     """
     said: set[str] = set()
 
@@ -69,39 +70,41 @@ def noting(pinned: Mapping[str, str] | None = None, say: Callable[[str], None] =
 
 
 def reading() -> Reading:
-    """Return what the innermost block of `noting` knows."""
+    """Return the state of the innermost `noting` block."""
     return _READING.get() or Reading({}, {}, lambda line: print(line, flush=True))
 
 
 def _known(name: str) -> str | None:
-    """The commit of a repository that the run continues with, or of which it has read
-    some files already.
+    """Return the commit of a repository that is pinned, or from which files were
+    already read.
     """
     pinned, noted, _ = reading()
     return pinned.get(name) or noted.get(name)
 
 
 def name_of(id: str, kind: str) -> str:
-    """Name a repository as its page does: `owner/name`, `datasets/owner/name`."""
+    """Name a repository as on its page: `owner/name` or `datasets/owner/name`."""
     return id if kind == "model" else f"{kind}s/{id}"
 
 
 def fetch(id: str, choose: Choose, *, kind: str = "model", revision: str | None = None) -> Path:
-    """Return the folder of a repository's files at one commit; its name is the commit.
+    """Return the folder of a repository's files at one commit. The folder's name is the
+    commit.
 
     Args:
       id: `owner/name`.
-      choose: from the names of all files to those that are needed, in the order of
-        their download. Raises ValueError if the repository lacks what is needed.
+      choose: takes the names of all files and returns the needed ones, in download
+        order. Raises ValueError if the repository lacks a needed file.
       kind: "model" or "dataset".
-      revision: a commit, branch or tag; None for the commit that the run continues
-        with, else for `main`.
+      revision: a commit, branch or tag. None means the commit that a resumed run
+        began with, else `main`.
 
     Raises:
-      FileNotFoundError: neither in the cache nor to be had; says why and what to do.
-      ValueError: what `choose` says, or a file did not come as the hub promised (it is
+      FileNotFoundError: a file is neither cached nor available; says why and what to
+        do.
+      ValueError: from `choose`, or a file's hash differs from the hub's (the file is
         removed).
-      KeyboardInterrupt: with a line that says what is kept.
+      KeyboardInterrupt: with a line that says which files are kept.
     """
     if (folder := cached(id, choose, kind=kind, revision=revision)) is not None:
         return folder
@@ -119,8 +122,8 @@ def fetch(id: str, choose: Choose, *, kind: str = "model", revision: str | None 
 
 
 def cached(id: str, choose: Choose, *, kind: str = "model", revision: str | None = None) -> Path | None:
-    """Return what `fetch` does if the cache has all of it, without a request; else
-    None.
+    """Return the folder that `fetch` would, without a request, if the cache has all
+    needed files; else None.
     """
     name, cache = name_of(id, kind), _cache(id, kind)
     revision = revision or _known(name) or "main"
@@ -136,7 +139,7 @@ def cached(id: str, choose: Choose, *, kind: str = "model", revision: str | None
     if listing.is_file():
         try:
             names = _checked(json.loads(listing.read_text(encoding="utf-8")), listing)
-        except (ValueError, RecursionError):  # `_download` writes it anew
+        except (ValueError, RecursionError):  # `_download` rewrites it
             reading().say(f"{listing} is damaged: it holds no list of file names; asking the hub for them")
             return None
     else:  # another program filled the cache
@@ -152,10 +155,10 @@ def cached(id: str, choose: Choose, *, kind: str = "model", revision: str | None
 
 
 def _checked(names: Any, where: Any) -> list[str]:
-    """Check that names are those of files inside a repository.
+    """Check that each name is a path inside a repository.
 
     Raises:
-      ValueError: one that is not, which could name a file elsewhere.
+      ValueError: a name could refer to a file elsewhere.
     """
     if not isinstance(names, list):
         raise ValueError(f"{where} holds a {type(names).__name__}; allowed: a list of file names")
@@ -167,7 +170,7 @@ def _checked(names: Any, where: Any) -> list[str]:
 
 
 def _all_shards(names: Iterable[str]) -> list[str]:
-    """The names of all shards of which one is among `names`."""
+    """List all shards of each sharded file that has a shard among `names`."""
     found = [match for match in map(SHARD.fullmatch, names) if match]
     first = 0 if any(int(match[2]) == 0 for match in found) else 1  # data sets count from 0, weights from 1
     return [f"{m[1]}-{first + i:05d}-of-{m[3]}{m[4]}" for m in found for i in range(int(m[3]))]
@@ -181,8 +184,8 @@ def _cache(id: str, kind: str) -> Path:
 
 
 def _listing(cache: Path, commit: str) -> Path:
-    """Return the path of the stored list of a commit's files: offline, a cache alone
-    can't tell which are missing.
+    """Return the path of the stored list of a commit's files. Offline, the cached files
+    alone can't tell which ones are missing.
     """
     return cache / "jaxreason" / f"{commit}.json"
 
@@ -230,21 +233,21 @@ def _megabytes(size: int) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a small file at once, so that no reader finds half of it."""
+    """Write a small file atomically, so that no reader finds half of it."""
     new = path.with_name(f".{path.name}.{os.getpid()}")
     new.write_text(text, encoding="utf-8")
     new.replace(path)
 
 
 def _check(path: Path, promised: Any, id: str) -> None:
-    """Check a new file against the hub's own size and hash; the client compares
-    sizes alone. Remove one that differs.
+    """Check a new file against the hub's hash, and remove it if they differ. The hub's
+    client compares only sizes.
     """
     size, lfs = path.stat().st_size, promised.lfs
     with path.open("rb") as file:
         if lfs is not None:
             got, wanted = hashlib.file_digest(file, "sha256").hexdigest(), lfs.sha256
-        else:  # as git names a file
+        else:  # git's hash of a file
             mark = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
             for part in iter(lambda: file.read(1 << 20), b""):
                 mark.update(part)
@@ -260,8 +263,8 @@ def _check(path: Path, promised: Any, id: str) -> None:
 
 
 def _patiently(request: Callable[[], Any], id: str, say: Callable[[str], None]) -> Any:
-    """Make a request again while the hub is down or asks to wait; the client does so
-    for files only.
+    """Repeat a request while the hub is down or asks to wait. The client itself repeats
+    only requests for files.
     """
     for wait_s in (*WAITS_S, None):
         try:
@@ -281,7 +284,7 @@ def _patiently(request: Callable[[], Any], id: str, say: Callable[[str], None]) 
 
 @contextlib.contextmanager
 def _waits_told(id: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Say when the client waits for something, in the place of its own warnings."""
+    """Report when the client waits, and silence its own warnings."""
 
     class Told(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -297,13 +300,13 @@ def _waits_told(id: str, say: Callable[[str], None]) -> Iterator[None]:
         logger.handlers = before
 
 
-# --- what went wrong ---
+# --- errors ---
 
 
 @contextlib.contextmanager
 def _explained(id: str, kind: str) -> Iterator[None]:
-    """Turn what the client raises into one line; it has dozens of errors, some of
-    its HTTP library's.
+    """Turn any error of the client into one line. The client has dozens of error types,
+    some from its HTTP library.
     """
     try:
         yield
@@ -312,11 +315,11 @@ def _explained(id: str, kind: str) -> Iterator[None]:
 
 
 def explain(error: BaseException, id: str, kind: str) -> str:
-    """Say why a repository can't be had, and what to do."""
+    """Say why a repository is not available, and what to do."""
     from huggingface_hub import constants, errors, get_token
 
     while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__  # which says what the hub answered
+        error = error.__cause__  # the cause has the hub's answer
     page, log_in = f"{constants.ENDPOINT}/{name_of(id, kind)}", "log in (`hf auth login`, or set HF_TOKEN)"
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
@@ -346,7 +349,7 @@ def explain(error: BaseException, id: str, kind: str) -> str:
 
 
 def elsewhere(id: str, kind: str) -> str:
-    """Say how to do without a connection."""
+    """Say how to get the files without a connection here."""
     download = f"hf download {id}" + ("" if kind == "model" else f" --repo-type {kind}")
     folder = "pass a folder that holds it; or " if kind == "model" else ""
     return f"{folder}run `{download}` once where there is network; or set HF_HOME to a cache that has it"

@@ -1,9 +1,8 @@
-"""Everything a run writes down while it trains: log, ledger, rollouts, evaluations,
-summary and checkpoints.
+"""Everything a run records while it trains: log, ledger, rollouts, evaluations, summary
+and checkpoints.
 
-The loop in `train.py` calls a verb of the `Journal` where something is to be recorded;
-what is measured around a step, and what waits to be written, is the journal's own
-business.
+The loop in `train.py` calls a method of `Journal` at each event. The journal itself
+times the steps and keeps metrics that are not yet written.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ VERIFIER_WARNINGS = 5  # shown; further ones are only counted
 
 
 class Diverged(Exception):
-    """Gradients are no longer finite."""
+    """The gradients, the updates or the params are no longer finite."""
 
 
 class Journal:
@@ -48,12 +47,12 @@ class Journal:
     ):
         self.run, self.workdir, self.checkpoints, self.log = run, workdir, checkpoints, log
         self.progress, self.check_stays = progress, check_stays
-        self.started_s = time.monotonic() - progress.wall_s  # unlike that of the day this clock is never set back
+        self.started_s = time.monotonic() - progress.wall_s  # unlike wall-clock time, this clock is never set back
         self.saved = checkpoints.latest()  # step of the newest checkpoint when last looked at
-        self.failure: str | None = None  # of the last save that failed, if any has
-        self.rollouts: list[Rollout] = []  # of the last evaluation, to be shown
+        self.failure: str | None = None  # message of the last failed save
+        self.rollouts: list[Rollout] = []  # of the last evaluation, for `report`
         self.verifier_warnings = 0  # shown so far
-        self.phase = self.before = self.step = None  # the phase, the steps before it, the step in it
+        self.phase = self.before = self.step = None  # current phase, steps of earlier phases, step in the phase
 
     def tell_found(self, found: Found) -> None:
         """Say from where the run continues."""
@@ -85,17 +84,17 @@ class Journal:
             self.log.doing(f"{self.phase.name} {self.start}/{self.phase.steps}  compiling the train step, and making the first")
 
     def write_if_due(self) -> None:
-        """Log the metrics of the steps before this one: reading a metric waits for the
-        device, so they are one step late.
+        """Log the metrics of the previous steps if enough have accumulated. Reading a
+        metric waits for the device, so metrics are logged one step late.
         """
         self.check_stays()
         if len(self.progress.waiting) >= self.phase.log_every:
             self.write_metrics(self.step - 1)
 
     def learned(self, metrics: dict) -> None:
-        """Record an update: its metrics, its times, its cost and its rollouts."""
-        # Compilation belongs to no step: rates and the remaining time are of steps
-        # without it.
+        """Record an update: its metrics, times, cost and rollouts."""
+        # Step times exclude compilation, so that rates and the remaining time are
+        # right.
         step_s, compile_s = self.started.passed()
         learn_s, _ = self.drawn_at.passed()
         times = {"time/learn_s": (learn_s, 1.0), "time/step_s": (step_s, 1.0), "time/compile_s": (compile_s, 1.0)}
@@ -115,7 +114,7 @@ class Journal:
         )
 
     def write_metrics(self, step: int) -> None:
-        """Log the sum of the metrics that wait, under the last of their steps.
+        """Log the merged metrics of all unlogged steps, under the last of these steps.
 
         Raises:
           Diverged: too many batches in a row were skipped.
@@ -138,7 +137,7 @@ class Journal:
     # --- the ledger ---
 
     def book_step(self, learn_s: float) -> None:
-        """Enter a step in the ledger."""
+        """Add a step to the ledger."""
         config, phase = self.run.model.config, self.phase
         needs_reference = phase.objective.needs_reference
         work = ledger.learning(config, self.drawn.batch, updates=phase.updates_per_batch, reference=needs_reference)
@@ -148,17 +147,17 @@ class Journal:
             self.book("sample", ledger.sampling(config, self.drawn.rollouts), seconds * self.run.sample_devices)
 
     def book_compiling(self, compile_s: float, devices: int) -> None:
-        """Enter in the ledger that devices waited for a compilation."""
+        """Add the time that devices waited for a compilation to the ledger."""
         self.book("compile", {"tokens": 0, "flops": 0}, compile_s * devices)
 
     def book(self, kind: str, work: dict, device_s: float) -> None:
         self.progress.ledger = ledger.add(self.progress.ledger, kind, **work, device_s=device_s, watts=self.run.watts)
 
-    # --- evaluations and what a person reads ---
+    # --- evaluations and reports ---
 
     def warm_up(self, params) -> None:
-        """Compile the sampler before it is needed, so that nothing is compiled in the
-        middle of a run.
+        """Compile the sampler in advance, so that nothing compiles in the middle of a
+        run.
         """
         if self.run.warm_up is None:
             return
@@ -167,17 +166,17 @@ class Journal:
         self.log.doing("compiling the sampler")
         self.run.warm_up(params)
         took_s = time.perf_counter() - started_s
-        self.book_compiling(took_s, self.run.sample_devices)  # all of it: two threads compile
+        self.book_compiling(took_s, self.run.sample_devices)  # the whole time, since two threads compile
         self.log.say(f"compiled the sampler in {took_s:.0f} s")
 
     def evaluate(self, params, final: bool) -> None:
-        """Evaluate after a step."""
+        """Evaluate after the current step."""
         self.write_metrics(self.step)
         self.evaluate_at(params, self.phase.name, self.before + self.step, final=final)
 
     def evaluate_at(self, params, phase: str, step: int, *, final: bool) -> None:
-        """Evaluate, log, and write the summary so far; `final` uses the full number of
-        tasks.
+        """Evaluate, log the results, and write the summary so far. `final` uses the
+        full number of tasks.
         """
         started, progress = Clock(), self.progress
         self.log.doing(f"{phase}, step {step}: evaluating")
@@ -200,7 +199,7 @@ class Journal:
         self.summarise(step, done=False)
 
     def warn_of_verifier(self, rollouts: Sequence[Rollout], when: str) -> None:
-        """Say that a verifier failed, for the first few times."""
+        """Warn about verifier failures, at most `VERIFIER_WARNINGS` times."""
         failed = [r for r in rollouts if verifier_failed(r.verdict)]
         if not failed or self.verifier_warnings >= VERIFIER_WARNINGS:
             return
@@ -212,7 +211,7 @@ class Journal:
         )
 
     def host(self) -> dict:
-        """The progress so far, as a checkpoint has it."""
+        """Return the progress so far, in the form that a checkpoint stores."""
         self.progress.wall_s = time.monotonic() - self.started_s
         return {name: getattr(self.progress, name) for name in Progress.names()}
 
@@ -225,8 +224,8 @@ class Journal:
         return summary
 
     def report(self) -> None:
-        """Print what a person wants to see at the end: accuracies before and after, the
-        cost, and three rollouts in full.
+        """Print the final report: accuracies before and after, the cost, and three
+        rollouts in full.
         """
         if self.progress.evaluations:
             terminal.print_evaluations([Evaluation(**e) for e in self.progress.evaluations])
@@ -245,8 +244,8 @@ class Journal:
         return self.checkpoints.due(self.before + self.step)
 
     def save(self, state, reference) -> None:
-        """Save a checkpoint of the step. A save that fails is reported, and training
-        continues.
+        """Save a checkpoint of the current step. A failed save is reported, and
+        training continues.
         """
         step = self.before + self.step
         check_finite(state.params, self.last_update, step)
@@ -255,7 +254,7 @@ class Journal:
             if gone := self.checkpoints.gone():
                 steps = ", ".join(map(str, gone))
                 self.log.say(f"warning: somebody has removed the checkpoints of steps {steps}; the run continues")
-            if self.saved is None and self.checkpoints.latest() is not None:  # without it a next start could not know of any
+            if self.saved is None and self.checkpoints.latest() is not None:  # tells a later start that there were checkpoints
                 self.saved = self.checkpoints.latest()
                 self.summarise(step, done=False)
             self.progress.waiting, self.progress.phase_step = plain(self.progress.waiting), self.step
@@ -264,7 +263,7 @@ class Journal:
         self.warn_of_failed_save()
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is on disk, or has failed to be."""
+        """Wait until the last save has completed or failed."""
         self.checkpoints.wait()
         self.warn_of_failed_save()
 
@@ -272,8 +271,8 @@ class Journal:
         """Wait for the last checkpoint.
 
         Raises:
-          Unwritable: it is not on disk; what the run was for is not saved, so the run
-            is not done.
+          Unwritable: the last checkpoint is not on disk, so the run does not count as
+            done.
         """
         self.log.doing("waiting for the last checkpoint")
         with self.saving():
@@ -285,7 +284,9 @@ class Journal:
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """Count the time that the loop waits for a checkpoint."""
+        """Add the time spent in this block to `saving_s`, the time that the loop waits
+        for saves.
+        """
         started_s = time.monotonic()
         yield
         self.progress.saving_s += time.monotonic() - started_s
@@ -298,13 +299,15 @@ class Journal:
 
 @dataclasses.dataclass
 class Clock:
-    """A moment, and the seconds of compilation before it."""
+    """A point in time, with the compilation time before it."""
 
     at_s: float = dataclasses.field(default_factory=time.perf_counter)
     compiling_s: float = dataclasses.field(default_factory=compiling.seconds)
 
     def passed(self) -> tuple[float, float]:
-        """Seconds since then without compilation, and seconds of compilation."""
+        """Return the seconds since then without compilation, and those of
+        compilation.
+        """
         compile_s = compiling.seconds() - self.compiling_s
         return time.perf_counter() - self.at_s - compile_s, compile_s
 
@@ -320,7 +323,7 @@ def open_journal(
     check_stays: Callable[[], None],
     say: Callable[[str], None],
 ) -> Iterator[Journal]:
-    """Open the log of a run, cut back to where it continues."""
+    """Open the log of a run, after cutting it back to the checkpoint `found`."""
     writes = processes.writes()
     if writes and found is None:
         resume.begin_logs(workdir, say)
@@ -337,12 +340,14 @@ def open_journal(
 
 @contextlib.contextmanager
 def told_how_to_continue(workdir: Path, checkpoints: Checkpoints, check_stays: Callable[[], None]) -> Iterator[None]:
-    """Add to an error that ends a run from which step the same command continues."""
+    """Add to an error that ends the run the step from which the same command
+    continues.
+    """
     try:
         yield
     except files.Unwritable as error:
         check_stays()  # if the folder is gone, that is the error to show
-        checkpoints.wait()  # it may be the newest
+        checkpoints.wait()  # a save in progress may become the newest checkpoint
         raise files.Unwritable(f"{error}; make room, or make it writable; {continues(checkpoints)}") from None
     except VerifierFailed as error:
         checkpoints.wait()
@@ -354,16 +359,16 @@ def told_how_to_continue(workdir: Path, checkpoints: Checkpoints, check_stays: C
 
 
 def continues(checkpoints: Checkpoints) -> str:
-    """Say from where the same command continues."""
+    """Say from which step the same command continues."""
     latest = checkpoints.latest()
     return f"the same command continues from {'the start' if latest is None else f'step {latest}'}"
 
 
 def check_finite(params, learned: dict, step: int) -> None:
-    """Raise Diverged if params that are about to be saved are not finite.
+    """Raise Diverged if the params to be saved are not finite.
 
-    They are looked at only where the last update was skipped: one that was made is
-    finite.
+    The params are checked only if the last update was skipped: any update that is not
+    skipped is finite.
     """
     skipped, updates = learned["skipped"]
     if skipped < updates or all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params)):
@@ -374,7 +379,7 @@ def check_finite(params, learned: dict, step: int) -> None:
 
 
 def plain(metrics: list[dict]) -> list[dict]:
-    """Metrics as JSON has them: a sum of these is the same before and after a
-    checkpoint.
+    """Convert metrics to plain floats, so that their sums are the same before and after
+    a checkpoint.
     """
     return [{name: [float(x) for x in pair] for name, pair in step.items()} for step in jax.device_get(metrics)]

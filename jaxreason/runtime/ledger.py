@@ -1,16 +1,16 @@
-"""The ledger: what a run has used, for sampling, learning, evaluating and compiling
-apart. Goes into checkpoints and summaries.
+"""The ledger: resources used by a run, separately for sampling, learning, evaluating
+and compiling. It is saved in checkpoints and summaries.
 
     tokens      sampled (sample, evaluate), or read by the learner (learn)
-    flops       of this work by formula (`cost.forward_flops`): without padding and
-                without recomputation
-    device_s    seconds x devices, from start to end of the work; waiting for verdicts
-                is included, compilation is a kind of its own
-    joules      device_s x the watts of a device that `config.log.watts` states, else 0:
-                an estimate, nothing is metered
+    flops       of this work by formula (`cost.forward_flops`), without padding and
+                recomputation
+    device_s    seconds x devices from start to end of the work; waiting for verdicts
+                is included, compilation is a separate kind
+    joules      device_s x `config.log.watts`, the stated watts per device; 0 if unset.
+                An estimate: nothing is metered
 
-A ledger is {kind of work: {unit: amount}}, floats that only grow. Work that a killed
-run had done after its last checkpoint, and that is done again, counts once.
+A ledger is {kind of work: {unit: amount}}; the amounts are floats that only grow. Work
+after the last checkpoint of a killed run is done again on resume, and counts once.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ UNITS = ("tokens", "flops", "device_s", "joules")
 
 
 def empty() -> dict:
-    """A ledger of nothing."""
+    """Return a ledger whose amounts are all 0."""
     return {kind: dict.fromkeys(UNITS, 0.0) for kind in KINDS}
 
 
 def add(ledger: dict, kind: str, *, tokens: float, flops: float, device_s: float, watts: float | None) -> dict:
-    """A ledger with more work in it."""
+    """Return the ledger with the given work added."""
     more = {"tokens": tokens, "flops": flops, "device_s": device_s, "joules": device_s * (watts or 0.0)}
     return ledger | {kind: {unit: ledger[kind][unit] + float(more[unit]) for unit in UNITS}}
 
 
 def named(ledger: dict) -> dict[str, float]:
     """Name the ledger's entries for a line of metrics. Seconds and joules vary between
-    equal runs, so they are under `time/`.
+    identical runs, so their names begin with `time/`.
     """
     values = {}
     for kind, amounts in ledger.items():
@@ -51,24 +51,24 @@ def named(ledger: dict) -> dict[str, float]:
 
 
 def sampling(c, rollouts: Iterable[Rollout]) -> dict[str, float]:
-    """Tokens and FLOPs of sampling: each problem's prompt is read once, however many
-    attempts there are at it.
+    """Count tokens and FLOPs of sampling. The prompt of a problem counts once, however
+    many attempts share it.
     """
     tokens, flops, prompts = 0.0, 0.0, {}
     for r in rollouts:
         prompt = len(r.prompt)
         tokens += float(r.sampled.sum())
         flops += forward_flops(c, [(prompt, len(r.tokens))]) - forward_flops(c, [(prompt, 0)])
-        prompts[r.problem, r.task.question, r.temperature] = prompt  # suites count from 0, all of them
+        prompts[r.problem, r.task.question, r.temperature] = prompt  # every suite numbers its problems from 0
     return {"tokens": tokens, "flops": flops + forward_flops(c, [(prompt, 0) for prompt in prompts.values()])}
 
 
 def learning(c, batch: Batch, *, updates: int, reference: bool) -> dict[str, float]:
-    """Tokens and FLOPs of `updates` from a batch, and of its log-probs under a
-    reference policy.
+    """Count tokens and FLOPs of `updates` passes over a batch, plus its log-probs under
+    a reference policy if `reference` is true.
 
-    Backward is twice forward; of a frozen base it is once, as its weights have no
-    gradient.
+    The backward pass costs two forward passes, or one if the base is frozen: its
+    weights then have no gradient.
     """
     tokens, forward = float((batch.segment_BT > 0).sum()), reading(c, [batch])
     adapters = adapter_flops(c, tokens)
@@ -77,17 +77,17 @@ def learning(c, batch: Batch, *, updates: int, reference: bool) -> dict[str, flo
 
 
 def reading(c, batches: Sequence[Batch]) -> float:
-    """FLOPs of scoring every token of batches that has a weight."""
+    """Count FLOPs of scoring every token of the batches that has a weight."""
     branches = [branch for batch in batches for branch in branches_of(batch)]
     whole = forward_flops(c, [(first + rest, trained) for first, rest, trained in branches])
     return whole - forward_flops(c, [(first, 0) for first, *_ in branches])
 
 
 def branches_of(batch: Batch) -> list[tuple[int, int, int]]:
-    """Of each branch in a numpy batch (see `attention.causal`) its first position, and
-    how many tokens without and with a weight.
+    """Return (first position, tokens without weight, tokens with weight) of each branch
+    in a numpy batch (see `attention.causal`).
 
-    What stands before the first position was read with another branch.
+    Tokens before a branch's first position are counted with another branch.
     """
     begins_BT = (np.diff(batch.position_BT, axis=1, prepend=-2) != 1) | (np.diff(batch.segment_BT, axis=1, prepend=0) != 0)
     begins_BT[:, 0] = True

@@ -1,7 +1,6 @@
 """The log of a run: `metrics.jsonl`, TensorBoard, W&B and the live line.
 
-TensorBoard's events are not worth ending a run: if they can't be written, the run
-continues without them and says so.
+A failure to write TensorBoard events is reported, and the run continues without them.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from rich.text import Text
 from jaxreason.runtime.files import Unwritable, json_line, truncate, writing
 from jaxreason.runtime.terminal import duration, fitted, progress, visible
 
-PLAIN_EVERY_S = 10.0  # without a terminal, at most one line of progress in this time
+PLAIN_EVERY_S = 10.0  # shortest time between progress lines without a terminal
 
 
 class Pace(NamedTuple):
-    """Duration of a step: an exponential average that starts anew in each phase."""
+    """Duration of a step: an exponential average that restarts in each phase."""
 
     phase: str = ""
     steps: int = 0
@@ -35,14 +34,14 @@ class Pace(NamedTuple):
 
     def after(self, phase: str, step_s: float) -> Pace:
         if phase != self.phase:
-            return Pace(phase, 1)  # the first step of a phase is slow even without its compilation
+            return Pace(phase, 1)  # ignored: the first step of a phase is slow even without its compilation
         if self.steps == 1:
             return Pace(phase, 2, step_s)
         return Pace(phase, self.steps + 1, 0.9 * self.step_s + 0.1 * step_s)
 
 
 class RunLog:
-    """The open log of a run; see `open_log`. Use as a context manager, or call
+    """The open log of a run; see `open_log`. Use it as a context manager, or call
     `close`.
     """
 
@@ -53,12 +52,12 @@ class RunLog:
         self._pace, self._latest, self._printed_s = Pace(), {}, -math.inf
         self._live = None
         if console is not None and console.is_terminal:
-            # Redirecting a stdout that is no terminal would send to the terminal what
-            # was meant for a file.
+            # If stdout is not a terminal, redirecting it would print to the terminal
+            # what belongs in a file.
             redirect = {"redirect_stdout": sys.stdout.isatty()}
             self._live = Live(get_renderable=self._line, console=console, refresh_per_second=4, **redirect)
             self._live.start()
-        atexit.register(self.close)  # a run that ends in an error must give the cursor back
+        atexit.register(self.close)  # a run that ends in an error must restore the cursor
 
     def write(
         self,
@@ -69,8 +68,8 @@ class RunLog:
         phase_step: int | None = None,
         phase_steps: int | None = None,
     ) -> None:
-        """Log `values` of the global `step`, which never decreases over a run;
-        `phase_step` counts from the phase's start.
+        """Log `values` of the global `step`, which never decreases over a run.
+        `phase_step` counts from the start of the phase.
         """
         if self._file is None:
             return
@@ -101,8 +100,8 @@ class RunLog:
         self._show(step, phase_step, phase_steps, now=any(name.startswith("eval/") for name in values))
 
     def _reopen(self, step: int) -> None:
-        """Notice that somebody has moved, removed or cut the file that lines go to, and
-        begin another where it was.
+        """Detect that somebody has moved, removed or truncated the log file, and open a
+        new one at its path.
         """
         path = getattr(self._file, "name", None)
         if path is None:
@@ -113,7 +112,7 @@ class RunLog:
                 return
             what = "moved or removed" if there is None else "replaced or cut"
             self.say(f"warning: {path} was {what} while the run wrote it; the lines from step {step} on go to {path}")
-            file = open(path, "a", encoding="ascii")  # noqa: SIM115  (open for as long as the run)
+            file = open(path, "a", encoding="ascii")  # noqa: SIM115 (stays open until the run ends)
             self._file.close()
             self._file = file
 
@@ -123,7 +122,7 @@ class RunLog:
             self._file.flush()
             self._size = self._file.tell()
         except OSError as error:
-            with suppress(OSError):  # it holds what it could not write, and would fail again at exit
+            with suppress(OSError):  # the file still buffers the line, and would fail again at exit
                 self._file.close()
             raise Unwritable(f"can't write to {self._file.name}: {error.strerror or error}") from None
 
@@ -140,26 +139,26 @@ class RunLog:
             self._console.print(Text(line), soft_wrap=True)
 
     def _line(self) -> Text:
-        """The live line: of the last metrics, or else of what has been under way since;
-        never more than one line.
+        """Return the live line: the latest metrics, or the activity that began after
+        them. It is never longer than one line.
         """
         took = f" {duration(time.monotonic() - self._doing_s)}"
         line = visible(self._doing + took) if self._doing else self._shown
         return Text(fitted(line, self._console.width), no_wrap=True, overflow="ellipsis")
 
     def doing(self, what: str) -> None:
-        """Say on the live line what is under way, and for how long, until there are
-        other metrics.
+        """Show on the live line the current activity and its duration, until the next
+        metrics.
         """
         self._doing, self._doing_s = what, time.monotonic()
 
     def say(self, text: str) -> None:
-        """Print a line above the live one."""
+        """Print a line above the live line."""
         if self._console is not None:
             self._console.print(Text(visible(text)), soft_wrap=True)
 
     def close(self) -> None:
-        """Close the files and leave the terminal as it was; again does nothing."""
+        """Close the files and restore the terminal. A second call does nothing."""
         atexit.unregister(self.close)
         if self._live is not None:
             self._live.stop()
@@ -180,14 +179,15 @@ class RunLog:
 
 
 class Board:
-    """TensorBoard's events, by tensorboardX's writer of records, in this thread.
+    """TensorBoard events, written by tensorboardX's `EventsWriter` in the calling
+    thread.
 
-    Its `SummaryWriter` has a thread of its own: a full disk ends that, and then every
-    call waits for ever, at exit too.
+    tensorboardX's `SummaryWriter` uses its own thread. A full disk ends that thread,
+    and every later call then blocks forever, also at exit.
     """
 
     def __init__(self, folder: str | os.PathLike, purge_step: int | None = None):
-        """Open a new file of events; TensorBoard shows none of earlier files from
+        """Open a new event file. TensorBoard hides events of earlier files from
         `purge_step` on.
         """
         from tensorboardX.event_file_writer import EventsWriter
@@ -226,13 +226,13 @@ def open_log(
 
     `wandb` is the keyword arguments of `wandb.init`, or None. `live` shows progress on
     stderr: one live line on a terminal, else a plain line every ten seconds.
-    `resume_step`, if given, is the step of the checkpoint a run goes on from: what was
-    logged after it is cut, and `time_s` goes on from what was kept. With `write` False
+    `resume_step` is the last logged step that the checkpoint expects: later lines are
+    dropped, and `time_s` continues from the last line kept. If `write` is False,
     nothing is opened and every method does nothing.
 
     Raises:
-      ValueError: W&B is asked for but not installed.
-      Unwritable: the folder can't be written; so does `write` of the log.
+      ValueError: W&B is requested but not installed.
+      Unwritable: the folder can't be written. `RunLog.write` raises it too.
     """
     if not write:
         return RunLog(None, None, None, None, total_steps=total_steps, start_s=time.monotonic())
@@ -253,7 +253,7 @@ def open_log(
         wandb_run,
         Console(stderr=True, highlight=False) if live else None,
         total_steps=total_steps,
-        start_s=time.monotonic() - _time_s(last),  # unlike that of the day this clock is never set back
+        start_s=time.monotonic() - _time_s(last),  # unlike wall-clock time, this clock is never set back
     )
 
 

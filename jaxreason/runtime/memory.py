@@ -1,8 +1,8 @@
-"""Memory that was freed goes back to the system.
+"""Return freed memory to the system.
 
-glibc keeps freed memory for later. Compiling a train step leaves it memory that no
-array fits into. A GRPO step peaks a fifth lower with this module
-(jaxreason/bench/README.md).
+glibc keeps freed memory for reuse. Compiling a train step leaves free memory that is
+too fragmented for arrays. With this module the peak memory of a GRPO step is a fifth
+lower (jaxreason/bench/README.md).
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def give_back(after_s: float = 1.0) -> None:
-    """From now on give freed memory back: after each compilation of `after_s` or
-    longer, and large arrays as they are freed.
+    """Return freed memory to the system from now on: after each compilation of
+    `after_s` or longer, and each large array when it is freed.
 
-    For a process to call once, at its start. Without glibc nothing changes.
+    Call it once per process, at the start. Without glibc it does nothing.
     """
     if not hasattr(LIBC, "malloc_trim"):
         return
-    # By itself glibc raises the first to the largest array that was freed, 32 MiB at
-    # most, and then keeps what is smaller; where it is set, the second has to be. What
-    # was given back is cleared page by page when it is wanted again, at once in the
-    # case of scratch for matrix products: in one micro-batch, four attempts to a
-    # prompt, that step took 9.4 s with 1 MiB here and 8.4 with this and `trim` (medians
-    # of 3 and 2), and peaked at 4,510 and 4,810 MiB.
+    # By default glibc raises the mmap threshold to the size of the largest freed array
+    # (at most 32 MiB) and keeps smaller freed blocks. Setting this threshold turns that
+    # off, for the trim threshold too, so both are set. A lower threshold would be
+    # slower: the kernel clears returned pages when they are needed again, soon for the
+    # scratch memory of matrix products (jaxreason/bench/README.md).
     LIBC.mallopt(M_MMAP_THRESHOLD, 2**23)
     LIBC.mallopt(M_TRIM_THRESHOLD, 2**26)
 
@@ -41,7 +40,7 @@ def give_back(after_s: float = 1.0) -> None:
 
 
 def trim() -> None:
-    """Give back all that is free now: for the end of something large, such as the
+    """Return all memory that is free now. Call it after a large release, such as of the
     sampler's weights.
     """
     if hasattr(LIBC, "malloc_trim"):

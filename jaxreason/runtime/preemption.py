@@ -1,11 +1,11 @@
-"""Notices that a run is to end: Ctrl-C, SIGTERM, and the maintenance event of a Cloud
-TPU VM.
+"""Detection of requests to end the run: Ctrl-C, SIGTERM, and the maintenance event of a
+Cloud TPU VM.
 
-The loop asks `stop()` after every step; once it is true on any process, all of them
-save and end. What a notice interrupts is never the step itself, unless that takes too
-long after a Ctrl-C. A second signal ends the process at once, and so does the first one
-before there is anything to save. A thread of its own hears the signals: the main one
-may be compiling, or wait for a verifier that never returns.
+The loop calls `stop()` after every step. Once any process has a request, all processes
+save and end. A request never interrupts the current step, unless the step takes too
+long after a Ctrl-C. A second signal ends the process at once; so does the first one if
+there is nothing to save yet. A separate thread handles the signals, because the main
+thread may be compiling or waiting for a verifier that never returns.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ import numpy as np
 
 from jaxreason.runtime import processes
 
-QUIET = ("NONE", "")  # what the metadata server says when nothing is planned
-HOWS = ("", "stopped", "interrupted")  # what `stop()` returns
-GRACE_S = 60.0  # that a step may take after a Ctrl-C, and three times as long as the longest one so far
+QUIET = ("NONE", "")  # answers of the metadata server when no maintenance is planned
+HOWS = ("", "stopped", "interrupted")  # return values of `stop()`
+GRACE_S = 60.0  # time for a step to end after a Ctrl-C, in addition to three times the longest recent step
 
 
 @contextlib.contextmanager
 def watch(ending: Callable[[], str] = lambda: "the run ends") -> Iterator[Callable[[], str]]:
-    """Listen, in the main thread; yield `stop()`, which all processes must call
-    together after each step.
+    """Listen for requests to end. Use it in the main thread. It yields `stop()`, which
+    all processes must call together after each step.
 
-    It returns "" while the run is to go on, then "interrupted" if a Ctrl-C has been
-    heard, or "stopped". `ending()` is called when the process is ended at once; what it
-    returns is said.
+    `stop()` returns "" while the run should continue, "interrupted" after a Ctrl-C, and
+    "stopped" after any other request. If the process is ended at once, `ending()` is
+    called and its result is printed.
     """
-    heard, steps_s = [0], [0.0]  # the index in HOWS; how long steps have taken
+    heard, steps_s = [0], [0.0]  # index in HOWS; durations of steps
     asked_s, timers = [None], []
-    alone = jax.process_count() == 1  # else all end together, after a step
+    alone = jax.process_count() == 1  # several processes end together, after a step
 
     def notice(what: str, how: str) -> None:
         heard[0] = max(heard[0], HOWS.index(how))
@@ -65,7 +65,7 @@ def watch(ending: Callable[[], str] = lambda: "the run ends") -> Iterator[Callab
             tell(line)
         flush = threading.Thread(target=lambda: [file.flush() for file in (sys.stdout, sys.stderr)], daemon=True)
         flush.start()
-        flush.join(1.0)  # whoever reads them may have stopped
+        flush.join(1.0)  # a stalled reader of these must not block the end
         os._exit(128 + signum)
 
     def stop() -> str:
@@ -85,8 +85,8 @@ def watch(ending: Callable[[], str] = lambda: "the run ends") -> Iterator[Callab
 
 @contextlib.contextmanager
 def hearing(calls: dict[int, Callable[[int], None]]) -> Iterator[None]:
-    """Have signals call functions in a thread of their own, whatever the main one is
-    busy with.
+    """Call functions on signals in a separate thread, even while the main thread is
+    busy.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
@@ -97,20 +97,20 @@ def hearing(calls: dict[int, Callable[[int], None]]) -> Iterator[None]:
                 calls[number[0]](number[0])
 
     threading.Thread(target=listen, daemon=True).start()
-    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)  # written to as a signal comes
-    handlers = {signum: signal.signal(signum, lambda *_: None) for signum in calls}  # or else they would end the process
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)  # Python writes each signal's number to it
+    handlers = {signum: signal.signal(signum, lambda *_: None) for signum in calls}  # the default handlers would end the process
     try:
         yield
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
         signal.set_wakeup_fd(before)
-        writer.close()  # which ends the thread
+        writer.close()  # ends the thread
 
 
 def tell(line: str) -> None:
-    """Write a line to stderr, by itself: the live line and the cursor may be anywhere,
-    and locks may be held.
+    """Write a line directly to stderr. The live line and the cursor may be anywhere,
+    and locks may be held, so `print` is not safe here.
     """
     clear = "\r\x1b[2K\x1b[?25h" if os.isatty(2) else ""
     with contextlib.suppress(OSError):
@@ -118,7 +118,7 @@ def tell(line: str) -> None:
 
 
 def await_maintenance(notice: Callable[[str], None], pause_s: float = 10.0) -> None:
-    """Ask the metadata server until it tells of maintenance
+    """Poll the metadata server until it announces maintenance
     (cloud.google.com/compute/docs/metadata: maintenance-event).
     """
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
@@ -129,7 +129,7 @@ def await_maintenance(notice: Callable[[str], None], pause_s: float = 10.0) -> N
             with urllib.request.urlopen(request, timeout=pause_s) as answer:
                 event = answer.read().decode().strip()
         except (OSError, urllib.error.URLError):
-            event = ""  # no cloud around, or it does not answer now
+            event = ""  # not in the cloud, or no answer at the moment
         if event not in QUIET:
             notice(f"maintenance of this machine is coming ({event})")
             return

@@ -1,13 +1,13 @@
-"""Several processes of one run: how they find each other, tell each other things, and
-end together.
+"""Several processes of one run: how they connect, exchange data and end together.
 
-Each process runs the same program on its own devices; what is computed on the mesh is
-computed by all. The host's own work, of which sampling is most, is shared out, and its
-results are made known to all (`gather`): so every process holds the same batch, the
-same metrics and the same state of its sources, whatever the number of processes. A
-batch of 4,096 rollouts of 2,000 tokens is some 100 MB that each process receives a
-step. Programs on the mesh, and so `gather`, must be started by all processes in the
-same order: from the main thread alone.
+Each process runs the same program on its own devices. All processes run each
+computation on the mesh. Work on the host, mostly sampling, is divided between them, and
+`gather` sends each result to every process. So all processes hold the same batch,
+metrics and source state, however many there are. For a batch of 4,096 rollouts of 2,000
+tokens each process receives about 100 MB per step.
+
+All processes must start programs on the mesh, including `gather`, in the same order.
+Only the main thread may therefore start them.
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# What failed collectives say, under several types of error.
+# Messages of failed collectives, which have several error types.
 ANOTHER_DIED = re.compile(r"Gloo|UNAVAILABLE|DEADLINE_EXCEEDED|[Cc]onnection (reset|closed|refused)|Socket closed|Broken pipe")
-PIECE_BYTES = 2**20  # that are sent at a time: one shape, so one compilation
+PIECE_BYTES = 2**20  # sent at a time: one shape, so one compilation
 
 
 def join(
     *, coordinator_address: str | None, num_processes: int | None, process_id: int | None, heartbeat_timeout_s: int = 100
 ) -> None:
-    """Become one of several processes, if there are: by what is given, or as Cloud TPU,
-    Slurm or Open MPI has it.
+    """Join the other processes of the run, if there are any.
 
-    Call before anything else of jax. A process that is not heard of for
-    `heartbeat_timeout_s` ends all others.
+    The arguments describe the processes. If all are None, Cloud TPU, Slurm or Open MPI
+    describes them. Call this before any other use of jax. If a process is silent for
+    `heartbeat_timeout_s`, jax ends all others.
 
     Raises:
-      ValueError: only some of the three are given, or they do not fit together.
+      ValueError: only some of the three arguments are given, or they do not fit
+        together.
     """
     given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     options = {"heartbeat_timeout_seconds": heartbeat_timeout_s}
@@ -52,7 +53,7 @@ def join(
             return
         try:
             jax.distributed.initialize(**options)
-        except ValueError:  # a TPU of one host that belongs to no cluster
+        except ValueError:  # a TPU on a single host, outside any cluster
             if int(os.environ.get("SLURM_NTASKS", 1)) > 1 or int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
                 raise
         return
@@ -68,8 +69,8 @@ def join(
 
 
 def in_cluster() -> bool:
-    """Whether something has started this process as one of several, as far as its
-    environment tells.
+    """Return whether this process was started as one of several, judging by its
+    environment variables and TPUs.
     """
     if "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         return True
@@ -79,15 +80,15 @@ def in_cluster() -> bool:
 
 
 def on_tpu_vm() -> bool:
-    """Whether this machine has TPUs that jax is to use."""
+    """Return whether this machine has TPUs that jax may use."""
     if os.environ.get("JAX_PLATFORMS", "tpu") not in ("", "tpu") or importlib.util.find_spec("libtpu") is None:
         return False
     return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
 def gather(item: Any) -> list:
-    """Return what each process has given, in their order. It is pickled; all processes
-    must call this together.
+    """Return the `item` of each process, in process order. Items are pickled. All
+    processes must call this together.
     """
     if jax.process_count() == 1:
         return [item]
@@ -100,10 +101,10 @@ def gather(item: Any) -> list:
 
 
 def all_gather_host(x_N: np.ndarray) -> np.ndarray:
-    """Return [P, N]: the array of each process.
+    """Return [P, N]: the array of each process, in process order.
 
-    By way of the first device of each, which no process keeps for sampling: what
-    samples must not wait for this.
+    The transfer uses the first device of each process. That device is never one of the
+    `sampling_devices`, so sampling on those does not wait for the transfer.
     """
     if jax.process_count() == 1:
         return x_N[None]
@@ -121,17 +122,19 @@ def replicate(x, mesh: Mesh):
 
 
 def writes() -> bool:
-    """Whether this process writes the files of the run, and speaks for all."""
+    """Return whether this process writes the run's files and prints for all
+    processes.
+    """
     return jax.process_index() == 0
 
 
 def on_all_processes(function: Callable, *args, **kwargs) -> Any:
-    """Call a function on every process; if its input is bad for any of them, raise on
-    all: a run starts on all or on none.
+    """Call a function on every process; if it fails on any, raise on all. A run thus
+    starts on all processes or on none.
 
     Raises:
-      ValueError, OSError: as the function does, and ValueError where it failed on
-        another process.
+      ValueError, OSError: the function raised it on this process.
+      ValueError: the function failed on another process.
     """
     result = error = None
     try:
@@ -148,23 +151,26 @@ def on_all_processes(function: Callable, *args, **kwargs) -> Any:
 
 
 def end(error: BaseException, heartbeat_timeout_s: int) -> None:
-    """End this process of several, now that it has failed, so that the others do not
-    wait for it.
+    """Print the error and end this process, so that the other processes do not wait for
+    it.
 
-    If it failed since another has died, first wait to hear which: jax names it when its
-    heartbeats have been missed, and ends the process.
+    If the cause is the death of another process, first wait: jax names that process
+    once its heartbeats are overdue, and then ends this one.
     """
     who = f"process {jax.process_index()} of {jax.process_count()}"
     if isinstance(error, jax.errors.JaxRuntimeError) or ANOTHER_DIED.search(str(error)):
-        print(f"error: {who} lost another, which is named within {heartbeat_timeout_s} s: {first_line(error)}", file=sys.stderr)
+        print(
+            f"error: {who} lost another process, which jax names within {heartbeat_timeout_s} s: {first_line(error)}",
+            file=sys.stderr,
+        )
         sys.stderr.flush()
-        time.sleep(heartbeat_timeout_s + 10)  # ended from outside in the meantime
+        time.sleep(heartbeat_timeout_s + 10)  # jax ends this process meanwhile
     else:
         traceback.print_exception(error)
         print(f"error: {who} ends, and with it the others: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)  # without the barrier at exit, where the others would be waited for
+    os._exit(1)  # skip jax's barrier at exit, which waits for the other processes
 
 
 def first_line(error: BaseException) -> str:

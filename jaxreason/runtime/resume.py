@@ -1,6 +1,4 @@
-"""Find where a run continues: restore the newest whole checkpoint and cut the logs back
-to it.
-"""
+"""Resume: restore the newest complete checkpoint and cut the logs back to it."""
 
 from __future__ import annotations
 
@@ -21,22 +19,22 @@ from jaxreason.types import TrainState
 
 
 class NotResumable(Exception):
-    """There are checkpoints, but none that the run can continue from."""
+    """The run has checkpoints, but can't continue from any of them."""
 
 
 @dataclass
 class Progress:
-    """Progress and findings of a run: the host's part of a checkpoint, as JSON."""
+    """Progress and results of a run: the `host` item of a checkpoint, as JSON."""
 
-    phase: int = 0  # index
-    phase_step: int = 0  # steps that the phase has made
+    phase: int = 0  # index of the current phase
+    phase_step: int = 0  # steps done in the phase
     source: dict | None = None  # state of the phase's source; None before its first step
-    waiting: list[dict] = field(default_factory=list)  # metrics of steps that are not logged yet
+    waiting: list[dict] = field(default_factory=list)  # metrics of steps not logged yet
     evaluations: list[dict] = field(default_factory=list)
-    losses: list[dict] = field(default_factory=list)  # of held-out texts
+    losses: list[dict] = field(default_factory=list)  # on held-out texts
     wall_s: float = 0.0
-    saving_s: float = 0.0  # that the loop waited for checkpoints
-    skipped: int = 0  # batches in a row whose update was not finite, up to the last that was logged
+    saving_s: float = 0.0  # time that the loop waited for checkpoints
+    skipped: int = 0  # consecutive batches whose update was not finite, up to the last one logged
     ledger: dict = field(default_factory=ledger.empty)
 
     @staticmethod
@@ -45,7 +43,7 @@ class Progress:
 
     @staticmethod
     def read(host: Mapping[str, Any]) -> Progress:
-        """Read the host's part of a checkpoint. Its ledger may lack kinds of work that
+        """Read the `host` item of a checkpoint. Its ledger may lack kinds of work that
         earlier versions did not count.
         """
         found = {name: host[name] for name in Progress.names()}
@@ -55,24 +53,24 @@ class Progress:
 class Found(NamedTuple):
     """The checkpoint that a run continues from."""
 
-    step: int  # of the whole run
-    host: dict  # the host's part of the checkpoint: `Progress`, and what the run was made from
+    step: int  # counted over the whole run
+    host: dict  # the checkpoint's `host` item: `Progress`, and the provenance of the run
     state: TrainState
-    reference: Any  # params, or None where the phase has none
-    read_s: float = 0.0  # seconds that it took to find and read
+    reference: Any  # params, or None if the phase has no reference policy
+    read_s: float = 0.0  # time to find and read the checkpoint
 
     @property
     def logged(self) -> int:
-        """The last step whose metrics the checkpoint expects in the log."""
+        """Return the last step whose metrics the checkpoint expects in the log."""
         return self.step - len(self.host["waiting"])
 
 
 def find_newest(run, checkpoints: Checkpoints, say: Callable[[str], None]) -> Found | None:
-    """Restore the newest checkpoint that is whole; None if there are none. Damaged ones
-    are set aside and reported.
+    """Restore the newest undamaged checkpoint; None if there are no checkpoints.
+    Damaged ones are reported and set aside.
 
     Raises:
-      NotResumable: a checkpoint of another run or version, or none that is whole.
+      NotResumable: a checkpoint belongs to another run or version, or all are damaged.
     """
     started_s, steps = time.monotonic(), checkpoints.steps()
     for step in steps:
@@ -87,7 +85,7 @@ def find_newest(run, checkpoints: Checkpoints, say: Callable[[str], None]) -> Fo
     if steps:
         raise NotResumable(
             "none of the checkpoints is whole, so there is nothing to go on from; choose another --workdir, or start "
-            "anew with --resume=never, which moves all that is there aside"
+            "anew with --resume=never, which moves the old files aside"
         )
     return None
 
@@ -109,7 +107,7 @@ def restore(run, checkpoints: Checkpoints, step: int) -> Found:
 
 
 def changed_versions(found: Found, provenance: Mapping[str, Any]) -> list[str]:
-    """The packages whose version is another than when the checkpoint was made."""
+    """List the packages whose version has changed since the checkpoint was made."""
     there = found.host["versions"]
     return [f"{name} {there.get(name)}, now {v}" for name, v in provenance["versions"].items() if v != there.get(name)]
 
@@ -125,28 +123,30 @@ def begin_logs(workdir: Path, say: Callable[[str], None]) -> None:
 
 
 def cut_logs(run, workdir: Path, found: Found, say: Callable[[str], None]) -> None:
-    """Drop the lines after the checkpoint, and say if lines before it are missing."""
+    """Drop log lines after the checkpoint, and warn if lines before it are missing."""
     dropped, stretches = {}, logged_steps(run, found)
     for name, step in {"metrics.jsonl": found.logged, "rollouts.jsonl": found.step}.items():
         got = files.truncate(workdir / name, step)
         dropped[name] = got.dropped
         if got.aside is not None:
-            say(f"warning: {workdir / name} had lines that are not of a log; they are left out, and {got.aside} has them")
+            say(
+                f"warning: {workdir / name} had lines that are not log records; they are removed, and {got.aside} is the original"
+            )
         if missing := files.lacking(got.steps, stretches[name]):
-            say(f"warning: {workdir / name} lacks steps {missing}, which are not made again")
+            say(f"warning: {workdir / name} lacks steps {missing}, which are not repeated")
     if any(dropped.values()):
         counts = ", ".join(f"{count} of {name}" for name, count in dropped.items())
-        say(f"dropped lines of steps that will be made again: {counts}")
+        say(f"dropped lines of steps that will be repeated: {counts}")
 
 
 def logged_steps(run, found: Found) -> dict[str, list[tuple[int, int, int]]]:
-    """List the steps at which each log must have lines: first and last of a stretch,
-    and the steps per line.
+    """List the steps at which each log must have lines, as stretches (first step, last
+    step, steps per line).
     """
     config, begun, stretches = found.host["config"], 0, {"metrics.jsonl": [(0, 0, 1)], "rollouts.jsonl": []}
     for phase in run.phases:
         first, last = begun + 1, min(begun := begun + phase.steps, found.step)
-        every = max(phase.log_every, config.get(phase.name, {}).get("log_every", 1))  # it may have been another before
+        every = max(phase.log_every, config.get(phase.name, {}).get("log_every", 1))  # an earlier start may have used another
         stretches["metrics.jsonl"].append((first, min(last, found.logged), every))
         if phase.source.samples and run.rollouts_kept and config.get("log", {}).get("rollouts_kept", 1):
             stretches["rollouts.jsonl"].append((first, last, 1))

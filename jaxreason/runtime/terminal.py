@@ -1,6 +1,7 @@
 """Output for a person at the terminal: the live line, accuracies, rollouts.
 
-What a model wrote is data: its control characters and markup are shown, never obeyed.
+Text from a model is untrusted: its control characters and markup are printed as text
+and have no effect.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ def progress(
     phase_steps: int | None = None,
     step_s: float = math.nan,
 ) -> str:
-    """Return the line of progress: what is among `values`, and no word of what is not.
+    """Format a progress line from the metrics present in `values`.
 
-    The time left of the phase is for its own steps; that of the run supposes that later
+    The `eta` is for the phase's own steps. The time left of the run assumes that later
     phases keep this pace, and says so.
     """
     phase = f"{values['phase']} {phase_step}/{phase_steps}" if phase_steps else str(values["phase"])
@@ -64,7 +65,7 @@ def progress(
 
 
 def fitted(line: str, width: int) -> str:
-    """Leave out the last parts of a line of progress, until it fits `width`."""
+    """Drop the last parts of a progress line until it fits `width`."""
     parts = line.split("  ")
     while len(parts) > 1 and len("  ".join(parts)) > width:
         parts.pop()
@@ -78,8 +79,8 @@ def print_rollouts(
     decode: Callable[[np.ndarray], str] | None = None,
     console: Console | None = None,
 ) -> None:
-    """Print the first n rollouts in full, each with its verdict; the question stands
-    for the prompt unless `decode` is given.
+    """Print the first n rollouts in full, each with its verdict. Without `decode` the
+    question is printed in place of the prompt.
     """
     console = console or Console(highlight=False)
     for rollout in rollouts[:n]:
@@ -96,8 +97,8 @@ def print_rollouts(
 
 
 def print_evaluations(evaluations: Iterable[Evaluation], *, console: Console | None = None) -> None:
-    """Print accuracy before and after: a row a suite and temperature, a column a phase
-    (its last evaluation), and the change.
+    """Print accuracies before and after: one row per suite and temperature, one column
+    per phase (its last evaluation), and the change.
     """
     cells: dict[tuple[str, float], dict[str, Evaluation]] = {}
     phases: list[str] = []
@@ -105,7 +106,7 @@ def print_evaluations(evaluations: Iterable[Evaluation], *, console: Console | N
         cells.setdefault((evaluation.suite, evaluation.temperature), {})[evaluation.phase] = evaluation
         if evaluation.phase not in phases:
             phases.append(evaluation.phase)
-    table = Table(box=box.SIMPLE_HEAD)  # narrow enough for two phases on 80 columns
+    table = Table(box=box.SIMPLE_HEAD)  # two phases fit 80 columns
     table.add_column("suite", no_wrap=True)
     table.add_column("T", no_wrap=True)
     for phase in phases:
@@ -116,18 +117,18 @@ def print_evaluations(evaluations: Iterable[Evaluation], *, console: Console | N
         accuracy = [f"{e.accuracy:.3f} {e.low:.2f}-{e.high:.2f}" if e else "-" for e in map(row.get, phases)]
         seen = [row[phase].accuracy for phase in phases if phase in row]
         change = [f"{seen[-1] - seen[0]:+.3f}" if len(seen) > 1 else "-"] if len(phases) > 1 else []
-        # Text, since in a plain string rich would take brackets for markup.
+        # `Text`, because rich would read brackets in a plain string as markup.
         table.add_row(*(Text(visible(cell)) for cell in (suite, f"{temperature:g}", *accuracy, *change)))
     (console or Console()).print(table)
 
 
 def visible(text: str, encoding: str = "utf-8") -> str:
-    r"""Return text that a terminal shows and never obeys: what is not printable, a
-    newline or a tab becomes `\x1b` or the like.
+    r"""Escape text so that a terminal prints it without acting on it: each unprintable
+    character except newline and tab becomes `\x1b` or the like.
 
-    That covers ANSI escapes, carriage returns, bidirectional overrides, zero-width
-    characters, lone surrogates, and what `encoding` lacks. Markup is no concern of it:
-    give rich a `Text`.
+    This covers ANSI escapes, carriage returns, bidirectional overrides, zero-width
+    characters, lone surrogates, and characters that `encoding` lacks. It does not
+    escape markup: pass rich a `Text`.
     """
     hidden = ("C", "Zl", "Zp")  # control, format, surrogate, private, unassigned; line and paragraph separators
     escaped = "".join(

@@ -1,12 +1,14 @@
-"""Load params that were trained before: of a run of ours, one of its checkpoints, or a
-Hugging Face folder.
+"""Loading of trained params: from a run, one of its checkpoints, or a Hugging Face
+folder.
 
-`find` says what a path holds, `check` whether this model can take it, both before
-anything is compiled; `load` puts it straight onto the devices, in the tree, the types
-and the shardings of this model. Adapters go on as they are where this model has the
-same, and are merged where it has none; params without them are the base of a model that
-has some. What the other model lacks, new adapters or a value head, is made anew; its
-optimizer state is left behind. Left out: models of another shape.
+`find` identifies what a path contains, and `check` decides whether this model can use
+it; both run before anything is compiled. `load` then loads the params straight onto the
+devices, in the tree, dtypes and shardings of this model.
+
+If both models have the same adapters, the adapters are kept. If only the loaded model
+has adapters, they are merged. If only this model has them, the loaded params become its
+base. Params that the loaded model lacks (new adapters or a value head) are initialised;
+its optimizer state is not loaded. Models of another shape are not supported.
 """
 
 from __future__ import annotations
@@ -26,25 +28,26 @@ from jaxreason.model import ModelConfig, lora, transformer, weights
 from jaxreason.runtime import processes
 from jaxreason.runtime.checkpoint import open_checkpoints, saved_steps
 
-# What two runs may choose differently and still compute the same from the same params.
+# Config fields that may differ without changing the function that the same params
+# compute.
 CHOICES = ("value_head", "lora", "dtype", "param_dtype", "scan_layers", "remat", "attention")
-ASIDE = ("value", "lora")  # what stands beside the params that every model has
+ASIDE = ("value", "lora")  # params that only some models have
 
 
 class Origin(NamedTuple):
-    """The checkpoint or weights that a path holds."""
+    """The checkpoint or weights found at a path."""
 
-    folder: Path  # of a run, or in the format of Hugging Face
-    step: int | None  # of the run's checkpoint; None: a Hugging Face folder
-    config: dict  # its config.json
+    folder: Path  # of a run, or in Hugging Face format
+    step: int | None  # step of the run's checkpoint; None: a Hugging Face folder
+    config: dict  # contents of its config.json
 
 
 def find(path: str | os.PathLike, step: int | None = None) -> Origin:
-    """Find params: in RUN (of `step`, or the newest), in RUN/checkpoints/STEP, or in a
-    Hugging Face folder.
+    """Find params in RUN (at `step`, or the newest), RUN/checkpoints/STEP, or a Hugging
+    Face folder.
 
     Raises:
-      ValueError, FileNotFoundError: none of these, or not that step.
+      ValueError, FileNotFoundError: the path is none of these, or lacks that step.
     """
     folder = Path(os.path.abspath(os.path.expanduser(path)))
     if folder.parent.name == "checkpoints" and folder.name.isdecimal() and step is None:
@@ -79,11 +82,11 @@ def read_json(path: Path) -> dict:
 
 
 def check(origin: Origin, theirs: ModelConfig, mine: ModelConfig) -> str:
-    """Check that params of `theirs` fit `mine`; return what is said about them in a
-    line.
+    """Check that params of `theirs` fit `mine`, and return a one-line description of
+    them.
 
     Raises:
-      ValueError, FileNotFoundError: they don't, or not all of them are there.
+      ValueError, FileNotFoundError: the params don't fit, or some are missing.
     """
     for name in (field.name for field in fields(ModelConfig) if field.name not in CHOICES):
         there, here = getattr(theirs, name), getattr(mine, name)
@@ -113,21 +116,21 @@ def check(origin: Origin, theirs: ModelConfig, mine: ModelConfig) -> str:
 
 
 def load(origin: Origin, theirs: ModelConfig, mine: ModelConfig, placed, fresh: Callable[..., dict]) -> dict[str, Any]:
-    """Load params of `theirs` as those of `mine`, with the shardings `placed`; all
-    processes read, each what its devices hold.
+    """Load params of `theirs` as those of `mine`, with the shardings `placed`. All
+    processes read, each only the part that its devices hold.
 
-    `fresh(*names)` makes new params of these names.
+    `fresh(*names)` initialises new params of these names.
     """
     if origin.step is None:
         return load_folder(origin.folder, mine, placed, fresh)
-    # The newest when this process looked; a run that goes on may have written another
-    # since.
+    # Use the step that process 0 found: a run that still trains may have saved another
+    # one between two processes' look-ups.
     return restore(origin._replace(step=processes.gather(origin.step)[0]), theirs, mine, placed, fresh)
 
 
 def load_folder(folder: Path, config: ModelConfig, placed, fresh: Callable[..., dict]) -> dict[str, Any]:
-    """Load the params of a Hugging Face folder; `fresh` makes what no such folder
-    has.
+    """Load the params of a Hugging Face folder; `fresh` initialises params that such
+    folders lack.
     """
     new = fresh(*(name for name in ASIDE if name in placed))
     numbers = vars(config)
@@ -138,13 +141,13 @@ def load_folder(folder: Path, config: ModelConfig, placed, fresh: Callable[..., 
 
 
 def restore(origin: Origin, theirs: ModelConfig, mine: ModelConfig, placed, fresh: Callable[..., dict]) -> dict[str, Any]:
-    """Restore the params of a checkpoint: cast as they are read or, where adapters are
-    merged, after that.
+    """Restore the params of a checkpoint. They are cast while read or, if adapters are
+    merged, after the merge.
     """
     mesh = jax.tree.leaves(placed)[0].mesh
     there, wanted = abstract(theirs, mesh), abstract(mine, mesh)
     merges = theirs.lora is not None and mine.lora is None
-    if not merges:  # each as it is to be here: under "frozen", perhaps, what is not so there
+    if not merges:  # read each array with the dtype and sharding of this model, which may have it under "frozen"
         wanted = wanted | wanted.get("frozen", {})
         there = {name: wanted.get(name, branch) for name, branch in there.items()}
     with closing(open_checkpoints(origin.folder / "checkpoints", read_only=True)) as checkpoints:
@@ -161,12 +164,12 @@ def restore(origin: Origin, theirs: ModelConfig, mine: ModelConfig, placed, fres
 
 
 def params_of(config: ModelConfig):
-    """The params of a model, as shapes."""
-    return jax.eval_shape(transformer(replace(config, attention="xla")).init, jax.random.key(0))  # on whatever device
+    """Return the shapes of a model's params."""
+    return jax.eval_shape(transformer(replace(config, attention="xla")).init, jax.random.key(0))  # "xla" works on any device
 
 
 def abstract(config: ModelConfig, mesh):
-    """The params of a model, as they are asked of a checkpoint."""
+    """Return the abstract params of a model, with shardings, for a restore."""
     tree = params_of(config)
     placed = sharding.shardings(tree, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, placed)

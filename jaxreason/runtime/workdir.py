@@ -1,12 +1,12 @@
-"""The folder of a run: it holds one config, and one run at a time works in it.
+"""The folder of a run. It belongs to one config, and one run at a time may use it.
 
-A change of the config that leaves the maths alone is said and allowed; any other is
-refused, unless it is accepted. The lock is the file `lock`: the system's own, which
-ends with the process, and for file systems whose locks do not reach other hosts a
-process that touches it. What a lock says of a process that has died is told and taken
-over.
+A config change that leaves the maths alone is reported and allowed. Any other change is
+refused, unless the user accepts it. The file `lock` is locked with `flock`, which the
+system releases when the process dies. Some file systems don't share these locks between
+hosts, so the run also touches the file regularly. If the holder of a lock has died, the
+next run reports it and takes the lock over.
 
-A folder that once had checkpoints is never begun anew by itself, and what it holds is
+A folder that once had checkpoints never starts anew by itself. Its old contents are
 moved aside, never removed.
 """
 
@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 RESUME = ("auto", "must", "never")
-# Fields of a config that decide when something is written or measured, or how the same
+# Config fields that only decide when something is written or measured, or how the same
 # sums are split.
 SAME_MATHS = re.compile(
     r"(log|checkpoint|evaluate|sharding)\."
@@ -34,13 +34,13 @@ SAME_MATHS = re.compile(
     r"|[^.]+\.(microbatches|log_every|evaluate_every|offload_reference|max_skipped)$"
 )
 FOLDERS = ("checkpoints", "tensorboard")
-RECORDS = ("checkpoints", "config.json", "summary.json", "metrics.jsonl", "rollouts.jsonl", "tensorboard")  # what a run leaves
-WRITTEN_OVER = ("config.json", "lock", "tensorboard")  # what a run finds of one before and neither replaces nor checks itself
-BEAT_S = 10.0  # how often a run touches its lock
+RECORDS = ("checkpoints", "config.json", "summary.json", "metrics.jsonl", "rollouts.jsonl", "tensorboard")  # left by a run
+WRITTEN_OVER = ("config.json", "lock", "tensorboard")  # existing files that must be writable when a run starts
+BEAT_S = 10.0  # interval at which a run touches its lock
 
 
 def config_text(config) -> str:
-    """A config as `config.json` has it."""
+    """Return the text of a config as written to `config.json`."""
     return json.dumps(config.to_dict(), indent=2, sort_keys=True, default=list)
 
 
@@ -52,8 +52,8 @@ def is_done(folder: Path) -> bool:
 
 
 def json_object(path: Path) -> dict | None:
-    """The JSON object in a file; None if there is no such file, or anything else in
-    it.
+    """Read the JSON object in a file; None if the file is missing or contains anything
+    else.
     """
     if not path.is_file():
         return None
@@ -65,28 +65,26 @@ def json_object(path: Path) -> dict | None:
 
 
 def saved_at(folder: Path) -> list[int]:
-    """Steps of the checkpoints in a run's folder, whole or damaged, oldest first."""
+    """Return the steps of a run's checkpoints, complete or damaged, oldest first."""
     found = (folder / "checkpoints").glob("*") if (folder / "checkpoints").is_dir() else ()
     return sorted(int(path.name) for path in found if re.fullmatch(r"0|[1-9]\d*", path.name) and path.is_dir())
 
 
 def looks_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint has what every complete one has; one that is empty or half
-    made has not.
-    """
+    """Return whether a checkpoint has the files that every complete one has."""
     host = json_object(checkpoint / "host" / "metadata") or {}
     return "host" in host and (checkpoint / "state" / "_METADATA").is_file()
 
 
 def continues(folder: Path) -> str:
-    """Say from which step the same command continues, as far as the folder tells."""
+    """Say from which step the same command continues, judging by the folder alone."""
     steps = saved_at(folder)
     return f"the same command continues from {f'step {steps[-1]}' if steps else 'the start'}"
 
 
 def begun(folder: Path, today: str) -> str | None:
-    """The date on which the run in a folder began, as its config recorded it: today, if
-    there is none.
+    """Return the date on which the run in a folder began, as its config recorded it;
+    `today` if there is no recorded config.
     """
     there = recorded_config(folder, saved_at(folder), say=lambda line: None)
     section = {"date": today} if there is None else there.get("text")
@@ -102,15 +100,15 @@ def check(
     say: Callable[[str], None],
     read: Callable[[dict], tuple[dict, list[str]]] = lambda config: (config, []),
 ) -> None:
-    """Raise ValueError if a run of the config `text` may not go on, or start, in
+    """Raise ValueError if a run with the config `text` may not continue, or start, in
     `folder`.
 
-    `read` makes of a config that an earlier version wrote what this one would have
-    written, and names the fields that it lacked. It raises ValueError for one that it
-    can't read.
+    `read` converts a config written by an earlier version into this version's form, and
+    lists the fields that were absent from it. It raises ValueError for a config that it
+    can't convert.
     """
     check_kinds(folder)
-    if resume == "never":  # `set_aside` makes room for it
+    if resume == "never":  # `set_aside` moves the old run away
         return
     saved, summary = saved_at(folder), folder / "summary.json"
     if not saved:
@@ -129,7 +127,7 @@ def check(
         check_is_open(folder, f", of another config ({'; '.join(refused[:3])}{more})" if refused else "")
         if refused and not accept_config_change:
             split = next((name for name in changed if name.endswith("source.task.split")), None)
-            if split is not None:  # which nobody has written: it follows from the suites that read the same file
+            if split is not None:  # nobody set this field: it follows from the suites that read the same file
                 more += f"; a suite that reads the source's file decides {split}: keep the suite, or set --config.{split}"
             raise ValueError(
                 f"{folder} holds a run of another config ({'; '.join(refused[:3])}{more}); choose another --workdir, or "
@@ -143,7 +141,7 @@ def check(
             say(f"config changed: {line}")
     check_is_open(folder)
     if summary.is_file() and not isinstance((json_object(summary) or {}).get("done"), bool):
-        say(f"{summary} is no summary of a run; the next evaluation writes it anew, with all that the checkpoint has of it")
+        say(f"{summary} is not a summary of a run; the next evaluation rewrites it with the results in the checkpoint")
 
 
 def check_is_open(folder: Path, more: str = "") -> None:
@@ -156,9 +154,9 @@ def check_is_open(folder: Path, more: str = "") -> None:
 
 
 def check_steps(folder: Path, steps: int) -> None:
-    """Raise ValueError if a run has made more steps than its phases have in all.
+    """Raise ValueError if a folder has a checkpoint beyond the last step of the phases.
 
-    Checkpoints that are not whole say nothing of it: `train` sets them aside.
+    Incomplete checkpoints don't count: `train` sets them aside.
     """
     saved = [step for step in saved_at(folder) if looks_whole(folder / "checkpoints" / str(step))]
     if saved and saved[-1] > steps:
@@ -169,8 +167,8 @@ def check_steps(folder: Path, steps: int) -> None:
 
 
 def check_kinds(folder: Path) -> None:
-    """Raise ValueError if a folder stands in the place of a file of a run, or the other
-    way round.
+    """Raise ValueError if a folder has the name of one of a run's files, or a file the
+    name of one of its folders.
     """
     for name in (*RECORDS, "lock"):
         if (path := folder / name).exists() and path.is_file() == (name in FOLDERS):
@@ -179,9 +177,7 @@ def check_kinds(folder: Path) -> None:
 
 
 def check_is_new(folder: Path, resume: str) -> None:
-    """Raise ValueError if there are no checkpoints where there must be some, or have
-    been some.
-    """
+    """Raise ValueError if the folder must have checkpoints, or once had some."""
     damaged = [path.name for path in (folder / "checkpoints").glob("*.damaged*")]
     last = (json_object(folder / "summary.json") or {}).get("saved")
     if damaged or last:
@@ -189,15 +185,15 @@ def check_is_new(folder: Path, resume: str) -> None:
         had = only if damaged else f"none of its checkpoints any more (the last known was of step {last})"
         raise ValueError(
             f"{folder} has {had}; bring one back, choose another --workdir, or start anew with --resume=never, which "
-            "moves all that is there aside"
+            "moves the old files aside"
         )
     if resume == "must":
         raise ValueError(f"{folder} holds no checkpoint, and --resume=must; give the --workdir of a run, or --resume=auto")
 
 
 def recorded_config(folder: Path, saved: Sequence[int], say: Callable[[str], None]) -> dict | None:
-    """The config that a run was begun with: of `config.json`, or else of its newest
-    checkpoint that tells.
+    """Return the config that a run began with: from `config.json`, or else from the
+    newest checkpoint that contains it. None if neither has it.
     """
     path = folder / "config.json"
     if (found := json_object(path)) is not None:
@@ -214,8 +210,8 @@ def recorded_config(folder: Path, saved: Sequence[int], say: Callable[[str], Non
 
 
 def set_aside(folder: Path, say: Callable[[str], None]) -> None:
-    """Make room for a new run: give all that there is of earlier ones names that end in
-    .1, .2, ..., the same for all.
+    """Rename everything that earlier runs left, to make room for a new run. All names
+    get the same ending: .1, .2, ...
     """
     paths = [folder / name for name in RECORDS]
     there = [path.name for path in paths if path.is_file() or (path.is_dir() and any(path.iterdir()))]
@@ -228,28 +224,28 @@ def set_aside(folder: Path, say: Callable[[str], None]) -> None:
 
 
 def free_name(path: Path) -> Path:
-    """The first of `path`.1, `path`.2, ... that is not there."""
+    """Return the first of `path`.1, `path`.2, ... that doesn't exist."""
     return next(name for n in itertools.count(1) if not os.path.lexists(name := path.with_name(f"{path.name}.{n}")))
 
 
 class Moved(Exception):
-    """The folder of a run is no longer where it was."""
+    """The folder of a run was moved, removed or replaced."""
 
 
 def stays(folder: Path) -> Callable[[], None]:
-    """Return what raises Moved once `folder`, which this process has locked, is
-    renamed, removed or replaced.
+    """Return a function that raises Moved once `folder`, which this process has locked,
+    is renamed, removed or replaced.
     """
     handle = os.open(folder, os.O_RDONLY)
     began, mine = os.fstat(handle), (folder / "lock").read_bytes()
 
     def check_stays() -> None:
         with contextlib.suppress(OSError):
-            # The lock counts too, since some network file systems give the same folder
-            # another number now and then.
+            # Compare the lock as well: some network file systems occasionally give the
+            # same folder another inode number.
             if os.path.samestat(began, os.stat(folder)) or (folder / "lock").read_bytes() == mine:
                 return
-        # Linux knows under which name an open folder is now.
+        # Linux reports the current path of an open folder.
         where = Path(os.path.realpath(f"/proc/self/fd/{handle}"))
         if where.is_dir() and os.path.samestat(began, os.stat(where)):
             raise Moved(f"{folder} was moved to {where} while the run wrote in it; with --workdir={where} {continues(where)}")
@@ -259,37 +255,37 @@ def stays(folder: Path) -> Callable[[], None]:
 
 
 def revisions(folder: Path) -> dict[str, str]:
-    """The commits of the hub that the run in a folder was begun with; none where it has
-    no config.
+    """Return the hub commits that the run in a folder began with; an empty dictionary
+    if it has no config.
     """
     found = (json_object(folder / "config.json") or {}).get("revisions")
     return found if isinstance(found, dict) else {}
 
 
 def differences(there: dict, here: dict) -> dict[str, str]:
-    """Describe each field in which two configs differ, by its name."""
+    """Describe each field in which two configs differ, by field name."""
     there, here = flat(json.loads(json.dumps(there, default=list))), flat(here)
     names = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
     return {name: f"{name}: {there.get(name, 'absent')} there, {here.get(name, 'absent')} here" for name in names}
 
 
 def flat(tree, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    """Flatten a nested dictionary: {"a": {"b": 1}} -> {"a.b": 1}."""
     if not isinstance(tree, dict):
         return {prefix[:-1]: tree}
     return {key: value for name, branch in tree.items() for key, value in flat(branch, f"{prefix}{name}.").items()}
 
 
 def lock(folder: Path, say: Callable[[str], None]) -> Callable[[], None]:
-    """Take the lock of a folder; return what gives it back.
+    """Take the lock of a folder, and return a function that releases it.
 
     Raises:
-      ValueError: another run has it.
+      ValueError: another run holds the lock.
     """
     path = folder / "lock"
-    file = open(path, "a+", encoding="ascii", errors="backslashreplace")  # noqa: SIM115  (open for as long as the run)
+    file = open(path, "a+", encoding="ascii", errors="backslashreplace")  # noqa: SIM115 (stays open until the run ends)
     file.seek(0)
-    holder = file.read(200).strip().encode("unicode_escape").decode()  # whatever it holds, it is shown and not obeyed
+    holder = file.read(200).strip().encode("unicode_escape").decode()  # may be any text, so only print it
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         held = holder and f"host {socket.gethostname()}" not in holder and beats(path, say)
@@ -307,7 +303,7 @@ def lock(folder: Path, say: Callable[[str], None]) -> Callable[[], None]:
 
     def beat():
         while not ended.wait(BEAT_S):
-            with contextlib.suppress(OSError):  # a disk that is gone for a while
+            with contextlib.suppress(OSError):  # the disk may be unavailable for a while
                 os.utime(file.fileno())
 
     threading.Thread(target=beat, daemon=True).start()
@@ -316,7 +312,7 @@ def lock(folder: Path, say: Callable[[str], None]) -> Callable[[], None]:
         if ended.is_set():
             return
         ended.set()
-        with contextlib.suppress(OSError):  # then the next run finds it, and that its process has ended
+        with contextlib.suppress(OSError):  # if this fails, the next run finds the lock and sees that its process has ended
             file.truncate(0)
         file.close()
 
@@ -324,8 +320,8 @@ def lock(folder: Path, say: Callable[[str], None]) -> Callable[[], None]:
 
 
 def beats(path: Path, say: Callable[[str], None]) -> bool:
-    """Whether somebody on another host touches a lock: watched, since clocks of hosts
-    differ.
+    """Watch whether a run on another host touches a lock. Comparing times would not do,
+    since the clocks of hosts differ.
     """
     before = path.stat().st_mtime_ns
     say(f"{path} is of another host; watching for {2.5 * BEAT_S:.0f} s whether its run is alive ...")
