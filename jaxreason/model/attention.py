@@ -48,7 +48,7 @@ class Kernel(NamedTuple):
     """One implementation of attention without a cache."""
 
     see: Callable
-    """`see(position_BT, segment_BT) -> seen`: what may be seen, as `attend` takes it; made once for all layers."""
+    """`see(position_BT, segment_BT) -> seen`: the mask or segments that `attend` takes; made once for all layers."""
     attend: Callable
     """`attend(q_BTNH, k_BTKH, v_BTKH, seen) -> mixed_BTNH`."""
     rotate: Callable = rotate

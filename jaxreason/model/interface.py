@@ -19,34 +19,36 @@ class Model(NamedTuple):
     apply: Callable
     """`apply(params, tokens_BT, position_BT, segment_BT=None, cache=None, prefix=None) -> (hidden_BTD, cache)`.
 
-    Without a cache it trains; with one it prefills (T > 1) or decodes (T = 1). Positions alone say where keys go and what
-    may be seen; a position outside the cache is written nowhere. Rows of a cache may continue the prompts of `prefix` (see
-    `model.cache.Prefix`): positions count from the prompt's first token, columns from the first one behind it.
+    Training passes no cache. With a cache, T > 1 is a prefill and T = 1 a decode step. Positions alone determine where keys are
+    written and which keys a token sees; keys at positions outside the cache are not written. Rows of a cache may continue the
+    prompts of `prefix` (see `model.cache.Prefix`). Positions then count from the prompt's first token, and cache positions from
+    the first token after the prompt.
     """
     unembed: Callable
-    """`unembed(params, hidden) -> logits`, float32: apart from `apply`, so that `[B, T, V]` need never exist."""
+    """`unembed(params, hidden) -> logits`, float32. Separate from `apply`, so that `[B, T, V]` is never needed as a whole."""
     value: Callable | None
     """`value(params, hidden_BTD) -> value_BT`, float32; None without a value head."""
     merge: Callable
-    """`merge(params) -> params` without adapters, for sampling and export; what has none comes back as it is."""
+    """`merge(params) -> params` without adapters, for sampling and export. Params without adapters are returned unchanged."""
     by_layer: Callable
-    """`by_layer(params) -> params` that `apply` takes too, and whose gradient has one tree a layer.
+    """`by_layer(params) -> params` that `apply` also accepts, and whose gradient has one tree per layer.
 
-    Gradients that come layer by layer can be added to a sum as they come, without ever standing beside it whole. A copy of the
-    layers. Where `apply` scans its layers, and where params have none, they come back as they are.
+    Such gradients can be added to a running sum layer by layer, so a second full gradient never exists beside the sum. The layers
+    are copied. If `apply` scans its layers, or params have no layers, params are returned unchanged.
     """
     cast: Callable
-    """`cast(params) -> params` with what every step would cast cast once: what is computed is the same."""
+    """`cast(params) -> params`, with the casts of every step done once; the results are the same."""
     init_cache: Callable
     """`init_cache(batch, columns, cache_dtype=None, stacked=False) -> cache`, empty; see `model.cache`.
 
-    If its layers are `stacked`, `apply` scans stacked params over it; if not, it goes through them one by one.
+    With a `stacked` cache `apply` scans over stacked params; otherwise it runs the layers one by one.
     """
     decode_layout: Callable
-    """`decode_layout(params, send=...) -> params` as decoding reads them fastest, `cast`, without copying what is right as it is.
+    """`decode_layout(params, send=...) -> params`, cast and in the layout that decoding reads fastest.
 
-    `send(part)` lays a part of the params, a layer or what is no layer, on the devices that decode; by default it stays.
+    Arrays that already have the right layout are not copied. `send(part)` moves a part of the params (a layer, or all others) to
+    the devices that decode; by default they stay.
 
-    `apply` and `unembed` take either layout, but for a cache that is stacked. Not to be jitted as a whole: it is a few small
-    programs.
+    `apply` and `unembed` accept both layouts, except that a stacked cache needs stacked params. Don't jit it as a whole: it is
+    several small programs.
     """
