@@ -135,10 +135,10 @@ def lay_out(
 
 
 def split_rows(x_B, parts: int):
-    """Reshape [B, ...] to [parts, B / parts, ...]; part i holds rows i, i + `parts`,
-    ...
+    """Reshape [B, ...] to [parts, B / parts, ...].
 
-    Rows that are sharded over devices therefore stay on their device.
+    Each part gets every `parts`-th row, so rows that are sharded over devices stay on
+    their device.
     """
     B = x_B.shape[0]
     return x_B.reshape(B // parts, parts, *x_B.shape[1:]).swapaxes(0, 1)

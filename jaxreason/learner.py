@@ -101,9 +101,9 @@ def train_step(
     def skip(grads, opt_state):
         return jax.tree.map(lambda g, u: g.astype(u.dtype), grads, shapes), opt_state, jnp.float32(jnp.nan)
 
-    # Use `cond`: selecting between the old and new states would keep both, twice the
-    # size of the params. The updates replace the gradients in memory, so keeping them
-    # until all are known to be finite costs nothing.
+    # Use `cond`: selecting between the old and new optimizer states would keep both,
+    # which takes twice the size of the params more. The updates replace the gradients
+    # in memory, so keeping them until all are known to be finite costs nothing.
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     updates, opt_state, squares = jax.lax.cond(finite, update, skip, grads, state.opt_state)
     made = jnp.isfinite(squares)
@@ -111,7 +111,7 @@ def train_step(
     update_norm = jnp.where(made, jnp.sqrt(squares), 0)
     norms = {"grad_norm": grad_norm, "update_norm": update_norm, "param_norm": optax.global_norm(params)}
     metrics |= {name: (norm, one) for name, norm in ({"loss": value} | norms).items()}
-    metrics = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), metrics)  # drop those of a skipped update
+    metrics = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), metrics)  # count nothing if not finite
     metrics["skipped"] = (1 - made.astype(jnp.float32), one)
     return TrainState(params | frozen, opt_state, state.step + 1), metrics
 

@@ -112,7 +112,7 @@ class Batch:
     """
 
     tokens_BT: jax.Array  # int32
-    position_BT: jax.Array  # int32, restarts at 0 in each segment; a drop inside a segment begins a branch (`attention.causal`)
+    position_BT: jax.Array  # int32, from 0 in each segment; where it does not rise by 1, a branch begins (`attention.causal`)
     segment_BT: jax.Array  # int32, 0 is padding; attention never crosses a segment
     weight_BT: jax.Array  # float32, 0 where a token is not trained on
     advantage_BT: jax.Array  # float32
