@@ -29,7 +29,7 @@ EQUAL_REWARDS = 1e-6
 
 
 class Objective(NamedTuple):
-    """Three pure functions and the demands of the objective.
+    """Three pure functions and their requirements.
 
     `needs_reference`: the batch must carry log-probs of a reference policy.
     `needs_group`: attempts at one problem are compared, so there must be at least two.

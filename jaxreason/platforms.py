@@ -18,7 +18,7 @@ class Platform(NamedTuple):
     logits_at_once: int  # logits on a device at one time, at most
     logits_kept: int  # logits per micro-batch kept for the backward pass; more are recomputed
     prefill_tokens: int  # tokens that a device prefills at one time
-    share_prompts_from: int  # slots share prompts if prompts may have this many tokens
+    share_prompts_from: int  # slots share prompts if max_prompt_tokens is at least this
     scan_layers: bool  # scan over layers instead of unrolling them
     fine_buckets: bool  # compile decode steps for more cache lengths
     dtype: str  # of the computation, if a model names none

@@ -548,7 +548,8 @@ def ended(completer: Completer, attempt: Attempt, tokens_T: np.ndarray, length: 
 def end_of_thinking(completer: Completer, attempt: Attempt, tokens_T: np.ndarray) -> Sequence[int] | None:
     """Return the tokens to append to an attempt that has spent its thinking budget.
 
-    Return None if the attempt has ended.
+    They are empty if the model has ended its thinking. Return None if the attempt has
+    ended.
     """
     if attempt.stop != "limit" or not attempt.thinking:
         return None

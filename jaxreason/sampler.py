@@ -150,8 +150,8 @@ def cache_buckets(length: int, smallest: int = 128, fine: bool = False) -> tuple
     """Return the lengths that a cache may have, doubling from `smallest` up to
     `length`.
 
-    The last step is at least by a quarter. If `fine`, start at half of `smallest` and
-    put one more length between any two.
+    The last step grows by at least a quarter. If `fine`, start at half of `smallest`
+    and put one more length between any two.
     """
     sizes = [smallest << i for i in range(length.bit_length())]
     if fine:

@@ -47,7 +47,7 @@ class Phase(NamedTuple):
     evaluate_every: int = 0  # steps; 0: at the end of the phase only
     log_every: int = 1  # steps per line of metrics
     offload_reference: bool = False  # keep the reference params in host memory while they are not used
-    max_skipped: int = 5  # the run stops after this many consecutive batches without a finite gradient
+    max_skipped: int = 5  # stop the run after this many consecutive batches without a finite update
 
 
 class Run(NamedTuple):
