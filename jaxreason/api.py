@@ -319,7 +319,7 @@ def check_groups(groups: Any) -> int:
 
 @functools.lru_cache(maxsize=4)
 def compiled_step(model: Model, mesh, microbatches: int, objective: tuple, optimizer: tuple) -> tuple:
-    """Make the objective, the optimizer, the jitted train step and the abstract state."""
+    """Make the objective, the optimizer, the jitted train step and abstract state."""
     made = call_with_section(objectives.make, dict(objective), "objective")
     if made.needs_reference:
         raise ValueError("train_step keeps no reference policy; allowed: kl_coefficient=0, or a config and `jaxreason.main`")

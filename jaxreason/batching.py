@@ -37,8 +37,8 @@ def from_groups(
     microbatches: int = 1,
     rollouts_per_prompt: int = 1,
 ) -> Batch:
-    """Make a batch of R / `rollouts_per_prompt` rows from the R rollouts of equal
-    groups.
+    """Make a batch of R / `rollouts_per_prompt` rows from R rollouts in groups of one
+    size.
 
     Only sampled tokens are trained on. `limit` is the longest completion, the divisor
     of `per_max_length`. `rollouts_per_prompt` must divide the group size: that many
@@ -162,7 +162,9 @@ def computed_tokens(batch: Batch, microbatches: int) -> int:
 
 
 def from_windows(tokens_BT: np.ndarray, objective: Objective) -> Batch:
-    """Make a batch from windows of a token stream; train on all but their first token."""
+    """Make a batch from windows of a token stream; only their first tokens are
+    untrained.
+    """
     B, T = tokens_BT.shape
     advantage_B = objective.advantage(np.ones((B, 1))).reshape(B)
     weight_B = objective.weigh(np.full(B, T - 1), advantage_B, T - 1)

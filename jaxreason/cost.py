@@ -1,4 +1,6 @@
-"""FLOPs by formula: of a train step, prefill, decode, adapters and attention kernels."""
+"""FLOPs by formula: of a train step, prefill, decode, adapters and attention
+kernels.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,7 @@ def forward_flops(c, lengths) -> float:
 
 
 def dense_flops(c, rows: int, length: int, columns: float, logits: int) -> dict[str, float]:
-    """Count the FLOPs of a forward pass as computed, padding and masked scores
-    included.
+    """Count the FLOPs of a forward pass as computed, with padding and masked scores.
 
     `rows` x `length` tokens attend to `columns` columns each; logits are made for
     `logits` tokens. Return the parts layers, attention and logits.
@@ -43,8 +44,7 @@ def shared_length(prompt: int, completions: Sequence[int]) -> int:
 
 
 def attempts_behind_a_prompt(c, choices, prompt: int, completion: int) -> int:
-    """Choose from `choices` the number of attempts that follow one copy of their
-    prompt.
+    """Choose from `choices` the number of attempts per copy of their prompt.
 
     Sharing a prompt saves tokens in the learner but adds attention scores, most of
     which are masked. An attention FLOP counts four times, because softmax and masks

@@ -56,8 +56,7 @@ def mix(sequences: Sequence[grain.MapDataset], weights: Sequence[float]) -> grai
 
 
 def token_windows(documents: Sequence[Sequence[int]], length: int, *, eos_id: int | None = None) -> np.ndarray:
-    """Join documents into one token stream and cut it into windows, int32 [windows,
-    length].
+    """Join documents into one token stream and cut it into int32 [windows, length].
 
     The remainder is dropped. `eos_id`, if given, ends each document. A window may begin
     or end inside a document and may hold several documents.

@@ -87,7 +87,7 @@ def draw(p_SV, u_S2, width: int = 128):
 
 
 def invert(p_SV, u_S, width: int = 16):
-    """Return per row the first index where the cumulative sum exceeds `u_S` times the
+    """Return per row the first index where the cumulative sum exceeds `u_S` of the
     total.
 
     It finds the block of `width` first: two short cumulative sums are faster than one

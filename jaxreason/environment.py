@@ -55,7 +55,7 @@ class Step(NamedTuple):
 
 
 class VerifierFailed(Exception):
-    """A verifier failed all the time; `traceback` is that of the first failure in the
+    """A verifier failed all the time; `traceback` is that of the first failure in a
     row.
     """
 
@@ -149,8 +149,8 @@ def checked(verdict: Any) -> Verdict:
     """Return a verdict with plain Python values.
 
     Raises:
-      TypeError, ValueError: not a Verdict, a field of the wrong type, or a reward that is
-        not finite or above `LARGEST`.
+      TypeError, ValueError: not a Verdict, a field of the wrong type, or a reward that
+        is not finite or above `LARGEST`.
     """
     if not isinstance(verdict, Verdict):
         raise TypeError(f"returned a {type(verdict).__name__}; allowed: a jaxreason.types.Verdict")
@@ -202,7 +202,7 @@ def late(environment: Environment, thread: threading.Thread) -> Step:
 
 
 def count_failures(verdicts: Iterable[Verdict]) -> dict[str, int]:
-    """Count the verdicts that come from a failure, not from the answer: see `COUNTED`."""
+    """Count the verdicts that come from a failure, not from the answer, by `COUNTED`."""
     reasons = [verdict.reason for verdict in verdicts]
     return {name: sum(reason.startswith(starts) for reason in reasons) for name, starts in COUNTED.items()}
 
@@ -234,9 +234,7 @@ class Threads:
         return future
 
     def give_up(self, future: Future) -> threading.Thread | None:
-        """Replace the thread of a call and return it; return None if the call just
-        ended.
-        """
+        """Replace the thread of a call and return it, or None if the call just ended."""
         with self.lock:
             thread = self.workers.pop(future, None)
         if thread is not None:

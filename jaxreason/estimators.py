@@ -19,11 +19,10 @@ import numpy as np
 
 
 def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the Wilson score interval of a proportion (Wilson, 1927); (0, 1) if n is
-    0.
+    """Return the Wilson score interval of a proportion (Wilson, 1927).
 
     Unlike the normal interval it stays within 0..1 and has a width above 0 when none or
-    all are correct.
+    all are correct. It is (0, 1) if n is 0.
     """
     _check_confidence(confidence)
     if not 0 <= correct <= n:
@@ -42,8 +41,8 @@ def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Return the unbiased estimate of pass@k for one problem from n samples, c of them
-    correct.
+    """Return the unbiased estimate of pass@k of one problem, from c correct of n
+    samples.
 
     It is the fraction of k-subsets of the samples that contain a correct one: 1 -
     C(n-c, k) / C(n, k) (Chen et al., 2021, arXiv 2107.03374, eq. 1). Average it over
@@ -106,8 +105,8 @@ def _win_chance(size: int, sizes: Sequence[int], blanks: int, k: int) -> float:
     others.remove(size)
 
     def drawn(members: int, j: int) -> float:
-        """Return the probability of j draws from a class if each sample is drawn with
-        probability k / n.
+        """Return the probability of j draws if each sample is drawn with probability k
+        / n.
 
         Given k draws in all, every k-subset is equally likely, as required; and unlike
         binomial coefficients these values are neither huge nor tiny.
@@ -189,7 +188,10 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
 
 
 def _t_quantile(p: float, freedom: int) -> float:
-    """Return Student's t quantile for p > 0.5, by bisection on atan(t / sqrt(freedom))."""
+    """Return Student's t quantile for p > 0.5.
+
+    It bisects on the angle atan(t / sqrt(freedom)).
+    """
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         middle = (low + high) / 2

@@ -147,9 +147,7 @@ def score_chunks(unembed, keep: bool, weights, wanted_CR, hidden_CRD, target_CR,
 
 
 def each_chunk(first: int, wanted_CR, function, state):
-    """Set state to function(i, state) for each chunk from `first` on with a wanted
-    token.
-    """
+    """Set state to function(i, state) for each chunk i >= `first` with a wanted token."""
 
     def step(i, state):
         return jax.lax.cond(jnp.any(wanted_CR[i]), functools.partial(function, i), lambda state: state, state)
@@ -158,8 +156,7 @@ def each_chunk(first: int, wanted_CR, function, state):
 
 
 def chunks(wanted_BT, count: int):
-    """Make `cut` and `uncut`, which split [B, T] into about `count` chunks and join
-    them.
+    """Make `cut` and `uncut`, which split [B, T] into about `count` chunks and join it.
 
     `cut` maps [B, T, ...] to chunks [B', T', ...] and `uncut` is its inverse on [B, T].
     A chunk has some columns of all rows, so that rows stay on their devices. If that is

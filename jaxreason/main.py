@@ -163,9 +163,7 @@ def describe(config: dict, section: str) -> list[str]:
 
 
 def list_families(wanted: str) -> list[str]:
-    """Return one line per member of one family, or of all families if `wanted` is
-    empty.
-    """
+    """Return one line per member of the wanted family, or of all families if it is ""."""
     from jaxreason import build
 
     families = build.families()
@@ -207,7 +205,7 @@ def main(argv) -> None:
 
 
 def run(config) -> None:
-    """Build the run of a config and train it, on this process together with all others."""
+    """Build the run of a config and train it, together with all other processes."""
     from jaxreason.build.start import open_run
     from jaxreason.runtime import memory
     from jaxreason.runtime.files import Unwritable
@@ -278,9 +276,7 @@ def quoted(value: str) -> str:
 
 
 def what_next(workdir: Path, config_flag: str, changes: Mapping[str, str]) -> list[str]:
-    """List the files that were written and commands to copy that use them, one per
-    line.
-    """
+    """List the files that were written, and commands to copy that use them."""
     written = [workdir / name for name in ("summary.json", "metrics.jsonl", "rollouts.jsonl") if (workdir / name).is_file()]
     run, export = shlex.quote(str(workdir)), shlex.quote(f"{workdir}-export")
     same = "".join(f" --config.{name}={quoted(value)}" for name, value in changes.items() if name != "init_from")

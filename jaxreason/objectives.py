@@ -122,9 +122,7 @@ def per_token(length_R, advantage_R, limit):
 
 
 def per_kept_token(length_R, advantage_R, limit):
-    """Mean over the tokens of rollouts with a nonzero advantage; other rollouts weigh
-    0.
-    """
+    """Mean over the tokens of rollouts with a nonzero advantage; others weigh 0."""
     kept_R = advantage_R != 0
     return kept_R / max((length_R * kept_R).sum(), 1)
 
@@ -200,9 +198,7 @@ KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
 
 def with_kl(objective: Objective, coefficient: float, estimator: str = "k3") -> Objective:
-    """Add `coefficient` times the KL divergence to the reference policy, token by
-    token.
-    """
+    """Add `coefficient` times the KL divergence to the reference policy, per token."""
     if estimator not in KL_ESTIMATORS:
         raise ValueError(unknown_name_message("KL estimator", estimator, KL_ESTIMATORS))
     kl = KL_ESTIMATORS[estimator]

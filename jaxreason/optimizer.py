@@ -47,8 +47,7 @@ def schedule(
     warmup_fraction: float = 0.0,
     final_fraction: float = 0.0,
 ):
-    """Warm up linearly from 0, then hold `lr` or decay to `final_fraction * lr` at
-    `steps`.
+    """Warm up linearly, then hold `lr` or decay to `final_fraction * lr` at `steps`.
 
     The warm-up takes `warmup_steps`, or `warmup_fraction` of all steps, rounded.
     """
@@ -122,8 +121,8 @@ def make(
     the command itself sets.
 
     Raises:
-      ValueError: an unknown name, an impossible schedule, or a field that this optimizer
-        does not read.
+      ValueError: an unknown name, an impossible schedule, or a field that this
+        optimizer does not read.
     """
     if name not in OPTIMIZERS:
         raise ValueError(unknown_name_message("optimizer", name, OPTIMIZERS))
@@ -249,7 +248,7 @@ def decayed(params):
 
 
 def labels(params):
-    """Label the parameters: "matrices" of layers, which Muon updates, and the "rest"."""
+    """Label the matrices of layers "matrices" (for Muon) and other parameters "rest"."""
 
     def of(path, _):
         return "matrices" if path[0].key in ("layers", "lora") and path[-1].key == "kernel" else "rest"

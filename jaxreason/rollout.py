@@ -124,8 +124,8 @@ class Attempt:
     rollout: Rollout | None = None  # set at its end, without a verdict
 
     def columns(self, length: int) -> int:
-        """Count the positions that a sequence of this length takes in its own slot's
-        cache.
+        """Count the cache positions of its own slot that a sequence of this length
+        takes.
 
         Its last token is not in the cache yet.
         """
@@ -164,9 +164,7 @@ def collect(
 
 
 class LocalGroups(NamedTuple):
-    """Groups that one process collected, keyed by their index in `wanted`, and their
-    cost.
-    """
+    """Groups that one process collected, by their index in `wanted`, and their cost."""
 
     groups: dict[int, Group]
     spent: SamplingStats
@@ -175,9 +173,7 @@ class LocalGroups(NamedTuple):
 def collect_groups(
     completer: Completer, weights: Weights, wanted: Sequence[Sequence[Request]], environment: Environment, **how
 ) -> tuple[list[Group], SamplingStats]:
-    """Collect the attempts at several problems; `wanted` has the requests of each
-    group.
-    """
+    """Collect the attempts at several problems; `wanted` has each group's requests."""
     rollouts, spent = collect(completer, weights, list(itertools.chain(*wanted)), environment, **how)
     rest = iter(rollouts)
     return [Group(tuple(itertools.islice(rest, len(requests)))) for requests in wanted], spent
@@ -293,9 +289,7 @@ def warm_up(completer: Completer, weights: Weights, filters: Iterable[Filter] = 
 
 
 def nothing(S: int, T: int) -> tuple:
-    """Make arguments that append or copy nothing: slots, tokens and two numbers per
-    slot.
-    """
+    """Make arguments that append or copy nothing: starts, tokens and two counts."""
     return np.full(S, -1, np.int32), np.zeros((S, T), np.int32), np.ones(S, np.int32), np.ones(S, np.int32)
 
 
@@ -436,16 +430,14 @@ class Collection:
         self.slots = self.sampler.start_rollouts(self.slots, *begun)
 
     def next_limit(self, attempt: Attempt) -> int:
-        """Return the length at which an attempt stops next: its limit or its thinking
+        """Return the length of an attempt's next stop: its limit or its thinking
         budget.
         """
         budget = len(attempt.request.prompt) + self.completer.thinking.tokens if attempt.thinking else attempt.limit
         return min(budget, attempt.limit)
 
     def append_tokens(self, said: list[tuple[Attempt, list[int]]]) -> None:
-        """Append tokens to attempts, which may have been cut back, and let them
-        continue.
-        """
+        """Append tokens to attempts, which may have been cut back, and continue them."""
         if not said:
             return
         S, T = len(self.attempt_by_slot), self.sampler.length
@@ -491,8 +483,10 @@ class Collection:
                 attempt.slot = s
 
     def decode(self) -> None:
-        """Decode a chunk; hand finished texts to their environments; force the end of
-        thinking where it is due.
+        """Decode a chunk.
+
+        Hand finished texts to their environments; force the end of thinking where it is
+        due.
         """
         running = self.running()
         if not running:
@@ -590,10 +584,9 @@ class PromptRows:
         self.tokens_R = np.zeros(sampler.prompt_rows, np.int32)  # tokens in each row: its prompt without the last token
 
     def enter(self, attempt: Attempt, slots: int, left: int) -> bool:
-        """Choose the prompt row that an attempt continues; return whether to copy its
-        prompt.
+        """Choose an attempt's prompt row; return whether its prompt must be copied.
 
-        If no row is chosen, the prompt must be copied to the slot itself. `slots` is
+        It is copied to that row or, if no row is chosen, to the slot itself. `slots` is
         the number of slots; `left` is the number of attempts at the problem that have
         not started, this one included.
         """
@@ -616,7 +609,7 @@ class PromptRows:
 
 
 class Prompts:
-    """Prefilled prompts, some made ahead, kept until all their attempts have started."""
+    """Prefilled prompts, some made ahead, kept until their attempts have started."""
 
     def __init__(self, completer: Completer, weights: Weights, requests: Sequence[Request]):
         self.completer, self.weights, self.tokens = completer, weights, 0
@@ -624,9 +617,7 @@ class Prompts:
         self.ready: dict[int, tuple[Any, int]] = {}  # problem -> a prefilled cache and the row of its prompt
 
     def starts(self, attempt: Attempt) -> int:
-        """Count an attempt as started; return how many at its problem were left, this
-        one included.
-        """
+        """Count an attempt as started; return how many at its problem were left before."""
         self.left[attempt.request.problem] -= 1
         return self.left[attempt.request.problem] + 1
 
@@ -644,9 +635,7 @@ class Prompts:
         return list(found.values())
 
     def prefill(self, coming: Iterable[Request]) -> None:
-        """Prefill the first of these prompts that are not ready, as many as one call
-        takes.
-        """
+        """Prefill the first of these prompts that are not ready, for one call."""
         P, prompts = self.completer.rows, {}
         for request in coming:
             if len(prompts) == P:

@@ -114,8 +114,9 @@ class Sampler(NamedTuple):
 
 
 def attempt_keys(key, problem_R, attempt_R):
-    """Make the key data of each (problem, attempt); `key` is derived from (seed, phase,
-    step).
+    """Make the key data of each (problem, attempt).
+
+    `key` is derived from (seed, phase, step).
     """
     fold = jax.random.fold_in
     return jax.vmap(lambda p, a: jax.random.key_data(fold(fold(key, p), a)))(problem_R, attempt_R)
@@ -147,7 +148,7 @@ class Spec(NamedTuple):
 
 
 def cache_buckets(length: int, smallest: int = 128, fine: bool = False) -> tuple[int, ...]:
-    """Return the lengths that a cache may have, doubling from `smallest` up to
+    """Return the lengths that a cache may have: from `smallest`, doubling up to
     `length`.
 
     The last step grows by at least a quarter. If `fine`, start at half of `smallest`
@@ -422,11 +423,11 @@ def decode_one(spec: Spec, params, slots: Slots, prefix, u_S2, temperature, filt
 
 
 def append_tokens(spec: Spec, weights: Weights, slots: Slots, start_S, tokens_ST, count_S, limit_S) -> Slots:
-    """Append `count_S[s]` tokens of `tokens_ST[s]` at length `start_S[s]`, and let the
-    slot run to a new limit.
+    """Append `count_S[s]` tokens of `tokens_ST[s]` at length `start_S[s]`.
 
-    A negative `start_S[s]` leaves the slot unchanged. A slot longer than `start_S[s]`
-    is cut back to it; tokens past the limit are dropped.
+    The slot then runs to `limit_S[s]`. A negative `start_S[s]` leaves the slot
+    unchanged. A slot longer than `start_S[s]` is cut back to it; tokens past the limit
+    are dropped.
     """
     T = spec.length
     forced_S = start_S >= 0
@@ -463,7 +464,7 @@ def append_tokens(spec: Spec, weights: Weights, slots: Slots, start_S, tokens_ST
 
 
 class Moves(NamedTuple):
-    """Jitted parts of `copy_prompts`, `start_rollouts`, `stop_slots`, `resize` and
+    """Jitted parts of `copy_prompts`, `start_rollouts`, `stop_slots`, `resize`,
     `compact`.
     """
 
@@ -488,10 +489,10 @@ def compile_moves(spec: Spec) -> Moves:
 
 
 def copy_prompts(moves: Moves, slots: Slots, prefilled, own_S, prompt_R) -> Slots:
-    """Copy row `own_S[s]` of `prefilled` to the own cache of slot s, and row
-    `prompt_R[r]` to prompt row r.
+    """Copy prefilled prompts to slots and prompt rows.
 
-    A negative index copies nothing.
+    Row `own_S[s]` of `prefilled` goes to the own cache of slot s, and row `prompt_R[r]`
+    to prompt row r. A negative index copies nothing.
     """
     fits = slots.prompts is None or kv.columns_of(prefilled) <= kv.columns_of(slots.prompts)
     assert fits, "a row of prompts must hold the longest"
@@ -566,9 +567,7 @@ def take_bare(bare: Slots, row_R) -> Slots:
 
 
 def bare_of(slots: Slots) -> tuple[Slots, Any, Any]:
-    """Separate slots from their caches, so that moving the slots does not move the
-    caches.
-    """
+    """Separate slots from their caches, so that moving slots need not move caches."""
     return dataclasses.replace(slots, cache=None, prompts=None), slots.cache, slots.prompts
 
 

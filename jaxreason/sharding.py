@@ -83,8 +83,7 @@ def make_meshes(
     sampling_devices: int = 0,  # devices per process that only sample; 0: sample on the learner's devices
     sampling_tensor: int | None = None,  # sampling devices that split heads and vocabulary; None: as in the learner's mesh
 ) -> Meshes:
-    """Make the learner's mesh on the devices of all processes, and the mesh on which
-    `process` samples.
+    """Make the learner's mesh over all processes, and the sampling mesh of `process`.
 
     Each process keeps its last `sampling_devices` devices only for sampling; with 0 it
     samples on its learner devices. The sampling mesh has `sampling_tensor` devices
@@ -273,7 +272,7 @@ def localise(x: jax.Array, wanted: NamedSharding) -> jax.Array:
 
 
 def keep_in(tree, memory: str):
-    """Move arrays to another memory kind of their devices: "device" or "pinned_host"."""
+    """Move arrays to a memory kind of their devices: "device" or "pinned_host"."""
     return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(memory), tree))
 
 

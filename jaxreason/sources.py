@@ -168,8 +168,8 @@ def rollouts(
     were sampled together (see `shuffle_rewards`).
 
     Raises:
-      ValueError: an unknown reward, a negative lag, or dynamic sampling that is below 1 or
-        for an objective that does not compare attempts.
+      ValueError: an unknown reward, a negative lag, or dynamic sampling that is below 1
+        or for an objective that does not compare attempts.
     """
     if reward not in REWARDS:
         raise ValueError(unknown_name_message("reward", reward, REWARDS))
@@ -243,8 +243,7 @@ def key_of(sampling: Sampling, start: int, key):
 
 
 def with_dynamic_sampling(draw: Draw, sampling: Sampling, most: int) -> Draw:
-    """Draw further problems until enough have mixed rewards, or `most` times as many
-    were drawn.
+    """Draw further problems until enough have mixed rewards, or `most` times as many.
 
     Attempts at a problem that all earn the same teach nothing to an objective that
     compares them (Yu et al. 2025, arXiv 2503.14476, sec. 3.2). The batch has the first
@@ -267,9 +266,7 @@ def with_dynamic_sampling(draw: Draw, sampling: Sampling, most: int) -> Draw:
 
 
 def missing(groups: Sequence[Group], problems: int, most: int) -> int:
-    """Estimate how many further problems to draw at the rate so far, at most a batch at
-    once.
-    """
+    """Estimate how many further problems to draw at the rate so far, at most a batch."""
     drawn, mixed = len(groups), sum(map(has_mixed_rewards, groups))
     wanted = math.ceil((problems - mixed) * drawn / max(mixed, 1))
     return max(0, min(wanted, problems, most * problems - drawn))

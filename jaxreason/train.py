@@ -120,9 +120,7 @@ def train(
 
 
 def train_phase(run: Run, index: int, params, journal: Journal, found: Found | None, stop: Callable[[], str]):
-    """Train one phase, from `params` (donated) or its checkpoint `found`; return the
-    params.
-    """
+    """Train one phase from `params` (donated) or its checkpoint; return the params."""
     phase, key = run.phases[index], jax.random.fold_in(jax.random.key(run.seed), index)
     state, reference, source_state, start = begin_phase(run, phase, params, found)
     if found is not None:

@@ -28,8 +28,7 @@ def make_evaluate(
     min_p: float = 0.0,  # sample from tokens at least this fraction as likely as the likeliest one
     allow_overlap: bool = False,  # also evaluate on questions that a source trains on
 ) -> tuple[Callable, Filter | None]:
-    """Return `evaluate(params, phase, step, final)` and the token filter of its
-    attempts.
+    """Return `evaluate(params, phase, step, final)` and its token filter.
 
     The filter is None without suites. `evaluate` attempts n tasks of each suite, or
     `final_n` if `final`.

@@ -39,8 +39,7 @@ VERSION = 1
 
 
 def settle(config: dict) -> dict:
-    """Check the fields of a config and set the split of every task that is read from
-    files.
+    """Check the fields of a config and set the split of every task read from files.
 
     A file that a source and a suite (or text) both name is split: the source gets
     train, the suite test. A file that only one of them names is read whole. The run
@@ -61,8 +60,7 @@ def settle(config: dict) -> dict:
 
 
 def check_questions(trained: Sequence[dict], held_out: Sequence[dict]) -> None:
-    """Raise ValueError if a suite and a source read questions from different fields of
-    one file.
+    """Raise ValueError if suite and source read different question fields of one file.
 
     Such a file can't be split, because the split is by question.
     """
@@ -271,10 +269,10 @@ CHANGED = (
 
 
 def from_earlier(config: dict) -> tuple[dict, list[str]]:
-    """Convert the config.json of a run to this version; also return the fields that it
-    lacked.
+    """Convert the config.json of a run to this version.
 
-    A field whose default has changed since gets its default of that time.
+    Also return the fields that it lacked. A field whose default has changed since gets
+    its default of that time.
 
     Raises:
       ValueError: a field that this version does not have, or that has been renamed.

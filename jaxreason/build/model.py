@@ -70,10 +70,9 @@ def make_model(
     scan_layers: bool | None = None,  # scan over layers instead of unrolling them; None: on accelerators only
     **fields,
 ) -> tuple[ModelConfig, Callable | None]:
-    """Return the shape of a named size, folder or hub id, and the loader of its
-    weights.
+    """Return the model shape, and the loader of its weights or None for random weights.
 
-    The loader is None for random weights. `fields` replace fields of the ModelConfig.
+    `fields` replace fields of the ModelConfig.
     """
     for key in fields:
         if key not in ModelConfig.__dataclass_fields__:
@@ -96,8 +95,7 @@ def make_model(
 
 
 def start_from(path: str, mine: ModelAndText, say: Callable[[str], None]) -> Callable:
-    """Find the params that `config.init_from` names and check that they fit this
-    config.
+    """Find the params that `config.init_from` names and check that they fit.
 
     Return the function that loads them. They replace the params of `config.model`,
     pretrained ones too; the shape, tokenizer and chat template of the config stay.
@@ -114,7 +112,7 @@ def start_from(path: str, mine: ModelAndText, say: Callable[[str], None]) -> Cal
 
 
 def find_model_and_text(path: str, step: int | None = None) -> tuple[origin_.Origin, ModelAndText]:
-    """Find params (see `warm_start.Origin`) and the model and text that they belong to."""
+    """Find params (see `warm_start.Origin`), their model and their text."""
     found = origin_.find(path, step)
     if found.step is not None:
         with hub.noting(found.config.get("revisions")):

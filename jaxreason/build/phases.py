@@ -89,9 +89,7 @@ def make_phase(
 
 
 def without_ignored(section: dict, where: str, say: Callable[[str], None]) -> dict:
-    """Drop the fields of an optimizer's section that the optimizer does not read, with
-    a warning.
-    """
+    """Drop the fields that the section's optimizer does not read, with a warning."""
     unread = optimizer_.ignored(section)
     for field, (why, default) in unread.items():
         say(f"warning: {where}.{field}={section[field]!r} changes nothing: {why}; --{where}.{field}={default} silences this")

@@ -129,9 +129,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
 def versions() -> dict:
-    """Return the versions of packages that affect the numbers, and the git revision, if
-    any.
-    """
+    """Return the versions of packages that affect the numbers, and the git revision."""
     revision = None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]

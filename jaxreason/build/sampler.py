@@ -117,9 +117,7 @@ def thinking_budget(tokenizer: text.Tokenizer, tokens: int | None, end: str) -> 
 
 
 def prompt_rows_for(slots: int, longest_prompt: int, mesh) -> int:
-    """Choose the number of prompts that the slots of a process share, if the config has
-    none.
-    """
+    """Choose the number of prompts that the slots of a process share."""
     if longest_prompt < platform_of(mesh).share_prompts_from:
         return 0
     devices = sharding.row_devices(mesh)

@@ -34,14 +34,13 @@ class Opened(NamedTuple):
 def open_run(
     config: ConfigDict, folder: Path, *, resume: str, accept_config_change: bool, say: Callable[[str], None]
 ) -> Iterator[Opened]:
-    """Build the run of a config, check it against its folder, lock the folder and open
-    its checkpoints.
+    """Build the run of a config, check and lock its folder, and open its checkpoints.
 
     All processes of a run call it; the folder is the `folder` of process 0. Signals
     that ask the run to stop are handled until the end of the block.
 
     Raises:
-      ValueError, OSError, Unwritable: the config or the folder does not allow it, in one
+      ValueError, OSError, Unwritable: the config or the folder does not allow it; one
         line.
     """
     anew = resume == "never"
@@ -74,9 +73,7 @@ def open_run(
 
 
 def lock(folder: Path, locked: contextlib.ExitStack, say: Callable[[str], None]) -> Callable[[], None]:
-    """Lock a folder until `locked` is closed; return the check that the folder still
-    exists.
-    """
+    """Lock a folder until `locked` is closed; return the check that it still exists."""
     locked.callback(workdir.lock(folder, say))
     return workdir.stays(folder)
 
@@ -111,9 +108,7 @@ def write_config(path: Path, config: ConfigDict, revisions: dict[str, str]) -> N
 
 
 def dated(config: ConfigDict, date: str | None) -> ConfigDict:
-    """Return a config whose chat template uses `date` as today, unless it has its own
-    date.
-    """
+    """Return a config whose chat template uses `date` as today, unless it has a date."""
     section = config.get("text", {})
     if section.get("format") != "chat" or section.get("date") is not None:
         return config

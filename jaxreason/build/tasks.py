@@ -125,9 +125,7 @@ def drop_long_prompts(items: Sequence, prompt: Callable, limit: int, what: str, 
 
 
 def encode_documents(documents: Sequence, parts: Parts, task: dict) -> list[list[int]]:
-    """Encode texts, or tasks with worked solutions, as token ids from beginning to end
-    of sequence.
-    """
+    """Encode texts or worked solutions as token ids, from beginning to end of sequence."""
     tokenizer = parts.tokenizer
     if not isinstance(documents[0], str):
         return [parts.format.demonstration(d)[0] for d in check_solutions(documents, task)]
@@ -162,8 +160,8 @@ KEYS_TRIED = 20_000  # at most; a verifier checks about ten thousand keys per se
 
 
 def check_keys(items: Sequence, section: dict, what: str, say: Callable[[str], None]) -> None:
-    """Warn of tasks with keys that their verifier can't judge; no answer to them earns
-    a reward.
+    """Warn of tasks whose keys the verifier can't judge: no answer to them earns a
+    reward.
 
     Only verifiers of this package are tried: a user's own may be slow or cost money.
 
@@ -185,12 +183,13 @@ def check_keys(items: Sequence, section: dict, what: str, say: Callable[[str], N
 
 
 def judge(section: dict, items: Sequence[Task]) -> Environment:
-    """Make the environment of a `verifier` section; try a user's own verifier on the
-    first task.
+    """Make the environment of a `verifier` section.
+
+    A user's own verifier is tried on the first task.
 
     Raises:
-      ValueError: an unknown verifier, a wrong field, or a user's verifier that returns no
-        Verdict.
+      ValueError: an unknown verifier, a wrong field, or a user's verifier that returns
+        no Verdict.
     """
     section = {"name": None} | section
     if isinstance(name := section["name"], str) and ":" in name and len(items):
