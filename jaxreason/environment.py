@@ -202,7 +202,10 @@ def late(environment: Environment, thread: threading.Thread) -> Step:
 
 
 def count_failures(verdicts: Iterable[Verdict]) -> dict[str, int]:
-    """Count the verdicts that come from a failure, not from the answer, by `COUNTED`."""
+    """Count the verdicts that come from a failure, not from the answer.
+
+    The counts are those of `COUNTED`.
+    """
     reasons = [verdict.reason for verdict in verdicts]
     return {name: sum(reason.startswith(starts) for reason in reasons) for name, starts in COUNTED.items()}
 
@@ -234,7 +237,7 @@ class Threads:
         return future
 
     def give_up(self, future: Future) -> threading.Thread | None:
-        """Replace the thread of a call and return it, or None if the call just ended."""
+        """Replace and return the thread of a call; return None if it just ended."""
         with self.lock:
             thread = self.workers.pop(future, None)
         if thread is not None:

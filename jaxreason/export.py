@@ -66,7 +66,7 @@ def export(run: str, out: str, *, step: int | None = None, dtype: str | None = N
 
 
 def check_target(target: Path, sources: list[Path], overwrite: bool) -> None:
-    """Raise ValueError if `target` may not be written to, or is a source of the params."""
+    """Raise ValueError if `target` may not be written to or is one of the `sources`."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; choose a folder that is new or empty")
     if any(target.resolve() == source.resolve() for source in sources) or (target / "checkpoints").exists():

@@ -147,7 +147,9 @@ def score_chunks(unembed, keep: bool, weights, wanted_CR, hidden_CRD, target_CR,
 
 
 def each_chunk(first: int, wanted_CR, function, state):
-    """Set state to function(i, state) for each chunk i >= `first` with a wanted token."""
+    """Set state to function(i, state) for each chunk i >= `first` with wanted
+    tokens.
+    """
 
     def step(i, state):
         return jax.lax.cond(jnp.any(wanted_CR[i]), functools.partial(function, i), lambda state: state, state)

@@ -163,7 +163,7 @@ def describe(config: dict, section: str) -> list[str]:
 
 
 def list_families(wanted: str) -> list[str]:
-    """Return one line per member of the wanted family, or of all families if it is ""."""
+    """Return one line per member of the wanted family; "" means all families."""
     from jaxreason import build
 
     families = build.families()

@@ -248,7 +248,7 @@ def decayed(params):
 
 
 def labels(params):
-    """Label the matrices of layers "matrices" (for Muon) and other parameters "rest"."""
+    """Label the matrices of layers "matrices" (for Muon) and all else "rest"."""
 
     def of(path, _):
         return "matrices" if path[0].key in ("layers", "lora") and path[-1].key == "kernel" else "rest"

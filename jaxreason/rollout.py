@@ -437,7 +437,7 @@ class Collection:
         return min(budget, attempt.limit)
 
     def append_tokens(self, said: list[tuple[Attempt, list[int]]]) -> None:
-        """Append tokens to attempts, which may have been cut back, and continue them."""
+        """Append tokens to attempts, which may have been cut back; continue them."""
         if not said:
             return
         S, T = len(self.attempt_by_slot), self.sampler.length
@@ -617,7 +617,10 @@ class Prompts:
         self.ready: dict[int, tuple[Any, int]] = {}  # problem -> a prefilled cache and the row of its prompt
 
     def starts(self, attempt: Attempt) -> int:
-        """Count an attempt as started; return how many at its problem were left before."""
+        """Count an attempt as started; return how many at its problem were left.
+
+        The count includes this attempt.
+        """
         self.left[attempt.request.problem] -= 1
         return self.left[attempt.request.problem] + 1
 

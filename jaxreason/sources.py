@@ -266,7 +266,10 @@ def with_dynamic_sampling(draw: Draw, sampling: Sampling, most: int) -> Draw:
 
 
 def missing(groups: Sequence[Group], problems: int, most: int) -> int:
-    """Estimate how many further problems to draw at the rate so far, at most a batch."""
+    """Estimate how many further problems to draw, at most a batch at a time.
+
+    The estimate assumes the rate of mixed rewards so far.
+    """
     drawn, mixed = len(groups), sum(map(has_mixed_rewards, groups))
     wanted = math.ceil((problems - mixed) * drawn / max(mixed, 1))
     return max(0, min(wanted, problems, most * problems - drawn))

@@ -108,7 +108,7 @@ def write_config(path: Path, config: ConfigDict, revisions: dict[str, str]) -> N
 
 
 def dated(config: ConfigDict, date: str | None) -> ConfigDict:
-    """Return a config whose chat template uses `date` as today, unless it has a date."""
+    """Return a config with `date` as its chat template's date, unless it has one."""
     section = config.get("text", {})
     if section.get("format") != "chat" or section.get("date") is not None:
         return config

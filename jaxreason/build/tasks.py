@@ -125,7 +125,10 @@ def drop_long_prompts(items: Sequence, prompt: Callable, limit: int, what: str, 
 
 
 def encode_documents(documents: Sequence, parts: Parts, task: dict) -> list[list[int]]:
-    """Encode texts or worked solutions as token ids, from beginning to end of sequence."""
+    """Encode texts, or tasks with their worked solutions, as token ids.
+
+    Each document has its beginning- and end-of-sequence tokens.
+    """
     tokenizer = parts.tokenizer
     if not isinstance(documents[0], str):
         return [parts.format.demonstration(d)[0] for d in check_solutions(documents, task)]
