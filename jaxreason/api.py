@@ -289,7 +289,7 @@ LEARNING = build.section_of_objective, build.section(optimizers.make, "steps")
 def check_policy(function: Callable, policy: Any) -> None:
     """Raise ValueError if `policy` is not a Policy or its params were donated."""
     if not isinstance(policy, Policy):
-        raise ValueError(f"{function.__name__} got policy of type {type(policy).__name__}; allowed: what jr.load returns")
+        raise ValueError(f"{function.__name__} got policy of type {type(policy).__name__}; allowed: a policy from jr.load")
     if any(x.is_deleted() for x in jax.tree.leaves(policy.params)):
         raise ValueError(f"{function.__name__} got a policy that a train_step has used up; use the one that it returned")
 

@@ -220,7 +220,7 @@ def _t_mass(angle: float, freedom: int) -> float:
 def _paired(a: Sequence[float], b: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.ndim != 1 or a.shape != b.shape:
-        raise ValueError(f"runs of shapes {a.shape} and {b.shape} can't be paired; allowed: one value a problem, same problems")
+        raise ValueError(f"runs of shapes {a.shape} and {b.shape} can't be paired; allowed: one value per problem, same problems")
     return a, b
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint. Default: the newest.", lower_bound=0)
-DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the weights written. Default: that of the run's params.")
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Dtype of the weights. Default: that of the run's params.")
 OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Write into a folder that is not empty.")
 
 

@@ -35,7 +35,7 @@ from jaxreason.runtime.workdir import config_text
 
 CONFIG = command.define("Config file and options, as configs/tiny.py:task=countdown,smoke; --config.rl.steps=10 changes a field.")
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; a run in it goes on. Default: runs/<config>-<hash of its fields>."
+    "workdir", None, "Folder of the run; a run in it is continued. Default: runs/<config>-<hash of its fields>."
 )
 COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache", None, "Folder of compiled programs, for a quick second start. Default: ~/.cache/jaxreason; '' for none."
@@ -45,18 +45,18 @@ RESUME = flags.DEFINE_enum(
     "resume",
     "auto",
     folders.RESUME,
-    "Whether a run in the folder continues: if there is one, must, or never: then what is there is moved aside.",
+    "Continue a run in the folder: auto (if there is one), must, or never (move the old run aside).",
 )
 ACCEPT_CONFIG_CHANGE = flags.DEFINE_bool(
-    "accept_config_change", False, "Go on with a config that is not the one the run was begun with."
+    "accept_config_change", False, "Continue a run with a config other than the one it began with."
 )
-DESCRIBE = flags.DEFINE_string("describe", None, "Print the fields of the config, or of a section as rl.optimizer, and end.")
-LIST = flags.DEFINE_string("list", None, "Print the names of all families, or of one as verifiers, and end.")
+DESCRIBE = flags.DEFINE_string("describe", None, "Print the fields of the config or a section such as rl.optimizer, and exit.")
+LIST = flags.DEFINE_string("list", None, "Print the names of all families or one such as verifiers, and exit.")
 COORDINATOR_ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, if there are several processes.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
 HEARTBEAT_TIMEOUT_S = flags.DEFINE_integer(
-    "heartbeat_timeout_s", 100, "A process that is not heard of for so long is dead, which ends the others.", lower_bound=1
+    "heartbeat_timeout_s", 100, "Seconds without a heartbeat after which a process is dead, which ends all.", lower_bound=1
 )
 
 

@@ -16,7 +16,7 @@ from jaxreason.options import unknown_name_message
 
 SCHEDULES = ("constant", "cosine", "linear")
 OPTIMIZERS = {
-    "adamw": "Adam with a decay of matrices that is apart from the gradient (Loshchilov and Hutter 2017, arXiv 1711.05101)",
+    "adamw": "Adam with decoupled weight decay of matrices (Loshchilov and Hutter 2017, arXiv 1711.05101)",
     "adam": "Gradient over its root mean square, by two running means (Kingma and Ba 2014, arXiv 1412.6980)",
     "sgd": "The gradient times the rate, without momentum or state",
     "muon": "Orthogonalised momentum for the matrices of layers, AdamW for the rest (Jordan et al. 2024)",
@@ -88,7 +88,7 @@ def make(
     b2: float = 0.999,  # decay of the second moment (adamw, adam, muon's adamw; lion: of the momentum)
     eps: float = 1e-8,  # added to the root of the second moment
     weight_decay: float = 0.0,  # decay of matrices, multiplied by the rate
-    clip_norm: float | None = 1.0,  # longest gradient; None: any
+    clip_norm: float | None = 1.0,  # largest gradient norm; None: any
     state_dtype: str | None = None,  # dtype of the first moment: float32 or bfloat16; None: float32
     adam_lr: float | None = None,  # muon: rate of embeddings, head and vectors; None: lr
     muon_momentum: float = 0.95,  # muon: decay of the momentum

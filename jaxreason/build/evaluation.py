@@ -141,6 +141,6 @@ def make_log(
     if rollouts_kept < 0:
         raise ValueError(f"config.log.rollouts_kept got {rollouts_kept}; allowed: 0 (none) or more of each step")
     if watts is not None and not watts > 0:
-        raise ValueError(f"config.log.watts got {watts}; allowed: None, or what a device takes at work, above 0")
+        raise ValueError(f"config.log.watts got {watts}; allowed: None, or the watts of a busy device, above 0")
     options = {"tensorboard": tensorboard, "live": live, "wandb": wandb}
     return {"rollouts_kept": rollouts_kept, "watts": watts, "log_options": options}

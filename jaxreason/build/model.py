@@ -140,8 +140,8 @@ def check_size(shape: model_config.ModelConfig, devices) -> None:
     if there is not None and needed > there:
         raise ValueError(
             f"the params of config.model take {needed / 1e9:,.0f} GB (width {shape.width}, feed_forward {shape.feed_forward}, "
-            f"layers {shape.layers}, vocab_size {shape.vocab_size}) and there are {there / 1e9:.0f} GB; allowed: what "
-            "fits; set a smaller width, or use more devices"
+            f"layers {shape.layers}, vocab_size {shape.vocab_size}) and there are {there / 1e9:.0f} GB; allowed: params "
+            "that fit; set a smaller width, or use more devices"
         )
 
 

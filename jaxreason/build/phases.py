@@ -190,7 +190,7 @@ def rollouts(
     if make_filter(top_k, top_p, min_p, "source") != ALL:
         raise ValueError(
             f"source got top_k={top_k}, top_p={top_p}, min_p={min_p}; allowed in training: 0, 1 and 0. The learner's log-probs "
-            "are over all words, so its ratio to the sampler's would be biased: below 1 on-policy by the share that is left out. "
+            "are over all tokens, so the importance ratio would be biased: on-policy it would be the mass of the kept tokens. "
             "Change the temperature instead, or set them in config.evaluate"
         )
     check_positive("source", problems=problems, group=group)
@@ -260,7 +260,7 @@ def choose_rollouts_per_prompt(
         choices = [n for n in range(1, group + 1) if group % n == 0 and rows // n % multiple == 0]
         return 1 if alone else attempts_behind_a_prompt(shape, choices or [1], prompt, completion)
     if asked < 1 or group % asked:
-        raise ValueError(f"source.rollouts_per_prompt got {asked}; allowed: a divisor of group={group}, or None: what saves work")
+        raise ValueError(f"source.rollouts_per_prompt got {asked}; allowed: a divisor of group={group}, or None to choose")
     if asked > 1 and alone:
         raise ValueError(
             f"source.rollouts_per_prompt got {asked} with attention={shape.attention!r}; allowed: 1, or attention='xla'"

@@ -120,7 +120,7 @@ def trained_before(init_from: str | None, say: Callable[[str], None]) -> Iterato
                 for section in trained_sections(config):
                     yield f"the task {section['name']!r} of {found.folder}", load_tasks(section, seed=config["seed"])
         except (ValueError, OSError) as error:
-            say(f"warning: what {init_from} was trained on can't be read, so suites are not compared with it: {error}")
+            say(f"warning: the training data of {init_from} can't be read, so suites are not compared with it: {error}")
             return
         init_from = config.get("init_from")
 
