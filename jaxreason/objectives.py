@@ -245,8 +245,8 @@ def rloo():
 
 
 def grpo(
-    clip_low: float = 0.2,  # of the importance ratio, below 1
-    clip_high: float = 0.2,  # of the importance ratio, above 1
+    clip_low: float = 0.2,  # clip of the importance ratio below 1: at 1 - clip_low
+    clip_high: float = 0.2,  # clip of the importance ratio above 1: at 1 + clip_high
 ):
     """Group relative policy optimisation (Shao et al. 2024, arXiv 2402.03300, eq.
     3).
@@ -255,8 +255,8 @@ def grpo(
 
 
 def dr_grpo(
-    clip_low: float = 0.2,  # of the importance ratio, below 1
-    clip_high: float = 0.2,  # of the importance ratio, above 1
+    clip_low: float = 0.2,  # clip of the importance ratio below 1: at 1 - clip_low
+    clip_high: float = 0.2,  # clip of the importance ratio above 1: at 1 + clip_high
 ):
     """GRPO without its two normalisations (Liu et al. 2025, arXiv 2503.20783, sec.
     3.2).
@@ -265,8 +265,8 @@ def dr_grpo(
 
 
 def dapo(
-    clip_low: float = 0.2,  # of the importance ratio, below 1
-    clip_high: float = 0.28,  # of the importance ratio, above 1
+    clip_low: float = 0.2,  # clip of the importance ratio below 1: at 1 - clip_low
+    clip_high: float = 0.28,  # clip of the importance ratio above 1: at 1 + clip_high
 ):
     """Clip-higher and token-level loss (Yu et al. 2025, arXiv 2503.14476, eq. 8).
 

@@ -84,7 +84,7 @@ def make(
     warmup_steps: int = 0,  # steps over which the rate rises to lr
     warmup_fraction: float = 0.0,  # the same, as a fraction of all steps
     final_fraction: float = 0.0,  # final rate of a decay, as a fraction of lr
-    b1: float = 0.9,  # decay of the first moment (adamw, adam, lion, muon's adamw)
+    b1: float = 0.9,  # decay of the first moment (adamw, adam, muon's adamw; lion: weight of the momentum in an update)
     b2: float = 0.999,  # decay of the second moment (adamw, adam, muon's adamw; lion: of the momentum)
     eps: float = 1e-8,  # added to the root of the second moment
     weight_decay: float = 0.0,  # decay of matrices, multiplied by the rate

@@ -48,7 +48,7 @@ class Source(NamedTuple):
 
     init: Callable[[], dict]
     next: Callable[..., tuple[dict, NextBatch]]
-    rows: int  # of every batch it draws
+    rows: int  # rows per batch
     samples: bool = False  # whether it samples from the params that it is given
     save: Callable[[dict], dict] = dict
 
@@ -121,8 +121,8 @@ class Sampling(NamedTuple):
     tasks: Sequence[Prompted]
     environment: Environment
     completer: Completer
-    problems: int  # in a batch
-    group: int  # attempts at each
+    problems: int  # problems per batch
+    group: int  # attempts per problem
     temperature: float
     reward: str  # one of `REWARDS`
 

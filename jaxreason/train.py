@@ -41,10 +41,10 @@ class Phase(NamedTuple):
     source: Source
     objective: Objective
     optimizer: optax.GradientTransformation
-    steps: int  # batches drawn
+    steps: int  # batches to draw
     microbatches: int = 1
     updates_per_batch: int = 1
-    evaluate_every: int = 0  # steps; 0: at the end of the phase only
+    evaluate_every: int = 0  # steps between evaluations; 0: only at the end of the phase
     log_every: int = 1  # steps per line of metrics
     offload_reference: bool = False  # keep the reference params in host memory while they are not used
     max_skipped: int = 5  # stop the run after this many consecutive batches without a finite update
@@ -63,7 +63,7 @@ class Run(NamedTuple):
     decode: Callable[[Any], str]  # token ids -> text, to show prompts
     description: dict  # for the summary: config and number of parameters
     provenance: Mapping[str, Any]  # for the checkpoints: config, versions, git revision
-    sample_devices: int = 1  # of all processes
+    sample_devices: int = 1  # sampling devices of all processes
     watts: float | None = None  # watts per device, for the ledger
     rollouts_kept: int = 64  # rollouts written to rollouts.jsonl per step, at most
     log_options: Mapping[str, Any] = {}  # for `runtime.log.open_log`

@@ -39,9 +39,9 @@ class Task:
 
     question: str
     answer: str
-    solution: str = ""  # a worked solution, ending in the answer: what imitation trains on
+    solution: str = ""  # worked solution that ends in the answer; imitation trains on it
     id: str = ""  # unique in its data set
-    data: Mapping[str, Any] = field(default_factory=dict)  # what a verifier needs beyond the answer
+    data: Mapping[str, Any] = field(default_factory=dict)  # further inputs of the verifier
 
 
 @dataclass(frozen=True)
