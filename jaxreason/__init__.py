@@ -3,9 +3,9 @@ JAX.
 
     import jaxreason as jr
 
-`jr.load`, `jr.sample` and `jr.train_step` are the front door for notebooks
-(`jaxreason.api`), `jr.verify` makes verifiers and `jr.Task` is a problem. Each is
-imported when it is first used, so that `import jaxreason` does not wait for jax.
+`jr.load`, `jr.sample` and `jr.train_step` are the notebook API (`jaxreason.api`),
+`jr.verify` makes verifiers and `jr.Task` is a problem. Each is imported on first use,
+so that `import jaxreason` does not import jax.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""`python -m jaxreason`: what there is to run, a line each."""
+"""`python -m jaxreason`: list the entry points, one per line."""
 
 ENTRY_POINTS = """\
 python -m jaxreason.main --config=configs/tiny.py            train: pretrain, imitate, reinforce, on one loop

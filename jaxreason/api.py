@@ -1,9 +1,9 @@
-"""The front door for notebooks: load a model, sample from it, make a train step.
+"""Notebook API: load a model, sample from it, make train steps.
 
-The same parts that `main` builds from a config, with a value in the place of a run
-folder: a `Policy` goes into `sample` and `train_step`, and `train_step` gives the next
-one. Left out: what makes a run last (checkpoints, logs, evaluation) and a reference
-policy; for these write a config and start `python -m jaxreason.main`.
+It uses the parts that `main` builds from a config, but keeps the state in a `Policy`
+instead of a run folder: `sample` and `train_step` take a policy, and `train_step`
+returns the next one. It has no checkpoints, logs, evaluation or reference policy; for
+these write a config and run `python -m jaxreason.main`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from jaxreason.runtime import warm_start
 from jaxreason.text import Format, Tokenizer, check_vocabulary
 from jaxreason.types import Group, Task, TrainState, Verdict
 
-LOWEST_TEMPERATURE = 1e-4  # below it log-probs overflow in float32
+LOWEST_TEMPERATURE = 1e-4  # float32 log-probs overflow below it
 
 
 class Policy(NamedTuple):
-    """A model with its tokenizer and sampler, and all that training changes of it."""
+    """Model, tokenizer, sampler and train state."""
 
     model: Model
     tokenizer: Tokenizer
@@ -44,7 +44,7 @@ class Policy(NamedTuple):
     completer: Completer
     mesh: jax.sharding.Mesh
     state: TrainState  # `opt_state` is None before the first train step
-    learning: tuple | None = None  # objective and optimizer that `state.opt_state` belongs to
+    learning: tuple | None = None  # fields of the objective and optimizer that made `state.opt_state`
 
     @property
     def params(self) -> Any:
@@ -71,17 +71,17 @@ def load(
 
     Args:
       path: a Hugging Face id, a named size ("qwen2.5_0.5b"), the folder of a checkpoint
-        in their format, or a run of ours (RUN, or RUN/checkpoints/STEP).
-      max_prompt_tokens: the longest prompt.
-      max_tokens: the longest completion.
-      slots: how many completions are sampled at a time.
-      mesh: sizes of the axes data, fsdp and tensor; None is one device.
-      seed: of the weights that a checkpoint lacks, such as new adapters.
-      model: fields of a config's `model` section. By default the computation is in
-        float32 on a CPU and bfloat16 elsewhere, and params are float32; a run keeps its
-        own.
-      text: fields of a config's `text` section. By default the chat template, with the
-        question as it is; a run keeps its own.
+        in Hugging Face format, or a jaxreason run (RUN, or RUN/checkpoints/STEP).
+      max_prompt_tokens: tokens per prompt, at most.
+      max_tokens: tokens per completion, at most.
+      slots: completions sampled at the same time.
+      mesh: sizes of the axes data, fsdp and tensor; None uses one device.
+      seed: for weights that the checkpoint lacks, such as new adapters.
+      model: fields of a config's `model` section. By default params are float32 and the
+        computation is float32 on a CPU and bfloat16 elsewhere; a run keeps its own
+        fields.
+      text: fields of a config's `text` section. By default the chat template with the
+        unchanged question; a run keeps its own fields.
 
     Raises:
       ValueError, FileNotFoundError: no such model, or fields that do not fit it.
@@ -107,9 +107,7 @@ def load(
 
 
 def describe(path: str | Path, model: Mapping, text: Mapping, platform: str) -> build.ModelAndText:
-    """Read the shape and the text of what a path holds, and how its params are
-    loaded.
-    """
+    """Read the model shape and text settings of a path, and how to load its params."""
     fields.check(build.section_of_model(dict(model)), dict(model), "model")
     fields.check(build.section(build.make_text, "folder")(dict(text)), dict(text), "text")
     folder = Path(os.path.expanduser(path))
@@ -124,10 +122,10 @@ def describe(path: str | Path, model: Mapping, text: Mapping, platform: str) -> 
 
 
 def check_types(function: Callable, **values: Any) -> None:
-    """Check arguments of a function of this module by its annotations.
+    """Check arguments of a function of this module against its annotations.
 
     Raises:
-      ValueError: one is not of its type.
+      ValueError: an argument has the wrong type.
     """
     for field in fields.parameters(function):
         value = plain(values.get(field.name, field.default))
@@ -144,14 +142,12 @@ def plain(value: Any) -> Any:
 
 @functools.lru_cache(maxsize=16)
 def say_once(what: str, *of: Any) -> None:
-    """Say on stderr what is under way, the first time for the same things: it may take
-    minutes.
-    """
+    """Announce on stderr work that may take minutes, once per distinct arguments."""
     print(f"{what} ...", file=sys.stderr, flush=True)
 
 
 def unjudged(text: str, task: Task) -> Verdict:
-    """The verdict where no verifier is given."""
+    """Return the verdict of a completion when no verifier is given."""
     return Verdict(0.0, False, None, "not judged")
 
 
@@ -166,9 +162,9 @@ def sample(
 ) -> list[Group]:
     """Sample `n` completions of each prompt; return one group of rollouts per prompt.
 
-    A prompt is a question or a `Task`, and is put to the model in its chat format. A
-    temperature of 0 is greedy. `verify(text, task)` judges each completion. Equal seeds
-    give equal samples, whatever the order of the slots.
+    A prompt is a question or a `Task`; the policy's chat format renders it. Temperature
+    0 is greedy. `verify(text, task)` judges each completion. Equal seeds give equal
+    samples, whatever the order of the slots.
 
     Raises:
       ValueError: a prompt that is too long, no prompt, n below 1, or a `verify` that
@@ -207,16 +203,16 @@ def train_step(
 ) -> tuple[Policy, dict[str, float]]:
     """Make one update from groups of rollouts; return the new policy and its metrics.
 
-    The params of `policy` are donated: use the policy that is returned. The optimizer's
-    state goes on from step to step and starts anew when the objective or the optimizer
-    changes. Metrics have the names that they have in `metrics.jsonl`.
+    The params of `policy` are donated: continue with the returned policy. The optimizer
+    state carries over between steps and is reset when the objective or the optimizer
+    changes. Metrics are named as in `metrics.jsonl`.
 
     Args:
-      policy: as `load` or `train_step` gave it.
-      groups: of `sample`, all of one size.
-      objective: a name of `objectives.OBJECTIVES`, without a KL to a reference policy.
+      policy: as returned by `load` or `train_step`.
+      groups: as returned by `sample`, all of one size.
+      objective: a name in `objectives.OBJECTIVES`, without a KL to a reference policy.
       lr: the learning rate, constant.
-      microbatches: parts that the gradient is added up over, to save memory.
+      microbatches: parts to accumulate the gradient over, to save memory.
       objective_options: further fields of a config's `objective` section.
       optimizer_options: further fields of a config's `optimizer` section (default:
         AdamW).
@@ -252,7 +248,7 @@ def train_step(
         "limit": policy.completer.max_tokens,
     }
     batch = batching.from_groups(groups, made, microbatches=microbatches, **limits)
-    jax.eval_shape(step, abstract, batch)  # raises what the step would, while the params are still there
+    jax.eval_shape(step, abstract, batch)  # raises the step's errors before the params are donated
     say_once("compiling the train step", policy.model, policy.mesh, microbatches, learning, batch.tokens_BT.shape)
     state = policy.state
     if policy.learning != learning:
@@ -263,8 +259,11 @@ def train_step(
 
 
 def check_options(objective: Mapping[str, Any], optimizer: Mapping[str, Any]) -> None:
-    """Raise ValueError for an option that is an argument too, or that needs a number of
-    steps: a single step has none, so the rate would be 0 from the second one on.
+    """Raise ValueError for options that a train step can't take.
+
+    These are a second `name` or `lr`, renamed fields, values that can't be hashed, and
+    fields of a schedule: it needs a number of steps, and with the single step here its
+    rate would be 0 from the second step on.
     """
     for options, taken, argument in ((objective, "name", "objective"), (optimizer, "lr", "lr")):
         if taken in options:
@@ -288,19 +287,19 @@ LEARNING = build.section_of_objective, build.section(optimizers.make, "steps")
 
 
 def check_policy(function: Callable, policy: Any) -> None:
-    """Raise ValueError if `policy` is none, or its params are gone."""
+    """Raise ValueError if `policy` is not a Policy or its params were donated."""
     if not isinstance(policy, Policy):
-        raise ValueError(f"{function.__name__} got policy of type {type(policy).__name__}; allowed: what jr.load returns")
+        raise ValueError(f"{function.__name__} got policy of type {type(policy).__name__}; allowed: a policy from jr.load")
     if any(x.is_deleted() for x in jax.tree.leaves(policy.params)):
         raise ValueError(f"{function.__name__} got a policy that a train_step has used up; use the one that it returned")
 
 
 def check_groups(groups: Any) -> int:
-    """Return the size of groups of rollouts.
+    """Return the common size of groups of rollouts.
 
     Raises:
-      ValueError: they are of several sizes or empty, or have rollouts that nothing can
-        be learned from.
+      ValueError: the sizes differ, a group is empty, or nothing can be learned from a
+        rollout.
     """
     if not isinstance(groups, list | tuple) or not all(isinstance(group, Group) for group in groups):
         inside = f" of {type(groups[0]).__name__}" if isinstance(groups, list | tuple) and groups else ""
@@ -320,9 +319,7 @@ def check_groups(groups: Any) -> int:
 
 @functools.lru_cache(maxsize=4)
 def compiled_step(model: Model, mesh, microbatches: int, objective: tuple, optimizer: tuple) -> tuple:
-    """Make the objective and the optimizer of these fields, and compile the train
-    step.
-    """
+    """Make the objective, the optimizer, the jitted train step and abstract state."""
     made = call_with_section(objectives.make, dict(objective), "objective")
     if made.needs_reference:
         raise ValueError("train_step keeps no reference policy; allowed: kl_coefficient=0, or a config and `jaxreason.main`")

@@ -1,10 +1,10 @@
-"""From groups of rollouts, demonstrations or windows of text to a `Batch`: advantages,
-weights, behaviour log-probs, padding.
+"""Batches from groups of rollouts, demonstrations or windows of text.
 
-Advantages and weights are made here once, over the whole batch, in numpy, before
-anything is split. Rows have the smallest of a few lengths that holds the longest
-sequence, so few shapes are ever compiled. Short sequences share a row, if `pack`; rows
-that this leaves empty stand in the last micro-batches, which the learner leaves out.
+This module computes advantages, weights, behaviour log-probs and padding in numpy, once
+over the whole batch, before any split. The row length is the smallest of a few lengths
+(`buckets`) that holds the longest sequence, so few shapes are compiled. With `pack`
+short sequences share a row; rows left empty go to the last micro-batches, which the
+learner skips.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from jaxreason.types import Batch, Group
 
 
 def length_buckets(longest: int, count: int = 4, multiple: int = 8) -> tuple[int, ...]:
-    """Up to `count` lengths, evenly spaced and rounded up to `multiple`, of which the
-    last is `longest`.
+    """Return up to `count` evenly spaced lengths, rounded up to `multiple`.
+
+    The last one is `longest`.
     """
     return tuple(sorted({min(longest, -(-longest * i // (count * multiple)) * multiple) for i in range(1, count + 1)}))
 
@@ -36,16 +37,16 @@ def from_groups(
     microbatches: int = 1,
     rollouts_per_prompt: int = 1,
 ) -> Batch:
-    """Make a batch of R / `rollouts_per_prompt` rows from the R rollouts of groups that
-    are all of one size.
+    """Make a batch of R / `rollouts_per_prompt` rows from R rollouts in groups of one
+    size.
 
-    Only sampled tokens are trained on. `limit` is the longest completion, which
-    `per_max_length` divides by. `rollouts_per_prompt` attempts of a group, which must
-    divide its size, follow one copy of its prompt as branches of one segment (see
-    `attention.causal`): the first continues the prompt, each other one begins with the
-    prompt's last token again, which predicts its first. With `pack` rows are shared
-    further, and fill one of `microbatches` equal parts after the other, which must
-    divide their number.
+    Only sampled tokens are trained on. `limit` is the longest completion, the divisor
+    of `per_max_length`. `rollouts_per_prompt` must divide the group size: that many
+    attempts of a group follow one copy of their prompt as branches of one segment (see
+    `attention.causal`). The first attempt continues the prompt; each other one repeats
+    the prompt's last token, which predicts the attempt's first token. With `pack` these
+    segments also share rows, and the rows fill one of `microbatches` equal parts after
+    the other; `microbatches` must divide the number of rows.
     """
     rollouts = [r for group in groups for r in group.attempts]
     reward_PG = np.array([[r.verdict.reward for r in group.attempts] for group in groups], np.float64)
@@ -56,7 +57,7 @@ def from_groups(
     parts = [group.attempts[i : i + count] for group in groups for i in range(0, len(group.attempts), count)]
     lengths = [shared_length(len(attempts[0].prompt), [len(r.tokens) for r in attempts]) for attempts in parts]
     batch, spans = lay_out(lengths, buckets, pack, microbatches)
-    i = 0  # of the rollout
+    i = 0  # index of the rollout
     for attempts, (row, begin, _) in zip(parts, spans, strict=True):
         prompt = attempts[0].prompt
         start = begin + len(prompt)
@@ -80,8 +81,9 @@ def from_groups(
 def from_demonstrations(
     demonstrations: Sequence[tuple], objective: Objective, *, buckets: Sequence[int], pack: bool = False, microbatches: int = 1
 ) -> Batch:
-    """Make a batch of R rows from R pairs of (token ids, trainable); one that is too
-    long is cut on the right.
+    """Make a batch of R rows from R pairs of (token ids, trainable).
+
+    A demonstration that is too long is cut on the right.
     """
     R, longest = len(demonstrations), buckets[-1]
     demonstrations = [(np.asarray(ids)[:longest], np.asarray(trainable, bool)[:longest]) for ids, trainable in demonstrations]
@@ -93,7 +95,7 @@ def from_demonstrations(
         batch.tokens_BT[row, begin:stop] = ids
         batch.rollout_BT[row, begin:stop] = i + 1
         batch.weight_BT[row, begin:stop] = np.where(trainable, weight_R[i], 0.0)
-        batch.weight_BT[row, begin] = 0.0  # nothing stands before the first token
+        batch.weight_BT[row, begin] = 0.0  # no token precedes the first one
         batch.advantage_BT[row, begin:stop] = advantage_R[i]
     return batch
 
@@ -101,11 +103,11 @@ def from_demonstrations(
 def lay_out(
     lengths: Sequence[int], buckets: Sequence[int], pack: bool, microbatches: int
 ) -> tuple[Batch, list[tuple[int, int, int]]]:
-    """Make an empty batch of as many rows as sequences, and say where each stands: its
-    row, its first column and its end.
+    """Make an empty batch with one row per sequence, and place each sequence.
 
-    Packed rows are filled first-fit, the longest sequences first (at most 11/9 of the
-    fewest rows, and 2/3 of one; Dosa 2007).
+    Return (row, first column, end column) of each. Packing is first-fit, longest
+    sequence first: it uses at most 11/9 of the fewest rows, plus 2/3 of a row (Dosa
+    2007).
     """
     R, T = len(lengths), next(b for b in buckets if b >= max(lengths))
     batch = empty(R, T)
@@ -121,7 +123,7 @@ def lay_out(
             room[row] -= lengths[i]
     spans: dict[int, tuple[int, int, int]] = {}
     for row, members in enumerate(rows):
-        if pack:  # fill one micro-batch after the other; `split_rows` gives each every `microbatches`-th row
+        if pack:  # fill one micro-batch after the other: `split_rows` puts every `microbatches`-th row in the same one
             row = row % (R // microbatches) * microbatches + row // (R // microbatches)
         begin = 0
         for segment, i in enumerate(members, start=1):
@@ -133,22 +135,26 @@ def lay_out(
 
 
 def split_rows(x_B, parts: int):
-    """[B, ...] -> [parts, B / parts, ...], taking every `parts`-th row, so that rows
-    sharded over devices stay where they are.
+    """Reshape [B, ...] to [parts, B / parts, ...].
+
+    Each part gets every `parts`-th row, so rows that are sharded over devices stay on
+    their device.
     """
     B = x_B.shape[0]
     return x_B.reshape(B // parts, parts, *x_B.shape[1:]).swapaxes(0, 1)
 
 
 def used_parts(parts: Batch):
-    """Count the micro-batches up to the last that trains anything."""
+    """Count the micro-batches up to the last one with a weight that is not 0."""
     trains_P = jnp.any(parts.weight_BT != 0, axis=(1, 2))
     return jnp.max(jnp.where(trains_P, jnp.arange(len(trains_P)) + 1, 0))
 
 
 def computed_tokens(batch: Batch, microbatches: int) -> int:
-    """Count the tokens that the learner computes, padding included: those of the
-    micro-batches up to the last that trains anything.
+    """Count the tokens that the learner computes, padding included.
+
+    These are the tokens of the micro-batches up to the last one with a weight that is
+    not 0.
     """
     B, T = batch.weight_BT.shape
     trains = batch.weight_BT.reshape(B // microbatches, microbatches, T).any(axis=(0, 2))
@@ -156,8 +162,8 @@ def computed_tokens(batch: Batch, microbatches: int) -> int:
 
 
 def from_windows(tokens_BT: np.ndarray, objective: Objective) -> Batch:
-    """Make a batch from windows of a token stream, all trained on but their first
-    token.
+    """Make a batch from windows of a token stream; only their first tokens are
+    untrained.
     """
     B, T = tokens_BT.shape
     advantage_B = objective.advantage(np.ones((B, 1))).reshape(B)
@@ -172,7 +178,7 @@ def from_windows(tokens_BT: np.ndarray, objective: Objective) -> Batch:
 
 
 def empty(B: int, T: int) -> Batch:
-    """A numpy batch of padding."""
+    """Make a numpy batch that is all padding."""
     return Batch(
         tokens_BT=np.zeros((B, T), np.int32),
         position_BT=np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)).copy(),

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 
 
 def layer_weights(c) -> int:
-    """Matrix weights of a layer."""
+    """Count the matrix weights of one layer."""
     return c.width * c.head_size * (2 * c.heads + 2 * c.kv_heads) + 3 * c.width * c.feed_forward
 
 
 def forward_flops(c, lengths) -> float:
-    """FLOPs of the matrix products of one forward pass over sequences of `lengths`,
-    pairs of (prompt tokens, trained tokens).
+    """Count the FLOPs of the matrix products of one forward pass.
+
+    `lengths` has a pair (prompt tokens, trained tokens) for each sequence.
     """
     weights = c.layers * layer_weights(c)
     tokens = sum(p + g for p, g in lengths)
@@ -24,11 +25,10 @@ def forward_flops(c, lengths) -> float:
 
 
 def dense_flops(c, rows: int, length: int, columns: float, logits: int) -> dict[str, float]:
-    """FLOPs of a forward pass as it is computed, padding, masked squares and all: of
-    layers, attention and logits.
+    """Count the FLOPs of a forward pass as computed, with padding and masked scores.
 
-    `rows` x `length` tokens attend to `columns` columns each; `logits` is how many rows
-    of them are made.
+    `rows` x `length` tokens attend to `columns` columns each; logits are made for
+    `logits` tokens. Return the parts layers, attention and logits.
     """
     tokens = rows * length
     return {
@@ -39,18 +39,17 @@ def dense_flops(c, rows: int, length: int, columns: float, logits: int) -> dict[
 
 
 def shared_length(prompt: int, completions: Sequence[int]) -> int:
-    """Columns that attempts take behind one copy of their prompt."""
+    """Count the columns of one prompt followed by several attempts at it."""
     return prompt + sum(completions) + len(completions) - 1
 
 
 def attempts_behind_a_prompt(c, choices, prompt: int, completion: int) -> int:
-    """Choose from `choices` the number of attempts that follow one copy of their prompt
-    in the learner.
+    """Choose from `choices` the number of attempts per copy of their prompt.
 
-    Fewer tokens then, but more scores, of which most are masked. A FLOP of theirs
-    counts four times, since softmax and masks go with it (jaxreason/bench/README.md).
-    Sharing must save a tenth: completions of unlike lengths leave more room in longer
-    rows.
+    Sharing a prompt saves tokens in the learner but adds attention scores, most of
+    which are masked. An attention FLOP counts four times, because softmax and masks
+    come with it (jaxreason/bench/README.md). Sharing must save a tenth: completions of
+    unequal length waste more space in longer rows.
     """
 
     def flops(attempts: int) -> float:
@@ -62,17 +61,19 @@ def attempts_behind_a_prompt(c, choices, prompt: int, completion: int) -> int:
 
 
 def causal_columns(length: int) -> float:
-    """To how many columns each of `length` tokens attends in the plain kernel, on
-    average, those included that are masked.
+    """Average the number of columns that a token attends to in the plain kernel.
+
+    Masked columns that the kernel computes count too.
     """
-    from jaxreason.model.attention import query_parts  # here, as it takes jax with it
+    from jaxreason.model.attention import query_parts  # local, because it imports jax
 
     return sum((stop - first) * stop for first, stop in query_parts(length)) / length
 
 
 def prefill_flops(c, rows: int, length: int) -> float:
-    """FLOPs of the keys and values of prompts, as they are computed: of the last layer
-    nothing but these, and its queries.
+    """Count the FLOPs of computing the keys and values of prompts.
+
+    The last layer computes only its queries, keys and values.
     """
     parts = dense_flops(c, rows, length, length, 0)
     queries = 2.0 * c.width * c.head_size * (c.heads + 2 * c.kv_heads) * rows * length
@@ -80,7 +81,7 @@ def prefill_flops(c, rows: int, length: int) -> float:
 
 
 def adapter_flops(c, tokens: int) -> float:
-    """FLOPs of the adapters of a forward pass over so many tokens."""
+    """Count the FLOPs of the adapters in a forward pass over `tokens` tokens."""
     if c.lora is None:
         return 0.0
     heads, kv_heads = c.heads * c.head_size, c.kv_heads * c.head_size
@@ -90,12 +91,12 @@ def adapter_flops(c, tokens: int) -> float:
 
 
 def train_flops(c, rows: int, length: int, remade: bool) -> float:
-    """FLOPs of the matrix products of a train step over `rows` full rows, with what is
-    computed again.
+    """Count the FLOPs of the matrix products of a train step over `rows` full rows.
 
-    Backward is twice forward; of a frozen base half of that, as its weights have no
-    gradient. If `remade`, logits are made once more (see `platforms.py`). `c.remat`
-    "full" does all of a layer again but its last product, "dots" attention alone.
+    Recomputation is included. The backward pass costs twice the forward pass, or once
+    if the base is frozen, because frozen weights have no gradient. If `remade`, logits
+    are computed a second time (see `platforms.py`). `c.remat` "full" recomputes a layer
+    except its last product; "dots" recomputes only attention.
     """
     parts = dense_flops(c, rows, length, causal_columns(length), rows * length)
     adapters = adapter_flops(c, rows * length)
@@ -108,10 +109,10 @@ def train_flops(c, rows: int, length: int, remade: bool) -> float:
 
 
 def flash_flops(c, rows: int, length: int) -> float:
-    """FLOPs of a flash kernel in a train step: forward, once more with `remat`, and 2.5
-    times that backward.
+    """Count the FLOPs of a flash attention kernel in a train step.
 
-    It skips the masked half of each square, and makes scores once more in its backward
-    pass (Dao 2023, arXiv 2307.08691).
+    The forward pass counts once, once more with `remat`, and the backward pass 2.5
+    times. The kernel skips the masked half of the scores and recomputes scores in its
+    backward pass (Dao 2023, arXiv 2307.08691).
     """
     return dense_flops(c, rows, length, length, 0)["attention"] / 2 * (3.5 + (c.remat != "none"))

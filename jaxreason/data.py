@@ -1,11 +1,11 @@
-"""Endless, shuffled sequences over grain: with random access, a position is one integer
-and resume is exact.
+"""Endless shuffled sequences over grain, indexed by one integer so that resume is
+exact.
 
-`shuffled` makes a sequence whose item i exists for every i >= 0, and `batches` groups
-it; nothing is iterated and nothing has state, so the state of a source is the index of
-its next batch. `token_windows` turns documents into rows for language modelling. All
-processes of a run read the one order of its seed. Prefetching is left out: 32 rows of
-64 tokens take 1.5 to 2.3 ms on a CPU core.
+`shuffled` makes a sequence with an item for every i >= 0, and `batches` groups it.
+Sequences are indexed, not iterated, and hold no state: the state of a source is the
+index of its next batch. `token_windows` turns documents into rows for language
+modelling. All processes of a run read the same order, given by its seed. There is no
+prefetching: 32 rows of 64 tokens take 1.5 to 2.3 ms on a CPU core.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    import grain  # takes 1 to 2 s to import, so each function that needs it does so itself
+    import grain  # takes 1 to 2 s to import, so each function that needs it imports it
 
 
 def shuffled(items: Sequence[Any], *, seed: int, shuffle: bool = True) -> grain.MapDataset:
@@ -27,15 +27,16 @@ def shuffled(items: Sequence[Any], *, seed: int, shuffle: bool = True) -> grain.
         raise ValueError("no items to draw from; allowed: at least 1; check the task's split and its filters")
     sequence = grain.MapDataset.source(items)
     if shuffle:
-        # grain shuffles epoch e with seed + e: unhashed, epoch 1 of seed 0 would be
-        # epoch 0 of seed 1, and seeds not independent.
+        # grain shuffles epoch e with seed + e. Without the hash, epoch 1 of seed 0
+        # would equal epoch 0 of seed 1.
         sequence = sequence.shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
     return sequence.repeat()
 
 
 def batches(items: grain.MapDataset, size: int) -> grain.MapDataset:
-    """Return the sequence whose item i is items `i * size` to `(i + 1) * size`: stacked
-    if arrays, else a list.
+    """Group a sequence: item i holds items `i * size` to `(i + 1) * size`.
+
+    Arrays are stacked; other items form a list.
     """
     if size < 1:
         raise ValueError(f"batch size {size}; allowed: at least 1")
@@ -43,8 +44,9 @@ def batches(items: grain.MapDataset, size: int) -> grain.MapDataset:
 
 
 def mix(sequences: Sequence[grain.MapDataset], weights: Sequence[float]) -> grain.MapDataset:
-    """Interleave endless sequences in fixed proportions, evenly spread: weights (3, 1)
-    give a, a, a, b or a rotation of it.
+    """Interleave endless sequences in fixed proportions, evenly spread.
+
+    Weights (3, 1) give a, a, a, b or a rotation of it.
     """
     import grain
 
@@ -54,11 +56,10 @@ def mix(sequences: Sequence[grain.MapDataset], weights: Sequence[float]) -> grai
 
 
 def token_windows(documents: Sequence[Sequence[int]], length: int, *, eos_id: int | None = None) -> np.ndarray:
-    """Join documents into one stream of tokens, and cut it into int32 windows of shape
-    [windows, length]; drop the remainder.
+    """Join documents into one token stream and cut it into int32 [windows, length].
 
-    `eos_id`, if given, ends each document. A window may begin and end within a document
-    and hold several.
+    The remainder is dropped. `eos_id`, if given, ends each document. A window may begin
+    or end inside a document and may hold several documents.
     """
     if length < 1:
         raise ValueError(f"window length {length}; allowed: at least 1 token")

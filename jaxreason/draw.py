@@ -1,7 +1,6 @@
-"""Draw a token from logits: temperature, filters, and one draw per row from two
-uniforms.
+"""Drawing tokens from logits: temperature, filters, and two uniforms per draw.
 
-The noise of a token is keyed by its attempt and its position and by nothing else.
+The uniforms of a token depend only on its attempt's key and its position.
 """
 
 from __future__ import annotations
@@ -13,11 +12,12 @@ import jax.numpy as jnp
 
 
 class Filter(NamedTuple):
-    """The tokens that may be drawn, after the temperature.
+    """Tokens that may be drawn, after the temperature.
 
-    The `top_k` likeliest (0: all); of these the fewest whose share is at least `top_p`
-    (Holtzman et al. 2019, arXiv 1904.09751); of these the ones at least `min_p` times
-    as likely as the likeliest (Nguyen et al. 2024, arXiv 2407.01082).
+    First the `top_k` likeliest tokens are kept (0: all). Of these, the fewest whose
+    total probability is at least `top_p` are kept (Holtzman et al. 2019, arXiv
+    1904.09751). Of these, the ones at least `min_p` times as likely as the likeliest
+    are kept (Nguyen et al. 2024, arXiv 2407.01082).
     """
 
     top_k: int = 0
@@ -29,41 +29,42 @@ ALL = Filter()
 
 
 def uniforms(key_S, position_S):
-    """Two uniforms for the token at a position of each rollout, [S, 2]; `key_S` are the
-    key data of (problem, attempt).
+    """Make two uniforms per slot for the token at its position, [S, 2].
+
+    `key_S` is the key data of (problem, attempt).
     """
     keys_S = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(key_S), position_S)
     return jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_S)
 
 
 def sample(logits_SV, u_S2, temperature, filter: Filter = ALL):
-    """Sample a token a row by its two uniforms, and its log-prob under the tempered and
-    filtered distribution.
+    """Sample one token per row from its two uniforms.
 
-    Temperature 0 takes the most likely token; the log-prob is then that of temperature
-    1.
+    Return the tokens and their log-probs under the tempered and filtered distribution.
+    Temperature 0 takes the most likely token and returns its log-prob at temperature 1.
     """
     greedy = temperature <= 0
     scaled_SV = logits_SV / jnp.where(greedy, 1.0, temperature)
     highest_S = jnp.max(scaled_SV, axis=-1)
     p_SV = kept(jnp.exp(scaled_SV - highest_S[:, None]), filter)
-    # The likeliest has exactly 1. An argmax over the vocabulary would cost a fourteenth
-    # of a decode step, used or not.
+    # The likeliest token has p exactly 1. An argmax over the vocabulary would cost a
+    # fourteenth of a decode step even at temperatures above 0.
     token_S = draw(jnp.where(greedy, p_SV == 1, p_SV), jnp.where(greedy, 0.0, u_S2)).astype(jnp.int32)
     chosen_S = jnp.take_along_axis(scaled_SV, token_S[:, None], axis=1)[:, 0]
     return token_S, chosen_S - highest_S - jnp.log(jnp.sum(p_SV, axis=-1))
 
 
 def kept(p_SV, filter: Filter):
-    """Set to zero what a filter leaves out. `p_SV` need not sum to one. Words equally
-    likely are kept or left together.
+    """Set the probabilities that a filter excludes to zero.
+
+    `p_SV` need not sum to one. Equally likely tokens are kept or dropped together.
     """
     if filter.top_k:
         kth_S1 = jax.lax.top_k(p_SV, min(filter.top_k, p_SV.shape[1]))[0][:, -1:]
         p_SV = jnp.where(p_SV >= kth_S1, p_SV, 0)
     if filter.top_p < 1:
         falling_SV = -jnp.sort(-p_SV, axis=-1)
-        before_SV = jnp.cumsum(falling_SV, axis=-1) - falling_SV  # share of what is likelier
+        before_SV = jnp.cumsum(falling_SV, axis=-1) - falling_SV  # mass of the likelier tokens
         needed_SV = before_SV < filter.top_p * jnp.sum(p_SV, axis=-1, keepdims=True)
         least_S1 = jnp.min(jnp.where(needed_SV, falling_SV, jnp.inf), axis=-1, keepdims=True)
         p_SV = jnp.where(p_SV >= least_S1, p_SV, 0)
@@ -73,12 +74,12 @@ def kept(p_SV, filter: Filter):
 
 
 def draw(p_SV, u_S2, width: int = 128):
-    """Draw an index a row in proportion to `p_SV`, which need not sum to one: the
-    inverse of its cumulative sum at two uniforms.
+    """Draw one index per row in proportion to `p_SV`, which need not sum to one.
 
-    One picks a block of `width` tokens, the other a token in it; two zeros pick the
-    first that is not 0. Gumbel noise, one number per token, took a quarter of a decode
-    step on a CPU (jaxreason/bench/README.md).
+    This inverts the cumulative sum. The first uniform picks a block of `width` tokens,
+    the second a token in the block; two zeros pick the first index with p above 0.
+    Gumbel noise needs one number per token and was slower on a CPU
+    (jaxreason/bench/README.md).
     """
     p_SNW = split_blocks(p_SV, width)
     block_S = invert(jnp.sum(p_SNW, axis=-1), u_S2[:, 0])
@@ -86,11 +87,11 @@ def draw(p_SV, u_S2, width: int = 128):
 
 
 def invert(p_SV, u_S, width: int = 16):
-    """Return the first index of each row at which the cumulative sum is above the share
-    `u_S` of the whole.
+    """Return per row the first index where the cumulative sum exceeds `u_S` of the
+    total.
 
-    First the block of `width` that it is in: two short cumulative sums take less time
-    than a long one.
+    It finds the block of `width` first: two short cumulative sums are faster than one
+    long sum.
     """
     p_SNW = split_blocks(p_SV, width)
     sum_SN = jnp.sum(p_SNW, axis=-1)
@@ -100,15 +101,15 @@ def invert(p_SV, u_S, width: int = 16):
 
 
 def first_above(p_SV, target_S):
-    """Return the first index of each row at which the cumulative sum is above the
-    target, and the target less what is before it.
+    """Return per row the first index where the cumulative sum exceeds the target.
 
-    If by rounding there is none: the last index that is not 0.
+    Also return the target minus the sum before that index. If rounding leaves no such
+    index, return the last index with p above 0.
     """
     _, V = p_SV.shape
     index_V, possible_SV = jnp.arange(V), p_SV > 0
     sum_SV = jnp.cumsum(p_SV, axis=-1)
-    # A sum made in parallel may rise by a rounding where p is 0.
+    # Rounding in a parallel sum may make it rise where p is 0.
     first_S = jnp.min(jnp.where(possible_SV & (sum_SV > target_S[:, None]), index_V, V), axis=-1)
     index_S = jnp.minimum(first_S, jnp.max(jnp.where(possible_SV, index_V, 0), axis=-1))
     before_S = jnp.take_along_axis(sum_SV - p_SV, index_S[:, None], axis=1)[:, 0]
@@ -116,9 +117,7 @@ def first_above(p_SV, target_S):
 
 
 def split_blocks(p_SV, width: int):
-    """Split each row into N blocks of `width`, the last filled up with zeros: [S, N,
-    W].
-    """
+    """Split each row into N blocks of `width`, [S, N, W]; zeros fill the last block."""
     S, V = p_SV.shape
     return jnp.pad(p_SV, ((0, 0), (0, -V % width))).reshape(S, -1, width)
 

@@ -1,12 +1,12 @@
-"""Environments: what a model's text leads to. Text in and text out, no tokens,
-single-use.
+"""Environments: they answer a model's text with a verdict or an observation.
 
+An environment takes and returns text, not tokens, and its state is used once.
 `Environment(reset, step)`: `reset(task) -> state`; `step(state, turn) -> (state,
-Step)`. A step either ends the rollout with a verdict or goes on with an observation,
-which the rollout loop appends as forced tokens.
+Step)`. A step either ends the rollout with a verdict or continues it with an
+observation, which the rollout loop appends as forced tokens.
 
-A verifier that misbehaves costs its attempt the reward, is counted, and stops the run
-only if it does little else: see `Failures`.
+A verifier that fails costs its attempt the reward and is counted. It stops the run only
+if it fails all the time: see `Failures`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from jaxreason.types import Task, Verdict
 
 VERIFIER_ERROR = "verifier error"
 VERIFIER_TIMEOUT = "verifier timeout"
-IN_A_ROW = 10  # failures of a verifier that stop the run
-STUCK = 32  # calls of a verifier that run without end, at which the run stops
-# Name of a count -> how the reasons begin of the verdicts that it counts. The last of
-# each are those of child processes.
+IN_A_ROW = 10  # consecutive failures of a verifier that stop the run
+STUCK = 32  # calls of a verifier past their deadline and still running that stop the run
+# Name of a count -> prefixes of the verdict reasons that it counts. Prefixes after the
+# first come from child processes.
 COUNTED = {
     "verifier_errors": (VERIFIER_ERROR, "crashed", "out of memory"),
     "verifier_timeouts": (VERIFIER_TIMEOUT, "timeout"),
@@ -43,19 +43,21 @@ class Turn(NamedTuple):
 
     text: str
     stop: str  # why it stopped, one of sampler.STOPS
-    final: bool  # there is no room for an observation: the step must judge
+    final: bool  # no room is left for an observation: the step must give a verdict
 
 
 class Step(NamedTuple):
-    """Exactly one of the first two is set."""
+    """Result of a turn; exactly one of `verdict` and `observation` is set."""
 
     verdict: Verdict | None = None
     observation: str | None = None
-    failure: str = ""  # the traceback, if the verdict is there because a verifier failed
+    failure: str = ""  # the traceback, if a verifier failed
 
 
 class VerifierFailed(Exception):
-    """A verifier fails all the time; `traceback` is of the first failure in the row."""
+    """A verifier failed all the time; `traceback` is that of the first failure in a
+    row.
+    """
 
     def __init__(self, message: str, traceback: str):
         super().__init__(message)
@@ -63,11 +65,10 @@ class VerifierFailed(Exception):
 
 
 class Failures:
-    """The failures of one environment's verifier. Told of every step, it raises
-    VerifierFailed when there are too many.
+    """Failure counts of one environment's verifier; raises VerifierFailed on too many.
 
-    Those are `IN_A_ROW` one after the other, or `STUCK` calls that are given up and
-    still run: their threads can't be ended.
+    Too many is `IN_A_ROW` consecutive failed steps, or `STUCK` calls that were given up
+    but still run, since Python can't end their threads.
     """
 
     def __init__(self, name: str):
@@ -90,12 +91,12 @@ class Failures:
 
 
 class Environment(NamedTuple):
-    """`step` is called from several threads at once, each on a rollout of its own."""
+    """`step` is called from several threads at once, each with its own rollout."""
 
     reset: Callable[[Task], Any]
     step: Callable[[Any, Turn], tuple[Any, Step]]
-    one_turn: bool = False  # every step gives a verdict: a slot is free as soon as its text has left it
-    deadline_s: float | None = None  # of a step, after which its attempt is given up with a reward of 0
+    one_turn: bool = False  # every step gives a verdict, so a slot is free once its text is handed over
+    deadline_s: float | None = None  # seconds per step; a later attempt is given up with reward 0
     failures: Failures | None = None
     name: str = ""  # of its verifier
 
@@ -106,18 +107,19 @@ def single_turn(
     deadline_s: float | None = 60.0,
     name: str = "",
 ) -> Environment:
-    """The model writes once and is judged. A verifier that fails, a bug of its author,
-    costs a wrong verdict and not the run.
+    """Make an environment in which the model writes once and is judged.
 
-    It fails if it raises (`sys.exit` too), returns anything but a Verdict with a finite
-    reward, or takes more than `deadline_s` seconds; None is for one that keeps to a
-    limit of its own. One that is too late is left to itself in its thread, which Python
-    can't end; nor can it interrupt C code that keeps the interpreter's lock, such as a
-    pattern that backtracks for ever (verifier `format` runs those in a process).
+    A verifier that fails costs its attempt a wrong verdict, not the run. It fails if it
+    raises (`sys.exit` too), returns anything but a Verdict with a finite reward, or
+    takes more than `deadline_s` seconds. Use None for a verifier that enforces its own
+    limit. A late verifier keeps running in its thread, which Python can't end. The
+    deadline can't interrupt C code that holds the interpreter lock, such as a regular
+    expression that backtracks forever (verifier `format` runs those in a child
+    process).
 
-    With `must_finish` an attempt that was cut off at its limit is wrong, whatever it
-    says so far: a verifier that falls back on the last number of a text would otherwise
-    pay for whichever number the cut happened to leave there.
+    With `must_finish` an attempt that was cut off at its limit is wrong. Otherwise a
+    verifier that falls back on the last number of a text would reward the number at
+    which the cut happened.
 
     Raises:
       ValueError: the deadline is not above 0.
@@ -139,18 +141,16 @@ def single_turn(
 
 
 def failed(what: str, name: str, why: str) -> Verdict:
-    """Return the verdict of an attempt whose verifier, with a name or without,
-    failed.
-    """
+    """Make the verdict of an attempt whose verifier failed; `name` may be empty."""
     return Verdict(0.0, False, None, f"{what} of {name!r}: {why}" if name else f"{what}: {why}")
 
 
 def checked(verdict: Any) -> Verdict:
-    """Return a verdict of plain Python values.
+    """Return a verdict with plain Python values.
 
     Raises:
-      TypeError, ValueError: it is none, or has a field that is none, or its reward is
-        not finite.
+      TypeError, ValueError: not a Verdict, a field of the wrong type, or a reward that
+        is not finite or above `LARGEST`.
     """
     if not isinstance(verdict, Verdict):
         raise TypeError(f"returned a {type(verdict).__name__}; allowed: a jaxreason.types.Verdict")
@@ -164,11 +164,11 @@ def checked(verdict: Any) -> Verdict:
     return Verdict(reward, bool(verdict.correct), verdict.parsed, verdict.reason)
 
 
-LARGEST = 1e9  # reward; its square is far from the largest float32
+LARGEST = 1e9  # largest reward; its square is far below the largest float32
 
 
 def told(error: BaseException) -> str:
-    """Describe an error in one short line; its own words may fail, too."""
+    """Describe an error in one short line, even if its `str` raises."""
     try:
         words = " ".join(str(error).split())[:300]
     except BaseException:
@@ -184,14 +184,15 @@ def traceback_of(error: BaseException) -> str:
 
 
 def stack(thread: threading.Thread) -> str:
-    """Return where a thread is."""
+    """Return the current stack of a thread as text."""
     frame = sys._current_frames().get(thread.ident)
     return "".join(traceback.format_stack(frame)) if frame is not None else "the thread has ended\n"
 
 
 def late(environment: Environment, thread: threading.Thread) -> Step:
-    """Return the step of an attempt whose environment did not answer in time, and count
-    its thread, which still runs.
+    """Make the step of an attempt whose environment missed its deadline.
+
+    Also record its thread, which still runs, with the environment's failures.
     """
     where = stack(thread)
     if environment.failures is not None:
@@ -201,7 +202,10 @@ def late(environment: Environment, thread: threading.Thread) -> Step:
 
 
 def count_failures(verdicts: Iterable[Verdict]) -> dict[str, int]:
-    """Count verdicts that say nothing of the answer: see `COUNTED`."""
+    """Count the verdicts that come from a failure, not from the answer.
+
+    The counts are those of `COUNTED`.
+    """
     reasons = [verdict.reason for verdict in verdicts]
     return {name: sum(reason.startswith(starts) for reason in reasons) for name, starts in COUNTED.items()}
 
@@ -212,31 +216,28 @@ def verifier_failed(verdict: Verdict) -> bool:
 
 
 class Threads:
-    """Threads that call functions; one whose call takes too long can be given up, and
-    another takes its place.
+    """Worker threads; one whose call takes too long can be given up and is replaced.
 
-    Unlike those of an executor they are daemons: the end of the program does not wait
-    for them.
+    Unlike an executor's threads they are daemons: the program exits without waiting for
+    them.
     """
 
     def __init__(self, count: int):
         self.calls: queue.SimpleQueue = queue.SimpleQueue()
         self.lock = threading.Lock()
-        self.workers: dict[Future, threading.Thread] = {}  # of the calls that run
+        self.workers: dict[Future, threading.Thread] = {}  # thread of each running call
         self.count = count
         for _ in range(count):
             self._start()
 
     def submit(self, function: Callable, *args) -> Future:
-        """Queue a call; the future is `running()` from its start to its end."""
+        """Queue a call; its future is `running()` from the call's start to its end."""
         future: Future = Future()
         self.calls.put((future, function, args))
         return future
 
     def give_up(self, future: Future) -> threading.Thread | None:
-        """Replace the thread of a call and return it; None if the call has just
-        ended.
-        """
+        """Replace and return the thread of a call; return None if it just ended."""
         with self.lock:
             thread = self.workers.pop(future, None)
         if thread is not None:
@@ -244,9 +245,7 @@ class Threads:
         return thread
 
     def close(self) -> None:
-        """Forget the calls that have not begun and let the threads end, without waiting
-        for them.
-        """
+        """Drop the queued calls and let the threads end, without waiting for them."""
         with contextlib.suppress(queue.Empty):
             while True:
                 self.calls.get_nowait()
@@ -267,6 +266,6 @@ class Threads:
             except BaseException as error:
                 outcome, end = error, future.set_exception
             with self.lock:
-                if self.workers.pop(future, None) is None:  # given up: another thread is in this one's place
+                if self.workers.pop(future, None) is None:  # given up: another thread has replaced this one
                     return
                 end(outcome)

@@ -1,11 +1,11 @@
 """Estimates from samples: pass@k, majority@k, intervals, and paired tests of two runs
 on the same problems.
 
-All on the host in NumPy and exact integers; nothing here is traced. An interval is a
-pair `(low, high)`. Accuracy over problems has a Wilson interval, a mean over seeds has
-a t-interval, a difference of two runs has a paired bootstrap; they answer different
-questions (new problems, new seeds, new problems for both), and none stands in for
-another.
+Everything runs on the host, in NumPy and exact integers; nothing is traced. An interval
+is a pair `(low, high)`. Accuracy over problems has a Wilson interval, a mean over seeds
+a t-interval, and a difference of two runs a paired bootstrap. They answer different
+questions (new problems, new seeds, new problems for both runs) and can't replace each
+other.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import numpy as np
 
 
 def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the Wilson score interval of a proportion (Wilson, 1927); (0, 1) where n
-    is 0.
+    """Return the Wilson score interval of a proportion (Wilson, 1927).
 
-    Unlike the normal interval it stays within 0..1 and has a width at 0 and n correct.
+    Unlike the normal interval it stays within 0..1 and has a width above 0 when none or
+    all are correct. It is (0, 1) if n is 0.
     """
     _check_confidence(confidence)
     if not 0 <= correct <= n:
@@ -34,18 +34,19 @@ def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float
     centre = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    # At the ends the formula gives 0 and 1 but for rounding.
+    # At the ends the formula gives 0 and 1 up to rounding.
     low = 0.0 if correct == 0 else (centre - half) / scale
     high = 1.0 if correct == n else (centre + half) / scale
     return low, high
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Return the unbiased estimate of pass@k for one problem from n samples, c of them
-    correct.
+    """Return the unbiased estimate of pass@k of one problem, from c correct of n
+    samples.
 
-    The share of the k-subsets of the samples that hold a correct one: 1 - C(n-c, k) /
-    C(n, k) (Chen et al., 2021, arXiv 2107.03374, eq. 1). Average it over problems.
+    It is the fraction of k-subsets of the samples that contain a correct one: 1 -
+    C(n-c, k) / C(n, k) (Chen et al., 2021, arXiv 2107.03374, eq. 1). Average it over
+    problems.
     """
     if not 0 <= c <= n:
         raise ValueError(f"{c} correct of {n} samples; allowed: 0 <= c <= n")
@@ -60,14 +61,13 @@ def majority_at_k(
     *,
     same: Callable[[Any, Any], bool] | None = None,
 ) -> float:
-    """Return the chance that the most frequent answer among k of the n samples of one
-    problem is correct.
+    """Return the probability that a vote of k of a problem's n samples is correct.
 
-    Exact, over all k-subsets of the samples and over all ways to break ties; k defaults
-    to n, a plain vote. None (no answer was found) uses up a sample but never wins, and
-    if it is all there is, the vote is lost. Answers are one class if equal, or, given
-    `same`, if `same(first of the class, answer)`. Should a class mix right and wrong,
-    its winner is one of them at random.
+    The vote picks the most frequent answer. The result is exact, over all k-subsets and
+    all ways to break ties; k defaults to n, a plain vote. None (no answer was found)
+    uses up a sample but never wins; a vote with only None is lost. Answers are in one
+    class if they are equal or, given `same`, if `same(first of the class, answer)`. If
+    a class mixes right and wrong answers, a random one of its members decides.
     """
     if len(answers) != len(correct):
         raise ValueError(f"{len(answers)} answers but {len(correct)} verdicts; allowed: one verdict for each answer")
@@ -75,7 +75,7 @@ def majority_at_k(
     k = n if k is None else k
     _check_k(k, n)
     classes: list[tuple[Hashable, list[bool]]] = []
-    position: dict[Hashable, int] = {}  # of equal answers, where no `same` is given
+    position: dict[Hashable, int] = {}  # index of the class of an answer, if no `same` is given
     blanks = 0
     for answer, right in zip(answers, correct):
         if answer is None:
@@ -94,8 +94,9 @@ def majority_at_k(
 
 
 def _win_chance(size: int, sizes: Sequence[int], blanks: int, k: int) -> float:
-    """Return the chance that one class of `size` wins a vote of k samples among classes
-    of `sizes` (itself included).
+    """Return the probability that one class of `size` wins a vote of k samples.
+
+    `sizes` are the sizes of all classes, this one included.
     """
     n = sum(sizes) + blanks
     if k == n:
@@ -104,19 +105,19 @@ def _win_chance(size: int, sizes: Sequence[int], blanks: int, k: int) -> float:
     others.remove(size)
 
     def drawn(members: int, j: int) -> float:
-        """Return the chance of j draws from a class if each sample is drawn with chance
-        k / n.
+        """Return the probability of j draws if each sample is drawn with probability k
+        / n.
 
-        Given k draws in all, these are as likely as k-subsets; and unlike binomials
-        they are neither huge nor tiny.
+        Given k draws in all, every k-subset is equally likely, as required; and unlike
+        binomial coefficients these values are neither huge nor tiny.
         """
-        return math.comb(members, j) * k**j * (n - k) ** (members - j) / n**members  # of exact integers, whatever their size
+        return math.comb(members, j) * k**j * (n - k) ** (members - j) / n**members  # a quotient of exact integers
 
     chance, none_K = 0.0, np.array([drawn(blanks, j) for j in range(k + 1)])
     drawn_of = {other: [drawn(other, j) for j in range(min(other, k) + 1)] for other in others}
     for votes in range(1, min(size, k) + 1):
-        # chance_TK[t, j]: of j draws of the rest such that t other classes tie at
-        # `votes` and none has more.
+        # chance_TK[t, j]: probability of j draws outside this class such that t other
+        # classes tie at `votes` and none has more.
         T = min(len(others), k // votes)
         chance_TK = np.zeros((T + 1, k + 1))
         chance_TK[0] = none_K
@@ -131,12 +132,12 @@ def _win_chance(size: int, sizes: Sequence[int], blanks: int, k: int) -> float:
 
 
 def mcnemar(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> float:
-    """Return the exact two-sided p-value of McNemar's test: is either run right more
-    often where the two differ?
+    """Return the exact two-sided p-value of McNemar's test of two runs.
 
-    Problems that both or neither solved say nothing; under equality the rest are fair
-    coins (McNemar, 1947). One sample a problem: with several, use `paired_bootstrap` on
-    each problem's mean.
+    It tests whether one run is right more often on the problems where the two differ.
+    Problems that both or neither solved carry no information; under equality the rest
+    are fair coins (McNemar, 1947). Use one sample per problem; with several, use
+    `paired_bootstrap` on each problem's mean.
     """
     a, b = _paired(correct_a, correct_b)
     if not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
@@ -150,12 +151,12 @@ def mcnemar(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> float:
 def paired_bootstrap(
     a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95, draws: int = 10_000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Return the mean of b - a over problems, and a percentile bootstrap interval of
-    it: (difference, low, high).
+    """Return the mean of b - a over problems and its percentile bootstrap interval.
 
-    Entry i of both is the accuracy on problem i. Problems are drawn, each with both
-    runs' values, so what makes a problem hard for both cancels; samples of one problem
-    are averaged first, never counted as problems.
+    The result is (difference, low, high). Entry i of `a` and `b` is the accuracy on
+    problem i. Problems are resampled with both runs' values, so the difficulty of a
+    problem cancels. Average the samples of a problem first; they don't count as
+    problems.
     """
     _check_confidence(confidence)
     a, b = _paired(a, b)
@@ -170,8 +171,9 @@ def paired_bootstrap(
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Return the mean over seeds with its t-interval: (mean, low, high); of a single
-    value, unbounded.
+    """Return the mean over seeds with its t-interval: (mean, low, high).
+
+    The interval of a single value is unbounded.
     """
     _check_confidence(confidence)
     values = np.asarray(values, np.float64)
@@ -186,8 +188,9 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
 
 
 def _t_quantile(p: float, freedom: int) -> float:
-    """Return Student's t quantile, p > 0.5, by bisection on the angle atan(t /
-    sqrt(freedom)).
+    """Return Student's t quantile for p > 0.5.
+
+    It bisects on the angle atan(t / sqrt(freedom)).
     """
     low, high = 0.0, math.pi / 2
     for _ in range(60):
@@ -200,8 +203,9 @@ def _t_quantile(p: float, freedom: int) -> float:
 
 
 def _t_mass(angle: float, freedom: int) -> float:
-    """Return P(|T| <= sqrt(freedom) tan(angle)): Abramowitz and Stegun (1964), 26.7.3
-    (odd) and 26.7.4 (even).
+    """Return P(|T| <= sqrt(freedom) tan(angle)).
+
+    Abramowitz and Stegun (1964), 26.7.3 (odd) and 26.7.4 (even).
     """
     odd = freedom % 2
     term = math.cos(angle) if odd else 1.0
@@ -216,7 +220,7 @@ def _t_mass(angle: float, freedom: int) -> float:
 def _paired(a: Sequence[float], b: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.ndim != 1 or a.shape != b.shape:
-        raise ValueError(f"runs of shapes {a.shape} and {b.shape} can't be paired; allowed: one value a problem, same problems")
+        raise ValueError(f"runs of shapes {a.shape} and {b.shape} can't be paired; allowed: one value per problem, same problems")
     return a, b
 
 

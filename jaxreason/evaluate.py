@@ -1,7 +1,7 @@
 """Held-out accuracy and held-out text.
 
-Suites of tasks are attempted once a temperature and judged, with a 95 % Wilson
-interval. Windows of text are scored token by token: the old paradigm's measure.
+Each suite of tasks is attempted once per temperature and judged; accuracy has a 95 %
+Wilson interval. Windows of text are scored token by token, the measure of pretraining.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from jaxreason.estimators import wilson
 from jaxreason.rollout import SAMPLING_LOCK, Completer, Request, collect_local, gather_groups
 from jaxreason.types import Batch, Evaluation, Prompted, Rollout
 
-EVALUATION = 2**31  # folded into the seed's key here; training folds in the number of the phase
+EVALUATION = 2**31  # folded into the seed's key; training folds in the index of the phase
 
 
 class Suite(NamedTuple):
-    """A named set of held-out tasks and what judges them."""
+    """Named set of held-out tasks with the environment that judges them."""
 
     name: str
     tasks: Sequence[Prompted]
@@ -31,15 +31,17 @@ class Suite(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A named set of held-out windows of text."""
+    """Named set of held-out windows of text."""
 
     name: str
     batches: Sequence[Batch]  # all of one shape
 
 
 class Result(NamedTuple):
-    """The outcome of an evaluation: of suites, and of texts the mean negative
-    log-likelihood in nats per token.
+    """Outcome of an evaluation.
+
+    `evaluations` are of suites; `nll` is the mean negative log-likelihood of each text,
+    in nats per token.
     """
 
     evaluations: list[Evaluation]
@@ -49,12 +51,13 @@ class Result(NamedTuple):
 
 
 def score(token_logp: Callable, params, texts: Sequence[Text]) -> dict[str, float]:
-    """Mean negative log-likelihood of each text, over the tokens with a weight;
+    """Return the mean negative log-likelihood of each text over tokens with a weight.
+
     `token_logp(params, batch) -> logp_BT`.
     """
     found = {}
     for text in texts:
-        # Summed where it lies: a process may not hold all rows.
+        # Sum on the devices: a process may not hold all rows.
         total = sum(float(jnp.sum(token_logp(params, batch))) for batch in text.batches)
         found[text.name] = -total / sum(np.count_nonzero(batch.weight_BT) for batch in text.batches)
     return found
@@ -72,11 +75,10 @@ def evaluate(
     step: int,
     filter: Filter = ALL,
 ) -> tuple[list[Evaluation], list[Rollout]]:
-    """Attempt the first n tasks of each suite at each temperature; also return the
-    rollouts, in the order of the evaluations.
+    """Attempt the first n tasks of each suite at each temperature.
 
-    The same tasks and the same random keys at every call: two evaluations differ by
-    their params alone.
+    Also return the rollouts, in the order of the evaluations. Every call uses the same
+    tasks and random keys, so two evaluations differ only by their params.
     """
     evaluations, all_rollouts = [], []
     with SAMPLING_LOCK:

@@ -1,14 +1,14 @@
-"""An entry point: `python -m jaxreason.export RUN OUT [--step=N] [--dtype=bfloat16]
+"""Entry point: `python -m jaxreason.export RUN OUT [--step=N] [--dtype=bfloat16]
 [--overwrite]` writes a Hugging Face folder.
 
-RUN is the folder of a run; its newest checkpoint is taken, or that of `--step`. OUT
+RUN is the folder of a run; `--step` chooses a checkpoint, by default the newest. OUT
 gets safetensors, config.json, generation_config.json, the tokenizer and the chat
-template: what transformers, vLLM and `config.init_from` read. Adapters are merged; a
-value head has no place there and is left out, and so is what is no part of a template:
-the run's instruction. Weights are of the type of the run's params unless `--dtype` says
-otherwise. On the CPU of one process, which holds the params once in the type that is
-written (merged kernels twice), and a file of at most 5 GB of them once more: 1.3 GB at
-most for SmolLM2-135M in float32, 7 s (two cores of an AMD EPYC, 2026-11-24).
+template: the files that transformers, vLLM and `config.init_from` read. Adapters are
+merged. The value head is left out, because the format has no place for it, and so is
+the run's instruction, because it is not part of the template. Weights have the dtype of
+the run's params unless `--dtype` is given. The export runs on the CPU in one process.
+It holds the params once in the written dtype (merged kernels twice) plus one file of at
+most 5 GB: at most 1.3 GB and 7 s for SmolLM2-135M in float32 on two cores (2026-11-24).
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from pathlib import Path
 from absl import app, flags, logging
 
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint. Default: the newest.", lower_bound=0)
-DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the weights written. Default: that of the run's params.")
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Dtype of the weights. Default: that of the run's params.")
 OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Write into a folder that is not empty.")
 
 
 def export(run: str, out: str, *, step: int | None = None, dtype: str | None = None, overwrite: bool = False) -> str:
-    """Write the params of a run as a Hugging Face folder; return what was written, in a
-    line.
+    """Write the params of a run as a Hugging Face folder; return a one-line summary.
 
     Raises:
       ValueError, FileNotFoundError: no such run or step, or a folder that may not be
@@ -46,13 +45,13 @@ def export(run: str, out: str, *, step: int | None = None, dtype: str | None = N
     theirs, tokenizer = described.shape, described.tokenizer
     shape = dataclasses.replace(theirs, lora=None, value_head=False, param_dtype=dtype or theirs.param_dtype)
     warm_start.check(found, theirs, shape)
-    to_hf(shape)  # raises where no family of transformers has such a model
+    to_hf(shape)  # raises if no transformers family has such a model
     mesh = sharding.make_mesh(data=1)
     placed = sharding.shardings(warm_start.abstract(shape, mesh), mesh)
     params = warm_start.restore(found, theirs, shape, placed, fresh=lambda: {})
 
     target.mkdir(parents=True, exist_ok=True)
-    for name in weights.TOKENIZER_FILES:  # none may stay of what was there
+    for name in weights.TOKENIZER_FILES:  # remove those of an earlier export
         (target / name).unlink(missing_ok=True)
     if tokenizer.save is not None:
         tokenizer.save(target)
@@ -67,9 +66,7 @@ def export(run: str, out: str, *, step: int | None = None, dtype: str | None = N
 
 
 def check_target(target: Path, sources: list[Path], overwrite: bool) -> None:
-    """Raise ValueError if `target` may not be written to, or is where the params come
-    from.
-    """
+    """Raise ValueError if `target` may not be written to or is one of the `sources`."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; choose a folder that is new or empty")
     if any(target.resolve() == source.resolve() for source in sources) or (target / "checkpoints").exists():
@@ -86,7 +83,7 @@ def parse_flags(argv):
 
 
 def fail(error: Exception) -> None:
-    """Bad input: one line, no traceback."""
+    """Exit with an error in one line, without a traceback."""
     sys.exit(f"error: {' '.join(str(error).split())}")
 
 
@@ -94,10 +91,10 @@ def main(argv) -> None:
     logging.set_verbosity(logging.WARNING)
     if len(argv) != 3:
         fail(ValueError(f"got the words {' '.join(argv[1:])!r}; needed: python -m jaxreason.export RUN OUT"))
-    # Here and not above: `--help` and mistyped flags should not wait for jax.
+    # Local import: `--help` and mistyped flags should not wait for jax.
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # an accelerator may be in use, or too small for the whole
+    jax.config.update("jax_platforms", "cpu")  # an accelerator may be in use, or too small for the params
     try:
         print(export(argv[1], argv[2], step=STEP.value, dtype=DTYPE.value, overwrite=OVERWRITE.value))
     except (ValueError, FileNotFoundError) as error:

@@ -1,9 +1,8 @@
-"""The learner: the loss, the one train step, and its compilation.
+"""The learner: the loss, the train step, and its compilation.
 
-The same function pretrains, imitates and reinforces. `train_step` knows no random key,
-no config, no mesh and no pad id; what it optimises is `sum(weight_BT * loss_BT)`, so
-its gradient is the same under any number of micro-batches and any sharding, up to the
-rounding of a sum.
+One train step serves pretraining, imitation and reinforcement learning. It takes no
+random key, config, mesh or pad id. It minimises `sum(weight_BT * loss_BT)`, so its
+gradient is the same for any number of micro-batches and any sharding, up to rounding.
 """
 
 from __future__ import annotations
@@ -26,8 +25,9 @@ from jaxreason.types import Batch, TrainState
 
 
 def loss(params, batch: Batch, *, model: Model, objective: Objective, limits: Limits | None = None):
-    """`sum(weight_BT * loss_BT)` and its metrics as (sum, count) pairs over the tokens
-    that are trained on.
+    """Return `sum(weight_BT * loss_BT)` and metrics over the tokens with a weight.
+
+    Metrics are (sum, count) pairs.
     """
     outputs = token_outputs(model, params, batch, limits)
     loss_BT, stats = objective.token_loss(outputs, batch)
@@ -38,7 +38,7 @@ def loss(params, batch: Batch, *, model: Model, objective: Objective, limits: Li
     stats = {
         "entropy": outputs.entropy_BT,
         "nll": -outputs.logp_BT,
-        "behaviour_gap": jnp.abs(gap_BT),  # on-policy: how far sampler and learner disagree, which should be rounding
+        "behaviour_gap": jnp.abs(gap_BT),  # on-policy: the disagreement of sampler and learner, which should be rounding
         "behaviour_kl": jnp.exp(gap_BT) - 1 - gap_BT,  # KL(sampler || learner) on-policy, by the k3 estimator
         **stats,
     }
@@ -57,13 +57,13 @@ def train_step(
     limits: Limits | None = None,
 ) -> tuple[TrainState, dict]:
     """Make one update from one batch, in `microbatches` equal parts of its rows.
-    Metrics are (sum, count) pairs.
 
-    Micro-batches after the last that trains anything are left out, at no cost: packing
-    empties them. An update whose loss or gradient is not finite is not made; it counts
-    in `skipped`, and as a step. So does one that the optimizer makes of a finite
-    gradient but is not finite itself, in any array: all params stay as they are, and
-    only the optimizer's state, which is finite, has taken the gradient in.
+    Metrics are (sum, count) pairs. Micro-batches after the last one with a weight are
+    skipped at no cost; packing leaves such parts empty. If the loss or the gradient is
+    not finite, the update is skipped: it counts in the metric `skipped` and as a step.
+    If the gradient is finite but the optimizer's update is not, in any array, the
+    update is skipped as well: all params stay unchanged, but the optimizer state, which
+    is finite, includes the gradient.
     """
     trained, frozen = split_frozen(state.params)
 
@@ -84,11 +84,11 @@ def train_step(
         parts = jax.tree.map(lambda x: split_rows(x, microbatches), batch)
         first = jax.tree.map(lambda x: x[0], parts)
         (value, metrics), grads = jax.eval_shape(gradient, trained, first)
-        # Sums over micro-batches are float32 whatever the params are kept in.
+        # Sums over micro-batches are float32, whatever the dtype of the params.
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (value, metrics, grads))
         value, metrics, grads = jax.lax.fori_loop(0, used_parts(parts), accumulate, zeros)
 
-    # The optimizer's state keeps the dtype of the params, which it was made from.
+    # Gradients get the dtype of the params from which the optimizer state was made.
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, trained)
     one, grad_norm = jnp.float32(1), optax.global_norm(grads)
 
@@ -101,9 +101,9 @@ def train_step(
     def skip(grads, opt_state):
         return jax.tree.map(lambda g, u: g.astype(u.dtype), grads, shapes), opt_state, jnp.float32(jnp.nan)
 
-    # A branch, since selecting between old and new states would keep both: twice the
-    # params more. Updates are kept until all are known to be finite, and come out of it
-    # in the place of gradients: so they take no memory of their own.
+    # Use `cond`: selecting between the old and new optimizer states would keep both,
+    # which takes twice the size of the params more. The updates replace the gradients
+    # in memory, so keeping them until all are known to be finite costs nothing.
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     updates, opt_state, squares = jax.lax.cond(finite, update, skip, grads, state.opt_state)
     made = jnp.isfinite(squares)
@@ -111,14 +111,15 @@ def train_step(
     update_norm = jnp.where(made, jnp.sqrt(squares), 0)
     norms = {"grad_norm": grad_norm, "update_norm": update_norm, "param_norm": optax.global_norm(params)}
     metrics |= {name: (norm, one) for name, norm in ({"loss": value} | norms).items()}
-    metrics = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), metrics)  # what is not finite says nothing
+    metrics = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), metrics)  # count nothing if not finite
     metrics["skipped"] = (1 - made.astype(jnp.float32), one)
     return TrainState(params | frozen, opt_state, state.step + 1), metrics
 
 
 def add_up(total: dict, grads: dict) -> dict:
-    """Add gradients to their sum, in which layers are stacked. Where they come by the
-    layer, each is added by itself.
+    """Add gradients to their sum, in which layers are stacked.
+
+    Gradients that come as a tuple of layers are added one layer at a time.
     """
     layers = grads.get("layers")
     if not isinstance(layers, tuple):
@@ -131,15 +132,17 @@ def add_up(total: dict, grads: dict) -> dict:
 
 
 def split_frozen(params) -> tuple[dict, dict]:
-    """Split params into what is trained and what is not (the base of adapters):
-    gradient and optimizer see the first alone.
+    """Split params into trained and frozen ones (the base of adapters).
+
+    Gradient and optimizer see only the trained ones.
     """
     return {k: v for k, v in params.items() if k != "frozen"}, {k: v for k, v in params.items() if k == "frozen"}
 
 
 def compile_train_step(model, objective, optimizer, *, microbatches: int = 1, state_shardings=None):
-    """Return `step(state, batch) -> (state, metrics)`, jitted; the state is donated and
-    comes back in the same shardings.
+    """Return the jitted `step(state, batch) -> (state, metrics)`.
+
+    The state is donated and returned in the same shardings.
     """
     step = functools.partial(
         train_step,
@@ -152,7 +155,7 @@ def compile_train_step(model, objective, optimizer, *, microbatches: int = 1, st
     if state_shardings is None:
         return jax.jit(step, donate_argnums=0, compiler_options=platform_of().compiler_options)
     mesh = jax.tree.leaves(state_shardings)[0].mesh
-    everywhere = NamedSharding(mesh, P())  # metrics: any process can read them
+    everywhere = NamedSharding(mesh, P())  # of the metrics, so that every process can read them
     options = platform_of(mesh).compiler_options
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, everywhere), compiler_options=options)
 
@@ -161,18 +164,18 @@ def compile_train_step(model, objective, optimizer, *, microbatches: int = 1, st
 
 
 def new_state(params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state at the start of a phase."""
+    """Make the state at the start of a phase."""
     return TrainState(params, optimizer.init(split_frozen(params)[0]), jnp.int32(0))
 
 
 def state_shapes(model: Model, optimizer: optax.GradientTransformation, mesh) -> tuple[TrainState, TrainState]:
-    """The shapes and the shardings of a phase's state."""
+    """Return the shapes and the shardings of a phase's state."""
     abstract = jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), optimizer))
     return abstract, sharding.shardings(abstract, mesh)
 
 
 def name_metrics(learned: dict, *, sampled: bool) -> dict:
-    """Put the metrics of a train step under their names in the log."""
+    """Rename the metrics of a train step as in the log."""
     named = {f"train/{name}": value for name, value in learned.items()}
     gap, kl = named.pop("train/behaviour_gap"), named.pop("train/behaviour_kl")
     if sampled:

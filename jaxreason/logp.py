@@ -1,7 +1,6 @@
-"""Log-probs and entropies of the tokens of a batch, without the logits of all of them
-at once.
+"""Log-probs and entropies of the tokens of a batch, without keeping all logits.
 
-Logits are made in chunks and, where there are many, made again in the backward pass.
+Logits are made in chunks and, when there are many, recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -20,26 +19,25 @@ from jaxreason.types import Batch, Outputs
 
 
 class Limits(NamedTuple):
-    """The most logits that may exist on all devices of a mesh."""
+    """Number of logits that may exist at most on all devices of a mesh."""
 
-    at_once: int  # while they are computed
-    kept: int  # between a forward and its backward pass
+    at_once: int  # while a chunk is computed
+    kept: int  # between forward and backward pass
 
 
 def logits_limits(mesh=None) -> Limits:
-    """The limits on a mesh; None: on one device of the default kind."""
+    """Return the limits of a mesh; None means one device of the default platform."""
     platform, devices = platform_of(mesh), 1 if mesh is None else sharding.row_devices(mesh)
     return Limits(platform.logits_at_once * devices, platform.logits_kept * devices)
 
 
 def token_outputs(model: Model, params, batch: Batch, limits: Limits | None = None) -> Outputs:
-    """Score every token of a batch that has a weight, given the tokens before it, at
-    the temperature it was sampled at.
+    """Score every token of a batch that has a weight, given the tokens before it.
 
-    Logits are made for a few positions at a time, and made again in the backward pass
-    where those of all positions are more than may be kept: `[B, T, V]` never exists
-    when it is large. In each row the tokens that are scored come first, so that chunks
-    without any are left out.
+    Each log-prob is at the temperature at which the token was sampled. Logits are made
+    for a few positions at a time and recomputed in the backward pass if there are more
+    than may be kept, so a large `[B, T, V]` array never exists. Scored tokens are moved
+    to the front of each row, so that chunks without any are skipped.
     """
     limits = limits or logits_limits()
     B, T = batch.tokens_BT.shape
@@ -52,7 +50,7 @@ def token_outputs(model: Model, params, batch: Batch, limits: Limits | None = No
     wanted_BT = wanted_BT.at[:, -1].set(False)
 
     logits = B * T * model.config.vocab_size
-    # Two chunks at least: where prompts are half of a batch, one of them is left out.
+    # At least two chunks: if half of a batch is prompts, one of them is skipped.
     cut, uncut = chunks(wanted_BT, max(2, -(-logits // limits.at_once)))
     arrays = map(cut, (wanted_BT, hidden_BTD, target_BT, temperature_BT))
     found = logp_and_entropy(functools.partial(model.unembed, params), logits <= limits.kept, *arrays)
@@ -66,12 +64,12 @@ def token_outputs(model: Model, params, batch: Batch, limits: Limits | None = No
 
 
 def logp_and_entropy(unembed, keep: bool, wanted_CBT, hidden_CBTD, target_CBT, temperature_CBT):
-    """Log-probs of targets and entropies over the vocabulary, chunk by chunk; 0 in a
-    chunk of which nothing is wanted.
+    """Return log-probs of targets and entropies over the vocabulary, chunk by chunk.
 
-    The gradient is written out, since that of a scan keeps one of all weights for each
-    chunk, zeros of those left out included. It needs the logits again: with `keep` they
-    are kept, all of them, otherwise made once more.
+    Chunks without a wanted token return 0. The gradient is written by hand: the
+    gradient of a scan would keep one copy of the weight gradient per chunk, zeros for
+    skipped chunks included. It needs the logits again: `keep` stores all of them,
+    otherwise they are recomputed.
     """
     flat = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), (wanted_CBT, hidden_CBTD, target_CBT, temperature_CBT))
     unembed, weights = jax.closure_convert(unembed, flat[1][0])
@@ -80,8 +78,9 @@ def logp_and_entropy(unembed, keep: bool, wanted_CBT, hidden_CBTD, target_CBT, t
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def scored(unembed, keep: bool, *inputs):
-    """Log-probs and entropies [C, R] of (weights, wanted_CR, hidden_CRD, target_CR,
-    temperature_CR).
+    """Return log-probs and entropies [C, R].
+
+    The inputs are weights, wanted_CR, hidden_CRD, target_CR and temperature_CR.
     """
     return score_chunks(unembed, False, *inputs)[0]
 
@@ -109,8 +108,8 @@ def scored_backward(unembed, keep: bool, kept, gradients):
         more, by_hidden_RD = gradient(i)
         return jax.tree.map(jnp.add, by_weights, more), by_hidden_CRD.at[i].set(by_hidden_RD)
 
-    # The first chunk is what the others are added to, wanted or not: weights as large
-    # as the embedding are not cleared first.
+    # Always compute the first chunk and add the others to it: this avoids clearing a
+    # gradient as large as the embedding.
     by_weights, by_hidden_RD = gradient(0)
     state = by_weights, jnp.zeros_like(hidden_CRD).at[0].set(by_hidden_RD)
     by_weights, by_hidden_CRD = each_chunk(1, wanted_CR, add, state)
@@ -121,15 +120,16 @@ scored.defvjp(scored_forward, scored_backward)
 
 
 def score_chunks(unembed, keep: bool, weights, wanted_CR, hidden_CRD, target_CR, temperature_CR):
-    """Log-probs and entropies, and what the backward pass needs of them; the logits too
-    if `keep`.
+    """Return log-probs and entropies, and the values that the backward pass needs.
+
+    These include the logits if `keep`.
     """
     C, R = wanted_CR.shape
     V = jax.eval_shape(unembed, hidden_CRD[0], *weights).shape[-1]
 
     def score(i, state):
         logits_RV = unembed(hidden_CRD[i], *weights) / temperature_CR[i, :, None]
-        # Sums over the vocabulary, without the log-probs of all of it, take about half
+        # Summing over the vocabulary without making all its log-probs takes about half
         # the time.
         most_R1 = jnp.max(logits_RV, axis=-1, keepdims=True)
         odds_RV = jnp.exp(logits_RV - most_R1)
@@ -147,8 +147,8 @@ def score_chunks(unembed, keep: bool, weights, wanted_CR, hidden_CRD, target_CR,
 
 
 def each_chunk(first: int, wanted_CR, function, state):
-    """Replace state by function(i, state) for each chunk from `first` on of which
-    something is wanted.
+    """Set state to function(i, state) for each chunk i >= `first` with wanted
+    tokens.
     """
 
     def step(i, state):
@@ -158,12 +158,12 @@ def each_chunk(first: int, wanted_CR, function, state):
 
 
 def chunks(wanted_BT, count: int):
-    """Make `cut`, [B, T, ...] -> chunks of [B', T', ...], and `uncut`, back to [B, T]:
-    `count` chunks or somewhat more.
+    """Make `cut` and `uncut`, which split [B, T] into about `count` chunks and join it.
 
-    A chunk has some columns of all rows, so that rows stay where they are, or if that
-    is too much one column of some rows. What is wanted stands in the first ones; the
-    last may be filled up with more of the last column.
+    `cut` maps [B, T, ...] to chunks [B', T', ...] and `uncut` is its inverse on [B, T].
+    A chunk has some columns of all rows, so that rows stay on their devices. If that is
+    too much, it has one column of some rows. Wanted tokens come in the first chunks;
+    the last chunk may be padded with copies of the last column.
     """
     B, T = wanted_BT.shape
     width = max(1, T // count)
@@ -186,11 +186,10 @@ def chunks(wanted_BT, count: int):
 
 
 def compile_token_logp(model, microbatches: int = 1, mesh=None):
-    """Return `logp(params, batch) -> logp_BT`, jitted: for a reference policy, or to
-    check the sampler.
+    """Return the jitted `logp(params, batch) -> logp_BT`.
 
-    Of the tokens that have a weight; in as many parts, and leaving out the same, as
-    `train_step`.
+    It serves reference policies and checks of the sampler. It scores the tokens that
+    have a weight, in as many micro-batches as `train_step`, and skips the same ones.
     """
 
     limits = logits_limits(mesh)

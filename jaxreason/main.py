@@ -1,16 +1,16 @@
-"""The entry point: `python -m jaxreason.main --config=configs/tiny.py
-[--workdir=runs/mine] [--config.rl.steps=10]`.
+"""Entry point: `python -m jaxreason.main --config=configs/tiny.py [--workdir=runs/mine]
+[--config.rl.steps=10]`.
 
-Reads flags, checks the config and the folder, builds the run and trains it. A run that
-was stopped goes on when the same command is given again: without `--workdir` its folder
-is named after the config, its options and a hash of all its fields.
+It reads flags, checks the config and the folder, builds the run and trains it. The same
+command continues a run that was stopped: without `--workdir` the folder is named after
+the config, its options and a hash of all its fields.
 
 `--describe` prints all fields of a config with their types, defaults and meanings
 (`--describe=rl.optimizer` those of a section), and `--list` the names of tasks,
 verifiers, objectives and so on.
 
-On several hosts the same command runs on each, with a `--workdir` that all of them see.
-Cloud TPU, Slurm and Open MPI say by themselves which process is which; elsewhere
+On several hosts the same command runs on each, with a `--workdir` that all of them
+share. Cloud TPU, Slurm and Open MPI tell each process its number; elsewhere pass
 `--coordinator_address=HOST:PORT --num_processes=2 --process_id=0` and so on.
 """
 
@@ -35,7 +35,7 @@ from jaxreason.runtime.workdir import config_text
 
 CONFIG = command.define("Config file and options, as configs/tiny.py:task=countdown,smoke; --config.rl.steps=10 changes a field.")
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; a run in it goes on. Default: runs/<config>-<hash of its fields>."
+    "workdir", None, "Folder of the run; a run in it is continued. Default: runs/<config>-<hash of its fields>."
 )
 COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache", None, "Folder of compiled programs, for a quick second start. Default: ~/.cache/jaxreason; '' for none."
@@ -45,21 +45,21 @@ RESUME = flags.DEFINE_enum(
     "resume",
     "auto",
     folders.RESUME,
-    "Whether a run in the folder continues: if there is one, must, or never: then what is there is moved aside.",
+    "Continue a run in the folder: auto (if there is one), must, or never (move the old run aside).",
 )
 ACCEPT_CONFIG_CHANGE = flags.DEFINE_bool(
-    "accept_config_change", False, "Go on with a config that is not the one the run was begun with."
+    "accept_config_change", False, "Continue a run with a config other than the one it began with."
 )
 STOP_AFTER = flags.DEFINE_string(
     "stop_after", None, "Stop after this phase, with a checkpoint; the same command without this flag continues."
 )
-DESCRIBE = flags.DEFINE_string("describe", None, "Print the fields of the config, or of a section as rl.optimizer, and end.")
-LIST = flags.DEFINE_string("list", None, "Print the names of all families, or of one as verifiers, and end.")
+DESCRIBE = flags.DEFINE_string("describe", None, "Print the fields of the config or a section such as rl.optimizer, and exit.")
+LIST = flags.DEFINE_string("list", None, "Print the names of all families or one such as verifiers, and exit.")
 COORDINATOR_ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, if there are several processes.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
 HEARTBEAT_TIMEOUT_S = flags.DEFINE_integer(
-    "heartbeat_timeout_s", 100, "A process that is not heard of for so long is dead, which ends the others.", lower_bound=1
+    "heartbeat_timeout_s", 100, "Seconds without a heartbeat after which a process is dead, which ends all.", lower_bound=1
 )
 
 
@@ -67,8 +67,9 @@ INTERRUPTED = 130  # the exit code: 128 + SIGINT
 
 
 def default_workdir(config_flag: str, text: str) -> Path:
-    """A folder for this very config: the one of an unfinished run if there is one, else
-    one that is free.
+    """Return the first folder named after this config that holds no finished run.
+
+    It is either new or holds an unfinished run of the same config.
     """
     path, _, options = config_flag.partition(":")
     stem = Path(path).stem + ("-" + re.sub(r"[^\w.=-]+", "_", options)[-60:] if options else "")
@@ -80,8 +81,9 @@ def default_workdir(config_flag: str, text: str) -> Path:
 
 
 def keep_compiled(folder: str | None) -> None:
-    """Keep compiled programs in a folder; None for the default one, unless
-    JAX_COMPILATION_CACHE_DIR names another.
+    """Keep compiled programs in `folder`.
+
+    None means the default folder, or JAX_COMPILATION_CACHE_DIR if that is set.
     """
     import jax
 
@@ -91,8 +93,8 @@ def keep_compiled(folder: str | None) -> None:
         folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "jaxreason")
     if folder:
         folder = os.path.expanduser(folder)
-        # What was compiled for one kind of CPU may not run on another, and JAX's key
-        # does not tell them apart.
+        # A program compiled for one kind of CPU may not run on another, and JAX's cache
+        # key does not include the kind.
         cpu = Path("/proc/cpuinfo")
         kind = (
             next((line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
@@ -105,10 +107,10 @@ def keep_compiled(folder: str | None) -> None:
 
 
 def fail(error: Exception) -> None:
-    """Bad input: one line, no traceback."""
+    """Exit with an error in one line, without a traceback."""
     words = error.args[0] if error.args else error
     if isinstance(error, OSError) and error.filename is not None:
-        words = f"{error.filename}: {error.strerror}"  # of which the first is a number
+        words = f"{error.filename}: {error.strerror}"  # its first argument is an error number
     elif isinstance(error, OSError):
         words = error.strerror or error
     message = " ".join(str(words).split())
@@ -116,7 +118,7 @@ def fail(error: Exception) -> None:
 
 
 def parse_flags(argv):
-    """Parse flags; print what `--describe` or `--list` ask for, and end."""
+    """Parse flags; for `--describe` or `--list` print the answer and exit."""
     argv = [argv[0], *with_values(argv[1:])]
     try:
         rest = command.parse(argv)
@@ -132,7 +134,7 @@ def parse_flags(argv):
 
 
 def with_values(words: list[str]) -> list[str]:
-    """Give `--describe` and `--list` the word that follows as their value, or none."""
+    """Join `--describe` and `--list` with the next argument, unless that is a flag."""
     words, found = list(words), []
     while words:
         word = words.pop(0)
@@ -148,8 +150,9 @@ def show(lines: list[str]) -> None:
 
 
 def describe(config: dict, section: str) -> list[str]:
-    """Lines about a section of a config, all of them and the file's options where none
-    is named.
+    """Return the lines about a section of a config.
+
+    Without a section they are about the whole config and the options of its file.
     """
     from jaxreason import build
     from jaxreason.options import fields
@@ -163,7 +166,7 @@ def describe(config: dict, section: str) -> list[str]:
 
 
 def list_families(wanted: str) -> list[str]:
-    """The members of each family, a line each, or those of one family."""
+    """Return one line per member of the wanted family; "" means all families."""
     from jaxreason import build
 
     families = build.families()
@@ -178,10 +181,10 @@ def list_families(wanted: str) -> list[str]:
 
 
 def main(argv) -> None:
-    logging.set_verbosity(logging.WARNING)  # jax tells at INFO which backends it did not find
+    logging.set_verbosity(logging.WARNING)  # jax logs missing backends at INFO
     if len(argv) > 1:
         fail(ValueError(f"got the words {' '.join(argv[1:])!r}; options of a config follow a colon: configs/tiny.py:smoke"))
-    # Here and not above: `--help` and mistyped flags should not wait for jax.
+    # Local import: `--help` and mistyped flags should not wait for jax.
     import jax
 
     from jaxreason.runtime import processes
@@ -205,7 +208,7 @@ def main(argv) -> None:
 
 
 def run(config) -> None:
-    """Build the run of a config and train it, on this process and all others."""
+    """Build the run of a config and train it, together with all other processes."""
     from jaxreason.build.start import open_run
     from jaxreason.runtime import memory
     from jaxreason.runtime.files import Unwritable
@@ -227,8 +230,9 @@ def run(config) -> None:
 
 
 def train_to_the_end(opened) -> bool:
-    """Train an opened run; return whether it came to its end. Errors that a user can
-    mend end the program in one line.
+    """Train an opened run; return whether it finished.
+
+    Errors that a user can fix exit the program with one line.
     """
     import jax
 
@@ -254,14 +258,14 @@ def train_to_the_end(opened) -> bool:
     except (Diverged, NotResumable, BadWeights) as error:
         fail(error)
     except (Unwritable, VerifierFailed, folders.Moved) as error:
-        if jax.process_count() > 1:  # the others fare well, and would wait: `processes.end` ends them too
+        if jax.process_count() > 1:  # the other processes would wait forever: `processes.end` ends them too
             raise
         fail(error)
     return True
 
 
 def tell(line: str) -> None:
-    """Print a line, on one process of a run."""
+    """Print a line, on the process that writes."""
     from jaxreason.runtime.processes import writes
 
     if writes():
@@ -269,16 +273,15 @@ def tell(line: str) -> None:
 
 
 def quoted(value: str) -> str:
-    """Quote a word for a shell; one with single quotes in double ones, where it can
-    be read.
+    """Quote a word for a shell.
+
+    A word with single quotes is put in double quotes if that is safe, to stay readable.
     """
     return f'"{value}"' if "'" in value and not set(value) & set('"$`\\!') else shlex.quote(value)
 
 
 def what_next(workdir: Path, config_flag: str, changes: Mapping[str, str]) -> list[str]:
-    """List the files that were written and commands that use them, one per line, to be
-    copied.
-    """
+    """List the files that were written, and commands to copy that use them."""
     written = [workdir / name for name in ("summary.json", "metrics.jsonl", "rollouts.jsonl") if (workdir / name).is_file()]
     run, export = shlex.quote(str(workdir)), shlex.quote(f"{workdir}-export")
     same = "".join(f" --config.{name}={quoted(value)}" for name, value in changes.items() if name != "init_from")
@@ -297,6 +300,6 @@ def what_next(workdir: Path, config_flag: str, changes: Mapping[str, str]) -> li
 if __name__ == "__main__":
     try:
         app.run(main, flags_parser=parse_flags)
-    except KeyboardInterrupt:  # before the run listens for it, or after its end
+    except KeyboardInterrupt:  # before the run handles the signal, or after its end
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)

@@ -1,5 +1,4 @@
-"""Metrics as dictionaries name -> (sum, count), from which a mean is taken once, at the
-end.
+"""Metrics as dictionaries name -> (sum, count); the mean is computed once, at the end.
 
 `merge` adds them over micro-batches, steps or groups; `divide` turns them into numbers.
 """
@@ -24,8 +23,9 @@ def merge(*metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]
 
 
 def divide(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
-    """Return sum / count by name, NaN where nothing was counted; waits for the devices,
-    in a single transfer.
+    """Return sum / count by name, NaN if the count is 0.
+
+    It waits for the devices and fetches all values in one transfer.
     """
     return {
         name: float(total) / float(count) if count != 0 else math.nan

@@ -1,15 +1,15 @@
-"""Objectives: what a batch is trained towards, as three small pure functions that never
+"""Objectives: the training target of a batch, as three small pure functions that never
 see the model.
 
-    advantage(reward_PG)                   how good each attempt was beside its group
+    advantage(reward_PG)                   how good each attempt was in its group
     weigh(length_R, advantage_R, limit)    the weight of each token of each rollout
-    token_loss(outputs, batch)             loss of each token, and what to report of it
+    token_loss(outputs, batch)             the loss and the metrics of each token
 
-`batching` calls the first two once, over the whole batch, before any split.
-The loss of a batch is `sum(weight_BT * loss_BT)`. No denominator is left for a
-micro-batch, a shard or a packed row to get wrong. A named algorithm is one line: an
-entry of three short lists, so an ablation is their cross product. `with_kl` and
-`with_entropy` wrap any of them.
+`batching` calls the first two once, over the whole batch, before any split. The loss of
+a batch is `sum(weight_BT * loss_BT)`. It has no denominator that a micro-batch, a shard
+or a packed row could get wrong. A named algorithm is one line: one entry of each of
+three short lists, so an ablation is their cross product. `with_kl` and `with_entropy`
+wrap any of them.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ import numpy as np
 
 from jaxreason.options import call_with_section, find, unknown_name_message
 
-# A group whose rewards differ by less than this is a group of equal rewards: float
-# residue must not be blown up by 1/std.
+# A group whose rewards differ by less than this counts as a group of equal rewards:
+# dividing by std must not amplify rounding errors.
 EQUAL_REWARDS = 1e-6
 
 
 class Objective(NamedTuple):
-    """Three pure functions. `needs_reference`: the batch must carry log-probs of a
-    reference policy. `needs_group`: attempts at one problem are compared, so there must
-    be at least two. `on_policy`: there is no importance ratio, so the rollouts must be
-    the current policy's.
+    """Three pure functions and their requirements.
+
+    `needs_reference`: the batch must carry log-probs of a reference policy.
+    `needs_group`: attempts at one problem are compared, so there must be at least two.
+    `on_policy`: there is no importance ratio, so the rollouts must be the current
+    policy's.
     """
 
     advantage: Callable  # reward_PG -> advantage_PG, numpy
@@ -47,17 +49,17 @@ class Objective(NamedTuple):
 
 
 def ones(reward_PG):
-    """Every token counts alike: imitation."""
+    """Give every rollout the advantage 1: imitation."""
     return np.ones_like(reward_PG)
 
 
 def centre_batch(reward_PG):
-    """Reward less the mean over the batch (Williams 1992, with a baseline)."""
+    """Subtract the mean reward of the batch (Williams 1992, with a baseline)."""
     return reward_PG - reward_PG.mean()
 
 
 def centre_group(reward_PG):
-    """Reward less the mean of its group, as `dr_grpo` (Liu et al. 2025, arXiv
+    """Subtract the mean reward of the group, as `dr_grpo` (Liu et al. 2025, arXiv
     2503.20783).
     """
     advantage_PG = reward_PG - reward_PG.mean(axis=1, keepdims=True)
@@ -65,23 +67,23 @@ def centre_group(reward_PG):
 
 
 def leave_one_out(reward_PG):
-    """Reward less the mean of the *other* attempts (Kool et al. 2019; Ahmadian et al.
-    2024, arXiv 2402.14740, RLOO).
+    """Subtract the mean reward of the *other* attempts (Kool et al. 2019; Ahmadian et
+    al. 2024, arXiv 2402.14740, RLOO).
     """
     G = reward_PG.shape[1]
     return centre_group(reward_PG) * G / (G - 1)
 
 
 def zscore_group(reward_PG, eps: float = 1e-6):
-    """Reward less the mean of its group, over its (population) standard deviation (Shao
-    et al. 2024, arXiv 2402.03300).
+    """Subtract the mean reward of the group and divide by its (population) standard
+    deviation (Shao et al. 2024, arXiv 2402.03300).
     """
     return centre_group(reward_PG) / (reward_PG.std(axis=1, keepdims=True) + eps)
 
 
 def keep_positive(reward_PG):
-    """1 for a positive reward, 0 otherwise: what is kept is imitated (Anthony et al.
-    2017, arXiv 1705.08439).
+    """Give 1 to a positive reward and 0 to others, to imitate the former (Anthony et
+    al. 2017, arXiv 1705.08439).
     """
     return (reward_PG > 0).astype(reward_PG.dtype)
 
@@ -93,8 +95,8 @@ def token_sum(length_R, advantage_R, limit):
     """Sum over the tokens of each rollout, mean over rollouts.
 
     With the score function this is an unbiased gradient of the expected reward, as in
-    Williams 1992 and Ahmadian et al. 2024 (arXiv 2402.14740): the log-prob of
-    a rollout is the sum of those of its tokens.
+    Williams 1992 and Ahmadian et al. 2024 (arXiv 2402.14740): the log-prob of a rollout
+    is the sum of the log-probs of its tokens.
     """
     return np.full(len(length_R), 1.0 / len(length_R))
 
@@ -120,14 +122,14 @@ def per_token(length_R, advantage_R, limit):
 
 
 def per_kept_token(length_R, advantage_R, limit):
-    """Mean over the tokens of the rollouts that were kept; the others weigh nothing."""
+    """Mean over the tokens of rollouts with a nonzero advantage; others weigh 0."""
     kept_R = advantage_R != 0
     return kept_R / max((length_R * kept_R).sum(), 1)
 
 
 def per_max_length(length_R, advantage_R, limit):
-    """Sum over tokens over a constant, the longest length allowed: no length bias
-    (arXiv 2503.20783).
+    """Sum over tokens, divided by the longest allowed length: no length bias (arXiv
+    2503.20783).
     """
     return np.full(len(length_R), 1.0 / (len(length_R) * limit))
 
@@ -136,7 +138,7 @@ def per_max_length(length_R, advantage_R, limit):
 
 
 def nll(outputs, batch):
-    """Negative log-likelihood, of what the advantage keeps."""
+    """Negative log-likelihood, times the advantage."""
     return -batch.advantage_BT * outputs.logp_BT, {}
 
 
@@ -146,8 +148,8 @@ def reinforce(outputs, batch):
 
 
 def clipped(clip_low: float = 0.2, clip_high: float = 0.2):
-    """Pessimistic clipped importance ratio (Schulman et al. 2017, arXiv 1707.06347, eq.
-    7), with its two sides apart.
+    """Pessimistic clipped importance ratio, with separate clips below and above 1
+    (Schulman et al. 2017, arXiv 1707.06347, eq. 7).
     """
     if not (0 <= clip_low <= 1 and clip_high >= 0):
         raise ValueError(f"clip got {clip_low} below 1 and {clip_high} above; allowed: 0 to 1 below, 0 or more above")
@@ -165,25 +167,28 @@ def clipped(clip_low: float = 0.2, clip_high: float = 0.2):
 
 
 def kl_k1(logp, reference_logp):
-    """log p - log q: unbiased as a value. Through a loss its own gradient has
-    expectation zero, so the score term is put in: the value is k1 and the gradient is
-    that of the KL in expectation on-policy.
+    """Estimate the KL by log p - log q (k1), with a gradient added.
+
+    Its value is unbiased. Its own gradient through a loss has expectation zero, so the
+    score term is added: the value stays k1, and on-policy the expected gradient is that
+    of the KL.
     """
     difference = logp - reference_logp
     return jax.lax.stop_gradient(difference) * (1.0 + logp - jax.lax.stop_gradient(logp))
 
 
 def kl_k2(logp, reference_logp):
-    """(log p - log q)^2 / 2 (Schulman 2020, http://joschu.net/blog/kl-approx.html): a
-    biased value, the exact KL gradient.
+    """Estimate the KL by (log p - log q)^2 / 2 (Schulman 2020,
+    http://joschu.net/blog/kl-approx.html): a biased value, but the exact KL gradient.
     """
     return 0.5 * (logp - reference_logp) ** 2
 
 
 def kl_k3(logp, reference_logp):
-    """q/p - 1 - log q/p, the estimator of GRPO (arXiv 2402.03300, eq. 4): an unbiased
-    value, never negative; its gradient on-policy is that of the *reverse* direction,
-    KL(q || p).
+    """Estimate the KL by q/p - 1 - log q/p, as GRPO does (arXiv 2402.03300, eq. 4).
+
+    Its value is unbiased and never negative. On-policy its gradient is that of the
+    *reverse* direction, KL(q || p).
     """
     log_ratio = reference_logp - logp
     return jnp.exp(log_ratio) - 1.0 - log_ratio
@@ -193,9 +198,7 @@ KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
 
 def with_kl(objective: Objective, coefficient: float, estimator: str = "k3") -> Objective:
-    """Add `coefficient` times the KL divergence to the reference policy, token by
-    token.
-    """
+    """Add `coefficient` times the KL divergence to the reference policy, per token."""
     if estimator not in KL_ESTIMATORS:
         raise ValueError(unknown_name_message("KL estimator", estimator, KL_ESTIMATORS))
     kl = KL_ESTIMATORS[estimator]
@@ -209,7 +212,7 @@ def with_kl(objective: Objective, coefficient: float, estimator: str = "k3") -> 
 
 
 def with_entropy(objective: Objective, coefficient: float) -> Objective:
-    """Reward entropy with `coefficient` a nat (Williams and Peng 1991)."""
+    """Reward entropy with `coefficient` per nat (Williams and Peng 1991)."""
 
     def token_loss(outputs, batch):
         loss_BT, stats = objective.token_loss(outputs, batch)
@@ -242,8 +245,8 @@ def rloo():
 
 
 def grpo(
-    clip_low: float = 0.2,  # of the importance ratio, below 1
-    clip_high: float = 0.2,  # of the importance ratio, above 1
+    clip_low: float = 0.2,  # clip of the importance ratio below 1: at 1 - clip_low
+    clip_high: float = 0.2,  # clip of the importance ratio above 1: at 1 + clip_high
 ):
     """Group relative policy optimisation (Shao et al. 2024, arXiv 2402.03300, eq.
     3).
@@ -252,8 +255,8 @@ def grpo(
 
 
 def dr_grpo(
-    clip_low: float = 0.2,  # of the importance ratio, below 1
-    clip_high: float = 0.2,  # of the importance ratio, above 1
+    clip_low: float = 0.2,  # clip of the importance ratio below 1: at 1 - clip_low
+    clip_high: float = 0.2,  # clip of the importance ratio above 1: at 1 + clip_high
 ):
     """GRPO without its two normalisations (Liu et al. 2025, arXiv 2503.20783, sec.
     3.2).
@@ -262,20 +265,20 @@ def dr_grpo(
 
 
 def dapo(
-    clip_low: float = 0.2,  # of the importance ratio, below 1
-    clip_high: float = 0.28,  # of the importance ratio, above 1
+    clip_low: float = 0.2,  # clip of the importance ratio below 1: at 1 - clip_low
+    clip_high: float = 0.28,  # clip of the importance ratio above 1: at 1 + clip_high
 ):
     """Clip-higher and token-level loss (Yu et al. 2025, arXiv 2503.14476, eq. 8).
 
     The mean over tokens is over the whole batch, not inside each group as in eq. 8 (see
-    `per_token`). Dynamic sampling is a field of the source, overlong shaping is left
-    out.
+    `per_token`). Dynamic sampling is a field of the source. Overlong reward shaping is
+    left out.
     """
     return Objective(zscore_group, per_token, clipped(clip_low, clip_high), needs_group=True)
 
 
 def expert_iteration():
-    """Imitation of the rollouts that were right (Anthony et al. 2017, arXiv
+    """Imitation of rollouts with a positive reward (Anthony et al. 2017, arXiv
     1705.08439).
     """
     return Objective(keep_positive, per_kept_token, nll)
@@ -312,20 +315,20 @@ GROUP_BASELINES = (centre_group, leave_one_out, zscore_group)
 def make(
     name: str,  # one of the objectives, or module:maker of your own
     *,
-    advantage: str | None = None,  # replaces the objective's own: centre_group, leave_one_out, zscore_group, ...
-    weigh: str | None = None,  # replaces its loss aggregation: token_sum, per_sequence, per_token, per_max_length, ...
-    kl_coefficient: float = 0.0,  # of the KL divergence to the params at the start of the phase; 0: none
+    advantage: str | None = None,  # replaces the objective's advantage: centre_group, leave_one_out, zscore_group, ...
+    weigh: str | None = None,  # replaces the loss aggregation: token_sum, per_sequence, per_token, per_max_length, ...
+    kl_coefficient: float = 0.0,  # weight of the KL divergence to the params at the start of the phase; 0: none
     kl_estimator: str = "k3",  # k1, k2 or k3
-    entropy_coefficient: float = 0.0,  # of a reward for entropy, per nat
+    entropy_coefficient: float = 0.0,  # reward per nat of entropy
     **kwargs,
 ) -> Objective:
     """Make a named objective, or a user's `module:maker`.
 
-    `advantage` and `weigh` replace its own by name; `kwargs` are the algorithm's own
-    numbers.
+    `advantage` and `weigh` replace those of the objective by name; `kwargs` are the
+    algorithm's own numbers.
 
     Raises:
-      ValueError: an unknown name or number.
+      ValueError: an unknown name or a number out of range.
     """
     objective = call_with_section(find("objective", name, OBJECTIVES), kwargs, f"objective {name!r}")
     if not isinstance(objective, Objective):

@@ -16,7 +16,7 @@ from jaxreason.options import unknown_name_message
 
 SCHEDULES = ("constant", "cosine", "linear")
 OPTIMIZERS = {
-    "adamw": "Adam with a decay of matrices that is apart from the gradient (Loshchilov and Hutter 2017, arXiv 1711.05101)",
+    "adamw": "Adam with decoupled weight decay of matrices (Loshchilov and Hutter 2017, arXiv 1711.05101)",
     "adam": "Gradient over its root mean square, by two running means (Kingma and Ba 2014, arXiv 1412.6980)",
     "sgd": "The gradient times the rate, without momentum or state",
     "muon": "Orthogonalised momentum for the matrices of layers, AdamW for the rest (Jordan et al. 2024)",
@@ -24,7 +24,7 @@ OPTIMIZERS = {
     "lion": "The sign of an interpolated momentum (Chen et al. 2023, arXiv 2302.06675)",
 }
 STATE_DTYPES = ("float32", "bfloat16")
-# Which optimizers read a field; those that all of them read are not here.
+# Field -> optimizers that read it; fields that all of them read are not listed.
 READ_BY = {
     "b1": ("adam", "adamw", "lion", "muon"),
     "b2": ("adam", "adamw", "lion", "muon"),
@@ -47,7 +47,7 @@ def schedule(
     warmup_fraction: float = 0.0,
     final_fraction: float = 0.0,
 ):
-    """Warm up linearly from 0, then stay, or decay to `final_fraction * lr` at `steps`.
+    """Warm up linearly, then hold `lr` or decay to `final_fraction * lr` at `steps`.
 
     The warm-up takes `warmup_steps`, or `warmup_fraction` of all steps, rounded.
     """
@@ -70,7 +70,7 @@ def schedule(
     }[kind]
     if not warmup_steps:
         return after
-    # Step 0 makes a small update, not an empty one.
+    # Start at lr / warmup_steps, so that step 0 makes an update.
     warmup = optax.linear_schedule(lr / warmup_steps, lr, max(1, warmup_steps - 1))
     return optax.join_schedules([warmup, after], [warmup_steps])
 
@@ -81,45 +81,47 @@ def make(
     name: str = "adamw",  # adamw, adam, sgd, lion, adafactor or muon
     lr: float,  # the learning rate after the warm-up
     schedule_kind: str = "constant",  # constant, cosine or linear
-    warmup_steps: int = 0,  # in which the rate rises to lr
-    warmup_fraction: float = 0.0,  # the same as a fraction of all steps
-    final_fraction: float = 0.0,  # fraction of lr at the end of a decay
-    b1: float = 0.9,  # decay of the first moment (adamw, adam, lion, muon's adamw)
-    b2: float = 0.999,  # decay of the second moment
+    warmup_steps: int = 0,  # steps over which the rate rises to lr
+    warmup_fraction: float = 0.0,  # the same, as a fraction of all steps
+    final_fraction: float = 0.0,  # final rate of a decay, as a fraction of lr
+    b1: float = 0.9,  # decay of the first moment (adamw, adam, muon's adamw; lion: weight of the momentum in an update)
+    b2: float = 0.999,  # decay of the second moment (adamw, adam, muon's adamw; lion: of the momentum)
     eps: float = 1e-8,  # added to the root of the second moment
-    weight_decay: float = 0.0,  # of matrices, times the rate
-    clip_norm: float | None = 1.0,  # longest gradient; None: any
-    state_dtype: str | None = None,  # of the first moment: float32 or bfloat16; None: float32
-    adam_lr: float | None = None,  # muon: the rate of embeddings, head and vectors; None: lr
-    muon_momentum: float = 0.95,  # muon
-    muon_scale: str = "rms",  # muon: rms, for rates as AdamW's, or width
+    weight_decay: float = 0.0,  # decay of matrices, multiplied by the rate
+    clip_norm: float | None = 1.0,  # largest gradient norm; None: any
+    state_dtype: str | None = None,  # dtype of the first moment: float32 or bfloat16; None: float32
+    adam_lr: float | None = None,  # muon: rate of embeddings, head and vectors; None: lr
+    muon_momentum: float = 0.95,  # muon: decay of the momentum
+    muon_scale: str = "rms",  # muon: scale of updates: rms, for rates like AdamW's, or width
 ) -> optax.GradientTransformation:
-    """Make the optimizer of a phase of `steps` updates. Weight decay spares vectors
-    (norms, biases) and is times the rate.
+    """Make the optimizer of a phase of `steps` updates.
+
+    Weight decay is multiplied by the rate and skips vectors (norms, biases).
 
     - adamw, adam: Kingma and Ba 2014, arXiv 1412.6980; Loshchilov and Hutter 2017,
       arXiv 1711.05101.
-    - lion: Chen et al. 2023, arXiv 2302.06675, who take a rate 3 to 10 times smaller
+    - lion: Chen et al. 2023, arXiv 2302.06675, who use a rate 3 to 10 times smaller
       than AdamW's and b2=0.99.
-    - adafactor: Shazeer and Stern 2018, arXiv 1804.04235. Its rate is relative to the
-      root mean square of a parameter, here of all layers of a kind together. Moments
-      are factored over the two largest axes, if both have at least 128 entries.
+    - adafactor: Shazeer and Stern 2018, arXiv 1804.04235. The rate is relative to the
+      root mean square of a parameter, here over all layers of one kind. Moments are
+      factored over the two largest axes if both have at least 128 entries.
     - muon: Jordan et al. 2024, on the matrices of each layer; AdamW at `adam_lr` (None:
       `lr`) on embeddings, head and vectors. `muon_scale` "rms" multiplies an orthogonal
       update by 0.2 sqrt(max(in, out)) (Liu et al. 2025, arXiv 2502.16982, eq. 4), so
-      that rates and decay of AdamW carry over; "width" by sqrt(max(1, out / in)), as
-      Jordan, for rates near 0.02 and an `adam_lr` of its own.
+      that AdamW's rates and decay carry over; "width" multiplies it by
+      sqrt(max(1, out / in)), as Jordan does, for rates near 0.02 and a separate
+      `adam_lr`.
 
-    `state_dtype` is that of the first moment; second moments and updates are float32,
-    whatever the params are kept in.
+    `state_dtype` is the dtype of the first moment; second moments and updates are
+    float32, whatever the dtype of the params.
 
-    A field that the optimizer does not read is refused unless it has its default: a
-    sweep over it would vary nothing. Those that a config file sets for another
-    optimizer `build` leaves out, with a warning, so that `optimizer.name` can be swept
-    alone; of those that the command itself names `command` refuses.
+    A field that the optimizer does not read must have its default, since a sweep over
+    it would vary nothing. `build` drops such fields of a config file with a warning, so
+    that `optimizer.name` can be swept alone; `build.check_changes` refuses those that
+    the command itself sets.
 
     Raises:
-      ValueError: an unknown name, a schedule that can't be, or a field that this
+      ValueError: an unknown name, an impossible schedule, or a field that this
         optimizer does not read.
     """
     if name not in OPTIMIZERS:
@@ -156,7 +158,7 @@ def make(
 
 
 def rule(name: str, rate, adam_rate, *, b1, b2, eps, weight_decay, state_dtype, muon_momentum, muon_scale, **_):
-    """Make the update rule of a name, at the rates of a schedule."""
+    """Make the update rule of an optimizer from its rates and numbers."""
     dtype = None if state_dtype is None else jnp.dtype(state_dtype)
     adam = {"b1": b1, "b2": b2, "eps": eps, "mu_dtype": dtype}
     decay = {"weight_decay": weight_decay, "mask": decayed}
@@ -169,8 +171,8 @@ def rule(name: str, rate, adam_rate, *, b1, b2, eps, weight_decay, state_dtype, 
     if name == "lion":
         return optax.lion(rate, b1=b1, b2=b2, mu_dtype=dtype, **decay)
     if name == "adafactor":
-        # optax adds this decay after the rate; times the rate it means what it means in
-        # the others.
+        # optax adds this decay after the rate; multiplied by the rate it has the same
+        # meaning as in the other optimizers.
         decay_rate = (lambda step: weight_decay * rate(step)) if weight_decay else None
         return optax.adafactor(rate, weight_decay_rate=decay_rate, weight_decay_mask=decayed)
     matrices = optax.contrib.muon(
@@ -181,16 +183,16 @@ def rule(name: str, rate, adam_rate, *, b1, b2, eps, weight_decay, state_dtype, 
         muon_weight_dimension_numbers=matrix_axes,
         consistent_rms=MUON_SCALES[muon_scale],
     )
-    # optax's muon would give the rest Nesterov's Adam, and its decay to norms and
-    # biases too.
+    # optax's muon would use Nesterov's Adam for the rest, and decay norms and biases
+    # too.
     return optax.partition({"matrices": matrices, "rest": optax.adamw(adam_rate, **adam, **decay)}, labels)
 
 
 def ignored(fields: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
-    """Find the fields of `make` with other values than their defaults that the
-    optimizer or schedule beside them does not read.
+    """Find fields of `make` that the optimizer or schedule in `fields` does not read.
 
-    Return for each who reads it, in words, and its default.
+    Only fields that differ from their default count. Return for each which optimizers
+    or schedules read it, in words, and its default.
     """
     default = {name: p.default for name, p in inspect.signature(make).parameters.items()}
     name, kind = (fields.get(field, default[field]) for field in ("name", "schedule_kind"))
@@ -204,10 +206,10 @@ def ignored(fields: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
 
 
 def in_float32(made: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Let an optimizer work in float32 whatever the params are kept in; updates are
-    float32.
+    """Make an optimizer work in float32, whatever the dtype of the params.
 
-    In bfloat16 a decay of 0.999 rounds to 1, so second moments would never decay.
+    Updates are float32. In bfloat16 a decay of 0.999 rounds to 1, so second moments
+    would never decay.
     """
 
     def widened(tree):
@@ -223,8 +225,9 @@ def in_float32(made: optax.GradientTransformation) -> optax.GradientTransformati
 
 
 def _check_numbers(**numbers: tuple) -> None:
-    """Raise ValueError for the first (value, test, range) that fails its test or is not
-    finite, also once it is a float32.
+    """Raise ValueError for the first number that is out of range or not finite.
+
+    Each is (value, test, range) and is also tested after rounding to float32.
     """
     for name, (value, fits, allowed) in numbers.items():
         if value is None:
@@ -233,19 +236,19 @@ def _check_numbers(**numbers: tuple) -> None:
             raise ValueError(f"{name} got {value}; allowed: {allowed}")
         with np.errstate(over="ignore", under="ignore"):
             rounded = float(np.float32(value))
-        if abs(rounded) < np.finfo(np.float32).tiny:  # XLA flushes what is smaller to 0
+        if abs(rounded) < np.finfo(np.float32).tiny:  # XLA flushes subnormal numbers to 0
             rounded = 0.0
         if not (fits(rounded) and math.isfinite(rounded)):
             raise ValueError(f"{name} got {value}, in float32 {rounded:g}; allowed: {allowed}")
 
 
 def decayed(params):
-    """Mark the parameters that decay: kernels and embeddings."""
+    """Mark the parameters that have weight decay: kernels and embeddings."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
 
 
 def labels(params):
-    """Label the matrices of layers, which Muon updates, and the rest."""
+    """Label the matrices of layers "matrices" (for Muon) and all else "rest"."""
 
     def of(path, _):
         return "matrices" if path[0].key in ("layers", "lora") and path[-1].key == "kernel" else "rest"
@@ -254,13 +257,14 @@ def labels(params):
 
 
 def matrix_axes(params):
-    """Name the input and output axes of each kernel for Muon; axis 0 is the layer, a
-    batch of matrices.
+    """Return the input and output axes of each kernel for Muon.
+
+    Axis 0 is the layer, a batch of matrices.
     """
 
     def of(path, x):
-        # Attention's output, and the adapter that reads what it reads, take in heads x
-        # head size.
+        # The attention output projection and matrix "a" of its adapter have two input
+        # axes: heads and head size.
         heads_in = "o" in (path[-2].key, path[-3].key) and path[-2].key != "b"
         first = 3 if heads_in else 2
         return optax.contrib.MuonDimensionNumbers(tuple(range(1, first)), tuple(range(first, x.ndim)))

@@ -1,9 +1,9 @@
-"""The host loop of continuous batching: fill free slots, decode a chunk, hand finished
-text to its environment, refill.
+"""Host loop of continuous batching: fill free slots, decode a chunk, hand finished text
+to its environment, refill.
 
-Verdicts and tool results are made in threads while the other slots decode. The result
-depends on the requests alone, in their order: not on how many slots there are, who
-finished first or how long a verifier took.
+Environments make verdicts and tool results in threads while the other slots decode. The
+result depends only on the requests and their order, not on the number of slots, the
+order in which rollouts finish or the time that a verifier takes.
 """
 
 from __future__ import annotations
@@ -27,75 +27,75 @@ from jaxreason.runtime import processes
 from jaxreason.sampler import MAX_SLOTS_PER_PROMPT, RUNNING, STOPS, Sampler, Weights, attempt_keys
 from jaxreason.types import Group, Rollout, Task
 
-THREADS = 8  # that environments run in
-# Held while something is sampled: two programs on several devices, started from two
-# threads, could each wait for the other's.
+THREADS = 8  # threads that run environments
+# Held while sampling: two programs on several devices, started from two threads, could
+# deadlock.
 SAMPLING_LOCK = threading.RLock()
-TOOL_WAIT_S = 0.005  # how long a chunk waits for a tool that is about to answer
-TICK_S = 1.0  # how often deadlines are looked at; of more time that has passed (the machine slept) no more is counted
+TOOL_WAIT_S = 0.005  # wait before each chunk for tools that are about to answer
+TICK_S = 1.0  # time between checks of deadlines; a longer gap (the machine slept) counts as this much
 
 
 class Request(NamedTuple):
-    """One attempt that is wanted."""
+    """One attempt to sample."""
 
     task: Task
-    problem: int  # with `attempt`, what its random key is made from
+    problem: int  # its random key is made from `problem` and `attempt`
     attempt: int
     prompt: Sequence[int]  # token ids, the same for all attempts at the problem
 
 
 class SamplingStats(NamedTuple):
-    """Time and tokens that sampling a set of requests took."""
+    """Time and tokens spent on sampling a set of requests."""
 
     sample_s: float
-    verify_s: float  # that sampling stood still for verdicts and tools
+    verify_s: float  # time in which sampling waited for verdicts and tools
     tokens: int  # sampled
-    slot_steps: int  # tokens that could have been sampled: decode steps x slots
+    slot_steps: int  # tokens that could have been sampled: decode steps times slots
     prompt_tokens: int  # prefilled, each prompt once
 
 
 class Budget(NamedTuple):
-    """A limit on thinking: after so many tokens of a completion the end of thinking is
-    forced, unless it was written.
+    """Limit on thinking tokens.
+
+    After this many tokens of a completion the end of thinking is forced, unless the
+    model has written it.
     """
 
     tokens: int
-    end: str  # what is forced; without the white space around it, what ends thinking
+    end: str  # the forced text; stripped of white space, the text that ends thinking
     ids: Sequence[int]  # of `end`
 
 
 class Completer(NamedTuple):
-    """A compiled sampler and the text handling around it: it turns requests into
-    rollouts.
-    """
+    """Compiled sampler with its text handling; it turns requests into rollouts."""
 
     sampler: Sampler
     encode: Callable[[str], list[int]]  # observations -> ids
     decode: Callable[[Sequence[int]], str]
     eos_ids: tuple[int, ...]
-    prompt_buckets: tuple[int, ...]  # prompts are padded to the smallest that holds them
-    rows: int  # so many prompts are prefilled at a time
-    max_tokens: int  # limit of a completion
+    prompt_buckets: tuple[int, ...]  # prompts are padded to the smallest one that holds them
+    rows: int  # prompts per prefill call
+    max_tokens: int  # tokens per completion, at most
     stop_strings: tuple[str, ...] = ()
     thinking: Budget | None = None
 
 
 def text_of(completer: Completer, tokens: np.ndarray) -> str:
-    """The text of tokens, without the end of sequence that may stand behind it."""
+    """Decode tokens to text, without an end-of-sequence token at their end."""
     kept = tokens[:-1] if len(tokens) and tokens[-1] in completer.eos_ids else tokens
     return completer.decode(kept.tolist())
 
 
 def find_stop(completer: Completer, tokens_T, turn: int, before: int, length: int) -> int | None:
-    """Return the length at which the first stop string of a turn is complete, if that
-    is after `before`; None if there is none.
+    """Return the length at which the first stop string of a turn is complete.
 
-    A stop string may begin in any token and end in any: text is compared, not tokens.
+    Return None if there is none after length `before`. A stop string may begin and end
+    inside tokens, so text is compared, not tokens.
     """
     if not completer.stop_strings:
         return None
-    # A token is a byte or more, so what ends behind `before` began at most so many
-    # tokens earlier.
+    # A token has at least one byte, which bounds how many tokens before `before` a stop
+    # string that ends after it can begin.
     start = max(turn, before - max(len(s.encode()) for s in completer.stop_strings) - 1)
 
     def stopped(end: int) -> bool:
@@ -107,25 +107,27 @@ def find_stop(completer: Completer, tokens_T, turn: int, before: int, length: in
 
 @dataclasses.dataclass
 class Attempt:
-    """A request under way: in a slot, with its environment, or both."""
+    """A request in progress: in a slot, with its environment, or both."""
 
-    index: int  # in the requests
+    index: int  # of the request
     request: Request
     state: Any  # of its environment
-    limit: int  # length at which it stops for good; every length counts the prompt
+    limit: int  # final length, at most; every length includes the prompt
     length: int
-    turn: int  # length at which the model's turn began
-    thinking: bool  # its budget is not spent
+    turn: int  # length at the start of the model's turn
+    thinking: bool  # whether its thinking budget is not spent yet
     slot: int | None
-    prompt_row: int = -1  # that the slot continues; negative: its prompt is in its own columns
+    prompt_row: int = -1  # prompt row that the slot continues; negative: the prompt is in the slot's own cache
     stop: str = ""
-    waits: bool = False  # for its environment
-    waited_s: float = 0.0  # for its environment's step, since that runs
-    rollout: Rollout | None = None  # once it has ended; it lacks a verdict
+    waits: bool = False  # whether it waits for its environment
+    waited_s: float = 0.0  # time that its environment's step has been running
+    rollout: Rollout | None = None  # set at its end, without a verdict
 
     def columns(self, length: int) -> int:
-        """Count the columns of its own slot that a sequence of this length takes. Its
-        last token has none yet.
+        """Count the cache positions of its own slot that a sequence of this length
+        takes.
+
+        Its last token is not in the cache yet.
         """
         return length - 1 - (len(self.request.prompt) - 1 if self.prompt_row >= 0 else 0)
 
@@ -140,11 +142,11 @@ def collect(
     temperature: float,
     filter: Filter = ALL,
 ) -> tuple[list[Rollout], SamplingStats]:
-    """Sample every request and have it judged. Attempts at one problem should be
-    neighbours: its prompt is prefilled once.
+    """Sample every request and judge it.
 
-    `weights` are the sampler's (`sampler.prepare(params)`); `key` stands for (seed,
-    phase, step).
+    Attempts at one problem should be neighbours in `requests`, so that their prompt is
+    prefilled once. `weights` are `sampler.prepare(params)`; `key` is derived from
+    (seed, phase, step).
 
     Raises:
       ValueError: a prompt is empty, or longer than the largest bucket.
@@ -162,9 +164,7 @@ def collect(
 
 
 class LocalGroups(NamedTuple):
-    """Groups that one process collected, by their number among those wanted, and their
-    cost.
-    """
+    """Groups that one process collected, by their index in `wanted`, and their cost."""
 
     groups: dict[int, Group]
     spent: SamplingStats
@@ -173,9 +173,7 @@ class LocalGroups(NamedTuple):
 def collect_groups(
     completer: Completer, weights: Weights, wanted: Sequence[Sequence[Request]], environment: Environment, **how
 ) -> tuple[list[Group], SamplingStats]:
-    """`collect` the attempts at several problems; `wanted` has the requests of each
-    group.
-    """
+    """Collect the attempts at several problems; `wanted` has each group's requests."""
     rollouts, spent = collect(completer, weights, list(itertools.chain(*wanted)), environment, **how)
     rest = iter(rollouts)
     return [Group(tuple(itertools.islice(rest, len(requests)))) for requests in wanted], spent
@@ -184,8 +182,9 @@ def collect_groups(
 def collect_local(
     completer: Completer, weights: Weights, wanted: Sequence[Sequence[Request]], environment: Environment, **how
 ) -> LocalGroups:
-    """Collect this process's part of the groups: every n-th problem of n processes.
-    `wanted` is what all of them want.
+    """Collect this process's groups: every n-th problem of n processes.
+
+    `wanted` has the groups of all processes.
     """
     mine = [i for i, requests in enumerate(wanted) if requests[0].problem % jax.process_count() == jax.process_index()]
     groups, spent = collect_groups(completer, weights, [wanted[i] for i in mine], environment, **how)
@@ -193,10 +192,11 @@ def collect_local(
 
 
 def gather_groups(share: LocalGroups, wanted: Sequence[Sequence[Request]]) -> tuple[list[Group], SamplingStats]:
-    """Put the processes' shares together: all groups in the order of `wanted`, and
-    their cost. All processes must call it.
+    """Gather the groups of all processes, in the order of `wanted`, and their cost.
+
+    All processes must call it.
     """
-    # Every process has the tasks and the prompts, so they are not sent.
+    # Every process has the tasks and prompts, so they are not sent.
     bare = {i: replaced(group, itertools.repeat({"task": None, "prompt": None})) for i, group in share.groups.items()}
     shares = processes.gather(LocalGroups(bare, share.spent))
     found = {i: group for share in shares for i, group in share.groups.items()}
@@ -212,12 +212,12 @@ def gather_groups(share: LocalGroups, wanted: Sequence[Sequence[Request]]) -> tu
 
 
 def replaced(group: Group, changes: Iterable[dict]) -> Group:
-    """A group with some fields of each attempt replaced."""
+    """Return a group with some fields of each attempt replaced."""
     return Group(tuple(dataclasses.replace(r, **new) for r, new in zip(group.attempts, changes, strict=False)))
 
 
 def check(completer: Completer, requests: Sequence[Request]) -> None:
-    """Raise ValueError if a prompt cannot be sampled from."""
+    """Raise ValueError for a prompt that is empty or too long."""
     longest = completer.prompt_buckets[-1]
     if longest > completer.sampler.length:
         raise ValueError(f"prompts of {longest} tokens do not fit a sampler of length {completer.sampler.length}")
@@ -230,8 +230,10 @@ def check(completer: Completer, requests: Sequence[Request]) -> None:
 
 
 def keys_of(key, requests: Sequence[Request], at_once: int = 256) -> np.ndarray:
-    """Key data of each request, [R, ...]; made `at_once`, so that one shape serves all
-    numbers of requests.
+    """Make the key data of each request, [R, ...].
+
+    The keys are made `at_once` at a time, so that one shape serves any number of
+    requests.
     """
     ids = np.array([(r.problem, r.attempt) for r in requests], np.uint32).reshape(-1, 2).T
     ids = np.pad(ids, ((0, 0), (0, -len(requests) % at_once)))
@@ -240,7 +242,7 @@ def keys_of(key, requests: Sequence[Request], at_once: int = 256) -> np.ndarray:
 
 
 def warm_up(completer: Completer, weights: Weights, filters: Iterable[Filter] = (ALL,), appends_tokens: bool = True) -> None:
-    """Compile all that `collect` can need, by running it over slots that hold nothing.
+    """Compile all programs that `collect` can need, by running them on empty slots.
 
     `appends_tokens` says whether tokens are ever forced: observations, or the end of
     thinking.
@@ -251,7 +253,7 @@ def warm_up(completer: Completer, weights: Weights, filters: Iterable[Filter] = 
         return sampler.prefill(weights, np.zeros((completer.rows, longest), np.int32), np.ones(completer.rows, np.int32))
 
     def decode(slots):
-        """Decode with this many slots, in all buckets."""
+        """Decode with this many slots, in every cache bucket."""
         S = len(slots.stop_S)
         for columns in sampler.buckets:
             slots = sampler.resize(slots, columns)
@@ -262,9 +264,7 @@ def warm_up(completer: Completer, weights: Weights, filters: Iterable[Filter] = 
         return sampler.stop_slots(slots, np.zeros(S, bool)) if completer.stop_strings else slots
 
     def all_sizes(slots, sizes):
-        """Decode with this many slots and with fewer, coming from more in any
-        bucket.
-        """
+        """Decode with this many slots and fewer, compacting from every cache bucket."""
         slots = decode(slots)
         for columns in reversed(sampler.buckets):
             slots = sampler.resize(slots, columns)
@@ -272,7 +272,7 @@ def warm_up(completer: Completer, weights: Weights, filters: Iterable[Filter] = 
         if sizes:
             all_sizes(few[0], sizes[1:])
 
-    with ThreadPoolExecutor(2) as threads:  # the longest to compile beside the rest
+    with ThreadPoolExecutor(2) as threads:  # compile the slowest program in parallel with the others
         decoded = threads.submit(all_sizes, sampler.empty(), sampler.sizes[1:])
         prefilled = [prefill(longest) for longest in completer.prompt_buckets]
         decoded.result()
@@ -289,12 +289,12 @@ def warm_up(completer: Completer, weights: Weights, filters: Iterable[Filter] = 
 
 
 def nothing(S: int, T: int) -> tuple:
-    """Arguments that append or copy nothing: slots, tokens and two numbers per slot."""
+    """Make arguments that append or copy nothing: starts, tokens and two counts."""
     return np.full(S, -1, np.int32), np.zeros((S, T), np.int32), np.ones(S, np.int32), np.ones(S, np.int32)
 
 
 class Collection:
-    """The state of one `collect`."""
+    """State of one `collect`."""
 
     def __init__(self, completer, weights, requests, environment, threads, key, temperature, filter):
         self.completer, self.sampler, self.weights, self.environment = completer, completer.sampler, weights, environment
@@ -327,8 +327,9 @@ class Collection:
     # --- environments ---
 
     def ask(self, attempt: Attempt, turn: Turn) -> None:
-        """Hand a turn to the attempt's environment. If that can only judge it, the slot
-        is free at once.
+        """Hand a turn to the attempt's environment.
+
+        If the environment can only judge, the attempt leaves its slot at once.
         """
         attempt.waits, attempt.waited_s = True, 0.0
         self.asked[self.threads.submit(self.environment.step, attempt.state, turn)] = attempt
@@ -341,8 +342,9 @@ class Collection:
             self.attempt_by_slot[attempt.slot], attempt.slot = None, None
 
     def hear(self) -> None:
-        """Take what environments have said. Wait for it only if there is nothing else
-        to do, or a little for an observation.
+        """Process the answers of environments.
+
+        Wait for one only if nothing can be decoded, or briefly for an observation.
         """
         started_s = time.perf_counter()
         if self.running() or (self.queue and None in self.attempt_by_slot):
@@ -366,16 +368,14 @@ class Collection:
                 raise ValueError("an environment with one_turn=True gave an observation; it must give a verdict at every step")
             elif ids := self.completer.encode(step.observation):
                 said.append((attempt, ids))
-            else:  # nothing to go on from
+            else:  # an empty observation: ask for the verdict
                 self.ask(attempt, Turn("", attempt.stop, final=True))
         self.append_tokens(said)
         for attempt, _ in said:
             attempt.turn = attempt.length
 
     def overdue(self, answered: Iterable[Future]) -> list[tuple[Future, Step]]:
-        """Give up the steps that have run for longer than the deadline; return what is
-        said in their place.
-        """
+        """Give up steps past their deadline; return the steps that replace them."""
         now_s = time.perf_counter()
         passed_s, self.ticked_s = min(now_s - self.ticked_s, TICK_S), now_s
         if self.environment.deadline_s is None:
@@ -430,16 +430,14 @@ class Collection:
         self.slots = self.sampler.start_rollouts(self.slots, *begun)
 
     def next_limit(self, attempt: Attempt) -> int:
-        """Length at which an attempt stops, if only for the end of its thinking to be
-        forced.
+        """Return the length of an attempt's next stop: its limit or its thinking
+        budget.
         """
         budget = len(attempt.request.prompt) + self.completer.thinking.tokens if attempt.thinking else attempt.limit
         return min(budget, attempt.limit)
 
     def append_tokens(self, said: list[tuple[Attempt, list[int]]]) -> None:
-        """Append tokens to attempts, which may have been cut back, and let them go
-        on.
-        """
+        """Append tokens to attempts, which may have been cut back; continue them."""
         if not said:
             return
         S, T = len(self.attempt_by_slot), self.sampler.length
@@ -454,9 +452,7 @@ class Collection:
         self.slots = self.sampler.append_tokens(self.weights, self.slots, start_S, tokens_ST, count_S, limit_S)
 
     def resize(self) -> None:
-        """Give the cache the columns that the next chunk needs, one bucket after the
-        other.
-        """
+        """Resize the cache for the next chunk, one bucket at a time."""
         chunk, buckets = self.sampler.chunk_tokens, self.sampler.buckets
         ends = [(a, a.length if a.waits else min(a.length + chunk, a.limit)) for a in self.attempt_by_slot if a is not None]
         if not ends:
@@ -468,8 +464,9 @@ class Collection:
             self.slots = self.sampler.resize(self.slots, self.columns)
 
     def compact(self) -> None:
-        """Continue with fewer slots if no request waits and few rollouts run. Each
-        rollout stays on its device, where its prompt is.
+        """Continue with fewer slots if no request waits and few rollouts run.
+
+        Each rollout stays on its device, which has its prompt.
         """
         S, D = len(self.attempt_by_slot), self.sampler.devices
         on = [range(d * S // D, (d + 1) * S // D) for d in range(D)]
@@ -486,8 +483,10 @@ class Collection:
                 attempt.slot = s
 
     def decode(self) -> None:
-        """Decode a chunk; hand the texts that ended to their environments and append
-        the end of thinking where it is due.
+        """Decode a chunk.
+
+        Hand finished texts to their environments; force the end of thinking where it is
+        due.
         """
         running = self.running()
         if not running:
@@ -521,7 +520,7 @@ class Collection:
 
 
 class Written(NamedTuple):
-    """A copy of the slots' tokens on the host, and of what belongs to them."""
+    """Host copy of the slots' per-token arrays."""
 
     tokens_ST: np.ndarray
     logp_ST: np.ndarray
@@ -530,8 +529,9 @@ class Written(NamedTuple):
 
 
 def ended(completer: Completer, attempt: Attempt, tokens_T: np.ndarray, length: int, stop: int) -> tuple[int, str]:
-    """Return an attempt's length after a chunk and why it stopped, "" if it runs. A
-    stop string cuts it back.
+    """Return an attempt's length after a chunk, and why it stopped or "" if it runs.
+
+    A stop string cuts the attempt back.
     """
     end = find_stop(completer, tokens_T, attempt.turn, attempt.length, length)
     if end is not None:
@@ -540,8 +540,10 @@ def ended(completer: Completer, attempt: Attempt, tokens_T: np.ndarray, length: 
 
 
 def end_of_thinking(completer: Completer, attempt: Attempt, tokens_T: np.ndarray) -> Sequence[int] | None:
-    """Return what to append to an attempt whose thinking budget is spent; None if the
-    attempt has ended.
+    """Return the tokens to append to an attempt that has spent its thinking budget.
+
+    They are empty if the model has ended its thinking. Return None if the attempt has
+    ended.
     """
     if attempt.stop != "limit" or not attempt.thinking:
         return None
@@ -553,7 +555,7 @@ def end_of_thinking(completer: Completer, attempt: Attempt, tokens_T: np.ndarray
 
 
 def to_rollout(completer: Completer, attempt: Attempt, written: Written, temperature: float) -> Rollout:
-    """Make the rollout of an attempt that has ended, without a verdict."""
+    """Make the rollout of an ended attempt, without a verdict."""
     request, s = attempt.request, attempt.slot
     completion = slice(len(request.prompt), attempt.length)
     return Rollout(
@@ -573,22 +575,20 @@ def to_rollout(completer: Completer, attempt: Attempt, written: Written, tempera
 
 
 class PromptRows:
-    """The problems whose prompts are in the rows that slots share, and the number of
-    slots that continue each.
-    """
+    """Rows of shared prompts: the problem of each, and how many slots continue it."""
 
     def __init__(self, sampler: Sampler):
         self.devices = sampler.devices
         self.problem: list[int | None] = [None] * sampler.prompt_rows
         self.members = [0] * sampler.prompt_rows
-        self.tokens_R = np.zeros(sampler.prompt_rows, np.int32)  # tokens in each row: all of its prompt but the last
+        self.tokens_R = np.zeros(sampler.prompt_rows, np.int32)  # tokens in each row: its prompt without the last token
 
     def enter(self, attempt: Attempt, slots: int, left: int) -> bool:
-        """Find the row that an attempt in one of so many slots continues; say whether
-        its prompt must be copied.
+        """Choose an attempt's prompt row; return whether its prompt must be copied.
 
-        There, or to the slot itself if it shares none. `left` attempts at the problem
-        have not started, this one included.
+        It is copied to that row or, if no row is chosen, to the slot itself. `slots` is
+        the number of slots; `left` is the number of attempts at the problem that have
+        not started, this one included.
         """
         request, R = attempt.request, len(self.problem)
         device = attempt.slot * self.devices // slots
@@ -609,26 +609,23 @@ class PromptRows:
 
 
 class Prompts:
-    """Prompts that are prefilled, some ahead of their time, and kept until all of their
-    attempts have started.
-    """
+    """Prefilled prompts, some made ahead, kept until their attempts have started."""
 
     def __init__(self, completer: Completer, weights: Weights, requests: Sequence[Request]):
         self.completer, self.weights, self.tokens = completer, weights, 0
         self.left = collections.Counter(r.problem for r in requests)
-        self.ready: dict[int, tuple[Any, int]] = {}  # problem -> a prefilled cache and its prompt's row there
+        self.ready: dict[int, tuple[Any, int]] = {}  # problem -> a prefilled cache and the row of its prompt
 
     def starts(self, attempt: Attempt) -> int:
-        """Count an attempt as started; return how many at its problem had not, with
-        this one.
+        """Count an attempt as started; return how many at its problem were left.
+
+        The count includes this attempt.
         """
         self.left[attempt.request.problem] -= 1
         return self.left[attempt.request.problem] + 1
 
     def of(self, attempts: Sequence[Attempt], queue: Iterable) -> list[tuple[Any, list[tuple[Attempt, int]]]]:
-        """Return prefilled caches, each with the attempts that start from one of its
-        rows, and the rows.
-        """
+        """Return prefilled caches, each with its attempts and their rows in it."""
         found: dict[int, tuple[Any, list]] = {}
         for i, attempt in enumerate(attempts):
             problem = attempt.request.problem
@@ -641,7 +638,7 @@ class Prompts:
         return list(found.values())
 
     def prefill(self, coming: Iterable[Request]) -> None:
-        """Prefill the first prompts of these that are not, as many as go together."""
+        """Prefill the first of these prompts that are not ready, for one call."""
         P, prompts = self.completer.rows, {}
         for request in coming:
             if len(prompts) == P:

@@ -1,8 +1,8 @@
 """The sampler: slots of fixed shape that are filled with prompts, decoded together and
 refilled as they finish.
 
-    empty()                        no rollout anywhere
-    prefill(weights, prompts)      keys and values of prompts, each computed once
+    empty()                        make slots without a rollout
+    prefill(weights, prompts)      compute keys and values of prompts, each once
     copy_prompts(slots, ...)       copy them to where slots read them
     start_rollouts(slots, ...)     begin an attempt in some slots
     decode(weights, slots, ...)    sample up to `chunk_tokens` tokens in every running
@@ -13,23 +13,23 @@ refilled as they finish.
                                    slots
     prepare(params)                lay params out for sampling
 
-A prompt stands in one of a few rows of its own (`prompts`), which up to
-`MAX_SLOTS_PER_PROMPT` slots continue: a step reads it once for all of them. Where no
-row is free, or nobody to share it with, it is copied to the front of its slot's own
-columns.
+`columns` count cache positions. Shared prompts have rows of their own (`prompts`), and
+up to `MAX_SLOTS_PER_PROMPT` slots continue one row: a decode step reads it once for all
+of them. If no row is free, or no other attempt shares the prompt, the prompt is copied
+to the front of the slot's own cache.
 
 Invariant of a running slot: prompt and cache hold the keys and values of all its tokens
-but the last; one decode step feeds the last token, writes its column and samples the
-next. Columns past a slot's length hold leftovers that no token can see.
+but the last. A decode step feeds the last token, writes its keys and values, and
+samples the next token. Cache positions past a slot's length hold old values that no
+token attends to.
 
-The cache has as many columns as the longest rollout in it needs, rounded up to one of a
-few sizes (`buckets`): early tokens do not pay for attention over the longest length.
-All shapes are fixed inside a bucket, and each program is compiled once a bucket.
+The cache has as many positions as the longest rollout in it needs, rounded up to one of
+a few sizes (`buckets`), so early tokens do not pay for attention over the full length.
+All shapes are fixed within a bucket, and each program is compiled once per bucket.
 
-The noise of a sample is keyed by (the caller's key of the attempt, position in the
-sequence) and by nothing else: up to rounding a rollout is the same in any slot, beside
-any neighbours, under any chunk size, in any bucket and on any mesh, with its prompt
-shared or not.
+The noise of a sample depends only on the caller's key of the attempt and the position
+in the sequence. Up to rounding, a rollout is therefore the same in any slot, beside any
+neighbours, for any chunk size, bucket and mesh, with a shared prompt or its own.
 """
 
 from __future__ import annotations
@@ -51,51 +51,52 @@ from jaxreason.platforms import platform_of
 
 RUNNING, EOS, LIMIT, EMPTY = range(4)
 STOPS = {EOS: "eos", LIMIT: "limit"}
-APPENDED_AT_ONCE = 32  # forced tokens that are fed at a time
-MAX_SLOTS_PER_PROMPT = 8  # slots that continue one row of prompts, at most
+APPENDED_AT_ONCE = 32  # forced tokens fed per forward pass
+MAX_SLOTS_PER_PROMPT = 8  # slots that continue one prompt row, at most
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """State of the sampler. Row s of every array is slot s; T is the longest sequence,
-    whatever the cache's bucket.
+    """State of the sampler.
+
+    Row s of every array is slot s; T is the longest sequence, whatever the cache's
+    bucket.
     """
 
     cache: Any
-    prompts: Any  # a cache of R rows; None: every slot has its prompt in its own columns
-    prompt_tokens_R: jax.Array  # int32, tokens that stand in each of them: all of a prompt but the last
-    prompt_S: jax.Array  # int32, which of them a slot continues; negative: none
+    prompts: Any  # a cache of R prompt rows; None: every slot has its prompt in its own cache
+    prompt_tokens_R: jax.Array  # int32, tokens in each prompt row: a prompt without its last token
+    prompt_S: jax.Array  # int32, prompt row that a slot continues; negative: none
     tokens_ST: jax.Array  # int32: prompt, then completion
-    logp_ST: jax.Array  # float32, of the token in that column under the distribution it was sampled from; 0 elsewhere
-    logp_temperature_1_ST: jax.Array | None  # float32, the same under the model's own softmax; None unless it was asked for
+    logp_ST: jax.Array  # float32, of the sampled token at that position, under the sampling distribution; 0 elsewhere
+    logp_temperature_1_ST: jax.Array | None  # float32, the same at temperature 1, unfiltered; None unless asked for
     sampled_ST: jax.Array  # bool, False for prompt and forced tokens
-    length_S: jax.Array  # int32, tokens so far, the prompt's included
+    length_S: jax.Array  # int32, tokens so far, prompt included
     limit_S: jax.Array  # int32, length at which the slot stops
     stop_S: jax.Array  # int32, RUNNING, EOS, LIMIT or EMPTY
-    key_S: jax.Array  # uint32 key data of the slot's attempt
+    key_S: jax.Array  # uint32, key data of the slot's attempt
 
 
 class Weights(NamedTuple):
-    """Params as sampling reads them: the same arrays where one layout is good for
-    both.
-    """
+    """Params as sampling reads them; the same arrays if one layout suits both."""
 
     prefill: Any
     decode: Any
 
 
 class Sampler(NamedTuple):
-    """Functions over `Slots`, and the sizes they are compiled for. The slots that one
-    is given are used up (some are donated).
+    """Functions over `Slots`, and the sizes they are compiled for.
+
+    A function consumes the slots that it is given (some functions donate them).
     """
 
-    sizes: tuple[int, ...]  # numbers of slots, falling: what is left at the end of a collection moves together
-    length: int  # of the longest sequence, prompt included
-    buckets: tuple[int, ...]  # columns that the cache may have
+    sizes: tuple[int, ...]  # numbers of slots, falling; `compact` moves the last rollouts of a collection to fewer slots
+    length: int  # tokens per sequence, prompt included, at most
+    buckets: tuple[int, ...]  # lengths that the cache may have
     chunk_tokens: int
-    prompt_rows: int  # in which slots share their prompts
-    devices: int  # that slots and prompts are split over, in order: a slot continues a prompt of its own device
+    prompt_rows: int  # number of shared prompts
+    devices: int  # devices that slots and prompts are split over, in order; a slot continues a prompt on its own device
     empty: Callable
     prepare: Callable
     prefill: Callable
@@ -113,8 +114,9 @@ class Sampler(NamedTuple):
 
 
 def attempt_keys(key, problem_R, attempt_R):
-    """Key data of each (problem, attempt) under `key`, which stands for (seed, phase,
-    step).
+    """Make the key data of each (problem, attempt).
+
+    `key` is derived from (seed, phase, step).
     """
     fold = jax.random.fold_in
     return jax.vmap(lambda p, a: jax.random.key_data(fold(fold(key, p), a)))(problem_R, attempt_R)
@@ -141,15 +143,16 @@ class Spec(NamedTuple):
 
     @property
     def devices(self) -> int:
-        """That slots and prompts are split over."""
+        """The number of devices that slots and prompts are split over."""
         return 1 if self.mesh is None else sharding.row_devices(self.mesh)
 
 
 def cache_buckets(length: int, smallest: int = 128, fine: bool = False) -> tuple[int, ...]:
-    """Columns that a cache may have, doubling from `smallest` up to `length`; the last
-    step is at least by a quarter.
+    """Return the lengths that a cache may have: from `smallest`, doubling up to
+    `length`.
 
-    If `fine`, from half of that, and with one more between any two.
+    The last step grows by at least a quarter. If `fine`, start at half of `smallest`
+    and put one more length between any two.
     """
     sizes = [smallest << i for i in range(length.bit_length())]
     if fine:
@@ -176,14 +179,14 @@ def compile_sampler(
     """Make the jitted sampler of `slots` sequences of at most `length` tokens, prompt
     included.
 
-    Prompts are prefilled `prefill_tokens` of them at a time on a device, of one prompt
-    or of several short ones; None for 128 on a CPU, where more is no faster, and 1024
-    elsewhere. `buckets` are the sizes of the cache, the last of them `length`; None for
-    `cache_buckets(length)`. `sizes` are smaller numbers of slots, for when fewer
+    Prefill processes `prefill_tokens` tokens at a time on a device, of one prompt or of
+    several short ones; None means 128 on a CPU, where more is no faster, and 1024
+    elsewhere. `buckets` are the lengths of the cache, the last of them `length`; None
+    means `cache_buckets(length)`. `sizes` are smaller numbers of slots, used when few
     rollouts are left. Slots may share their prompts in `prompt_rows` rows of
-    `prompt_columns` (None: `length`). With a mesh, slots and prompts are split over its
-    `data` and `fsdp` axes, heads and weights over `tensor`; `prepare` gathers weights
-    over the others.
+    `prompt_columns` positions (None: `length`). With a mesh, slots and prompts are
+    split over its `data` and `fsdp` axes, heads and weights over `tensor`; `prepare`
+    gathers weights over `fsdp`.
 
     Raises:
       ValueError: slots, prompts, heads or buckets that do not fit.
@@ -234,20 +237,21 @@ class Placement(NamedTuple):
     slots: Any = None
     bare: Any = None  # slots without their caches
     by_slot: Any = None
-    layer: Any = None  # of a cache
-    part: Any = None  # of prompts while they are computed
-    prefilled: Any = None  # of prompts that any slot may continue
+    layer: Any = None  # of one cache layer
+    part: Any = None  # of prompts during prefill
+    prefilled: Any = None  # of prefilled prompts, which any slot may continue
 
 
 def placement(spec: Spec) -> Placement:
-    """Split slots and prompts over data and fsdp, key heads over tensor; what is of
-    neither is whole on every device.
+    """Split slots and prompts over data and fsdp, and key heads over tensor.
+
+    Other arrays are whole on every device.
     """
     if spec.mesh is None:
         return Placement()
     whole, by_slot = jax.NamedSharding(spec.mesh, jax.P()), sharding.rows(spec.mesh)
     layer = jax.NamedSharding(spec.mesh, jax.P(*sharding.ROWS, "tensor"))
-    stack = (None,) * (not spec.model.config.scan_layers)  # prompts of a CPU are computed from stacked params
+    stack = (None,) * (not spec.model.config.scan_layers)  # without a scan, prefill reads stacked params: see `prepare`
     shapes = jax.eval_shape(functools.partial(empty, spec))
     slots = dataclasses.replace(
         jax.tree.map(lambda _: by_slot, shapes),
@@ -269,7 +273,7 @@ def placement(spec: Spec) -> Placement:
 
 
 def empty(spec: Spec) -> Slots:
-    """Slots without a rollout."""
+    """Make slots without a rollout."""
     model, S, T = spec.model, spec.slots, spec.length
     key_words = jax.random.key_data(jax.random.key(0)).shape
     rows, columns = spec.prompt_rows, spec.prompt_columns
@@ -292,24 +296,25 @@ def empty(spec: Spec) -> Slots:
 def prepare(spec: Spec, params) -> Weights:
     """Lay params out for sampling, once per update."""
     model, mesh = spec.model, spec.mesh
-    params = model.cast(model.merge(params))  # before they are gathered: fewer bytes to move and to hold
+    params = model.cast(model.merge(params))  # cast before gathering: fewer bytes to move and to hold
     send = (lambda part: part) if mesh is None else functools.partial(sharding.send, mesh=mesh)
     layout = model.decode_layout(params, send)
-    # A CPU reads prompts from params that are not turned, and that are there anyway; an
-    # accelerator need not hold both.
+    # A CPU prefills from the original layout, which it holds anyway; an accelerator
+    # prefills from the decode layout, to hold only one.
     return Weights(layout if model.config.scan_layers else send(params), layout)
 
 
 def prefill(spec: Spec, weights: Weights, tokens_PT, length_P):
-    """Return the keys and values of prompts, which are padded on the right. Rows of
-    length 1 cost nothing.
+    """Compute the keys and values of prompts, which are padded on the right.
+
+    Rows of length 1 cost nothing.
     """
     P, columns = tokens_PT.shape
     width = min(spec.prefill_tokens, columns)
-    # Rows that are computed together, as many on each device.
+    # Rows computed together: the same number on each device.
     rows = -(-min(spec.prefill_tokens // width * spec.devices, P) // spec.devices) * spec.devices
     tokens_PT, length_P = jnp.pad(tokens_PT, ((0, -P % rows), (0, 0))), jnp.pad(length_P, (0, -P % rows))
-    # All but the last token of a prompt: the first decode step feeds that one.
+    # The last token of a prompt is left out: the first decode step feeds it.
     column_PT = jnp.broadcast_to(jnp.arange(columns), tokens_PT.shape)
     position_PT = jnp.where(column_PT < length_P[:, None] - 1, column_PT, -1)
     stacked = not isinstance(weights.prefill["layers"], tuple)
@@ -329,14 +334,15 @@ def prefill(spec: Spec, weights: Weights, tokens_PT, length_P):
 
 
 def part_sharding(spec: Spec):
-    """Return the sharding of prompts while they are computed."""
+    """Return the sharding of prompts during prefill."""
     stack = (None,) * (not spec.model.config.scan_layers)
     return jax.NamedSharding(spec.mesh, jax.P(*stack, *sharding.ROWS, "tensor"))
 
 
 def feed(spec: Spec, params, tokens_BF, position_BF, cache, width: int, prefix=None):
-    """Write the keys and values of tokens into a cache, `width` positions at a time, up
-    to the last that is not negative.
+    """Write the keys and values of tokens into a cache, `width` positions at a time.
+
+    It stops after the last position that is not negative in any row.
     """
     pad = ((0, 0), (0, -tokens_BF.shape[1] % width))
     tokens_BF, position_BF = jnp.pad(tokens_BF, pad), jnp.pad(position_BF, pad, constant_values=-1)
@@ -350,10 +356,10 @@ def feed(spec: Spec, params, tokens_BF, position_BF, cache, width: int, prefix=N
 
 
 def prefix_of(spec: Spec, slots: Slots, read_S):
-    """The prompts that the slots `read_S` continue, for `model.apply`.
+    """Return the prompts that the slots `read_S` continue, for `model.apply`.
 
-    A slot that has stopped still names its prompt: counted among its
-    `MAX_SLOTS_PER_PROMPT`, it would push out one that runs.
+    A stopped slot still names its prompt row. It must not count among the
+    `MAX_SLOTS_PER_PROMPT` of that row, or it would displace a running slot.
     """
     if slots.prompts is None:
         return None
@@ -362,8 +368,9 @@ def prefix_of(spec: Spec, slots: Slots, read_S):
 
 
 def decode(spec: Spec, weights: Weights, slots: Slots, temperature, filter: Filter = ALL) -> Slots:
-    """Decode until `chunk_tokens` steps are done or no slot runs. The cache must have a
-    column for every one of them.
+    """Decode until `chunk_tokens` steps are done or no slot runs.
+
+    The cache must have room for all of these tokens.
     """
 
     def goes_on(carry):
@@ -375,7 +382,8 @@ def decode(spec: Spec, weights: Weights, slots: Slots, temperature, filter: Filt
         return step + 1, decode_one(spec, weights.decode, slots, prefix, u_CS2[step], temperature, filter)
 
     prefix = prefix_of(spec, slots, slots.stop_S == RUNNING)  # the same for all steps
-    # All at once: a slot that runs comes one position further with each step.
+    # Make the uniforms of all steps at once: a running slot advances one position per
+    # step.
     step_C1 = jnp.arange(spec.chunk_tokens)[:, None]
     u_CS2 = jax.vmap(uniforms, in_axes=(None, 0))(slots.key_S, slots.length_S + step_C1)
     return jax.lax.while_loop(goes_on, advance, (0, slots))[1]
@@ -415,11 +423,11 @@ def decode_one(spec: Spec, params, slots: Slots, prefix, u_S2, temperature, filt
 
 
 def append_tokens(spec: Spec, weights: Weights, slots: Slots, start_S, tokens_ST, count_S, limit_S) -> Slots:
-    """Append `count_S[s]` of `tokens_ST[s]` at length `start_S[s]`, if not negative,
-    and let the slot run to a new limit.
+    """Append `count_S[s]` tokens of `tokens_ST[s]` at length `start_S[s]`.
 
-    A slot that is longer than `start_S[s]` is cut back to it; tokens past the limit are
-    dropped.
+    The slot then runs to `limit_S[s]`. A negative `start_S[s]` leaves the slot
+    unchanged. A slot longer than `start_S[s]` is cut back to it; tokens past the limit
+    are dropped.
     """
     T = spec.length
     forced_S = start_S >= 0
@@ -429,7 +437,7 @@ def append_tokens(spec: Spec, weights: Weights, slots: Slots, start_S, tokens_ST
     new_ST = (column_T >= start_S[:, None]) & (column_T < end_S[:, None])
     shifted_ST = jnp.take_along_axis(tokens_ST, jnp.maximum(column_T - start_S[:, None], 0), axis=1)
     tokens_ST = jnp.where(new_ST, shifted_ST, slots.tokens_ST)
-    # To keep the invariant: feed the slot's last token and all but the last forced one.
+    # Keep the invariant: feed the slot's last token and all forced tokens but the last.
     fed_SF = start_S[:, None] - 1 + column_T
     position_SF = jnp.where(fed_SF < end_S[:, None] - 1, fed_SF, -1)
     token_SF = jnp.take_along_axis(tokens_ST, jnp.clip(fed_SF, 0, T - 1), axis=1)
@@ -456,7 +464,7 @@ def append_tokens(spec: Spec, weights: Weights, slots: Slots, start_S, tokens_ST
 
 
 class Moves(NamedTuple):
-    """The jitted parts of `copy_prompts`, `start_rollouts`, `stop_slots`, `resize` and
+    """Jitted parts of `copy_prompts`, `start_rollouts`, `stop_slots`, `resize`,
     `compact`.
     """
 
@@ -481,17 +489,19 @@ def compile_moves(spec: Spec) -> Moves:
 
 
 def copy_prompts(moves: Moves, slots: Slots, prefilled, own_S, prompt_R) -> Slots:
-    """Copy row `own_S[s]` of what was prefilled to the own columns of slot s, and row
-    `prompt_R[r]` to row r of the prompts.
+    """Copy prefilled prompts to slots and prompt rows.
 
-    Negative: nothing.
+    Row `own_S[s]` of `prefilled` goes to the own cache of slot s, and row `prompt_R[r]`
+    to prompt row r. A negative index copies nothing.
     """
     fits = slots.prompts is None or kv.columns_of(prefilled) <= kv.columns_of(slots.prompts)
     assert fits, "a row of prompts must hold the longest"
 
     def put(cache, from_B):
-        """All rows are given, those that are copied first, and their number: one
-        program, whatever they are.
+        """Copy rows of `prefilled` into a cache.
+
+        All rows are passed, the copied ones first, with their number, so that one
+        program serves any choice of rows.
         """
         placed_B = from_B >= 0
         to_B = np.argsort(~placed_B, kind="stable")
@@ -503,11 +513,11 @@ def copy_prompts(moves: Moves, slots: Slots, prefilled, own_S, prompt_R) -> Slot
 
 
 def start_rollouts(moves: Moves, slots: Slots, start_S, tokens_ST, length_S, limit_S, key_S, prompt_S, prompt_tokens_R) -> Slots:
-    """Start an attempt in each slot of `start_S`, at the prompt `tokens_ST[s]`, of
-    which all tokens but the last are placed.
+    """Start an attempt in each slot of `start_S`, with the prompt `tokens_ST[s]`.
 
-    Slot s continues row `prompt_S[s]` of the prompts, if it is not negative.
-    `prompt_tokens_R` are those of all rows.
+    The keys and values of all its tokens but the last must be in place. Slot s
+    continues prompt row `prompt_S[s]`, if that is not negative. `prompt_tokens_R` has
+    the lengths of all prompt rows.
     """
     bare, cache, prompts = bare_of(slots)
     begun = (start_S, tokens_ST, length_S, limit_S, key_S, prompt_S, prompt_tokens_R)
@@ -538,14 +548,14 @@ def stop_slots(moves: Moves, slots: Slots, halted_S) -> Slots:
 
 
 def resize(moves: Moves, slots: Slots, columns: int) -> Slots:
-    """Give the cache another number of columns; no running slot may be longer."""
+    """Give the cache another length; no running slot may need more."""
     if kv.columns_of(slots.cache) == columns:
         return slots
     return dataclasses.replace(slots, cache=kv.by_layer(lambda layer, _: moves.resize_layer(layer, columns), slots.cache))
 
 
 def compact(moves: Moves, slots: Slots, row_R) -> Slots:
-    """Keep the slots `row_R`, one of the sizes in number, in this order."""
+    """Keep the slots `row_R`, in this order; their number must be one of the sizes."""
     bare, cache, prompts = bare_of(slots)
     cache = kv.by_layer(lambda layer, _: moves.take_layer(layer, row_R), cache)
     return with_caches(moves.take_bare(bare, row_R), cache, prompts)
@@ -557,7 +567,7 @@ def take_bare(bare: Slots, row_R) -> Slots:
 
 
 def bare_of(slots: Slots) -> tuple[Slots, Any, Any]:
-    """Slots without their caches, and these: a move of the rest need not move them."""
+    """Separate slots from their caches, so that moving slots need not move caches."""
     return dataclasses.replace(slots, cache=None, prompts=None), slots.cache, slots.prompts
 
 

@@ -1,9 +1,9 @@
-"""Placement of arrays: a mesh of named axes, a short table of rules from parameter path
-to axes, and shardings of any tree.
+"""Placement of arrays: a mesh of named axes, rules from parameter path to axes, and the
+shardings of any tree.
 
-Rows of a batch and slots of the sampler are split over `data` and `fsdp`; params and
-optimizer state over `fsdp`, and their heads, feed-forward and vocabulary over `tensor`.
-Mesh and shardings are arguments everywhere: no global mesh.
+Rows of a batch and slots of the sampler are split over `data` and `fsdp`. Params and
+optimizer state are split over `fsdp`; their heads, feed-forward and vocabulary axes
+over `tensor`. Mesh and shardings are arguments everywhere; there is no global mesh.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxreason.options import call_with_section
 
-# First match wins; matched against the path of a leaf, so optimizer moments follow
-# their parameter. One entry an axis.
+# The first pattern that matches the path of a leaf wins, so optimizer moments follow
+# their parameter. A spec has one entry per axis.
 RULES = (
     (r"embed/embedding", P("tensor", "fsdp")),  # V D
     (r"attention/[qkv]/kernel", P(None, "fsdp", "tensor", None)),  # L D N H
@@ -40,15 +40,15 @@ ROWS = P(("data", "fsdp"))
 
 def make_mesh(
     *,
-    data: int = -1,  # devices that hold all params, each with rows of its own; -1: all that are left
-    fsdp: int = 1,  # devices that share the params, each with rows of its own
-    tensor: int = 1,  # devices that share heads and vocabulary
+    data: int = -1,  # replicas of the params, each with its own rows; -1: all devices that are left
+    fsdp: int = 1,  # devices that split the params, each with its own rows
+    tensor: int = 1,  # devices that split heads, feed-forward and vocabulary
     devices=None,
 ) -> Mesh:
     """Make a mesh; one axis may be -1, for all devices that are left.
 
     Raises:
-      ValueError: the axes do not multiply to a number of devices that is there.
+      ValueError: the sizes do not fit the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -59,15 +59,16 @@ def make_mesh(
         raise ValueError(f"mesh got {sizes}, which needs a multiple of {known} devices; there are {len(devices)}")
     sizes = {axis: len(devices) // known if n == -1 else n for axis, n in sizes.items()}
     shape = tuple(sizes.values())
-    # An axis that is not made of whole axes of the torus is laid along parts of them,
-    # which jax.make_mesh does on a v5e alone.
+    # A mesh axis may be part of an axis of the torus, which jax.make_mesh allows only
+    # on a v5e.
     laid = mesh_utils.create_device_mesh(shape, devices[: math.prod(shape)], allow_split_physical_axes=True)
     return Mesh(laid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 class Meshes(NamedTuple):
-    """The learner's mesh over all processes, and this process's mesh for sampling: the
-    same devices where possible.
+    """The learner's mesh over all processes, and this process's mesh for sampling.
+
+    Both have the same devices if possible.
     """
 
     learn: Mesh
@@ -75,19 +76,18 @@ class Meshes(NamedTuple):
 
 
 def make_meshes(
-    mesh: dict,  # axes of the learner's mesh
+    mesh: dict,  # sizes of the axes of the learner's mesh
     *,
     devices,
     process: int,
-    sampling_devices: int = 0,  # of each process, for sampling alone; 0: it samples where it learns
-    sampling_tensor: int | None = None,  # of them share heads and vocabulary; None: as many as in the learner's mesh
+    sampling_devices: int = 0,  # devices per process that only sample; 0: sample on the learner's devices
+    sampling_tensor: int | None = None,  # sampling devices that split heads and vocabulary; None: as in the learner's mesh
 ) -> Meshes:
-    """Make the mesh of the learner, of these axes, on the devices of all processes, and
-    that on which `process` samples.
+    """Make the learner's mesh over all processes, and the sampling mesh of `process`.
 
-    Each process keeps the last `sampling_devices` of its own for sampling alone; with 0
-    it samples on those that it learns on. `sampling_tensor` of them share heads and
-    vocabulary; None: as many as in the learner's mesh.
+    Each process keeps its last `sampling_devices` devices only for sampling; with 0 it
+    samples on its learner devices. The sampling mesh has `sampling_tensor` devices
+    along `tensor`; None means as many as in the learner's mesh.
 
     Raises:
       ValueError: numbers of devices that do not fit.
@@ -119,21 +119,21 @@ def make_meshes(
 
 
 def name_of(path) -> str:
-    """The name of a leaf: layers/attention/q/kernel."""
+    """Return the name of a leaf, such as layers/attention/q/kernel."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
 def rule(name: str) -> P:
-    """The axes of a leaf, by the first of `RULES` that matches its name."""
+    """Return the axes of a leaf, from the first of `RULES` that matches its name."""
     return next(spec for pattern, spec in RULES if re.search(pattern, name))
 
 
 def shardings(tree, mesh: Mesh):
     """Give each leaf of a tree of params or optimizer state its sharding, by `RULES`.
 
-    A vocabulary that does not divide over `tensor` stays whole; sizes of vocabularies
-    are nobody's choice. So does optimizer state of another rank than its parameter,
-    such as factored moments, which are small.
+    A vocabulary that does not divide over `tensor` stays whole, because nobody chooses
+    the size of a vocabulary. Optimizer state of another rank than its parameter also
+    stays whole; such state, like factored moments, is small.
 
     Raises:
       ValueError: another axis of a leaf does not divide by its mesh axis.
@@ -159,12 +159,13 @@ def shardings(tree, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
-# --- inside a program: where the compiler alone would choose badly ---
+# --- inside a program: constraints where the compiler would choose badly ---
 
 
 def keep_rows(x, mesh: Mesh | None):
-    """Keep activations split by their rows, which must divide; the rest of them is
-    whole on each device.
+    """Keep activations split by rows, with all other axes whole on each device.
+
+    Without a mesh, or if the rows do not divide, leave them as they are.
     """
     if mesh is None or x.shape[0] % row_devices(mesh):
         return x
@@ -172,11 +173,11 @@ def keep_rows(x, mesh: Mesh | None):
 
 
 def gather_weights(tree, mesh: Mesh | None, prefix: str, *, layer: bool = False):
-    """Make params whole over `fsdp` where they are used; their gradients are split
-    again. `layer`: one layer of the stack.
+    """Gather params over `fsdp` where they are used; their gradients are split again.
 
-    Left to itself the compiler multiplies parts of weights and adds up activations over
-    the devices, which sends six times as many bytes (jaxreason/plan/README.md).
+    `layer`: the tree is one layer of the stack. Without this the compiler multiplies
+    parts of weights and sums activations over the devices, which sends six times as
+    many bytes (jaxreason/plan/README.md).
     """
     if mesh is None or mesh.shape["fsdp"] == 1:
         return tree
@@ -193,7 +194,7 @@ def gather_weights(tree, mesh: Mesh | None, prefix: str, *, layer: bool = False)
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
-GATHERED = "gathered"  # what is not kept for the backward pass, where it is gathered again
+GATHERED = "gathered"  # checkpoint name of arrays that the backward pass gathers again
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -213,8 +214,9 @@ gather.defvjp(gather_forward, gather_backward)
 
 
 def gathered(tree, mesh: Mesh):
-    """Give each leaf of a tree of params its sharding for sampling: as `shardings`, but
-    whole over `fsdp`.
+    """Give each leaf of a tree of params its sharding for sampling.
+
+    It is that of `shardings`, but whole over `fsdp`.
     """
 
     def without(sharding):
@@ -224,14 +226,15 @@ def gathered(tree, mesh: Mesh):
 
 
 def send(params, mesh: Mesh):
-    """Lay params out for sampling on `mesh`, which may be of other devices than they
-    are on, and of this process alone.
+    """Lay params out for sampling on `mesh`.
+
+    The mesh may have other devices than the params, and belongs to this process alone.
     """
     wanted = gathered(params, mesh)
     if jax.process_count() == 1:
         return jax.device_put(params, wanted)
-    # A process can only read what its own devices hold: so first all gather the params
-    # together, all of them on each process.
+    # A process can read only its own devices, so all processes first gather the params
+    # together, until each has all of them.
     home = jax.tree.leaves(params)[0].sharding.mesh
     turned = within_processes(home, mesh.shape["tensor"])
     whole = NamedSharding(home, P()) if turned is None else gathered(params, turned)
@@ -239,11 +242,10 @@ def send(params, mesh: Mesh):
 
 
 def within_processes(mesh: Mesh, tensor: int) -> Mesh | None:
-    """The devices of a mesh as each process has them to sample on, `tensor` of them
-    together; None if they do not divide.
+    """Rearrange a mesh so that `tensor` devices of one process are neighbours.
 
-    jax lays a mesh along the wires: on a v5e:4x8, whose hosts have 2 x 2 chips, four
-    along `tensor` belong to two hosts.
+    Return None if they do not divide. jax places a mesh along the interconnect: on a
+    v5e:4x8, whose hosts have 2 x 2 chips, four along `tensor` belong to two hosts.
     """
     of_process = collections.defaultdict(list)
     for device in mesh.devices.flat:
@@ -255,8 +257,9 @@ def within_processes(mesh: Mesh, tensor: int) -> Mesh | None:
 
 
 def localise(x: jax.Array, wanted: NamedSharding) -> jax.Array:
-    """Make an array of this process's devices from the parts of `x` that they hold,
-    each of them one that is wanted, or all.
+    """Make an array on this process's devices from the shards of `x` that they hold.
+
+    Each shard is either a wanted one or the whole array.
     """
     held = {tuple(s.indices(n) for s, n in zip(shard.index, x.shape)): shard.data for shard in x.addressable_shards}
     parts = []
@@ -269,25 +272,24 @@ def localise(x: jax.Array, wanted: NamedSharding) -> jax.Array:
 
 
 def keep_in(tree, memory: str):
-    """Put arrays into another memory of the devices that they are on: "device", or
-    "pinned_host", that of the host.
-    """
+    """Move arrays to a memory kind of their devices: "device" or "pinned_host"."""
     return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(memory), tree))
 
 
 def rows(mesh: Mesh) -> NamedSharding:
-    """The sharding of axis 0 of batches and slots."""
+    """Return the sharding of axis 0 of batches and slots."""
     return NamedSharding(mesh, ROWS)
 
 
 def row_devices(mesh: Mesh) -> int:
-    """Over how many devices rows are split."""
+    """Return the number of devices that rows are split over."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def put_rows(tree, mesh: Mesh):
-    """Make arrays that are split by rows from whole ones, which every process has; its
-    devices take their rows.
+    """Make arrays split by rows from whole ones.
+
+    Every process has the whole arrays, and its devices take their rows.
     """
     sharding = rows(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda index: x[index]), tree)

@@ -1,12 +1,12 @@
-"""Sources: where batches come from. A paradigm is a source and an objective.
+"""Sources: streams of batches. A paradigm is a source and an objective.
 
 `Source(init, next, save)`: `init() -> state`; `next(state, params, key) -> (state,
-NextBatch)`; `save(state)` is what of a state goes into the checkpoint, as JSON has it,
-and `next` goes on from that as well. The key stands for (seed, phase): a source given
-the same state, params and key draws the same batch. Every process draws the same, whole
-batch; what costs, they share out.
+NextBatch)`; `save(state)` is the part of a state that the checkpoint stores, as JSON,
+and `next` also accepts a saved state. The key is derived from (seed, phase): equal
+state, params and key give an equal batch. Every process draws the same, whole batch;
+the processes divide expensive work among them.
 
-    corpus           windows of a token stream          the old paradigm
+    corpus           windows of a token stream          pretraining
     demonstrations   worked solutions                   imitation
     rollouts         its own verified attempts          reinforcement learning
 """
@@ -36,7 +36,7 @@ from jaxreason.types import Batch, Group, Prompted, Rollout, Task, Verdict
 
 
 class NextBatch(NamedTuple):
-    """A batch of numpy arrays and what is to be said of it."""
+    """A batch of numpy arrays with its metrics and rollouts."""
 
     batch: Batch
     metrics: dict  # name -> (sum, count)
@@ -44,18 +44,19 @@ class NextBatch(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A stream of batches."""
+    """Stream of batches."""
 
     init: Callable[[], dict]
     next: Callable[..., tuple[dict, NextBatch]]
-    rows: int  # of every batch it draws
-    samples: bool = False  # it draws from the params it is given
+    rows: int  # rows per batch
+    samples: bool = False  # whether it samples from the params that it is given
     save: Callable[[dict], dict] = dict
 
 
 def corpus(batches: Sequence, objective: Objective, *, rows: int) -> Source:
-    """Draw windows of a token stream: `batches[i]`, for any i, is an int array of shape
-    [rows, T].
+    """Draw windows of a token stream.
+
+    `batches[i]`, for any i, is an int array of shape [rows, T].
     """
 
     def next(state, params, key):
@@ -76,8 +77,9 @@ def demonstrations(
     pack: bool = False,
     microbatches: int = 1,
 ) -> Source:
-    """Draw worked solutions in the order of `tasks`, an endless random-access sequence;
-    `encode` gives (ids, trainable).
+    """Draw worked solutions in the order of `tasks`, an endless random-access sequence.
+
+    `encode` returns (ids, trainable).
     """
 
     def next(state, params, key):
@@ -101,9 +103,9 @@ REWARDS = ("verdict", "random")
 
 
 class SampledGroups(NamedTuple):
-    """The groups that were sampled for a batch."""
+    """Groups that were sampled for a batch."""
 
-    start: int  # position of their first problem
+    start: int  # position of the first problem
     groups: list[Group]
     spent: SamplingStats
 
@@ -119,19 +121,21 @@ class Sampling(NamedTuple):
     tasks: Sequence[Prompted]
     environment: Environment
     completer: Completer
-    problems: int  # in a batch
-    group: int  # attempts at each
+    problems: int  # problems per batch
+    group: int  # attempts per problem
     temperature: float
     reward: str  # one of `REWARDS`
 
 
 class Draw(NamedTuple):
-    """Two parts of sampling a batch's groups: threads must not exchange anything with
-    other processes, so `collect` may run in one and `finish` may not.
+    """The two parts of sampling a batch's groups.
+
+    Threads must not communicate with other processes, so `collect` may run in a thread
+    and `finish` may not.
     """
 
-    collect: Callable[..., LocalGroups]  # (wanted, weights, key): this process's part; may run in a thread
-    finish: Callable[..., SampledGroups]  # (local, wanted, weights, key): all processes call it
+    collect: Callable[..., LocalGroups]  # (wanted, weights, key): samples this process's groups; may run in a thread
+    finish: Callable[..., SampledGroups]  # (local, wanted, weights, key): gathers the groups; all processes call it
 
 
 def rollouts(
@@ -153,20 +157,19 @@ def rollouts(
     steps: int | None = None,
     dynamic_sampling: int = 1,
 ) -> Source:
-    """Sample `group` attempts at each of `problems` tasks per batch and judge them; the
-    processes divide the problems.
+    """Sample and judge `group` attempts at each of `problems` tasks per batch.
 
-    A step's state is the position of its first problem. `lag`, `background` and `steps`
-    are those of `with_lag`, `dynamic_sampling` is `most` of `with_dynamic_sampling`. In
-    the batch `rollouts_per_prompt` attempts at a problem follow one copy of its prompt
-    (see `batching.from_groups`).
+    The processes divide the problems. The state is the position of the next problem.
+    `lag`, `background` and `steps` are those of `with_lag`; `dynamic_sampling` is
+    `most` of `with_dynamic_sampling`. In the batch `rollouts_per_prompt` attempts at a
+    problem follow one copy of its prompt (see `batching.from_groups`).
 
-    `reward="random"` is the control: each attempt earns 1 with the batch's own share of
-    right answers, whatever it says.
+    `reward="random"` is the control: the rewards are shuffled over all attempts that
+    were sampled together (see `shuffle_rewards`).
 
     Raises:
-      ValueError: an unknown reward, a negative lag, dynamic sampling below 1 or for an
-        objective that compares no attempts.
+      ValueError: an unknown reward, a negative lag, or dynamic sampling that is below 1
+        or for an objective that does not compare attempts.
     """
     if reward not in REWARDS:
         raise ValueError(unknown_name_message("reward", reward, REWARDS))
@@ -181,7 +184,7 @@ def rollouts(
     draw = with_dynamic_sampling(one_round(sampling), sampling, dynamic_sampling)
 
     def drawn(sampled: SampledGroups) -> NextBatch:
-        """Make the batch of what was sampled, and what is to be said of it."""
+        """Make the batch and the metrics of sampled groups."""
         learned = most_mixed(sampled.groups, problems)
         batch = batching.from_groups(
             learned,
@@ -214,7 +217,7 @@ def rollouts(
 
 
 def one_round(sampling: Sampling) -> Draw:
-    """Sample the wanted groups and no more."""
+    """Make a `Draw` that samples only the wanted groups."""
 
     def collect(wanted, weights, key):
         how = {"key": key, "temperature": sampling.temperature}
@@ -229,26 +232,25 @@ def one_round(sampling: Sampling) -> Draw:
 
 
 def wanted_groups(sampling: Sampling, start: int, count: int) -> list[list[Request]]:
-    """The attempts at `count` problems from a position on."""
+    """Return the requests for `count` problems from a position on."""
     tasks = [sampling.tasks[start + p] for p in range(count)]
     return [[Request(t.task, start + p, g, t.prompt) for g in range(sampling.group)] for p, t in enumerate(tasks)]
 
 
 def key_of(sampling: Sampling, start: int, key):
-    """The random key of the batch whose problems start at a position."""
+    """Return the random key of the batch whose problems start at a position."""
     return jax.random.fold_in(key, start // sampling.problems + 1)
 
 
 def with_dynamic_sampling(draw: Draw, sampling: Sampling, most: int) -> Draw:
-    """Draw further problems until enough have mixed rewards, or `most` times as many
-    were drawn.
+    """Draw further problems until enough have mixed rewards, or `most` times as many.
 
     Attempts at a problem that all earn the same teach nothing to an objective that
     compares them (Yu et al. 2025, arXiv 2503.14476, sec. 3.2). The batch has the first
-    problems with mixed rewards, and if they are too few, the first others (see
-    `most_mixed`). How many problems a step draws decides where the next one begins, and
-    that is all the state. Further rounds are part of `finish`: whether another is
-    needed depends on what all processes have.
+    problems with mixed rewards and, if they are too few, the first other ones (see
+    `most_mixed`). The number of problems drawn decides where the next step begins; that
+    position is the whole state. Further rounds are part of `finish`, because the need
+    for another round depends on the groups of all processes.
     """
 
     def finish(local, wanted, weights, key):
@@ -264,8 +266,9 @@ def with_dynamic_sampling(draw: Draw, sampling: Sampling, most: int) -> Draw:
 
 
 def missing(groups: Sequence[Group], problems: int, most: int) -> int:
-    """Estimate how many further problems to draw at the rate so far, at most a batch at
-    a time.
+    """Estimate how many further problems to draw, at most a batch at a time.
+
+    The estimate assumes the rate of mixed rewards so far.
     """
     drawn, mixed = len(groups), sum(map(has_mixed_rewards, groups))
     wanted = math.ceil((problems - mixed) * drawn / max(mixed, 1))
@@ -273,22 +276,23 @@ def missing(groups: Sequence[Group], problems: int, most: int) -> int:
 
 
 def most_mixed(groups: Sequence[Group], problems: int) -> list[Group]:
-    """The first groups with mixed rewards, then the first others: as many as a batch
-    has, in their order.
+    """Choose `problems` groups: the first with mixed rewards, then the first others.
+
+    They keep their order.
     """
     mixed_first = sorted(range(len(groups)), key=lambda p: not has_mixed_rewards(groups[p]))
     return [groups[p] for p in sorted(mixed_first[:problems])]
 
 
 def begin(draw: Draw, submit: Callable, wanted: list[list[Request]], weights, key) -> Callable[[], SampledGroups]:
-    """Begin to sample a batch by `submit`, as of an executor; the function returned
-    waits for all of it.
+    """Begin to sample a batch with `submit`, such as that of an executor.
+
+    Return a function that waits for the sampled groups.
     """
     if submit is at_once or jax.process_count() == 1:
         return submit(lambda: draw.finish(draw.collect(wanted, weights, key), wanted, weights, key)).result
     local, held = submit(draw.collect, wanted, weights, key), [weights]
-    # The weights are released as soon as they have served: those of the next batch need
-    # the room.
+    # Release the weights as soon as possible: those of the next batch need the memory.
     return functools.cache(lambda: draw.finish(local.result(), wanted, held.pop(), key))
 
 
@@ -302,13 +306,13 @@ def with_lag(
     background: bool = False,
     steps: int | None = None,
 ) -> Source:
-    """Sample a source's batches with the params of `lag` updates ago; the first ones of
-    a phase with its first params.
+    """Sample a source's batches with the params of `lag` updates ago.
 
-    In the `background`, which needs devices of the sampler's own, the batch of the next
-    step is sampled while the learner makes an update. There each of several processes
-    does only the first round: see `Draw`. Nothing is sampled for a step after the last
-    of `steps`. The batches that were sampled ahead are part of the state.
+    The first batches of a phase use its first params. With `background`, which needs
+    devices of its own for the sampler, the batch of the next step is sampled while the
+    learner makes an update. With several processes only the first round of a batch runs
+    in the background: see `Draw`. Nothing is sampled for steps after the last of
+    `steps`. The state includes the batches that were sampled ahead.
     """
     submit = ThreadPoolExecutor(1, "sampling").submit if background else at_once
 
@@ -320,8 +324,8 @@ def with_lag(
         ahead = [saved(batch) if isinstance(batch, dict) else batch for batch in state.get("ahead", ())]
         begun, weights = state.get("begun", 0), None
         while len(ahead) <= lag and (not ahead or steps is None or begun < steps):
-            # Where a batch begins is known when the one before it has ended; then
-            # nothing runs on the sampler's devices, either.
+            # A batch's first position is known when the batch before it is sampled, so
+            # this waits until the sampler's devices are idle.
             start = ahead[-1]().end if ahead else state["position"]
             weights = sampling.completer.sampler.prepare(params) if weights is None else weights
             wanted = wanted_groups(sampling, start, sampling.problems)
@@ -337,24 +341,25 @@ def with_lag(
 
 
 def has_mixed_rewards(group: Group) -> bool:
-    """Whether a group's attempts earned different rewards."""
+    """Tell whether the attempts of a group earned different rewards."""
     return np.ptp([r.verdict.reward for r in group.attempts]) >= EQUAL_REWARDS
 
 
 def at_once(function: Callable, *args, **kwargs) -> Future:
-    """Call a function now; return its result as an executor would."""
+    """Call a function now; return its result in a future, as an executor would."""
     future: Future = Future()
     future.set_result(function(*args, **kwargs))
     return future
 
 
-# What rollouts have for each token, and its dtype.
+# Per-token fields of a rollout, and their dtypes.
 PER_TOKEN = {"tokens": np.int32, "logp": np.float32, "sampled": np.bool_, "logp_temperature_1": np.float32}
 
 
 def pack_groups(sampled: SampledGroups) -> dict:
-    """Groups as JSON has them, bit for bit, without the parts that their requests have:
-    arrays as base64 of all their bytes.
+    """Convert groups to JSON values, bit for bit; arrays become base64 of their bytes.
+
+    Parts that the requests have are left out.
     """
     rollouts = [r for group in sampled.groups for r in group.attempts]
 
@@ -377,7 +382,7 @@ def pack_groups(sampled: SampledGroups) -> dict:
 
 
 def unpack(packed: dict, wanted: Sequence[Sequence[Request]]) -> SampledGroups:
-    """Restore groups that `pack_groups` packed."""
+    """Restore the groups that `pack_groups` packed."""
     lengths = packed["lengths"]
     ends = np.cumsum(lengths)[:-1]
     arrays = {
@@ -406,8 +411,9 @@ def unpack(packed: dict, wanted: Sequence[Sequence[Request]]) -> SampledGroups:
 
 
 def shuffle_rewards(groups: Sequence[Group], key) -> list[Group]:
-    """Deal the rewards of all groups out anew at random: as many attempts are paid, but
-    for nothing.
+    """Shuffle the rewards over the attempts of all groups.
+
+    As many attempts are rewarded as before, but at random.
     """
     reward_R = [r.verdict.reward for group in groups for r in group.attempts]
     order = np.asarray(jax.random.permutation(jax.random.fold_in(key, 2**32 - 1), len(reward_R)))
@@ -420,7 +426,7 @@ def shuffle_rewards(groups: Sequence[Group], key) -> list[Group]:
 
 
 def measure(groups: Sequence[Group]) -> dict:
-    """Measure groups, as (sum, count) pairs."""
+    """Measure groups; return (sum, count) pairs."""
     rollouts = [r for group in groups for r in group.attempts]
     R, P = float(len(rollouts)), float(len(groups))
     return {

@@ -1,10 +1,9 @@
-"""THE loop: draw a batch, make a train step, log; evaluate and save where it is due.
+"""The training loop: draw a batch, make a train step, log; evaluate and save when due.
 
-A recipe is a list of phases, each one `Source x Objective x steps`; params flow from
-one to the next, and the reference policy of a phase, if its objective wants one, is the
-params at its start. A run is a folder; started again on it, it continues from its
-newest whole checkpoint (`runtime.resume`) and ends as if it had not been stopped, bit
-for bit. All that is written down is `runtime.journal`.
+A recipe is a list of phases, each one `Source x Objective x steps`. Each phase starts
+from the params of the one before; its reference policy, if any, is the params at its
+start. A run is a folder: started again, it continues bit for bit from its newest
+complete checkpoint (`runtime.resume`). `runtime.journal` writes all records.
 """
 
 from __future__ import annotations
@@ -42,41 +41,41 @@ class Phase(NamedTuple):
     source: Source
     objective: Objective
     optimizer: optax.GradientTransformation
-    steps: int  # batches drawn
+    steps: int  # batches to draw
     microbatches: int = 1
     updates_per_batch: int = 1
-    evaluate_every: int = 0  # steps; 0: at the end of the phase only
-    log_every: int = 1  # steps that a line of metrics sums up
-    offload_reference: bool = False  # keep it in the host's memory; on the devices only while it is used
-    max_skipped: int = 5  # batches in a row without a finite gradient, after which the run stops
+    evaluate_every: int = 0  # steps between evaluations; 0: only at the end of the phase
+    log_every: int = 1  # steps per line of metrics
+    offload_reference: bool = False  # keep the reference params in host memory while they are not used
+    max_skipped: int = 5  # stop the run after this many consecutive batches without a finite update
 
 
 class Run(NamedTuple):
-    """All that the loop needs, made by `build`."""
+    """Everything that the loop needs, made by `build`."""
 
     model: Model
     init: Callable[[], Any]  # () -> params, on the mesh
     phases: Sequence[Phase]
     evaluate: Callable[..., Result]  # (params, phase, step, final)
-    warm_up: Callable[[Any], None] | None  # (params): compile the sampler, if anything samples
+    warm_up: Callable[[Any], None] | None  # (params) -> None, compiles the sampler; None: nothing samples
     mesh: jax.sharding.Mesh
     seed: int
     decode: Callable[[Any], str]  # token ids -> text, to show prompts
-    description: dict  # goes into the summary: the config, the number of parameters
-    provenance: Mapping[str, Any]  # goes into the checkpoints: config, versions, git revision
-    sample_devices: int = 1  # of all processes
-    watts: float | None = None  # of a device, for the ledger
-    rollouts_kept: int = 64  # of each step, in rollouts.jsonl
+    description: dict  # for the summary: config and number of parameters
+    provenance: Mapping[str, Any]  # for the checkpoints: config, versions, git revision
+    sample_devices: int = 1  # sampling devices of all processes
+    watts: float | None = None  # watts per device, for the ledger
+    rollouts_kept: int = 64  # rollouts written to rollouts.jsonl per step, at most
     log_options: Mapping[str, Any] = {}  # for `runtime.log.open_log`
     open_checkpoints: Callable[..., Checkpoints] | None = None  # (folder)
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved what it needs to continue."""
+    """The run was asked to stop, and has saved a checkpoint to continue from."""
 
 
 class Interrupted(Stopped):
-    """The same, by somebody at the keyboard."""
+    """The same, from the keyboard."""
 
 
 def train(
@@ -92,15 +91,15 @@ def train(
 ) -> dict:
     """Train all phases in `workdir`, from its newest checkpoint if there is one.
 
-    `stop` is asked after every step; "stopped" or "interrupted" ends the run, as does
-    the end of the phase `stop_after`, if another follows.
+    `stop` is called after every step; if it returns "stopped" or "interrupted" the run
+    ends. The run also ends after the phase `stop_after`, if another follows.
     `check_stays` is called before anything is written, and raises if the folder was
-    moved or removed. `say` is used before the log is open. Return the summary.
+    moved or removed. `say` prints messages before the log is open. Return the summary.
 
     Raises:
-      Stopped, Interrupted: `stop` said so; a checkpoint of the last step is there.
+      Stopped, Interrupted: `stop` asked for it; the last step has a checkpoint.
       Diverged: gradients were not finite for too long.
-      NotResumable: the checkpoints do not fit the run, or none of them is whole.
+      NotResumable: the checkpoints do not fit the run, or none of them is complete.
       VerifierFailed: a verifier fails all the time; see `verifier_error.txt`.
       Unwritable: a file or the last checkpoint can't be written.
     """
@@ -123,7 +122,7 @@ def train(
 
 
 def train_phase(run: Run, index: int, params, journal: Journal, found: Found | None, stop: Callable[[], str]):
-    """Train one phase, from `params` (donated) or where it was found; return them."""
+    """Train one phase from `params` (donated) or its checkpoint; return the params."""
     phase, key = run.phases[index], jax.random.fold_in(jax.random.key(run.seed), index)
     state, reference, source_state, start = begin_phase(run, phase, params, found)
     if found is not None:
@@ -136,7 +135,7 @@ def train_phase(run: Run, index: int, params, journal: Journal, found: Found | N
         journal.begin_step()
         source_state, drawn = phase.source.next(source_state, state.params, key)
         if phase.source.samples:
-            memory.trim()  # the sampler's weights and caches are gone
+            memory.trim()  # the sampler's weights and caches are freed
         journal.drew(drawn, source_state)
         batch = sharding.put_rows(drawn.batch, run.mesh)
         if reference is not None:
@@ -147,7 +146,7 @@ def train_phase(run: Run, index: int, params, journal: Journal, found: Found | N
             state, metrics = step_fn(state, batch)
             learned = m.merge(learned, metrics)
         if phase.source.samples:
-            jax.block_until_ready(state)  # the next draw would wait anyway: so the time is booked where it was spent
+            jax.block_until_ready(state)  # book this time under the update; the next draw would wait anyway
         journal.learned(learned)
 
         last, stopping = step == phase.steps, stop()
@@ -161,9 +160,7 @@ def train_phase(run: Run, index: int, params, journal: Journal, found: Found | N
 
 
 def begin_phase(run: Run, phase: Phase, params, found: Found | None) -> tuple:
-    """Return a phase's state, reference params, source state and the steps it has made,
-    at its start or where it was found.
-    """
+    """Return a phase's state, reference params, source state and steps done."""
     if found is not None:
         state, reference, source_state, start = found.state, found.reference, found.host["source"], found.host["phase_step"]
     else:
@@ -181,7 +178,7 @@ def on_devices(phase: Phase, reference):
 
 
 def first_params(run: Run, journal: Journal):
-    """Make the params of a new run, and evaluate them."""
+    """Make the params of a new run and evaluate them."""
     journal.log.doing("making the params")
     params = run.init()
     journal.warm_up(params)
@@ -190,7 +187,7 @@ def first_params(run: Run, journal: Journal):
 
 
 def end(journal: Journal, stopping: str) -> None:
-    """Raise Stopped or Interrupted once the last checkpoint is on disk."""
+    """Wait until the last checkpoint is on disk, then raise Stopped or Interrupted."""
     journal.wait()
     how = continues(journal.checkpoints)
     if stopping == "interrupted":

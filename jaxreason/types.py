@@ -39,9 +39,9 @@ class Task:
 
     question: str
     answer: str
-    solution: str = ""  # a worked solution, ending in the answer: what imitation trains on
+    solution: str = ""  # worked solution that ends in the answer; imitation trains on it
     id: str = ""  # unique in its data set
-    data: Mapping[str, Any] = field(default_factory=dict)  # what a verifier needs beyond the answer
+    data: Mapping[str, Any] = field(default_factory=dict)  # further inputs of the verifier
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class Rollout:
     problem: int  # position of the task in the stream of its source
     attempt: int  # 0..G-1
     prompt: np.ndarray  # int32 token ids
-    tokens: np.ndarray  # int32 token ids, the end-of-sequence token included where there was one
+    tokens: np.ndarray  # int32 token ids, with the end-of-sequence token if one was sampled
     logp: np.ndarray  # float32, natural log, under the distribution sampled from; 0 for forced tokens
     sampled: np.ndarray  # bool; False for tokens that were forced (tool output)
-    stop: str  # "eos", "limit" or "stop" (one of the completer's stop strings, which is the end of the text)
+    stop: str  # "eos", "limit" or "stop" (the text ends with one of the completer's stop strings)
     text: str  # the completion decoded, without the end-of-sequence token
-    verdict: Verdict | None  # None until it is judged
+    verdict: Verdict | None  # None until the rollout is judged
     temperature: float = 1.0
     logp_temperature_1: np.ndarray | None = None  # float32, like `logp` under the model's own softmax; None unless asked for
 
@@ -101,7 +101,7 @@ class Group:
 
 
 def _registered(cls):
-    """A frozen dataclass that is a pytree of its fields."""
+    """Make a class a frozen dataclass and a pytree of its fields."""
     return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
 
 
@@ -112,14 +112,12 @@ class Batch:
     """
 
     tokens_BT: jax.Array  # int32
-    position_BT: (
-        jax.Array
-    )  # int32, restarts at 0 in each segment; where it falls back in one, a branch begins (`attention.causal`)
+    position_BT: jax.Array  # int32, from 0 in each segment; where it does not rise by 1, a branch begins (`attention.causal`)
     segment_BT: jax.Array  # int32, 0 is padding; attention never crosses a segment
     weight_BT: jax.Array  # float32, 0 where a token is not trained on
     advantage_BT: jax.Array  # float32
     behaviour_logp_BT: jax.Array  # float32, log-prob under the policy that sampled the token
-    temperature_BT: jax.Array  # float32, at which the token was sampled; the learner's log-probs are taken at the same
+    temperature_BT: jax.Array  # float32, sampling temperature of the token; the learner computes its log-prob at the same one
     # int32, the rollout that a token belongs to, numbered from 1 over the whole batch;
     # a rollout never crosses rows. Prompts of rollouts and padding have 0.
     rollout_BT: jax.Array
@@ -128,9 +126,9 @@ class Batch:
 
 @_registered
 class TrainState:
-    """All that a train step changes."""
+    """State that a train step updates."""
 
-    params: Any  # what stands under "frozen" in it, if anything, stays as it is
+    params: Any  # its subtree "frozen", if there is one, is never updated
     opt_state: Any
     step: jax.Array  # int32, updates done in this phase
 
@@ -140,7 +138,7 @@ class Outputs(NamedTuple):
 
     logp_BT: jax.Array  # of token t given the tokens before it, at the batch's temperature; 0 in column 0
     entropy_BT: jax.Array  # of the distribution of token t, nats
-    value_BT: jax.Array | None = None  # of what stands before token t; None without a value head
+    value_BT: jax.Array | None = None  # of the tokens before token t; None without a value head
 
 
 class Evaluation(NamedTuple):

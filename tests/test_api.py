@@ -133,7 +133,7 @@ def test_wrong_calls_are_one_line(policy, checkpoint, tmp_path):
         (lambda p, g: jr.sample(p, ["one"], seed="1"), "sample: seed got '1'"),
         (lambda p, g: jr.sample(p, ["one", 2]), r"prompts=\['one', 2\], n=1; allowed: a list of questions or tasks"),
         (lambda p, g: jr.sample(p, 3), "prompts=3, n=1; allowed: a list of questions or tasks"),
-        (lambda p, g: jr.sample("folder", ["one"]), "sample got policy of type str; allowed: what jr.load returns"),
+        (lambda p, g: jr.sample("folder", ["one"]), "sample got policy of type str; allowed: a policy from jr.load"),
         (lambda p, g: jr.train_step(p, g, lr="1e-3"), r"train_step: lr got '1e-3' \(str\); allowed: float"),
         (lambda p, g: jr.train_step(p, g, lr=float("nan")), "train_step: lr got nan"),
         (lambda p, g: jr.train_step(p, g, lr=1.0, microbatches=1.5), "train_step: microbatches got 1.5"),

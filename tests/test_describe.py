@@ -51,7 +51,7 @@ def test_describe_shows_value_default_type_and_line():
     (heading, *lines) = describe(whole(), "rl.optimizer")
     assert heading == "config.rl.optimizer"
     row = next(line for line in lines if line.split()[0] == "clip_norm")
-    assert " ".join(row.split()) == "clip_norm 1.0 default 1.0 float or None longest gradient; None: any"
+    assert " ".join(row.split()) == "clip_norm 1.0 default 1.0 float or None largest gradient norm; None: any"
     assert next(line for line in lines if " lr " in line).split()[:4] == ["lr", "0.0003", "needed", "float"]
     (_, line) = describe(whole(), "config.rl.source.lag")
     assert "updates between the params that sample and those that learn" in line

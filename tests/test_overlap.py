@@ -268,4 +268,4 @@ def test_what_a_run_before_was_trained_on_is_not_held_out(tmp_path, monkeypatch)
     assert [int(line.split(" holds ")[1].split()[0]) for line in said if " holds " in line] == [20, 5]
     (tmp_path / "first.jsonl").unlink()
     said = built(rest, suite, init_from="b", allow_overlap=True)
-    assert any("warning: what a was trained on can't be read" in line for line in said)
+    assert any("warning: the training data of a can't be read" in line for line in said)

@@ -1,13 +1,13 @@
-"""From a config to a run: the only reader of ConfigDict.
+"""From a config to a run: the only package that reads a ConfigDict.
 
 Each section of a config is the keyword arguments of one function here or below, so a
-field that nothing reads can't exist: it is refused by name. Everything that can be
-wrong with a config is found here, before anything is compiled.
+field that nothing reads is refused by name. All errors in a config are raised here,
+before anything is compiled.
 
     layout       the fields of a config, their defaults, and those of earlier versions
     model        model, params, tokenizer and prompt format
-    sampler      the compiled sampler and the text handling around it
-    tasks        tasks of sources and suites, and what judges them
+    sampler      the compiled sampler and its text handling
+    tasks        tasks of sources and suites, and their environments
     phases       sources, objectives, optimizers
     evaluation   held-out tasks and texts; the options of the log
     run          `build`: all of these together

@@ -18,26 +18,26 @@ from jaxreason.runtime import ledger
 def make_evaluate(
     *,
     parts: Parts,
-    suites: dict,  # held-out tasks that are attempted: name -> the section of their tasks
-    texts: dict | None = None,  # held-out documents that are scored: name -> task, length and rows
-    temperatures: Sequence[float] = (0.0, 1.0),  # every suite is attempted once at each; 0 is greedy
-    n: int = 200,  # tasks of each suite
-    final_n: int | None = None,  # the same at the start and at the end of a phase; None: n
-    top_k: int = 0,  # draw from the likeliest k tokens; 0: all
-    top_p: float = 1.0,  # draw from the likeliest tokens that have this probability together
-    min_p: float = 0.0,  # draw from tokens with this fraction of the likeliest's probability
-    allow_overlap: bool = False,  # evaluate on questions that a source trains on too
+    suites: dict,  # held-out tasks to attempt: name -> section of a task
+    texts: dict | None = None,  # held-out documents to score: name -> task, length and rows
+    temperatures: Sequence[float] = (0.0, 1.0),  # each suite is attempted once per temperature; 0 is greedy
+    n: int = 200,  # tasks per suite
+    final_n: int | None = None,  # tasks per suite at the start of the run and the end of a phase; None: n
+    top_k: int = 0,  # sample from the k likeliest tokens; 0: all
+    top_p: float = 1.0,  # sample from the fewest likeliest tokens with this total probability
+    min_p: float = 0.0,  # sample from tokens at least this fraction as likely as the likeliest one
+    allow_overlap: bool = False,  # also evaluate on questions that a source trains on
 ) -> tuple[Callable, Filter | None]:
-    """Return `evaluate(params, phase, step, final)`: n tasks of each suite, `final_n`
-    at the start and the end of a phase.
+    """Return `evaluate(params, phase, step, final)` and its token filter.
 
-    Also return which words its attempts may use, None if it makes none.
+    The filter is None without suites. `evaluate` attempts n tasks of each suite, or
+    `final_n` if `final`.
 
-    A suite's section is that of its tasks, and may have a `verifier` of its own. A
-    text's section is that of its documents, with the `length` and the number of `rows`
-    of its windows. Of files that a source reads too, sources get the train split and
-    suites the test split, unless they say which; files that nothing trains on are held
-    out whole. Questions that a source trains on are refused in a suite, unless
+    The section of a suite is that of its tasks and may also have a `verifier`. The
+    section of a text has its documents (`task`), the `length` of its windows and their
+    number (`rows`). If sources read the same files, sources get the train split and
+    suites the test split, unless their sections name one; files that no source reads
+    are held out whole. A suite may not have questions that a source trains on, unless
     `allow_overlap`.
     """
     completer = parts.completer
@@ -47,7 +47,7 @@ def make_evaluate(
     check_positive("config.evaluate", n=n, final_n=n if final_n is None else final_n)
     if wrong := [t for t in temperatures if not 0 <= t < float("inf")]:
         raise ValueError(f"config.evaluate.temperatures got {wrong[0]}; allowed: 0 (greedy) or more, finite")
-    # Written as the metrics name them, so that none takes another's place.
+    # Compare temperatures as the metrics print them, so that each has its own metric.
     if twice := [t for i, t in enumerate(temperatures) if f"{t:g}" in [f"{other:g}" for other in temperatures[:i]]]:
         raise ValueError(f"config.evaluate.temperatures has {twice[0]:g} twice; allowed: each once")
     longest_prompt = completer.sampler.length - completer.max_tokens
@@ -97,9 +97,9 @@ def make_evaluate(
 
 def judged(
     *,
-    verifier: dict | None = None,  # of this suite alone; None: that of the config
+    verifier: dict | None = None,  # verifier of this suite; None: that of the config
 ):
-    """The field of a suite beside those of its tasks."""
+    """Declare the field that a suite has besides those of its tasks."""
 
 
 def held_out_text(
@@ -108,10 +108,14 @@ def held_out_text(
     parts: Parts,
     allow_overlap: bool,
     task: dict,  # the documents
-    length: int,  # of a window, in tokens
-    rows: int = 64,  # windows that are scored, at most
+    length: int,  # tokens per window
+    rows: int = 64,  # windows to score, at most
 ) -> evaluation.Text:
-    """The first `rows` windows of held-out documents, in batches of eight rows."""
+    """Make batches of the first `rows` windows of held-out documents.
+
+    A batch has up to eight rows per device; windows that do not fill a batch are
+    dropped.
+    """
     check_positive(f"config.evaluate.texts.{name}", rows=rows, length=length)
     windows = data.token_windows(
         encode_documents(load_held_out(task, parts, f"text {name!r}", allow_overlap), parts, task), length
@@ -127,16 +131,16 @@ def held_out_text(
 
 def make_log(
     *,
-    rollouts_kept: int = 64,  # of each step, in rollouts.jsonl
-    watts: float | None = None,  # of a device at work, for joules in the ledger; None: no joules
+    rollouts_kept: int = 64,  # rollouts written to rollouts.jsonl per step, at most
+    watts: float | None = None,  # power of a busy device, for the joules in the ledger; None: no joules
     tensorboard: bool = True,  # write tensorboard/
-    live: bool = True,  # show a live table, on a terminal
+    live: bool = True,  # show a live table if on a terminal
     wandb: dict | None = None,  # arguments of wandb.init; None: not used
 ) -> dict:
-    """Return the fields of a `Run` that are about its log."""
+    """Return the fields of a `Run` that configure its log."""
     if rollouts_kept < 0:
         raise ValueError(f"config.log.rollouts_kept got {rollouts_kept}; allowed: 0 (none) or more of each step")
     if watts is not None and not watts > 0:
-        raise ValueError(f"config.log.watts got {watts}; allowed: None, or what a device takes at work, above 0")
+        raise ValueError(f"config.log.watts got {watts}; allowed: None, or the watts of a busy device, above 0")
     options = {"tensorboard": tensorboard, "live": live, "wandb": wandb}
     return {"rollouts_kept": rollouts_kept, "watts": watts, "log_options": options}

@@ -1,5 +1,5 @@
-"""The fields of a config: which function each section belongs to, and what earlier
-versions meant by them.
+"""The fields of a config: the function of each section, and the meaning of fields in
+earlier versions.
 
 A section is the keyword arguments of one function, so a field that nothing reads can't
 exist.
@@ -34,17 +34,16 @@ SECTIONS = ("seed", "model", "text", "sampler", "verifier", "phases", "evaluate"
 OPTIONAL = ("init_from", "version")
 
 
-# Counts changes of what a field, or its absence, means: see `CHANGED`.
+# Increased when the meaning of a field, or of its absence, changes: see `CHANGED`.
 VERSION = 1
 
 
 def settle(config: dict) -> dict:
-    """Check the fields of a config and write down the split of every task that is read
-    from files.
+    """Check the fields of a config and set the split of every task read from files.
 
-    Files that a source and a suite (or text) both name are split: the source takes
-    train, the suite test. A file that only one of them names is read whole. Since the
-    run records the result, another suite on resume can't change what is trained on.
+    A file that a source and a suite (or text) both name is split: the source gets
+    train, the suite test. A file that only one of them names is read whole. The run
+    records the result, so adding a suite on resume can't change the training data.
 
     Raises:
       ValueError: a missing, unknown or mistyped field.
@@ -61,8 +60,9 @@ def settle(config: dict) -> dict:
 
 
 def check_questions(trained: Sequence[dict], held_out: Sequence[dict]) -> None:
-    """Raise ValueError if a suite and a source take their questions from different
-    fields of one file: it is split by the question.
+    """Raise ValueError if suite and source read different question fields of one file.
+
+    Such a file can't be split, because the split is by question.
     """
     for suite in held_out:
         for source in trained:
@@ -88,8 +88,8 @@ def check_fields(config: dict) -> None:
         if name not in config or name in (*SECTIONS, *OPTIONAL):
             raise ValueError(unknown_name_message("phase", name, set(config) - {*SECTIONS, *OPTIONAL}))
     for key in set(config) - {*SECTIONS, *OPTIONAL, *phase_names}:
-        # A phase that is defined but not run is fine (that is how phases are left out);
-        # anything else would be read by nobody.
+        # A phase may be defined but not run (this is how to leave a phase out). Nothing
+        # reads any other field.
         if not isinstance(config[key], dict) or "source" not in config[key]:
             raise ValueError(unknown_name_message("field of the config", key, {*SECTIONS, *OPTIONAL, *phase_names}))
     for name in phase_names:
@@ -106,28 +106,29 @@ def check_fields(config: dict) -> None:
 
 
 class Config(NamedTuple):
-    """The fields at the top of a config, where the sections of phases are too."""
+    """Top-level fields of a config; the sections of its phases are beside them."""
 
-    seed: int  # of weights, data and samples
-    model: dict  # shape, weights, types and kernels
+    seed: int  # seed of weights, data and samples
+    model: dict  # shape, weights, dtypes and kernels
     text: dict  # tokenizer and prompt format
-    sampler: dict  # how attempts are sampled
-    verifier: dict  # what judges an answer
-    phases: Sequence[str]  # the sections that are run, in this order
+    sampler: dict  # sampling of attempts
+    verifier: dict  # judge of answers
+    phases: Sequence[str]  # names of the sections to run, in this order
     evaluate: dict  # held-out tasks and texts
-    sharding: dict  # devices
-    checkpoint: dict  # when it is saved, and what is kept
-    log: dict  # what is written and shown
-    init_from: str | None = None  # begin with params of a run, of RUN/checkpoints/STEP or of a Hugging Face folder
-    version: int = VERSION  # of the meaning of the fields, as config.json records it
+    sharding: dict  # meshes of devices
+    checkpoint: dict  # when to save, and which checkpoints to keep
+    log: dict  # logs to write and show
+    init_from: str | None = None  # start from the params of a run, of RUN/checkpoints/STEP or of a Hugging Face folder
+    version: int = VERSION  # version of the fields' meaning, recorded in config.json
 
 
 def layout(config: dict) -> fields.Section:
-    """Map each section of a config to the function whose keyword arguments it is. An
-    unknown name brings no fields.
+    """Map each section of a config to the function whose keyword arguments it is.
+
+    An unknown name adds no fields.
 
     Raises:
-      ValueError: a name of a user's own code that does not load.
+      ValueError: a name of user code that does not load.
     """
     phases = {name: section_of_phase for name, value in config.items() if is_phase(name, value)}
     return fields.Section(
@@ -151,18 +152,19 @@ def is_phase(name: str, value) -> bool:
 
 
 def section(function: Callable, *given: str, **below) -> Callable[[dict], fields.Section]:
-    """A section that is the keyword arguments of one function, less those that are
-    given, with the sections `below` in it.
+    """Describe a section that is the keyword arguments of one function.
+
+    The caller supplies the arguments in `given`; `below` are sections inside this one.
     """
     return lambda values: fields.Section((function,), given, below)
 
 
 def each(below: Callable[[dict], fields.Section]) -> Callable[[dict], fields.Section]:
-    """A section of sections that the user names."""
+    """Describe a section of sections that the user names."""
     return lambda values: fields.Section(each=below)
 
 
-# The model that is named, or its checkpoint, decides them where they are absent.
+# Fields that the named model or its checkpoint decides if they are absent.
 OF_THE_MODEL = (
     *("vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "feed_forward", "rope_theta", "rope_scaling"),
     *("norm_eps", "qkv_bias", "qk_norm", "tied_embeddings"),
@@ -235,24 +237,25 @@ def families() -> dict[str, dict[str, str]]:
 
 
 def first_sentence(function: Callable) -> str:
-    """The first sentence of a docstring, in one line."""
+    """Return the first sentence of a docstring, in one line."""
     paragraph = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
     return re.split(r"(?<=[^.]{2})\.(?: (?=[A-Z`])|$)", paragraph)[0]
 
 
 def complete(config: dict) -> dict:
-    """Add all fields that a config leaves out, with their defaults. Those that others
-    decide stay absent.
+    """Add all fields that a config leaves out, with their defaults.
+
+    Fields whose default another part decides stay absent.
     """
     return fields.complete(layout(config), config)
 
 
 class Changed(NamedTuple):
-    """A field whose absence, or None, means something else since a version."""
+    """A field whose absence, or None, had another meaning before version `since`."""
 
     since: int
-    field: str  # pattern of its full name
-    names: tuple[str, ...]  # of the family's members that it is about
+    field: str  # pattern of the field's full name
+    names: tuple[str, ...]  # members of the family that changed
     was: object
 
 
@@ -266,13 +269,13 @@ CHANGED = (
 
 
 def from_earlier(config: dict) -> tuple[dict, list[str]]:
-    """Read the config.json of a run as this version would have written it; also return
-    the fields that it lacked.
+    """Convert the config.json of a run to this version.
 
-    Where a default has changed since, the field gets the value that it had then.
+    Also return the fields that it lacked. A field whose default has changed since gets
+    its default of that time.
 
     Raises:
-      ValueError: a field that this version does not have, or that has another name now.
+      ValueError: a field that this version does not have, or that has been renamed.
     """
     version = config.get("version", 0)
     if not isinstance(version, int) or version > VERSION:
@@ -292,7 +295,7 @@ def from_earlier(config: dict) -> tuple[dict, list[str]]:
 
 
 def check_changes(config: dict, changes: Mapping[str, str]) -> None:
-    """Check that the fields of optimizers and objectives that a command names are read.
+    """Check that the optimizer and objective fields that a command sets are read.
 
     Raises:
       ValueError: one is not; a sweep over it would vary nothing.

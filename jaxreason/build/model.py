@@ -1,6 +1,4 @@
-"""Build the model, its params, and the tokenizer and prompt format that belong to
-it.
-"""
+"""Build the model, its params, and its tokenizer and prompt format."""
 
 from __future__ import annotations
 
@@ -26,13 +24,13 @@ from jaxreason.tasks.procedural import ALPHABET
 
 
 class ModelAndText(NamedTuple):
-    """The model and the text of a config."""
+    """Model and text of a config."""
 
     folder: Path | None  # of a pretrained model
-    tokenizer: text.Tokenizer | None  # None, as the format: weights alone
+    tokenizer: text.Tokenizer | None  # None, like the format, if there are only weights
     format: text.Format | None
     shape: ModelConfig
-    load: Callable | None  # what loads its params (see `init_params`); None: they are random
+    load: Callable | None  # loads the params (see `init_params`); None: random params
 
 
 def read_model_and_text(model: dict, words: dict) -> ModelAndText:
@@ -66,18 +64,15 @@ def make_model(
     *,
     folder: Path | None,
     tokenizer: text.Tokenizer,
-    name: str,  # a named size, a Hugging Face id or a folder
-    weights: str = "random",  # random, or pretrained: those of the model that is named
-    revision: str | None = None,  # a commit, branch or tag of a hub id; None: main
-    scan_layers: bool | None = None,  # scan over layers in the place of unrolling; None: on accelerators
+    name: str,  # named size, Hugging Face id or folder
+    weights: str = "random",  # random, or pretrained: those of the named model
+    revision: str | None = None,  # commit, branch or tag of a hub id; None: main
+    scan_layers: bool | None = None,  # scan over layers instead of unrolling them; None: on accelerators only
     **fields,
 ) -> tuple[ModelConfig, Callable | None]:
-    """Give the shape of a named size, folder or hub id, and what loads its weights
-    (None for random ones).
+    """Return the model shape, and the loader of its weights or None for random weights.
 
-    `revision` of the hub is a commit, branch or tag; None for `main`. `scan_layers`
-    None means: scan on accelerators, unroll on a CPU. `fields` replace fields of the
-    ModelConfig.
+    `fields` replace fields of the ModelConfig.
     """
     for key in fields:
         if key not in ModelConfig.__dataclass_fields__:
@@ -100,11 +95,10 @@ def make_model(
 
 
 def start_from(path: str, mine: ModelAndText, say: Callable[[str], None]) -> Callable:
-    """Find the params that `config.init_from` names and check that this config can take
-    them; return what loads them.
+    """Find the params that `config.init_from` names and check that they fit.
 
-    They stand in for those of `config.model`, pretrained ones too, whose shape,
-    tokenizer and chat template stay.
+    Return the function that loads them. They replace the params of `config.model`,
+    pretrained ones too; the shape, tokenizer and chat template of the config stay.
     """
     try:
         found, theirs = find_model_and_text(path)
@@ -118,7 +112,7 @@ def start_from(path: str, mine: ModelAndText, say: Callable[[str], None]) -> Cal
 
 
 def find_model_and_text(path: str, step: int | None = None) -> tuple[origin_.Origin, ModelAndText]:
-    """Find params (see `origin`) and what they belong to."""
+    """Find params (see `warm_start.Origin`), their model and their text."""
     found = origin_.find(path, step)
     if found.step is not None:
         with hub.noting(found.config.get("revisions")):
@@ -127,14 +121,14 @@ def find_model_and_text(path: str, step: int | None = None) -> tuple[origin_.Ori
     return found, ModelAndText(found.folder, tokenizer, None, model_config.read_hf(found.folder), None)
 
 
-MOST_LAYERS = 10_000  # each is traced
+MOST_LAYERS = 10_000  # at most, since each layer is traced
 
 
 def check_size(shape: model_config.ModelConfig, devices) -> None:
-    """Check that the devices' memory can hold the params at all.
+    """Check that the devices' memory can hold the params.
 
     Raises:
-      ValueError: it can't, or numbers that no array or trace is made for.
+      ValueError: it can't, or there are too many layers or token ids.
     """
     if shape.vocab_size >= 2**31:
         raise ValueError(f"config.model.vocab_size got {shape.vocab_size}; allowed: below 2**31, as token ids are int32")
@@ -146,14 +140,15 @@ def check_size(shape: model_config.ModelConfig, devices) -> None:
     if there is not None and needed > there:
         raise ValueError(
             f"the params of config.model take {needed / 1e9:,.0f} GB (width {shape.width}, feed_forward {shape.feed_forward}, "
-            f"layers {shape.layers}, vocab_size {shape.vocab_size}) and there are {there / 1e9:.0f} GB; allowed: what "
-            "fits; set a smaller width, or use more devices"
+            f"layers {shape.layers}, vocab_size {shape.vocab_size}) and there are {there / 1e9:.0f} GB; allowed: params "
+            "that fit; set a smaller width, or use more devices"
         )
 
 
 def memory_of(devices) -> int | None:
-    """Bytes of all devices together; of CPUs those of their hosts; None if that is not
-    known.
+    """Return the total memory of all devices in bytes; None if unknown.
+
+    For CPUs it is the memory of their hosts.
     """
     if devices.flat[0].platform == "cpu":
         pages = {name: os.sysconf(name) for name in ("SC_PHYS_PAGES", "SC_PAGE_SIZE") if name in os.sysconf_names}
@@ -163,10 +158,10 @@ def memory_of(devices) -> int | None:
 
 
 def init_params(model, load: Callable | None, seed: int, mesh):
-    """Make or load the params of a run, each leaf straight onto its devices.
+    """Make or load the params of a run, each leaf directly on its devices.
 
-    `load(placed, fresh)` gives params with the shardings `placed`; `fresh(*names)`
-    makes those that it has none for.
+    `load(placed, fresh)` returns params with the shardings `placed`; `fresh(*names)`
+    makes the params that the checkpoint lacks.
     """
     key = jax.random.fold_in(jax.random.key(seed), INITIALISATION)
     placed = sharding.shardings(jax.eval_shape(model.init, key), mesh)
@@ -178,29 +173,22 @@ def init_params(model, load: Callable | None, seed: int, mesh):
     return fresh(*placed) if load is None else load(placed, fresh)
 
 
-INITIALISATION = 2**31 + 1  # folded into the seed's key for random weights; training folds in the number of the phase
+INITIALISATION = 2**31 + 1  # folded into the seed's key for random weights; training folds in the index of the phase
 
 
 def make_text(
     *,
     folder: Path | None,
-    tokenizer: str = "characters",  # characters, byte_level, or pretrained: that of the model
-    format: str = "plain",  # plain, or chat: by the model's own template
-    alphabet: str = ALPHABET,  # of the tokenizer `characters`
-    system: str = "",  # the system message of a chat
-    instruction: str = "{question}",  # what the model is asked; {question} in it stands for the question
-    eos: Sequence[str | int] = (),  # further tokens that end a completion, by their texts or ids
-    template: dict | None = None,  # arguments that the chat template reads, as {"enable_thinking": False}
-    date: str | None = None,  # YYYY-MM-DD that the chat template takes for today; None: the day on which the run began
+    tokenizer: str = "characters",  # characters, byte_level, or pretrained: the model's own
+    format: str = "plain",  # plain, or chat: the model's chat template
+    alphabet: str = ALPHABET,  # characters of the tokenizer `characters`
+    system: str = "",  # system message of a chat
+    instruction: str = "{question}",  # text of the prompt; {question} stands for the question
+    eos: Sequence[str | int] = (),  # further tokens that end a completion, as texts or ids
+    template: dict | None = None,  # arguments of the chat template, such as {"enable_thinking": False}
+    date: str | None = None,  # today's date in the chat template, YYYY-MM-DD; None: the day on which the run began
 ) -> tuple[text.Tokenizer, text.Format]:
-    """Make the tokenizer and how tasks are put to the model.
-
-    `{question}` in `instruction` stands for the question. `eos` are further tokens that
-    end a completion, by their texts or ids. Of a chat model: `system` is its system
-    message; `template` are arguments that its chat template reads, such as
-    {"enable_thinking": False}; `date` (YYYY-MM-DD) is the day that it takes for today,
-    None the day on which the run began.
-    """
+    """Make the tokenizer and the format that turns tasks into prompts."""
     if tokenizer == "pretrained":
         if folder is None:
             raise ValueError("text.tokenizer is 'pretrained' but model.weights is 'random'; choose characters or byte_level")

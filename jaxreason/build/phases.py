@@ -1,4 +1,4 @@
-"""Build phases: a source, an objective and an optimizer each."""
+"""Build phases: each has a source, an objective and an optimizer."""
 
 from __future__ import annotations
 
@@ -29,23 +29,18 @@ def make_phase(
     *,
     name: str,
     parts: Parts,
-    source: dict,  # where batches come from
-    objective: dict,  # what is trained towards
-    optimizer: dict,  # how params are updated
-    steps: int,  # batches, one train step each; 0: evaluate only
-    microbatches: int = 1,  # parts of a batch whose gradients are added up
-    updates_per_batch: int = 1,  # train steps on each batch
-    evaluate_every: int = 0,  # steps; 0: at the end of the phase only
-    log_every: int = 1,  # steps that a line of metrics sums up
-    offload_reference: bool = False,  # keep the reference params in the host's memory while they are not used
-    max_skipped: int = 5,  # batches in a row without a finite gradient, after which the run stops
+    source: dict,  # source of the batches
+    objective: dict,  # training objective
+    optimizer: dict,  # update rule of the params
+    steps: int,  # batches to train on; 0: evaluate only
+    microbatches: int = 1,  # parts of a batch to accumulate gradients over
+    updates_per_batch: int = 1,  # train steps per batch
+    evaluate_every: int = 0,  # steps between evaluations; 0: only at the end of the phase
+    log_every: int = 1,  # steps per line of metrics
+    offload_reference: bool = False,  # keep the reference params in host memory while they are not used
+    max_skipped: int = 5,  # stop the run after this many consecutive batches without a finite update
 ) -> Phase:
-    """One phase: `Source x Objective x steps`. After `max_skipped` batches in a row
-    that are not finite the run stops.
-
-    With `offload_reference` the reference policy lies in the host's memory, and on the
-    devices only while it scores a batch.
-    """
+    """Make one phase: `Source x Objective x steps`."""
     if steps < 0:
         raise ValueError(f"config.{name}.steps got {steps}; allowed: 0 (evaluate only) or more")
     positive = {"microbatches": microbatches, "updates_per_batch": updates_per_batch, "max_skipped": max_skipped}
@@ -94,9 +89,7 @@ def make_phase(
 
 
 def without_ignored(section: dict, where: str, say: Callable[[str], None]) -> dict:
-    """Leave out the fields of an optimizer's section that it does not read, and say
-    which.
-    """
+    """Drop the fields that the section's optimizer does not read, with a warning."""
     unread = optimizer_.ignored(section)
     for field, (why, default) in unread.items():
         say(f"warning: {where}.{field}={section[field]!r} changes nothing: {why}; --{where}.{field}={default} silences this")
@@ -112,7 +105,7 @@ def make_source(
     steps: int,
     **section,
 ) -> sources.Source:
-    """Make the source of a name."""
+    """Make the named source."""
     given = {"parts": parts, "objective": objective, "microbatches": microbatches, "steps": steps}
     made = call_with_section(find("source", name, SOURCES), section, f"source {name!r}", **given)
     if not isinstance(made, sources.Source):
@@ -126,12 +119,12 @@ def corpus(
     objective,
     microbatches: int,
     steps: int,
-    task: dict,  # the texts, or tasks with worked solutions
-    rows: int,  # windows in a batch
-    length: int,  # of a window, in tokens
+    task: dict,  # texts, or tasks with worked solutions
+    rows: int,  # windows per batch
+    length: int,  # tokens per window
 ) -> sources.Source:
-    """Windows of `length` tokens from the packed stream of a text corpus or of a
-    family's worked solutions.
+    """Draw windows of `length` tokens from the token stream of a text corpus or of a
+    task family's worked solutions.
     """
     check_positive("source", rows=rows, length=length)
     windows = data.token_windows(encode_documents(load_trained(task, parts), parts, task), length)
@@ -145,16 +138,16 @@ def demonstrations(
     microbatches: int,
     steps: int,
     task: dict,  # tasks with worked solutions
-    rows: int,  # solutions in a batch
-    max_tokens: int,  # of prompt and solution; longer ones are cut
-    pack: bool = True,  # put short ones into one row
+    rows: int,  # solutions per batch
+    max_tokens: int,  # tokens per prompt and solution; longer ones are cut
+    pack: bool = True,  # put several short ones in a row
 ) -> sources.Source:
-    """`rows` worked solutions a batch, of at most `max_tokens` tokens, prompt included;
-    longer ones are cut.
+    """Draw `rows` worked solutions per batch, each cut to `max_tokens` tokens, prompt
+    included.
     """
     check_positive("source", rows=rows, max_tokens=max_tokens)
     items = check_solutions(load_trained(task, parts), task)
-    parts.format.demonstration(items[0])  # raises for a template that has no demonstrations
+    parts.format.demonstration(items[0])  # raises if the template can't render demonstrations
     buckets = batching.length_buckets(max_tokens)
     return sources.demonstrations(
         data.shuffled(items, seed=parts.seed),
@@ -173,33 +166,31 @@ def rollouts(
     objective,
     microbatches: int,
     steps: int,
-    task: dict,  # what is attempted
-    problems: int,  # in a batch
-    group: int,  # attempts at each problem
-    temperature: float = 1.0,  # at which they are sampled
-    max_tokens: int | None = None,  # of an attempt; None: sampler.max_tokens
-    reward: str = "verdict",  # verdict, or random: a control that is paid by chance
-    dynamic_sampling: int = 1,  # draw up to this many times the problems, until enough have attempts that differ in reward
+    task: dict,  # tasks to attempt
+    problems: int,  # problems per batch
+    group: int,  # attempts per problem
+    temperature: float = 1.0,  # sampling temperature
+    max_tokens: int | None = None,  # tokens per attempt; None: sampler.max_tokens
+    reward: str = "verdict",  # verdict, or random: a control that shuffles the rewards over the attempts
+    dynamic_sampling: int = 1,  # draw up to this many times `problems`, until enough have mixed rewards
     lag: int = 0,  # updates between the params that sample and those that learn
-    pack: bool = True,  # put short attempts into one row
-    rollouts_per_prompt: int | None = None,  # attempts behind one copy of their prompt in the learner; None: as many as save work
+    pack: bool = True,  # put several short attempts in a row
+    rollouts_per_prompt: int
+    | None = None,  # attempts per copy of the prompt in the learner; None: the number with the least work
     top_k: int = 0,  # refused in training unless 0: the importance ratio would be biased
     top_p: float = 1.0,  # refused in training unless 1
     min_p: float = 0.0,  # refused in training unless 0
 ) -> sources.Source:
-    """`group` verified attempts at each of `problems` tasks a step, sampled from the
+    """Sample `group` verified attempts at each of `problems` tasks per step, from the
     params `lag` updates ago.
 
-    With `dynamic_sampling` of n up to n times as many problems are drawn, until enough
-    have attempts that differ in reward. The learner reads `rollouts_per_prompt`
-    attempts at a problem behind one copy of its prompt; None: as many as save work.
-
-    Words may not be left out by `top_k`, `top_p` or `min_p`: they are here to say why.
+    Training refuses truncated sampling; `top_k`, `top_p` and `min_p` exist only to give
+    a helpful error.
     """
     if make_filter(top_k, top_p, min_p, "source") != ALL:
         raise ValueError(
             f"source got top_k={top_k}, top_p={top_p}, min_p={min_p}; allowed in training: 0, 1 and 0. The learner's log-probs "
-            "are over all words, so its ratio to the sampler's would be biased: below 1 on-policy by the share that is left out. "
+            "are over all tokens, so the importance ratio would be biased: on-policy it would be the mass of the kept tokens. "
             "Change the temperature instead, or set them in config.evaluate"
         )
     check_positive("source", problems=problems, group=group)
@@ -250,7 +241,7 @@ def rollouts(
     )
 
 
-MOST_ATTEMPTS = 2**20  # at a problem, in a batch
+MOST_ATTEMPTS = 2**20  # attempts per problem, at most
 
 
 def choose_rollouts_per_prompt(
@@ -258,18 +249,18 @@ def choose_rollouts_per_prompt(
 ) -> int:
     """Choose the number of attempts at a problem that follow one copy of its prompt.
 
-    None asks for as many as save work with a typical prompt, of half the longest, and
-    the longest `completion`. The rows that remain are a `multiple` of devices x
-    micro-batches.
+    None asks for the number with the least work, for a typical prompt of half the
+    longest one and the longest `completion`. The number of rows must stay a multiple of
+    `multiple`: devices x micro-batches.
     """
     if not 1 <= group <= MOST_ATTEMPTS:
         raise ValueError(f"source.group got {group}; allowed: 1 to {MOST_ATTEMPTS:,}")
-    alone = shape.attention != "xla"  # the kernels know segments, but no branches of one
+    alone = shape.attention != "xla"  # other kernels support segments, but not branches of a segment
     if asked is None:
         choices = [n for n in range(1, group + 1) if group % n == 0 and rows // n % multiple == 0]
         return 1 if alone else attempts_behind_a_prompt(shape, choices or [1], longest_prompt // 2, completion)
     if asked < 1 or group % asked:
-        raise ValueError(f"source.rollouts_per_prompt got {asked}; allowed: a divisor of group={group}, or None: what saves work")
+        raise ValueError(f"source.rollouts_per_prompt got {asked}; allowed: a divisor of group={group}, or None to choose")
     if asked > 1 and alone:
         raise ValueError(
             f"source.rollouts_per_prompt got {asked} with attention={shape.attention!r}; allowed: 1, or attention='xla'"

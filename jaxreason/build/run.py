@@ -1,5 +1,5 @@
-"""Build a run from a config: everything that can be wrong with it is found here, before
-anything is compiled.
+"""Build a run from a config; all errors in the config are raised here, before anything
+is compiled.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from jaxreason.train import Run
 def build(
     config, *, resumes: bool = False, revisions: Mapping[str, str] | None = None, say: Callable[[str], None] = print
 ) -> Run:
-    """Make a run from a ConfigDict. One that resumes has params of its own, so
-    `init_from` is not looked at.
+    """Make a run from a ConfigDict.
 
-    `revisions` are the commits at which repositories of the hub are read, unless the
-    config names others (see `hub.noting`). The run's provenance has those that were.
+    A run that resumes has its own params, so `init_from` is ignored. `revisions` are
+    the commits at which hub repositories are read, unless the config names others (see
+    `hub.noting`). The run's provenance has the commits that were read.
 
     Raises:
-      ValueError, FileNotFoundError: anything wrong with it, in one line.
+      ValueError, FileNotFoundError: an error in the config, in one line.
     """
     say = say if jax.process_index() == 0 else lambda line: None
     with hub.noting(revisions, say) as noted:
@@ -50,7 +50,7 @@ def build(
 
 
 def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
-    """Do what `build` does; the commits that it reads are noted around it."""
+    """Build a run as `build` does, inside its `hub.noting` block."""
     config = settle(config.to_dict())
     phase_names = config["phases"]
 
@@ -104,14 +104,15 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
 
 
 def trained_before(init_from: str | None, say: Callable[[str], None]) -> Iterator[tuple[str, Sequence]]:
-    """What the run that `init_from` names, and those that it began from, were trained
-    on, each with what to call it: no suite may ask it.
+    """Yield the data that the run `init_from` and its own ancestors were trained on.
+
+    Each item is (description, tasks). No suite may share questions with them.
     """
     seen = set()
     while init_from:
         try:
             found = warm_start.find(init_from)
-            if found.step is None or found.folder in seen:  # a pretrained checkpoint; nobody knows
+            if found.step is None or found.folder in seen:  # a pretrained checkpoint: unknown
                 return
             seen.add(found.folder)
             config, _ = from_earlier(found.config)
@@ -119,7 +120,7 @@ def trained_before(init_from: str | None, say: Callable[[str], None]) -> Iterato
                 for section in trained_sections(config):
                     yield f"the task {section['name']!r} of {found.folder}", load_tasks(section, seed=config["seed"])
         except (ValueError, OSError) as error:
-            say(f"warning: what {init_from} was trained on can't be read, so suites are not compared with it: {error}")
+            say(f"warning: the training data of {init_from} can't be read, so suites are not compared with it: {error}")
             return
         init_from = config.get("init_from")
 
@@ -128,9 +129,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
 def versions() -> dict:
-    """Versions of what decides the numbers, and the git revision of this code if it is
-    in a repository.
-    """
+    """Return the versions of packages that affect the numbers, and the git revision."""
     revision = None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]

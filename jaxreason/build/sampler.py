@@ -1,4 +1,4 @@
-"""Build the sampler and the text handling around it: a `Completer`."""
+"""Build the `Completer`: the sampler and its text handling."""
 
 from __future__ import annotations
 
@@ -22,29 +22,25 @@ def make_completer(
     format: text.Format,
     mesh,
     processes: int,
-    slots: int,  # sequences that are decoded at once, on all processes together
-    max_prompt_tokens: int,  # longer prompts are dropped, and counted
-    max_tokens: int,  # of a completion
-    chunk_tokens: int = 16,  # decoded between two looks at which slots have finished
-    cache_dtype: str | None = None,  # of keys and values: float32, bfloat16, int8; None: that of the model
+    slots: int,  # sequences decoded at the same time, on all processes together
+    max_prompt_tokens: int,  # tokens per prompt, at most; longer prompts are dropped and counted
+    max_tokens: int,  # tokens per completion, at most
+    chunk_tokens: int = 16,  # tokens decoded between two checks for finished slots
+    cache_dtype: str | None = None,  # dtype of keys and values: float32, bfloat16, int8; None: the model's
     prompts_per_prefill: int = 8,  # prompts in one prefill call
-    prefill_tokens: int | None = None,  # tokens of a prompt in one prefill call; None: by the platform
-    prompt_rows: int | None = None,  # prompts that attempts share, per process; 0: each attempt has a copy; None: by size
-    stop_strings: Sequence[str] = (),  # texts that end a turn, and stay in it
-    thinking_tokens: int | None = None,  # after which the end of thinking is forced; None: never
-    end_of_thinking: str = "\n</think>\n\n",  # the text that is forced
+    prefill_tokens: int | None = None,  # prompt tokens processed at one time in prefill; None: by the platform
+    prompt_rows: int | None = None,  # shared prompts per process; 0: each attempt has a copy; None: by size
+    stop_strings: Sequence[str] = (),  # texts that end a turn and remain in it
+    thinking_tokens: int | None = None,  # tokens after which the end of thinking is forced; None: never
+    end_of_thinking: str = "\n</think>\n\n",  # text that is forced
     logp_temperature_1: bool = False,  # also keep log-probs at temperature 1
 ) -> Completer:
-    """Compile-to-be sampler of `slots` sequences of at most `max_prompt_tokens` +
-    `max_tokens` tokens, and the text around it. The slots are those of all processes
-    together, and the mesh is that of one. On a CPU a small model is fastest with so few
-    that their keys and values stay in the processor's caches.
+    """Make the sampler of `slots` sequences of at most `max_prompt_tokens` +
+    `max_tokens` tokens, with its text handling.
 
-    A turn ends with any of `stop_strings`, which stays in its text. After
-    `thinking_tokens` tokens of a completion `end_of_thinking` is forced, unless it was
-    written. `cache_dtype` is that of the model, or float32, bfloat16 or int8. Attempts
-    at a problem share its prompt in one of `prompt_rows` rows of a process; 0: each has
-    a copy; None: by their size.
+    `slots` counts those of all processes; `mesh` is that of one process. On a CPU a
+    small model is fastest with so few slots that their keys and values fit in the
+    processor's caches. The end of thinking is not forced if the model has written it.
     """
     positive = {
         "slots": slots,
@@ -70,7 +66,7 @@ def make_completer(
         chunk_tokens=chunk_tokens,
         prefill_tokens=prefill_tokens,
         buckets=buckets_for(model.config, slots, length, max_tokens, prompt_rows, mesh),
-        # A quarter for the stragglers, where that is worth another program to compile.
+        # Compact to a quarter for the last rollouts, if worth another program.
         sizes=(slots // 4,) if slots >= 32 and slots // 4 % devices == 0 else (),
         prompt_rows=prompt_rows,
         prompt_columns=max_prompt_tokens,
@@ -121,32 +117,30 @@ def thinking_budget(tokenizer: text.Tokenizer, tokens: int | None, end: str) -> 
 
 
 def prompt_rows_for(slots: int, longest_prompt: int, mesh) -> int:
-    """Choose the number of prompts that the slots of a process share, if the config
-    leaves it open.
-    """
+    """Choose the number of prompts that the slots of a process share."""
     if longest_prompt < platform_of(mesh).share_prompts_from:
         return 0
     devices = sharding.row_devices(mesh)
-    # Twice as many as full slots need, since the last attempts of a group are beside
-    # those of other problems; none where a few slots are alone.
+    # Twice as many as the slots need, since the last attempts of a group run beside
+    # those of other problems; 0 if there are only a few slots.
     return 2 * slots // MAX_SLOTS_PER_PROMPT // devices * devices
 
 
 def buckets_for(shape: ModelConfig, slots: int, length: int, completion: int, prompt_rows: int, mesh) -> list[int]:
-    """The lengths of the cache that decode steps are compiled for."""
-    smallest = length if shape.attention == "cudnn" else 128  # that kernel reads only the tokens that are there
-    # Finely stepped where a decode step reads more of the cache than of the weights;
-    # but each length is a program, and takes long to compile on accelerators.
+    """Return the cache lengths that decode steps are compiled for."""
+    smallest = length if shape.attention == "cudnn" else 128  # cudnn reads only the tokens that exist
+    # Use fine steps if a decode step reads more of the cache than of the weights, but
+    # not on accelerators, where the program of each length takes long to compile.
     cached = 2 * shape.layers * shape.kv_heads * shape.head_size * slots * length
     fine = platform_of(mesh).fine_buckets and cached > count_parameters(shape)
-    # An attempt that continues a shared prompt takes room for its completion alone.
+    # An attempt with a shared prompt needs cache only for its completion.
     shared = [completion] if prompt_rows and length > smallest else []
     return sorted({*cache_buckets(length, smallest, fine), *shared})
 
 
 def warm_up(completer: Completer, filters: Sequence[Filter], params) -> None:
     """Compile the sampler for all lengths."""
-    # Every verifier judges a turn at once, so only the end of thinking is ever forced.
+    # Verifiers give no observations, so only the end of thinking is ever forced.
     rollout.warm_up(completer, completer.sampler.prepare(params), filters, appends_tokens=completer.thinking is not None)
 
 

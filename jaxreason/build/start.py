@@ -34,15 +34,14 @@ class Opened(NamedTuple):
 def open_run(
     config: ConfigDict, folder: Path, *, resume: str, accept_config_change: bool, say: Callable[[str], None]
 ) -> Iterator[Opened]:
-    """Build the run of a config, compare it with what its folder holds, lock the folder
-    and open its checkpoints.
+    """Build the run of a config, check and lock its folder, and open its checkpoints.
 
-    All processes of a run call it; `folder` is the one that process 0 names. Signals
-    that ask the run to stop are heard until the end of the block.
+    All processes of a run call it; the folder is the `folder` of process 0. Signals
+    that ask the run to stop are handled until the end of the block.
 
     Raises:
-      ValueError, OSError, Unwritable: the config or the folder does not allow it, in
-        one line.
+      ValueError, OSError, Unwritable: the config or the folder does not allow it; one
+        line.
     """
     anew = resume == "never"
     texts, folders, dates = zip(*gather((config_text(config), folder, datetime.date.today().isoformat())), strict=True)
@@ -74,14 +73,15 @@ def open_run(
 
 
 def lock(folder: Path, locked: contextlib.ExitStack, say: Callable[[str], None]) -> Callable[[], None]:
-    """Lock a folder until `locked` is closed; return the check that it stays."""
+    """Lock a folder until `locked` is closed; return the check that it still exists."""
     locked.callback(workdir.lock(folder, say))
     return workdir.stays(folder)
 
 
 def build_pinned(config: ConfigDict, folder: Path, anew: bool, accept_config_change: bool, say: Callable[[str], None]) -> Run:
-    """Build the run of a config, at the commits of the hub that its folder recorded,
-    and say which of them changed.
+    """Build the run of a config at the hub commits that its folder recorded.
+
+    Report commits that changed.
     """
     recorded = {} if anew else workdir.revisions(folder)
     pinned = {} if accept_config_change else recorded
@@ -98,19 +98,17 @@ def build_pinned(config: ConfigDict, folder: Path, anew: bool, accept_config_cha
 
 
 def write_config(path: Path, config: ConfigDict, revisions: dict[str, str]) -> None:
-    """Write a config and the commits that it read from the hub.
+    """Write a config and the hub commits that it read.
 
-    It replaces the file before it at once: a full disk must not cut that one short,
-    since a run without a config can't be continued.
+    The file is replaced atomically: a full disk must not truncate it, because a run
+    without a config can't be continued.
     """
     with writing(path), replacing(path) as file:
         file.write(json.dumps(json.loads(config_text(config)) | {"revisions": revisions}, indent=2, sort_keys=True))
 
 
 def dated(config: ConfigDict, date: str | None) -> ConfigDict:
-    """A config whose chat template takes `date` for today, unless it names a date of
-    its own.
-    """
+    """Return a config with `date` as its chat template's date, unless it has one."""
     section = config.get("text", {})
     if section.get("format") != "chat" or section.get("date") is not None:
         return config
@@ -121,7 +119,5 @@ def dated(config: ConfigDict, date: str | None) -> ConfigDict:
 
 
 def settled(config: ConfigDict) -> ConfigDict:
-    """A config with the splits that its sources and suites decide together: see
-    `build.settle`.
-    """
+    """Return a config with the splits of its sources and suites: see `build.settle`."""
     return ConfigDict(settle(config.to_dict()))

@@ -1,5 +1,5 @@
-"""Load tasks for sources and suites, keep them apart, and check that their keys can be
-judged.
+"""Load tasks for sources and suites, keep them apart, and check that verifiers can
+judge their keys.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Parts(NamedTuple):
     completer: Completer
     verifier: dict
     meshes: sharding.Meshes
-    devices: int  # that rows are split over
+    devices: int  # number of devices that rows are split over
     say: Callable[[str], None]
-    loaded: list[tuple[str, Sequence]] | None = None  # what is trained on, each with what to call it
+    loaded: list[tuple[str, Sequence]] | None = None  # (description, items) of all training data
 
 
 def named(what: str, family: dict, values: dict) -> tuple[Callable, ...]:
-    """The maker that a section names, if there is one."""
+    """Return the maker that a section names, as a tuple; empty if there is none."""
     name = values.get("name")
     known = isinstance(name, str) and (name in family or ":" in name)
     return (find(what, name, family),) if known else ()
@@ -47,8 +47,9 @@ def check_positive(where: str, **fields: int) -> None:
 
 
 def load_tasks(section: dict, **defaults) -> Sequence:
-    """Load tasks from their section; `defaults` fill in fields that the family has and
-    the section leaves open.
+    """Load tasks from their section.
+
+    `defaults` fill in fields that the family has and the section omits.
     """
     section = dict(section)
     name = section.pop("name", None)
@@ -67,8 +68,7 @@ def load_trained(section: dict, parts: Parts) -> Sequence:
 
 
 def load_held_out(section: dict, parts: Parts, what: str, allow_overlap: bool, **defaults) -> Sequence:
-    """Load the tasks of a suite or a text, of the test split unless the section names
-    another.
+    """Load the tasks of a suite or a text, from the test split by default.
 
     Raises:
       ValueError: a source trains on some of them.
@@ -85,28 +85,30 @@ def load_held_out(section: dict, parts: Parts, what: str, allow_overlap: bool, *
 
 
 def trained_sections(config: dict) -> list[dict]:
-    """The task sections of all sources of the phases that are run."""
+    """Return the task sections of the sources of all phases that are run."""
     sections = [config[name]["source"].get("task") for name in config["phases"]]
     return [section for section in sections if isinstance(section, dict)]
 
 
 def held_out_sections(suites: dict | None = None, texts: dict | None = None, **_) -> list[dict]:
-    """The task sections of all suites and texts."""
+    """Return the task sections of all suites and texts."""
     sections = [*(suites or {}).values(), *(text.get("task") for text in (texts or {}).values())]
     return [section for section in sections if isinstance(section, dict)]
 
 
 def shares_files(section: dict, others: Sequence[dict]) -> bool:
-    """Whether a task family reads files, some of which are read by other sections
-    too.
-    """
+    """Tell whether a section reads a file that another section reads too."""
     files = tasks.files(section)
     return any(files & tasks.files(other) for other in others)
 
 
 def drop_long_prompts(items: Sequence, prompt: Callable, limit: int, what: str, say: Callable[[str], None]) -> list[Prompted]:
-    """The tasks whose prompts have at most `limit` tokens, with these; says how many
-    were dropped, refuses if all were.
+    """Return the tasks whose prompts have at most `limit` tokens, with the prompts.
+
+    Report how many were dropped.
+
+    Raises:
+      ValueError: no task is left.
     """
     if not len(items):
         raise ValueError(f"{what} has no tasks; check its split and limit")
@@ -123,8 +125,9 @@ def drop_long_prompts(items: Sequence, prompt: Callable, limit: int, what: str, 
 
 
 def encode_documents(documents: Sequence, parts: Parts, task: dict) -> list[list[int]]:
-    """Token ids of texts, or of tasks with their worked solutions, each from beginning
-    to end of sequence.
+    """Encode texts, or tasks with their worked solutions, as token ids.
+
+    Each document has its beginning- and end-of-sequence tokens.
     """
     tokenizer = parts.tokenizer
     if not isinstance(documents[0], str):
@@ -139,31 +142,34 @@ def check_solutions(items: Sequence, task: dict) -> Sequence:
     return items
 
 
-OF_ENVIRONMENT = ("must_finish", "deadline_s")  # fields of a verifier section that its verifier does not get
+OF_ENVIRONMENT = ("must_finish", "deadline_s")  # fields of a verifier section that configure the environment, not the verifier
 
 
 def make_environment(
     *,
-    name: str,  # one of the verifiers, or module:maker of your own
-    must_finish: bool = False,  # an attempt that is cut off at its limit is wrong, whatever it says
-    deadline_s: float | None = None,  # of a verdict; None: 60, or none for a verifier that has a timeout_s
+    name: str,  # a verifier, or module:maker of your own
+    must_finish: bool = False,  # whether an attempt that is cut off at its limit is wrong, whatever it says
+    deadline_s: float | None = None,  # seconds per verdict; None: 60, or none for a verifier with a timeout_s
     **section,
 ) -> Environment:
-    """Make the environment that a `verifier` section asks for (see single_turn)."""
+    """Make the environment of a `verifier` section (see `single_turn`)."""
     if name in verify.BOUNDED and deadline_s is not None:
         raise ValueError(f"verifier.deadline_s got {deadline_s}, but {name!r} has its own limit; set timeout_s instead")
     own = {"deadline_s": None} if name in verify.BOUNDED else {"deadline_s": deadline_s} if deadline_s is not None else {}
     return single_turn(verify.make(name, **section), must_finish, name=name, **own)
 
 
-KEYS_TRIED = 20_000  # at most; a verifier reads some ten thousand a second
+KEYS_TRIED = 20_000  # at most; a verifier checks about ten thousand keys per second
 
 
 def check_keys(items: Sequence, section: dict, what: str, say: Callable[[str], None]) -> None:
-    """Say how many tasks have keys that their verifier can't judge, so that no answer
-    would be right; refuse if all have.
+    """Warn of tasks whose keys the verifier can't judge: no answer to them earns a
+    reward.
 
-    A verifier that is not of this package is not asked: it may be slow, or cost money.
+    Only verifiers of this package are tried: a user's own may be slow or cost money.
+
+    Raises:
+      ValueError: the verifier can't judge any key.
     """
     if section.get("name") not in verify.VERIFIERS:
         return
@@ -180,12 +186,13 @@ def check_keys(items: Sequence, section: dict, what: str, say: Callable[[str], N
 
 
 def judge(section: dict, items: Sequence[Task]) -> Environment:
-    """Make the environment of a `verifier` section, whose verifier, if it is the user's
-    own, is tried on the first task.
+    """Make the environment of a `verifier` section.
+
+    A user's own verifier is tried on the first task.
 
     Raises:
-      ValueError: no verifier of that name, a wrong field, or a verifier of the user's
-        that gives no Verdict.
+      ValueError: an unknown verifier, a wrong field, or a user's verifier that returns
+        no Verdict.
     """
     section = {"name": None} | section
     if isinstance(name := section["name"], str) and ":" in name and len(items):
