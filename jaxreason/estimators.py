@@ -139,13 +139,28 @@ def mcnemar(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> float:
     are fair coins (McNemar, 1947). Use one sample per problem; with several, use
     `paired_bootstrap` on each problem's mean.
     """
-    a, b = _paired(correct_a, correct_b)
-    if not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
-        raise ValueError("McNemar's test got values other than 0 and 1; for a mean over samples use paired_bootstrap")
-    only_a, only_b = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
-    n = only_a + only_b
-    tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
-    return min(1.0, 2 * tail / 2**n)
+    from scipy.stats import binomtest
+
+    only_a, only_b, _ = _discordant(correct_a, correct_b)
+    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def paired_posterior(
+    correct_a: Sequence[bool], correct_b: Sequence[bool], *, confidence: float = 0.95, draws: int = 20_000, seed: int = 0
+) -> tuple[float, float, float, float]:
+    """Return the posterior of b's accuracy minus a's on new problems.
+
+    The result is (mean, low, high, probability that b is better). The fractions of
+    problems that only a solves, that only b solves, and of all others have a uniform
+    prior, so the posterior is a Dirichlet distribution. Unlike a bootstrap interval,
+    this one has a width even if all verdicts agree, and it is valid for few problems.
+    """
+    _check_confidence(confidence)
+    only_a, only_b, same = _discordant(correct_a, correct_b)
+    fractions = np.random.default_rng(seed).dirichlet([1 + only_a, 1 + only_b, 1 + same], size=draws)
+    difference = fractions[:, 1] - fractions[:, 0]
+    low, high = np.quantile(difference, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return float(difference.mean()), float(low), float(high), float((difference > 0).mean())
 
 
 def paired_bootstrap(
@@ -158,23 +173,29 @@ def paired_bootstrap(
     problem cancels. Average the samples of a problem first; they don't count as
     problems.
     """
+    from scipy.stats import bootstrap
+
     _check_confidence(confidence)
     a, b = _paired(a, b)
     if len(a) == 0:
         raise ValueError("paired_bootstrap got no problems; allowed: at least 1")
     difference = b - a
-    n = len(difference)
-    rng = np.random.default_rng(seed)
-    means = np.array([difference[rng.integers(n, size=n)].mean() for _ in range(draws)])
-    low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return float(difference.mean()), float(low), float(high)
+    mean = float(difference.mean())
+    if np.ptp(difference) == 0:  # of which scipy would warn
+        return mean, mean, mean
+    how = {"confidence_level": confidence, "n_resamples": draws, "method": "percentile", "batch": 1000}
+    found = bootstrap((difference,), np.mean, rng=np.random.default_rng(seed), **how).confidence_interval
+    return mean, float(found.low), float(found.high)
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
     """Return the mean over seeds with its t-interval: (mean, low, high).
 
-    The interval of a single value is unbounded.
+    The interval of a single value is unbounded. It assumes roughly normal values; its
+    half width is 12.7 standard errors for 2 seeds, 4.3 for 3 and 2.8 for 5.
     """
+    from scipy.stats import t
+
     _check_confidence(confidence)
     values = np.asarray(values, np.float64)
     n = len(values)
@@ -183,38 +204,89 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     mean = float(values.mean())
     if n == 1:
         return mean, -math.inf, math.inf
-    half = _t_quantile(0.5 + confidence / 2, n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
+    half = float(t.ppf(0.5 + confidence / 2, n - 1)) * float(values.std(ddof=1)) / math.sqrt(n)
     return mean, mean - half, mean + half
 
 
-def _t_quantile(p: float, freedom: int) -> float:
-    """Return Student's t quantile for p > 0.5.
+def paired_t(differences: Sequence[float]) -> float:
+    """Return the two-sided p-value of the t-test that paired differences have mean 0.
 
-    It bisects on the angle atan(t / sqrt(freedom)).
+    It is 1 for fewer than two differences, and if all are 0.
     """
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        if 0.5 + _t_mass(middle, freedom) / 2 < p:
-            low = middle
-        else:
-            high = middle
-    return math.sqrt(freedom) * math.tan(low)
+    from scipy.stats import t
+
+    values = np.asarray(differences, np.float64)
+    n = len(values)
+    if n < 2 or not values.any():
+        return 1.0
+    error = float(values.std(ddof=1)) / math.sqrt(n)
+    return float(2 * t.sf(abs(values.mean()) / error, n - 1)) if error else 0.0
 
 
-def _t_mass(angle: float, freedom: int) -> float:
-    """Return P(|T| <= sqrt(freedom) tan(angle)).
+def sign_flip(differences: Sequence[float]) -> float:
+    """Return the exact two-sided p-value of the sign-flip test (Fisher, 1935).
 
-    Abramowitz and Stegun (1964), 26.7.3 (odd) and 26.7.4 (even).
+    It is the fraction of all choices of signs whose mean is at least as far from 0 as
+    the observed one. The test only assumes that without an effect a difference and its
+    opposite are equally likely. The lowest p-value of n differences is 2 / 2^n: 0.5 for
+    2 seeds, 0.0625 for 5, 0.03 for 6.
     """
-    odd = freedom % 2
-    term = math.cos(angle) if odd else 1.0
-    total = term if freedom > 1 else 0.0
-    for i in range(2 + odd, freedom - 1, 2):
-        term *= (i - 1) / i * math.cos(angle) ** 2
-        total += term
-    total *= math.sin(angle)
-    return 2 / math.pi * (angle + total) if odd else total
+    values = np.asarray(differences, np.float64)
+    n = len(values)
+    if not 1 <= n <= MOST_FLIPPED:
+        raise ValueError(f"sign_flip got {n} differences; allowed: 1 to {MOST_FLIPPED}, as it tries all 2^n signs")
+    signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
+    sums = np.abs(signs @ values)
+    return float((sums >= sums[0] * (1 - 1e-12)).mean())
+
+
+MOST_FLIPPED = 20
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number (Holm, 1979), in the same order.
+
+    The chance of any false finding at a level is then at most the level.
+    """
+    order = np.argsort(p_values, kind="stable")
+    corrected, highest = np.empty(len(order)), 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - rank) * p_values[i]))
+        corrected[i] = highest
+    return corrected.tolist()
+
+
+def seeds_needed(difference: float, deviation: float, *, power: float = 0.8, level: float = 0.05) -> int | None:
+    """Return the number of paired seeds that a t-test needs to show a difference.
+
+    `difference` is the mean over seeds and `deviation` the standard deviation. The power
+    follows from the noncentral t distribution (Cohen, 1988, sec. 2.3). Return None if
+    more than 10,000 seeds are needed.
+    """
+    from scipy.stats import nct, t
+
+    if not (0 < power < 1 and 0 < level < 1 and deviation >= 0):
+        raise ValueError(f"got power={power}, level={level}, deviation={deviation}; allowed: between 0 and 1, and 0 or more")
+    if difference == 0:
+        return None
+    if deviation == 0:
+        return 2
+    n = 2
+    while n <= 10_000:
+        shift, edge = abs(difference) / deviation * math.sqrt(n), float(t.ppf(1 - level / 2, n - 1))
+        if nct.sf(edge, n - 1, shift) + nct.cdf(-edge, n - 1, shift) >= power:
+            return n
+        n = n + 1 if n < 200 else math.ceil(n * 1.02)
+    return None
+
+
+def _discordant(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> tuple[int, int, int]:
+    """The number of problems that only a solved, that only b solved, and of others."""
+    a, b = _paired(correct_a, correct_b)
+    if not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
+        raise ValueError("a paired test got values other than 0 and 1; for a mean over samples use paired_bootstrap")
+    only_a, only_b = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
+    return only_a, only_b, len(a) - only_a - only_b
 
 
 def _paired(a: Sequence[float], b: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from scipy import special
+from scipy import special, stats
 
 from jaxreason import estimators
 
@@ -145,7 +145,77 @@ def test_mean_interval_is_students():
         estimators.mean_interval([])
 
 
-@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 10, 29, 100])
-@pytest.mark.parametrize("p", [0.6, 0.95, 0.975, 0.995])
-def test_t_quantile(freedom, p):
-    assert estimators._t_quantile(p, freedom) == pytest.approx(special.stdtrit(freedom, p), rel=1e-9)
+# --- paired seeds ---
+
+
+def test_the_t_test_and_its_interval_agree_with_scipy():
+    draw = np.random.default_rng(0)
+    for n in (2, 3, 5, 20):
+        values = draw.normal(0.3, 1, n)
+        theirs = stats.ttest_1samp(values, 0)
+        assert estimators.paired_t(values) == pytest.approx(theirs.pvalue)
+        interval = theirs.confidence_interval(0.9)
+        assert estimators.mean_interval(values, 0.9)[1:] == pytest.approx((interval.low, interval.high))
+    assert estimators.paired_t([0.0, 0.0]) == estimators.paired_t([3.0]) == 1.0
+    assert estimators.paired_t([0.1, 0.1]) == 0.0
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_the_t_interval_of_few_seeds_covers_as_it_says(n):
+    draw = np.random.default_rng(n)
+    covered = [low <= 0.7 <= high for _, low, high in (estimators.mean_interval(draw.normal(0.7, 0.1, n)) for _ in range(4000))]
+    assert 0.938 < np.mean(covered) < 0.962  # four standard errors
+
+
+def test_signs_are_flipped_as_by_brute_force():
+    draw = np.random.default_rng(1)
+    for n in (1, 2, 4, 6):
+        values = draw.normal(0.5, 1, n)
+        means = [abs(np.dot(signs, values)) for signs in itertools.product((1, -1), repeat=n)]
+        expected = np.mean([mean >= abs(values.sum()) - 1e-12 for mean in means])
+        assert estimators.sign_flip(values) == pytest.approx(expected)
+    assert estimators.sign_flip([0.1] * 5) == 2 / 2**5  # the lowest there is
+    assert estimators.sign_flip([0.0] * 5) == 1
+    with pytest.raises(ValueError, match="allowed: 1 to 20"):
+        estimators.sign_flip([0.1] * 21)
+
+
+def test_sign_flips_and_the_t_test_are_false_as_often_as_they_say():
+    draw = np.random.default_rng(2)
+    samples = draw.normal(0, 1, (3000, 6))
+    assert 0.035 < np.mean([estimators.paired_t(values) < 0.05 for values in samples]) < 0.066
+    assert np.mean([estimators.sign_flip(values) <= 0.05 for values in samples]) < 0.05  # 2 / 64 is the only one below
+
+
+def test_holm_by_hand():
+    assert estimators.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert estimators.holm([0.5, 0.6]) == pytest.approx([1.0, 1.0])
+    assert estimators.holm([]) == []
+
+
+def test_seeds_that_are_needed_have_the_power_by_simulation():
+    for ratio in (3.0, 1.5, 0.8):
+        n = estimators.seeds_needed(ratio, 1.0)
+        draw = np.random.default_rng(3)
+
+        def power(n, draw=draw, ratio=ratio):
+            return np.mean(stats.ttest_1samp(draw.normal(ratio, 1, (4000, n)), 0, axis=1).pvalue < 0.05)
+
+        assert power(n) > 0.78
+        assert n == 2 or power(n - 1) < 0.82
+    assert estimators.seeds_needed(0.0, 1.0) is None
+    assert estimators.seeds_needed(0.1, 0.0) == 2
+    assert estimators.seeds_needed(1e-4, 1.0) is None
+
+
+def test_the_posterior_of_few_problems_covers_and_has_a_width():
+    draw, covered = np.random.default_rng(4), []
+    for _ in range(1500):
+        only_a, only_b, _ = shares = draw.dirichlet([1, 1, 1])  # the prior
+        kinds = draw.choice(3, size=30, p=shares)
+        _, low, high, _ = estimators.paired_posterior(kinds == 0, kinds == 1, draws=1000)
+        covered.append(low <= only_b - only_a <= high)
+    assert 0.925 < np.mean(covered) < 0.97
+    mean, low, high, better = estimators.paired_posterior([1] * 20, [1] * 20)
+    assert low < 0 < high
+    assert (mean, better) == (pytest.approx(0, abs=0.01), pytest.approx(0.5, abs=0.02))
