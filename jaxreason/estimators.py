@@ -259,7 +259,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def seeds_needed(difference: float, deviation: float, *, power: float = 0.8, level: float = 0.05) -> int | None:
     """Return the number of paired seeds that a t-test needs to show a difference.
 
-    `difference` is the mean over seeds and `deviation` the standard deviation. The power
+    `difference` is the mean over seeds, `deviation` the standard deviation. The power
     follows from the noncentral t distribution (Cohen, 1988, sec. 2.3). Return None if
     more than 10,000 seeds are needed.
     """

@@ -21,9 +21,9 @@ FLOORS = (
     "platforms model text tasks verify tools objectives estimators sharding optimizer data draw metrics cost runtime.checkpoint",
     "learner sampler logp environment batching runtime.warm_start runtime.ledger",
     "rollout sources runtime.preemption",
-    "evaluate runtime.resume runtime.journal",
+    "evaluate runtime.resume runtime.journal look.figures",
     "build train options.command",
-    "main api export sweep launch plan bench look __main__",
+    "main api export sweep launch plan bench look look.curves __main__",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 DOORS = FLOORS[-1].split()
@@ -57,11 +57,11 @@ def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
 
 
 def room(name: str) -> str:
-    """jaxreason.model.layers -> model. The files of runtime/ and options/ are on floors
-    of their own.
+    """jaxreason.model.layers -> model. The files of runtime/, options/ and look/ are on
+    floors of their own.
     """
     parts = name.split(".")[1:]
-    return ".".join(parts[:2]) if parts[0] in ("runtime", "options") else parts[0]
+    return ".".join(parts[:2]) if parts[0] in ("runtime", "options", "look") else parts[0]
 
 
 def ours(path: Path) -> set[str]:

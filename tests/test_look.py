@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from runs import ROOT
 
-from jaxreason.look import curves
+from jaxreason.look import curves, figures
 
 METRIC = "eval/chain/greedy/accuracy"
 
@@ -26,19 +26,19 @@ def write_run(folder, values, phases=("prior", "rl")):
 
 def test_steps_count_from_the_start_of_the_phase(tmp_path):
     run = write_run(tmp_path / "a", [0.0, 0.4, 0.5, 0.75])
-    assert curves.read_curve(run, METRIC, "rl") == {0: 0.4, 10: 0.5, 20: 0.75}
-    assert curves.read_curve(run, METRIC, None) == {0: 0.0, 10: 0.4, 20: 0.5, 30: 0.75}
-    assert curves.read_curve(run, METRIC, "prior") == {0: 0.0, 10: 0.4}
+    assert figures.read_curve(run, METRIC, "rl") == {0: 0.4, 10: 0.5, 20: 0.75}
+    assert figures.read_curve(run, METRIC, None) == {0: 0.0, 10: 0.4, 20: 0.5, 30: 0.75}
+    assert figures.read_curve(run, METRIC, "prior") == {0: 0.0, 10: 0.4}
 
 
 def test_runs_are_joined_at_the_steps_that_all_have(tmp_path):
-    steps, mean, lowest, highest = curves.join_curves([{0: 0.0, 10: 0.5, 20: 1.0}, {0: 1.0, 10: 0.0}])
+    steps, mean, lowest, highest = figures.join_curves([{0: 0.0, 10: 0.5, 20: 1.0}, {0: 1.0, 10: 0.0}])
     np.testing.assert_array_equal(steps, [0, 10])
     np.testing.assert_array_equal(mean, [0.5, 0.25])
     np.testing.assert_array_equal(lowest, [0.0, 0.0])
     np.testing.assert_array_equal(highest, [1.0, 0.5])
     with pytest.raises(ValueError, match="no step in common"):
-        curves.join_curves([{0: 0.0}, {5: 1.0}])
+        figures.join_curves([{0: 0.0}, {5: 1.0}])
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_attempts_that_share_a_prompt_stand_in_one_row():
 def test_a_pretrained_model_needs_no_download(tmp_path):
     shape = work_of(name="gsm8k", options="model=qwen3_8b", **{"rl.microbatches": 1}).shape
     assert (shape.layers, shape.vocab_size, shape.scan_layers) == (36, 151936, True)
-    with pytest.raises(ValueError, match="a plan downloads nothing"):
+    with pytest.raises(ValueError, match="nothing is downloaded here"):
         work_of(name="gsm8k", options="model=Qwen/Qwen3-8B")
     config = {"model_type": "qwen2", "vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 2, "intermediate_size": 128}))

@@ -41,6 +41,7 @@ from jaxreason.build.model import (
     make_model,
     make_text,
     read_model_and_text,
+    read_shape,
 )
 from jaxreason.build.phases import SOURCES, choose_rollouts_per_prompt, corpus, demonstrations, rollouts
 from jaxreason.build.run import build
@@ -74,6 +75,7 @@ __all__ = [
     "make_model",
     "make_text",
     "read_model_and_text",
+    "read_shape",
     "rollouts",
     "section",
     "section_of_model",

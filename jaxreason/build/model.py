@@ -94,6 +94,28 @@ def make_model(
     return shape, functools.partial(origin_.load_folder, folder, shape)
 
 
+def read_shape(section: dict, text_section: dict) -> model_config.ModelConfig:
+    """Read the shape of the model of a `model` section, without loading or downloading
+    weights.
+
+    Raises:
+      ValueError: the shape is known only to a hub repository, or fields do not fit.
+    """
+    section, folder, tokenizer = dict(section), None, None
+    name = section["name"]
+    if section.get("weights") == "pretrained":
+        section["weights"] = "random"
+        if name not in model_config.SIZES:
+            folder = Path(os.path.expanduser(name))
+            if not (folder / "config.json").is_file():
+                known = unknown_name_message("model", name, model_config.SIZES)
+                raise ValueError(f"{known}; or a folder with a config.json (nothing is downloaded here)")
+    elif name == "tiny":
+        tokenizer, _ = call_with_section(make_text, text_section, "config.text", folder=None)
+    shape, _ = call_with_section(make_model, section, "config.model", folder=folder, tokenizer=tokenizer)
+    return shape
+
+
 def start_from(path: str, mine: ModelAndText, say: Callable[[str], None]) -> Callable:
     """Find the params that `config.init_from` names and check that they fit.
 

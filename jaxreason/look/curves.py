@@ -13,51 +13,14 @@ the phase; the value at step 0 is the last one before it. Needs matplotlib (`pip
 from __future__ import annotations
 
 import glob
-import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from absl import app, flags, logging
 
-from jaxreason.options import unknown_name_message
-
-COLORS = ("#0072B2", "#D55E00", "#555555", "#009E73", "#CC79A7")  # told apart by colour-blind readers too
-
-
-def read_curve(run: Path, metric: str, phase: str | None) -> dict[int, float]:
-    """Read a metric of a run: steps since the start of the phase -> value.
-
-    Raises:
-      ValueError: the run has no such metric in the phase.
-      FileNotFoundError: the folder holds no metrics.
-    """
-    path = run / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    having = [line for line in lines if isinstance(line.get(metric), int | float)]
-    if not having:
-        raise ValueError(unknown_name_message(f"metric in {path}", metric, {name for line in lines for name in line}))
-    inside = [line for line in having if phase in (None, line["phase"])]
-    if not inside:
-        raise ValueError(unknown_name_message(f"phase in {path}", phase, {line["phase"] for line in having}))
-    before = [line for line in having if line["step"] < inside[0]["step"]]
-    start = before[-1]["step"] if before else inside[0]["step"]
-    return {line["step"] - start: line[metric] for line in before[-1:] + inside}
-
-
-def join_curves(curves: Sequence[Mapping[int, float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Steps that all curves have, and mean, lowest and highest value at each.
-
-    Raises:
-      ValueError: they have no step in common.
-    """
-    steps = sorted(set.intersection(*map(set, curves)))
-    if not steps:
-        raise ValueError(f"{len(curves)} runs have no step in common; draw them with labels of their own")
-    value_RT = np.array([[curve[step] for step in steps] for curve in curves])
-    return np.array(steps), value_RT.mean(axis=0), value_RT.min(axis=0), value_RT.max(axis=0)
+from jaxreason.look.figures import draw, read_curve
 
 
 def read_groups(arguments: Sequence[str], metric: str, phase: str | None) -> dict[str, list[dict[int, float]]]:
@@ -77,32 +40,6 @@ def read_groups(arguments: Sequence[str], metric: str, phase: str | None) -> dic
             raise FileNotFoundError(f"no run folder matches {pattern!r}; a run folder holds metrics.jsonl")
         groups[label] = [read_curve(Path(run), metric, phase) for run in runs]
     return groups
-
-
-def draw(groups: Mapping[str, Sequence[Mapping[int, float]]], metric: str, xlabel: str, out: Path) -> None:
-    """Write the figure."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.4, 3.4), layout="constrained")
-    for i, (label, curves) in enumerate(groups.items()):
-        steps, mean, lowest, highest = join_curves(curves)
-        color = COLORS[i % len(COLORS)]
-        count = f", {len(curves)} runs: mean, lowest to highest" if len(curves) > 1 else ""
-        axes.plot(steps, mean, color=color, marker="o", markersize=3.5, label=label + count)
-        if len(curves) > 1:
-            axes.fill_between(steps, lowest, highest, color=color, alpha=0.2, linewidth=0)
-    axes.set(xlabel=xlabel, ylabel=metric.removeprefix("eval/"))
-    if "accuracy" in metric:
-        axes.set_ylim(-0.02, 1.02)
-    axes.grid(alpha=0.3, linewidth=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=130)
-    pyplot.close(figure)
 
 
 def main(argv) -> None:

@@ -5,13 +5,10 @@ weights.
 from __future__ import annotations
 
 import inspect
-import os
-from pathlib import Path
 
 from jaxreason import build, objectives, optimizer, sharding
 from jaxreason.cost import shared_length
 from jaxreason.model import attention
-from jaxreason.model.config import SIZES
 from jaxreason.options import call_with_section, fields, unknown_name_message
 from jaxreason.plan.arrays import completer_of, devices_of, state_of, weights_of
 from jaxreason.plan.work import Work, microbatch_choices
@@ -36,7 +33,10 @@ def read(config: dict, topology: str, phase: str | None) -> Work:
     section = config[phase]
     here = {"devices": devices_of(topology), "process": 0}
     mesh = call_with_section(sharding.make_meshes, config["sharding"], "config.sharding", **here).learn.shape
-    shape = read_shape(config)
+    section = config["model"]
+    scan_layers = True if section.get("scan_layers") is None else section["scan_layers"]  # as build chooses on an accelerator
+    shape = build.read_shape({**section, "scan_layers": scan_layers}, config["text"])
+    attention.check_platform(shape, "tpu")
     objective = call_with_section(objectives.make, section["objective"], f"config.{phase}.objective")
     updates, steps = section.get("updates_per_batch", 1), section["steps"]
     source = section["source"]
@@ -63,27 +63,6 @@ def read(config: dict, topology: str, phase: str | None) -> Work:
     )
     check(work)
     return work
-
-
-def read_shape(config: dict):
-    """The shape of the model, by `build.make_model`."""
-    section, folder, tokenizer = dict(config["model"]), None, None
-    name = section["name"]
-    if section.get("weights") == "pretrained":
-        section["weights"] = "random"
-        if name not in SIZES:
-            folder = Path(os.path.expanduser(name))
-            if not (folder / "config.json").is_file():
-                raise ValueError(
-                    f"{unknown_name_message('model', name, SIZES)}; or a folder with a config.json (a plan downloads nothing)"
-                )
-    elif name == "tiny":
-        tokenizer, _ = call_with_section(build.make_text, config["text"], "config.text", folder=None)
-    if section.get("scan_layers") is None:
-        section["scan_layers"] = True  # as build chooses on an accelerator
-    shape, _ = call_with_section(build.make_model, section, "config.model", folder=folder, tokenizer=tokenizer)
-    attention.check_platform(shape, "tpu")
-    return shape
 
 
 def read_source(*, name: str, sampler: dict, shape, multiple: int, **section) -> dict:

@@ -1,0 +1,268 @@
+r"""An entry point: run the same config with different fields, on paired seeds, and
+compare the arms.
+
+    python -m jaxreason.sweep --config=configs/tiny.py \
+        --grid="rl.objective.name=rloo,grpo; seed=0..4" [--config.rl.steps=80]
+    python -m jaxreason.sweep --experiment=experiments/prior.py[:quick]
+    python -m jaxreason.sweep --report=FOLDER
+
+The first value of each field is the baseline. Every arm is run with every seed, phases
+that runs share are trained once, and the same command continues where it was stopped.
+`--dry_run` lists the runs and what they will need.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import app, flags, logging
+
+from jaxreason.options import command, lines_of
+from jaxreason.sweep.arms import Sweep, named_arms, parse_grid, word_of
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    command.define("Config file and options, as of jaxreason.main; --config.FIELD=VALUE sets a field in all arms.")
+    flags.DEFINE_string("grid", None, "Arms: 'field=value,value; field=first..last; seed=0..4'.")
+    flags.DEFINE_string("experiment", None, "A file with a function sweep(arg), as experiments/prior.py[:quick].")
+    flags.DEFINE_integer("seeds", None, "Seeds 0 to this number less one, for every arm. Default: 5.", lower_bound=1)
+    flags.DEFINE_string("folder", None, "Folder of the sweep. Default: sweeps/<name>-<hash of its arms>.")
+    flags.DEFINE_string("metric", None, "What is compared: eval/SUITE/MODE/accuracy. Default: the first suite's.")
+    flags.DEFINE_integer("workers", None, "Runs at a time. Default: one per core, or per accelerator.", lower_bound=1)
+    flags.DEFINE_integer("devices_per_run", 1, "Accelerators of each run.", lower_bound=1)
+    flags.DEFINE_integer("retries", 0, "How often a run that failed is tried again.", lower_bound=0)
+    flags.DEFINE_boolean("share", True, "Train phases that runs have in common once.")
+    flags.DEFINE_boolean("dry_run", False, "List the runs and what they need, and end.")
+    flags.DEFINE_string("report", None, "Folder of a sweep: write its report again, and end.")
+    flags.DEFINE_boolean("across_commits", False, "Compare runs of different versions of the code.")
+    flags.DEFINE_boolean("figures", True, "Draw figures, if matplotlib is installed.")
+
+
+class Asked(NamedTuple):
+    """A sweep, and what else its command says."""
+
+    sweep: Sweep
+    name: str
+    figures: Callable | None  # of the experiment's file: figures(folder, report)
+
+
+def read_sweep(words: command.Words) -> Asked:
+    """Read the sweep that a command asks for.
+
+    Raises:
+      ValueError: neither an experiment nor a grid, or a wrong one.
+    """
+    if FLAGS.experiment is not None:
+        if words.config is not None or FLAGS.grid is not None:
+            raise ValueError("got --experiment with --config or --grid; allowed: one of the two ways to say the arms")
+        return read_experiment(FLAGS.experiment, words.changes)
+    if words.config is None or FLAGS.grid is None:
+        raise ValueError('needed: --experiment=FILE, or --config=FILE --grid="field=value,value"; see --help')
+    arms, seeds = parse_grid(FLAGS.grid)
+    if twice := words.changes.keys() & {field for arm in arms for field in arm}:
+        raise ValueError(f"--config.{min(twice)} is a field of --grid too; allowed: one of them")
+    seeds = range(FLAGS.seeds or 5) if seeds is None else seeds
+    sweep = Sweep(words.config, arms, tuple(seeds), common=words.changes, metric=FLAGS.metric)
+    return Asked(sweep, Path(words.config.partition(":")[0]).stem, None)
+
+
+def read_experiment(experiment: str, changes: dict[str, str]) -> Asked:
+    """Run the file of an experiment; `changes` are set in all its arms."""
+    file, colon, options = experiment.partition(":")
+    path = command.find_file(file)
+    with lines_of(str(path)):
+        found = runpy.run_path(str(path))
+        if "sweep" not in found:
+            raise ValueError(f"{path} has no function sweep(arg='') that returns a Sweep")
+        sweep = found["sweep"](options) if colon else found["sweep"]()
+    if not isinstance(sweep, Sweep):
+        raise ValueError(f"sweep of {path} returned {type(sweep).__name__}; allowed: a jaxreason.sweep.Sweep")
+    sweep = sweep._replace(common={**sweep.common, **changes}, metric=FLAGS.metric or sweep.metric)
+    if FLAGS.seeds is not None:
+        sweep = sweep._replace(seeds=tuple(range(FLAGS.seeds)))
+    return Asked(sweep, path.stem + (f"-{options}" if options else ""), found.get("figures"))
+
+
+def definition(asked: Asked) -> dict:
+    """What sweep.json says."""
+    sweep = asked.sweep
+    arms = {name: {field: word_of(value) for field, value in arm.items()} for name, arm in named_arms(sweep).items()}
+    common = {field: word_of(value) for field, value in sweep.common.items()}
+    seeds = list(sweep.seeds)
+    return {"config": sweep.config, "common": common, "arms": arms, "seeds": seeds, "metric": sweep.metric}
+
+
+def default_folder(asked: Asked) -> Path:
+    """The folder of a sweep: one for its config, its common fields and its arms."""
+    text = json.dumps({k: v for k, v in definition(asked).items() if k in ("config", "common", "arms")}, sort_keys=True)
+    return Path("sweeps") / f"{asked.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def write_definition(folder: Path, here: dict) -> dict:
+    """Write sweep.json; a sweep in the folder may gain arms and seeds.
+
+    Raises:
+      ValueError: the folder is of another sweep.
+    """
+    from jaxreason.runtime.files import replacing
+    from jaxreason.runtime.workdir import json_object
+
+    there = json_object(folder / "sweep.json")
+    if there is not None:
+        for name in ("config", "common"):
+            if there.get(name) != here[name]:
+                raise ValueError(
+                    f"{folder} is of another sweep ({name}: {there.get(name)} there, {here[name]} here); choose another --folder"
+                )
+        for name, arm in there.get("arms", {}).items():
+            if here["arms"].get(name, arm) != arm:
+                raise ValueError(f"{folder} has an arm {name!r} with other fields ({arm} there); choose another --folder")
+        here = here | {"arms": there["arms"] | here["arms"], "seeds": sorted({*there["seeds"], *here["seeds"]})}
+    with replacing(folder / "sweep.json") as file:
+        json.dump(here, file, indent=2)
+    return here
+
+
+def provenance(folder: Path) -> dict[str, str]:
+    """The commit of this code, and the name of its changes, which are kept as a
+    file; the date is in the state of each run.
+    """
+    root = Path(__file__).parents[2]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        run = {"cwd": root, "capture_output": True, "text": True, "check": True}
+        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
+        diff = subprocess.run(["git", "diff", "HEAD", "--", "jaxreason"], **run).stdout
+        if not diff:
+            return {"code": commit}
+        name = f"{commit}-{hashlib.sha256(diff.encode()).hexdigest()[:8]}"
+        (folder / f"{name}.diff").write_text(diff, encoding="utf-8")
+        return {"code": name}
+    import jaxreason
+
+    return {"code": f"jaxreason {jaxreason.__version__}"}
+
+
+def list_runs(asked: Asked, folder: Path) -> list[str]:
+    """The lines of `--dry_run`."""
+    from jaxreason.runtime.terminal import duration
+    from jaxreason.sweep import predict
+    from jaxreason.sweep.runs import make_runs
+
+    runs = make_runs(asked.sweep, folder, FLAGS.share)
+    needed = predict.needs(runs)
+    lines = [f"{len(runs)} runs in {folder}", ""]
+    for run in runs:
+        need = needed[run.name]
+        parts = ["done" if run.is_done() else f"stops after {run.stop_after}" if run.stop_after else ""]
+        at_most = "" if need.wall_s else "at most "  # by formula
+        parts += [f"{run.steps} steps", f"{at_most}{need.flops:.3g} FLOPs" if need.flops else "FLOPs unknown"]
+        parts += [f"about {duration(need.wall_s)}"] if need.wall_s else []
+        parts += [f"{need.joules:,.0f} J"] if need.joules else []
+        parts += [f"{need.bytes / 2**20:,.0f} MiB"] if need.bytes else []
+        parts += [f"begins with {run.shared.name}"] if run.shared else []
+        lines.append(f"  {run.name}: {', '.join(filter(None, parts))}")
+        lines.append(f"    {' '.join(run.words)}")
+    known = [need for need in needed.values() if need.bytes]
+    if known:
+        free, size = shutil.disk_usage(folder if folder.exists() else Path.cwd()).free, sum(need.bytes for need in known)
+        lines += ["", f"disk: about {size / 2**20:,.0f} MiB of {free / 2**20:,.0f} MiB that are free"]
+    return lines
+
+
+def run_sweep(asked: Asked, folder: Path) -> None:
+    """Execute the runs of a sweep, and write its report."""
+    from jaxreason.runtime import workdir
+    from jaxreason.sweep import progress, queue, results
+    from jaxreason.sweep.runs import make_runs
+
+    runs = make_runs(asked.sweep, folder, FLAGS.share)
+    suite, temperature = results.parse_metric(asked.sweep.metric, runs[-1].config)
+    workers = queue.make_workers(FLAGS.workers, FLAGS.devices_per_run)
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        stack.callback(workdir.lock(folder, print))
+        known = write_definition(folder, definition(asked))
+        state = queue.State(folder / "state.json")
+        print(f"sweep: {len(known['arms'])} arms, seeds {known['seeds']}, {len(workers)} workers, in {folder}", flush=True)
+        metric = results.name_metric(suite, temperature)
+        with queue.interruptible() as stopped, progress.shown(runs, state, metric, len(workers)) as (show, say):
+            how = {"retries": FLAGS.retries, "provenance": provenance(folder), "show": show, "say": say, "stopped": stopped}
+            queue.execute(runs, workers, state, folder, **how)
+            if stopped():
+                say("stopped; the same command continues")
+                sys.exit(130)
+    report(folder, asked.figures)
+
+
+def report(folder: Path, draw: Callable | None = None) -> None:
+    """Write the report of a sweep, and print it."""
+    from jaxreason.runtime.workdir import json_object
+    from jaxreason.sweep import report as reports
+    from jaxreason.sweep import results
+    from jaxreason.sweep.runs import read_config
+
+    known = json_object(folder / "sweep.json")
+    if known is None:
+        raise ValueError(f"{folder} is no folder of a sweep: it has no sweep.json")
+    first = next(iter(known["arms"].values()))
+    config = read_config(known["config"], {**known["common"], **first})
+    metric = results.parse_metric(FLAGS.metric or known["metric"], config)
+    states = (json_object(folder / "state.json") or {}).get("runs", {})
+    made = reports.make_report(folder, known["arms"], known["seeds"], metric, states, FLAGS.across_commits)
+    if FLAGS.figures and made.arms:
+        try:
+            reports.draw_figures(made, folder, config["phases"][-1])
+            if draw is not None:
+                draw(folder, made)
+        except ModuleNotFoundError as error:
+            print(f"no figures: {error.name} is not installed; pip install 'jaxreason[look]'", file=sys.stderr)
+    print(reports.write_report(made, folder))
+    print(f"written: {folder / 'report.md'}, {folder / 'report.json'}")
+    if made.missing:
+        sys.exit(1)
+
+
+def main(argv) -> None:
+    logging.set_verbosity(logging.WARNING)
+    words = FLAGS["config"].words
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"got the words {' '.join(argv[1:])!r}; all that a sweep takes are flags, see --help")
+        if FLAGS.report is not None:
+            report(Path(os.path.expanduser(FLAGS.report)))
+            return
+        asked = read_sweep(words)
+        folder = Path(os.path.expanduser(FLAGS.folder)) if FLAGS.folder else default_folder(asked)
+        if FLAGS.dry_run:
+            print("\n".join(list_runs(asked, folder)))
+            return
+        run_sweep(asked, folder)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    try:
+        words = command.split(argv)
+        rest = FLAGS(words.rest)
+        FLAGS["config"].words = words
+        return rest
+    except (flags.Error, ValueError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,308 @@
+"""Workers that execute the runs of a sweep, each run a process with a log of its own,
+and the state of every run in a file.
+
+A worker is a part of this machine: some of its cores, or accelerators that its
+processes alone see. Each takes the first run that is waiting and whose shared phases
+are trained. A run that fails is recorded with the last lines of its log, and the others
+continue. Runs are stopped by a signal and save themselves; the same command continues
+all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import glob
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxreason.runtime.files import replacing
+from jaxreason.runtime.workdir import json_object
+from jaxreason.sweep.runs import SweepRun, begin_with_shared
+
+POLL_S = 0.5
+PATIENCE_S = 120.0  # that a run has to save itself when the sweep is stopped
+LAST_LINES = 5  # of a log, kept with a failure
+PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent dies
+
+
+class Worker(NamedTuple):
+    """A part of the machine."""
+
+    name: str
+    cores: frozenset[int]
+    environment: Mapping[str, str]
+
+
+def make_workers(count: int | None, per_run: int = 1) -> list[Worker]:
+    """Divide this machine's accelerators, or its cores where it has none, among
+    workers; None makes as many as there are parts of `per_run` devices.
+
+    Nothing here starts JAX, which would take the accelerators for itself.
+
+    Raises:
+      ValueError: more workers than there are parts.
+    """
+    kind, devices = find_devices()
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    most = len(devices) // per_run
+    count = max(1, most) if count is None else count
+    if not 1 <= count <= most:
+        raise ValueError(
+            f"--workers={count} with {per_run} per run; allowed: 1 to {most}, since this machine has {len(devices)} {kind}s"
+        )
+    made = []
+    for i in range(count):
+        part = devices[i * len(devices) // count :][:per_run]
+        if kind == "core":
+            part = devices[i * len(devices) // count : (i + 1) * len(devices) // count]
+            made.append(Worker(f"cores {_span(part)}", frozenset(part), {"JAX_PLATFORMS": "cpu"}))
+        else:
+            own = cores[i * len(cores) // count : (i + 1) * len(cores) // count] or cores
+            made.append(Worker(f"{kind} {','.join(map(str, part))}", frozenset(own), _visible(kind, part)))
+    return made
+
+
+def find_devices() -> tuple[str, list[int]]:
+    """The kind and the numbers of the devices that runs may use: gpu, tpu or core."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [int(i) for i in visible.split(",") if i.isdecimal()] if visible is not None else range(len(_nvidia()))
+    tpus = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+    if gpus and platforms in ("", "cuda", "gpu"):
+        return "gpu", list(gpus)
+    if tpus and platforms in ("", "tpu"):
+        return "tpu", list(range(len(tpus)))
+    return "core", sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def _nvidia() -> list[str]:
+    return glob.glob("/proc/driver/nvidia/gpus/*")
+
+
+def _visible(kind: str, part: Sequence[int]) -> dict[str, str]:
+    """The environment of a process that sees these accelerators alone."""
+    numbers = ",".join(map(str, part))
+    if kind == "gpu":
+        return {"CUDA_VISIBLE_DEVICES": numbers}
+    return {
+        "TPU_VISIBLE_CHIPS": numbers,
+        "TPU_CHIPS_PER_PROCESS_BOUNDS": f"1,{len(part)},1",
+        "TPU_PROCESS_BOUNDS": "1,1,1",
+    }
+
+
+def _span(numbers: Sequence[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
+
+
+# --- the state of runs ---
+
+
+class State:
+    """What became of each run, in `state.json`: its status (waiting, running, done,
+    failed, stopped), attempts, times, exit code and the last lines of a failure.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.runs: dict[str, dict] = (json_object(path) or {}).get("runs", {})
+
+    def of(self, run: SweepRun) -> dict:
+        return self.runs.setdefault(run.name, {"status": "waiting", "attempts": 0})
+
+    def set(self, run: SweepRun, **fields) -> None:
+        self.of(run).update(fields)
+        with replacing(self.path) as file:
+            file.write(json.dumps({"runs": self.runs}, indent=2, sort_keys=True))
+
+
+class Running(NamedTuple):
+    run: SweepRun
+    worker: Worker
+    process: subprocess.Popen
+    log: Path
+    begin: int  # bytes of the log before this process
+
+
+def execute(
+    runs: Sequence[SweepRun],
+    workers: Sequence[Worker],
+    state: State,
+    folder: Path,
+    *,
+    retries: int = 0,
+    provenance: Mapping[str, str] = {},
+    show: Callable[[Sequence[Running]], None] = lambda running: None,
+    say: Callable[[str], None] = print,
+    stopped: Callable[[], bool] = lambda: False,
+    prune: Callable[[SweepRun], str] = lambda run: "",
+) -> None:
+    """Execute all runs that are not done. `stopped` is asked all the time; once it says
+    so, what runs is stopped and saved.
+
+    `prune(run)` may give a reason to stop a running run for good. What failed in an
+    earlier call is tried again.
+    """
+    waiting = [run for run in runs if not run.is_done()]
+    for run in runs:
+        if run.is_done() and state.of(run)["status"] != "done":
+            state.set(run, status="done")
+        elif not run.is_done() and state.of(run)["status"] != "pruned":
+            state.set(run, status="waiting", attempts=0)
+    waiting = [run for run in waiting if state.of(run)["status"] == "waiting"]
+    running: list[Running] = []
+    try:
+        while (waiting or running) and not stopped():
+            for worker in workers:
+                if all(other.worker is not worker for other in running) and (run := next_ready(waiting, runs, state)):
+                    waiting.remove(run)
+                    if run.is_done():
+                        state.set(run, status="done")
+                    else:
+                        running.append(start(run, worker, state, folder, provenance))
+            if not running and waiting:  # what they share has failed
+                for run in waiting:
+                    state.set(run, status="failed", reason="the run that trains its shared phases failed")
+                break
+            show(running)
+            time.sleep(POLL_S)
+            for one in list(running):
+                if (reason := prune(one.run)) and state.of(one.run)["status"] == "running":
+                    state.set(one.run, status="pruned", reason=reason)
+                    one.process.send_signal(signal.SIGTERM)
+                if one.process.poll() is not None:
+                    running.remove(one)
+                    if ended(one, state, retries, say) == "waiting":
+                        waiting.insert(0, one.run)
+    finally:
+        stop(running, state, say)
+
+
+def next_ready(waiting: Sequence[SweepRun], runs: Sequence[SweepRun], state: State) -> SweepRun | None:
+    """The first run that waits for no other."""
+    trunks = {run.folder: run for run in runs if run.stop_after is not None}
+    for run in waiting:
+        if run.shared is None or run.shared not in trunks or trunks[run.shared].is_done():
+            return run
+    return None
+
+
+def start(run: SweepRun, worker: Worker, state: State, folder: Path, provenance: Mapping[str, str]) -> Running:
+    """Start the process of a run."""
+    begin_with_shared(run)
+    log = folder / "logs" / f"{run.name.replace('/', ',')}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as out:
+        begin = out.tell()
+        process = subprocess.Popen(
+            [sys.executable, *run.command()],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=os.environ | worker.environment,
+            start_new_session=True,  # Ctrl-C is for the sweep, which stops its runs one by one
+            preexec_fn=functools.partial(_become, worker.cores, os.getpid()),
+        )
+    attempts = state.of(run)["attempts"] + 1
+    state.set(run, status="running", attempts=attempts, started=_now(), worker=worker.name, **provenance)
+    return Running(run, worker, process, log, begin)
+
+
+def _become(cores: frozenset[int], parent: int) -> None:
+    """In the new process: keep to some cores, and end when the sweep does."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before that
+            os._exit(1)
+
+
+def ended(one: Running, state: State, retries: int, say: Callable[[str], None]) -> str:
+    """Record how a process ended; return the status of its run."""
+    code = one.process.returncode
+    lines = last_lines(one.log, one.begin)
+    if state.of(one.run)["status"] == "pruned":
+        state.set(one.run, ended=_now(), exit=code)
+        say(f"{one.run.name}: stopped early: {state.of(one.run)['reason']}")
+    elif one.run.is_done():
+        state.set(one.run, status="done", ended=_now(), exit=code)
+    else:
+        reason = how_it_ended(code, lines)
+        again = state.of(one.run)["attempts"] <= retries
+        state.set(one.run, status="waiting" if again else "failed", ended=_now(), exit=code, reason=reason, last_lines=lines)
+        say(f"{one.run.name}: {'will be tried again' if again else 'failed'}: {reason} (log: {one.log})")
+    return state.of(one.run)["status"]
+
+
+def how_it_ended(code: int, lines: Sequence[str]) -> str:
+    """Say in a line how a process failed."""
+    if code < 0:
+        name = signal.Signals(-code).name if -code in list(signal.Signals) else str(-code)
+        return f"killed by {name}" + (", perhaps for the memory it took" if -code == signal.SIGKILL else "")
+    error = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "no output")
+    return f"exit {code}: {error.removeprefix('error: ')}"
+
+
+def last_lines(log: Path, begin: int) -> list[str]:
+    with contextlib.suppress(OSError), log.open("rb") as file:
+        file.seek(max(begin, log.stat().st_size - 10_000))
+        text = file.read().decode("utf-8", "backslashreplace")
+        return [line.rstrip() for line in text.replace("\r", "\n").splitlines() if line.strip()][-LAST_LINES:]
+    return []
+
+
+def stop(running: Sequence[Running], state: State, say: Callable[[str], None]) -> None:
+    """Ask processes to save and end; kill those that do not."""
+    if not running:
+        return
+    say(f"stopping {len(running)} runs; they save themselves (again Ctrl-C: kill them)")
+    for one in running:
+        with contextlib.suppress(ProcessLookupError):
+            one.process.send_signal(signal.SIGTERM)
+    deadline_s = time.monotonic() + PATIENCE_S
+    try:
+        for one in running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                one.process.wait(max(0.1, deadline_s - time.monotonic()))
+    except KeyboardInterrupt:
+        pass
+    for one in running:
+        if one.process.poll() is None:
+            one.process.kill()
+            one.process.wait()
+        status = "done" if one.run.is_done() else "stopped"
+        state.set(one.run, status=status, ended=_now(), exit=one.process.returncode)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Within the block SIGINT and SIGTERM only set what the yielded function returns;
+    a second SIGINT raises KeyboardInterrupt.
+    """
+    got: list[int] = []
+
+    def note(number, frame) -> None:
+        if got and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        got.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(got)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S")

@@ -1,0 +1,200 @@
+"""The runs of a sweep: the command and the folder of each, and the phases that several
+of them share.
+
+    FOLDER/sweep.json           arms, seeds, config, metric
+    FOLDER/runs/ARM/seedN/      a run, as `jaxreason.main` makes it
+    FOLDER/shared/HASH/         a run that stopped after the phases that some runs share
+    FOLDER/logs/                what each process printed
+    FOLDER/state.json           what became of each run
+
+Runs of one seed often begin alike: with the same prior, say. Such phases are trained
+once, by the first of these runs, which is stopped after them (`--stop_after`); the
+others begin with a copy of its folder. A run's numbers depend only on its config, so
+the copy is the run up to there, bit for bit. What counts as alike is all of a config
+but its later phases, the code and the versions of its packages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jaxreason
+from jaxreason import build, objectives, optimizer
+from jaxreason.options import call_with_section, command
+from jaxreason.runtime.files import replacing
+from jaxreason.runtime.workdir import free_name, is_done, looks_whole, saved_at
+from jaxreason.sweep.arms import Sweep, named_arms, word_of
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "grain", "tokenizers")
+
+
+class SweepRun(NamedTuple):
+    """A run of an arm with a seed, or one that trains what several of them share."""
+
+    name: str  # ARM/seedN, or shared/HASH
+    arm: str
+    seed: int
+    words: tuple[str, ...]  # of the command, about its config
+    folder: Path
+    config: dict  # whole
+    shared: Path | None = None  # the folder that it begins with a copy of
+    stop_after: str | None = None  # a phase
+
+    @property
+    def steps(self) -> int:
+        """Steps at its end, or where it stops."""
+        names = list(self.config["phases"])
+        last = names.index(self.stop_after) + 1 if self.stop_after else len(names)
+        return sum(self.config[name]["steps"] for name in names[:last])
+
+    def is_done(self) -> bool:
+        if self.stop_after is None:
+            return is_done(self.folder)
+        whole = [step for step in saved_at(self.folder) if looks_whole(self.folder / "checkpoints" / str(step))]
+        return self.steps in whole
+
+    def command(self) -> list[str]:
+        """The words behind `python`."""
+        stop = [f"--stop_after={self.stop_after}"] if self.stop_after else []
+        return ["-m", "jaxreason.main", *self.words, f"--workdir={self.folder}", *stop]
+
+
+def make_runs(sweep: Sweep, folder: Path, share: bool = True) -> list[SweepRun]:
+    """Check all arms, and list the runs of a sweep: first those that others share.
+
+    Seeds change more slowly than arms, so that a sweep that is cut short has whole
+    pairs.
+
+    Raises:
+      ValueError: an arm that no run could be made of, in one line.
+    """
+    runs = []
+    for seed in sweep.seeds:
+        for name, arm in named_arms(sweep).items():
+            changes = {field: word_of(value) for field, value in {**sweep.common, **arm, "seed": seed}.items()}
+            try:
+                config = read_config(sweep.config, changes)
+            except ValueError as error:
+                raise ValueError(f"arm {name!r}: {error}") from None
+            words = (f"--config={sweep.config}", *(f"--config.{field}={word}" for field, word in changes.items()))
+            runs.append(SweepRun(f"{name}/seed{seed}", name, seed, words, folder / "runs" / name / f"seed{seed}", config))
+    return with_shared(runs, folder / "shared") if share else runs
+
+
+def read_config(config: str, changes: Mapping[str, str]) -> dict:
+    """Read a whole config, and check what can be checked without devices, tasks and
+    weights.
+
+    Raises:
+      ValueError, FileNotFoundError: it is wrong.
+    """
+    found = build.settle(command.read(config, dict(changes), say=lambda line: None).to_dict())
+    for name in found["phases"]:
+        phase = found[name]
+        call_with_section(objectives.make, phase["objective"], f"config.{name}.objective")
+        read = {k: v for k, v in phase["optimizer"].items() if k not in optimizer.ignored(phase["optimizer"])}
+        call_with_section(optimizer.make, read, f"config.{name}.optimizer", steps=max(1, phase["steps"]))
+    return found
+
+
+# --- phases that several runs share ---
+
+
+def with_shared(runs: Sequence[SweepRun], folder: Path) -> list[SweepRun]:
+    """Add the runs that train what several runs share, each before the first of them.
+
+    A run begins with the longest sequence of phases that another run has too, or that
+    an earlier call of the same sweep has trained.
+    """
+    code = code_hash(Path(runs[0].words[0].partition("=")[2].partition(":")[0]))
+    keys = {run.name: keys_of(run.config, code) for run in runs}
+    count = Counter(key for found in keys.values() for key in found)
+    made: list[SweepRun] = []
+    for run in runs:
+        for key, phase in keys[run.name].items():
+            trunk = SweepRun(f"shared/{key}", run.arm, run.seed, run.words, folder / key, run.config, stop_after=phase)
+            if count[key] > 1 or trunk.is_done():
+                made += [] if any(other.name == trunk.name for other in made) else [trunk]
+                run = run._replace(shared=trunk.folder)
+                break
+        made.append(run)
+    return made
+
+
+def keys_of(config: dict, code: str) -> dict[str, str]:
+    """Content addresses of what the first phases of a config compute, the longest
+    sequence first, each with its last phase. All phases together are no beginning.
+    """
+    phases, found = list(config["phases"]), {}
+    for count in range(len(phases) - 1, 0, -1):
+        first = phases[:count]
+        if not sum(config[name]["steps"] for name in first):
+            break
+        kept = {name: value for name, value in config.items() if name in first or not build.is_phase(name, value)}
+        text = json.dumps(kept | {"phases": first}, sort_keys=True, default=list)
+        found[hashlib.sha256(f"{text} {code}".encode()).hexdigest()[:12]] = phases[count - 1]
+    return found
+
+
+def code_hash(config_file: Path) -> str:
+    """A hash of everything but the config that a run's numbers depend on: this package,
+    the modules beside the config, and the versions of other packages.
+    """
+    ours = sorted(Path(jaxreason.__file__).parent.rglob("*.py"))
+    theirs = sorted(Path(os.path.expanduser(config_file)).resolve().parent.glob("*.py"))
+    made = hashlib.sha256(" ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES).encode())
+    for path in (*ours, *theirs):
+        made.update(path.name.encode() + path.read_bytes())
+    return made.hexdigest()
+
+
+def begin_with_shared(run: SweepRun) -> None:
+    """Make the folder of a run a copy of the one that it shares phases with, unless it
+    has begun already.
+
+    The copy appears at once, under its final name, so that no half of one is continued.
+    """
+    if run.shared is None or saved_at(run.folder) or (run.folder / "summary.json").exists():
+        return
+    copied = run.folder.with_name(f"{run.folder.name}.copy")
+    shutil.rmtree(copied, ignore_errors=True)
+    copied.parent.mkdir(parents=True, exist_ok=True)
+    newest = str(max(saved_at(run.shared)))
+    for path in sorted(run.shared.iterdir()):
+        if path.name == "checkpoints":
+            shutil.copytree(path / newest, copied / "checkpoints" / newest, copy_function=_link)
+        elif path.is_dir():
+            shutil.copytree(path, copied / path.name)
+        elif path.name != "lock":
+            copied.mkdir(exist_ok=True)
+            shutil.copy2(path, copied / path.name)
+    write_config(copied / "config.json", run.config)
+    if run.folder.exists():  # a run that ended before its first checkpoint
+        run.folder.rename(free_name(run.folder))
+    copied.rename(run.folder)
+
+
+def write_config(path: Path, config: dict) -> None:
+    """Put the phases of a config into the config.json of a run that began alike."""
+    there = json.loads(path.read_text(encoding="utf-8"))
+    first = [name for name in there if not build.is_phase(name, there[name])]
+    own = {name: value for name, value in config.items() if build.is_phase(name, value)}
+    found = {name: there[name] for name in first} | own | {"phases": config["phases"]}
+    with replacing(path) as file:
+        file.write(json.dumps(found, indent=2, sort_keys=True, default=list))
+
+
+def _link(source: str, target: str) -> None:
+    """Give a file of a checkpoint a second name: nothing writes into one again."""
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)

@@ -1,0 +1,464 @@
+"""Sweeps: arms and their folders, shared phases, the queue, the statistics, and whole
+sweeps that are killed and continued.
+"""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from runs import HANG_S, ROOT, maths, params_of, xla_flags
+
+from jaxreason.sweep import Sweep, arms, chain, fixed, over, product, queue, report, results, zip_
+from jaxreason.sweep.__main__ import read_experiment
+from jaxreason.sweep.progress import cell, last_metrics
+from jaxreason.sweep.runs import SweepRun, begin_with_shared, make_runs
+
+SMOKE = f"{ROOT}/configs/tiny.py:smoke"
+METRIC = ("chain", 0.0)
+
+
+# --- arms ---
+
+
+def test_arms_are_made_from_lists():
+    names, groups = over("name", ["a", "b"]), over("group", [4, 8])
+    assert product(names, groups) == [
+        {"name": "a", "group": 4},
+        {"name": "a", "group": 8},
+        {"name": "b", "group": 4},
+        {"name": "b", "group": 8},
+    ]
+    assert zip_(names, groups) == [{"name": "a", "group": 4}, {"name": "b", "group": 8}]
+    assert chain(names, groups) == [*names, *groups]
+    assert product(fixed("steps", 3), names) == [{"steps": 3, "name": "a"}, {"steps": 3, "name": "b"}]
+    with pytest.raises(ValueError, match="zip_ got lists of 2, 1 arms"):
+        zip_(names, fixed("steps", 3))
+    with pytest.raises(ValueError, match="two lists of arms set the field 'name'"):
+        product(names, names)
+
+
+def test_a_grid_in_one_line():
+    made, seeds = arms.parse_grid("config.a.name=x,y; b=(1, 2),[3,4],'p,q' ;c=-1..1; seed=0..4")
+    assert len(made) == 2 * 3 * 3
+    assert made[0] == {"a.name": "x", "b": "(1, 2)", "c": "-1"}
+    assert {arm["b"] for arm in made} == {"(1, 2)", "[3,4]", "p,q"}
+    assert {arm["c"] for arm in made} == {"-1", "0", "1"}
+    assert seeds == (0, 1, 2, 3, 4)
+    assert arms.parse_grid("seed=3,5") == ([{}], (3, 5))
+    assert arms.parse_grid("a=1")[1] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "--grid is empty"),
+        ("a", "--grid has 'a'; allowed: field=value,value"),
+        ("a=", "--grid has 'a='"),
+        ("a=1; a=2", "--grid has the field 'a' twice"),
+        ("a=4..1", "range 4..1"),
+        ("seed=x", "seed=x; allowed: whole numbers"),
+        ("seed=-1..2", "seed=-1,0,1,2; allowed: whole numbers"),
+    ],
+)
+def test_a_wrong_grid_is_one_line(text, said):
+    with pytest.raises(ValueError, match=r".") as caught:
+        arms.parse_grid(text)
+    assert said in str(caught.value)
+
+
+def test_equal_overrides_have_one_readable_folder():
+    assert arms.name_of({}) == "base"
+    assert arms.name_of({"b": 2, "a.name": "x"}) == arms.name_of({"a.name": "x", "b": "2"}) == "a.name=x,b=2"
+    assert arms.name_of({"lr": "1e-3"}) == arms.name_of({"lr": 0.001}) == "lr=0.001"
+    assert arms.name_of({"ops": (1, 2)}) == arms.name_of({"ops": "(1,2)"}) == "ops=(1,2)"
+    strange = [arms.name_of({"text": text}) for text in ("a/b", "a b", "a\nb", "x" * 300, "x" * 301)]
+    assert len(set(strange)) == 5
+    assert all("/" not in name and len(name) < 120 for name in strange)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "said"),
+    [
+        (Sweep("c", []), "has no arms"),
+        (Sweep("c", [{}], seeds=()), "has the seeds"),
+        (Sweep("c", [{}], seeds=(1, 1)), "each once"),
+        (Sweep("c", [{"lr": "1e-3"}, {"lr": 0.001}]), "two arms have the folder 'lr=0.001'"),
+        (Sweep("c", [{"seed": 3}]), "sets the field 'seed'"),
+        (Sweep("c", [{}, {"a": 1}], names=("x",)), "1 names and 2 arms"),
+        (Sweep("c", [{}], names=("../x",)), "arm named '../x'"),
+    ],
+)
+def test_arms_that_can_not_be_told_apart_are_refused(sweep, said):
+    with pytest.raises(ValueError, match=r".") as caught:
+        arms.named_arms(sweep)
+    assert said in str(caught.value)
+
+
+# --- runs ---
+
+
+def names(runs):
+    return [run.name if run.stop_after is None else f"shared, after {run.stop_after}" for run in runs]
+
+
+def test_arms_that_begin_alike_share_their_prior(tmp_path):
+    made = over("rl.objective.name", ["rloo", "grpo"])
+    runs = make_runs(Sweep(SMOKE, made, seeds=(0, 1)), tmp_path)
+    expected = [[f"rl.objective.name={name}/seed{seed}" for name in ("rloo", "grpo")] for seed in (0, 1)]
+    assert names(runs) == ["shared, after prior", *expected[0], "shared, after prior", *expected[1]]
+    assert runs[1].shared == runs[2].shared == runs[0].folder != runs[3].folder
+    assert (runs[0].steps, runs[1].steps) == (4, 6)
+    assert not any(run.shared for run in make_runs(Sweep(SMOKE, made, seeds=(0, 1)), tmp_path, share=False))
+    alone = make_runs(Sweep(SMOKE, [{"prior.steps": 3}, {"prior.steps": 5}, {"phases": "('rl',)"}], seeds=(0,)), tmp_path)
+    assert [run.shared for run in alone] == [None] * 3
+    two = make_runs(Sweep(SMOKE, [{}, {"prior.steps": 5}, {"prior.steps": 5, "rl.steps": 3}], seeds=(0,)), tmp_path)
+    assert [run.shared is not None for run in two if run.stop_after is None] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("arm", "said"),
+    [
+        ({"rl.objectiv.name": "grpo"}, r"arm 'rl.objectiv.name=grpo': unknown field .* \(did you mean 'objective'\?\)"),
+        ({"rl.steps": "x"}, "config.rl.steps got 'x'; allowed: int"),
+        ({"rl.objective.name": "grop"}, "unknown objective 'grop'"),
+        ({"rl.optimizer.lr": 0.0}, "lr got 0.0; allowed: above 0"),
+        ({"rl.optimizer.name": "sgd", "rl.optimizer.b1": 0.8}, "sgd does not read it"),
+        ({"phases": "('x',)"}, "unknown phase 'x'"),
+    ],
+)
+def test_a_wrong_arm_is_refused_before_anything_starts(arm, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        make_runs(Sweep(SMOKE, [{}, arm]), tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_experiment_is_a_file_with_a_function(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        f"""
+from jaxreason.sweep import Sweep, over
+def sweep(arg=''):
+    return Sweep({SMOKE!r}, over('rl.steps', [1, 2]), seeds=(0,) if arg == 'quick' else (0, 1), common={{'log.watts': 3}})
+"""
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxreason.sweep.__main__.FLAGS", type("Flags", (), {"metric": None, "seeds": None}))
+        asked = read_experiment(f"{file}:quick", {"rl.source.group": "4"})
+        assert asked.name == "mine-quick"
+        assert asked.sweep.seeds == (0,)
+        assert asked.sweep.common == {"log.watts": 3, "rl.source.group": "4"}
+        file.write_text("x = 1\n")
+        with pytest.raises(ValueError, match="has no function sweep"):
+            read_experiment(str(file), {})
+
+
+# --- the queue, with processes that only pretend ---
+
+PRETEND = """
+import json, os, sys, time
+folder, kind = sys.argv[1:]
+os.makedirs(folder, exist_ok=True)
+if kind == 'fails': sys.exit('error: it went wrong')
+if kind == 'killed': os.kill(os.getpid(), 9)
+if kind == 'once' and not os.path.exists(folder + '/tried'):
+    open(folder + '/tried', 'w').close(); sys.exit('error: the first time')
+if kind == 'sleeps': time.sleep(600)
+print('cores', sorted(os.sched_getaffinity(0)))
+json.dump({'done': True, 'evaluations': []}, open(folder + '/summary.json', 'w'))
+"""
+
+
+def pretend(tmp_path, monkeypatch, kinds, **how):
+    """Execute runs that do no more than a word says; return the state of each."""
+    runs = [SweepRun(f"{kind}{i}/seed0", kind, 0, (), tmp_path / f"{kind}{i}", {}) for i, kind in enumerate(kinds)]
+    monkeypatch.setattr(SweepRun, "command", lambda run: ["-c", PRETEND, str(run.folder), run.arm])
+    state = queue.State(tmp_path / "state.json")
+    said = []
+    queue.execute(runs, queue.make_workers(1), state, tmp_path, say=said.append, **how)
+    return [state.of(run) for run in runs], said
+
+
+def test_a_run_that_fails_is_recorded_and_the_others_continue(tmp_path, monkeypatch):
+    states, said = pretend(tmp_path, monkeypatch, ["fails", "killed", "ends"])
+    assert [state["status"] for state in states] == ["failed", "failed", "done"]
+    assert states[0]["reason"] == "exit 1: it went wrong"
+    assert states[0]["last_lines"] == ["error: it went wrong"]
+    assert states[1]["reason"] == "killed by SIGKILL, perhaps for the memory it took"
+    assert (tmp_path / "logs" / "ends2,seed0.log").read_text().startswith("cores")
+    assert len(said) == 2
+    assert json.loads((tmp_path / "state.json").read_text())["runs"]["fails0/seed0"]["attempts"] == 1
+
+
+def test_retries_and_a_second_call(tmp_path, monkeypatch):
+    states, said = pretend(tmp_path, monkeypatch, ["once", "fails"], retries=1)
+    assert [(state["status"], state["attempts"]) for state in states] == [("done", 2), ("failed", 2)]
+    assert "will be tried again" in said[0]
+    again, _ = pretend(tmp_path, monkeypatch, ["once", "fails"])  # what failed is tried once more
+    assert [(state["status"], state["attempts"]) for state in again] == [("done", 2), ("failed", 1)]
+
+
+def test_runs_are_stopped_and_pruned(tmp_path, monkeypatch):
+    begun = time.monotonic()
+    states, _ = pretend(tmp_path, monkeypatch, ["sleeps", "ends"], stopped=lambda: time.monotonic() > begun + 2)
+    assert [state["status"] for state in states] == ["stopped", "waiting"]
+    states, said = pretend(tmp_path, monkeypatch, ["sleeps", "ends"], prune=lambda run: "too slow" if run.arm == "sleeps" else "")
+    assert [state["status"] for state in states] == ["pruned", "done"]
+    assert said == ["sleeps0/seed0: stopped early: too slow"]
+    states, _ = pretend(tmp_path, monkeypatch, ["sleeps", "ends"])
+    assert states[0]["status"] == "pruned"  # it stays so
+
+
+def test_workers_divide_cores_and_accelerators(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 3, 4, 5, 7})
+    assert [sorted(worker.cores) for worker in queue.make_workers(None)] == [[2], [3], [4], [5], [7]]
+    assert [sorted(worker.cores) for worker in queue.make_workers(2)] == [[2, 3], [4, 5, 7]]
+    with pytest.raises(ValueError, match=r"--workers=6 with 1 per run; allowed: 1 to 5, since this machine has 5 cores"):
+        queue.make_workers(6)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,4,5")
+    gpus = queue.make_workers(None, per_run=2)
+    assert [worker.environment for worker in gpus] == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "4,5"}]
+    assert [sorted(worker.cores) for worker in gpus] == [[2, 3], [4, 5, 7]]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(queue.glob, "glob", lambda pattern: ["/dev/accel0", "/dev/accel1"] if "accel" in pattern else [])
+    tpus = queue.make_workers(None)
+    assert [worker.environment["TPU_VISIBLE_CHIPS"] for worker in tpus] == ["0", "1"]
+
+
+def test_the_table_reads_the_last_whole_lines(tmp_path):
+    run = SweepRun("a/seed0", "a", 0, (), tmp_path, {"phases": ("rl",), "rl": {"steps": 9}})
+    assert cell(run, {"status": "waiting"}, "x") == "waiting"
+    lines = [json.dumps({"step": i, "phase": "rl", "rollout/reward": i / 10, "pad": "y" * 5000}) for i in range(9)]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 8, "eval/a": 0.25}\n' + "\n".join(lines) + '\n{"step": 9, "cu')
+    assert last_metrics(tmp_path)["step"] == 8
+    assert cell(run, {"status": "running"}, "eval/a") == "rl 8/9 r 0.80"
+    assert cell(run, {"status": "failed"}, "eval/a") == "failed"
+
+
+# --- statistics and report ---
+
+
+def result(arm, seed, value, n=200, verdicts=None, code="c", flops=1e9):
+    right = round(value * n)
+    verdicts = "1" * right + "0" * (n - right) if verdicts is None else verdicts
+    return results.Result(arm, seed, value, 0.0, 1.0, n, verdicts, flops, 60.0, 0.0, 60.0, code)
+
+
+def test_seeds_are_paired():
+    base = {seed: result("a", seed, value) for seed, value in enumerate((0.5, 0.6, 0.7))}
+    arm = {seed: result("b", seed, base[seed].value + d) for seed, d in enumerate((0.05, 0.06, 0.04))} | {9: result("b", 9, 0.0)}
+    c = results.compare(arm, base, "b", "a")
+    assert c.seeds == (0, 1, 2)  # the seed that one of them lacks is left out
+    assert c.difference == pytest.approx(0.05)
+    half = 4.302653 * 0.01 / math.sqrt(3)
+    assert (c.low, c.high) == pytest.approx((0.05 - half, 0.05 + half), rel=1e-5)
+    assert c.sign_flip == 0.25
+    assert c.p < 0.02
+    assert results.compare(arm, {5: base[0]}, "b", "a") is None
+
+
+def test_one_seed_pairs_problems():
+    a, b = "1" * 100 + "0" * 100, "1" * 120 + "0" * 80
+    c = results.compare({0: result("b", 0, 0.6, verdicts=b)}, {0: result("a", 0, 0.5, verdicts=a)}, "b", "a")
+    assert c.p == pytest.approx(2 / 2**20)
+    assert 0.05 < c.low < 0.1 < c.high < 0.15
+    few_a, few_b = (result(arm, 0, n / 20, 20) for arm, n in (("a", 10), ("b", 12)))
+    few = results.compare({0: few_b}, {0: few_a}, "b", "a")
+    assert "posterior" in few.how
+    assert few.low < 0 < few.high
+    none = results.compare({0: result("b", 0, 0.6, verdicts="")}, {0: result("a", 0, 0.5)}, "b", "a")
+    assert none.p == 1
+
+
+def test_effects_of_fields_are_averaged_over_the_others():
+    made = dict(zip("abcd", product(over("x", [1, 2]), over("y", [1, 2]))))
+    values = {"a": 0.5, "b": 0.6, "c": 0.7, "d": 0.9}
+    found = {name: {seed: result(name, seed, value) for seed in (0, 1)} for name, value in values.items()}
+    found["d"][1] = result("d", 1, 0.901)
+    x, y = results.field_effects(made, found)
+    assert (x.what, x.than, x.difference) == ("x=2", "x=1", pytest.approx((0.2 + 0.3) / 2 + 0.00025))
+    assert y.difference == pytest.approx((0.1 + 0.2) / 2 + 0.00025)
+    assert x.corrected >= x.p
+
+
+def written(tmp_path, values, n=200, code="c"):
+    """A sweep's folder with runs that are done: arm -> accuracy by seed; None is no
+    run.
+    """
+    states = {}
+    for arm, by_seed in values.items():
+        for seed, value in enumerate(by_seed):
+            run = f"{arm}/seed{seed}"
+            if value is None:
+                states[run] = {"status": "failed", "reason": "exit 1: it went wrong"}
+                continue
+            folder = tmp_path / "runs" / run
+            folder.mkdir(parents=True)
+            right = round(value * n)
+            last = {"suite": "chain", "temperature": 0.0, "accuracy": right / n, "low": 0.0, "high": 1.0, "n": n}
+            last["verdicts"] = "1" * right + "0" * (n - right)
+            ledger = {kind: {"flops": 1e9, "device_s": 3.0, "joules": 5.0, "tokens": 1.0} for kind in ("sample", "learn")}
+            summary = {"done": True, "evaluations": [last | {"accuracy": 0.0}, last], "ledger": ledger, "wall_s": 60.0}
+            (folder / "summary.json").write_text(json.dumps(summary))
+            states[run] = {"status": "done", "code": code if isinstance(code, str) else code[arm]}
+    return states
+
+
+def test_the_report_says_what_is_shown_what_is_not_and_what_is_missing(tmp_path):
+    values = {"base": (0.50, 0.52, 0.51), "better": (0.70, 0.71, 0.72), "same": (0.52, 0.50, 0.51), "broken": (0.5, None, 0.6)}
+    states = written(tmp_path, values)
+    made = report.make_report(tmp_path, {name: {} for name in values}, (0, 1, 2), METRIC, states)
+    assert made.noise_floor == pytest.approx(0.01)
+    text = report.write_report(made, tmp_path)
+    assert "| base | 3 | 0.510 | [0.485, 0.535] |" in text
+    assert "- better is above base by 20.0 points, 95 % +17.5 to +22.5" in text
+    assert re.search(r"- same is not shown to differ from base \([+-]0.0 points\)", text)
+    assert "- Not in the table: broken/seed1 (failed exit 1: it went wrong)." in text
+    assert "cannot give a p below 0.5 with 2 seeds" in text
+    assert "| 10 |" in text  # joules
+    again = json.loads((tmp_path / "report.json").read_text())
+    assert again["missing"] == {"broken/seed1": "failed exit 1: it went wrong"}
+    assert [arm["name"] for arm in again["arms"]] == list(values)
+    assert again["pareto"] == ["better"]
+
+
+def test_runs_of_two_versions_of_the_code_are_not_compared(tmp_path):
+    states = written(tmp_path, {"a": (0.5, 0.6), "b": (0.6, 0.7)}, code={"a": "old", "b": "new"})
+    with pytest.raises(ValueError, match=r"runs of 2 versions of the code are not compared \(new, old\)"):
+        report.make_report(tmp_path, {"a": {}, "b": {}}, (0, 1), METRIC, states)
+    made = report.make_report(tmp_path, {"a": {}, "b": {}}, (0, 1), METRIC, states, across_commits=True)
+    assert "versions of the code are compared: new, old" in report.markdown(made, tmp_path)
+
+
+def test_a_pruned_run_is_in_no_test(tmp_path):
+    states = written(tmp_path, {"a": (0.5, 0.6), "b": (0.6, 0.7)})
+    states["b/seed1"] = {"status": "pruned", "reason": "below the median at step 40", "code": "c"}
+    made = report.make_report(tmp_path, {"a": {}, "b": {}}, (0, 1), METRIC, states)
+    assert made.comparisons[0].seeds == (0,)
+    assert made.missing == {"b/seed1": "pruned below the median at step 40"}
+
+
+def test_a_metric_is_of_the_config():
+    config = {"evaluate": {"suites": {"chain": {}, "x": {}}, "temperatures": (0.0, 0.7)}}
+    assert results.parse_metric(None, config) == ("chain", 0.0)
+    assert results.parse_metric("eval/x/t0.7/accuracy", config) == ("x", 0.7)
+    with pytest.raises(ValueError, match=r"unknown metric .*did you mean 'eval/x/t0.7/accuracy'"):
+        results.parse_metric("eval/x/t0.8/accuracy", config)
+
+
+# --- whole sweeps ---
+
+
+def sweep(*words, cwd, kill_after=None, number=signal.SIGTERM):
+    """Run the real command on one device; kill it once `kill_after()` says so."""
+    env = os.environ | {"XLA_FLAGS": xla_flags(1), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "jaxreason.sweep", *words]
+    process = subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while kill_after is not None and process.poll() is None:
+        if kill_after():
+            process.send_signal(number)
+            break
+        time.sleep(0.1)
+    try:
+        out, err = process.communicate(timeout=HANG_S)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+LONGER = ("--config.prior.steps=30", "--config.rl.steps=6", "--config.rl.evaluate_every=3", "--config.checkpoint.every_steps=5")
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_twice_ends_as_one_that_is_not(tmp_path):
+    """With shared priors against none, too: every run has the numbers of a run of its
+    own.
+    """
+    words = (f"--config={SMOKE}", "--grid=rl.objective.name=rloo,grpo; seed=0..1", *LONGER)
+    folder = tmp_path / "killed"
+    runs = [f"rl.objective.name={name}/seed{seed}" for name in ("rloo", "grpo") for seed in (0, 1)]
+
+    def any_is_in(phase):
+        return any(f'"phase": "{phase}"' in path.read_text() for path in folder.glob("*/**/metrics.jsonl"))
+
+    code, out, _ = sweep(*words, f"--folder={folder}", cwd=tmp_path, kill_after=lambda: any_is_in("prior"))
+    assert code == 130
+    assert "the same command continues" in out
+    code, *_ = sweep(*words, f"--folder={folder}", cwd=tmp_path, kill_after=lambda: any_is_in("rl"), number=signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    code, out, err = sweep(*words, f"--folder={folder}", cwd=tmp_path)
+    assert code == 0, err
+    code, _, err = sweep(*words, f"--folder={tmp_path / 'alone'}", "--noshare", cwd=tmp_path)
+    assert code == 0, err
+    for run in runs:
+        assert maths(folder / "runs" / run) == maths(tmp_path / "alone" / "runs" / run)
+        (_, ours), (_, theirs) = params_of(folder / "runs" / run), params_of(tmp_path / "alone" / "runs" / run)
+        assert all(map(np.array_equal, *map(leaves, (ours, theirs))))
+    numbers = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("killed", "alone")]
+    for arm in numbers[0]["arms"] + numbers[1]["arms"]:
+        for unit in ("wall_s", "device_s"):
+            arm.pop(unit)
+    assert numbers[0]["arms"] == numbers[1]["arms"]
+    assert numbers[0]["comparisons"] == numbers[1]["comparisons"]
+    assert (folder / "figures" / "curves.png").stat().st_size < 100_000
+    assert out.splitlines()[-1].startswith("written: ")
+
+
+def leaves(tree):
+    import jax
+
+    return jax.tree.leaves(tree)
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_arms_that_crash_and_diverge_are_in_the_report(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        f"""
+from jaxreason.options import command
+def get_config(arg=''):
+    return command.load({SMOKE!r})
+def crashes():
+    def verify(text, task):
+        if task.id != 'none': raise RuntimeError('no such thing')
+    return verify
+"""
+    )
+    words = (f"--config={tmp_path / 'mine.py'}", "--seeds=1", "--nofigures", f"--folder={tmp_path / 'sweep'}")
+    grid = "--grid=verifier={'name': 'exact', 'marker': ';A'},{'name': 'mine:crashes'}; rl.optimizer.lr=3e-4,1e30"
+    code, out, err = sweep(*words, grid, cwd=tmp_path)
+    assert code == 1, err
+    missing = json.loads((tmp_path / "sweep" / "report.json").read_text())["missing"]
+    assert any("RuntimeError: no such thing" in reason for reason in missing.values()), missing
+    assert "Not in the table: " in out
+
+
+def test_a_copy_of_shared_phases_appears_at_once_and_keeps_what_was_there(tmp_path):
+    phases = {"prior": {"source": {}, "steps": 4}, "rl": {"source": {}, "steps": 2}}
+    trunk, config = tmp_path / "trunk", {"phases": ["prior", "rl"], **phases}
+    (trunk / "checkpoints" / "4" / "host").mkdir(parents=True)
+    (trunk / "checkpoints" / "4" / "host" / "x").write_text("weights")
+    (trunk / "checkpoints" / "2").mkdir()
+    (trunk / "metrics.jsonl").write_text("{}\n")
+    (trunk / "lock").write_text("mine")
+    there = config | {"rl": {"source": {}, "steps": 9}, "seed": 3, "revisions": {"a": "b"}}
+    (trunk / "config.json").write_text(json.dumps(there))
+    run = SweepRun("a/seed0", "a", 0, (), tmp_path / "runs" / "a", config, shared=trunk)
+    run.folder.mkdir(parents=True)
+    (run.folder / "metrics.jsonl").write_text("before its first checkpoint\n")
+    begin_with_shared(run)
+    assert sorted(path.name for path in run.folder.iterdir()) == ["checkpoints", "config.json", "metrics.jsonl"]
+    assert [path.name for path in (run.folder / "checkpoints").iterdir()] == ["4"]
+    assert json.loads((run.folder / "config.json").read_text()) == config | {"seed": 3, "revisions": {"a": "b"}}
+    assert (tmp_path / "runs" / "a.1" / "metrics.jsonl").exists()
+    (run.folder / "checkpoints" / "5").mkdir()
+    begin_with_shared(run)  # it has begun: nothing is copied over it
+    assert (run.folder / "checkpoints" / "5").exists()
