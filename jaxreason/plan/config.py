@@ -1,5 +1,5 @@
-"""A config as a piece of work: read as `build` does, but for tasks, tokenizer and
-weights.
+"""Read a config into a `Work`, by the code that `build` uses, but without tasks,
+tokenizer or weights.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from jaxreason.options import call_with_section, fields, unknown_name_message
 from jaxreason.plan.arrays import completer_of, devices_of, state_of, weights_of
 from jaxreason.plan.work import Work, microbatch_choices
 
-PREFILL_TOKENS = 1024  # what the sampler takes on an accelerator
+PREFILL_TOKENS = 1024  # the sampler's default on an accelerator
 
 
 def read(config: dict, topology: str, phase: str | None) -> Work:
-    """Read a config as `build` does, but for tasks, tokenizer and weights.
+    """Read a config into a `Work`, by the code that `build` uses, but without tasks,
+    tokenizer or weights.
 
     Raises:
-      ValueError: anything wrong with it, in one line.
+      ValueError: the config is wrong; says how in one line.
     """
     for key in build.SECTIONS:
         if key not in config:
@@ -66,7 +67,7 @@ def read(config: dict, topology: str, phase: str | None) -> Work:
 
 
 def read_shape(config: dict):
-    """The shape of the model, by `build.make_model`."""
+    """Read the shape of the model with `build.make_model`."""
     section, folder, tokenizer = dict(config["model"]), None, None
     name = section["name"]
     if section.get("weights") == "pretrained":
@@ -80,15 +81,15 @@ def read_shape(config: dict):
     elif name == "tiny":
         tokenizer, _ = call_with_section(build.make_text, config["text"], "config.text", folder=None)
     if section.get("scan_layers") is None:
-        section["scan_layers"] = True  # as build chooses on an accelerator
+        section["scan_layers"] = True  # the default of `build` on an accelerator
     shape, _ = call_with_section(build.make_model, section, "config.model", folder=folder, tokenizer=tokenizer)
     attention.check_platform(shape, "tpu")
     return shape
 
 
 def read_source(*, name: str, sampler: dict, shape, multiple: int, **section) -> dict:
-    """Read the number and the longest length of a source's rows, and what is sampled
-    for them.
+    """Read the sizes of a source: rows per batch, longest row, and the problems, group
+    size and new tokens that it samples.
     """
     if name not in build.SOURCES:
         raise ValueError(unknown_name_message("source", name, build.SOURCES))
@@ -109,7 +110,7 @@ def read_source(*, name: str, sampler: dict, shape, multiple: int, **section) ->
         new_tokens = section["max_tokens"]
     problems, group, longest_prompt = section["problems"], section["group"], sampler["max_prompt_tokens"]
     how = {"group": group, "rows": problems * group, "multiple": multiple}
-    how |= {"prompt": longest_prompt // 2, "completion": new_tokens}  # as `build` has them
+    how |= {"prompt": longest_prompt // 2, "completion": new_tokens}  # the lengths that `build` assumes
     share = build.choose_rollouts_per_prompt(section.get("rollouts_per_prompt"), shape, **how)
     return {
         "rows": problems * group // share,
@@ -121,7 +122,9 @@ def read_source(*, name: str, sampler: dict, shape, multiple: int, **section) ->
 
 
 def check(work: Work) -> None:
-    """Raise ValueError for what does not divide."""
+    """Raise ValueError if the rows or an axis of a parameter do not divide over the
+    mesh.
+    """
     if work.microbatches < 1 or work.rows % (work.row_devices * work.microbatches):
         allowed = ", ".join(str(w.microbatches) for w in microbatch_choices(work._replace(microbatches=1)))
         raise ValueError(
