@@ -102,7 +102,9 @@ def bench(cores: int) -> None:
         return 1e3 * statistics.median(machine.seconds(lambda: jax.block_until_ready(program(*arguments)))) / STEPS
 
     def over_layers(of_layer):
-        """Compile a program that runs STEPS decode steps over the caches of all layers."""
+        """Compile a program that runs STEPS decode steps over the caches of all
+        layers.
+        """
 
         @jax.jit
         def program(q_BTNH, caches):

@@ -32,7 +32,9 @@ def pin(cores: int) -> int:
 
 
 def seconds(function: Callable, repeats: int = 5, warmup: int = 1) -> list[float]:
-    """Return the sorted times of `function()`, which must block until its work is done."""
+    """Return the sorted times of `function()`, which must block until its work is
+    done.
+    """
     for _ in range(warmup):
         function()
     times = []

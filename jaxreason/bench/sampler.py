@@ -112,7 +112,9 @@ def lengths_of(groups) -> list[tuple[int, list[int]]]:
 
 
 def make_work():
-    """Build `(model, params, completer, requests)` from the flags, with params loaded."""
+    """Build `(model, params, completer, requests)` from the flags, with params
+    loaded.
+    """
     import jax
 
     from jaxreason import build, sharding

@@ -1,4 +1,6 @@
-"""Entry point of the plan: its flags and its output. It starts without importing jax."""
+"""Entry point of the plan: its flags and its output. It starts without importing
+jax.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """Define flags. Not at import: other entry points define flags of the same names."""
+    """Define flags. Not at import: other entry points define flags of the same
+    names.
+    """
     command.define("As of jaxreason.main; --config.rl.microbatches=64 changes a field.")
     flags.DEFINE_string("topology", None, "As v5e:4x8; 'list' shows what is known.")
     flags.DEFINE_string("phase", None, "The phase to plan; default: the last.")

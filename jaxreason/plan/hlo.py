@@ -346,7 +346,9 @@ class Walk:
         return total
 
     def passes(self, name: str, at: int) -> bool:
-        """Tell whether a fusion only passes its operand number `at` on as its result."""
+        """Tell whether a fusion only passes its operand number `at` on as its
+        result.
+        """
         computation = self.computations[name]
         part = next(i for i in computation.values() if i.root)
         while part.op == "bitcast" and part.operands[0] in computation:
@@ -386,7 +388,9 @@ def add(sent, more, times: float) -> None:
 
 
 def called(i: Instruction, name: str) -> str:
-    """Return the computation that attribute `name` of an instruction names, '' if none."""
+    """Return the computation that attribute `name` of an instruction names, '' if
+    none.
+    """
     found = re.search(rf"\b{name}=%?([\w.\-]+)", i.rest)
     return found[1] if found else ""
 

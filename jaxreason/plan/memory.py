@@ -71,7 +71,9 @@ def learner_stages(work: Work) -> list[Stage]:
 
 
 def sampler_stages(work: Work) -> list[Stage]:
-    """Compile and return the stages of sampling, starting with the layout of weights."""
+    """Compile and return the stages of sampling, starting with the layout of
+    weights.
+    """
     buckets, (_, _, left) = completer_of(work).sampler.buckets, weights_of(work)
     prefill, decode = compile_prefill(work), compile_decode(work)
     slots, prompts = size_of(slots_of(work)), prefill.results  # one batch of prompts waits while another is prefilled or placed

@@ -35,7 +35,9 @@ from jaxreason.sampler import MAX_SLOTS_PER_PROMPT
 
 
 class Compiled(NamedTuple):
-    """One compiled program, or, if the compiler refused it, the memory that it needed."""
+    """One compiled program, or, if the compiler refused it, the memory that it
+    needed.
+    """
 
     name: str
     compile_s: float

@@ -1,4 +1,6 @@
-"""The work that a plan is made for, its alternatives, and the flags that select them."""
+"""The work that a plan is made for, its alternatives, and the flags that select
+them.
+"""
 
 from __future__ import annotations
 
