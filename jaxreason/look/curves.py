@@ -5,9 +5,9 @@ r"""Draw a metric over the steps of a phase, one curve per group of runs, as a P
         'random reward=runs/random' 'no prior=runs/noprior'
 
 Each argument is LABEL=GLOB of run folders. A curve is the mean over the runs of a
-group, its band goes from the lowest to the highest run. Steps count from the start of
-the phase; the value at step 0 is the last one before it. Needs matplotlib (`pip install
--e '.[look]'`).
+group; its band spans the lowest to the highest run. Steps count from the start of the
+phase; the value at step 0 is the last one before the phase. Needs matplotlib (`pip
+install -e '.[look]'`).
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from absl import app, flags, logging
 
 from jaxreason.options import unknown_name_message
 
-COLORS = ("#0072B2", "#D55E00", "#555555", "#009E73", "#CC79A7")  # told apart by colour-blind readers too
+COLORS = ("#0072B2", "#D55E00", "#555555", "#009E73", "#CC79A7")  # distinguishable by colour-blind readers
 
 
 def read_curve(run: Path, metric: str, phase: str | None) -> dict[int, float]:
-    """Read a metric of a run: steps since the start of the phase -> value.
+    """Read a metric of a run as a mapping from steps since the start of the phase to
+    values.
 
     Raises:
       ValueError: the run has no such metric in the phase.
@@ -48,7 +49,8 @@ def read_curve(run: Path, metric: str, phase: str | None) -> dict[int, float]:
 
 
 def join_curves(curves: Sequence[Mapping[int, float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Steps that all curves have, and mean, lowest and highest value at each.
+    """Return the steps that all curves have, and the mean, lowest and highest value at
+    each.
 
     Raises:
       ValueError: they have no step in common.
@@ -64,8 +66,8 @@ def read_groups(arguments: Sequence[str], metric: str, phase: str | None) -> dic
     """Read the curves that LABEL=GLOB arguments name: label -> one curve per run.
 
     Raises:
-      ValueError, FileNotFoundError: an argument of another form, or one that no run
-        matches.
+      ValueError: an argument of another form.
+      FileNotFoundError: an argument that no run matches.
     """
     groups = {}
     for argument in arguments:
@@ -80,7 +82,7 @@ def read_groups(arguments: Sequence[str], metric: str, phase: str | None) -> dic
 
 
 def draw(groups: Mapping[str, Sequence[Mapping[int, float]]], metric: str, xlabel: str, out: Path) -> None:
-    """Write the figure."""
+    """Draw the curves of all groups and write the figure to `out`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -124,5 +126,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "PNG file to write.")
     flags.DEFINE_string("metric", None, "Name in metrics.jsonl, as eval/chain/greedy/accuracy.")
     flags.DEFINE_string("phase", None, "Draw this phase only, and count steps from its start.")
-    logging.set_verbosity(logging.WARNING)  # matplotlib tells at INFO that it looks for fonts
+    logging.set_verbosity(logging.WARNING)  # at INFO matplotlib reports its search for fonts
     app.run(main)
