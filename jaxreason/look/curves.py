@@ -66,7 +66,7 @@ def read_groups(arguments: Sequence[str], metric: str, phase: str | None) -> dic
     """Read the curves that LABEL=GLOB arguments name: label -> one curve per run.
 
     Raises:
-      ValueError: an argument of another form.
+      ValueError: an argument of another form, or a run without the metric.
       FileNotFoundError: an argument that no run matches.
     """
     groups = {}
