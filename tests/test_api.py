@@ -216,7 +216,7 @@ def test_a_mesh_of_all_devices(checkpoint):
     assert len(jr.sample(policy, ["one"], n=np.int64(2))[0].attempts) == 2
 
 
-def test_what_takes_long_is_said_once_on_stderr(checkpoint, capsys):
+def test_slow_work_is_announced_once_on_stderr(checkpoint, capsys):
     policy = jr.load(checkpoint, max_prompt_tokens=60, max_tokens=6, slots=8)
     said = []
     for _ in range(2):

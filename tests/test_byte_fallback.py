@@ -124,7 +124,7 @@ def test_chats_and_demonstrations_are_what_the_template_writes(llama):
     assert text.encode_chat(tokenizer, TEMPLATE, turns)[0] == made.encode(text_there, add_special_tokens=False).ids
 
 
-def test_what_is_forced_gains_no_space(tokenizer):
+def test_forced_text_gains_no_space(tokenizer):
     for form in (plain(tokenizer), chat(tokenizer, TEMPLATE)):
         assert tokenizer.decode([5, *form.forced("7")]) == tokenizer.decode([5]) + "7"
     task = Task("the", "7", solution="is [7] the", data={"forced": [(3, 6)]})

@@ -108,7 +108,7 @@ def test_keeps_the_newest(checkpoints, tmp_path):
     assert checkpoints.peek(2) == {"step": 2}
 
 
-def test_what_a_killed_save_leaves_is_ignored_and_removed(checkpoints, tmp_path):
+def test_remains_of_a_killed_save_are_ignored_and_removed(checkpoints, tmp_path):
     folder = tmp_path / "checkpoints"
     checkpoints.save(3, {"w": jnp.ones(2)}, {"step": 3})
     checkpoints.wait()
@@ -157,7 +157,7 @@ def test_params_may_be_cast_but_not_reshaped(checkpoints):
         checkpoints.restore_reference(1, abstract(half))
 
 
-def test_what_is_not_json_fails_at_once(checkpoints):
+def test_values_that_are_not_json_fail_at_once(checkpoints):
     with pytest.raises(TypeError, match="not JSON serializable"):
         checkpoints.save(1, {"w": jnp.ones(2)}, {"accuracy": jnp.ones(())})
     assert checkpoints.latest() is None

@@ -109,7 +109,7 @@ ENTRY %main (x: f32[8,16], w: f32[16,16]) -> f32[8,16] {
         ("add(%x, %x)", 8 * 16),  # nothing of it
     ],
 )
-def test_what_a_nested_fusion_passes_on_is_read_by_its_users(use, read):
+def test_users_of_a_nested_fusion_read_the_operand_that_it_passes_on(use, read):
     """And a buffer that is only allocated is no write."""
     program = hlo.program_cost(FUSIONS.replace("USE", use))
     assert program.bytes == 4 * (read + 8 * 16)
@@ -150,7 +150,7 @@ ENTRY %main (whole: f32[16,16], part: f32[8,16], at: s32[]) -> f32[8,16] {{
         (VECTOR, PART_THERE, VECTOR, UPDATE, 0),
     ],
 )
-def test_what_comes_from_hbm_or_goes_there_counts_wherever_its_other_end_is(whole, part, made, op, parts):
+def test_copies_count_once_for_each_end_in_hbm(whole, part, made, op, parts):
     program = hlo.program_cost(PLACES.format(whole=whole, part=part, made=made, op=op))
     assert program.bytes == parts * 4 * 8 * 16
 
@@ -203,7 +203,7 @@ def test_a_part_of_a_chain_of_fusions_is_the_same_collective():
         ("source_target_pairs={{0,1},{1,0}}", 2),
     ],
 )
-def test_how_many_devices_a_collective_is_among(attributes, size):
+def test_devices_of_a_collectives_group_are_counted(attributes, size):
     assert hlo.group_size(attributes, 16) == size
 
 
@@ -298,7 +298,7 @@ def test_attempts_share_a_prompt_where_that_is_less_work():
     assert cost.attempts_behind_a_prompt(shape, (1, 2), 1024, 8) == 2
 
 
-def test_what_config_asks_for_is_taken_or_refused():
+def test_rollouts_per_prompt_of_a_config_is_used_or_refused():
     shape, how = sized("smollm2_135m"), {"group": 8, "rows": 32, "prompt": 1024, "completion": 8}
     choose = functools.partial(build.choose_rollouts_per_prompt, **how)
     assert choose(None, shape, multiple=4) == 8

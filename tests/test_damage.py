@@ -129,7 +129,7 @@ def abstract(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def test_whatever_a_checkpoint_lacks_it_is_whole_or_damaged(tmp_path, capfd):
+def test_a_checkpoint_that_lacks_any_file_is_whole_or_damaged(tmp_path, capfd):
     tree = {"w": jnp.arange(4.0), "v": jnp.ones((2, 2))}
     made = open_checkpoints(tmp_path / "made")
     made.save(1, tree, {"a": 1}, reference=tree)
@@ -404,7 +404,7 @@ def test_lines_that_somebody_removed_are_said(tmp_path):
     assert lines[0] == f"warning: {tmp_path / 'metrics.jsonl'} lacks steps 0, 1 to 4, 5, which are not made again"
 
 
-def test_what_a_lock_holds_is_shown_and_never_obeyed(tmp_path, monkeypatch):
+def test_control_characters_in_a_lock_are_escaped(tmp_path, monkeypatch):
     monkeypatch.setattr(workdir, "BEAT_S", 0.01)
     (tmp_path / "lock").write_bytes(b"\x1b[2J\xff\x00 evil\nhost\r" + bytes(10_000))
     said = []

@@ -214,7 +214,7 @@ def load_run_config(run: Path):
     return ml_collections.ConfigDict(json.loads((run / "config.json").read_text()))
 
 
-def test_what_cannot_be_exported_is_one_line(run, exported, pretrained, tmp_path):
+def test_impossible_exports_are_refused_in_one_line(run, exported, pretrained, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").write_text("")
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)

@@ -262,7 +262,7 @@ def test_a_revision_pins(served, root, tmp_path, monkeypatch):
         (damage("model.safetensors", lambda content: content[:100], status=206), r"broke off before a file was whole"),
     ],
 )
-def test_what_goes_wrong_is_one_line_and_spoils_nothing(served, fault, words):
+def test_faults_of_the_hub_are_one_line_and_a_second_try_works(served, fault, words):
     served.fault = fault
     with pytest.raises((FileNotFoundError, ValueError)) as error:
         weights.resolve("org/tiny")
@@ -316,7 +316,7 @@ def test_a_token_is_sent_and_a_gated_model_names_its_account(served, monkeypatch
         weights.resolve("org/shards")
 
 
-def test_what_has_no_safetensors_is_refused_before_a_download(served):
+def test_a_repository_without_safetensors_is_refused_before_a_download(served):
     with pytest.raises(ValueError, match=r"org/pickled lacks .*model\.safetensors.*it has: config.json, pytorch_model.bin"):
         weights.resolve("org/pickled")
     assert not [path for path in served.asked("GET") if "/resolve/" in path]

@@ -41,7 +41,7 @@ COUNTDOWN = {"numbers": (3, 7, 5), "target": 26}
         ({"name": "format"}, [one("")], []),
     ],
 )
-def test_which_keys_can_be_judged(section, good, bad):
+def test_keys_that_no_answer_can_equal_are_bad_keys(section, good, bad):
     verify = make(**section)
     assert bad_keys(verify, good + bad) == bad
     for task in bad:

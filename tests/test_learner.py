@@ -223,7 +223,7 @@ def test_remat_computes_again_what_it_says(tiny):
     assert none < dots < full, (none, dots, full)
 
 
-def test_what_stands_in_padding_changes_nothing(tiny):
+def test_values_in_padding_change_nothing(tiny):
     model, params = tiny()
     objective = make("grpo", kl_coefficient=0.1, entropy_coefficient=0.1)
     batch = dataclasses.replace(random_batch(), reference_logp_BT=np.full((B, T), -2.5, np.float32))

@@ -120,7 +120,7 @@ def test_eight_devices_train_adapters_as_one_does(adapted, name):
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 4, 32)}
 
 
-def test_what_cannot_be_is_refused_before_anything_is_compiled():
+def test_impossible_adapters_are_refused_before_anything_is_compiled():
     for fields, message in (
         ({"targets": ("q", "qq")}, r"unknown target of lora 'qq' \(did you mean 'q'\?\); one of: down, gate, k, o, q, up, v"),
         ({"targets": ()}, r"lora.targets got \(\); allowed: a tuple of one or more of q, k, v, o, gate, up, down"),

@@ -62,7 +62,7 @@ def children():
         (r"\fbox{$\frac{6}{4}$}", r"\boxed{\frac{3}{2}}", True),
     ],
 )
-def test_which_answer_and_which_key(math, text, key, correct):
+def test_answers_are_compared_with_keys_as_mathematics(math, text, key, correct):
     assert math(text, one(key)).correct == correct
 
 

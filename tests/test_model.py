@@ -239,7 +239,7 @@ def test_idle_rows_and_positions_past_the_end_write_nothing(tiny):
         assert jax.tree.all(jax.tree.map(np.array_equal, after, cache)), position
 
 
-def test_what_an_earlier_rollout_left_is_never_seen(tiny):
+def test_the_cache_of_an_earlier_rollout_is_never_read(tiny):
     model, params = tiny()
     fresh, *_ = decode(model, params, prompts=PROMPTS, length=T + 7)
     reused, *_ = decode(model, params, prompts=PROMPTS, length=T + 7, stale=100.0)

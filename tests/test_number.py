@@ -246,7 +246,7 @@ def test_minus_three(text):
 
 
 @pytest.mark.parametrize("text", NO_ANSWER)
-def test_what_is_no_single_number_is_no_answer(text):
+def test_a_region_without_a_single_number_is_no_answer(text):
     assert number.read_number(text) is None
 
 

@@ -243,7 +243,7 @@ def test_two_question_fields_of_one_file_are_refused(tmp_path):
     built(source, suite | {"question": "question"})
 
 
-def test_what_a_run_before_was_trained_on_is_not_held_out(tmp_path, monkeypatch):
+def test_suites_are_compared_with_the_tasks_of_earlier_runs(tmp_path, monkeypatch):
     """Through two runs, and with one whose file is gone."""
     first, second = write(tmp_path / "first.jsonl", QUESTIONS[:100]), write(tmp_path / "second.jsonl", QUESTIONS[100:150])
     suite = {"name": "jsonl", "path": write(tmp_path / "held.jsonl", QUESTIONS[95:120])}

@@ -139,7 +139,7 @@ def test_a_task_an_objective_and_a_source_of_the_users(own):
         ({"prior.source": "{'name': 'my_rewards:shorter'}"}, r"source needs task=|needs task="),
     ],
 )
-def test_what_is_wrong_with_it_is_one_line(own, changes, words):
+def test_mistakes_in_own_code_are_one_line(own, changes, words):
     with pytest.raises(ValueError, match=words) as caught:
         build.build(own(changes), say=[].append)
     assert "\n" not in str(caught.value)

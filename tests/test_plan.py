@@ -88,7 +88,7 @@ def test_prices_are_checked(tmp_path):
     assert report.read_prices(str(path)) == {"v5e": 0.5}
 
 
-def test_what_the_compiler_says_it_lacks_is_read():
+def test_the_memory_that_a_refused_program_needed_is_read():
     refusal = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (2.50T) exceeds"
     assert programs.needed(refusal) == 2.5 * 2**40
     assert programs.needed("RESOURCE_EXHAUSTED: ... Used 20.10G of 15.75G hbm. Exceeded") == 20.1 * 2**30
@@ -190,7 +190,7 @@ def shrink(monkeypatch, hbm_bytes):
 
 
 @needs_libtpu
-def test_what_does_not_fit_gets_smaller_microbatches_and_fewer_slots(monkeypatch):
+def test_a_config_that_does_not_fit_gets_smaller_microbatches_and_fewer_slots(monkeypatch):
     work = work_of(**{"rl.microbatches": 1, "sampler.slots": 1024})
     found = {stage.name: stage.bytes for stage in memory.stages_of(work)}
     smaller = {stage.name: stage.bytes for stage in memory.stages_of(work._replace(microbatches=4).with_slots(64))}
@@ -231,7 +231,7 @@ def test_params_that_do_not_fit_get_another_mesh(monkeypatch):
     ],
     ids=str,
 )
-def test_what_laying_out_the_samplers_weights_takes_and_leaves(fields, of_params):
+def test_memory_to_lay_out_and_keep_the_samplers_weights(fields, of_params):
     config = load_config("tiny")
     with config.unlocked():
         config.model.dtype = "float32"

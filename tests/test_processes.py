@@ -108,7 +108,7 @@ def script(body: str) -> list[str]:
 
 
 @pytest.mark.process
-def test_what_each_gives_all_get():
+def test_every_process_gathers_the_values_of_all():
     body = """
 sizes = [0, 3_000_000, 2**20 - 200][index]
 for round in range(2):

@@ -498,7 +498,7 @@ def test_a_verifier_that_raises_costs_a_wrong_verdict(made, requests):
 # --- costs ---
 
 
-def test_what_was_spent(made, requests):
+def test_costs_of_a_collection_are_measured(made, requests):
     completer = t.make_completer(made[0])
     layout = completer.sampler.prepare(made[1])
     rollouts, spent = collect(completer, layout, requests, JUDGE, key=jax.random.key(0), temperature=1.0)

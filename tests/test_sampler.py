@@ -396,7 +396,7 @@ def test_force_appends_up_to_the_limit_and_lets_run_on(small):
     np.testing.assert_allclose(slots.logp_ST[:, 1:], np.where(slots.sampled_ST[:, 1:], expected, 0), atol=1e-5)
 
 
-def test_what_has_stopped_stays_as_it_is(small, made):
+def test_a_stopped_slot_does_not_change(small, made):
     _, compiled, params = small
     ending = compiled.prepare(t.biased(made[1], _=1e9))
     slots = decode(compiled, ending, insert(compiled, ending, compiled.empty(), [1], [1], [12]))

@@ -265,7 +265,7 @@ def test_a_batch_is_of_the_params_of_lag_updates_ago(completer, params, lag, bac
 
 
 @pytest.mark.parametrize("untempered", [False, True])
-def test_what_was_sampled_ahead_is_saved_bit_for_bit(params, untempered):
+def test_batches_sampled_ahead_are_saved_bit_for_bit(params, untempered):
     completer = t.make_completer(t.make_model()[0], logp_temperature_1=untempered)
     source, key = make_rollouts(completer, lag=2, background=True), jax.random.key(1)
     state, _ = source.next(source.init(), params, key)

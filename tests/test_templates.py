@@ -102,7 +102,7 @@ def test_forced_spans_of_a_demonstration_are_not_trained_on(bpe):
         chat(bpe, THINKING).demonstration(Task("two", "4", solution="four", data={"forced": [(3, 10)]}))
 
 
-def test_what_a_template_leaves_out_is_said(bpe):
+def test_a_template_that_leaves_out_a_message_is_refused(bpe):
     """A template for pictures runs over the characters of a text as if they were parts,
     and writes none.
     """
@@ -256,7 +256,7 @@ def test_a_template_that_does_not_end_is_ended(source):
         render(source, [], False)
 
 
-def test_what_templates_do_is_not_too_much():
+def test_the_budget_does_not_change_ordinary_templates():
     """Long conversations, long texts, all that a loop offers: the same as without a
     budget.
     """

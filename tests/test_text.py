@@ -150,7 +150,7 @@ def test_encoded_chats_are_those_of_transformers(bpe, template, case):
     assert [int(t) for t in trainable] == case["assistant"]
 
 
-def test_what_the_assistant_wrote_is_never_joined_with_its_prompt(bpe):
+def test_tokens_never_join_the_assistants_text_with_its_prompt(bpe):
     template = (
         "{% for m in messages %}{% if m.role == 'assistant' %}two plu{{ m.content }}<|end|>{% else %}{{ m.content }} {% endif %}"
         "{% endfor %}{% if add_generation_prompt %}two plu{% endif %}"

@@ -130,7 +130,7 @@ def test_a_broken_verifier_stops_the_collection(made):
         t.roll(*made, t.make_requests(9, 3), single_turn(lambda *_: None))
 
 
-def test_what_a_model_wrote_never_stops_the_run(made):
+def test_timeouts_of_the_verifiers_children_never_stop_the_run(made):
     """Children that crash or time out say nothing of the verifier."""
     rollouts = t.roll(*made, t.make_requests(9, 3), single_turn(lambda *_: Verdict(0.0, False, None, "timeout")))
     assert sources.measure(grouped(rollouts, 3))["rollout/verifier_timeouts"] == (27.0, 27.0)

@@ -114,7 +114,7 @@ def test_both_forms_of_rope_are_read():
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor got 0.5"),
     ],
 )
-def test_what_the_block_cannot_compute_is_refused(change, message):
+def test_models_that_the_block_cannot_compute_are_refused(change, message):
     c = json.loads((GOLDEN / "qwen3" / "config.json").read_text())
     with pytest.raises(ValueError, match=message):
         from_hf(c | change)
