@@ -1,4 +1,4 @@
-"""The front door: README's example as it stands, a run and a checkpoint as policies,
+"""The Python API: the README's example as printed, a run and a checkpoint as policies,
 and errors in one line.
 """
 
@@ -23,7 +23,9 @@ CHAT = Path(__file__).parent / "golden" / "chat"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A Hugging Face folder with random weights, a tokenizer and a chat template."""
+    """Write a Hugging Face folder with random weights, a tokenizer and a chat
+    template.
+    """
     folder = tmp_path_factory.mktemp("checkpoint")
     shape = ModelConfig(text.load(CHAT).vocab_size, 16, 1, 2, 2, 8, 32, tied_embeddings=True)
     weights.save(folder, shape, transformer(shape).init(jax.random.key(0)), tokenizer_folder=CHAT)
@@ -40,7 +42,7 @@ def length_parity(words, task):
 
 
 def test_the_example_of_the_readme(checkpoint, capsys):
-    """Its code, with this checkpoint in the place of a downloaded one."""
+    """Run its code, with this checkpoint instead of a downloaded one."""
     example = next(
         code for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "jr.load" in code
     )

@@ -1,5 +1,5 @@
-"""Batches from hand-built rollouts, demonstrations and windows: what is trained on, how
-much, and what stands beside it.
+"""Batches from hand-built rollouts, demonstrations and windows: trained tokens, their
+weights, and the arrays beside them.
 """
 
 import numpy as np

@@ -1,5 +1,5 @@
-"""Checkpoints: what goes in comes out, on any mesh; what a killed save leaves behind is
-never seen.
+"""Checkpoints: restored on any mesh as they were saved; the remains of a killed save
+are never read.
 """
 
 import logging
@@ -178,8 +178,8 @@ def test_a_save_that_fails_is_said_and_the_next_is_tried(checkpoints, tmp_path):
 
 @pytest.mark.process
 def test_a_folder_that_is_gone_is_one_line_and_holds_nobody_up(tmp_path):
-    """Neither a page of orbax's own errors, nor its threads, which at exit wait 5
-    minutes for a folder that was never made.
+    """Orbax would print a page of errors, and its threads would wait 5 minutes at exit
+    for a folder that was never made.
     """
     body = """
 import sys
@@ -217,8 +217,8 @@ def files_of(checkpoint):
 
 
 def test_any_flipped_bit_or_cut_is_noticed_or_harmless(tmp_path):
-    """Every file of a checkpoint is damaged in turn, at three places and by a cut:
-    never does another state come back.
+    """Each file of a checkpoint is damaged in turn, at three places and by a cut: a
+    different state is never restored.
     """
     state, host = new_state(), {"step": 1, "source": {"position": 3}}
     made = open_checkpoints(tmp_path / "made")

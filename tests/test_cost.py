@@ -1,5 +1,5 @@
-"""Costs: compiled programs walked with their loops, beside XLA's own count and the
-formulas; what is sent and moved, by hand.
+"""Costs: compiled programs walked with their loops, compared with XLA's own count and
+the formulas; bytes sent and moved, by hand.
 """
 
 import dataclasses
@@ -110,7 +110,7 @@ ENTRY %main (x: f32[8,16], w: f32[16,16]) -> f32[8,16] {
     ],
 )
 def test_users_of_a_nested_fusion_read_the_operand_that_it_passes_on(use, read):
-    """And a buffer that is only allocated is no write."""
+    """A buffer that is only allocated is not a write."""
     program = hlo.program_cost(FUSIONS.replace("USE", use))
     assert program.bytes == 4 * (read + 8 * 16)
 
@@ -164,8 +164,8 @@ def test_a_loop_of_unknown_length_runs_as_often_as_one_says():
 
 @pytest.mark.parametrize(("step", "trips"), [(1, 5), (2, 3), (5, 1), (6, 1)])
 def test_a_loop_that_was_unrolled_counts_in_larger_steps(step, trips):
-    """As a TPU's compiler unrolls a product that is sent around a ring while it is
-    made.
+    """A TPU's compiler unrolls a product that is sent around a ring while it is
+    computed.
     """
     text = MODULE.replace("LIMIT", "7").replace("%one = s32[] constant(1)", f"%one = s32[]{{:T(128)}} constant({step})")
     assert hlo.program_cost(text).loops == (trips,)

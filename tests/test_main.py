@@ -1,5 +1,5 @@
-"""The door: bad input is one clear line before anything is compiled, help is quick, and
-the real command runs and resumes.
+"""The command: bad input is one clear line before anything is compiled, help is quick,
+and a real run finishes and resumes.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""The transformer: initialisation, gradients, and that its ways of computing agree:
-scan, decode layout, cache, dtypes.
+"""The transformer: initialisation, gradients, and that its ways to compute agree: scan,
+decode layout, cache, dtypes.
 """
 
 import functools
@@ -26,19 +26,19 @@ POSITION_BT = np.broadcast_to(np.arange(T), (B, T))
 
 @functools.cache
 def jitted(model):
-    """`apply`, compiled."""
+    """Compile `apply`."""
     return jax.jit(model.apply)
 
 
 def forward(model, params, tokens_BT=TOKENS_BT, position_BT=POSITION_BT, segment_BT=None):
-    """Log-probs over the vocabulary, teacher-forced."""
+    """Return log-probs over the vocabulary, teacher-forced."""
     hidden_BTD, _ = jitted(model)(params, tokens_BT, position_BT, segment_BT)
     return jax.nn.log_softmax(model.unembed(params, hidden_BTD))
 
 
 def lively(params):
-    """Params whose biases and norms differ from 0 and 1, so that none can be left out
-    unseen.
+    """Make params whose biases and norms differ from 0 and 1, so that omitting one
+    changes results.
     """
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), params)
@@ -136,7 +136,9 @@ def test_positions_matter_and_only_their_differences(tiny):
 
 
 def test_cosines_are_computed_once_a_pass(tiny):
-    """Not anew in each fusion that reads them: in a program for a CPU that is seen."""
+    """They are not computed anew in each fusion that reads them, as the CPU program
+    shows.
+    """
     model, params = tiny()
 
     def loss(params, *tokens):
@@ -159,8 +161,8 @@ def test_scan_is_the_unrolled_loop(tiny, variant):
 
 
 def test_decode_layout_of_large_kernels_is_only_a_layout(tiny):
-    """Kernels that are not turned, and one whose rows, of whole pages, get columns
-    more.
+    """Use kernels that are not transposed, and one whose rows span whole pages and are
+    padded.
     """
     wide = {"width": 256, "heads": 16, "kv_heads": 16, "head_size": 16, "feed_forward": 512, "tied_embeddings": False}
     model, params = tiny(layers=1, scan_layers=False, **wide)
@@ -179,8 +181,8 @@ def test_decode_layout_is_only_a_layout(tiny, scan_layers):
 
 
 def decode(model, params, *, prompts, length, filler=0, stale=None, cache_dtype=None, stacked=False):
-    """Prefill prompts of unlike lengths, padded on the right, then feed one token a row
-    and step; log-probs and cache.
+    """Prefill right-padded prompts of different lengths, then feed one token per row
+    and step; return log-probs and cache.
     """
     cache = model.init_cache(B, length, cache_dtype, stacked)
     if stale is not None:

@@ -1,5 +1,5 @@
-"""The plan: what a config needs of TPUs that are not here. Skipped without libtpu, but
-for what goes wrong earlier.
+"""The plan: what a config needs of TPUs that are not here. Skipped without libtpu,
+except for errors that come before it is needed.
 """
 
 import importlib.util
@@ -185,7 +185,7 @@ def test_the_command_plans_a_config_and_its_flops_are_those_of_the_formula():
 
 
 def shrink(monkeypatch, hbm_bytes):
-    """Give the chip so much memory."""
+    """Set the memory of the chip."""
     monkeypatch.setitem(chips.CHIPS, "v5e", chips.CHIPS["v5e"]._replace(hbm_bytes=hbm_bytes))
 
 
@@ -321,7 +321,7 @@ SIZES = re.findall(r"^    (\d[\d.]*b) .*(v5e:\S+)", GSM8K, re.MULTILINE)  # of i
 
 @pytest.mark.parametrize(("size", "topology"), SIZES)
 def test_each_size_of_gsm8k_has_room_for_what_needs_no_compiler(size, topology, monkeypatch):
-    """On as many devices of this machine as the topology has chips, since there may be
+    """Use as many devices of this machine as the topology has chips, since there may be
     no compiler for TPUs.
     """
     devices = jax.devices()[: chips.chips_of(topology)]

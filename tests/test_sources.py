@@ -1,5 +1,5 @@
 """Sources: the same state, params and key draw the same batch; what each draws, and
-what it says of it.
+what it reports.
 """
 
 import collections
@@ -20,7 +20,7 @@ PROBLEMS, GROUP = 4, 3
 
 
 class Stream:
-    """Endless tasks, which remembers what was read."""
+    """An endless sequence of tasks that records which positions were read."""
 
     def __init__(self):
         self.read = []
@@ -35,7 +35,7 @@ def prompt(task):
 
 
 class WithPrompts:
-    """Tasks of a stream, each with its prompt."""
+    """The tasks of a stream, each with its prompt."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -292,8 +292,8 @@ def rewards_of(rollouts):
 
 @pytest.mark.parametrize("most", [1, 2, 3, 9])
 def test_problems_are_drawn_until_enough_teach_something(completer, params, most):
-    """What is drawn is what the stream holds, each problem once; the batch has the
-    first problems that teach something.
+    """Problems are drawn in the order of the stream, each once; the batch has the first
+    ones with a learning signal.
     """
     key, state, plain = jax.random.key(5), {"position": 8}, make_rollouts(completer)
     source = make_rollouts(completer, dynamic_sampling=most)

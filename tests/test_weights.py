@@ -25,7 +25,9 @@ CHECKPOINTS = ["llama", "llama_linear", "llama_yarn", "qwen2", "qwen3"]
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A copy of a golden checkpoint to spoil, and how to rewrite its tensors."""
+    """Make a copy of a golden checkpoint to spoil, and a function that rewrites its
+    tensors.
+    """
     folder = tmp_path / "checkpoint"
     shutil.copytree(GOLDEN / "qwen3", folder)
 
@@ -60,7 +62,9 @@ def test_logits_are_those_of_transformers(name):
     ],
 )
 def test_a_wrong_number_shows_in_the_golden_logits(name, wrong):
-    """What the test above would catch: each of these has been a bug in some loader."""
+    """Check that the test above would catch these: each has been a bug in some
+    loader.
+    """
     config, params = weights.load(GOLDEN / name, **wrong)
     expected = np.load(GOLDEN / name / "expected.npz")
     assert np.abs(logits(config, params, expected["tokens"]) - expected["logits"]).max() > 1e-2
