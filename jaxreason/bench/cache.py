@@ -156,7 +156,7 @@ def bench(cores: int) -> None:
 def main(argv) -> None:
     logging.set_verbosity(logging.WARNING)
     if len(argv) > 1:
-        sys.exit(f"error: got the words {argv[1:]}; allowed: flags, see --help")
+        sys.exit(f"error: got the arguments {argv[1:]}; allowed: flags, see --help")
     bench(machine.pin(FLAGS.cores))
 
 

@@ -175,7 +175,7 @@ def run(whole: bool = False) -> None:
     def main(argv) -> None:
         logging.set_verbosity(logging.WARNING)
         if len(argv) > 1 or FLAGS.config is None:
-            sys.exit(f"error: got the words {argv[1:]}; needed: --config=FILE, for example --config=configs/tiny.py")
+            sys.exit(f"error: got the arguments {argv[1:]}; needed: --config=FILE, for example --config=configs/tiny.py")
         cores = machine.pin(FLAGS.cores)
         try:
             bench(cores, whole)

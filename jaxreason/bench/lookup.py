@@ -124,7 +124,7 @@ def bench(cores: int) -> None:
 def main(argv) -> None:
     logging.set_verbosity(logging.WARNING)
     if len(argv) > 1 or FLAGS.config is None or FLAGS.rollouts is None:
-        sys.exit(f"error: got the words {argv[1:]}; needed: --config=FILE --rollouts=FILE")
+        sys.exit(f"error: got the arguments {argv[1:]}; needed: --config=FILE --rollouts=FILE")
     cores = machine.pin(FLAGS.cores)
     try:
         bench(cores)

@@ -269,7 +269,7 @@ def time_prefill(completer, weights, requests) -> tuple[list[float], int]:
 def main(argv) -> None:
     logging.set_verbosity(logging.WARNING)  # at INFO jax lists the backends that it did not find
     if len(argv) > 1 or FLAGS.config is None:
-        sys.exit(f"error: got the words {argv[1:]}; needed: --config=FILE, for example --config=configs/tiny.py")
+        sys.exit(f"error: got the arguments {argv[1:]}; needed: --config=FILE, for example --config=configs/tiny.py")
     cores = machine.pin(FLAGS.cores)
     try:
         first_batch() if FLAGS.only_first else bench(cores)

@@ -76,7 +76,9 @@ def parse_flags(argv):
     try:
         rest = command.parse(argv)
         if len(rest) > 1:
-            raise ValueError(f"got the words {' '.join(rest[1:])!r}; options of a config follow a colon: configs/tiny.py:smoke")
+            raise ValueError(
+                f"got the arguments {' '.join(rest[1:])!r}; options of a config follow a colon: configs/tiny.py:smoke"
+            )
         if FLAGS.config is None and FLAGS.topology != "list":
             raise ValueError("no --config given; for example --config=configs/gsm8k.py:model=qwen3_8b")
         return rest

@@ -55,7 +55,9 @@ def program_stage(name: str, compiled: Compiled, kinds: dict[str, float], given:
     the kind of its arguments that are not yet counted there.
     """
     if compiled.program is None:
-        return Stage(name, {"temporaries": compiled.needed_bytes}, refused="by the compiler, without what stands beside it")
+        return Stage(
+            name, {"temporaries": compiled.needed_bytes}, refused="by the compiler, even without the other arrays in HBM"
+        )
     return Stage(name, kinds | {given: kinds.get(given, 0.0), "temporaries": compiled.temporaries, "programs": compiled.code})
 
 

@@ -36,7 +36,7 @@ def read_prices(path: str | None) -> dict[str, float]:
         if name not in chips.CHIPS:
             raise ValueError(unknown_name_message(f"chip in {path}", name, chips.CHIPS))
         if not isinstance(price, (int, float)) or price < 0:
-            raise ValueError(f"price of {name} in {path} got {price!r}; allowed: a number, dollars a chip and hour")
+            raise ValueError(f"price of {name} in {path} got {price!r}; allowed: a number, in dollars per chip-hour")
     return prices
 
 
@@ -217,5 +217,5 @@ def verdict(found: dict) -> str:
     """Say in one line whether the plan fits."""
     sizes = {name: stage["total"] for name, stage in found["stages"].items()}
     worst = max(sizes, key=lambda name: math.inf if sizes[name] is None else sizes[name])
-    need = "more than was told" if sizes[worst] is None else f"{sizes[worst] / chips.GIB:.2f}"
+    need = "an unknown amount" if sizes[worst] is None else f"{sizes[worst] / chips.GIB:.2f}"
     return f"{'fits' if found['fits'] else 'does not fit'}: needs {need} of {found['hbm_bytes'] / chips.GIB:.2f} GiB ({worst})"
