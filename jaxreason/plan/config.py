@@ -1,5 +1,5 @@
-"""Read a config into a `Work`, by the code that `build` uses, but without tasks,
-tokenizer or weights.
+"""Reader that turns a config into a `Work`, by the code that `build` uses, but without
+tasks, tokenizer or weights.
 """
 
 from __future__ import annotations

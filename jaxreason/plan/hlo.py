@@ -1,4 +1,5 @@
-"""Count the FLOPs, HBM bytes and network bytes of a compiled program from its HLO.
+"""Counter of the FLOPs, HBM bytes and network bytes of a compiled program, from its
+HLO.
 
 `program_cost` walks a module from its entry computation and multiplies the body of a
 loop by its trip count; XLA's own cost analysis counts a body once. The trip count is

@@ -29,7 +29,7 @@ NOT_DATA = re.compile(r"(.*/)?(dataset_infos?|state|config|metadata|\..*)\.json"
 
 
 class NoData(ValueError):
-    """A repository has no file that can be read."""
+    """Error for a repository without a file that can be read."""
 
 
 def hub(

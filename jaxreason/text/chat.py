@@ -36,7 +36,7 @@ class Format(NamedTuple):
     """Ids of prompt, solution and end, and which to train on: the solution and its end, but not the character spans of the
     solution that `task.data["forced"]` lists, such as tool output."""
     forced: Callable[[str], list[int]]
-    """Ids of a text that the model is shown in the middle of its own, such as tool output."""
+    """Ids of a text that is inserted between texts of the model, such as tool output."""
     template: str | None = None
     """The chat template, if there is one."""
 

@@ -43,14 +43,14 @@ class Tokenizer(NamedTuple):
     """`encode(text, special=True, added=True, continues=False) -> ids`. Special tokens written in the text are recognised unless
     `special` is False; with `added=False` neither they nor those of `added` are."""
     decode: Callable[..., str]
-    """`decode(ids, skip_special=False, continues=False) -> text`; never raises. What ids decode to depends on no others, but for
-    the bytes of a character."""
+    """`decode(ids, skip_special=False, continues=False) -> text`; never raises. An id decodes the same beside any others,
+    except for the bytes of a character."""
     token_text: Callable[[int], str]
     """`token_text(id) -> text` of one token, to show to a person."""
     save: Callable[[Path], None] | None
-    """`save(folder)` writes the files that `load` and transformers read; None for one that was read from such files."""
+    """`save(folder)` writes the files that `load` and transformers read; None for a tokenizer read from such files."""
     added: Mapping[str, int] = MappingProxyType({})
-    """Tokens with a meaning of their own that are not special, as `</think>` in Qwen3: text to id."""
+    """Tokens with a meaning of their own that are not special, such as `</think>` in Qwen3: text to id."""
     rewrites: bool = False
     """Whether a normalizer may make a token of `special` or `added` from a text that does not contain it."""
 
