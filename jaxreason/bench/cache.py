@@ -8,9 +8,9 @@ Alternatives: one common position for all slots, which would need a position id 
 cache entry and would waste entries of slots that wait; and a write of the whole cache
 through a mask.
 
-prefix: each attempt reads its own copy of its prompt's keys and values. Alternative:
-the attempts at a problem read one copy, as rows of one matrix product, and the two
-softmaxes, over the prompt and over the sampled tokens, are merged by their sums.
+prefix: each attempt reads its own copy of its prompt's keys and values, or all attempts
+at a problem read one copy, as rows of one matrix product, and the two softmaxes, over
+the prompt and over the sampled tokens, are merged by their sums.
 
 Found 2026-11-24: no way to write is fastest at every shape, so each slot keeps its own
 position; reading a prompt once per group is faster with every prompt, and the sampler
