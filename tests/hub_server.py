@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-BRANCHES = {"main": "", "refs/convert/parquet": "-converted"}  # and what the folder's name ends in
+BRANCHES = {"main": "", "refs/convert/parquet": "-converted"}  # branch -> ending of the folder's name
 API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?")
 FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
@@ -38,7 +38,7 @@ class Hub:
 
     def __init__(self, repositories: dict[str, Path], port: int = 0):
         self.repositories, self.requests = repositories, []
-        self.changes: dict = {}  # of what is said of a repository
+        self.changes: dict = {}  # replaces entries of the answer about a repository
         self.fault: Callable = lambda method, path, headers: None
         self.server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
@@ -131,7 +131,7 @@ class Handler(BaseHTTPRequestHandler):
                 about["lfs"] = {"sha256": sha256, "size": about["size"], "pointerSize": 134}
             files.append(about)
         found = {"id": name.removeprefix("datasets/"), "sha": commit_of(folder), "siblings": files} | self.hub.changes
-        if form == "tree":  # what the client's own snapshot_download asks for
+        if form == "tree":  # the request of the client's own snapshot_download
             found = [{"type": "file", "path": file["rfilename"], "size": file["size"], "oid": file["blobId"]} for file in files]
         return self.answer(200, {"Content-Type": "application/json"}, json.dumps(found).encode())
 

@@ -179,7 +179,7 @@ TABLE = [
     (r"\boxed{(1,2)}", r"\((1,2)\)", True),
     (r"\boxed{[1,2]}", r"[1,2]", True),
     (r"\boxed{50}", r"50\%", True),
-    # what is written inside a box
+    # forms inside a box
     (r"\boxed{18.}", "18", True),
     (r"\boxed{$18$}", "18", True),
     (r"\boxed{\(18\)}", "18", True),

@@ -36,7 +36,7 @@ def grouped(rollouts, size: int) -> list:
     return [Group(tuple(rollouts[i : i + size])) for i in range(0, len(rollouts), size)]
 
 
-# --- in this process: what `main` does, without flags ---
+# --- in this process: as `main`, without flags ---
 
 
 def load_config(name: str, options: str = "", **fields):
@@ -138,7 +138,7 @@ def train_command(config: str, workdir: Path, *more: str) -> list[str]:
     return ["-m", "jaxreason.main", *run, *joined, *more]
 
 
-# --- what runs leave behind ---
+# --- files of finished runs ---
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -75,7 +75,7 @@ def test_a_step_changes_the_policy_and_the_next_goes_on_from_it(checkpoint):
     policy, metrics = jr.train_step(policy, groups, objective="grpo", lr=1e-2)
     assert (np.asarray(policy.params["final_norm"]["scale"]) != before).any()
     assert 0 < metrics["rollout/reward"] < 1
-    assert metrics["rollout/logp_gap"] < 1e-4  # what was sampled is what is learned from
+    assert metrics["rollout/logp_gap"] < 1e-4  # the learner scores the sampled tokens as the sampler did
     assert metrics["train/grad_norm"] > 0
     policy, _ = jr.train_step(policy, groups, objective="grpo", lr=1e-2)
     assert int(policy.state.step) == 2

@@ -112,7 +112,9 @@ def test_branches_see_the_prompt_and_themselves(prompt):
     for n, where in zip(lengths, own, strict=True):
         alone = mix([*range(prompt), *range(begin, begin + n)], range(prompt + n), [1] * (prompt + n))
         np.testing.assert_allclose(shared[where], alone[prompt:], atol=1e-6)
-        np.testing.assert_allclose(shared[where.start - 1], alone[prompt - 1], atol=1e-6)  # what predicts its first token
+        np.testing.assert_allclose(
+            shared[where.start - 1], alone[prompt - 1], atol=1e-6
+        )  # the position that predicts its first token
         begin += n
 
 

@@ -292,7 +292,7 @@ def test_topologies_are_named_and_counted():
 
 def test_attempts_share_a_prompt_where_that_is_less_work():
     shape, choices = sized("smollm2_135m"), (1, 2, 4, 8)
-    assert cost.attempts_behind_a_prompt(shape, choices, 16, 1024) == 1  # most of what shares would be masked
+    assert cost.attempts_behind_a_prompt(shape, choices, 16, 1024) == 1  # most scores of a shared prompt would be masked
     assert cost.attempts_behind_a_prompt(shape, choices, 64, 64) == 4
     assert cost.attempts_behind_a_prompt(shape, choices, 1024, 8) == 8
     assert cost.attempts_behind_a_prompt(shape, (1, 2), 1024, 8) == 2
@@ -303,7 +303,7 @@ def test_rollouts_per_prompt_of_a_config_is_used_or_refused():
     choose = functools.partial(build.choose_rollouts_per_prompt, **how)
     assert choose(None, shape, multiple=4) == 8
     assert choose(None, shape, multiple=16) == 2  # as many as leave rows for all devices and micro-batches
-    assert choose(None, shape, multiple=5) == 1  # the error about rows is another's
+    assert choose(None, shape, multiple=5) == 1  # another function reports the rows
     assert choose(4, shape, multiple=16) == 4
     flash = dataclasses.replace(shape, attention="splash")
     assert choose(None, flash, multiple=4) == choose(1, flash, multiple=4) == 1

@@ -128,7 +128,7 @@ def test_paired_bootstrap_is_about_the_difference():
     rng = np.random.default_rng(0)
     a = rng.random(400)  # problems differ widely in difficulty
     difference, low, high = estimators.paired_bootstrap(a, a + 0.05)
-    assert (difference, low, high) == pytest.approx((0.05, 0.05, 0.05))  # what is common to both cancels
+    assert (difference, low, high) == pytest.approx((0.05, 0.05, 0.05))  # variation common to both cancels
     b = a + 0.05 + 0.1 * rng.standard_normal(400)
     difference, low, high = estimators.paired_bootstrap(a, b, draws=4000)
     half = special.ndtri(0.975) * np.std(b - a) / math.sqrt(400)

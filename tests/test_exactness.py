@@ -50,7 +50,7 @@ MESHES = {
 MICROBATCHES = (1, 4)
 REMATS = {"none": {"scan_layers": False}, "full": {"scan_layers": True}}  # scanned, as accelerators have it
 OBJECTIVES = {name: objectives.make(name, kl_coefficient=0.1, entropy_coefficient=0.01) for name in ("grpo", "dapo")}
-BOUNDS = {"loss": 1e-5, "gradient": 5e-5, "update": 2e-4}  # a few times what was found
+BOUNDS = {"loss": 1e-5, "gradient": 5e-5, "update": 2e-4}  # a few times the differences found
 
 
 def rollouts(step: int) -> list[Rollout]:
@@ -144,7 +144,7 @@ def test_pairs_are_all_there():
 @pytest.mark.parametrize("indices", [PAIRS, pytest.param(PRODUCT, marks=pytest.mark.slow)], ids=["pairs", "product"])
 def test_devices_microbatches_packing_and_remat_change_only_rounding(indices):
     params = jax.jit(transformer(ModelConfig(**SHAPE)).init)(jax.random.key(0))
-    grid = [("grpo", 0, 0, 0), ("dapo", 0, 0, 0)]  # what the others are compared with
+    grid = [("grpo", 0, 0, 0), ("dapo", 0, 0, 0)]  # the reference of all others
     grid += [(list(OBJECTIVES)[objective], *index) for objective, *index in indices if any(index)]
     grid = [(name, list(MESHES)[mesh], MICROBATCHES[parts], list(REMATS)[remat]) for name, mesh, parts, remat in grid]
     with ThreadPoolExecutor(2) as pool:  # compiling is nearly all that takes time here

@@ -166,7 +166,7 @@ def test_adapters_are_merged(adapted, tmp_path):
     merged = jax.tree.map(lambda x: x.astype(jnp.float32), model.merge(params))
     config, loaded = weights.load(tmp_path)
     assert config.lora is None
-    assert_equal(loaded, merged)  # in float32, or what was learned would be rounded away
+    assert_equal(loaded, merged)  # in float32, or the learned part would be rounded away
     plain = jax.tree.map(lambda x: x.astype(jnp.float32), params["frozen"])
     assert np.abs(logits(config, loaded, TOKENS) - logits(config, plain, TOKENS)).max() > 0.01
     np.testing.assert_allclose(logits(config, loaded, TOKENS), logits(model.config, params, TOKENS), atol=1e-4)

@@ -128,7 +128,7 @@ def damage(ending: str, change, times: int = 10**6, status: int | None = None):
     return fault
 
 
-# --- what is fetched and kept ---
+# --- fetching and caching ---
 
 
 def test_weights_are_fetched_once_and_only_the_files_that_are_needed(served, root, capsys):
@@ -159,7 +159,7 @@ def test_a_download_that_ended_early_gets_only_what_is_missing(served, monkeypat
     assert hub.cached("org/shards", lambda found: weights.needed_files("org/shards", found)) is None
     served.fault = lambda *_: None
     assert [path.rpartition("/")[2] for path in files_fetched(served, "org/shards")] == names[-1:]
-    (weights.resolve("org/shards") / names[-2]).unlink()  # somebody cleaned up
+    (weights.resolve("org/shards") / names[-2]).unlink()  # somebody removed it from the cache
     assert [path.rpartition("/")[2] for path in files_fetched(served, "org/shards")] == []  # it is still among the client's blobs
 
 
@@ -170,7 +170,7 @@ def files_fetched(served, id: str) -> list[str]:
 
 
 def test_a_connection_that_breaks_off_resumes_where_it_was(served, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what it holds back; usually 10 MB
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # size of its write buffer; usually 10 MB
     breaks = damage("model.safetensors", lambda content: content[:5000], times=1)
     ranges = []
 
@@ -245,7 +245,7 @@ def test_a_revision_pins(served, root, tmp_path, monkeypatch):
         weights.resolve(copy, revision="v9")
 
 
-# --- what goes wrong ---
+# --- faults ---
 
 
 @pytest.mark.parametrize(

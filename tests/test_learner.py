@@ -121,7 +121,7 @@ def test_logits_are_kept_for_the_backward_pass_only_where_they_are_few(tiny, mon
     set_limit(monkeypatch, logits_kept=B * T * 24 - (not few))
     gradient = jax.grad(functools.partial(learner.loss, model=model, objective=make("grpo")), has_aux=True)
     text = str(jax.make_jaxpr(gradient)(params, random_batch()))
-    kept = re.findall(rf"f32\[2,{B * T // 2},24\]", text)  # chunks x tokens x words
+    kept = re.findall(rf"f32\[2,{B * T // 2},24\]", text)  # chunks x tokens x vocabulary
     assert bool(kept) == few
 
 
@@ -152,7 +152,7 @@ def test_chunks_put_every_result_where_it_belongs_and_leave_out_what_nobody_want
     np.testing.assert_allclose(found_logp, np.where(wanted_BT, expected, 0), atol=1e-5)
     np.testing.assert_allclose(entropy, np.where(wanted_BT, -jnp.sum(jnp.exp(logp_BTV) * logp_BTV, axis=-1), 0), atol=1e-5)
     assert wanted_BT.sum() <= sum(computed)
-    if count >= T:  # each row's wanted tokens stand first
+    if count >= T:  # each row's wanted tokens come first
         assert sum(computed) <= B * wanted_BT.sum(axis=1).max()
     if count == B * T:
         assert sum(computed) == wanted_BT.sum()
@@ -500,7 +500,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tiny, microbat
     assert metrics["skipped"] == (1.0, 1.0)
     assert not any(np.any(pair) for name, pair in metrics.items() if name != "skipped")
     assert int(state.step) == 2
-    state, metrics = step(state, random_batch())  # and it goes on
+    state, metrics = step(state, random_batch())  # and training continues
     assert metrics["skipped"] == (0.0, 1.0)
     assert float(optax.global_norm(jax.tree.map(jnp.subtract, state.params, before[0]))) > 0
 

@@ -112,7 +112,7 @@ def test_a_run_enters_all_that_it_does(tmp_path):
     assert all(found[kind]["device_s"] * 40 == pytest.approx(found[kind]["joules"]) for kind in found)
     assert all(found[kind][unit] > 0 for kind in ("sample", "learn", "evaluate") for unit in ledger.UNITS)
     assert found["sample"]["device_s"] == pytest.approx(total("time/sample_s") + total("time/verify_s"), rel=1e-6)
-    # Every evaluation says what had been used by then: what accuracy has cost.
+    # Every evaluation records the totals so far, so that accuracy can be set against cost.
     at = [line["ledger/sample_flops"] for line in lines if "ledger/sample_flops" in line]
     assert at == sorted(at)
     assert at[0] == 0 < at[-1] == found["sample"]["flops"]

@@ -105,7 +105,7 @@ def test_value_is_a_linear_map_of_what_is_unembedded(tiny):
     assert tiny()[0].value is None
 
 
-# --- what may be seen ---
+# --- visibility ---
 
 
 def test_a_token_sees_what_came_before_it(tiny):
@@ -169,7 +169,7 @@ def test_decode_layout_of_large_kernels_is_only_a_layout(tiny):
     layout = model.decode_layout(params)
     shapes = {jax.tree_util.keystr(path[-3:]): x.shape for path, x in jax.tree_util.tree_leaves_with_path(layout["layers"])}
     assert shapes["['mlp']['gate_up']['kernel']"] == (256, 1024 + 16)
-    assert shapes["['mlp']['down']['kernel']"] == (256, 512)  # small enough to be turned
+    assert shapes["['mlp']['down']['kernel']"] == (256, 512)  # small enough to be transposed
     np.testing.assert_allclose(forward(model, layout), forward(model, params), atol=1e-5)
 
 

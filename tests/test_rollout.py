@@ -331,7 +331,7 @@ def test_thinking_is_ended_at_its_budget_unless_it_has_ended(made, requests):
         assert r.sampled.tolist() == [True] * 4 + [False] * 2 + [True] * (len(r.tokens) - 6)
         assert r.stop in ("eos", "limit")
         assert len(r.tokens) == 12 or r.stop == "eos"
-        assert r.verdict.parsed == r.text  # one turn: what was thought and what was said
+        assert r.verdict.parsed == r.text  # one turn: both the thinking and the answer
     assert kinds == {"free", "forced"}
     assert t.largest_gap(made[0], params, [r for r in rollouts if len(r.tokens) > 0]) < 1e-5
     other = thinker(t.make_completer(made[0], slots=3, chunk_tokens=16, buckets=(8, 16, 24)), end="jk")
@@ -452,7 +452,7 @@ def test_forced_tokens_are_cut_at_the_limit_and_the_rollout_judged(made, request
         assert (t.decode(r.tokens), r.stop) == ("_bcdefghijkb", "limit")
         assert r.sampled.tolist() == [True] + [False] * 11
         assert heard[r.task.id] == [("", False), ("", True)]
-        assert r.verdict.correct  # which here is what it heard of `final`
+        assert r.verdict.correct  # here: the value of `final` that it received
         assert r.verdict.parsed == ""
 
 

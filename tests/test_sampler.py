@@ -329,7 +329,7 @@ def test_slots_that_share_a_prompt_sample_as_with_a_copy_each(small):
         np.testing.assert_array_equal(together.tokens_ST[s], apart.tokens_ST[s])
         np.testing.assert_allclose(together.logp_ST[s], apart.logp_ST[s], atol=1e-5)
     # Nothing of the prompt is in their own columns: two tokens of theirs were written
-    # from column 0 on.
+    # from position 0 on.
     one = jax.device_get(decode(compiled, params, insert(compiled, params, compiled.empty(), [0], [0], [12], shared=0)))
     assert [bool(one.cache[0]["v"][0, :, c].any()) for c in range(4)] == [True, True, False, False]
 

@@ -183,7 +183,7 @@ def test_the_date_of_a_run_is_that_of_its_beginning(tmp_path):
     again = main.config_text(start.dated(asked, workdir.begun(tmp_path, "2026-11-28")))
     assert json.loads(again)["text"]["date"] == "2026-11-27"
     workdir.check(tmp_path, again, resume="auto", accept_config_change=False, say=pytest.fail)
-    assert asked.text.date is None  # what names the folder does not change with the day
+    assert asked.text.date is None  # the text that names the folder does not change with the day
     # A date that the config names stays, and so does a run that began without one.
     assert start.dated(chat_config(date="2020-01-01"), day).text.date == "2020-01-01"
     (tmp_path / "config.json").write_text(main.config_text(chat_config()))
@@ -355,4 +355,4 @@ def test_tokens_that_the_tokenizer_does_not_have_are_named(folder, name):
     with pytest.raises(ValueError, match="eos_token got 2; allowed: the text of a token"):
         eos(folder)
     (folder / name).write_text(json.dumps({"eos_token": "<|end|>", "pad_token": "[PAD]"}))
-    assert text.load(folder).pad_id == 2  # padding that is no token is read by nobody
+    assert text.load(folder).pad_id == 2  # a pad token that does not exist is ignored

@@ -243,7 +243,7 @@ def test_a_model_of_words_cannot_be_told_to_write_special_tokens(tmp_path, templ
     assert "".join(map(tokenizer.token_text, ids)) == "a<|end|>b<|end|>c"
     ids, _ = text.encode_chat(tokenizer, template, [Message("user", question), Message("assistant", "ok")])
     assert (ids.count(START), ids.count(END)) == (2, 2)
-    assert tokenizer.encode("é", added=False) == [3]  # what it does not know, as before
+    assert tokenizer.encode("é", added=False) == [3]  # the unknown token, as before
     ids, _ = text.encode_chat(tokenizer, template, [Message("user", "é")])
     assert ids == tokenizer.encode(text.render(template, [Message("user", "é")], False))
 

@@ -99,7 +99,7 @@ def test_a_reference_policy_in_the_hosts_memory_changes_nothing(tmp_path, monkey
     jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path)[1], params_of(whole[0])[1])
     assert maths(tmp_path) == maths(whole[0])
     assert all(kinds == {memory} for memory, kinds in moves)
-    assert [memory for memory, _ in moves].count("pinned_host") == 2  # as the phase begins, and as it goes on
+    assert [memory for memory, _ in moves].count("pinned_host") == 2  # at the start of the phase, and when it continues
 
 
 def test_a_checkpoint_without_an_item_of_the_hosts_part_is_refused_by_its_name(tmp_path, whole):
@@ -130,7 +130,7 @@ def test_a_finished_run_keeps_its_files_in_order(whole):
     assert phases == [("start", 0), ("prior", 3), ("rl", 5), ("rl", 7)]
     on_policy = [line for line in read_lines(workdir / "metrics.jsonl") if "rollout/logp_gap" in line]
     assert len(on_policy) == 4
-    for line in on_policy:  # sampler and learner agree on what was sampled, and the ratio of the on-policy update is one
+    for line in on_policy:  # sampler and learner agree, so the ratio of the on-policy update is 1
         assert line["rollout/logp_gap"] < 1e-5
         assert line["rollout/kl_sampler_learner"] < 1e-8
     assert on_policy[0]["train/kl"] == pytest.approx(0, abs=1e-7)  # the reference is the policy at the phase's start

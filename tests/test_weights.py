@@ -276,7 +276,7 @@ def test_host_memory_of_loading_is_below_one_copy(tmp_path):
     assert leaves(loaded)["layers.mlp.up.kernel"].nbytes < peak < 0.8 * total
 
 
-# ------------------------------------------------------------------------------------------------ what does not fit
+# ------------------------------------------------------------------------------------------------ weights that do not fit
 
 
 def test_a_missing_tensor_is_named(checkpoint):

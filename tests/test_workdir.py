@@ -412,7 +412,7 @@ def full_at(monkeypatch, owner, name, path, call):
         calls[0] += 1
         if calls[0] != call:
             return write(*args, **kwargs)
-        size = path.stat().st_size if path.suffix == ".jsonl" else 0  # what is not added to is written anew
+        size = path.stat().st_size if path.suffix == ".jsonl" else 0  # a file that is not appended to is written anew
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 40, resource.RLIM_INFINITY))
         try:
             return write(*args, **kwargs)

@@ -72,7 +72,7 @@ def new_completer(
     )
 
 
-make_completer = functools.cache(new_completer)  # shared by all tests: it has no state but what it has compiled
+make_completer = functools.cache(new_completer)  # shared by all tests: its only state is compiled programs
 
 
 def make_requests(problems: int, attempts: int, *, longest: int = 8) -> list[Request]:

@@ -55,7 +55,7 @@ class Tokenizer(NamedTuple):
     """Whether a normalizer may make a token of `special` or `added` from a text that does not contain it."""
 
 
-# --- made by us ---
+# --- our own tokenizers ---
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 

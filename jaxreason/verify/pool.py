@@ -90,7 +90,7 @@ class Pool:
         script = Path(__file__).with_name("child.py")
         options = [str(theirs.fileno()), self._kind, str(self._timeout_s), str(self._memory_mb)]
         process = subprocess.Popen(
-            [sys.executable, "-P", str(script), *options],  # -P: our math.py must not hide the standard library's
+            [sys.executable, "-P", str(script), *options],  # -P: no module of this folder may hide another one
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
