@@ -1,11 +1,11 @@
-"""Countdown on a CPU: reach a target with given numbers, by search with self-checks;
-the embedded default on another task.
+"""Countdown on a CPU: reach a target with given numbers, by search with self-checks.
+This is configs/tiny.py on another task.
 
     python -m jaxreason.main --config=configs/countdown.py[:smoke]
 
-The same as configs/tiny.py:task=countdown, with a KL to the prior. Without it, RL at
-this size was seen to give up thinking where thinking succeeds no more often than a
-guess. Not yet run to the end.
+It equals configs/tiny.py:task=countdown with a KL penalty to the prior. Without the
+penalty, RL at this size was seen to stop thinking where thinking succeeds no more often
+than a guess. Not yet run to the end.
 """
 
 import runpy

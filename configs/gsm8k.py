@@ -1,19 +1,19 @@
-r"""GSM8K by RL from a pretrained checkpoint: the model's own attempts, paid for right
-answers alone.
+r"""RL on GSM8K from a pretrained checkpoint: the model's own attempts, rewarded only
+for right answers.
 
     python -m jaxreason.main \
         --config=configs/gsm8k.py[:size=SIZE][,model=NAME][,sft=STEPS][,smoke]
 
-Nothing needs to be prepared: model and data come from the Hugging Face hub, unless a
-prepared TFDS folder is there. GSM8K: Cobbe et al. 2021, arXiv 2110.14168. An attempt
-that is cut off at its limit is paid nothing (`must_finish`). `model` is a named size
-(smollm2_135m, qwen2.5_7b, ...), a Hugging Face id or a folder, in the place of that of
-`size`. `sft` imitates the worked solutions for so many steps before RL. Not yet run on
-an accelerator.
+Nothing needs to be prepared: model and data come from the Hugging Face hub; a prepared
+TFDS folder is used if there is one. GSM8K: Cobbe et al. 2021, arXiv 2110.14168. An
+attempt that is cut off at its limit gets no reward (`must_finish`). `model` replaces
+the model of `size` by a named size (smollm2_135m, qwen2.5_7b, ...), a Hugging Face id
+or a folder. `sft=STEPS` imitates the worked solutions for so many steps before RL. Not
+yet run on an accelerator.
 
-`size` chooses the model and how it is split, for TPU v5e chips of 16 GB (one GPU: add
-`--config.sharding.mesh.fsdp=1`, `tensor=1`); `python -m jaxreason.plan
---config=configs/gsm8k.py:size=SIZE --topology=TOPOLOGY` says that it fits:
+`size` chooses the model and its mesh, for TPU v5e chips of 16 GB (one GPU: add
+`--config.sharding.mesh.fsdp=1`, `tensor=1`). `python -m jaxreason.plan
+--config=configs/gsm8k.py:size=SIZE --topology=TOPOLOGY` says that these fit:
 
     size   model                   topology   mesh                 trained
     0.5b   Qwen2.5-0.5B-Instruct   v5e:1x1                         all weights
@@ -21,14 +21,14 @@ an accelerator.
     3b     Qwen2.5-3B-Instruct     v5e:2x4    fsdp 4 x tensor 2    all weights
     8b     Qwen3-8B                v5e:2x4    fsdp 2 x tensor 4    LoRA, rank 32
 
-On one CPU core, 2026-11-24, SmolLM2-135M-Instruct (from 4-bit weights), float32, seed
-0, six steps of 4 problems x 8 attempts of at most 320 tokens at temperature 0.7, killed
-with -9 after step 2 and started again: 396 to 482 s a step beside other work, mean
-|sampler - learner log-prob| 2.9e-6 to 3.7e-6 a step. 2 of 192 attempts were paid (steps
-2 and 4, the only ones with a gradient): each ended by itself on the right number, both
-by luck to a reader of their reasoning, one after six other "####" lines. 156 ended
-wrong and 34 were cut. Six steps teach nothing: use a model that already solves some
-problems.
+Result on one CPU core, 2026-11-24: SmolLM2-135M-Instruct (from 4-bit weights), float32,
+seed 0, six steps of 4 problems x 8 attempts of at most 320 tokens at temperature 0.7,
+killed with -9 after step 2 and started again. A step took 396 to 482 s beside other
+work; mean |sampler - learner log-prob| per step was 2.9e-6 to 3.7e-6. 2 of 192 attempts
+were rewarded (steps 2 and 4, the only ones with a gradient). Both ended by themselves
+on the right number, but their reasoning shows that it was luck; one had written six
+other "####" lines before. 156 ended wrong and 34 were cut off. Six steps teach nothing:
+use a model that already solves some problems.
 
     python -m jaxreason.main --config=configs/gsm8k.py:model=FOLDER \
         --config.model.dtype=float32 --config.model.remat=none \
@@ -48,7 +48,7 @@ from jaxreason.options import parse
 INSTRUCTION = "{question}\n\nThink step by step. Write the final answer, a number, on the last line after ####."
 
 LORA = {"rank": 32, "alpha": 32.0, "targets": ("q", "k", "v", "o", "gate", "up", "down"), "base_dtype": "bfloat16"}
-# Model, mesh, and fields of the adapters where the whole model does not fit.
+# Model, mesh, and LoRA adapters where training all weights does not fit.
 SIZES = {
     "0.5b": ("qwen2.5_0.5b", {"fsdp": 1, "tensor": 1}, None),
     "1.5b": ("qwen2.5_1.5b", {"fsdp": 4, "tensor": 1}, None),
@@ -62,7 +62,7 @@ def get_config(arg: str = "") -> ConfigDict:
     model, mesh, lora = SIZES[options.size]
     config = ConfigDict()
     config.seed = 0
-    config.init_from = config_dict.placeholder(str)  # a run, RUN/checkpoints/STEP or a Hugging Face folder
+    config.init_from = config_dict.placeholder(str)  # folder of a run, RUN/checkpoints/STEP or a Hugging Face model folder
     config.model = {
         "name": options.model or model,
         "weights": "pretrained",
@@ -126,7 +126,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.log = {"rollouts_kept": 64}
 
     if options.smoke:
-        config.sharding.mesh.fsdp = config.sharding.mesh.tensor = 1  # on whatever there is
+        config.sharding.mesh.fsdp = config.sharding.mesh.tensor = 1  # any devices will do
         config.sampler.slots, config.sampler.max_tokens, config.sampler.chunk_tokens = 8, 16, 8
         config.rl.source.problems, config.rl.source.group, config.rl.microbatches = 2, 4, 1
         config.rl.source.task["limit"] = 16

@@ -1,9 +1,9 @@
-"""Imitate GSM8K's worked solutions: the same loop, with demonstrations in the place of
-rollouts.
+"""Supervised fine-tuning on GSM8K's worked solutions: the same training loop as RL,
+with demonstrations instead of rollouts.
 
     python -m jaxreason.main --config=configs/sft.py[:model=NAME][,smoke]
 
-Source: Cobbe et al. 2021, arXiv 2110.14168. Imitation before RL, in one run:
+Source: Cobbe et al. 2021, arXiv 2110.14168. For imitation before RL in one run, use
 configs/gsm8k.py:sft=100. Not yet run on an accelerator.
 """
 
@@ -16,7 +16,7 @@ def get_config(arg: str = "") -> ConfigDict:
     options = parse(arg, model="qwen2.5_0.5b", smoke=False)
     config = ConfigDict()
     config.seed = 0
-    config.init_from = config_dict.placeholder(str)  # a run, RUN/checkpoints/STEP or a Hugging Face folder
+    config.init_from = config_dict.placeholder(str)  # folder of a run, RUN/checkpoints/STEP or a Hugging Face model folder
     config.model = {
         "name": options.model,
         "weights": "pretrained",

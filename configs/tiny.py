@@ -1,18 +1,19 @@
-r"""Learn to reason on a laptop: a prior of imperfect demonstrations, then RL on right
-answers. Nothing is downloaded.
+r"""Learn to reason on a laptop: a prior trained on imperfect demonstrations, then RL on
+right answers. Nothing is downloaded.
 
     python -m jaxreason.main --config=configs/tiny.py\
         [:prior=none][,reward=random][,task=inverse_chain|countdown][,smoke]
 
-2026-11-27, one core of an Intel Xeon per run, float32, 2,000 + 160 steps, seeds 0 to 4,
-on 512 held-out chains of five operations, worst and best seed: greedy 0.21 to 0.47
-after the prior, 0.951 to 1.000 after RL; at temperature 1, 0.19 to 0.26 and 0.88 to
-0.94 (intervals: experiments/README.md). `prior=none` 0.000; `reward=random` falls from
-0.459 to 0.086, both seed 0. Negative: on longer chains (`chain_ood`) it does not
-reliably improve. Earlier, with `guess` at 0.5, 1,800 steps and a slip of 0.12, one
-prior of five had a greedy accuracy of 0.81 (it chose to think by a hair); with `guess`
-at 0.6, RL from the weakest of two priors ended at 0.89. The other tasks run; they were
-not measured to the end.
+Result, 2026-11-27, one core of an Intel Xeon per run, float32, 2,000 + 160 steps, seeds
+0 to 4, on 512 held-out chains of five operations, worst and best seed: greedy accuracy
+0.21 to 0.47 after the prior, 0.951 to 1.000 after RL; at temperature 1, 0.19 to 0.26
+and 0.88 to 0.94 (intervals: experiments/README.md). `prior=none` gives 0.000;
+`reward=random` falls from 0.459 to 0.086; both with seed 0. Negative: on longer chains
+(`chain_ood`) RL does not reliably improve. In earlier runs with `guess` at 0.5, 1,800
+steps and a slip of 0.12, one prior of five had a greedy accuracy of 0.81 (it happened
+to prefer thinking to guessing by a narrow margin). With `guess` at 0.6, RL from the
+weakest of two priors ended at 0.89. The other tasks run, but were not measured to the
+end.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -32,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
     train, max_tokens, demonstrated, held_out, verifier = TASKS[options.task]
     config = ConfigDict()
     config.seed = 0
-    config.init_from = config_dict.placeholder(str)  # a run, RUN/checkpoints/STEP or a Hugging Face folder
+    config.init_from = config_dict.placeholder(str)  # folder of a run, RUN/checkpoints/STEP or a Hugging Face model folder
     config.model = {"name": "tiny", "layers": 3}
     config.text = {"tokenizer": "characters", "format": "plain"}
     config.sampler = {"slots": 64, "max_prompt_tokens": 24, "max_tokens": 72, "chunk_tokens": 8, "prompts_per_prefill": 16}
@@ -86,8 +87,8 @@ def get_config(arg: str = "") -> ConfigDict:
     return config
 
 
-# What RL trains on and how long its attempts may be, what the prior imitates, what is
-# held out, and what judges it.
+# Per task: RL's tasks, RL's max_tokens, the prior's demonstrations, held-out suites,
+# verifier.
 TASKS = {
     "chain": (
         {"name": "chain", "ops": (2, 5), "size": 4096},
@@ -98,8 +99,8 @@ TASKS = {
             "ops_weights": (0.12, 0.18, 0.20, 0.15, 0.12, 0.09, 0.08, 0.06),
             "size": 20_000,
             "demonstrations": "human",
-            # Guesses prevail, so the prior's greedy answer is a guess; at one half,
-            # seeds decided by a hair whether it thinks.
+            # Guesses are the majority, so the prior's greedy answer is a guess; at 0.5
+            # the seed decided by a narrow margin whether it thinks.
             "guess": 0.55,
             "stop_early": 0.15,
             "slip": 0.1,

@@ -1,5 +1,5 @@
-"""Eight virtual CPU devices, one folder of compiled programs for all tests, and a maker
-of small models that keeps the params that it made.
+"""Pytest set-up: eight virtual CPU devices, one compilation cache for all tests, and a
+maker of small models that caches their params.
 """
 
 import functools
@@ -32,15 +32,15 @@ import pytest
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
-    """How many processes `-n auto` means: some tests need 2 GiB, and what they start is
-    not counted.
+    """Set the number of processes of `-n auto`: some tests need 2 GiB, and the
+    processes that they start are not counted.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(4, cores or 1)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out tests that are marked slow or soak, unless -m names their marker."""
+    """Leave out tests marked slow or soak, unless -m names their marker."""
     left_out = {name for name in ("slow", "soak") if name not in config.option.markexpr}
     dropped = [item for item in items if left_out & {mark.name for mark in item.iter_markers()}]
     items[:] = [item for item in items if item not in dropped]
@@ -49,8 +49,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def tiny():
-    """`tiny(**fields) -> (model, params)`: two layers, width 16, 24 words; `fields`
-    replace fields of its ModelConfig.
+    """Make `tiny(**fields) -> (model, params)`: two layers, width 16, 24 tokens;
+    `fields` replace those of its ModelConfig.
     """
     import jax
 

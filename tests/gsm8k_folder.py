@@ -1,4 +1,4 @@
-"""A miniature GSM8K in the folder form of TensorFlow Datasets, for tests without the
+"""A miniature GSM8K in the folder layout of TensorFlow Datasets, for tests without the
 real one.
 """
 

@@ -1,5 +1,5 @@
-"""A stand-in of the Hugging Face hub on 127.0.0.1, for its own client: repositories are
-folders, and faults can be chosen.
+"""A stand-in for the Hugging Face hub on 127.0.0.1, used by the real client:
+repositories are folders, and tests can inject faults.
 
 By hand, to serve every `owner/name` folder of models and `datasets/owner/name` of data
 sets below a folder:
@@ -20,25 +20,25 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-BRANCHES = {"main": "", "refs/convert/parquet": "-converted"}  # and what the folder's name ends in
+BRANCHES = {"main": "", "refs/convert/parquet": "-converted"}  # branch -> ending of the folder's name
 API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?")
 FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
 class Hub:
-    """The server. `repositories` are folders by name, as `owner/name` and
-    `datasets/owner/name`; `requests` are what was asked.
+    """The server. `repositories` maps names such as `owner/name` and
+    `datasets/owner/name` to folders; `requests` records all requests.
 
-    `changes` replace entries of what is answered about a repository.
+    `changes` replaces entries of the answer about a repository.
 
-    `fault(method, path, headers)` may return (status, headers) to answer with that, or
-    (None, damage) to send `damage(content)`: a connection that breaks off, if that is
-    shorter. With (206, damage) its own length is promised.
+    `fault(method, path, headers)` may return (status, headers) as the answer, or (None,
+    damage) to send `damage(content)`; a shorter content looks like a broken connection.
+    With (206, damage) the server announces the new length.
     """
 
     def __init__(self, repositories: dict[str, Path], port: int = 0):
         self.repositories, self.requests = repositories, []
-        self.changes: dict = {}  # of what is said of a repository
+        self.changes: dict = {}  # replaces entries of the answer about a repository
         self.fault: Callable = lambda method, path, headers: None
         self.server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
@@ -67,20 +67,20 @@ def files_of(folder: Path) -> list[str]:
 
 
 def commit_of(folder: Path) -> str:
-    """Changes with the content, as a commit does; of large files only with their size
-    and time.
+    """Return an id that changes like a commit, with the name, size or time of any
+    file.
     """
     about = [(name, (folder / name).stat().st_size, (folder / name).stat().st_mtime_ns) for name in files_of(folder)]
     return hashlib.sha1(json.dumps(about).encode()).hexdigest()
 
 
 def is_large(name: str) -> bool:
-    """Whether a file is kept outside git, and known by its sha256."""
+    """Tell whether a file is stored outside git and identified by its sha256."""
     return name.endswith((".safetensors", ".parquet", ".bin", ".gguf"))
 
 
 def names_of(path: Path) -> tuple[str, str]:
-    """The name that git has for a file, and its sha256."""
+    """Return git's hash of a file, and its sha256."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(), hashlib.sha256(content).hexdigest()
 
@@ -131,7 +131,7 @@ class Handler(BaseHTTPRequestHandler):
                 about["lfs"] = {"sha256": sha256, "size": about["size"], "pointerSize": 134}
             files.append(about)
         found = {"id": name.removeprefix("datasets/"), "sha": commit_of(folder), "siblings": files} | self.hub.changes
-        if form == "tree":  # what the client's own snapshot_download asks for
+        if form == "tree":  # the request of the client's own snapshot_download
             found = [{"type": "file", "path": file["rfilename"], "size": file["size"], "oid": file["blobId"]} for file in files]
         return self.answer(200, {"Content-Type": "application/json"}, json.dumps(found).encode())
 

@@ -1,7 +1,7 @@
-"""A run that kills itself: `python killed_run.py CONFIG_FILE WORKDIR POINT COUNT`;
-`POINT` none lets it live.
+"""A run that kills itself: `python killed_run.py CONFIG_FILE WORKDIR POINT COUNT`; with
+`POINT` none it survives.
 
-At the COUNT-th time that it comes to the point the process gets SIGKILL: nothing is
+When it reaches the point for the COUNT-th time the process gets SIGKILL: nothing is
 flushed, closed or finished.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def killer(count: int):
-    """What kills at the count-th call, from whichever thread."""
+    """Make a function that kills the process at its count-th call, from any thread."""
     calls, lock = [0], threading.Lock()
 
     def call(*_):
@@ -28,7 +28,7 @@ def killer(count: int):
 
 
 def before(owner, name: str, call) -> None:
-    """Have `call` made before each call of a function, with what it is called with."""
+    """Patch a function so that `call` runs before it, with the same arguments."""
     function = getattr(owner, name)
 
     @functools.wraps(function)
@@ -40,7 +40,9 @@ def before(owner, name: str, call) -> None:
 
 
 def before_result(owner, name: str, call) -> None:
-    """Have `call` made before each call of the function that a function returns."""
+    """Patch a function so that `call` runs before each call of the function that it
+    returns.
+    """
     maker = getattr(owner, name)
 
     def make(*args, **kwargs):
@@ -56,7 +58,7 @@ def before_result(owner, name: str, call) -> None:
 
 
 def in_a_line(call) -> None:
-    """Die when half a line of rollouts.jsonl has reached the file."""
+    """Run `call` when half a line of rollouts.jsonl is in the file."""
     from jaxreason.runtime import files
 
     write = files.write_rollouts
@@ -75,7 +77,7 @@ def in_a_line(call) -> None:
 
 
 def at_a_rename(call) -> None:
-    """Die while a checkpoint is written in the background, before it gets its name."""
+    """Run `call` while a checkpoint is written in the background, before its rename."""
 
     def renamed(source, *_):
         if "checkpoint" in str(source):

@@ -1,12 +1,12 @@
 r"""Answers, keys and whether a person calls them equal, written before the verifier was
 changed and not changed since.
 
-The rules of `verify/math.py` were written after it, by someone who knew which rows the
-verifier of before had missed, so its rates flatter. `python tests/math_table.py` prints
-the false rates with Wilson intervals and each row that is judged otherwise than here.
-"Equal" is what a grader of a textbook would say: a unit, a currency or percent sign
-that only one of them has is ignored, the last box is the answer, order matters in
-tuples and intervals and not in sets.
+The rules of `verify/expression.py` were written later, by someone who knew the rows
+that the earlier verifier missed, so its rates here are too good. `python
+tests/math_table.py` prints the false rates with Wilson intervals, and each row that the
+verifier judges differently. "Equal" follows a grader of a textbook: a unit, a currency
+or a percent sign that only one of them has is ignored, the last box is the answer, and
+order matters in tuples and intervals but not in sets.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ TABLE = [
     (r"\boxed{(1,2)}", r"\((1,2)\)", True),
     (r"\boxed{[1,2]}", r"[1,2]", True),
     (r"\boxed{50}", r"50\%", True),
-    # what is written inside a box
+    # forms inside a box
     (r"\boxed{18.}", "18", True),
     (r"\boxed{$18$}", "18", True),
     (r"\boxed{\(18\)}", "18", True),

@@ -1,4 +1,4 @@
-"""Texts that a model may write and that parsers should survive: long, deep, odd or cut
+"""Texts that a model may write and that parsers must survive: long, deep, odd or cut
 off.
 """
 

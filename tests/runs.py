@@ -1,5 +1,5 @@
-"""Run configs, in this process and by the real command, and compare what runs leave
-behind.
+"""Run configs, in this process or by the real command, and compare the files of
+runs.
 """
 
 from __future__ import annotations
@@ -21,29 +21,33 @@ HANG_S = 1200  # a process that takes longer hangs; no test depends on how busy 
 
 
 def xla_flags(devices: int) -> str:
-    """The flags of this process (tests/conftest.py) with another number of devices."""
+    """Return the XLA flags of this process (tests/conftest.py) with another number of
+    devices.
+    """
     return os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
 
 
 def grouped(rollouts, size: int) -> list:
-    """Rollouts in order of their problems, `size` attempts at each, as groups."""
+    """Split rollouts, in the order of their problems, into groups of `size`
+    attempts.
+    """
     from jaxreason.types import Group
 
     return [Group(tuple(rollouts[i : i + size])) for i in range(0, len(rollouts), size)]
 
 
-# --- in this process: what `main` does, without flags ---
+# --- in this process: as `main`, without flags ---
 
 
 def load_config(name: str, options: str = "", **fields):
-    """`load_config("tiny", "smoke", **{"rl.steps": 3})`."""
+    """Load a config: `load_config("tiny", "smoke", **{"rl.steps": 3})`."""
     config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](options)
     config.update_from_flattened_dict(fields)
     return config
 
 
 def run_config(config, workdir: Path) -> dict:
-    """Build and train; return the summary as written."""
+    """Build and train a config; return the summary that the run wrote."""
     from jaxreason.build import build
     from jaxreason.runtime import checkpoint
     from jaxreason.train import train
@@ -60,8 +64,8 @@ class Killed(Exception):
 
 
 def killed_after(monkeypatch, saves: int):
-    """Let the process die right after its n-th checkpoint; later steps were logged but
-    not saved.
+    """End the run right after its n-th checkpoint; later steps are then logged but not
+    saved.
     """
     from jaxreason.runtime import checkpoint
 
@@ -99,7 +103,7 @@ def main(*arguments, cwd=ROOT, timeout=HANG_S, **environment):
 def start(command: list[str], count: int, devices: int, **environment: str) -> list[subprocess.Popen]:
     """Start processes with some virtual CPU devices each.
 
-    Words may hold {process}, those of the command {port} and {count}.
+    Arguments may contain {process}; those of the command also {port} and {count}.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -120,7 +124,7 @@ def start(command: list[str], count: int, devices: int, **environment: str) -> l
 
 
 def finish(started: list[subprocess.Popen], timeout_s: float = HANG_S) -> list[tuple[int, str, str]]:
-    """Wait for all; return the exit code, stderr and stdout of each."""
+    """Wait for all processes; return the exit code, stderr and stdout of each."""
     try:
         return [(*process.communicate(timeout=timeout_s), process.returncode)[::-1] for process in started]
     finally:
@@ -134,7 +138,7 @@ def train_command(config: str, workdir: Path, *more: str) -> list[str]:
     return ["-m", "jaxreason.main", *run, *joined, *more]
 
 
-# --- what runs leave behind ---
+# --- files of finished runs ---
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -142,14 +146,14 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def maths(workdir: Path) -> list[dict]:
-    """The lines of metrics, without times."""
+    """Return the lines of metrics without their times."""
     lines = read_lines(workdir / "metrics.jsonl")
     return [{k: v for k, v in line.items() if not k.startswith(("time", "perf"))} for line in lines]
 
 
 def params_of(workdir: Path) -> tuple[int, dict]:
-    """The newest checkpoint's step and state, as NumPy arrays whatever devices it was
-    saved from.
+    """Return step and state of the newest checkpoint, as NumPy arrays, whatever devices
+    saved it.
     """
     import orbax.checkpoint as ocp
 

@@ -1,4 +1,4 @@
-"""The front door: README's example as it stands, a run and a checkpoint as policies,
+"""The Python API: the README's example as printed, a run and a checkpoint as policies,
 and errors in one line.
 """
 
@@ -23,7 +23,9 @@ CHAT = Path(__file__).parent / "golden" / "chat"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A Hugging Face folder with random weights, a tokenizer and a chat template."""
+    """Write a Hugging Face folder with random weights, a tokenizer and a chat
+    template.
+    """
     folder = tmp_path_factory.mktemp("checkpoint")
     shape = ModelConfig(text.load(CHAT).vocab_size, 16, 1, 2, 2, 8, 32, tied_embeddings=True)
     weights.save(folder, shape, transformer(shape).init(jax.random.key(0)), tokenizer_folder=CHAT)
@@ -40,7 +42,7 @@ def length_parity(words, task):
 
 
 def test_the_example_of_the_readme(checkpoint, capsys):
-    """Its code, with this checkpoint in the place of a downloaded one."""
+    """Run its code, with this checkpoint instead of a downloaded one."""
     example = next(
         code for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "jr.load" in code
     )
@@ -73,7 +75,7 @@ def test_a_step_changes_the_policy_and_the_next_goes_on_from_it(checkpoint):
     policy, metrics = jr.train_step(policy, groups, objective="grpo", lr=1e-2)
     assert (np.asarray(policy.params["final_norm"]["scale"]) != before).any()
     assert 0 < metrics["rollout/reward"] < 1
-    assert metrics["rollout/logp_gap"] < 1e-4  # what was sampled is what is learned from
+    assert metrics["rollout/logp_gap"] < 1e-4  # the learner scores the sampled tokens as the sampler did
     assert metrics["train/grad_norm"] > 0
     policy, _ = jr.train_step(policy, groups, objective="grpo", lr=1e-2)
     assert int(policy.state.step) == 2
@@ -216,7 +218,7 @@ def test_a_mesh_of_all_devices(checkpoint):
     assert len(jr.sample(policy, ["one"], n=np.int64(2))[0].attempts) == 2
 
 
-def test_what_takes_long_is_said_once_on_stderr(checkpoint, capsys):
+def test_slow_work_is_announced_once_on_stderr(checkpoint, capsys):
     policy = jr.load(checkpoint, max_prompt_tokens=60, max_tokens=6, slots=8)
     said = []
     for _ in range(2):

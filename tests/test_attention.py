@@ -1,4 +1,4 @@
-"""Attention kernels: each gives what plain XLA gives, values and gradients, and says
+"""Attention kernels: each gives the values and gradients of plain XLA, and refuses
 early where it can't run.
 """
 
@@ -26,8 +26,8 @@ ANYWHERE = {
 
 
 def rows(T, *, seed=0):
-    """Random q, k, v of T tokens, and segments: a whole row, two packed with padding
-    behind, one with padding, padding alone.
+    """Make random q, k, v of T tokens, with these rows: a full one, two packed segments
+    with padding after them, one segment with padding, and only padding.
     """
     rng = np.random.default_rng(seed)
     q, k, v = (rng.normal(size=(B, T, heads, H)).astype(np.float32) for heads in (N, K, K))
@@ -40,9 +40,7 @@ def rows(T, *, seed=0):
 
 
 def with_gradients(kernel, q, k, v, segment_BT):
-    """What a kernel gives, and the gradients of a sum that weighs each number of it
-    differently.
-    """
+    """Return a kernel's output, and the gradients of a weighted sum of it."""
     T = q.shape[1]
     weight_BTNH = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
 
@@ -74,7 +72,7 @@ def test_a_rotation_by_a_product_is_a_rotation(dtype):
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize(("name", "T"), [("cudnn", 9), ("cudnn", 10), ("cudnn", 401), ("splash", 9), ("splash", 300)])
 def test_a_kernel_gives_what_xla_gives(name, T, segmented):
-    """Of 300 tokens splash makes three blocks, of 300 and 401 the plain kernel two
+    """300 tokens are three blocks of splash; for the plain kernel 300 and 401 are two
     parts and three.
     """
     q, k, v, segment_BT = rows(T)
@@ -88,7 +86,7 @@ def test_a_kernel_gives_what_xla_gives(name, T, segmented):
 
 @pytest.mark.parametrize("prompt", [1, 4])
 def test_branches_see_the_prompt_and_themselves(prompt):
-    """Attempts behind one copy of a prompt mix what each would mix behind a copy of its
+    """Attempts behind one copy of a prompt attend as they would behind a copy of their
     own.
     """
     rng = np.random.default_rng(0)
@@ -114,13 +112,17 @@ def test_branches_see_the_prompt_and_themselves(prompt):
     for n, where in zip(lengths, own, strict=True):
         alone = mix([*range(prompt), *range(begin, begin + n)], range(prompt + n), [1] * (prompt + n))
         np.testing.assert_allclose(shared[where], alone[prompt:], atol=1e-6)
-        np.testing.assert_allclose(shared[where.start - 1], alone[prompt - 1], atol=1e-6)  # what predicts its first token
+        np.testing.assert_allclose(
+            shared[where.start - 1], alone[prompt - 1], atol=1e-6
+        )  # the position that predicts its first token
         begin += n
 
 
 @pytest.mark.parametrize("segmented", [False, True])
 def test_cudnn_gets_an_even_number_of_tokens(monkeypatch, segmented):
-    """It has no gradient at any other; XLA, which stands in for it here, takes all."""
+    """cuDNN has no gradient at an odd number; XLA stands in for it here and takes
+    any.
+    """
     taken = []
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **_: taken.append((q, k, v)) or q)
     q, k, v, segment_BT = rows(9)
@@ -132,8 +134,8 @@ def test_cudnn_gets_an_even_number_of_tokens(monkeypatch, segmented):
 
 @pytest.mark.parametrize("name", ANYWHERE)
 def test_a_kernel_runs_on_each_device_of_a_mesh(name):
-    """Rows over two axes and heads over a third, as on one device, and nothing is
-    gathered on the way.
+    """Rows over two axes and heads over a third give the values of one device, and
+    nothing is gathered.
     """
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     q, k, v, segment_BT = rows(6)
@@ -173,7 +175,7 @@ def test_a_model_is_the_same_under_each_kernel(tiny, monkeypatch, name, scan_lay
 
 @pytest.mark.parametrize("name", ANYWHERE)
 def test_several_tokens_read_a_cache_by_xla(name):
-    """On this CPU another kernel would raise, as it does without a cache."""
+    """Any other kernel would raise on this CPU, as it does without a cache."""
     model = transformer(dataclasses.replace(CONFIG, attention=name))
     params = jax.jit(model.init)(jax.random.key(0))
     tokens_BT, position_BT = np.ones((B, 3), np.int32), np.broadcast_to(np.arange(3), (B, 3))
@@ -214,11 +216,11 @@ READERS = {
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("shares", [True, False])
 def test_a_decode_step_reads_prompts_and_columns_that_are_there(reader, shares):
-    """Eight rows, four prompts of which one is nobody's; the third row has all of its
-    keys in its own columns, the last is idle.
+    """Eight rows and four prompts, of which one is unused. The third row has all keys
+    in its own cache; the last row is idle.
 
-    70 columns are a block of the kernel and a bit. What stands past the end is large;
-    the kernel must not even have read it.
+    70 positions are one block of the kernel and a part. Values beyond the end are
+    large; the kernel must not read them.
     """
     make, axes = READERS[reader]
     mesh = None if axes is None else make_mesh(**axes, devices=jax.devices()[:4])

@@ -1,5 +1,5 @@
-"""Batches from hand-built rollouts, demonstrations and windows: what is trained on, how
-much, and what stands beside it.
+"""Batches from hand-built rollouts, demonstrations and windows: trained tokens, their
+weights, and the arrays beside them.
 """
 
 import numpy as np
@@ -260,7 +260,7 @@ def test_demonstrations_train_on_what_is_trainable():
     prompt, solution = [5, 6, 7], [1, 2, EOS]
     pairs = [(prompt + solution, [0, 0, 0, 1, 1, 1]), ([9, 1, EOS], [0, 1, 1]), ([4, 3, 2], [1, 1, 1])]
     batch = from_demonstrations(pairs, objectives.sft(), buckets=(4, 8))
-    w = 1 / 7  # over all tokens that are trained on; the first of a row is not, whatever it is said to be
+    w = 1 / 7  # over all trained tokens; the first of a row is never trained
     np.testing.assert_allclose(
         batch.weight_BT,
         [[0, 0, 0, w, w, w, 0, 0], [0, w, w, 0, 0, 0, 0, 0], [0, w, w, 0, 0, 0, 0, 0]],
@@ -278,7 +278,7 @@ def test_long_demonstrations_are_cut_on_the_right():
     batch = from_demonstrations(pairs, objectives.sft(), buckets=(4, 6))
     assert batch.tokens_BT.tolist() == [[1, 2, 3, 4, 5, 6], [1, 2, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6]]
     assert (batch.weight_BT > 0).tolist() == [[0, 0, 0, 0, 1, 1], [0, 1, 0, 0, 0, 0], [0] * 6]
-    np.testing.assert_allclose(batch.weight_BT.sum(), 1, rtol=1e-6)  # what was cut is not counted
+    np.testing.assert_allclose(batch.weight_BT.sum(), 1, rtol=1e-6)  # tokens that were cut are not counted
 
 
 def test_short_demonstrations_get_a_short_row():

@@ -94,7 +94,7 @@ def test_lookup_by_hand(prompt, completion, guesses, steps):
 
 
 def slow_steps(prompt, completion, guesses):
-    """The same by searching backwards through the text at every step."""
+    """Count the same steps by searching backwards through the text at every step."""
     text, end, steps = [*prompt], len(prompt) + len(completion), 0
     whole = [*prompt, *completion]
     while len(text) < end:

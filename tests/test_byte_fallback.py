@@ -1,5 +1,5 @@
-"""Tokenizers of the Llama 2 kind, with a space in front of a text and bytes for rare
-characters, and tokens that mean something though they are not special.
+"""Tokenizers of the Llama 2 kind: a space in front of a text, bytes for rare
+characters, and tokens that are not special but have a meaning of their own.
 """
 
 import random
@@ -21,7 +21,7 @@ EMOJI = "🙂"
 
 
 def make(folder, kind: str):
-    """A tokenizer as `convert_slow_tokenizer` makes it of Llama 2's sentencepiece
+    """Make a tokenizer as `convert_slow_tokenizer` does from Llama 2's sentencepiece
     model: "legacy" or with Metaspace.
     """
     letters = sorted({c for word in WORDS for c in word} | set("▁abcdefghijklmnopqrstuvwxyzENDIST0123456789.:?+=<>/|[]"))
@@ -94,8 +94,8 @@ def test_a_text_is_encoded_as_the_library_does(llama):
 
 
 def test_pieces_put_together_are_the_text(tokenizer):
-    """No piece gains a space: it has the ids that the whole has there, where the whole
-    is cut between tokens.
+    """No piece gains a space: cut between tokens, the pieces have the ids of the whole
+    text.
     """
     whole = tokenizer.encode("the [/INST] is 7")
     pieces = tokenizer.encode("the [/INST]") + tokenizer.encode(" is 7", continues=True)
@@ -124,7 +124,7 @@ def test_chats_and_demonstrations_are_what_the_template_writes(llama):
     assert text.encode_chat(tokenizer, TEMPLATE, turns)[0] == made.encode(text_there, add_special_tokens=False).ids
 
 
-def test_what_is_forced_gains_no_space(tokenizer):
+def test_forced_text_gains_no_space(tokenizer):
     for form in (plain(tokenizer), chat(tokenizer, TEMPLATE)):
         assert tokenizer.decode([5, *form.forced("7")]) == tokenizer.decode([5]) + "7"
     task = Task("the", "7", solution="is [7] the", data={"forced": [(3, 6)]})
@@ -137,8 +137,8 @@ def test_what_is_forced_gains_no_space(tokenizer):
 
 
 def test_a_wrong_byte_does_not_take_its_neighbours_with_it(tokenizer):
-    """The library gives up a whole run of bytes for one: a line break behind half a
-    character was gone.
+    """The library gives up a whole run of bytes if one is invalid: a line break after
+    half a character was lost.
     """
     half = tokenizer.encode(EMOJI, continues=True)[:2]
     line = tokenizer.encode("\n", continues=True)
@@ -149,8 +149,8 @@ def test_a_wrong_byte_does_not_take_its_neighbours_with_it(tokenizer):
 
 
 def test_a_stop_string_is_found_behind_whatever_stands_before_it(tokenizer):
-    """At the same token for any size of chunk, and where the text of the whole turn has
-    it first.
+    """At the same token for any chunk size, and where it first occurs in the text of
+    the whole turn.
     """
     rng = random.Random(0)
     stops = ("\n\n", " END", "\nQ:", f"{EMOJI}.", "日")

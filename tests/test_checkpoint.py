@@ -1,5 +1,5 @@
-"""Checkpoints: what goes in comes out, on any mesh; what a killed save leaves behind is
-never seen.
+"""Checkpoints: restored on any mesh as they were saved; the remains of a killed save
+are never read.
 """
 
 import logging
@@ -108,7 +108,7 @@ def test_keeps_the_newest(checkpoints, tmp_path):
     assert checkpoints.peek(2) == {"step": 2}
 
 
-def test_what_a_killed_save_leaves_is_ignored_and_removed(checkpoints, tmp_path):
+def test_remains_of_a_killed_save_are_ignored_and_removed(checkpoints, tmp_path):
     folder = tmp_path / "checkpoints"
     checkpoints.save(3, {"w": jnp.ones(2)}, {"step": 3})
     checkpoints.wait()
@@ -157,7 +157,7 @@ def test_params_may_be_cast_but_not_reshaped(checkpoints):
         checkpoints.restore_reference(1, abstract(half))
 
 
-def test_what_is_not_json_fails_at_once(checkpoints):
+def test_values_that_are_not_json_fail_at_once(checkpoints):
     with pytest.raises(TypeError, match="not JSON serializable"):
         checkpoints.save(1, {"w": jnp.ones(2)}, {"accuracy": jnp.ones(())})
     assert checkpoints.latest() is None
@@ -178,8 +178,8 @@ def test_a_save_that_fails_is_said_and_the_next_is_tried(checkpoints, tmp_path):
 
 @pytest.mark.process
 def test_a_folder_that_is_gone_is_one_line_and_holds_nobody_up(tmp_path):
-    """Neither a page of orbax's own errors, nor its threads, which at exit wait 5
-    minutes for a folder that was never made.
+    """Orbax would print a page of errors, and its threads would wait 5 minutes at exit
+    for a folder that was never made.
     """
     body = """
 import sys
@@ -217,8 +217,8 @@ def files_of(checkpoint):
 
 
 def test_any_flipped_bit_or_cut_is_noticed_or_harmless(tmp_path):
-    """Every file of a checkpoint is damaged in turn, at three places and by a cut:
-    never does another state come back.
+    """Each file of a checkpoint is damaged in turn, at three places and by a cut: a
+    different state is never restored.
     """
     state, host = new_state(), {"step": 1, "source": {"position": 3}}
     made = open_checkpoints(tmp_path / "made")

@@ -1,4 +1,4 @@
-"""Every config runs in its `smoke` form, from start to summary, with what it reads made
+"""Every config runs in its `smoke` form, from start to summary, with inputs made
 here.
 """
 
@@ -17,7 +17,7 @@ ROWS = [(f"Tom has {n} pens and buys {m}. How many?", f"He has {n} + {m}.\n#### 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """A Hugging Face folder with random weights, a real tokenizer and a chat
+    """Write a Hugging Face folder with random weights, a real tokenizer and a chat
     template.
     """
     from jaxreason import text
@@ -35,7 +35,7 @@ def gsm8k(tmp_path, monkeypatch):
 
 
 def check_run(workdir, summary, phases):
-    """What every run directory holds."""
+    """Check the files that every run folder holds."""
     assert summary["done"]
     lines = read_lines(workdir / "metrics.jsonl")
     steps = [line["step"] for line in lines]
@@ -94,7 +94,9 @@ def test_gsm8k_imitates_before_rl_and_trains_adapters_where_its_size_says_so(che
 
 @pytest.mark.process
 def test_gsm8k_says_what_to_do_without_weights_or_data(tmp_path, checkpoint):
-    """Offline, the real command: one line, exit code 2, nothing compiled."""
+    """Offline, the real command prints one line and exits with code 2; nothing is
+    compiled.
+    """
     environment = {"TFDS_DATA_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
     for model, words in (("qwen2.5_0.5b", "hf download"), (checkpoint, "TFDS_DATA_DIR")):
         command = [sys.executable, "-m", "jaxreason.main", f"--config=configs/gsm8k.py:model={model}"]

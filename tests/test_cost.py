@@ -1,5 +1,5 @@
-"""Costs: compiled programs walked with their loops, beside XLA's own count and the
-formulas; what is sent and moved, by hand.
+"""Costs: compiled programs walked with their loops, compared with XLA's own count and
+the formulas; bytes sent and moved, by hand.
 """
 
 import dataclasses
@@ -109,8 +109,8 @@ ENTRY %main (x: f32[8,16], w: f32[16,16]) -> f32[8,16] {
         ("add(%x, %x)", 8 * 16),  # nothing of it
     ],
 )
-def test_what_a_nested_fusion_passes_on_is_read_by_its_users(use, read):
-    """And a buffer that is only allocated is no write."""
+def test_users_of_a_nested_fusion_read_the_operand_that_it_passes_on(use, read):
+    """A buffer that is only allocated is not a write."""
     program = hlo.program_cost(FUSIONS.replace("USE", use))
     assert program.bytes == 4 * (read + 8 * 16)
 
@@ -150,7 +150,7 @@ ENTRY %main (whole: f32[16,16], part: f32[8,16], at: s32[]) -> f32[8,16] {{
         (VECTOR, PART_THERE, VECTOR, UPDATE, 0),
     ],
 )
-def test_what_comes_from_hbm_or_goes_there_counts_wherever_its_other_end_is(whole, part, made, op, parts):
+def test_copies_count_once_for_each_end_in_hbm(whole, part, made, op, parts):
     program = hlo.program_cost(PLACES.format(whole=whole, part=part, made=made, op=op))
     assert program.bytes == parts * 4 * 8 * 16
 
@@ -164,8 +164,8 @@ def test_a_loop_of_unknown_length_runs_as_often_as_one_says():
 
 @pytest.mark.parametrize(("step", "trips"), [(1, 5), (2, 3), (5, 1), (6, 1)])
 def test_a_loop_that_was_unrolled_counts_in_larger_steps(step, trips):
-    """As a TPU's compiler unrolls a product that is sent around a ring while it is
-    made.
+    """A TPU's compiler unrolls a product that is sent around a ring while it is
+    computed.
     """
     text = MODULE.replace("LIMIT", "7").replace("%one = s32[] constant(1)", f"%one = s32[]{{:T(128)}} constant({step})")
     assert hlo.program_cost(text).loops == (trips,)
@@ -203,7 +203,7 @@ def test_a_part_of_a_chain_of_fusions_is_the_same_collective():
         ("source_target_pairs={{0,1},{1,0}}", 2),
     ],
 )
-def test_how_many_devices_a_collective_is_among(attributes, size):
+def test_devices_of_a_collectives_group_are_counted(attributes, size):
     assert hlo.group_size(attributes, 16) == size
 
 
@@ -292,18 +292,18 @@ def test_topologies_are_named_and_counted():
 
 def test_attempts_share_a_prompt_where_that_is_less_work():
     shape, choices = sized("smollm2_135m"), (1, 2, 4, 8)
-    assert cost.attempts_behind_a_prompt(shape, choices, 16, 1024) == 1  # most of what shares would be masked
+    assert cost.attempts_behind_a_prompt(shape, choices, 16, 1024) == 1  # most scores of a shared prompt would be masked
     assert cost.attempts_behind_a_prompt(shape, choices, 64, 64) == 4
     assert cost.attempts_behind_a_prompt(shape, choices, 1024, 8) == 8
     assert cost.attempts_behind_a_prompt(shape, (1, 2), 1024, 8) == 2
 
 
-def test_what_config_asks_for_is_taken_or_refused():
+def test_rollouts_per_prompt_of_a_config_is_used_or_refused():
     shape, how = sized("smollm2_135m"), {"group": 8, "rows": 32, "longest_prompt": 2048, "completion": 8}
     choose = functools.partial(build.choose_rollouts_per_prompt, **how)
     assert choose(None, shape, multiple=4) == 8
     assert choose(None, shape, multiple=16) == 2  # as many as leave rows for all devices and micro-batches
-    assert choose(None, shape, multiple=5) == 1  # the error about rows is another's
+    assert choose(None, shape, multiple=5) == 1  # another function reports the rows
     assert choose(4, shape, multiple=16) == 4
     flash = dataclasses.replace(shape, attention="splash")
     assert choose(None, flash, multiple=4) == choose(1, flash, multiple=4) == 1

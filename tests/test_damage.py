@@ -1,6 +1,4 @@
-"""What somebody or something has done to the folder of a run: nothing is lost, and what
-is wrong is named in a line.
-"""
+"""Damage to the folder of a run: nothing is lost, and one line names the fault."""
 
 import dataclasses
 import json
@@ -26,7 +24,7 @@ TEXT = config_text(load_config("tiny", "smoke"))
 
 
 def check(folder, resume="auto", text=TEXT):
-    """What is said if a run may start in the folder."""
+    """Check that a run may start in the folder; return the printed lines."""
     said = []
     workdir.check(folder, text, resume=resume, accept_config_change=False, say=said.append)
     return said
@@ -41,8 +39,8 @@ def content(folder):
 
 @pytest.fixture
 def lost(tmp_path):
-    """A folder whose checkpoints were all damaged, and set aside by the start
-    before.
+    """Make a folder whose checkpoints were all damaged, and set aside by an earlier
+    start.
     """
     (tmp_path / "checkpoints" / "7.damaged").mkdir(parents=True)
     (tmp_path / "checkpoints" / "7.damaged" / "state").write_text("cut sho")
@@ -103,7 +101,7 @@ def test_logs_of_a_run_that_ended_before_its_first_checkpoint_are_moved_aside(lo
 
 
 def test_the_same_command_twice_with_all_checkpoints_damaged(tmp_path):
-    """The real command, and `~` in its paths."""
+    """Use the real command, with `~` in its paths."""
     folder = tmp_path / "mine"
     (folder / "checkpoints" / "3").mkdir(parents=True)
     (folder / "config.json").write_text(TEXT)
@@ -129,7 +127,7 @@ def abstract(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def test_whatever_a_checkpoint_lacks_it_is_whole_or_damaged(tmp_path, capfd):
+def test_a_checkpoint_that_lacks_any_file_is_whole_or_damaged(tmp_path, capfd):
     tree = {"w": jnp.arange(4.0), "v": jnp.ones((2, 2))}
     made = open_checkpoints(tmp_path / "made")
     made.save(1, tree, {"a": 1}, reference=tree)
@@ -226,7 +224,9 @@ def test_checkpoints_that_are_removed_meanwhile_are_said_and_the_next_is_saved(t
 
 
 def test_a_save_that_fails_prints_nothing_of_its_own(tmp_path):
-    """Where it said of each array, again and again, that the event loop is closed."""
+    """Orbax used to print for each array, again and again, that the event loop is
+    closed.
+    """
     body = """
 import resource, sys
 import jax.numpy as jnp
@@ -272,7 +272,7 @@ def test_a_folder_that_is_moved_or_removed_is_noticed(tmp_path, how):
 
 
 def test_the_loop_looks_before_it_writes(tmp_path):
-    """Nothing is written to what stands in the folder's place."""
+    """Nothing is written to a file or folder that replaced the run's folder."""
     config = load_config("tiny", "smoke", **{"sharding.mesh.data": 1, "phases": ("prior",), "checkpoint.every_steps": 1})
     config.evaluate.suites = {}
     checkpoints, calls = open_checkpoints(tmp_path / "run" / "checkpoints", every_steps=1), []
@@ -404,7 +404,7 @@ def test_lines_that_somebody_removed_are_said(tmp_path):
     assert lines[0] == f"warning: {tmp_path / 'metrics.jsonl'} lacks steps 0, 1 to 4, 5, which are not repeated"
 
 
-def test_what_a_lock_holds_is_shown_and_never_obeyed(tmp_path, monkeypatch):
+def test_control_characters_in_a_lock_are_escaped(tmp_path, monkeypatch):
     monkeypatch.setattr(workdir, "BEAT_S", 0.01)
     (tmp_path / "lock").write_bytes(b"\x1b[2J\xff\x00 evil\nhost\r" + bytes(10_000))
     said = []

@@ -1,4 +1,6 @@
-"""Endless sequences: every position is reachable at random, epochs cover all items."""
+"""Endless sequences: every position is randomly accessible, and an epoch covers all
+items.
+"""
 
 import numpy as np
 import pytest

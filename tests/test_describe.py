@@ -1,5 +1,5 @@
-"""A config explains itself: `--describe`, `--list`, and the entry points that say what
-there is.
+"""Configs describe themselves: `--describe`, `--list`, and the entry points that list
+their choices.
 """
 
 import subprocess

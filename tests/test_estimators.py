@@ -44,7 +44,9 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample():
 
 
 def vote(answers, correct):
-    """The chance that a majority vote is right, ties broken evenly: by counting."""
+    """Compute the probability that a majority vote is right, ties broken evenly, by
+    counting.
+    """
     counts = {answer: answers.count(answer) for answer in answers if answer is not None}
     if not counts:
         return Fraction(0)
@@ -84,8 +86,8 @@ def test_majority_at_k_over_classes():
 
 
 def test_majority_at_k_of_more_samples_than_binomials_in_float64():
-    """Of two classes the larger wins unless fewer than half of the draws are of it: a
-    hypergeometric tail.
+    """With two classes the larger one wins unless fewer than half of the draws are of
+    it: a hypergeometric tail.
     """
     for right, n, k in ((551, 1100, 551), (550, 1100, 550), (30, 5000, 9)):
         answers = ["a"] * right + [None if n == 5000 else "b"] * (n - right)
@@ -126,7 +128,7 @@ def test_paired_bootstrap_is_about_the_difference():
     rng = np.random.default_rng(0)
     a = rng.random(400)  # problems differ widely in difficulty
     difference, low, high = estimators.paired_bootstrap(a, a + 0.05)
-    assert (difference, low, high) == pytest.approx((0.05, 0.05, 0.05))  # what is common to both cancels
+    assert (difference, low, high) == pytest.approx((0.05, 0.05, 0.05))  # variation common to both cancels
     b = a + 0.05 + 0.1 * rng.standard_normal(400)
     difference, low, high = estimators.paired_bootstrap(a, b, draws=4000)
     half = special.ndtri(0.975) * np.std(b - a) / math.sqrt(400)

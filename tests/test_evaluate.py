@@ -1,5 +1,5 @@
-"""Evaluation: suites in their order, the same tasks and noise at every call, an
-interval around each accuracy.
+"""Evaluation: suites in order, the same tasks and noise at every call, an interval
+around each accuracy.
 """
 
 import jax.numpy as jnp

@@ -1,21 +1,22 @@
-"""The train step is one function: devices, micro-batches, packing and remat change
-nothing of it but the rounding of its sums.
+"""The train step is one function: devices, micro-batches, packing and remat change only
+the rounding of its sums.
 
-Combinations of mesh, micro-batches, remat and objective make five updates, from five
-batches, each with rows of their own and with rows that rollouts share. Losses, whole
-gradients and parameter changes equal those of one device, one micro-batch, a row for
-each rollout and no remat. By default each pair of values occurs in some combination;
-the product of all is slow.
+Combinations of mesh, micro-batches, remat and objective make five updates from five
+batches, both with one rollout per row and with rollouts that share rows. Losses, whole
+gradients and parameter changes equal those of one device, one micro-batch, one row per
+rollout and no remat. By default each pair of values occurs in some combination; the
+full product is marked slow.
 
-The optimizer is AdamW with an eps of 1e-4. With the usual 1e-8 it makes whole steps of
-entries that are nothing but rounding, and runs part there by the learning rate. With an
-eps far above the rounding of a gradient, some 1e-8 here, they part by less than lr x
-rounding / eps a step; and what an entry changes depends on its size, which Adam would
-hide.
+The optimizer is AdamW with an eps of 1e-4. With the usual 1e-8 Adam turns entries that
+are pure rounding into whole steps, and runs differ there by the learning rate. With an
+eps far above a gradient's rounding, some 1e-8 here, they differ by less than lr x
+rounding / eps per step; and the change of an entry depends on its size, which Adam
+would otherwise hide.
 
-Found (jax 0.10.2, CPU, 2026-11-24), beside the largest entry of each array: losses
-1.2e-6 off at most, gradients 1.1e-5 (in the first step 1.9e-6), changes 3.6e-5. With a
-micro-batch that counts 1.001 times losses are 4e-4 off; without the last one, 0.9.
+Found (jax 0.10.2, CPU, 2026-11-24), relative to the largest entry of each array: losses
+differ by at most 1.2e-6, gradients by 1.1e-5 (1.9e-6 in the first step), changes by
+3.6e-5. If one micro-batch counts 1.001 times, losses are off by 4e-4; without the last
+micro-batch, by 0.9.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ MESHES = {
 MICROBATCHES = (1, 4)
 REMATS = {"none": {"scan_layers": False}, "full": {"scan_layers": True}}  # scanned, as accelerators have it
 OBJECTIVES = {name: objectives.make(name, kl_coefficient=0.1, entropy_coefficient=0.01) for name in ("grpo", "dapo")}
-BOUNDS = {"loss": 1e-5, "gradient": 5e-5, "update": 2e-4}  # a few times what was found
+BOUNDS = {"loss": 1e-5, "gradient": 5e-5, "update": 2e-4}  # a few times the differences found
 
 
 def rollouts(step: int) -> list[Rollout]:
-    """Attempts of 3 to T tokens, right or wrong, each at its own temperature; some of
-    their tokens are forced.
+    """Make attempts of 3 to T tokens, right or wrong, each at its own temperature; some
+    tokens are forced.
     """
     rng = np.random.default_rng(step)
     made = []
@@ -93,7 +94,7 @@ def batches(objective: str, pack: bool, microbatches: int) -> list:
 
 
 def recorded() -> optax.GradientTransformation:
-    """Keep the gradient in the optimizer's state, as it comes out of the step."""
+    """Wrap an optimizer so that its state keeps the gradient of the step."""
     return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, *_: (grads, grads))
 
 
@@ -122,7 +123,9 @@ def compiled(params, objective: str, mesh: str, microbatches: int, remat: str):
 
 
 def difference(tree, expected) -> float:
-    """The largest over all arrays, each beside its own largest entry."""
+    """Return the largest difference of any array, relative to the array's largest
+    entry.
+    """
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True)
     return max(float(np.abs(x - y).max() / np.abs(y).max()) for x, y in pairs)
 
@@ -141,7 +144,7 @@ def test_pairs_are_all_there():
 @pytest.mark.parametrize("indices", [PAIRS, pytest.param(PRODUCT, marks=pytest.mark.slow)], ids=["pairs", "product"])
 def test_devices_microbatches_packing_and_remat_change_only_rounding(indices):
     params = jax.jit(transformer(ModelConfig(**SHAPE)).init)(jax.random.key(0))
-    grid = [("grpo", 0, 0, 0), ("dapo", 0, 0, 0)]  # what the others are compared with
+    grid = [("grpo", 0, 0, 0), ("dapo", 0, 0, 0)]  # the reference of all others
     grid += [(list(OBJECTIVES)[objective], *index) for objective, *index in indices if any(index)]
     grid = [(name, list(MESHES)[mesh], MICROBATCHES[parts], list(REMATS)[remat]) for name, mesh, parts, remat in grid]
     with ThreadPoolExecutor(2) as pool:  # compiling is nearly all that takes time here

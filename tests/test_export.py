@@ -1,5 +1,5 @@
-"""Params that were trained before: exported and read again they are the same model; a
-run begins with those that it is told.
+"""Trained params: exported and read again they are the same model, and a run begins
+with the params that its config names.
 """
 
 import functools
@@ -32,8 +32,8 @@ LORA = {"rank": 2, "alpha": 6.0, "targets": ("q", "down")}
 
 
 def small(**fields):
-    """The smoke form of `tiny`, one phase of four steps with a checkpoint after every
-    second; nothing is evaluated.
+    """Make the smoke form of `tiny` with one phase of four steps, a checkpoint after
+    every second step, and no evaluation.
     """
     config = load_config("tiny", "smoke", **{"checkpoint.every_steps": 2} | fields)
     config.phases, config.evaluate.suites = ("prior",), {}
@@ -48,7 +48,7 @@ def with_model(config, **fields):
 
 
 def trained(folder: Path, config) -> Path:
-    """A run as `main` leaves it."""
+    """Make a run folder as `main` leaves it."""
     run_config(config, folder)
     (folder / "config.json").write_text(config_text(config))
     return folder
@@ -56,13 +56,13 @@ def trained(folder: Path, config) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Four steps of `tiny` from random weights, on eight devices."""
+    """Run four steps of `tiny` from random weights on eight devices."""
     return trained(tmp_path_factory.mktemp("run"), small())
 
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory):
-    """The same with adapters on a base in bfloat16."""
+    """Run the same with adapters on a base in bfloat16."""
     config = with_model(small(), lora=LORA | {"base_dtype": "bfloat16"})
     return trained(tmp_path_factory.mktemp("adapted"), config)
 
@@ -75,7 +75,7 @@ def exported(tmp_path_factory, run):
 
 
 def saved(folder: Path, step: int | None = None):
-    """The model of a run and its params at a step, read without `origin`."""
+    """Return the model of a run and its params at a step, read without `origin`."""
     import ml_collections
 
     config = ml_collections.ConfigDict(json.loads((folder / "config.json").read_text()))
@@ -90,7 +90,9 @@ def saved(folder: Path, step: int | None = None):
 
 
 def started(config, **kwargs):
-    """A run of a config and the params that it begins with, and what it said."""
+    """Build the run of a config; return it, its first state, and its lines about
+    init_from.
+    """
     said = []
     made = build(config, say=said.append, **kwargs)
     return made, made.init(), [line for line in said if line.startswith("init_from")]
@@ -164,7 +166,7 @@ def test_adapters_are_merged(adapted, tmp_path):
     merged = jax.tree.map(lambda x: x.astype(jnp.float32), model.merge(params))
     config, loaded = weights.load(tmp_path)
     assert config.lora is None
-    assert_equal(loaded, merged)  # in float32, or what was learned would be rounded away
+    assert_equal(loaded, merged)  # in float32, or the learned part would be rounded away
     plain = jax.tree.map(lambda x: x.astype(jnp.float32), params["frozen"])
     assert np.abs(logits(config, loaded, TOKENS) - logits(config, plain, TOKENS)).max() > 0.01
     np.testing.assert_allclose(logits(config, loaded, TOKENS), logits(model.config, params, TOKENS), atol=1e-4)
@@ -172,8 +174,8 @@ def test_adapters_are_merged(adapted, tmp_path):
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    """A Hugging Face folder with a tokenizer, two eos tokens and a chat template, and a
-    run that begins with it.
+    """Write a Hugging Face folder with a tokenizer, two eos tokens and a chat template,
+    and a run that begins with it.
     """
     folder = tmp_path_factory.mktemp("pretrained")
     shape = ModelConfig(text.load(GOLDEN / "chat").vocab_size, 32, 2, 4, 2, 8, 64, tied_embeddings=True)
@@ -214,7 +216,7 @@ def load_run_config(run: Path):
     return ml_collections.ConfigDict(json.loads((run / "config.json").read_text()))
 
 
-def test_what_cannot_be_exported_is_one_line(run, exported, pretrained, tmp_path):
+def test_impossible_exports_are_refused_in_one_line(run, exported, pretrained, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").write_text("")
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
@@ -263,8 +265,8 @@ def test_the_command(run, exported, tmp_path):
 
 
 def test_the_front_door_loads_a_run(run, adapted):
-    """With the text of its config; adapters as they are, or merged where they are said
-    to be none.
+    """It uses the text section of the run's config; adapters stay separate, or are
+    merged where the caller asks for none.
     """
     policy = jaxreason.load(run, max_prompt_tokens=24, max_tokens=4)
     assert_equal(policy.params, saved(run)[1])
@@ -288,8 +290,8 @@ def test_a_run_begins_with_the_params_that_it_is_told(run, exported, path, step,
 
 
 def test_a_whole_run_begins_there(run, tmp_path):
-    """With a learning rate that moves no float, its first checkpoint is what it began
-    with.
+    """The learning rate is too small to move a float, so the first checkpoint has the
+    initial params.
     """
     config = small(init_from=str(run), **{"prior.steps": 1, "prior.optimizer.warmup_steps": 0})
     config.prior.optimizer.lr = 1e-30
@@ -432,8 +434,8 @@ def test_every_config_has_the_field():
 
 
 def test_all_read_the_step_that_process_0_found(monkeypatch, run):
-    """A run that goes on may write another checkpoint between two processes' looks at
-    it.
+    """A run in progress may write another checkpoint between the looks of two
+    processes.
     """
     found = warm_start.find(run)
     monkeypatch.setattr(warm_start.processes, "gather", lambda step: [2, step])

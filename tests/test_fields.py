@@ -1,5 +1,5 @@
-"""Fields of a config: all can be set by a command, all are checked, and no run of an
-earlier version changes in silence.
+"""Fields of a config: a command can set each of them, all are checked, and a run of an
+earlier version never changes silently.
 """
 
 import ast
@@ -24,8 +24,8 @@ CONFIGS = ("countdown", "gsm8k", "pretrain", "sft", "tiny")
 
 
 def read(name="tiny:smoke", **changes):
-    """The config that `--config=configs/NAME.py:OPTIONS --config.FIELD=VALUE ...`
-    gives, as a dict.
+    """Return the config of `--config=configs/NAME.py:OPTIONS --config.FIELD=VALUE ...`
+    as a dict.
     """
     file, _, arguments = name.partition(":")
     return command.read(f"{ROOT}/configs/{file}.py:{arguments}", {k.replace("__", "."): v for k, v in changes.items()}).to_dict()
@@ -36,14 +36,18 @@ def at(tree, path):
 
 
 def leaves(tree):
-    """Every field of a whole config with its type, whether or not it is a section."""
+    """Yield every field of a whole config: its path, its type and the values of its
+    section.
+    """
     for where, section, values in fields.sections_of(build.layout(tree), tree):
         for name, field in fields.fields_of(section).items():
             yield ".".join([*where.split(".")[1:], name]), field, values
 
 
 def other(field):
-    """A value that a field's type allows, and a word of a command that says it."""
+    """Return a value that a field's type allows, and the command-line text that gives
+    it.
+    """
     for kind in fields.members(field.type):
         if kind in (bool, int, float, str):
             return {bool: (True, "true"), int: (3, "3"), float: (-1e-6, "-1e-6"), str: ("a b", "a b")}[kind]
@@ -85,8 +89,8 @@ def test_a_whole_config_has_every_field_that_no_other_decides_with_its_default(n
 
 
 def test_every_keyword_of_a_section_is_a_field():
-    """The fields are those of the signatures: what the README and the docstrings
-    name.
+    """The fields are the signatures' keywords, as named in the README and the
+    docstrings.
     """
     found = {path for path, *_ in leaves(read())}
     named = "rl.source.dynamic_sampling rl.source.rollouts_per_prompt rl.offload_reference rl.optimizer.name log.watts "
@@ -249,7 +253,7 @@ def test_a_field_of_the_command_that_nothing_reads_is_refused(changes, message):
 
 
 def test_set_fields_reach_the_run():
-    """Not into the config alone: the run is built of them."""
+    """A field reaches the objects that the run is built of, not only the config."""
     run = build.build(
         ConfigDict(read(model__lora__rank="4", model__width="32", rl__max_skipped="2", log__watts="65")), say=[].append
     )
@@ -297,7 +301,9 @@ def test_types_and_ranges_are_checked_by_the_fields_full_name(path, value, words
 
 @pytest.fixture
 def quick_build(monkeypatch):
-    """`build`, without what it traces and asks: a hundredth of its time."""
+    """Run `build` without tracing and without looking up versions: a hundredth of its
+    time.
+    """
     monkeypatch.setattr(run, "transformer", functools.cache(run.transformer))
     monkeypatch.setattr(run.sharding, "shardings", lambda *_: None)
     monkeypatch.setattr(run, "versions", dict)
@@ -305,8 +311,8 @@ def quick_build(monkeypatch):
 
 
 def refused(build, tree):
-    """What is said against a config; nothing if it is built. Any other error is the
-    test's.
+    """Return the error message about a config, or nothing if it is built; let other
+    errors through.
     """
     try:
         build(tree)
@@ -316,7 +322,7 @@ def refused(build, tree):
 
 
 def test_nonsense_in_any_field_is_one_line_or_means_something(quick_build):
-    """Every field of tiny, with values of all kinds: no traceback, nothing compiled."""
+    """Every field of tiny gets values of all kinds: no traceback, nothing compiled."""
     tree = read()
     tree["prior"]["source"]["task"]["size"] = 60
     seen = set()
@@ -349,8 +355,8 @@ def test_zero_steps_are_an_evaluation(tmp_path):
 
 
 def folder(tmp_path, **changes):
-    """A run's folder with the config.json that the version before wrote: what the file
-    has, and no more.
+    """Make a run folder with a config.json as the version before wrote it: only the
+    fields of the config file.
     """
     (tmp_path / "checkpoints" / "40").mkdir(parents=True)
     (tmp_path / "config.json").write_text(config_text(load_config("tiny", "smoke", **changes)))
@@ -398,7 +404,7 @@ def test_a_field_that_is_gone_or_renamed_is_refused_by_name(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("version", [0, 1])
 def test_a_default_that_has_changed_since_is_no_silent_change(tmp_path, version):
-    """rloo of version 0 averaged over each attempt's tokens: such a run continues with
+    """In version 0 rloo averaged over each attempt's tokens: such a run continues with
     the old meaning or is refused.
     """
     there = build.complete(load_config("tiny", "smoke").to_dict())

@@ -1,5 +1,5 @@
-"""The house stands: imports go down a floor or along it, never up or in a circle; heavy
-or rare ones stay where they belong.
+"""Layers of the package: a module imports from its own layer or a lower one, never from
+a higher one or in a circle. Heavy or rare imports stay where they belong.
 """
 
 import ast
@@ -40,8 +40,8 @@ MODULES = {module(path): path for path in FILES}
 
 
 def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
-    """Full names of what a file imports, inside functions too; the module, where a name
-    is imported from one of ours.
+    """Return the full names of a file's imports, also inside functions; for a name from
+    one of our modules, the module.
     """
     tree = ast.parse(path.read_text())
     found = set()
@@ -57,8 +57,8 @@ def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
 
 
 def room(name: str) -> str:
-    """jaxreason.model.layers -> model. The files of runtime/, options/ and look/ are on
-    floors of their own.
+    """Return the layer of a module: jaxreason.model.layers -> model. The files of
+    runtime/, options/ and look/ have layers of their own.
     """
     parts = name.split(".")[1:]
     return ".".join(parts[:2]) if parts[0] in ("runtime", "options", "look") else parts[0]
@@ -138,7 +138,9 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_the_door_opens_without_jax():
-    """`--help` and mistyped flags wait for no accelerator."""
+    """`--help` and mistyped flags do not import jax, which would wait for an
+    accelerator.
+    """
     assert not loaded_by("import jaxreason.main") & {"jax", "jaxlib", "flax", "tensorflow", "torch", "orbax", "grain"}
 
 

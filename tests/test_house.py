@@ -1,4 +1,4 @@
-"""The house is kept: sizes of functions and files, and the width of prose."""
+"""House rules: sizes of functions and files, and the width of prose."""
 
 import ast
 import io
@@ -48,7 +48,7 @@ def docstring_lines(tree):
 
 
 def comment_lines(text):
-    """Lines that are comments and nothing else."""
+    """Yield the numbers of lines that hold only a comment."""
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT and token.line.lstrip().startswith("#"):
             yield token.start[0]
@@ -64,7 +64,7 @@ def test_prose_in_code_is_narrow(path):
 
 @pytest.mark.parametrize("path", MARKDOWN, ids=names(MARKDOWN))
 def test_markdown_is_narrow(path):
-    """Tables and code aside."""
+    """Tables and code blocks are exempt."""
     in_code, wide = False, []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if line.startswith("```"):

@@ -1,4 +1,4 @@
-"""The hub: what is fetched, kept, checked and said, by the real client and a stand-in
+"""The hub: files fetched, kept, checked and reported, by the real client and a stand-in
 server on this machine.
 """
 
@@ -49,8 +49,8 @@ def as_gsm8k(rows) -> list[dict]:
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory):
-    """Folders that the stand-in serves: a model with more than is needed, in one file
-    and in shards, and small data sets.
+    """Make folders for the stand-in: a model with unneeded files, in one file and in
+    shards, and small data sets.
     """
     import jax
 
@@ -78,8 +78,8 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def served(root, tmp_path, monkeypatch):
-    """The stand-in, to which this process's client is turned, with an empty cache and
-    nobody logged in; nothing is waited for.
+    """Serve `root` to this process's client, with an empty cache, nobody logged in, and
+    no waits.
     """
     constants = huggingface_hub.constants
     server = Hub(repositories_in(root))
@@ -99,7 +99,9 @@ def served(root, tmp_path, monkeypatch):
 
 
 def refuse(ending: str, status: int, times: int = 10**6, **headers):
-    """A fault: so many requests for what ends so are answered with a status."""
+    """Make a fault: answer `times` requests for paths with this ending with a
+    status.
+    """
     left = [times]
 
     def fault(method, path, asked):
@@ -112,8 +114,8 @@ def refuse(ending: str, status: int, times: int = 10**6, **headers):
 
 
 def damage(ending: str, change, times: int = 10**6, status: int | None = None):
-    """A fault: the content of what ends so is changed, so many times; with status 206
-    its new length is promised.
+    """Make a fault: change the content of paths with this ending, `times` times; with
+    status 206 the new length is announced.
     """
     left = [times]
 
@@ -126,7 +128,7 @@ def damage(ending: str, change, times: int = 10**6, status: int | None = None):
     return fault
 
 
-# --- what is fetched and kept ---
+# --- fetching and caching ---
 
 
 def test_weights_are_fetched_once_and_only_the_files_that_are_needed(served, root, capsys):
@@ -157,7 +159,7 @@ def test_a_download_that_ended_early_gets_only_what_is_missing(served, monkeypat
     assert hub.cached("org/shards", lambda found: weights.needed_files("org/shards", found)) is None
     served.fault = lambda *_: None
     assert [path.rpartition("/")[2] for path in files_fetched(served, "org/shards")] == names[-1:]
-    (weights.resolve("org/shards") / names[-2]).unlink()  # somebody cleaned up
+    (weights.resolve("org/shards") / names[-2]).unlink()  # somebody removed it from the cache
     assert [path.rpartition("/")[2] for path in files_fetched(served, "org/shards")] == []  # it is still among the client's blobs
 
 
@@ -168,7 +170,7 @@ def files_fetched(served, id: str) -> list[str]:
 
 
 def test_a_connection_that_breaks_off_resumes_where_it_was(served, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what it holds back; usually 10 MB
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # size of its write buffer; usually 10 MB
     breaks = damage("model.safetensors", lambda content: content[:5000], times=1)
     ranges = []
 
@@ -243,7 +245,7 @@ def test_a_revision_pins(served, root, tmp_path, monkeypatch):
         weights.resolve(copy, revision="v9")
 
 
-# --- what goes wrong ---
+# --- faults ---
 
 
 @pytest.mark.parametrize(
@@ -262,7 +264,7 @@ def test_a_revision_pins(served, root, tmp_path, monkeypatch):
         (damage("model.safetensors", lambda content: content[:100], status=206), r"broke off before a file was whole"),
     ],
 )
-def test_what_goes_wrong_is_one_line_and_spoils_nothing(served, fault, words):
+def test_faults_of_the_hub_are_one_line_and_a_second_try_works(served, fault, words):
     served.fault = fault
     with pytest.raises((FileNotFoundError, ValueError)) as error:
         weights.resolve("org/tiny")
@@ -316,7 +318,7 @@ def test_a_token_is_sent_and_a_gated_model_names_its_account(served, monkeypatch
         weights.resolve("org/shards")
 
 
-def test_what_has_no_safetensors_is_refused_before_a_download(served):
+def test_a_repository_without_safetensors_is_refused_before_a_download(served):
     with pytest.raises(ValueError, match=r"org/pickled lacks .*model\.safetensors.*it has: config.json, pytorch_model.bin"):
         weights.resolve("org/pickled")
     assert not [path for path in served.asked("GET") if "/resolve/" in path]
@@ -392,8 +394,8 @@ def test_a_damaged_branch_of_the_cache_is_named_and_written_anew(served, capsys,
 
 
 def test_gsm8k_of_the_hub_is_that_of_the_prepared_folder(served, root, tmp_path, monkeypatch, capsys):
-    """TensorFlow Datasets orders rows by its own hash; the oracle here is its own
-    hasher.
+    """TensorFlow Datasets orders rows by its own hash; its hasher is the oracle
+    here.
     """
     from tensorflow_datasets.core.hashing import Hasher
 
@@ -670,8 +672,8 @@ def test_each_short_name_is_tried():
 
 @pytest.fixture
 def command(root, tmp_path):
-    """`command(*options, **environment) -> Popen` of a run from an empty home, with a
-    stand-in that a test may change.
+    """Make `command(*options, **environment) -> Popen`: a run from an empty home, with
+    a stand-in that a test may change.
     """
     server = Hub(repositories_in(root))
     started = []
@@ -716,8 +718,8 @@ def test_from_an_empty_home_one_command_reaches_the_first_step_and_ends(command,
 
 
 def test_a_run_continues_at_the_commits_it_was_begun_with(served, root, tmp_path, monkeypatch):
-    """The hub's branch has moved, and the cache is another: the run reads what it was
-    begun with, unless told otherwise.
+    """The hub's branch has moved and the cache is new: the run still reads its first
+    commits, unless told otherwise.
     """
     config = load_config("gsm8k", "model=org/tiny,smoke", **{"sharding.mesh.data": 1})
     begun = build(config, say=lambda line: None).provenance["revisions"]

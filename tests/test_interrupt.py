@@ -1,5 +1,5 @@
-"""Ctrl-C: one ends a run after its step, saved; another ends it at once, whatever it is
-busy with. One line, no traceback.
+"""Ctrl-C: the first one ends a run after the current step, saved; the second ends it at
+once, whatever it is doing. One line, no traceback.
 """
 
 import os
@@ -103,7 +103,7 @@ app.run(main.main, argv=["main", "--config=configs/tiny.py:smoke", *sys.argv[1:]
 
 
 def test_a_run_whose_verifier_never_returns_ends_at_a_ctrl_c(tmp_path):
-    """At the first one, as this run has nothing to save yet."""
+    """The first one ends it, because this run has nothing to save yet."""
     process = subprocess.Popen(
         [sys.executable, "-c", HANGS, f"--workdir={tmp_path}"],
         cwd=ROOT,

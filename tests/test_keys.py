@@ -1,5 +1,5 @@
-"""Keys that no answer could equal are found before the run, and numbers of a config
-that can't be are refused in one line.
+"""Keys that no answer could equal are found before the run, and impossible numbers of a
+config are refused in one line.
 """
 
 import math
@@ -41,7 +41,7 @@ COUNTDOWN = {"numbers": (3, 7, 5), "target": 26}
         ({"name": "format"}, [one("")], []),
     ],
 )
-def test_which_keys_can_be_judged(section, good, bad):
+def test_keys_that_no_answer_can_equal_are_bad_keys(section, good, bad):
     verify = make(**section)
     assert bad_keys(verify, good + bad) == bad
     for task in bad:
@@ -50,7 +50,7 @@ def test_which_keys_can_be_judged(section, good, bad):
 
 
 def test_every_verifier_looks_at_the_key_first():
-    """Whatever the text, so that keys can be tried with none."""
+    """The text does not matter, so keys can be checked with an empty one."""
     for name in VERIFIERS.keys() - {"format"}:
         assert make(name)("", one("", numbers=(), target=0)).reason == "bad key", name
 

@@ -1,5 +1,5 @@
-"""The train step: log-probs by hand, and that its loss and gradient do not depend on
-how a batch is cut, placed or padded.
+"""The train step: log-probs by hand; loss and gradient do not depend on how a batch is
+cut, placed or padded.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from jaxreason.types import Batch, Rollout, Task, TrainState, Verdict
 
 
 def fresh(params, optimizer):
-    """A state of its own buffers, for a step that donates them."""
+    """Copy a state into buffers of its own, for a step that donates them."""
     params = jax.tree.map(jnp.copy, params)
     return TrainState(params, optimizer.init(params), jnp.int32(0))
 
@@ -41,7 +41,9 @@ token_logp = functools.cache(logp_.compile_token_logp)
 
 
 def reference_logp(model, params, batch):
-    """Log-probs and entropies token by token, from the whole softmax, in float64."""
+    """Compute log-probs and entropies token by token, from the whole softmax, in
+    float64.
+    """
     logits_BTV = np.asarray(whole_logits(model)(params, batch), np.float64)
     logp, entropy = np.zeros(batch.tokens_BT.shape), np.zeros(batch.tokens_BT.shape)
     for i, t in np.ndindex(*batch.tokens_BT.shape):
@@ -104,7 +106,9 @@ def test_chunks_of_logits_change_nothing(tiny, monkeypatch, chunks, kept):
 
 
 def largest_logits(model, params, batch) -> int:
-    """Elements of the largest array over the vocabulary, the unembedding aside."""
+    """Return the size of the largest array with a vocabulary axis, except the
+    unembedding.
+    """
     text = str(jax.make_jaxpr(functools.partial(logp_.token_outputs, model))(params, batch))
     found = re.findall(r"f32\[([\d,]+,24)\] = (?:exp|div)", text)
     return max(math.prod(map(int, shape.split(","))) for shape in found)
@@ -117,7 +121,7 @@ def test_logits_are_kept_for_the_backward_pass_only_where_they_are_few(tiny, mon
     set_limit(monkeypatch, logits_kept=B * T * 24 - (not few))
     gradient = jax.grad(functools.partial(learner.loss, model=model, objective=make("grpo")), has_aux=True)
     text = str(jax.make_jaxpr(gradient)(params, random_batch()))
-    kept = re.findall(rf"f32\[2,{B * T // 2},24\]", text)  # chunks x tokens x words
+    kept = re.findall(rf"f32\[2,{B * T // 2},24\]", text)  # chunks x tokens x vocabulary
     assert bool(kept) == few
 
 
@@ -148,7 +152,7 @@ def test_chunks_put_every_result_where_it_belongs_and_leave_out_what_nobody_want
     np.testing.assert_allclose(found_logp, np.where(wanted_BT, expected, 0), atol=1e-5)
     np.testing.assert_allclose(entropy, np.where(wanted_BT, -jnp.sum(jnp.exp(logp_BTV) * logp_BTV, axis=-1), 0), atol=1e-5)
     assert wanted_BT.sum() <= sum(computed)
-    if count >= T:  # each row's wanted tokens stand first
+    if count >= T:  # each row's wanted tokens come first
         assert sum(computed) <= B * wanted_BT.sum(axis=1).max()
     if count == B * T:
         assert sum(computed) == wanted_BT.sum()
@@ -159,8 +163,8 @@ def test_chunks_put_every_result_where_it_belongs_and_leave_out_what_nobody_want
 
 @pytest.fixture(scope="module")
 def train(tiny):
-    """`train(microbatches, axes) -> (loss by step, metrics of the last, params)`, of
-    three steps.
+    """Make `train(microbatches, axes)`: three steps -> (loss by step, last metrics,
+    params).
     """
     model, params = tiny(layers=1)  # six programs are compiled here
     optimizer = optax.sgd(0.1, momentum=0.9)  # unlike Adam, it feels the scale of a gradient
@@ -223,7 +227,7 @@ def test_remat_computes_again_what_it_says(tiny):
     assert none < dots < full, (none, dots, full)
 
 
-def test_what_stands_in_padding_changes_nothing(tiny):
+def test_values_in_padding_change_nothing(tiny):
     model, params = tiny()
     objective = make("grpo", kl_coefficient=0.1, entropy_coefficient=0.1)
     batch = dataclasses.replace(random_batch(), reference_logp_BT=np.full((B, T), -2.5, np.float32))
@@ -248,8 +252,8 @@ def test_what_stands_in_padding_changes_nothing(tiny):
 
 
 def test_prompts_are_read_but_not_trained_on(tiny):
-    """What the sampler knows of a prompt token never enters the loss; the token itself
-    does, as context.
+    """The sampler's arrays at prompt tokens never enter the loss; the tokens do, as
+    context.
     """
     model, params = tiny()
     batch, objective = random_batch(), make("grpo")
@@ -283,7 +287,7 @@ def test_two_sequences_in_a_row_are_as_in_two_rows(tiny):
 
 
 def ragged_rollouts(count: int) -> list[Rollout]:
-    """Attempts of 2 to T tokens, some of them forced."""
+    """Make attempts of 2 to T tokens, some of them forced."""
     rng = np.random.default_rng(0)
     made = []
     for i in range(count):
@@ -309,7 +313,7 @@ def ragged_rollouts(count: int) -> list[Rollout]:
 
 @pytest.fixture(scope="module")
 def packing(tiny):
-    """`packing(microbatches, axes, pack) -> (metrics, params)` of one update."""
+    """Make `packing(microbatches, axes, pack) -> (metrics, params)` of one update."""
     model, params = tiny(layers=1)
     objective, optimizer = make("grpo", kl_coefficient=0.1, entropy_coefficient=0.01), optax.sgd(0.1)
     rollouts = ragged_rollouts(16)
@@ -334,16 +338,16 @@ def packing(tiny):
 
 @pytest.mark.parametrize(("microbatches", "axes"), [(1, None), (4, None), (2, (2, 4))])
 def test_packing_changes_nothing(packing, microbatches, axes):
-    """The same update, metrics included, from rollouts that share rows as from one a
-    row; empty micro-batches are left out.
+    """Rollouts that share rows give the update and metrics of one rollout per row;
+    empty micro-batches are skipped.
     """
     assert_trees_close(packing(microbatches, axes, True), packing(1, None, False))
 
 
 @pytest.fixture(scope="module")
 def shared_prompts(tiny):
-    """`shared_prompts(share, pack, microbatches, axes, layers) -> (metrics, params)` of
-    one update.
+    """Make `shared_prompts(share, pack, microbatches, axes, layers) -> (metrics,
+    params)` of one update.
     """
     objective, optimizer = make("grpo", kl_coefficient=0.1, entropy_coefficient=0.01), optax.sgd(0.1)
     rollouts = ragged_rollouts(16)
@@ -375,7 +379,7 @@ def shared_prompts(tiny):
     [(4, False, 1, None, 1), (2, False, 4, None, 1), (2, True, 2, None, 2), (4, True, 1, None, 1), (2, False, 1, (2, 2), 1)],
 )
 def test_attempts_behind_one_prompt_change_nothing(shared_prompts, share, pack, microbatches, axes, layers):
-    """The same update, metrics included, as with a copy of the prompt before each
+    """The update and its metrics are those with a copy of the prompt before each
     attempt.
     """
     expected = shared_prompts(1, False, 1, None, layers)
@@ -384,8 +388,8 @@ def test_attempts_behind_one_prompt_change_nothing(shared_prompts, share, pack, 
 
 
 def test_empty_microbatches_cost_nothing(tiny):
-    """What stands in rows of micro-batches after the last that trains anything is never
-    read: not even NaN.
+    """Rows of micro-batches after the last one that trains are never read: they may
+    even hold NaN.
     """
     model, params = tiny(layers=1)
     batch = random_batch()
@@ -496,7 +500,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tiny, microbat
     assert metrics["skipped"] == (1.0, 1.0)
     assert not any(np.any(pair) for name, pair in metrics.items() if name != "skipped")
     assert int(state.step) == 2
-    state, metrics = step(state, random_batch())  # and it goes on
+    state, metrics = step(state, random_batch())  # and training continues
     assert metrics["skipped"] == (0.0, 1.0)
     assert float(optax.global_norm(jax.tree.map(jnp.subtract, state.params, before[0]))) > 0
 
@@ -535,8 +539,8 @@ def test_an_update_that_is_not_finite_in_one_array_leaves_all_arrays(tiny):
 
 
 def test_updates_take_the_place_of_gradients(tiny):
-    """Beside the state a step has one array per param, whatever it computes: gradients,
-    then updates.
+    """Beside the state a step needs one array per param, first for gradients, then for
+    updates.
     """
     model, params = tiny(layers=1, width=512, vocab_size=512, feed_forward=512)
     optimizer = optax.adamw(1e-2)
@@ -584,8 +588,8 @@ def test_reference_costs_nothing_when_off(tiny):
 
 
 def test_reference_pulls_towards_itself(tiny):
-    """With the policy as its own reference the KL and its gradient are zero; with
-    another one they are not.
+    """With the policy as its own reference, the KL and its gradient are zero; with
+    another reference they are not.
     """
     model, params = tiny(layers=1)
     batch = random_batch()

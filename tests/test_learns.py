@@ -45,7 +45,7 @@ def completer(tiny):
 
 @pytest.mark.parametrize("name", ["reinforce", "rloo", "grpo", "dr_grpo", "dapo", "expert_iteration"])
 def test_every_objective_finds_what_is_paid_for(tiny, completer, name):
-    """One word of sixteen earns 1 as the first token. Chance is 1/16; each objective
+    """One token of sixteen earns 1 as the first token. Chance is 1/16; each objective
     must find it nearly always.
     """
     model, params = tiny(layers=1)
@@ -73,8 +73,8 @@ def test_every_objective_finds_what_is_paid_for(tiny, completer, name):
 
 
 def test_next_token_prediction_reaches_the_bigram_count_model(tiny):
-    """On text from a Markov chain the unigram model of counts is far from the bigram
-    one, and no model is below the latter.
+    """On text of a Markov chain the unigram count model is far worse than the bigram
+    one, and no model is better than the latter.
     """
     V, rng = 12, np.random.default_rng(0)
     chain = rng.dirichlet(np.full(V, 0.15), size=V)

@@ -1,5 +1,5 @@
-"""The ledger: tokens and FLOPs against counts by hand, sums that only grow, what a run
-of all kinds of work enters.
+"""The ledger: tokens and FLOPs against counts by hand, sums that only grow, and the
+entries of a run with all kinds of work.
 """
 
 import dataclasses
@@ -36,8 +36,8 @@ def rollout(problem, prompt, tokens, forced=0, temperature=1.0):
 
 
 def by_hand(config, positions, logits) -> float:
-    """FLOPs of one token after the other: each is read at its position, and attends to
-    what stands before it and to itself.
+    """Count FLOPs token by token: each is read at its position, and attends to itself
+    and to all tokens before it.
     """
     each = 2 * config.layers * layer_weights(config)
     attention = [4 * config.layers * config.heads * config.head_size * (position + 1) for position in positions]
@@ -112,14 +112,14 @@ def test_a_run_enters_all_that_it_does(tmp_path):
     assert all(found[kind]["device_s"] * 40 == pytest.approx(found[kind]["joules"]) for kind in found)
     assert all(found[kind][unit] > 0 for kind in ("sample", "learn", "evaluate") for unit in ledger.UNITS)
     assert found["sample"]["device_s"] == pytest.approx(total("time/sample_s") + total("time/verify_s"), rel=1e-6)
-    # Every evaluation says what had been used by then: what accuracy has cost.
+    # Every evaluation records the totals so far, so that accuracy can be set against cost.
     at = [line["ledger/sample_flops"] for line in lines if "ledger/sample_flops" in line]
     assert at == sorted(at)
     assert at[0] == 0 < at[-1] == found["sample"]["flops"]
 
 
 def test_compilation_is_apart(tmp_path, monkeypatch):
-    """A train step that takes a second to compile, however quick it is."""
+    """Use a train step that takes a second to compile, even if it runs fast."""
     from jaxreason import learner
 
     token_outputs = learner.token_outputs

@@ -1,4 +1,6 @@
-"""Curves of runs: which values are read, how runs are joined, and what is refused."""
+"""Curves of runs: which values are read, how runs are joined, and which input is
+refused.
+"""
 
 import json
 import subprocess
@@ -14,8 +16,8 @@ METRIC = "eval/chain/greedy/accuracy"
 
 
 def write_run(folder, values, phases=("prior", "rl")):
-    """A run with evaluations at steps 0, 10, 20, ...: the first two before the last of
-    the phases.
+    """Write a run with evaluations at steps 0, 10, 20, ...; the first two belong to the
+    phase before the last.
     """
     folder.mkdir(parents=True)
     lines = [{"step": 10 * i, "phase": phases[i > 1], METRIC: value} for i, value in enumerate(values)]

@@ -1,5 +1,5 @@
-"""Adapters: the start is the base, they alone are trained, merging changes no number,
-and a whole run goes on from its folder.
+"""Adapters: training starts from the base model, trains only the adapters, merging
+changes no number, and a whole run resumes from its folder.
 """
 
 import functools
@@ -23,7 +23,7 @@ ALL = Lora(rank=2, alpha=6.0, targets=tuple(LORA_TARGETS))
 
 @pytest.fixture(scope="module")
 def adapted(tiny):
-    """`adapted(**fields of Lora) -> (model, params)`."""
+    """Make `adapted(**fields of Lora) -> (model, params)`."""
 
     def make(lora=ALL, **fields):
         model, _ = tiny(lora=lora, **fields)
@@ -34,7 +34,7 @@ def adapted(tiny):
 
 @functools.cache
 def trained(model, *, axes=None, name="adamw", microbatches=2):
-    """The state after five steps, and the metrics of the last."""
+    """Return the state after five steps, and the metrics of the last step."""
     made = optimizer.make(10, name=name, lr=0.01)
     state = jax.jit(lambda: new_state(model.init(jax.random.key(0)), made))()
     placed, put = None, lambda batch: batch
@@ -71,7 +71,7 @@ def test_the_start_is_the_base_and_merging_changes_no_number(tiny, adapted, fiel
 
 @pytest.mark.parametrize("target", LORA_TARGETS)
 def test_an_adapter_is_what_the_paper_says(adapted, target):
-    """`W + alpha / r A B`, by einsum over whole kernels."""
+    """Compare with `W + alpha / r A B`, by einsum over whole kernels."""
     model, params = adapted(lora=Lora(rank=3, alpha=6.0, targets=(target,)))
     (pair,) = params["lora"][LORA_TARGETS[target]].values()
     a, b = np.asarray(pair["a"]["kernel"]), jax.random.normal(jax.random.key(2), pair["b"]["kernel"].shape)
@@ -120,7 +120,7 @@ def test_eight_devices_train_adapters_as_one_does(adapted, name):
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 4, 32)}
 
 
-def test_what_cannot_be_is_refused_before_anything_is_compiled():
+def test_impossible_adapters_are_refused_before_anything_is_compiled():
     for fields, message in (
         ({"targets": ("q", "qq")}, r"unknown target of lora 'qq' \(did you mean 'q'\?\); one of: down, gate, k, o, q, up, v"),
         ({"targets": ()}, r"lora.targets got \(\); allowed: a tuple of one or more of q, k, v, o, gate, up, down"),

@@ -1,5 +1,5 @@
-"""The door: bad input is one clear line before anything is compiled, help is quick, and
-the real command runs and resumes.
+"""The command: bad input is one clear line before anything is compiled, help is quick,
+and a real run finishes and resumes.
 """
 
 import json
@@ -181,7 +181,7 @@ def test_the_command_runs_refuses_another_config_and_finishes_once(tmp_path):
     assert "is finished, of another config (prior.steps: 4 there, 9 here)" in err
 
 
-def test_what_to_do_next_is_a_path_or_a_command_a_line(tmp_path):
+def test_the_last_lines_of_a_run_are_a_path_or_a_command_each(tmp_path):
     from jaxreason.main import what_next
 
     folder = tmp_path / "my run"

@@ -1,5 +1,5 @@
-r"""The verifier `math`: which part of a text is its answer, how keys are read, what
-needs no process, and a held-out table.
+r"""The verifier `math`: which part of a text is its answer, how keys are read, which
+comparisons need no process, and a held-out table.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def children():
         (r"\fbox{$\frac{6}{4}$}", r"\boxed{\frac{3}{2}}", True),
     ],
 )
-def test_which_answer_and_which_key(math, text, key, correct):
+def test_answers_are_compared_with_keys_as_mathematics(math, text, key, correct):
     assert math(text, one(key)).correct == correct
 
 
@@ -184,8 +184,8 @@ def test_reading_is_bounded_whatever_the_text():
 
 
 def test_a_child_has_its_cpu_time_however_long_it_waits_for_it():
-    """Stopped, as by other work: 20 times its limit passes. A limit of wall time calls
-    that a wrong answer.
+    """The child is stopped, as by other work, for 20 times its limit; a limit on wall
+    time would call the answer wrong.
     """
     children = pool.Pool("match", processes=1, timeout_s=0.05)
     assert children.ask("a", "cat") is True

@@ -40,7 +40,7 @@ print(round(before - start), *(round(x - before) for x in (small, short, long)))
 
 @pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
-def test_what_compilers_and_large_arrays_leave_is_given_back():
+def test_memory_of_compilers_and_large_arrays_is_given_back():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120)
     assert not done.returncode, done.stderr
     large, small, short, long = map(int, done.stdout.split())

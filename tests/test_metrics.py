@@ -34,8 +34,8 @@ def lines(path):
 
 
 def on_paper(terminal=False, encoding="utf-8", width=200):
-    """A console that writes to bytes, as a file or a terminal of that encoding
-    would.
+    """Make a console that writes to bytes, like a file or a terminal of that
+    encoding.
     """
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding=encoding, newline="\n")
@@ -109,8 +109,8 @@ def test_tensorboard_has_the_values_without_tensorflow(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full")
 def test_a_full_disk_ends_tensorboard_and_not_the_run(tmp_path):
-    """More lines than any queue holds, since a writer that nobody reads from would wait
-    for ever.
+    """Write more lines than any queue holds, since a writer without a reader would wait
+    forever.
     """
     said = []
     with run_log.open_log(tmp_path, total_steps=40, live=False) as log:

@@ -1,5 +1,5 @@
-"""The transformer: initialisation, gradients, and that its ways of computing agree:
-scan, decode layout, cache, dtypes.
+"""The transformer: initialisation, gradients, and that its ways to compute agree: scan,
+decode layout, cache, dtypes.
 """
 
 import functools
@@ -26,19 +26,19 @@ POSITION_BT = np.broadcast_to(np.arange(T), (B, T))
 
 @functools.cache
 def jitted(model):
-    """`apply`, compiled."""
+    """Compile `apply`."""
     return jax.jit(model.apply)
 
 
 def forward(model, params, tokens_BT=TOKENS_BT, position_BT=POSITION_BT, segment_BT=None):
-    """Log-probs over the vocabulary, teacher-forced."""
+    """Return log-probs over the vocabulary, teacher-forced."""
     hidden_BTD, _ = jitted(model)(params, tokens_BT, position_BT, segment_BT)
     return jax.nn.log_softmax(model.unembed(params, hidden_BTD))
 
 
 def lively(params):
-    """Params whose biases and norms differ from 0 and 1, so that none can be left out
-    unseen.
+    """Make params whose biases and norms differ from 0 and 1, so that omitting one
+    changes results.
     """
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), params)
@@ -105,7 +105,7 @@ def test_value_is_a_linear_map_of_what_is_unembedded(tiny):
     assert tiny()[0].value is None
 
 
-# --- what may be seen ---
+# --- visibility ---
 
 
 def test_a_token_sees_what_came_before_it(tiny):
@@ -136,7 +136,9 @@ def test_positions_matter_and_only_their_differences(tiny):
 
 
 def test_cosines_are_computed_once_a_pass(tiny):
-    """Not anew in each fusion that reads them: in a program for a CPU that is seen."""
+    """They are not computed anew in each fusion that reads them, as the CPU program
+    shows.
+    """
     model, params = tiny()
 
     def loss(params, *tokens):
@@ -159,15 +161,15 @@ def test_scan_is_the_unrolled_loop(tiny, variant):
 
 
 def test_decode_layout_of_large_kernels_is_only_a_layout(tiny):
-    """Kernels that are not turned, and one whose rows, of whole pages, get columns
-    more.
+    """Use kernels that are not transposed, and one whose rows span whole pages and are
+    padded.
     """
     wide = {"width": 256, "heads": 16, "kv_heads": 16, "head_size": 16, "feed_forward": 512, "tied_embeddings": False}
     model, params = tiny(layers=1, scan_layers=False, **wide)
     layout = model.decode_layout(params)
     shapes = {jax.tree_util.keystr(path[-3:]): x.shape for path, x in jax.tree_util.tree_leaves_with_path(layout["layers"])}
     assert shapes["['mlp']['gate_up']['kernel']"] == (256, 1024 + 16)
-    assert shapes["['mlp']['down']['kernel']"] == (256, 512)  # small enough to be turned
+    assert shapes["['mlp']['down']['kernel']"] == (256, 512)  # small enough to be transposed
     np.testing.assert_allclose(forward(model, layout), forward(model, params), atol=1e-5)
 
 
@@ -179,8 +181,8 @@ def test_decode_layout_is_only_a_layout(tiny, scan_layers):
 
 
 def decode(model, params, *, prompts, length, filler=0, stale=None, cache_dtype=None, stacked=False):
-    """Prefill prompts of unlike lengths, padded on the right, then feed one token a row
-    and step; log-probs and cache.
+    """Prefill right-padded prompts of different lengths, then feed one token per row
+    and step; return log-probs and cache.
     """
     cache = model.init_cache(B, length, cache_dtype, stacked)
     if stale is not None:
@@ -239,7 +241,7 @@ def test_idle_rows_and_positions_past_the_end_write_nothing(tiny):
         assert jax.tree.all(jax.tree.map(np.array_equal, after, cache)), position
 
 
-def test_what_an_earlier_rollout_left_is_never_seen(tiny):
+def test_the_cache_of_an_earlier_rollout_is_never_read(tiny):
     model, params = tiny()
     fresh, *_ = decode(model, params, prompts=PROMPTS, length=T + 7)
     reused, *_ = decode(model, params, prompts=PROMPTS, length=T + 7, stale=100.0)

@@ -1,5 +1,5 @@
-"""Files of a checkpoint that say something else than a model's: each is read rightly or
-refused in a line that names the file.
+"""Checkpoint files that deviate from the usual: each is read rightly, or refused in a
+line that names the file.
 """
 
 import json
@@ -33,7 +33,9 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 
 @pytest.fixture
 def folder(tmp_path):
-    """A whole checkpoint with a tokenizer and a chat template, to spoil."""
+    """Copy a whole checkpoint with a tokenizer and a chat template, for tests to
+    spoil.
+    """
     made = tmp_path / "checkpoint"
     shutil.copytree(GOLDEN / "qwen2", made)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -46,7 +48,7 @@ def change(path: Path, **entries) -> None:
 
 
 def spoil(folder: Path, **tensors) -> None:
-    """Replace tensors of a checkpoint; names with underscores for dots, as
+    """Replace tensors of a checkpoint; underscores in names stand for dots, because
     `model.norm.weight` cannot be a keyword.
     """
     there = load_file(folder / "model.safetensors")
@@ -67,7 +69,7 @@ def rope(**entries):
 
 
 def test_rope_parameters_per_kind_of_layer():
-    """Theta of the nested form was lost: 10,000 in the place of a million."""
+    """The nested theta was once lost: 10,000 instead of a million."""
     nested = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
     assert rope(rope_parameters=nested) == (1e6, None)
     nested["full_attention"] = LLAMA3 | {"rope_theta": 5e5, "original_max_position_embeddings": 32}
@@ -82,8 +84,8 @@ def test_a_default_kind_beside_rope_scaling_drops_nothing():
 
 
 def test_the_original_context_beside_rope_parameters_is_read():
-    """Before what is in them, as transformers has it; without either it is the whole
-    context.
+    """It precedes the value inside them, as in transformers; without either it is the
+    whole context.
     """
     yarn = {"rope_type": "yarn", "factor": 4.0}
     for parameters in (yarn, LLAMA3):
@@ -203,7 +205,7 @@ def test_values_of_the_wrong_type_name_the_file(folder, entries, message):
         ("quantization_config", (None,), ({"bits": 4}, {})),
     ],
 )
-def test_what_changes_the_computation_is_refused(family, key, neutral, other):
+def test_unsupported_config_values_are_refused_and_neutral_ones_accepted(family, key, neutral, other):
     base = LLAMA | {"model_type": family, "head_dim": 4}
     for value in neutral:
         assert from_hf(base | {key: value}) == from_hf(base)
@@ -361,8 +363,8 @@ def test_weights_that_overflow_are_named(folder):
 
 
 def test_a_tied_head_that_differs_is_refused(folder):
-    """It was dropped in silence. One that is equal is what some versions of
-    transformers wrote.
+    """It was once dropped silently. Some versions of transformers write an equal one,
+    which is accepted.
     """
     embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     before = weights.load(folder)[0]

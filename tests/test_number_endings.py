@@ -1,10 +1,10 @@
-"""Answer endings that were written down, with their values, before the grammar of the
-number verifier was.
+"""Answer endings with their values, written down before the grammar of the number
+verifier.
 
-Read by the grammar as it was before, 63 of 298 were missed (21.1 % [16.9, 26.1]) and 61
-of 354 paid for another number (17.2 % [13.7, 21.5]); by the new one at its first
-reading 9 (3.0 % [1.6, 5.6]) and 6 (1.7 % [0.8, 3.6]), 2026-11-27. Those were mended
-since, so this is a test now and no estimate.
+The grammar of that time missed 63 of 298 (21.1 % [16.9, 26.1]) and rewarded another
+number in 61 of 354 (17.2 % [13.7, 21.5]); the new one, at its first reading, 9 (3.0 %
+[1.6, 5.6]) and 6 (1.7 % [0.8, 3.6]), 2026-11-27. Those were mended since, so this is
+now a test and no estimate.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def endings() -> list[tuple[Fraction | None, str]]:
 
 
 def rates(pairs) -> dict[str, tuple[int, int, list[str]]]:
-    """Count, of texts with an answer, those that are not paid for it; of all texts,
-    those paid for another answer.
+    """Return, for both kinds of error, the number of errors, the number of texts that
+    could have it, and the texts with the error.
     """
     verify, missed, paid, answered = make("number"), [], [], 0
     for value, text in pairs:

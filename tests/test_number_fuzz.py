@@ -1,5 +1,5 @@
-"""Generated answers: forms, values and noise, whose value is known because it was
-written first.
+"""Generated answers: forms, values and noise. The value is known because it is drawn
+first.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def value_and_form(rng: random.Random, latex: bool) -> tuple[Fraction, str]:
 
 
 def answer(rng: random.Random) -> tuple[Fraction | None, str]:
-    """Draw a text and the number that it gives as its answer; None where that is not
-    one number.
+    """Draw a text and the number that it gives as its answer; None if that is not one
+    number.
     """
     n, m = rng.randint(1, 50), rng.randint(1, 50)
     fill = {"n": n, "m": m, "k": n + m}
@@ -147,8 +147,8 @@ def answer(rng: random.Random) -> tuple[Fraction | None, str]:
 
 
 def measure(count: int, seed: int) -> tuple[float, float]:
-    """Judge generated texts by their own number, by another and by its negative; return
-    both false rates.
+    """Judge generated texts by their own number, by another one and by its negative;
+    return both false rates.
     """
     rng, verify = random.Random(seed), make("number")
     texts = [answer(rng) for _ in range(count)]

@@ -20,7 +20,9 @@ ROOT3 = 3**0.5
 
 
 def tokens(logp, advantage=0.0, behaviour=0.0, reference=None, entropy=0.0):
-    """Outputs and batch of one row that have only what a token loss reads."""
+    """Make outputs and a batch of one row, with only the fields that a token loss
+    reads.
+    """
     logp_BT = jnp.atleast_2d(jnp.asarray(logp, jnp.float32))
 
     def like(x):
@@ -241,8 +243,8 @@ def half_square(theta):
 
 
 def expectation(estimator):
-    """What an on-policy batch without end would give: the symbols' own probabilities
-    are data, not differentiated.
+    """Compute the result of an infinite on-policy batch: the tokens' probabilities are
+    constants, not differentiated.
     """
 
     def value(theta):
@@ -381,15 +383,15 @@ WORDS, LONGEST = 3, 3  # word 0 ends a rollout; one of LONGEST words is cut
 
 
 def all_rollouts(prefix=()):
-    """Every rollout of a policy over WORDS words."""
+    """List every rollout of a policy over WORDS tokens."""
     if prefix and (prefix[-1] == 0 or len(prefix) == LONGEST):
         return [prefix]
     return [rollout for word in range(WORDS) for rollout in all_rollouts((*prefix, word))]
 
 
 def expected_gradients(seed, name, **fields):
-    """The gradient of the expected reward, and what an objective expects to go along
-    with groups of two.
+    """Return the gradient of the expected reward, and the expected gradient of an
+    objective with groups of two.
     """
     rng = np.random.default_rng(seed)
     every = all_rollouts()
@@ -419,7 +421,7 @@ def cosine(a, b):
 @pytest.mark.parametrize("name", ["reinforce", "rloo"])
 def test_the_expected_gradient_is_that_of_the_expected_reward(name):
     """Williams 1992 and Ahmadian et al. 2024 sum over tokens; a mean over a rollout's
-    tokens points elsewhere.
+    tokens gives another direction.
     """
     ours, means = [], []
     for seed in range(40):

@@ -1,5 +1,5 @@
 """Schedules at their ends, which parameters decay, clipping, each optimizer by hand,
-and the same on eight devices.
+and the same results on eight devices.
 """
 
 import functools
@@ -122,7 +122,7 @@ def test_decay_spares_norms_and_biases(name):
 
 
 def test_gradients_are_clipped_to_a_norm():
-    """Gradients and not updates: the learning rate comes after."""
+    """Gradients are clipped, not updates, before the learning rate applies."""
     params, grads = {"kernel": jnp.zeros(2)}, {"kernel": jnp.array([3.0, 4.0])}
 
     def update(**fields):
@@ -135,8 +135,8 @@ def test_gradients_are_clipped_to_a_norm():
 
 
 def test_adam_by_hand():
-    """Two steps against the paper's formula (Kingma and Ba 2014, arXiv 1412.6980,
-    algorithm 1), decay as in AdamW.
+    """Compare two steps with the paper's formula (Kingma and Ba 2014, arXiv 1412.6980,
+    algorithm 1); decay as in AdamW.
     """
     b1, b2, eps, lr, decay = 0.8, 0.9, 1e-3, 0.1, 0.01
     made = optimizer.make(10, lr=lr, b1=b1, b2=b2, eps=eps, weight_decay=decay, clip_norm=None)
@@ -155,8 +155,8 @@ def test_adam_by_hand():
 
 @functools.cache
 def wide():
-    """Params and gradients large enough for Adafactor to factor (two axes of 128),
-    every kind of leaf among them.
+    """Make params and gradients large enough for Adafactor to factor (two axes of 128),
+    with every kind of leaf.
     """
     config = sized(
         "tiny", vocab_size=128, width=128, heads=8, kv_heads=8, head_size=16, feed_forward=160, layers=2, qkv_bias=True
@@ -205,8 +205,8 @@ def test_muon_leaves_the_rest_to_adamw():
 
 
 def test_muon_scales():
-    """Of one gradient, the update by width is that by root mean square times
-    sqrt(max(1, out / in)) / 0.2 sqrt(max(in, out)).
+    """For the same gradient, the update by width is the update by root mean square
+    times sqrt(max(1, out / in)) / 0.2 sqrt(max(in, out)).
     """
     params, grads = wide()
     rms, width = (
@@ -282,7 +282,7 @@ def test_eight_devices_make_the_update_of_one(name, axes):
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "muon"])
 def test_second_moments_decay_where_params_are_bfloat16(name):
-    """0.999 is 1 in bfloat16, in which they would only grow."""
+    """0.999 rounds to 1 in bfloat16, so second moments in bfloat16 would only grow."""
     made = optimizer.make(10, name=name, lr=1e-3, b2=0.999)
     params = {"embed": {"embedding": jnp.ones((2, 2), jnp.bfloat16)}}
     state, found = made.init(params), []

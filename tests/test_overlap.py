@@ -1,5 +1,5 @@
-"""What is held out is not trained on: splits by default, and questions that are in both
-are counted and refused.
+"""Held-out questions are not trained on: splits by default, and common questions are
+counted and refused.
 """
 
 import json
@@ -23,8 +23,8 @@ QUESTIONS = [f"{a}+{b}:" for a in range(10) for b in range(20)]
 
 
 def built(source, suite, init_from=None, **evaluate):
-    """What a run of tiny with this task and this suite says, and the tasks of its
-    suite.
+    """Build tiny with this task and this suite; return the printed lines about tasks
+    and overlap.
     """
     config = load_config("tiny", "smoke")
     said = []
@@ -70,8 +70,8 @@ def test_questions_in_common_are_counted_and_refused(tmp_path):
 
 
 def test_spellings_of_one_question_are_in_one_split(tmp_path):
-    """They would be refused as common, though one file was named for both; what has no
-    twin stays where it was.
+    """Otherwise they would be refused as common, though one file serves both; a
+    question without another spelling keeps its split.
     """
     apart = [f"What is {i} + 1?" for i in range(100)]
     twins = [f"what  is {i} + 1?" for i in range(50)]
@@ -142,8 +142,8 @@ def test_splits_are_written_into_the_config(tmp_path):
 
 
 def test_another_suite_on_resume_does_not_change_what_is_trained_on(tmp_path):
-    """Adding or removing the suite that shares the source's file is a change of the
-    source, and refused as one.
+    """Adding or removing the suite that shares the source's file would change the
+    source, and is refused as such.
     """
     path = write(tmp_path / "all.jsonl", QUESTIONS)
     source, suite = {"name": "jsonl", "path": path}, {"name": "jsonl", "path": path}
@@ -165,8 +165,8 @@ def check(run, config):
 
 
 def test_a_run_of_an_earlier_version_keeps_its_splits(tmp_path):
-    """There a source trained on the whole of a file of which a suite held the test
-    part.
+    """In that version a source trained on the whole of a file, and a suite held its
+    test part.
     """
     path = write(tmp_path / "all.jsonl", QUESTIONS)
     source, suite = {"name": "jsonl", "path": path}, {"name": "jsonl", "path": path}
@@ -184,7 +184,7 @@ def test_a_run_of_an_earlier_version_keeps_its_splits(tmp_path):
 
 
 def test_families_with_splits_of_their_own_keep_them(monkeypatch):
-    """Data sets of the hub too, of which a part may be held out."""
+    """This includes data sets of the hub, of which a part may be held out."""
     assert {name for name in tasks.TASKS if tasks.splits_files({"name": name})} == {"jsonl", "corpus"}
     asked = []
 
@@ -243,8 +243,8 @@ def test_two_question_fields_of_one_file_are_refused(tmp_path):
     built(source, suite | {"question": "question"})
 
 
-def test_what_a_run_before_was_trained_on_is_not_held_out(tmp_path, monkeypatch):
-    """Through two runs, and with one whose file is gone."""
+def test_suites_are_compared_with_the_tasks_of_earlier_runs(tmp_path, monkeypatch):
+    """Across two earlier runs, and one whose file is gone."""
     first, second = write(tmp_path / "first.jsonl", QUESTIONS[:100]), write(tmp_path / "second.jsonl", QUESTIONS[100:150])
     suite = {"name": "jsonl", "path": write(tmp_path / "held.jsonl", QUESTIONS[95:120])}
     rest = {"name": "jsonl", "path": write(tmp_path / "rest.jsonl", QUESTIONS[150:])}

@@ -67,7 +67,7 @@ def shorter(*, parts, objective, microbatches, steps, task: dict, rows: int = 8)
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """Read and build a config beside which there is a module of the user's."""
+    """Read and build a config with a module of the user's beside it."""
     (tmp_path / "my_rewards.py").write_text(MODULE)
     (tmp_path / "my_broken.py").write_text("def f():\n    return 1\n\nimport no_such_module\n")
     (tmp_path / "my_syntax.py").write_text("def f(:\n")
@@ -139,15 +139,15 @@ def test_a_task_an_objective_and_a_source_of_the_users(own):
         ({"prior.source": "{'name': 'my_rewards:shorter'}"}, r"source needs task=|needs task="),
     ],
 )
-def test_what_is_wrong_with_it_is_one_line(own, changes, words):
+def test_mistakes_in_own_code_are_one_line(own, changes, words):
     with pytest.raises(ValueError, match=words) as caught:
         build.build(own(changes), say=[].append)
     assert "\n" not in str(caught.value)
 
 
 def test_a_config_that_a_run_recorded_is_built_again(own):
-    """A run that is resumed, and one that begins with its params, find the user's
-    module as the first did.
+    """A resumed run, and a run that begins with its params, find the user's module as
+    the first did.
     """
     config = own(VERIFIER)
     there, new = build.from_earlier(config.to_dict())
@@ -157,7 +157,7 @@ def test_a_config_that_a_run_recorded_is_built_again(own):
 
 
 def test_the_code_of_the_readme(tmp_path, monkeypatch):
-    """Its task, verifier and objective, in a module beside the config."""
+    """Run its task, verifier and objective, in a module beside the config."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     (tmp_path / "mine.py").write_text(next(code for code in blocks if "def doubling" in code))
     monkeypatch.syspath_prepend(tmp_path)

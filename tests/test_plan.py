@@ -1,5 +1,5 @@
-"""The plan: what a config needs of TPUs that are not here. Skipped without libtpu, but
-for what goes wrong earlier.
+"""The plan: what a config needs of TPUs that are not here. Skipped without libtpu,
+except for errors that come before it is needed.
 """
 
 import importlib.util
@@ -88,7 +88,7 @@ def test_prices_are_checked(tmp_path):
     assert report.read_prices(str(path)) == {"v5e": 0.5}
 
 
-def test_what_the_compiler_says_it_lacks_is_read():
+def test_the_memory_that_a_refused_program_needed_is_read():
     refusal = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (2.50T) exceeds"
     assert programs.needed(refusal) == 2.5 * 2**40
     assert programs.needed("RESOURCE_EXHAUSTED: ... Used 20.10G of 15.75G hbm. Exceeded") == 20.1 * 2**30
@@ -185,12 +185,12 @@ def test_the_command_plans_a_config_and_its_flops_are_those_of_the_formula():
 
 
 def shrink(monkeypatch, hbm_bytes):
-    """Give the chip so much memory."""
+    """Set the memory of the chip."""
     monkeypatch.setitem(chips.CHIPS, "v5e", chips.CHIPS["v5e"]._replace(hbm_bytes=hbm_bytes))
 
 
 @needs_libtpu
-def test_what_does_not_fit_gets_smaller_microbatches_and_fewer_slots(monkeypatch):
+def test_a_config_that_does_not_fit_gets_smaller_microbatches_and_fewer_slots(monkeypatch):
     work = work_of(**{"rl.microbatches": 1, "sampler.slots": 1024})
     found = {stage.name: stage.bytes for stage in memory.stages_of(work)}
     smaller = {stage.name: stage.bytes for stage in memory.stages_of(work._replace(microbatches=4).with_slots(64))}
@@ -231,7 +231,7 @@ def test_params_that_do_not_fit_get_another_mesh(monkeypatch):
     ],
     ids=str,
 )
-def test_what_laying_out_the_samplers_weights_takes_and_leaves(fields, of_params):
+def test_memory_to_lay_out_and_keep_the_samplers_weights(fields, of_params):
     config = load_config("tiny")
     with config.unlocked():
         config.model.dtype = "float32"
@@ -321,7 +321,7 @@ SIZES = re.findall(r"^    (\d[\d.]*b) .*(v5e:\S+)", GSM8K, re.MULTILINE)  # of i
 
 @pytest.mark.parametrize(("size", "topology"), SIZES)
 def test_each_size_of_gsm8k_has_room_for_what_needs_no_compiler(size, topology, monkeypatch):
-    """On as many devices of this machine as the topology has chips, since there may be
+    """Use as many devices of this machine as the topology has chips, since there may be
     no compiler for TPUs.
     """
     devices = jax.devices()[: chips.chips_of(topology)]

@@ -1,9 +1,9 @@
-"""Several processes on this machine: they do what one does, agree before they start,
-and end together.
+"""Several processes on this machine: they act as one, agree before they start, and end
+together.
 
-Injected: another number of processes, config or flag, an input that only one of them
-cannot read, a bug in one, and the death of either. Nobody hangs, and who it was is
-said; started again they end as if nobody had died, bit for bit.
+Injected faults: another number of processes, config or flag, an input that only one of
+them cannot read, a bug in one, and the death of either. No process hangs, and the
+faulty one is named. Started again they end as if none had died, bit for bit.
 """
 
 import json
@@ -108,7 +108,7 @@ def script(body: str) -> list[str]:
 
 
 @pytest.mark.process
-def test_what_each_gives_all_get():
+def test_every_process_gathers_the_values_of_all():
     body = """
 sizes = [0, 3_000_000, 2**20 - 200][index]
 for round in range(2):
@@ -212,8 +212,8 @@ app.run(main, argv=[sys.argv[0], *sys.argv[5:]], flags_parser=parse_flags)
 
 @pytest.mark.process
 def test_one_process_is_killed_and_both_started_again_is_uninterrupted(tmp_path):
-    """First the one that writes, while it writes its second checkpoint; then the other,
-    in the middle of a phase after one.
+    """First the process that writes is killed, during its second checkpoint; then the
+    other one, in the middle of a phase after a checkpoint.
     """
     path = tmp_path / "run.py"
     path.write_text(RESTARTED)

@@ -1,13 +1,13 @@
-"""Stopped on one mesh and continued on others is the same run, up to the rounding of
-sums.
+"""A run stopped on one mesh and continued on others is the same run, up to the rounding
+of sums.
 
-One run of three phases is made in four pieces. Each goes on where the one before was
-killed, on another mesh and in other micro-batches, which is harmless and needs no
-`--accept_config_change`; the last of them as two processes. Beside it the same run on
-one device in one piece.
+One run of three phases is made in four pieces. Each piece continues where the one
+before was killed, on another mesh and with other micro-batches, which is harmless and
+needs no `--accept_config_change`; the last piece runs as two processes. It is compared
+with the same run on one device in one piece.
 
 Found (jax 0.10.2, CPU, 2026-11-24): the same batches, problems and texts throughout;
-params apart by 1.2e-7, which is the last bit of one near 1, and moments by 1e-5 of the
+params differ by 1.2e-7, the last bit of a number near 1, and moments by 1e-5 of the
 largest.
 """
 

@@ -1,9 +1,10 @@
 """Killed and resumed is uninterrupted, bit for bit: params, optimizer state,
 metrics.jsonl, rollouts.jsonl, evaluations, ledger.
 
-Two phases with Adam, shuffled data of more than one epoch, dynamic sampling, a
-reference policy and a line of metrics for every three steps, saved every fourth step,
-30 steps in all. What is injected, each in a process of its own, and each with SIGKILL:
+The run has two phases with Adam, shuffled data of more than one epoch, dynamic
+sampling, a reference policy, a line of metrics every three steps, a checkpoint every
+fourth step, and 30 steps. A process of its own is killed with SIGKILL at each of these
+points:
 
     prefill, sampling, verifying, batching   while rollouts are made, judged, and put into a batch
     reference, update                        before its log-probs are taken, before an update
@@ -11,32 +12,32 @@ reference policy and a line of metrics for every three steps, saved every fourth
     saving, renaming                         before a save, and while it is written, before it gets its name
     evaluation, summary, phase               before an evaluation, before the summary is written, between phases
 
-Some of these by default, all with -m slow. Found in all of them: nothing was lost and
-nothing was done twice. The same for a batch sampled ahead on devices of its own, and at
-fifty random times each (-m soak): 2026-11-26, 100 kills, 41 runs that came to their
-end, all of them equal; 14 minutes on one core.
+Some points run by default, all with -m slow. At none of them was anything lost or done
+twice. The same holds for batches sampled ahead on separate devices, and at fifty random
+times for each of the two (-m soak): 2026-11-26, 100 kills, 41 finished runs, all equal;
+14 minutes on one core.
 
-Other faults, and where they are injected; nothing was lost in any of them:
+Other faults, the file that injects them, and the result; nothing was lost in any:
 
-    a checkpoint cut short, or with a flipped bit   test_checkpoint   noticed, or harmless; never does another state come back
-    a checkpoint that lacks any of its files        test_damage       the same; all damaged: refused, again and again
+    a checkpoint cut short, or with a flipped bit   test_checkpoint   noticed, or harmless; a different state is never restored
+    a checkpoint that lacks any of its files        test_damage       the same; all damaged: refused at every start
     a folder moved or removed while the run writes  test_damage       one line, with the folder's new name
-    files of a run that hold nonsense, or are gone  test_damage       made good or named; what was there is kept aside
+    files of a run that hold nonsense, or are gone  test_damage       repaired or named; the old content is kept aside
     Ctrl-C, once and twice, into whatever hangs     test_interrupt    saves and ends; ends at once
     a save that was killed                          test_checkpoint   never seen, and removed
-    SIGTERM, twice in one run                       test_workdir      saves and ends; goes on bit for bit
+    SIGTERM, twice in one run                       test_workdir      saves and ends; continues bit for bit
     a full disk                                     test_workdir      a save fails, the run does not; the next one is tried
-    a full disk, at a line of metrics or rollouts   test_workdir      one line, exit code 1; with room it goes on bit for bit
-    a full disk, at the summary or a start          test_workdir      the same; what was there is not written over
-    the folder of checkpoints gone until the end    test_workdir      each save is said to fail; the run is not done, and goes on
-    a full disk, at TensorBoard's events            test_metrics      said; the run goes on without them
+    a full disk, at a line of metrics or rollouts   test_workdir      one line, exit code 1; with room it continues bit for bit
+    a full disk, at the summary or a start          test_workdir      the same; existing files are not overwritten
+    the folder of checkpoints gone until the end    test_workdir      each save is reported as failed; the run continues later
+    a full disk, at TensorBoard's events            test_metrics      reported; the run continues without them
     a checkpoint without an item of the host's part test_train        refused, by the item's name
-    two runs in one folder, a lock left behind      test_workdir      refused; said and taken over, if nobody beats it
+    two runs in one folder, a lock left behind      test_workdir      refused; reported and taken over, if no run updates it
     a folder or a file that can't be written        test_workdir      one line, before anything is compiled
-    a clock that is set back                        test_workdir      times go on; the newest checkpoint is that of the last step
-    one process of two killed, both started again   test_processes    the other ends by itself; they go on bit for bit
+    a clock that is set back                        test_workdir      times continue; the newest checkpoint is the last step's
+    one process of two killed, both started again   test_processes    the other ends by itself; they continue bit for bit
     another mesh, micro-batches, processes          test_reshape      the same problems and texts; params to the last bit or so
-    gradients that are not finite                   test_train        skipped; the run stops before anything is spoilt
+    gradients that are not finite                   test_train        skipped; the run stops before anything is damaged
 """
 
 import json
@@ -109,7 +110,7 @@ def begin(config: Path, workdir: Path, point: str = "none", count: int = 0) -> s
 
 @pytest.fixture(scope="module")
 def whole(request, tmp_path_factory):
-    """The config, and the folder of the run that nothing interrupts."""
+    """Return the config, and the folder of the uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     config = folder / "config.py"
     config.write_text(CONFIG.format(**KINDS[request.param]))
@@ -157,8 +158,8 @@ def test_killed_at_these_points_and_resumed_is_uninterrupted(tmp_path, whole, po
 @pytest.mark.soak
 @pytest.mark.parametrize("whole", KINDS, indirect=True)
 def test_killed_at_fifty_random_times(tmp_path, whole):
-    """At any time from the start of a process on, up to a fifth longer than a whole run
-    takes: also while it reads or saves.
+    """Kill at any time from the start of the process to a fifth beyond the length of a
+    whole run, also while it reads or saves.
     """
     config, expected = whole
     started_s = time.monotonic()
@@ -192,9 +193,7 @@ def test_killed_at_fifty_random_times(tmp_path, whole):
 
 
 def last_step(folder: Path) -> int:
-    """Of a run that was killed: the last one of which a whole line of metrics is
-    written.
-    """
+    """Return the last step of a killed run with a whole line of metrics."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=-1)

@@ -1,5 +1,5 @@
-"""The host loop: rollouts depend on their requests alone; where they stop; forced
-tokens; what is compiled and when.
+"""The host loop: rollouts depend only on their requests; where they stop; forced
+tokens; what is compiled, and when.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ NEVER, ALWAYS = -1e9, 1e9
 
 @pytest.fixture(scope="module")
 def made():
-    """A model and params under which rollouts have all lengths up to the limit."""
+    """Make a model and params whose rollouts have all lengths up to the limit."""
     model, params = t.make_model()
     return model, t.biased(params, _=0.8)
 
@@ -39,7 +39,9 @@ def requests():
 
 @pytest.fixture(scope="module")
 def expected(made, requests):
-    """What all variants must give, with twice as many requests as slots."""
+    """Return the rollouts that all variants must give, with twice as many requests as
+    slots.
+    """
     rollouts = t.roll(t.make_completer(made[0], prompt_rows=0), made[1], requests, JUDGE, temperature=0.9)
     assert [(r.problem, r.attempt) for r in rollouts] == [(r.problem, r.attempt) for r in requests]
     assert len({len(r.tokens) for r in rollouts}) > 6
@@ -74,10 +76,10 @@ def test_rollouts_do_not_depend_on_the_sampler(made, requests, expected, variant
 
 def test_a_prompt_of_more_attempts_than_share_it(made):
     """The ninth attempt of problem 1 takes the slot of problem 0 and a place that
-    another has left, whose slot stays empty.
+    another attempt has left, whose slot stays empty.
 
-    With keys that were seen to give such an order: counting the empty slot, too, made
-    one of them another rollout.
+    The keys are known to give such an order: when the empty slot was counted too, one
+    of them gave another rollout.
     """
     prompts = ([1, 2, 3], [4, 5, 6, 7])
     wanted = [Request(Task("", "a"), p, g, prompts[p]) for p, attempts in enumerate((1, 9)) for g in range(attempts)]
@@ -90,8 +92,8 @@ def test_a_prompt_of_more_attempts_than_share_it(made):
 
 @pytest.mark.parametrize(("problems", "attempts", "shared", "own"), [(6, 3, 6, 0), (6, 1, 0, 6), (1, 9, 1, 0)])
 def test_a_prompt_is_copied_once_for_those_who_share_it(made, problems, attempts, shared, own):
-    """To a row of prompts if there is somebody to share it with, else to the slot. Rows
-    are free again when all have left.
+    """It is copied to a row of prompts if several attempts share it, else to the slot.
+    A row is free again when all its attempts have ended.
     """
     completer, copies = t.make_completer(made[0], slots=3, prompt_rows=2), []
 
@@ -246,8 +248,8 @@ def with_stops(completer, *strings):
 
 
 def test_a_stop_string_ends_the_text_where_it_is_complete(made, requests):
-    """Two letters are two tokens, so it straddles them; chunks are of 4, 1 and 16
-    tokens, so it straddles chunks.
+    """Its two letters are two tokens; with chunks of 4, 1 and 16 tokens it also
+    straddles chunks.
     """
     params, strings = t.biased(made[1], _=-1.0), ("ab", "c", "ghi")
     free = t.roll(t.make_completer(made[0]), params, requests, JUDGE)
@@ -269,8 +271,8 @@ def test_a_stop_string_ends_the_text_where_it_is_complete(made, requests):
 
 
 def test_a_stop_string_may_begin_and_end_inside_tokens(made, requests):
-    """Here a token is of three letters, of which a stop string needs the last of one, a
-    whole one and the first of a third.
+    """A token has three letters here. A stop string covers the last letter of one, a
+    whole one, and the first letter of a third.
     """
     spell = lambda ids: "".join("x" + t.ALPHABET[i] + "y" for i in ids)  # noqa: E731
     completer = t.make_completer(made[0])._replace(decode=spell)
@@ -287,7 +289,7 @@ def test_a_stop_string_may_begin_and_end_inside_tokens(made, requests):
 
 
 def test_after_a_stop_string_an_observation_goes_on_from_there(made):
-    """What was sampled past the stop string, up to the end of the chunk, leaves no
+    """Tokens sampled after the stop string, up to the end of the chunk, leave no
     trace.
     """
     model, params = made[0], t.biased(made[1], _=-3.0, a=1.0)
@@ -329,7 +331,7 @@ def test_thinking_is_ended_at_its_budget_unless_it_has_ended(made, requests):
         assert r.sampled.tolist() == [True] * 4 + [False] * 2 + [True] * (len(r.tokens) - 6)
         assert r.stop in ("eos", "limit")
         assert len(r.tokens) == 12 or r.stop == "eos"
-        assert r.verdict.parsed == r.text  # one turn: what was thought and what was said
+        assert r.verdict.parsed == r.text  # one turn: both the thinking and the answer
     assert kinds == {"free", "forced"}
     assert t.largest_gap(made[0], params, [r for r in rollouts if len(r.tokens) > 0]) < 1e-5
     other = thinker(t.make_completer(made[0], slots=3, chunk_tokens=16, buckets=(8, 16, 24)), end="jk")
@@ -354,8 +356,8 @@ def test_a_budget_at_the_limit_forces_nothing(made, requests):
 
 
 def scripted(observations, heard=None):
-    """Answer a turn of a task with the next of `observations(task)`; judge when there
-    are none left, or no room.
+    """Answer a turn of a task with the next of `observations(task)`; judge when none is
+    left, or no room.
     """
 
     def step(state, turn):
@@ -376,7 +378,7 @@ def several(task):
 
 
 def turns(r) -> list[str]:
-    """The texts that were sampled between observations, without their ends."""
+    """Return the texts sampled between observations, without their ends."""
     pieces, was_sampled = [[]], True
     for token, sampled in zip(r.tokens, r.sampled, strict=True):
         if sampled and not was_sampled:
@@ -391,7 +393,9 @@ def turns(r) -> list[str]:
 
 @pytest.fixture(scope="module")
 def conversations(made):
-    """Rollouts with up to three observations, and what their environments heard."""
+    """Make rollouts with up to three observations, and record what their environments
+    receive.
+    """
     heard = {}
     params = t.biased(made[1], _=2.0)
     wanted = [r._replace(task=dataclasses.replace(r.task, id=f"{r.problem * 3 + r.attempt}")) for r in t.make_requests(8, 3)]
@@ -448,7 +452,7 @@ def test_forced_tokens_are_cut_at_the_limit_and_the_rollout_judged(made, request
         assert (t.decode(r.tokens), r.stop) == ("_bcdefghijkb", "limit")
         assert r.sampled.tolist() == [True] + [False] * 11
         assert heard[r.task.id] == [("", False), ("", True)]
-        assert r.verdict.correct  # which here is what it heard of `final`
+        assert r.verdict.correct  # here: the value of `final` that it received
         assert r.verdict.parsed == ""
 
 
@@ -498,7 +502,7 @@ def test_a_verifier_that_raises_costs_a_wrong_verdict(made, requests):
 # --- costs ---
 
 
-def test_what_was_spent(made, requests):
+def test_costs_of_a_collection_are_measured(made, requests):
     completer = t.make_completer(made[0])
     layout = completer.sampler.prepare(made[1])
     rollouts, spent = collect(completer, layout, requests, JUDGE, key=jax.random.key(0), temperature=1.0)
@@ -509,16 +513,16 @@ def test_what_was_spent(made, requests):
 
 
 def least_slot_steps(rollouts, sizes) -> int:
-    """Slots x steps if all start together and each step has the smallest size that
-    holds who is left.
+    """Count slots x steps if all start together and each step has the smallest size
+    that holds the remaining rollouts.
     """
     lengths = [len(r.tokens) for r in rollouts]
     return sum(min(n for n in sizes if n >= sum(x > step for x in lengths)) for step in range(max(lengths)))
 
 
 def test_occupancy_counts_the_steps_of_all_slots(made, requests):
-    """Of one slot no step is lost; where all start together, the longest decides how
-    long the others wait.
+    """With one slot no step is lost; if all start together, the others wait for the
+    longest.
     """
 
     def spend(params, wanted, environment, **shape):
@@ -577,8 +581,8 @@ def test_each_shape_is_compiled_once(made, requests, expected, caplog):
 
 @pytest.mark.parametrize("sizes", [(), (2, 1)])
 def test_after_a_warm_up_nothing_is_compiled(made, caplog, sizes):
-    """A long ragged run over all buckets, with observations, stop strings, a thinking
-    budget and two filters.
+    """Use a long ragged run over all buckets, with observations, stop strings, a
+    thinking budget and two filters.
     """
     sampler = {"slots": 5, "sizes": sizes, "length": 44, "max_tokens": 30, "prompt_buckets": (4, 8), "buckets": (8, 16, 44)}
     completer = with_stops(thinker(t.new_completer(made[0], **sampler), tokens=14), "ab")
@@ -607,8 +611,8 @@ def test_observations_of_many_lengths_share_few_shapes(made, conversations):
 
 
 def test_verdicts_are_made_while_others_decode(made, requests):
-    """The first to end gets its verdict only when another has ended, which it can only
-    if sampling went on without it.
+    """The verdict of the first rollout waits until another has ended, which only
+    happens if sampling continues.
     """
     ended = [threading.Event() for _ in range(2)]
     order = []
@@ -659,8 +663,8 @@ def test_must_finish_pays_nothing_for_what_was_cut_off(made, requests):
 
 
 def test_must_finish_does_not_mind_an_end_at_the_very_limit(made, requests):
-    """The last token that there is room for may be the end of sequence: the attempt is
-    whole.
+    """The last token that fits may be the end of sequence: the attempt is then
+    complete.
     """
     always = lambda text, task: Verdict(1.0, True, text)  # noqa: E731
     completer = t.make_completer(made[0], max_tokens=1)

@@ -1,5 +1,5 @@
-"""The sampler against the learner, against the distribution it states, and against its
-own leftovers.
+"""The sampler against the learner, against the distribution that it reports, and
+against leftovers of its own slots.
 """
 
 import dataclasses
@@ -59,8 +59,8 @@ def test_a_smaller_cache_costs_little_and_not_nothing(made, dtype, bound):
 
 
 def test_in_bfloat16_sampler_and_learner_round_alike():
-    """Both multiply the same numbers in another order. Bfloat16 keeps 8 bits: of logits
-    near 4, 0.02; 0.06 nats measured.
+    """Both multiply the same numbers in another order. bfloat16 keeps 8 bits, 0.02 for
+    logits near 4; 0.06 nats measured.
     """
     model, params = t.make_model(dtype="bfloat16", scan_layers=True)
     for cache_dtype in (None, "float32"):
@@ -105,8 +105,8 @@ def test_samples_follow_the_tempered_softmax(temperature):
 
 @pytest.mark.parametrize("words", [5, 128, 300])
 def test_draws_follow_their_weights_over_blocks(words):
-    """Fewer words than a block, one block, and a last block that is not full; what has
-    no weight is never drawn.
+    """Vocabularies smaller than a block, one block, and with a last block that is not
+    full; a token of weight 0 is never drawn.
     """
     rng = np.random.default_rng(words)
     weight_V = rng.exponential(size=words).astype(np.float32)
@@ -130,7 +130,7 @@ def test_a_share_that_rounds_to_the_whole_draws_something_possible():
 
 
 def slow_kept(p, top_k, top_p, min_p):
-    """Which words a filter keeps, one row, by its definition."""
+    """Return the tokens that a filter keeps of one row, by its definition."""
     alive = set(range(len(p)))
     if top_k:
         alive = set(sorted(alive, key=lambda i: -p[i])[:top_k])
@@ -258,7 +258,7 @@ def test_noise_is_never_shared_and_comes_back_with_its_key():
 
 @pytest.fixture(scope="module")
 def small(made):
-    """A model, a compiled sampler of four slots and params that never end a
+    """Make a model, a compiled sampler of four slots, and params that never end a
     sequence.
     """
     model, params = made
@@ -272,8 +272,8 @@ KEYS = np.asarray(attempt_keys(jax.random.key(0), np.arange(4, dtype=np.uint32),
 
 
 def insert(compiled, params, slots, rows, places, limits, shared=None):
-    """Put prompt `rows[i]`, with key i, into slot `places[i]`; but prompt `shared` into
-    the row that its slots continue.
+    """Put prompt `rows[i]`, with key i, into slot `places[i]`; but put prompt `shared`
+    into the row that its slots share.
     """
     own_S, limit_S, key_S = np.full(4, -1, np.int32), np.zeros(4, np.int32), np.zeros_like(KEYS)
     start_S, tokens_ST, length_S = np.zeros(4, bool), np.zeros((4, 12), np.int32), np.ones(4, np.int32)
@@ -316,8 +316,8 @@ def test_insert_fills_the_slots_it_is_told_to(small):
 
 
 def test_slots_that_share_a_prompt_sample_as_with_a_copy_each(small):
-    """Slots 0 and 3 continue one prompt, in one place; slot 1 has another of its own.
-    Who leaves and comes changes nothing.
+    """Slots 0 and 3 share one prompt in one place; slot 1 has its own. Rollouts that
+    end or start beside them change nothing.
     """
     _, compiled, params = small
     placed = ([0, 1, 0], [0, 1, 3], [12, 12, 12])
@@ -329,7 +329,7 @@ def test_slots_that_share_a_prompt_sample_as_with_a_copy_each(small):
         np.testing.assert_array_equal(together.tokens_ST[s], apart.tokens_ST[s])
         np.testing.assert_allclose(together.logp_ST[s], apart.logp_ST[s], atol=1e-5)
     # Nothing of the prompt is in their own columns: two tokens of theirs were written
-    # from column 0 on.
+    # from position 0 on.
     one = jax.device_get(decode(compiled, params, insert(compiled, params, compiled.empty(), [0], [0], [12], shared=0)))
     assert [bool(one.cache[0]["v"][0, :, c].any()) for c in range(4)] == [True, True, False, False]
 
@@ -355,7 +355,7 @@ def test_a_halted_slot_stops_and_the_others_go_on(small):
 
 
 def test_forced_tokens_may_cut_a_slot_back(small):
-    """What was sampled past the cut is as if it never was."""
+    """Tokens sampled after the cut leave no trace."""
     _, compiled, params = small
     tokens_ST = np.zeros((4, 12), np.int32)
     tokens_ST[0, :2] = [7, 9]
@@ -396,7 +396,7 @@ def test_force_appends_up_to_the_limit_and_lets_run_on(small):
     np.testing.assert_allclose(slots.logp_ST[:, 1:], np.where(slots.sampled_ST[:, 1:], expected, 0), atol=1e-5)
 
 
-def test_what_has_stopped_stays_as_it_is(small, made):
+def test_a_stopped_slot_does_not_change(small, made):
     _, compiled, params = small
     ending = compiled.prepare(t.biased(made[1], _=1e9))
     slots = decode(compiled, ending, insert(compiled, ending, compiled.empty(), [1], [1], [12]))
@@ -426,7 +426,7 @@ def test_weights_are_merged_and_cast_on_their_shards_and_then_gathered(lora, sca
 
 @pytest.mark.parametrize("axes", [{"data": 8}, {"data": 1, "fsdp": 4, "tensor": 2}], ids=str)
 def test_prompts_are_prefilled_by_all_devices_together(axes):
-    """Seven prompts: one each, or two each by halves."""
+    """Seven prompts: one per device, or two per pair of devices that halve the work."""
     shape = {"vocab_size": 24, "width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_size": 8, "feed_forward": 32}
     model = transformer(ModelConfig(**shape, scan_layers=True))
     params = jax.jit(model.init)(jax.random.key(0))

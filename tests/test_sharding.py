@@ -1,5 +1,5 @@
-"""Meshes that cannot be made, and that the rules place every parameter of every kind of
-model, and its optimizer state.
+"""Meshes that cannot be made are refused, and the rules place every parameter of every
+kind of model, and its optimizer state.
 """
 
 import functools

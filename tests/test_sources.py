@@ -1,5 +1,5 @@
 """Sources: the same state, params and key draw the same batch; what each draws, and
-what it says of it.
+what it reports.
 """
 
 import collections
@@ -20,7 +20,7 @@ PROBLEMS, GROUP = 4, 3
 
 
 class Stream:
-    """Endless tasks, which remembers what was read."""
+    """An endless sequence of tasks that records which positions were read."""
 
     def __init__(self):
         self.read = []
@@ -35,7 +35,7 @@ def prompt(task):
 
 
 class WithPrompts:
-    """Tasks of a stream, each with its prompt."""
+    """The tasks of a stream, each with its prompt."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -106,7 +106,7 @@ def test_same_state_params_and_key_same_batch(make, completer, params):
         after_again, second = again.next(state, params, key)
         assert after_again == after
         assert_equal(second.batch, first.batch)
-    # A source has no memory: what was saved draws on where it stood.
+    # A source has no memory: a saved state continues where it was.
     expected = source.next(after, params, key)
     got = make(completer).next(dict(after), params, key)
     assert got[0] == expected[0] != after
@@ -157,7 +157,7 @@ def test_groups_of_attempts_at_the_problems_of_the_stream(completer, params):
         assert r.prompt.tolist() == prompt(r.task)
         assert row[: len(r.prompt) + len(r.tokens)].tolist() == [*r.prompt, *r.tokens]
     assert (drawn.batch.temperature_BT[drawn.batch.segment_BT > 0] == np.float32(0.9)).all()
-    # Sampler and learner agree on what has just been drawn.
+    # Sampler and learner agree on the batch just drawn.
     logp_BT = t.token_logp(t.make_model()[0])(params, drawn.batch)
     gap_BT = np.abs(logp_BT - drawn.batch.behaviour_logp_BT)
     assert gap_BT[drawn.batch.weight_BT > 0].max() < 1e-5
@@ -265,7 +265,7 @@ def test_a_batch_is_of_the_params_of_lag_updates_ago(completer, params, lag, bac
 
 
 @pytest.mark.parametrize("untempered", [False, True])
-def test_what_was_sampled_ahead_is_saved_bit_for_bit(params, untempered):
+def test_batches_sampled_ahead_are_saved_bit_for_bit(params, untempered):
     completer = t.make_completer(t.make_model()[0], logp_temperature_1=untempered)
     source, key = make_rollouts(completer, lag=2, background=True), jax.random.key(1)
     state, _ = source.next(source.init(), params, key)
@@ -292,8 +292,8 @@ def rewards_of(rollouts):
 
 @pytest.mark.parametrize("most", [1, 2, 3, 9])
 def test_problems_are_drawn_until_enough_teach_something(completer, params, most):
-    """What is drawn is what the stream holds, each problem once; the batch has the
-    first problems that teach something.
+    """Problems are drawn in the order of the stream, each once; the batch has the first
+    ones with a learning signal.
     """
     key, state, plain = jax.random.key(5), {"position": 8}, make_rollouts(completer)
     source = make_rollouts(completer, dynamic_sampling=most)
@@ -312,7 +312,7 @@ def test_problems_are_drawn_until_enough_teach_something(completer, params, most
         assert [tuple(row[:n]) for row, n in zip(drawn.batch.tokens_BT, lengths, strict=True)] == rows
         assert drawn.metrics["rollout/oversampling"] == (count * GROUP, PROBLEMS * GROUP)
         assert drawn.metrics["rollout/informative_groups"] == (differ.sum(), count)
-        # The first round is what is drawn without dynamic sampling.
+        # The first round equals the draw without dynamic sampling.
         _, first = plain.next({"position": start}, params, key)
         for a, b in zip(first.rollouts, drawn.rollouts, strict=False):
             np.testing.assert_array_equal(a.tokens, b.tokens)
@@ -325,7 +325,7 @@ def test_attempts_share_their_prompt_in_the_batch(completer, params):
     assert (source.rows, alone.rows) == (PROBLEMS, PROBLEMS * GROUP)
     assert len(drawn.batch.tokens_BT) == PROBLEMS
     assert (drawn.batch.weight_BT != 0).sum() == (expected.batch.weight_BT != 0).sum()
-    # All but the last token of a prompt stands there once.
+    # All but the last token of a prompt are there once.
     spared = sum(len(drawn.rollouts[p * GROUP].prompt) - 1 for p in range(PROBLEMS)) * (GROUP - 1)
     assert drawn.metrics["train/tokens"][0] == expected.metrics["train/tokens"][0] - spared
     assert drawn.metrics["train/packing_efficiency"][0] <= drawn.metrics["train/packing_efficiency"][1]

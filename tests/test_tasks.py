@@ -1,5 +1,5 @@
-"""Tasks: split by construction, the same from the same seed, demonstrations as
-described, and errors of one line.
+"""Tasks: split by construction, reproducible from a seed, demonstrations as described,
+and errors of one line.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def test_train_and_test_share_no_question(name, train_seed):
 
 
 def test_about_one_question_in_eight_is_held_out():
-    """Of all 300 chains with one operation, the splits together have every one."""
+    """Both splits together have all 300 chains with one operation."""
     train = {t.question for t in tasks.load("chain", ops=1, size=6000)}
     test = {t.question for t in tasks.load("chain", ops=1, size=2000, split="test")}
     assert len(train | test) == 300
@@ -77,8 +77,8 @@ def test_item_is_a_function_of_seed_split_and_index(name):
 
 
 def test_neighbouring_seeds_do_not_share_items():
-    """Item i + 1 of seed s is not item i of seed s + 1, as it is where seed + index is
-    the seed.
+    """Item i + 1 of seed s is not item i of seed s + 1, as it would be if seed + index
+    were the seed.
     """
     first, second = (tasks.load("chain", ops=8, size=50, seed=seed) for seed in (0, 1))
     assert not {t.question for t in first} & {t.question for t in second}
@@ -98,8 +98,8 @@ def test_text_fits_the_alphabet(name):
 
 
 def test_share_of_right_human_demonstrations():
-    """The recipe says 44 %; what its words leave open (where part-way is) moves that by
-    two or three points.
+    """The recipe says 44 %; its ambiguity (where part-way is) moves that by two or
+    three points.
     """
     weights = PRIOR_OPS["ops_weights"][:5]
     assert share_right("chain", ops=(1, 5), ops_weights=weights) == pytest.approx(0.44, abs=0.03)

@@ -1,5 +1,5 @@
-"""Chat templates of many makers: what reasoning models open, what asks for the date,
-what takes arguments, what never ends.
+"""Chat templates of many makers: turns that reasoning models open, dates, arguments,
+and templates that never end.
 """
 
 import datetime
@@ -44,7 +44,7 @@ def bpe():
 
 @pytest.fixture
 def folder(tmp_path):
-    """A checkpoint with a chat template to replace."""
+    """Make a checkpoint with a chat template to replace."""
     made = tmp_path / "checkpoint"
     shutil.copytree(CHAT, made)
     shutil.copy(GOLDEN / "qwen2" / "config.json", made)
@@ -80,8 +80,8 @@ def test_a_template_that_never_ends_a_turn_is_refused_all_the_same(bpe):
 
 
 def test_a_demonstration_is_what_the_template_writes(bpe):
-    """With what it puts around a solution (Qwen3 an empty thought, Llama 2 spaces) and
-    takes from its ends.
+    """It includes what the template adds around a solution (Qwen3 an empty thought,
+    Llama 2 spaces) and lacks what it strips.
     """
     around = (
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}: {% else %}[{{ m.content.strip() }} ]<|end|>\n"
@@ -102,9 +102,9 @@ def test_forced_spans_of_a_demonstration_are_not_trained_on(bpe):
         chat(bpe, THINKING).demonstration(Task("two", "4", solution="four", data={"forced": [(3, 10)]}))
 
 
-def test_what_a_template_leaves_out_is_said(bpe):
-    """A template for pictures runs over the characters of a text as if they were parts,
-    and writes none.
+def test_a_template_that_leaves_out_a_message_is_refused(bpe):
+    """A template for pictures iterates over the characters of a text as if they were
+    parts, and writes none.
     """
     parts = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}<|end|>{% endfor %}"
     with pytest.raises(ValueError, match="leaves out the user's message, or changes it"):
@@ -121,7 +121,7 @@ def test_what_a_template_leaves_out_is_said(bpe):
 
 
 def test_tools_and_documents_are_none_as_in_transformers():
-    """Templates ask `tools is not none`, which what is undefined is not."""
+    """Templates ask `tools is not none`, which an undefined value satisfies."""
     source = "{% if tools is not none %}tools{% endif %}{% if documents is not none %}documents{% endif %}{{ x is defined }}"
     assert render(source, [], False) == "False"
     assert render(source, [], False, tools=[1]) == "toolsFalse"
@@ -176,14 +176,14 @@ def chat_config(**fields):
 
 
 def test_the_date_of_a_run_is_that_of_its_beginning(tmp_path):
-    """A resume after midnight is the same run: its config says the same."""
+    """A resume after midnight continues the same run: its config records the date."""
     asked = chat_config(date=config_dict.placeholder(str))
     day = workdir.begun(tmp_path, "2026-11-27")
     (tmp_path / "config.json").write_text(main.config_text(start.dated(asked, day)))
     again = main.config_text(start.dated(asked, workdir.begun(tmp_path, "2026-11-28")))
     assert json.loads(again)["text"]["date"] == "2026-11-27"
     workdir.check(tmp_path, again, resume="auto", accept_config_change=False, say=pytest.fail)
-    assert asked.text.date is None  # what names the folder does not change with the day
+    assert asked.text.date is None  # the text that names the folder does not change with the day
     # A date that the config names stays, and so does a run that began without one.
     assert start.dated(chat_config(date="2020-01-01"), day).text.date == "2020-01-01"
     (tmp_path / "config.json").write_text(main.config_text(chat_config()))
@@ -251,13 +251,15 @@ def test_an_error_in_a_template_is_a_line_that_names_its_file_when_the_run_is_bu
 
 @pytest.mark.parametrize("source", ENDLESS)
 def test_a_template_that_does_not_end_is_ended(source):
-    """Not by a clock: by steps and sizes, so that a busy machine ends no other."""
+    """Steps and sizes limit it, not a clock, so a busy machine ends no ordinary
+    template.
+    """
     with pytest.raises(ValueError, match=r"takes more than|makes a|writes more than|pads a text"):
         render(source, [], False)
 
 
-def test_what_templates_do_is_not_too_much():
-    """Long conversations, long texts, all that a loop offers: the same as without a
+def test_the_budget_does_not_change_ordinary_templates():
+    """Long conversations, long texts and all features of a loop render as without a
     budget.
     """
     source = (
@@ -353,4 +355,4 @@ def test_tokens_that_the_tokenizer_does_not_have_are_named(folder, name):
     with pytest.raises(ValueError, match="eos_token got 2; allowed: the text of a token"):
         eos(folder)
     (folder / name).write_text(json.dumps({"eos_token": "<|end|>", "pad_token": "[PAD]"}))
-    assert text.load(folder).pad_id == 2  # padding that is no token is read by nobody
+    assert text.load(folder).pad_id == 2  # a pad token that does not exist is ignored

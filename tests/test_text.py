@@ -1,5 +1,5 @@
-"""Tokenizers, chat templates and prompt formats. tests/golden/chat holds a small
-tokenizer and what transformers does with it.
+"""Tokenizers, chat templates and prompt formats. tests/golden/chat has a small
+tokenizer and the outputs of transformers for it.
 """
 
 import json
@@ -140,8 +140,8 @@ def test_check_vocabulary():
 
 @pytest.mark.parametrize("case", EXPECTED, ids=lambda c: f"{len(c['messages'])}_messages")
 def test_encoded_chats_are_those_of_transformers(bpe, template, case):
-    """Ids of apply_chat_template, and its assistant mask from the template's
-    `generation` tags, which we do not read.
+    """Ids of apply_chat_template, and its assistant mask, which it reads from the
+    `generation` tags of the template and we do not.
     """
     prompt = case["messages"][-1]["role"] == "user"
     ids, trainable = text.encode_chat(bpe, template, case["messages"], add_generation_prompt=prompt)
@@ -150,7 +150,7 @@ def test_encoded_chats_are_those_of_transformers(bpe, template, case):
     assert [int(t) for t in trainable] == case["assistant"]
 
 
-def test_what_the_assistant_wrote_is_never_joined_with_its_prompt(bpe):
+def test_tokens_never_join_the_assistants_text_with_its_prompt(bpe):
     template = (
         "{% for m in messages %}{% if m.role == 'assistant' %}two plu{{ m.content }}<|end|>{% else %}{{ m.content }} {% endif %}"
         "{% endfor %}{% if add_generation_prompt %}two plu{% endif %}"
@@ -187,8 +187,8 @@ NORMALIZERS = {  # and how a question writes <|end|> through it
 
 
 def with_normalizer(folder, parts, normalized=True, model=None):
-    """The small tokenizer, whose added tokens are looked for in what these normalizers
-    make of a text.
+    """Make the small tokenizer match its added tokens in the output of these
+    normalizers.
     """
     folder.mkdir()
     for name in ("tokenizer_config.json", "generation_config.json"):
@@ -228,7 +228,9 @@ def test_text_from_outside_cannot_write_special_tokens_through_a_normalizer(tmp_
 
 @pytest.mark.parametrize("normalized", [True, False])
 def test_a_model_of_words_cannot_be_told_to_write_special_tokens(tmp_path, template, normalized):
-    """Its vocabulary has them as pieces, so plain characters come out as them too."""
+    """Its vocabulary has them as pieces, so plain characters would also be encoded as
+    them.
+    """
     source = json.loads((CHAT / "tokenizer.json").read_text())
     texts = ["<|pad|>", "<|start|>", "<|end|>", "<unk>", *map(chr, range(32, 127)), "\n"]
     pieces = [[piece, -1.0 if i < 3 else -5.0] for i, piece in enumerate(texts)]
@@ -241,7 +243,7 @@ def test_a_model_of_words_cannot_be_told_to_write_special_tokens(tmp_path, templ
     assert "".join(map(tokenizer.token_text, ids)) == "a<|end|>b<|end|>c"
     ids, _ = text.encode_chat(tokenizer, template, [Message("user", question), Message("assistant", "ok")])
     assert (ids.count(START), ids.count(END)) == (2, 2)
-    assert tokenizer.encode("é", added=False) == [3]  # what it does not know, as before
+    assert tokenizer.encode("é", added=False) == [3]  # the unknown token, as before
     ids, _ = text.encode_chat(tokenizer, template, [Message("user", "é")])
     assert ids == tokenizer.encode(text.render(template, [Message("user", "é")], False))
 
@@ -340,8 +342,8 @@ def test_chat_format(bpe, template):
 
 
 def test_chat_format_ends_with_the_token_that_the_template_ends_a_turn_with(bpe, template):
-    """Llama and Qwen list several eos tokens; the first is not always the one of a
-    turn.
+    """Llama and Qwen list several eos tokens; the first is not always the one that ends
+    a turn.
     """
     form = text.chat(bpe._replace(eos_ids=(0, END)), template)
     assert form.demonstration(Task("two?", "2", solution="two"))[0][-1] == END

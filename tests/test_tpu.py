@@ -1,9 +1,8 @@
 """Programs for TPUs, compiled here without one: the train step and the sampler on eight
 chips of a v5e and of a v6e.
 
-Skipped without libtpu, which is the compiler: pip install 'jaxreason[tpu]'. What
-compiles has passed every check of shapes, layouts and memory that the compiler makes;
-it has not run.
+Skipped without libtpu, the compiler: pip install 'jaxreason[tpu]'. A compiled program
+has passed all the compiler's checks of shapes, layouts and memory; it has not run.
 """
 
 import dataclasses

@@ -1,5 +1,5 @@
-"""The loop: a run that is cut off and started again ends as if it had not been; what it
-writes; controls.
+"""The loop: a run that is stopped and started again ends as if uninterrupted; the files
+that it writes; controls.
 """
 
 import json
@@ -25,7 +25,7 @@ FEW = {
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run that nothing interrupts."""
+    """Make the uninterrupted run."""
     workdir = tmp_path_factory.mktemp("whole")
     return workdir, run_config(load_config("tiny", "smoke", **FEW), workdir)
 
@@ -53,8 +53,8 @@ def test_cut_off_and_started_again_is_uninterrupted(tmp_path, monkeypatch, whole
 
 @pytest.mark.process
 def test_sampling_one_step_ahead_on_devices_of_its_own_is_sampling_in_place(tmp_path, monkeypatch):
-    """The same lag gives the same run, bit for bit, wherever it samples, and cut off
-    with a batch ahead and started again.
+    """The same lag gives the same run, bit for bit, on any devices, also when it is
+    stopped with a batch sampled ahead and started again.
     """
     lagged = FEW | {"rl.objective.name": "dapo", "rl.source.lag": 1, "prior.steps": 30, "rl.steps": 5, "rl.source.problems": 8}
     places = {
@@ -99,12 +99,12 @@ def test_a_reference_policy_in_the_hosts_memory_changes_nothing(tmp_path, monkey
     jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path)[1], params_of(whole[0])[1])
     assert maths(tmp_path) == maths(whole[0])
     assert all(kinds == {memory} for memory, kinds in moves)
-    assert [memory for memory, _ in moves].count("pinned_host") == 2  # as the phase begins, and as it goes on
+    assert [memory for memory, _ in moves].count("pinned_host") == 2  # at the start of the phase, and when it continues
 
 
 def test_a_checkpoint_without_an_item_of_the_hosts_part_is_refused_by_its_name(tmp_path, whole):
-    """Before anything else of it is read: nothing is guessed in its place. All that is
-    demanded is what a run saves.
+    """It is refused before anything else is read, and no value is guessed. Only items
+    that a run saves are demanded.
     """
     made = checkpoint.open_checkpoints(whole[0] / "checkpoints", read_only=True)
     host = made.peek(made.latest())
@@ -130,7 +130,7 @@ def test_a_finished_run_keeps_its_files_in_order(whole):
     assert phases == [("start", 0), ("prior", 3), ("rl", 5), ("rl", 7)]
     on_policy = [line for line in read_lines(workdir / "metrics.jsonl") if "rollout/logp_gap" in line]
     assert len(on_policy) == 4
-    for line in on_policy:  # sampler and learner agree on what was sampled, and the ratio of the on-policy update is one
+    for line in on_policy:  # sampler and learner agree, so the ratio of the on-policy update is 1
         assert line["rollout/logp_gap"] < 1e-5
         assert line["rollout/kl_sampler_learner"] < 1e-8
     assert on_policy[0]["train/kl"] == pytest.approx(0, abs=1e-7)  # the reference is the policy at the phase's start
@@ -138,7 +138,7 @@ def test_a_finished_run_keeps_its_files_in_order(whole):
 
 
 def run_on(workdir, data: int, fsdp: int):
-    """The rollouts and the params of a run on some devices."""
+    """Return the rollouts and the params of a run on some devices."""
     fields = {"prior.steps": 2, "rl.steps": 2, "rl.microbatches": 1, "prior.microbatches": 1}
     config = load_config("tiny", "smoke", **fields, **{"sharding.mesh.data": data, "sharding.mesh.fsdp": fsdp})
     config.evaluate.suites = {}
@@ -159,8 +159,8 @@ def test_a_whole_run_on_eight_devices_is_the_run_on_one(tmp_path, on_one_device,
 
 
 def test_a_run_that_diverges_stops_and_says_so(tmp_path):
-    """Huge steps make the loss NaN; what was there before is kept, and the message is
-    one line.
+    """Huge steps make the loss NaN; earlier files are kept, and the message is one
+    line.
     """
     config = load_config("tiny", "smoke", **{"prior.steps": 8, "prior.max_skipped": 3, "prior.log_every": 1})
     config.prior.optimizer = {"name": "sgd", "lr": 1e17, "clip_norm": None}
@@ -192,7 +192,7 @@ def test_random_reward_control_pays_as_many_but_not_the_right_ones(tmp_path):
 
 
 def test_params_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
-    """Fewer steps than it takes to stop a run whose gradients are NaN."""
+    """Use fewer steps than it takes to stop a run with NaN gradients."""
     from jaxreason.build import run as build_
 
     config = load_config("tiny", "smoke", **{"checkpoint.every_steps": 1})

@@ -1,5 +1,5 @@
-"""A verifier that misbehaves costs its attempt the reward, is named, counted, and in
-the end stops the run with one line.
+"""A verifier that misbehaves costs its attempt the reward, is named and counted, and
+finally stops the run with one line.
 """
 
 import itertools
@@ -130,15 +130,15 @@ def test_a_broken_verifier_stops_the_collection(made):
         t.roll(*made, t.make_requests(9, 3), single_turn(lambda *_: None))
 
 
-def test_what_a_model_wrote_never_stops_the_run(made):
-    """Children that crash or time out say nothing of the verifier."""
+def test_timeouts_of_the_verifiers_children_never_stop_the_run(made):
+    """A child that crashes or times out is no sign of a broken verifier."""
     rollouts = t.roll(*made, t.make_requests(9, 3), single_turn(lambda *_: Verdict(0.0, False, None, "timeout")))
     assert sources.measure(grouped(rollouts, 3))["rollout/verifier_timeouts"] == (27.0, 27.0)
 
 
 @pytest.fixture
 def hung(monkeypatch):
-    """A verifier that hangs at problem 3 while time, which is made here, passes for it
+    """Make a verifier that hangs at problem 3, while a simulated clock advances for it
     alone.
     """
     released, others = threading.Event(), itertools.count()
@@ -175,8 +175,8 @@ def test_a_verifier_that_hangs_is_given_up_and_the_run_goes_on(made, hung):
 
 
 def test_more_hang_than_there_are_threads(made, monkeypatch):
-    """Each thread that is given up is replaced: else the ninth verdict would wait for
-    ever.
+    """Each abandoned thread is replaced; otherwise the ninth verdict would wait
+    forever.
     """
     monkeypatch.setattr(rollout, "TICK_S", 0.01)
     monkeypatch.setattr(environment, "IN_A_ROW", 100)

@@ -1,4 +1,4 @@
-"""Verifiers: right is right, wrong is wrong, and no text raises, hangs or outlives its
+"""Verifiers: right is right, wrong is wrong, and no text raises, hangs or exceeds its
 limits.
 """
 
@@ -306,7 +306,7 @@ def test_pool_limits_memory():
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="reads /proc")
 def test_child_is_light(math):
-    """It imports neither jax nor this package: else each child would cost seconds and
+    """It imports neither jax nor this package, which would cost each child seconds and
     gigabytes.
     """
     math("1", one("1"))

@@ -25,7 +25,9 @@ CHECKPOINTS = ["llama", "llama_linear", "llama_yarn", "qwen2", "qwen3"]
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A copy of a golden checkpoint to spoil, and how to rewrite its tensors."""
+    """Make a copy of a golden checkpoint to spoil, and a function that rewrites its
+    tensors.
+    """
     folder = tmp_path / "checkpoint"
     shutil.copytree(GOLDEN / "qwen3", folder)
 
@@ -60,7 +62,9 @@ def test_logits_are_those_of_transformers(name):
     ],
 )
 def test_a_wrong_number_shows_in_the_golden_logits(name, wrong):
-    """What the test above would catch: each of these has been a bug in some loader."""
+    """Check that the test above would catch these: each has been a bug in some
+    loader.
+    """
     config, params = weights.load(GOLDEN / name, **wrong)
     expected = np.load(GOLDEN / name / "expected.npz")
     assert np.abs(logits(config, params, expected["tokens"]) - expected["logits"]).max() > 1e-2
@@ -114,7 +118,7 @@ def test_both_forms_of_rope_are_read():
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor got 0.5"),
     ],
 )
-def test_what_the_block_cannot_compute_is_refused(change, message):
+def test_models_that_the_block_cannot_compute_are_refused(change, message):
     c = json.loads((GOLDEN / "qwen3" / "config.json").read_text())
     with pytest.raises(ValueError, match=message):
         from_hf(c | change)
@@ -272,7 +276,7 @@ def test_host_memory_of_loading_is_below_one_copy(tmp_path):
     assert leaves(loaded)["layers.mlp.up.kernel"].nbytes < peak < 0.8 * total
 
 
-# ------------------------------------------------------------------------------------------------ what does not fit
+# ------------------------------------------------------------------------------------------------ weights that do not fit
 
 
 def test_a_missing_tensor_is_named(checkpoint):

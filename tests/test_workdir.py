@@ -1,4 +1,4 @@
-"""The folder of a run: who may go on in it, with which config, and how a run that is
+"""The folder of a run: who may continue in it, with which config, and how a run that is
 asked to stop ends.
 """
 
@@ -24,7 +24,7 @@ from jaxreason.runtime import log as run_log
 
 @pytest.fixture
 def folder(tmp_path):
-    """The folder of a run that was stopped at step 40."""
+    """Make the folder of a run that was stopped at step 40."""
     (tmp_path / "config.json").write_text(config_text(load_config("tiny", "smoke")))
     (tmp_path / "checkpoints" / "40").mkdir(parents=True)
     return tmp_path
@@ -60,8 +60,8 @@ def test_a_change_of_the_maths_is_refused_unless_accepted(folder, field):
 
 
 def test_fewer_steps_than_a_run_has_made_are_refused(folder):
-    """Where it seemed that the disk was full, after the sampler was compiled and the
-    new config written.
+    """This used to look like a full disk, after the sampler was compiled and the new
+    config written.
     """
     for item, name, text in (("host", "metadata", '{"host": {}}'), ("state", "_METADATA", "{}")):
         (folder / "checkpoints" / "40" / item).mkdir()
@@ -110,7 +110,9 @@ sys.stdin.read()
 
 @pytest.mark.parametrize("clock", ["runs", "goes back", "stands still"])
 def test_a_lock_of_another_host_is_watched(tmp_path, monkeypatch, clock):
-    """It is alive if its lock is touched, at whatever time it believes that to be."""
+    """Its run is alive if the lock is touched, whatever time that host's clock
+    shows.
+    """
     monkeypatch.setattr(workdir, "BEAT_S", 0.2)
     (tmp_path / "lock").write_text("host elsewhere, pid 7, since 2026-01-01 00:00:00\n")
     alive, ended = clock != "stands still", threading.Event()
@@ -137,8 +139,8 @@ def test_a_lock_of_another_host_is_watched(tmp_path, monkeypatch, clock):
 
 @pytest.mark.process
 def test_a_clock_that_is_set_back_changes_nothing(tmp_path, monkeypatch):
-    """An hour at every line of metrics, in the run that is killed and in the one that
-    goes on; files are as old as it said.
+    """The clock goes back an hour at every line of metrics, in the killed run and in
+    its continuation; files have the times that it gave.
     """
     config = load_config("tiny", "smoke", **{"phases": ("prior",), "prior.steps": 8, "prior.log_every": 1})
     config.evaluate.suites, config.checkpoint.every_steps = {}, 2
@@ -248,7 +250,9 @@ def await_step(process, folder, step, timeout_s=240):
 
 @pytest.mark.process
 def test_sigterm_and_ctrl_c_save_and_end_and_the_run_goes_on_as_if_nothing_had_been(tmp_path):
-    """Stopped twice in the middle of a line of metrics that sums seven steps."""
+    """The run is stopped twice in the middle of a line of metrics that sums seven
+    steps.
+    """
     stopped = tmp_path / "stopped"
     for step, number, code, name in ((60, signal.SIGTERM, 0, "SIGTERM"), (200, signal.SIGINT, 130, "Ctrl-C")):
         process = begin(stopped)
@@ -321,8 +325,8 @@ def test_the_maintenance_notice_of_a_cloud_tpu_is_heard(monkeypatch):
 
 @pytest.mark.process
 def test_a_disk_that_is_full_fails_a_save_and_not_the_run(tmp_path):
-    """A limit on the size of files stands for a full disk: it is lifted after two saves
-    have failed.
+    """A limit on file sizes simulates a full disk; it is lifted after two failed
+    saves.
     """
     body = """
 import resource, sys
@@ -399,8 +403,8 @@ def assert_same(folder, whole):
 
 
 def full_at(monkeypatch, owner, name, path, call):
-    """At the call-th call of what writes a file, that may grow by 40 bytes and no more:
-    what is written ends in mid-line.
+    """Simulate a full disk at the call-th call of a function that writes a file: the
+    file may grow by 40 bytes, so the text ends in mid-line.
     """
     write, calls = getattr(owner, name), [0]
 
@@ -408,7 +412,7 @@ def full_at(monkeypatch, owner, name, path, call):
         calls[0] += 1
         if calls[0] != call:
             return write(*args, **kwargs)
-        size = path.stat().st_size if path.suffix == ".jsonl" else 0  # what is not added to is written anew
+        size = path.stat().st_size if path.suffix == ".jsonl" else 0  # a file that is not appended to is written anew
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 40, resource.RLIM_INFINITY))
         try:
             return write(*args, **kwargs)
@@ -447,8 +451,8 @@ def test_a_file_that_cannot_be_written_ends_the_run_and_loses_nothing(tmp_path, 
 
 @pytest.mark.process
 def test_checkpoints_that_cannot_be_written_end_a_run_at_its_last_step_and_not_before(tmp_path, monkeypatch, whole):
-    """A file stands where their folder was: from step 4 on no save succeeds, step 7 is
-    the last.
+    """A file replaces their folder: from step 4 on no save succeeds; step 7 is the last
+    step.
     """
     folder, aside, made, said = tmp_path / "checkpoints", tmp_path / "aside", checkpoint.open_checkpoints, []
 

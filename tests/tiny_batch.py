@@ -13,7 +13,7 @@ SPANS = [(3, 12), (2, 7), (5, 6), (1, 12), (4, 9), (2, 3), (6, 11), (3, 8)]
 
 
 def random_batch(seed=0, *, temperature=1.0, rows=B):
-    """A batch as of rollouts: prompts, completions, padding, per-sequence weights,
+    """Make a batch as of rollouts: prompts, completions, padding, per-sequence weights,
     advantages of both signs.
     """
     rng = np.random.default_rng(seed)

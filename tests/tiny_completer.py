@@ -1,8 +1,8 @@
-"""A model of a few thousand parameters, a sampler of it and a completer around it, for
-the tests of all that samples.
+"""A model of a few thousand parameters with a sampler and a completer, for all tests
+that sample.
 
-The padding is 0 everywhere in `jaxreason`; here 0 is the end-of-sequence token too, so
-a length that is inferred is wrong.
+`jaxreason` pads with 0. Here 0 is also the end-of-sequence token, so any code that
+infers a length from padding fails.
 """
 
 import functools
@@ -33,8 +33,8 @@ def encode(text: str) -> list[int]:
 
 @functools.cache
 def make_model(**fields):
-    """`(model, params)`; `params["bias"]` is added to the logits, so that a test says
-    how likely a token is.
+    """Make `(model, params)`; `params["bias"]` is added to the logits, so that a test
+    chooses how likely a token is.
     """
     shape = {"vocab_size": len(ALPHABET), "width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_size": 8, "feed_forward": 32}
     made = transformer(ModelConfig(**shape | fields))
@@ -51,7 +51,7 @@ def make_model(**fields):
 
 
 def biased(params, **bias) -> dict:
-    """The params with the logit of each named token moved: `biased(params, a=2.0,
+    """Shift the logits of the named tokens in params: `biased(params, a=2.0,
     _=-1e9)`.
     """
     return {**params, "bias": jnp.zeros(len(ALPHABET)).at[np.array(encode("".join(bias)))].set(np.array([*bias.values()]))}
@@ -72,12 +72,12 @@ def new_completer(
     )
 
 
-make_completer = functools.cache(new_completer)  # shared by all tests: it has no state but what it has compiled
+make_completer = functools.cache(new_completer)  # shared by all tests: its only state is compiled programs
 
 
 def make_requests(problems: int, attempts: int, *, longest: int = 8) -> list[Request]:
-    """`attempts` at each of some problems, with prompts of 1 to `longest` tokens in a
-    scrambled order of lengths.
+    """Make `attempts` at each of some problems, with prompts of 1 to `longest` tokens
+    in a scrambled order of lengths.
     """
     rng = np.random.default_rng(0)
     prompts = [rng.integers(1, len(ALPHABET), 1 + (5 * p) % longest).tolist() for p in range(problems)]
@@ -86,21 +86,21 @@ def make_requests(problems: int, attempts: int, *, longest: int = 8) -> list[Req
 
 
 def verify(text: str, task: Task) -> Verdict:
-    """Right is what has the answer in it, and earns its length: nearly every text gets
-    a verdict of its own.
+    """Accept a text that contains the answer, and reward its length, so that nearly
+    every text gets its own verdict.
     """
     return Verdict(float(len(text)), task.answer in text, text, "found" if task.answer in text else "not found")
 
 
 def roll(completer, params, requests, environment, *, key=0, temperature=1.0, **more):
-    """The rollouts of `collect`, without its costs."""
+    """Return the rollouts of `collect`, without its costs."""
     weights = completer.sampler.prepare(params)
     return collect(completer, weights, requests, environment, key=jax.random.key(key), temperature=temperature, **more)[0]
 
 
 @functools.cache
 def logits(model):
-    """`logits(params, tokens_BT) -> logits_BTV`, jitted, of whole rows without a
+    """Make `logits(params, tokens_BT) -> logits_BTV`, jitted, of whole rows without a
     cache.
     """
 
@@ -116,14 +116,16 @@ LONGEST = 48  # tokens in a row of `rescore`: one shape, whatever the rollouts
 
 
 def rescore(model, params, rollouts) -> tuple:
-    """The batch of some rollouts and its log-probs as the learner takes them."""
+    """Return the batch of some rollouts, and its log-probs as the learner computes
+    them.
+    """
     batch = from_groups([Group((r,)) for r in rollouts], dapo(), buckets=(LONGEST,), limit=LONGEST)
     return batch, np.asarray(token_logp(model)(params, batch))
 
 
 def largest_gap(model, params, rollouts) -> float:
-    """By how much the sampler's log-prob of a sampled token differs from the learner's,
-    at most.
+    """Return the largest difference between the sampler's and the learner's log-prob of
+    a sampled token.
     """
     _, logp_BT = rescore(model, params, rollouts)
     gaps = [
@@ -134,7 +136,7 @@ def largest_gap(model, params, rollouts) -> float:
 
 
 def assert_same(got, expected, atol=1e-5):
-    """The same rollouts, whatever their order."""
+    """Assert that two lists hold the same rollouts, in any order."""
     by_name = {(r.problem, r.attempt): r for r in got}
     assert len(by_name) == len(got) == len(expected)
     for want in expected:

@@ -1,3 +1,3 @@
-"""Benchmarks, one JSON line a measurement: `python -m jaxreason.bench sampler
---config=...`. Tests never depend on speed.
+"""Benchmarks that print one JSON line per measurement: `python -m jaxreason.bench
+sampler --config=...`. No test depends on speed.
 """

@@ -1,4 +1,4 @@
-"""The entry point of the benchmarks: the first word says which, the rest are its flags;
+"""Entry point of the benchmarks: the first argument names one, the rest are its flags;
 `--help` lists them.
 """
 
@@ -15,7 +15,9 @@ BENCHMARKS = {name: f"jaxreason.bench.{name}" for name in ("sampler", "learner",
 
 
 def help() -> str:
-    """Return one line per benchmark, from its docstring; nothing is imported."""
+    """Return one line per benchmark: the first sentence of its module docstring.
+    Nothing is imported.
+    """
     lines = ["python -m jaxreason.bench NAME [flags], one of:", ""]
     for name, module in BENCHMARKS.items():
         doc = ast.get_docstring(ast.parse(Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8"))) or ""

@@ -1,34 +1,21 @@
-"""Two choices of the sampler's cache, timed against what they were chosen over: how a
-step writes it, and who reads a prompt.
+"""Time two choices of the sampler's cache against their alternatives: how a decode step
+writes keys and values, and how attempts read their prompt.
 
     python -m jaxreason.bench cache --cores=1
 
-write: each slot's keys and values go to the slot's own column (`layers.write`), against
-one column for all slots, which would need a position for every column and lose those of
-a slot that waits, against writing all columns through a mask.
+write: each slot writes its keys and values at its own position (`layers.write`).
+Alternatives: one common position for all slots, which would need a position id per
+cache entry and would waste entries of slots that wait; and a write of the whole cache
+through a mask.
 
-prefix: each attempt reads its own copy of its prompt's keys and values, against the
-attempts at a problem reading them once, as rows of one matrix product, and the two
-softmaxes, over the prompt and over what was sampled, merged by their sums.
+prefix: each attempt reads its own copy of its prompt's keys and values, or all attempts
+at a problem read one copy, as rows of one matrix product, and the two softmaxes, over
+the prompt and over the sampled tokens, are merged by their sums.
 
-Found (2026-11-24, one EPYC core, float32, jax 0.10.2, SmolLM2-135M's shape, all 30
-layers; ms a decode step, one run of each):
-
-    write and attend, slots x columns   16 x 128   16 x 512   64 x 128   64 x 512
-    own columns (used)                       8.8         49         33        181
-    common column                            8.2         35         30        222
-    mask                                     7.6         31         33        205
-
-    prompt of (8 attempts, 128 of own)   64    256   1024   |   64    256   1024
-                                         16 slots               64 slots
-    a copy each (used)                 12.1   27.0    121     59.6    153    666
-    once a group                        8.8   11.6     26     32.8     54    108
-
-No way to write is the faster one at every shape (this was not repeated), so each slot
-keeps its own columns. Reading a prompt once a group saves 3 to 15 ms of the 80 to 120
-ms of a step of 16 slots with prompts of 64 to 256 tokens, and most of it with prompts
-of 1024. The sampler does so since 2026-11-26: by rows of prompts that slots point to,
-so that attempts of one group need not stand side by side (`model.cache.Members`).
+Found 2026-11-24: no way to write is fastest at every shape, so each slot keeps its own
+position; reading a prompt once per group is faster with every prompt, and the sampler
+has done so since 2026-11-26, by rows of prompts that slots point to
+(`model.cache.Members`). Figures: jaxreason/bench/README.md.
 """
 
 from __future__ import annotations
@@ -41,11 +28,13 @@ from absl import app, flags, logging
 from jaxreason.bench import machine
 
 FLAGS = flags.FLAGS
-STEPS = 8  # a timed program takes
+STEPS = 8  # decode steps per timed call
 
 
 def writes() -> dict:
-    """Forms of `write(cache, k_BTKH, v_BTKH, position_BT)` of one token a slot."""
+    """Return the alternatives of `write(cache, k_BTKH, v_BTKH, position_BT)` by name,
+    for one token per slot.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -69,10 +58,11 @@ def writes() -> dict:
 
 
 def attend_shared(q_BTNH, prompt: dict, own: dict, visible_P, visible_BTC):
-    """Attend to the prompt of each problem once for its G attempts, B = P x G in order,
-    and to each attempt's own columns.
+    """Attend to the prompt of each problem once for its G attempts (rows B = P x G, in
+    order), and to each attempt's own cache.
 
-    `prompt` is a cache of P rows, of which `visible_P` columns count.
+    `prompt` is a cache of P rows; `visible_P` is the number of its positions that
+    count.
     """
     import jax.numpy as jnp
 
@@ -98,7 +88,7 @@ def attend_shared(q_BTNH, prompt: dict, own: dict, visible_P, visible_BTC):
 
 
 def bench(cores: int) -> None:
-    """Measure and print."""
+    """Measure both choices and print the times."""
     import jax
     import jax.numpy as jnp
 
@@ -112,7 +102,9 @@ def bench(cores: int) -> None:
         return 1e3 * statistics.median(machine.seconds(lambda: jax.block_until_ready(program(*arguments)))) / STEPS
 
     def over_layers(of_layer):
-        """A program of STEPS steps over all layers' caches, which it keeps."""
+        """Compile a program that runs STEPS decode steps over the caches of all
+        layers.
+        """
 
         @jax.jit
         def program(q_BTNH, caches):
@@ -164,12 +156,12 @@ def bench(cores: int) -> None:
 def main(argv) -> None:
     logging.set_verbosity(logging.WARNING)
     if len(argv) > 1:
-        sys.exit(f"error: got the words {argv[1:]}; allowed: flags, see --help")
+        sys.exit(f"error: got the arguments {argv[1:]}; allowed: flags, see --help")
     bench(machine.pin(FLAGS.cores))
 
 
 def run() -> None:
-    """Read flags, measure, print."""
+    """Define the flags and run the benchmark."""
     flags.DEFINE_integer("layers", 30, "Layers; the default shape is SmolLM2-135M's.", lower_bound=1)
     flags.DEFINE_integer("heads", 9, "Query heads.", lower_bound=1)
     flags.DEFINE_integer("kv_heads", 3, "Key heads.", lower_bound=1)

@@ -1,4 +1,4 @@
-r"""Measure the learner and its fraction of the machine's matrix products; with
+r"""Measure the learner and its fraction of the machine's matrix-product rate; with
 sampling, a whole RL step.
 
     python -m jaxreason.bench learner --config=configs/tiny.py \
@@ -7,16 +7,17 @@ sampling, a whole RL step.
         --config.model.dtype=float32 --config.model.remat=none \
         --prompts=2 --group=4 --prompt_tokens=64 --tokens=64
 
-Work is that of `bench sampler`. `learner` trains on random tokens, `step` on sampled
-ones; both with the objective, the optimizer and the micro-batches of the config's last
-phase, which `--kl` and `--microbatches` replace. A reference policy is scored if there
-is a KL coefficient. An update ends when the new params are there.
+The flags that define the work are those of `bench sampler`. `learner` trains on random
+tokens, `step` on sampled ones. Objective, optimizer and micro-batches come from the
+last phase of the config; `--kl` and `--microbatches` replace two of its fields. A
+reference policy is scored if there is a KL coefficient. An update ends when the new
+params are ready.
 
-The floor is the time of the matrix products that cannot be left out, at the best rate
-measured here: forward, and twice that backward; logits of trained tokens only, prompts
-as often as they stand in the batch (`--rollouts_per_prompt`). Norms, softmax,
-rotations, the optimizer and padding are above it. Tokens a second count every rollout
-with its prompt.
+The floor is the time of the unavoidable matrix products at the best rate measured here:
+one forward pass, and two more for the backward pass; logits of trained tokens only;
+prompts as often as the batch holds them (`--rollouts_per_prompt`). Norms, softmax,
+rotations, the optimizer and padding are not in the floor. Tokens per second count every
+rollout with its prompt.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ FLAGS = flags.FLAGS
 
 
 def random_groups(wanted, vocab_size: int):
-    """Groups as if sampled: `--tokens` random tokens per rollout, or with
-    `--work=natural` a random number of them.
+    """Make groups as if they had been sampled: `--tokens` random tokens per rollout, or
+    with `--work=natural` a random number of them.
     """
     import numpy as np
 
@@ -66,8 +67,8 @@ def random_groups(wanted, vocab_size: int):
 
 
 def paid_alternately(group):
-    """A group of which every other attempt earned 1, so that there is something to
-    learn.
+    """Give every other attempt of a group a reward of 1, so that gradients are not
+    zero.
     """
     from jaxreason.types import Group, Verdict
 
@@ -75,7 +76,7 @@ def paid_alternately(group):
 
 
 def bench(cores: int, whole: bool) -> None:
-    """Measure and print."""
+    """Measure the learner (with `whole`, also sampling) and print the times."""
     import jax
 
     from jaxreason import batching, learner, objectives, optimizer, sharding
@@ -85,7 +86,7 @@ def bench(cores: int, whole: bool) -> None:
     from jaxreason.options import call_with_section
     from jaxreason.runtime import ledger, memory
 
-    memory.give_back()  # as `main` does
+    memory.give_back()  # as `jaxreason.main` does
     model, params, completer, wanted = sampling.make_work()
     c, config = model.config, FLAGS.config.to_dict()
     phase = config[config["phases"][-1]]
@@ -162,7 +163,7 @@ def bench(cores: int, whole: bool) -> None:
 
 
 def run(whole: bool = False) -> None:
-    """Read flags, measure, print."""
+    """Define the flags and run the benchmark."""
     sampling.define_flags()
     flags.DEFINE_float("kl", None, "KL coefficient, in the place of the config's.", lower_bound=0.0)
     flags.DEFINE_integer("microbatches", 0, "0: those of the config.", lower_bound=0)
@@ -174,7 +175,7 @@ def run(whole: bool = False) -> None:
     def main(argv) -> None:
         logging.set_verbosity(logging.WARNING)
         if len(argv) > 1 or FLAGS.config is None:
-            sys.exit(f"error: got the words {argv[1:]}; needed: --config=FILE, for example --config=configs/tiny.py")
+            sys.exit(f"error: got the arguments {argv[1:]}; needed: --config=FILE, for example --config=configs/tiny.py")
         cores = machine.pin(FLAGS.cores)
         try:
             bench(cores, whole)

@@ -1,28 +1,19 @@
-r"""Would guessing from the text so far pay? Speculative decoding without a draft model
-(prompt look-up, Saxena 2023; Yang et al. 2023, arXiv 2304.04487): the tokens that
-followed the last occurrence of the last few are proposed, all are checked in one step.
+r"""Test whether guessing tokens from the text so far would speed up sampling. This is
+speculative decoding without a draft model (prompt look-up, Saxena 2023; Yang et al.
+2023, arXiv 2304.04487): a step proposes the tokens that followed the last occurrence of
+the last few, and checks all of them at once.
 
     python -m jaxreason.bench lookup --config=configs/gsm8k.py:model=FOLDER \
         --config.model.dtype=float32 --rollouts=RUN/rollouts.jsonl
 
-A sample's noise belongs to its position, so the text is the same with and without
-guessing: a guess is right if it equals the token that was sampled. So real rollouts say
-exactly how many tokens a step would have given, and a step over k + 1 tokens in each
-slot, timed, says what it costs. Guessing pays where the first is more than the second.
+The random noise of a sample belongs to its position, so the text is the same with and
+without guessing, and a guess is right if it equals the token that was sampled. Recorded
+rollouts therefore say exactly how many tokens a step would give. The cost is the timed
+step over k + 1 tokens in each slot. Guessing pays where the gain exceeds the cost.
 
-Found (2026-11-24, one EPYC core, float32, jax 0.10.2; 192 rollouts of
-SmolLM2-135M-Instruct on GSM8K at temperature 0.7, 32,008 tokens): one, three or seven
-guesses give 1.30, 1.49 or 1.58 tokens a step. What that makes of the speed, sampling
-included:
-
-    guesses   1 slot   4 slots   16 slots   64 slots
-          1     1.24      1.29       0.90       0.83
-          3     1.13      1.06       0.65       0.54
-          7     1.10      0.76       0.39       0.28
-
-It pays with 1 and 4 slots, where a step waits for the weights, and not with 16 or 64.
-RL samples with as many or more, so the sampler has none of it. An accelerator may wait
-for the weights up to more slots: not measured.
+Found 2026-11-24: guessing pays with 1 and 4 slots, where a step waits for the weights,
+and not with 16 or 64, so the sampler does not guess. Figures:
+jaxreason/bench/README.md.
 """
 
 from __future__ import annotations
@@ -42,18 +33,18 @@ from jaxreason.options import command
 FLAGS = flags.FLAGS
 
 
-NGRAMS = (3, 2)  # the longest that has an earlier occurrence is taken
+NGRAMS = (3, 2)  # lengths to look up; the longest with an earlier occurrence is used
 
 
 def steps_with_lookup(prompt: Sequence[int], completion: Sequence[int], guesses: int, ngrams: Sequence[int] = NGRAMS) -> int:
-    """Count the decode steps that a completion takes if each step checks up to
-    `guesses` tokens looked up in the text before.
+    """Count the decode steps of a completion if each step checks up to `guesses` tokens
+    that were looked up in the text before it.
     """
     tokens = [*prompt, *completion]
     follows: dict[tuple, int] = {}  # an n-gram -> where its last occurrence ends
     known, at, steps = 0, len(prompt), 0
     while at < len(tokens):
-        for end in range(known + 1, at):  # the n-gram that ends the text is left out: nothing follows it yet
+        for end in range(known + 1, at):  # not the n-gram at the end of the text: nothing follows it yet
             for n in ngrams:
                 if end >= n:
                     follows[tuple(tokens[end - n : end])] = end
@@ -61,8 +52,8 @@ def steps_with_lookup(prompt: Sequence[int], completion: Sequence[int], guesses:
         start = next((follows[g] for n in ngrams if at >= n and (g := tuple(tokens[at - n : at])) in follows), None)
         right = 0
         if start is not None:
-            # A guess may reach into what it itself proposes: a loop is guessed to go
-            # on.
+            # A guess may run into its own tokens: a repeated span is guessed to repeat
+            # again.
             guess = tokens[start:at]
             while right < guesses and at + right < len(tokens) and guess[right % len(guess)] == tokens[at + right]:
                 right += 1
@@ -72,8 +63,8 @@ def steps_with_lookup(prompt: Sequence[int], completion: Sequence[int], guesses:
 
 
 def time_step(model, weights, slots: int, tokens: int, columns: int, repeats: int) -> float:
-    """Median seconds of a decode step that feeds `tokens` tokens in each slot and
-    samples after each of them.
+    """Return the median seconds of a decode step that feeds `tokens` tokens in each
+    slot and samples after each of them.
     """
     import jax
     import jax.numpy as jnp
@@ -99,7 +90,7 @@ def time_step(model, weights, slots: int, tokens: int, columns: int, repeats: in
 
 
 def bench(cores: int) -> None:
-    """Measure and print."""
+    """Measure gain and cost of guessing and print them."""
     import jax
 
     from jaxreason import build, sharding
@@ -133,7 +124,7 @@ def bench(cores: int) -> None:
 def main(argv) -> None:
     logging.set_verbosity(logging.WARNING)
     if len(argv) > 1 or FLAGS.config is None or FLAGS.rollouts is None:
-        sys.exit(f"error: got the words {argv[1:]}; needed: --config=FILE --rollouts=FILE")
+        sys.exit(f"error: got the arguments {argv[1:]}; needed: --config=FILE --rollouts=FILE")
     cores = machine.pin(FLAGS.cores)
     try:
         bench(cores)
@@ -142,8 +133,8 @@ def main(argv) -> None:
 
 
 def run() -> None:
-    """Read flags, measure, print. They are defined here, since main.py has flags of the
-    same names.
+    """Define the flags and run the benchmark. Not at import: main.py defines flags of
+    the same names.
     """
     command.define("As of jaxreason.main; its model and its tokenizer are used.")
     flags.DEFINE_string("rollouts", None, "JSONL file with the fields 'prompt' and 'text', as a run writes it.")

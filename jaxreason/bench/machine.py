@@ -1,4 +1,4 @@
-"""Measure the best rates of this machine, and print measurements."""
+"""Best rates of this machine, and the printer of measurements."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from typing import NamedTuple
 
 
 class Ceiling(NamedTuple):
-    """Rates that nothing on this machine exceeds."""
+    """Best measured rates of this machine."""
 
     flops_per_s: float  # matrix products
     bytes_per_s: float  # reading memory
 
 
 def pin(cores: int) -> int:
-    """Bind this process to its first `cores` cores (0: all it may use) and return how
-    many. Call before jax is imported.
+    """Bind this process to its first `cores` cores (0: all that it may use) and return
+    how many it got. Call before jax is imported.
     """
     mine = sorted(os.sched_getaffinity(0))
     count = min(cores or len(mine), len(mine))
     os.sched_setaffinity(0, mine[:count])
-    if count == 1:  # XLA's pool is as wide as the machine, not as wide as the process may be
+    if count == 1:  # XLA's thread pool has a thread per core of the machine, not of this process
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
     return count
 
 
 def seconds(function: Callable, repeats: int = 5, warmup: int = 1) -> list[float]:
-    """Times of `function()`, which waits for what it starts, rising."""
+    """Return the sorted times of `function()`, which must block until its work is
+    done.
+    """
     for _ in range(warmup):
         function()
     times = []
@@ -44,15 +46,15 @@ def seconds(function: Callable, repeats: int = 5, warmup: int = 1) -> list[float
 
 
 def measure(shapes: Sequence[tuple[int, int, int]], dtype: str) -> Ceiling:
-    """Measure the rate of matrix products, the best of a square one and of `shapes`
-    (rows, inputs, outputs), and of reading.
+    """Measure the rates of matrix products and of reading memory. Products are a square
+    one and `shapes` (rows, inputs, outputs); the best rate counts.
     """
     import jax
     import jax.numpy as jnp
 
     big = 2048 if jax.default_backend() == "cpu" else 8192
     best = 0.0
-    products = [jax.jit(jnp.matmul), jax.jit(lambda x, w: jnp.matmul(w.T, x.T))]  # either factor may be the wide one
+    products = [jax.jit(jnp.matmul), jax.jit(lambda x, w: jnp.matmul(w.T, x.T))]  # the weights on the right, or on the left
     for rows, inputs, outputs in [(big, big, big), *shapes]:
         x = jnp.full((rows, inputs), 0.5, dtype)
         w = jnp.full((inputs, outputs), 0.5, dtype)
@@ -68,9 +70,9 @@ def measure(shapes: Sequence[tuple[int, int, int]], dtype: str) -> Ceiling:
     numbers = jnp.ones((64 if big == 2048 else 512) * 2**20, jnp.float32)
     total, copied = jax.jit(jnp.sum), jax.jit(lambda x: x + 1)
     read = numbers.nbytes / statistics.median(seconds(lambda: total(numbers).block_until_ready()))
-    # A GPU adds up more slowly than it copies, which reads and writes.
+    # A GPU sums more slowly than it copies; a copy reads and writes.
     read = max(read, 2 * numbers.nbytes / statistics.median(seconds(lambda: copied(numbers).block_until_ready())))
-    if big == 2048:  # XLA sums on one core and slowly; a dot product reads as fast as the memory gives
+    if big == 2048:  # XLA sums slowly, on one core; NumPy's dot product is limited by memory alone
         import numpy as np
 
         a, b = np.ones(64 * 2**20, np.float32), np.ones(64 * 2**20, np.float32)
@@ -79,7 +81,7 @@ def measure(shapes: Sequence[tuple[int, int, int]], dtype: str) -> Ceiling:
 
 
 def peak_bytes() -> int:
-    """The most memory that was in use: of the device, or of this process where the
+    """Return the peak memory in bytes: of the device, or of this process where the
     device is the host.
     """
     import jax
@@ -93,8 +95,8 @@ def peak_bytes() -> int:
 
 
 def printer(work: str, cores: int) -> Callable:
-    """Make `show(what, values, unit, **more)`, which prints the median of some values
-    as one JSON line.
+    """Make `show(what, values, unit, **more)`, which prints the median of `values` as
+    one JSON line.
     """
     import jax
 

@@ -6,16 +6,17 @@ r"""Measure the sampler and its fraction of the machine's roofline.
         --config.model.dtype=float32 --work=natural --questions=QUESTIONS.jsonl \
         --prompts=8 --group=8 --slots=16 --tokens=256 --prompt_tokens=256
 
-`exact`: every rollout is exactly `prompt_tokens` random digits and `tokens` sampled
-ones. `natural`: until the model ends it or `tokens`; prompts are questions of a JSONL
-file if there is one. A batch ends with all text on the host. Weights are in the
-sampler's layout beforehand; making it, once an update, is a line of its own.
+`--work=exact`: every rollout has exactly `prompt_tokens` random digits and `tokens`
+sampled tokens. `--work=natural`: a rollout ends at the model's end-of-sequence token or
+after `tokens` tokens. `--questions` replaces the random prompts by the questions of a
+JSONL file. A batch ends when all text is on the host. The weights are already in the
+sampler's layout; making that layout, once per update, is timed separately.
 
-The floor is a time: what the machine's measured rates leave if nothing is lost. "2N"
-counts two FLOPs for each matrix weight and generated token; "full" also the attention
-over what stands before each token, and the prefill, with prompts computed and read once
-for their group as they are here, or ("unshared") one by one as others do. Each is the
-longer of computing and reading memory.
+A floor is the least possible time at the machine's measured rates: the longer of
+computing and reading memory. "2N" counts two FLOPs per matrix weight and generated
+token. "full" adds attention over earlier positions, and prefill, with each prompt
+computed and read once per group, as this sampler does. "full, unshared" computes and
+reads the prompt once per attempt, as other samplers do.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ STARTED_S = time.perf_counter()
 
 
 class Cost(NamedTuple):
-    """FLOPs and bytes that some work needs at least."""
+    """Least FLOPs and bytes of some work."""
 
     flops: float
     bytes: float
@@ -55,17 +56,17 @@ class Cost(NamedTuple):
 
 
 def decode_cost(c, groups, slots: int, attention: bool = True, shared: bool = True, itemsize: int = 4) -> Cost:
-    """The least cost of sampling in `slots` slots: `groups` are pairs of (prompt
-    tokens, the tokens sampled in each attempt).
+    """Compute the least cost of sampling in `slots` slots: `groups` are pairs of
+    (prompt tokens, tokens sampled in each attempt).
 
-    Each token: 2 FLOPs a matrix weight; 4 L N H for each position that it attends to,
-    itself included. Each step, of which there are tokens / slots at least: the weights
-    are read once; and each token reads the keys and values before it, but a prompt is
-    read once for all attempts that share it, who all run at a time at best.
+    Each token needs 2 FLOPs per matrix weight, and 4 L N H per position that it attends
+    to, itself included. Each step reads the weights once, and there are at least tokens
+    / slots steps. Each token reads the keys and values before it; a prompt is read once
+    for all attempts that share it, which assumes that they all run at the same time.
     """
     tokens = sum(sum(attempts) for _, attempts in groups)
-    # The first sampled token is predicted from the last of the prompt, which attends to
-    # p positions, the last from p + g - 1.
+    # The first sampled token is predicted at the last prompt position, which attends to
+    # p positions; the last one at a position that attends to p + g - 1.
     own = sum(g * (g - 1) / 2 for _, attempts in groups for g in attempts) if attention else 0
     prompts = sum(p * sum(attempts) for p, attempts in groups) if attention else 0
     once = sum(p * max(attempts) for p, attempts in groups) if attention and shared else prompts
@@ -77,8 +78,8 @@ def decode_cost(c, groups, slots: int, attention: bool = True, shared: bool = Tr
 
 
 def prefill_cost(c, prompts, itemsize: int = 4) -> Cost:
-    """The least cost of the keys and values of prompts of so many tokens, in one pass
-    over the weights; no logits are taken.
+    """Compute the least cost of the keys and values of prompts of these lengths, in one
+    pass over the weights and without logits.
     """
     attended = sum(p * (p + 1) / 2 for p in prompts)
     weights = c.layers * layer_weights(c)
@@ -86,8 +87,8 @@ def prefill_cost(c, prompts, itemsize: int = 4) -> Cost:
 
 
 def floors(c, groups, slots: int, ceiling: machine.Ceiling) -> dict[str, float]:
-    """Seconds that some rollouts take at least, by name; `groups` are those of
-    `decode_cost`.
+    """Return the least seconds of sampling some rollouts, by name of the floor;
+    `groups` are those of `decode_cost`.
     """
 
     def decode(**how):
@@ -106,12 +107,14 @@ def floors(c, groups, slots: int, ceiling: machine.Ceiling) -> dict[str, float]:
 
 
 def lengths_of(groups) -> list[tuple[int, list[int]]]:
-    """The prompt's length and the attempts' of each group."""
+    """Return the prompt's length and the attempts' lengths of each group."""
     return [(len(group.prompt), [len(r.tokens) for r in group.attempts]) for group in groups]
 
 
 def make_work():
-    """Build what is measured: `(model, params, completer, requests)`, params loaded."""
+    """Build `(model, params, completer, requests)` from the flags, with params
+    loaded.
+    """
     import jax
 
     from jaxreason import build, sharding
@@ -152,7 +155,7 @@ def make_work():
 
 
 def batch(completer, weights, wanted, number: int):
-    """Sample the wanted groups once, with a key of this batch's own."""
+    """Sample the wanted groups once, with a random key of its own for each batch."""
     import jax
 
     from jaxreason.environment import single_turn
@@ -164,8 +167,8 @@ def batch(completer, weights, wanted, number: int):
 
 
 def first_batch() -> None:
-    """Print the seconds to this process's first batch: after the params are there, and
-    from its start.
+    """Print the seconds until this process's first batch is done: from loaded params,
+    and from the start of the process.
     """
     from jaxreason.rollout import warm_up
 
@@ -178,8 +181,8 @@ def first_batch() -> None:
 
 
 def in_fresh_processes(show) -> None:
-    """Time first batches with an empty folder of compiled programs, and with what the
-    first process left there.
+    """Time the first batch of a new process with an empty compilation cache, then with
+    the cache that the first process filled.
     """
     with tempfile.TemporaryDirectory() as folder:
         kept = {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
@@ -199,12 +202,12 @@ def in_fresh_processes(show) -> None:
 
 
 def bench(cores: int) -> None:
-    """Measure and print."""
+    """Measure the sampler and print the times."""
     import jax
 
     from jaxreason.runtime import memory
 
-    memory.give_back()  # as `main` does
+    memory.give_back()  # as `jaxreason.main` does
     model, params, completer, wanted = make_work()
     c, slots = model.config, completer.sampler.slots
     lengths = f"{FLAGS.prompt_tokens}+{FLAGS.tokens} tokens, {slots} slots, {c.dtype}"
@@ -245,7 +248,9 @@ def bench(cores: int) -> None:
 
 
 def time_prefill(completer, weights, requests) -> tuple[list[float], int]:
-    """Times of prefilling all prompts, each once, and how many tokens they have."""
+    """Time the prefill of all prompts, each once, and return the times and the number
+    of tokens.
+    """
     import jax
 
     from jaxreason.rollout import Prompts
@@ -262,9 +267,9 @@ def time_prefill(completer, weights, requests) -> tuple[list[float], int]:
 
 
 def main(argv) -> None:
-    logging.set_verbosity(logging.WARNING)  # jax tells at INFO which backends it did not find
+    logging.set_verbosity(logging.WARNING)  # at INFO jax lists the backends that it did not find
     if len(argv) > 1 or FLAGS.config is None:
-        sys.exit(f"error: got the words {argv[1:]}; needed: --config=FILE, for example --config=configs/tiny.py")
+        sys.exit(f"error: got the arguments {argv[1:]}; needed: --config=FILE, for example --config=configs/tiny.py")
     cores = machine.pin(FLAGS.cores)
     try:
         first_batch() if FLAGS.only_first else bench(cores)
@@ -273,7 +278,7 @@ def main(argv) -> None:
 
 
 def define_flags() -> None:
-    """Define what says which work it is. Not at import: main.py has flags of the same
+    """Define the flags that describe the work. Not at import: main.py defines the same
     names.
     """
     command.define("As of jaxreason.main; its model, text, sampler and mesh are used.")
@@ -293,7 +298,7 @@ def define_flags() -> None:
 
 
 def run() -> None:
-    """Read flags, measure, print."""
+    """Define the flags and run the benchmark."""
     define_flags()
     flags.DEFINE_boolean("first", True, "Also time the first batch of a fresh process, without and with compiled programs kept.")
     flags.DEFINE_boolean("only_first", False, "Only print the seconds of this process's first batch.")

@@ -1,4 +1,4 @@
-"""A whole step of RL, sampled, scored and learned from; see `bench.learner`."""
+"""Measure a whole RL step: sampling, scoring and the update; see `bench.learner`."""
 
 import functools
 

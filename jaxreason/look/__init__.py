@@ -1,3 +1,3 @@
-"""Look at what runs left behind: each module is an entry point of its own and reads run
-folders only.
+"""Tools to look at finished runs: each module is an entry point of its own and reads
+only run folders.
 """

@@ -5,9 +5,9 @@ r"""Draw a metric over the steps of a phase, one curve per group of runs, as a P
         'random reward=runs/random' 'no prior=runs/noprior'
 
 Each argument is LABEL=GLOB of run folders. A curve is the mean over the runs of a
-group, its band goes from the lowest to the highest run. Steps count from the start of
-the phase; the value at step 0 is the last one before it. Needs matplotlib (`pip install
--e '.[look]'`).
+group; its band spans the lowest to the highest run. Steps count from the start of the
+phase; the value at step 0 is the last one before the phase. Needs matplotlib (`pip
+install -e '.[look]'`).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def read_groups(arguments: Sequence[str], metric: str, phase: str | None) -> dic
     """Read the curves that LABEL=GLOB arguments name: label -> one curve per run.
 
     Raises:
-      ValueError, FileNotFoundError: an argument of another form, or one that no run
-        matches.
+      ValueError: an argument of another form, or a run without the metric.
+      FileNotFoundError: an argument that no run matches.
     """
     groups = {}
     for argument in arguments:
@@ -61,5 +61,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "PNG file to write.")
     flags.DEFINE_string("metric", None, "Name in metrics.jsonl, as eval/chain/greedy/accuracy.")
     flags.DEFINE_string("phase", None, "Draw this phase only, and count steps from its start.")
-    logging.set_verbosity(logging.WARNING)  # matplotlib tells at INFO that it looks for fonts
+    logging.set_verbosity(logging.WARNING)  # at INFO matplotlib reports its search for fonts
     app.run(main)

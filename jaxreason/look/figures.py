@@ -10,11 +10,12 @@ import numpy as np
 
 from jaxreason.options import unknown_name_message
 
-COLORS = ("#0072B2", "#D55E00", "#555555", "#009E73", "#CC79A7")  # told apart by colour-blind readers too
+COLORS = ("#0072B2", "#D55E00", "#555555", "#009E73", "#CC79A7")  # distinguishable by colour-blind readers
 
 
 def read_curve(run: Path, metric: str, phase: str | None) -> dict[int, float]:
-    """Read a metric of a run: steps since the start of the phase -> value.
+    """Read a metric of a run as a mapping from steps since the start of the phase to
+    values.
 
     Raises:
       ValueError: the run has no such metric in the phase.
@@ -34,7 +35,8 @@ def read_curve(run: Path, metric: str, phase: str | None) -> dict[int, float]:
 
 
 def join_curves(curves: Sequence[Mapping[int, float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Steps that all curves have, and mean, lowest and highest value at each.
+    """Return the steps that all curves have, and the mean, lowest and highest value at
+    each.
 
     Raises:
       ValueError: they have no step in common.
@@ -47,7 +49,7 @@ def join_curves(curves: Sequence[Mapping[int, float]]) -> tuple[np.ndarray, np.n
 
 
 def draw(groups: Mapping[str, Sequence[Mapping[int, float]]], metric: str, xlabel: str, out: Path) -> None:
-    """Write the figure."""
+    """Draw the curves of all groups and write the figure to `out`."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The entry point of the plan: its flags, and its output. It starts without
+"""Entry point of the plan: its flags and its output. It starts without importing
 jax.
 """
 
@@ -17,7 +17,9 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """Define flags. Not at import: other entry points have flags of the same names."""
+    """Define flags. Not at import: other entry points define flags of the same
+    names.
+    """
     command.define("As of jaxreason.main; --config.rl.microbatches=64 changes a field.")
     flags.DEFINE_string("topology", None, "As v5e:4x8; 'list' shows what is known.")
     flags.DEFINE_string("phase", None, "The phase to plan; default: the last.")
@@ -28,7 +30,9 @@ def define_flags() -> None:
 
 
 def plan() -> bool:
-    """Plan what the flags say, print it, and return whether it fits."""
+    """Plan the config and topology of the flags, print the plan, and return whether it
+    fits.
+    """
     from jaxreason.plan.arrays import devices_of
     from jaxreason.plan.config import read
     from jaxreason.plan.report import describe, read_prices, show, verdict
@@ -62,17 +66,19 @@ def plan() -> bool:
 
 
 def fail(error: Exception) -> None:
-    """Bad input: one line, no traceback."""
+    """Exit with one line that says which input was bad, without a traceback."""
     sys.exit(f"error: {' '.join(str(error.args[0] if error.args else error).split())}")
 
 
 def parse_flags(argv):
     define_flags()
-    os.environ["JAX_PLATFORMS"] = "cpu"  # also on a machine that has a TPU: it may be in use
+    os.environ["JAX_PLATFORMS"] = "cpu"  # even on a machine with a TPU, which may be in use
     try:
         rest = command.parse(argv)
         if len(rest) > 1:
-            raise ValueError(f"got the words {' '.join(rest[1:])!r}; options of a config follow a colon: configs/tiny.py:smoke")
+            raise ValueError(
+                f"got the arguments {' '.join(rest[1:])!r}; options of a config follow a colon: configs/tiny.py:smoke"
+            )
         if FLAGS.config is None and FLAGS.topology != "list":
             raise ValueError("no --config given; for example --config=configs/gsm8k.py:model=qwen3_8b")
         return rest
@@ -81,7 +87,7 @@ def parse_flags(argv):
 
 
 def show_topologies() -> None:
-    """Print what is known."""
+    """Print the known chips and topologies."""
     for name, chip in chips.CHIPS.items():
         usd = chip.usd_per_hour
         price = "no price known" if usd is None else f"${usd:.2f} a chip and hour"

@@ -1,5 +1,5 @@
-"""Shapes and shardings in the place of arrays on a topology's devices, none of which
-need be there: train state, batch, sampler's weights, slots.
+"""Shapes with shardings that represent a run's arrays on the devices of a topology:
+train state, batch, sampler's weights, slots. None of these devices has to exist here.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from jaxreason.sampler import Weights
 
 @functools.cache
 def devices_of(topology: str):
-    """The devices of a topology, of which none need be there.
+    """Return the devices of a topology; none of them has to exist here.
 
     Raises:
-      ValueError: it is unknown, or libtpu is missing.
+      ValueError: the topology is unknown, or libtpu is missing.
     """
     if topology not in chips.topology_names():
         raise ValueError(f"{unknown_name_message('topology', topology, chips.topology_names())}; --topology=list shows them")
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("libtpu, the compiler for TPUs, is not installed; pip install -e '.[tpu]'")
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no cloud around that could say which TPU this is
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no TPU is opened, so several processes may compile at a time
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # whatever it is: libtpu complains of having none
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # no cloud metadata server could say which TPU this is
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no TPU is opened, so several processes may compile at once
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # any value will do: libtpu only complains if it is unset
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    # Hosts have four chips, but for those that are a slice by themselves.
+    # A host has four chips, unless it is a whole slice by itself.
     on_one_host = {"1x1": (1, 1, 1), "2x4": (2, 4, 1)}.get(topology.partition(":")[2])
     bounds = {} if on_one_host is None else {"chips_per_host_bounds": on_one_host}
     return topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds).devices
@@ -51,20 +51,20 @@ def processes_of(work: Work) -> int:
 
 @functools.cache
 def meshes_of(work: Work) -> sharding.Meshes:
-    """The mesh of the learner, and that of sampling on the last process, which would be
-    the first without a device.
+    """Make the meshes of the learner and of the sampler on the last process. A mesh too
+    small for all processes leaves the last one without a device, and is refused here.
     """
     section, here = {"mesh": dict(work.mesh), **dict(work.sampling)}, {"process": processes_of(work) - 1}
     return call_with_section(sharding.make_meshes, section, "config.sharding", devices=devices_of(work.topology), **here)
 
 
 def samples_apart(work: Work) -> bool:
-    """Whether sampling has devices of its own."""
+    """Tell whether sampling has devices of its own."""
     return not set(meshes_of(work).sample.devices.flat) & set(meshes_of(work).learn.devices.flat)
 
 
 def slot_devices(work: Work) -> int:
-    """Over how many devices the slots of all processes are split."""
+    """Count the devices over which the slots of all processes are split."""
     return sharding.row_devices(meshes_of(work).sample) * processes_of(work)
 
 
@@ -74,7 +74,7 @@ def model_of(work: Work):
 
 
 def placed(tree, where):
-    """Give shapes the shardings of `where`, one or a tree of them."""
+    """Give shapes the shardings of `where`, which is one sharding or a tree of them."""
     if isinstance(where, jax.sharding.Sharding):
         where = jax.tree.map(lambda _: where, tree)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where)
@@ -82,13 +82,13 @@ def placed(tree, where):
 
 @functools.cache
 def state_of(work: Work):
-    """The train state."""
+    """Make the shapes of the train state."""
     state = jax.eval_shape(lambda: new_state(model_of(work).init(jax.random.key(0)), work.optimizer))
     return placed(state, sharding.shardings(state, meshes_of(work).learn))
 
 
 def batch_of(work: Work):
-    """A batch of full rows."""
+    """Make the shapes of a batch of full rows."""
     batch = batching.empty(work.rows, work.length)
     if work.objective.needs_reference:
         batch = dataclasses.replace(batch, reference_logp_BT=batch.weight_BT)
@@ -97,9 +97,10 @@ def batch_of(work: Work):
 
 @functools.cache
 def completer_of(work: Work):
-    """The sampler of a process and the sizes of its prompts.
+    """Make the completer of one process: its sampler and the lengths of its prompts.
 
-    Its tokenizer is not the model's; programs know the end of a sequence only.
+    It has a byte-level tokenizer, not the model's: of a tokenizer, the compiled
+    programs depend on the end-of-sequence ids alone.
     """
     tokenizer, mesh = text.make("byte_level"), meshes_of(work).sample
     return call_with_section(
@@ -115,8 +116,9 @@ def completer_of(work: Work):
 
 
 def weights_of(work: Work):
-    """The sampler's weights in their layout, and how many bytes of a device making them
-    takes and leaves beside the params.
+    """Return the sampler's weights in their decode layout, the peak bytes per device
+    while they are made, and the bytes per device that remain afterwards, both beside
+    the params.
     """
     model, meshes, params = model_of(work), meshes_of(work), state_of(work).params
     merged = jax.eval_shape(model.merge, params)
@@ -127,7 +129,7 @@ def weights_of(work: Work):
     adapted = {f"['layers']['{part}']['{target}']['kernel']" for part, target in targets}
     peak = left = 0.0
     found = map(jax.tree_util.tree_leaves_with_path, (placed(merged, split), placed(cast, split), sent))
-    for (path, merged), (_, cast), (_, gathered) in zip(*found, strict=True):  # as `prepare` makes one from the other
+    for (path, merged), (_, cast), (_, gathered) in zip(*found, strict=True):  # steps of `prepare`
         made = [size_of(merged)] if jax.tree_util.keystr(path) in adapted else []
         made += [size_of(cast)] if cast.dtype != merged.dtype else []
         copied = path[0].key == "layers" or size_of(gathered) != size_of(cast) or samples_apart(work)
@@ -139,8 +141,8 @@ def weights_of(work: Work):
 
 
 def layout_of(sent) -> dict:
-    """An accelerator's layout for decoding (see `Model.decode_layout`) of what stands
-    for params that were sent there.
+    """Compile the decode layout of an accelerator (see `Model.decode_layout`) for the
+    shapes of params that were already sent there, and return the shapes of the result.
     """
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype, sharding=x.sharding), sent["layers"])
     layer = decode_layer.lower(one, False).compile()
@@ -149,20 +151,20 @@ def layout_of(sent) -> dict:
 
 
 def size_of(tree) -> float:
-    """Bytes of what stands for arrays, on one device."""
+    """Return the bytes that a tree of sharded shapes takes on one device."""
     return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
 
 
 def number(work: Work, *shape: int, dtype="int32"):
-    """Make the shape of a small array that every device of a sampler has."""
+    """Make the shape of a small array that is replicated over a sampler's devices."""
     everywhere = jax.NamedSharding(meshes_of(work).sample, jax.P())
     return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
 
 
 @functools.cache
 def slots_of(work: Work, columns: int | None = None):
-    """Make the shapes of the sampler's slots, with the longest cache or one of the
-    given length.
+    """Make the shapes of the sampler's slots, with a cache of `columns` positions
+    (None: the longest).
     """
     sampler = completer_of(work).sampler
     slots = jax.eval_shape(lambda: sampler.resize(sampler.empty(), columns or sampler.length))

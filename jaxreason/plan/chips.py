@@ -1,5 +1,5 @@
-"""Chips: peak rates, memory, topologies and prices; and the least time that a program
-takes on one.
+"""Known TPU chips: peak rates, memory, topologies and prices; and the roofline time of
+a program on one of them.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """A kind of accelerator; a chip is a jax device."""
+    """A kind of accelerator chip; each chip is one jax device."""
 
-    hbm_bytes: float  # that a program may use
+    hbm_bytes: float  # available to a program
     flops_per_s: float  # bfloat16, dense
     hbm_bytes_per_s: float
     ici_bytes_per_s: float  # sent along one axis of the torus, both directions together
     usd_per_hour: float | None  # on demand; None: not known
     price_source: str
-    chips_per_host: int  # at most; hosts of a slice of several have 4 each, as libtpu 0.0.42 has it
-    topologies: tuple[str, ...]  # that are offered
+    chips_per_host: int  # at most; in a slice of several hosts libtpu 0.0.42 gives each host 4
+    topologies: tuple[str, ...]  # that can be rented
 
 
-# Memory: what libtpu 0.0.42's compiler calls available (2026-11-24); the rest of 16, 32
-# and 95 GB is its own. FLOP/s and HBM bandwidth:
+# Memory: the size that libtpu 0.0.42's compiler reports as available (2026-11-24); it
+# reserves the rest of the 16, 32 and 95 GB. FLOP/s and HBM bandwidth:
 # docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}, read 2026-11-24. Interconnect: "How to
 # Scale Your Model" (Austin et al. 2025), jax-ml.github.io/scaling-book/tpus, "ICI
-# BW/link (bidi)"; a little below the documentation's 400, 1200 and 800 GB/s a chip over
-# 4, 6 and 4 ports (v5e, v5p, v6e). Prices are list prices on demand in the United
+# BW/link (bidi)"; a little below the documentation's 400, 1200 and 800 GB/s per chip
+# over 4, 6 and 4 ports (v5e, v5p, v6e). Prices are on-demand list prices in the United
 # States, from cloud.google.com/tpu/pricing as quoted in the source that is named. They
-# change: give your own with --prices. A v4 is not here: libtpu describes its two cores
-# as two devices, while on a v4 they are one, and jax makes no mesh of such.
+# change: give your own with --prices. v4 is left out: libtpu describes the two cores of
+# a chip as two devices, a real v4 shows them as one, and jax makes no mesh of them.
 CHIPS = {
     "v5e": Chip(
         hbm_bytes=15.75 * GIB,
@@ -69,7 +69,7 @@ CHIPS = {
 
 
 def topology_names() -> list[str]:
-    """All topologies that are known, as `v5e:4x8`."""
+    """List the names of all known topologies, such as `v5e:4x8`."""
     return [f"{name}:{shape}" for name, chip in CHIPS.items() for shape in chip.topologies]
 
 
@@ -79,8 +79,8 @@ def chips_of(topology: str) -> int:
 
 
 class Roofline(NamedTuple):
-    """Seconds that a program takes at the least on a chip, if nothing of one kind of
-    work waits for another.
+    """Least seconds that a program takes on a chip if compute, memory and network
+    overlap perfectly.
     """
 
     compute_s: float
@@ -97,8 +97,8 @@ class Roofline(NamedTuple):
 
 
 def roofline(program: Program, chip: Chip) -> Roofline:
-    """Time each kind of work at the chip's peak. Collectives are supposed to run along
-    one axis of the torus, both ways.
+    """Time each kind of work at the chip's peak rate. Collectives are assumed to run
+    along one axis of the torus, in both directions.
     """
     return Roofline(
         program.flops / chip.flops_per_s, program.bytes / chip.hbm_bytes_per_s, program.sent_bytes / chip.ici_bytes_per_s

@@ -1,5 +1,5 @@
-"""A config as a piece of work: read as `build` does, but for tasks, tokenizer and
-weights.
+"""Reader that turns a config into a `Work`, by the code that `build` uses, but without
+tasks, tokenizer or weights.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from jaxreason.options import call_with_section, fields, unknown_name_message
 from jaxreason.plan.arrays import completer_of, devices_of, state_of, weights_of
 from jaxreason.plan.work import Work, microbatch_choices
 
-PREFILL_TOKENS = 1024  # what the sampler takes on an accelerator
+PREFILL_TOKENS = 1024  # the sampler's default on an accelerator
 
 
 def read(config: dict, topology: str, phase: str | None) -> Work:
-    """Read a config as `build` does, but for tasks, tokenizer and weights.
+    """Read a config into a `Work`, by the code that `build` uses, but without tasks,
+    tokenizer or weights.
 
     Raises:
-      ValueError: anything wrong with it, in one line.
+      ValueError: the config is wrong; says how in one line.
     """
     for key in build.SECTIONS:
         if key not in config:
@@ -66,8 +67,8 @@ def read(config: dict, topology: str, phase: str | None) -> Work:
 
 
 def read_source(*, name: str, sampler: dict, shape, multiple: int, **section) -> dict:
-    """Read the number and the longest length of a source's rows, and what is sampled
-    for them.
+    """Read the sizes of a source: rows per batch, longest row, and the problems, group
+    size and new tokens that it samples.
     """
     if name not in build.SOURCES:
         raise ValueError(unknown_name_message("source", name, build.SOURCES))
@@ -100,7 +101,9 @@ def read_source(*, name: str, sampler: dict, shape, multiple: int, **section) ->
 
 
 def check(work: Work) -> None:
-    """Raise ValueError for what does not divide."""
+    """Raise ValueError if the rows or an axis of a parameter do not divide over the
+    mesh.
+    """
     if work.microbatches < 1 or work.rows % (work.row_devices * work.microbatches):
         allowed = ", ".join(str(w.microbatches) for w in microbatch_choices(work._replace(microbatches=1)))
         raise ValueError(

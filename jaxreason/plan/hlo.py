@@ -1,15 +1,16 @@
-"""Count FLOPs, HBM bytes and bytes sent of a compiled program from its HLO.
+"""Counter of the FLOPs, HBM bytes and network bytes of a compiled program, from its
+HLO.
 
-`program_cost` walks a module from its entry and multiplies the body of a loop by its
-trip count; XLA's own cost analysis counts a body once. A trip count is XLA's
-`known_trip_count` where there is one (CPU and GPU), else the number of increments until
-the counter reaches the constant that the condition compares it with (TPU). The caller
-gives the trip count of loops whose length is data, such as the one over micro-batches.
-Of a conditional the costlier branch counts.
+`program_cost` walks a module from its entry computation and multiplies the body of a
+loop by its trip count; XLA's own cost analysis counts a body once. The trip count is
+XLA's `known_trip_count` where present (CPU and GPU), otherwise the number of increments
+until the counter reaches the constant in the loop's condition (TPU). The caller gives
+the trip count of loops whose length is data, such as the one over micro-batches. For a
+conditional, the most expensive branch counts.
 
-FLOPs are those of matrix products; custom kernels have none in the HLO. Bytes are those
-that the instructions of the schedule read from HBM and write to it; the vector memory
-of a TPU, `S(1)`, counts nothing. Needs no jax.
+FLOPs are those of matrix products; custom kernels show none in the HLO. Bytes are those
+that the scheduled instructions read from and write to HBM; a TPU's vector memory,
+`S(1)`, does not count. This module does not import jax.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class Program(NamedTuple):
     flops: float
     bytes: float  # read from and written to HBM
     sent: dict[tuple[str, int], tuple[float, float]]  # (kind, devices in a group) -> (bytes that a device sends, times)
-    loops: tuple[int, ...] = ()  # trip counts, in the order of the text
-    unknown_loops: int = 0  # of which so many were given
+    loops: tuple[int, ...] = ()  # trip counts, in the order of the walk
+    unknown_loops: int = 0  # loops that ran `unknown_trips` times
 
     @property
     def sent_bytes(self) -> float:
@@ -40,16 +41,16 @@ class Instruction(NamedTuple):
     shape: str
     op: str
     operands: tuple[str, ...]
-    rest: str  # what stands behind the operands
-    inside: str  # what stands between the brackets
+    rest: str  # the attributes after the operands
+    inside: str  # the text between the brackets
     root: bool
 
 
 def program_cost(hlo: str, *, unknown_trips: int = 1, devices: int = 1) -> Program:
-    """Add up what one run of a compiled module does. Loops whose length is not in the
-    text run `unknown_trips` times.
+    """Add up the work of one run of a compiled module. Loops whose trip count is not in
+    the text run `unknown_trips` times.
 
-    `devices` is the size of a group that is written as empty, which means all.
+    `devices` is the size of an empty replica group, which means all devices.
     """
     computations, entry = parse(hlo)
     return Walk(computations, unknown_trips, devices).program(entry)
@@ -69,7 +70,7 @@ BITS = {"pred": 8, "bf16": 16, "f16": 16, "c64": 64, "c128": 128, "token": 0, "o
 
 def parse(hlo: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     """Split the text of a module into its computations, each a dictionary of
-    instructions, and name the entry.
+    instructions, and return them with the name of the entry computation.
     """
     computations, entry, here = {}, "", None
     for line in hlo.splitlines():
@@ -88,7 +89,7 @@ def parse(hlo: str) -> tuple[dict[str, dict[str, Instruction]], str]:
 
 
 def shape_at(line: str, at: int) -> tuple[str, int]:
-    """The shape that starts at a place in a line, which may be a tuple, and where it
+    """Return the shape (or tuple of shapes) that starts at `at` in a line, and where it
     ends.
     """
     end = closing(line, at) + 1 if line[at] == "(" else line.index(" ", at)
@@ -106,13 +107,13 @@ def closing(text: str, opened: int) -> int:
 
 
 def sizes(shape: str) -> list[int]:
-    """The sizes of an array's axes."""
+    """Return the sizes of an array's axes."""
     return [int(n) for n in SHAPE.search(shape)[2].replace("<=", "").split(",") if n]
 
 
 def elements(shape: str, everywhere: bool = False) -> list[float]:
-    """Bytes of each array of a shape; 0 for what is in a TPU's vector memory, unless
-    `everywhere`.
+    """Return the bytes of each array of a shape; arrays in a TPU's vector memory count
+    0 unless `everywhere`.
     """
     found = []
     for kind, dimensions, layout in SHAPE.findall(shape):
@@ -124,18 +125,18 @@ def elements(shape: str, everywhere: bool = False) -> list[float]:
 
 
 def copied(part: str, source: str, destination: str) -> float:
-    """Bytes of a part that are read from its source and written to its destination, of
-    those ends that are in HBM.
+    """Return the HBM bytes of copying a part: its size once for each end, source and
+    destination, that is in HBM.
     """
     return sum(elements(part, everywhere=True)) * sum(any(elements(end)) for end in (source, destination))
 
 
-# What moves no bytes by itself: names of values, and the second half of what was
-# started.
+# Instructions that move no bytes: they only name values. `is_free` adds the second
+# halves of asynchronous instructions.
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id", "iota"}
 
 
-# What only names memory that later instructions write.
+# Custom calls that only name memory which later instructions write.
 ALLOCATES = re.compile(r'custom_call_target="(AllocateBuffer|CreateBuffer)"')
 
 
@@ -143,12 +144,14 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragg
 
 
 def is_free(i: Instruction) -> bool:
-    """Whether an instruction moves no bytes by itself."""
+    """Tell whether an instruction moves no bytes by itself."""
     return i.op in FREE or i.op.endswith(("-done", "-update")) or bool(i.op == "custom-call" and ALLOCATES.search(i.rest))
 
 
 class Walk:
-    """One walk over the computations of a module; what it finds of each is kept."""
+    """One walk over the computations of a module; the cost of each computation is
+    cached.
+    """
 
     def __init__(self, computations, unknown_trips: int, devices: int):
         self.computations, self.unknown_trips, self.devices = computations, unknown_trips, devices
@@ -161,8 +164,8 @@ class Walk:
         return Program(flops, moved, dict(sent), tuple(self.loops), self.unknown)
 
     def of(self, name: str, fused: bool):
-        """FLOPs, bytes and collectives of a computation; inside a fusion nothing is
-        written to memory.
+        """Return FLOPs, bytes and collectives of a computation. Inside a fusion nothing
+        is written to memory.
         """
         computation = self.computations[name]
         flops, moved, sent = 0.0, 0.0, collections.Counter()
@@ -184,7 +187,7 @@ class Walk:
                 inner = self.of(called(i, "calls") or called(i, "to_apply"), inside)
                 flops, moved = flops + inner[0], moved + inner[1]
                 for key, value in inner[2].items():
-                    if len(key) > 2:  # a part of a chain: the same collective shows in every fusion that it runs beside
+                    if len(key) > 2:  # part of a chain: the same collective appears in every fusion that it runs beside
                         chained[key] = value
                     else:
                         add(sent, {key: value}, 1)
@@ -218,8 +221,8 @@ class Walk:
         return found
 
     def constant_trips(self, loop: Instruction, computation) -> int | None:
-        """The trip count of a loop that counts up to a constant; None if it does
-        not.
+        """Return the trip count of a loop that counts up to a constant; None for other
+        loops.
         """
         condition = self.computations[called(loop, "condition")]
         root = next(i for i in condition.values() if i.root)
@@ -233,7 +236,9 @@ class Walk:
         return max(0, -(-(int(limit.inside) - (start or 0)) // self.step(loop, index)))
 
     def initial(self, loop: Instruction, computation, index: int) -> int | None:
-        """The constant that a loop's counter starts from; None if it can't be read."""
+        """Return the constant that a loop's counter starts from; None if it can't be
+        read.
+        """
         state = computation.get(loop.operands[0])
         if state is None or state.op != "tuple":
             return None
@@ -243,8 +248,8 @@ class Walk:
         return int(value.inside) if value is not None and value.op == "constant" and value.inside.isdigit() else None
 
     def step(self, loop: Instruction, index: int) -> int:
-        """Read the increment of a loop's counter: more than 1 where the compiler
-        unrolled it.
+        """Read the increment of a loop's counter: above 1 where the compiler unrolled
+        the loop.
         """
         body = self.computations[called(loop, "body")]
         root = next(i for i in body.values() if i.root)
@@ -255,15 +260,15 @@ class Walk:
     # --- collectives ---
 
     def sends(self, kind: str, i: Instruction, computation, name: str):
-        """Kind and group of a collective, and the bytes that a device sends in it, in a
-        ring: (n - 1) / n of the whole.
+        """Return the kind and group size of a collective, and the bytes that each
+        device sends in a ring: (n - 1) / n of the whole.
 
-        The whole is what is gathered, scattered or exchanged; a reduction to all is a
-        scatter and a gather.
+        The whole is the array that is gathered, scattered or exchanged. An all-reduce
+        counts as a reduce-scatter and an all-gather.
         """
         n = group_size(i.rest, self.devices)
         given = sum(sum(elements(computation[o].shape, everywhere=True)) for o in i.operands if o in computation)
-        if kind == "all-reduce" and name.startswith("all-reduce-scatter"):  # how a TPU's compiler writes a reduce-scatter
+        if kind == "all-reduce" and name.startswith("all-reduce-scatter"):  # a TPU compiler's form of a reduce-scatter
             kind = "reduce-scatter"
         if kind == "collective-permute":
             return (kind, n), (given, 1.0)
@@ -273,8 +278,8 @@ class Walk:
     # --- bytes ---
 
     def moved(self, i: Instruction, computation) -> float:
-        """Bytes that an instruction of the schedule reads and writes; of what it slices
-        or updates in place, that part.
+        """Count the bytes that a scheduled instruction reads and writes; for a slice or
+        an in-place update, only those of the part concerned.
         """
         if i.op == "fusion":
             inner = called(i, "calls")
@@ -287,13 +292,13 @@ class Walk:
         if i.op in ("dynamic-update-slice", "scatter"):
             part = operands[1 if i.op == "dynamic-update-slice" else -1]
             return copied(part, part, i.shape)
-        if i.op.endswith("-start"):  # its result names the operands too
+        if i.op.endswith("-start"):  # its result shape repeats the operands
             return 0.0 if i.op == "copy-start" and not operands else self.started(i, operands)
         return sum(elements(i.shape)) + sum(sum(elements(shape)) for shape in operands)
 
     def started(self, i: Instruction, operands) -> float:
-        """Of an asynchronous instruction: what it reads, and what it will have
-        written.
+        """Count the bytes that an asynchronous instruction reads, and those it will
+        have written.
         """
         read, results = sum(sum(elements(s)) for s in operands), elements(i.shape)
         if i.op == "copy-start":  # (destination, source, context)
@@ -308,7 +313,7 @@ class Walk:
         return read + sum(results)
 
     def read(self, name: str, at: int, shape: str) -> float:
-        """Bytes of its operand number `at` that a fusion reads."""
+        """Count the bytes that a fusion reads of its operand number `at`."""
         whole = sum(elements(shape))
         if not whole:
             return 0.0
@@ -317,8 +322,8 @@ class Walk:
         return whole if parameter is None else min(whole, self.used(computation, parameter.name, shape))
 
     def used(self, computation, name: str, shape: str) -> float:
-        """Bytes of a value that the instructions of a fused computation read, or that
-        it passes out.
+        """Count the bytes of a value that the instructions of a fused computation read,
+        or pass on as a result.
         """
         whole, total = sum(elements(shape)), 0.0
         if computation[name].root:
@@ -329,7 +334,7 @@ class Walk:
             if user.op in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
                 total += sum(elements(user.shape, everywhere=True))
             elif user.op in ("dynamic-update-slice", "scatter") and user.operands[0] == name:
-                continue  # in place
+                continue  # updated in place, not read
             elif user.op in ("bitcast", "reshape"):
                 total += self.used(computation, user.name, shape)
             elif user.op == "fusion":
@@ -342,8 +347,8 @@ class Walk:
         return total
 
     def passes(self, name: str, at: int) -> bool:
-        """Whether all that a fusion makes of its operand number `at` is to pass it out
-        as it is.
+        """Tell whether a fusion only passes its operand number `at` on as its
+        result.
         """
         computation = self.computations[name]
         part = next(i for i in computation.values() if i.root)
@@ -352,7 +357,7 @@ class Walk:
         return part.op == "parameter" and part.inside == str(at)
 
     def written(self, name: str, shape: str) -> float:
-        """Bytes that a fusion writes."""
+        """Count the bytes that a fusion writes."""
         computation = self.computations[name]
         root = next(i for i in computation.values() if i.root)
         results = elements(shape)
@@ -362,8 +367,8 @@ class Walk:
         return sum(min(size, self.updated(part, computation)) for size, part in zip(results, parts, strict=True))
 
     def updated(self, part: Instruction, computation) -> float:
-        """Bytes that making a value of a fused computation writes: all, or what is put
-        into something that is there.
+        """Count the bytes written to make a value of a fused computation: the updated
+        part if the value is an in-place update, otherwise all (infinity).
         """
         while part.op == "bitcast" and part.operands[0] in computation:
             part = computation[part.operands[0]]
@@ -377,20 +382,22 @@ class Walk:
 
 
 def add(sent, more, times: float) -> None:
-    """Add collectives that happen so many times."""
+    """Add the collectives of `more`, repeated `times` times, to `sent`."""
     for key, (size, count) in more.items():
         before = sent.get(key, (0.0, 0.0))
         sent[key] = (before[0] + times * size, before[1] + times * count)
 
 
 def called(i: Instruction, name: str) -> str:
-    """The computation that an instruction names, '' if none."""
+    """Return the computation that attribute `name` of an instruction names, '' if
+    none.
+    """
     found = re.search(rf"\b{name}=%?([\w.\-]+)", i.rest)
     return found[1] if found else ""
 
 
 def branches(i: Instruction) -> list[str]:
-    """The computations of a conditional."""
+    """List the computations of a conditional."""
     listed = re.search(r"branch_computations=\{([^}]*)\}", i.rest)
     if listed:
         return re.findall(r"%?([\w.\-]+)", listed[1])
@@ -398,14 +405,16 @@ def branches(i: Instruction) -> list[str]:
 
 
 def collective(i: Instruction) -> str | None:
-    """The kind of a collective, None if it is none or the second half of one."""
+    """Return the kind of a collective; None for any other instruction, and for the
+    second half of an asynchronous one.
+    """
     kind = i.op.removesuffix("-start")
     return kind if kind in COLLECTIVES else None
 
 
 def group_size(attributes: str, devices: int) -> int:
-    """Count the devices of a collective's group: of `{{0,1},{2,3}}`, `[2,4]<=[8]` or
-    `mesh['x'=2,'y'=4] {'y'}`.
+    """Count the devices of a collective's group, written as `{{0,1},{2,3}}`,
+    `[2,4]<=[8]` or `mesh['x'=2,'y'=4] {'y'}`.
     """
     if "source_target_pairs=" in attributes:
         return 2
@@ -421,7 +430,9 @@ def group_size(attributes: str, devices: int) -> int:
 
 
 def product_flops(i: Instruction, computation) -> float:
-    """FLOPs of a matrix product, which a TPU's compiler writes as a convolution."""
+    """Count the FLOPs of a matrix product, which a TPU's compiler writes as a
+    convolution.
+    """
     left, right = (sizes(computation[name].shape) for name in i.operands[:2])
     if i.op == "dot":
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)[1]
@@ -436,7 +447,7 @@ def product_flops(i: Instruction, computation) -> float:
 
 
 def window_of(attributes: str, axes: int) -> list[dict[str, int]]:
-    """Stride, padding and dilations of each axis of a convolution's window."""
+    """Read stride, padding and dilations of each axis of a convolution's window."""
     text = re.search(r"window=\{([^}]*)\}", attributes)
     fields = dict(part.split("=") for part in text[1].split()) if text else {}
 
@@ -452,8 +463,8 @@ def window_of(attributes: str, axes: int) -> list[dict[str, int]]:
 
 
 def valid_positions(left: int, right: int, out: int, *, stride: int, pad: int, left_dilation: int, right_dilation: int) -> int:
-    """Count the pairs of window entry and output that meet an entry of the input, not
-    padding or a gap.
+    """Count the pairs of a window entry and an output that meet an entry of the input,
+    not padding or a dilation gap.
     """
     if (left_dilation, right_dilation, pad) == (1, 1, 0) and (out - 1) * stride + right <= left:
         return out * right

@@ -1,4 +1,4 @@
-"""Contents of a device's HBM at each moment of the loop."""
+"""Contents of a device's HBM at each stage of the training loop."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from jaxreason.plan.work import Work
 
 
 class Stage(NamedTuple):
-    """A moment of the loop, and what stands in a device's HBM then, in bytes by
-    kind.
+    """A stage of the training loop, and the bytes by kind in a device's HBM at that
+    time.
     """
 
     name: str
     kinds: dict[str, float]
-    refused: str = ""  # what the compiler said, if it compiled nothing
+    refused: str = ""  # why the compiler refused the program, if it did
 
     @property
     def bytes(self) -> float:
@@ -28,7 +28,7 @@ KINDS = ("params", "optimizer", "reference", "sampler's weights", "KV cache", "b
 
 
 def resident(work: Work) -> dict[str, float]:
-    """Sizes of the arrays that are in HBM throughout."""
+    """Return the sizes of the learner's arrays that stay in HBM throughout."""
     state = state_of(work)
     params = size_of(state.params)
     return {
@@ -39,28 +39,30 @@ def resident(work: Work) -> dict[str, float]:
 
 
 def beside_sampling(work: Work) -> dict[str, float]:
-    """Sizes of the learner's arrays on a device that samples."""
+    """Return the sizes of the learner's arrays on a device that samples."""
     return {} if samples_apart(work) else resident(work)
 
 
 def layout_stage(work: Work) -> Stage:
-    """Making the sampler's weights. No program of ours: its size is computed, and needs
-    no compiling.
+    """Compute the stage in which the sampler's weights are made. No program of ours is
+    compiled for it.
     """
     return Stage("lay out weights", beside_sampling(work) | {"sampler's weights": weights_of(work)[1]})
 
 
 def program_stage(name: str, compiled: Compiled, kinds: dict[str, float], given: str) -> Stage:
-    """A program that runs beside what is there: its arguments that are not in `kinds`
-    are called `given`.
+    """Make the stage of a program that runs beside the arrays in `kinds`. `given` is
+    the kind of its arguments that are not yet counted there.
     """
     if compiled.program is None:
-        return Stage(name, {"temporaries": compiled.needed_bytes}, refused="by the compiler, without what stands beside it")
+        return Stage(
+            name, {"temporaries": compiled.needed_bytes}, refused="by the compiler, even without the other arrays in HBM"
+        )
     return Stage(name, kinds | {given: kinds.get(given, 0.0), "temporaries": compiled.temporaries, "programs": compiled.code})
 
 
 def learner_stages(work: Work) -> list[Stage]:
-    """The moments of an update."""
+    """Compile and return the stages of an update."""
     kinds, compiled = resident(work), compile_train(work)
     kinds["batch"] = max(0.0, compiled.arguments - kinds["params"] - kinds["optimizer"])
     stages = [program_stage("train step", compiled, kinds, "batch")]
@@ -71,17 +73,19 @@ def learner_stages(work: Work) -> list[Stage]:
 
 
 def sampler_stages(work: Work) -> list[Stage]:
-    """The moments of sampling, the layout of weights included."""
+    """Compile and return the stages of sampling, starting with the layout of
+    weights.
+    """
     buckets, (_, _, left) = completer_of(work).sampler.buckets, weights_of(work)
     prefill, decode = compile_prefill(work), compile_decode(work)
-    slots, prompts = size_of(slots_of(work)), prefill.results  # a batch of prompts waits while others are prefilled or placed
+    slots, prompts = size_of(slots_of(work)), prefill.results  # one batch of prompts waits while another is prefilled or placed
     before = size_of(slots_of(work, buckets[-2]).cache) if len(buckets) > 1 else 0.0
     kinds = beside_sampling(work) | {"sampler's weights": left, "KV cache": slots + prompts}
     return [
         layout_stage(work),
         program_stage("prefill", prefill, kinds, "KV cache"),
         program_stage("decode", decode, kinds, "KV cache"),
-        # The grown cache is a copy: both are there for a moment.
+        # The grown cache is a copy, so both caches exist for a moment.
         Stage("grow the cache", kinds | {"KV cache": slots + before + prompts, "programs": decode.code}),
     ]
 
@@ -91,13 +95,13 @@ def fits(stages: Sequence[Stage], work: Work) -> bool:
 
 
 def still_stages(work: Work) -> list[Stage]:
-    """Stages whose memory is calculated without compiling."""
+    """Return the stages whose memory is computed without compiling."""
     return [Stage("between steps", resident(work))] + ([layout_stage(work)] if work.sampler is not None else [])
 
 
 def stages_of(work: Work) -> list[Stage]:
-    """All moments; if params and optimizer alone do not fit, only those that need no
-    compiling.
+    """Return all stages; if params and optimizer alone do not fit, only the stages that
+    need no compiling.
     """
     still = still_stages(work)
     if not fits(still[:1], work):

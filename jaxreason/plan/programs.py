@@ -1,6 +1,4 @@
-"""The programs of a piece of work, compiled ahead of time, and what each of them does
-and needs.
-"""
+"""The compiled programs of a `Work`, each with its cost and its memory."""
 
 from __future__ import annotations
 
@@ -37,25 +35,28 @@ from jaxreason.sampler import MAX_SLOTS_PER_PROMPT
 
 
 class Compiled(NamedTuple):
-    """One program, or what it lacked."""
+    """One compiled program, or, if the compiler refused it, the memory that it
+    needed.
+    """
 
     name: str
     compile_s: float
-    needed_bytes: float  # of HBM; of one that was refused, what the compiler says
+    needed_bytes: float  # of HBM; for a refused program the compiler's figure
     arguments: float = 0.0
-    results: float = 0.0  # that are not in the place of arguments
-    temporaries: float = 0.0  # and results
+    results: float = 0.0  # those that do not reuse the memory of an argument
+    temporaries: float = 0.0  # `results` included
     code: float = 0.0
     program: hlo.Program | None = None  # None: the compiler refused it
-    flops: float = 0.0  # by formula
-    times: int = 1  # in a step
+    flops: float = 0.0  # per device, by formula
+    times: int = 1  # runs per step
 
 
 def compile_program(
     name: str, work: Work, mesh: Mesh, lower: Callable, *, trips: int, flops: float, kernel_flops: float, times: int
 ) -> Compiled:
-    """Lower, compile and read one program of a mesh; FLOPs are those of all its
-    devices.
+    """Lower, compile and read one program of a mesh. `flops` and `kernel_flops` are
+    summed over all its devices; `trips` is the trip count of loops whose length is
+    data.
     """
     started_s = time.perf_counter()
     say(f"compiling {name} for {work.topology}, mesh {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())} ...")
@@ -92,13 +93,13 @@ def needed(message: str) -> float:
 
 
 def say(text: str) -> None:
-    """Tell what is going on, apart from the results."""
+    """Print progress to stderr, apart from the results."""
     print(text, file=sys.stderr, flush=True)
 
 
 def once_for(part: Callable[[Work], Work]) -> Callable:
-    """Compile once for all work that is alike in the part of it that a program knows
-    of.
+    """Make a decorator that compiles a program once for all works with the same `part`:
+    `part` resets the fields that the program does not depend on.
     """
 
     def decorate(compile: Callable[[Work], Compiled]) -> Callable[[Work], Compiled]:
@@ -117,7 +118,9 @@ def decode_part(work: Work) -> Work:
 
 
 def prefill_part(work: Work) -> Work:
-    """The same program whatever the number of slots, but for very few."""
+    """Reset the fields that prefill does not depend on. The program is the same for
+    every number of slots, except for very few.
+    """
     devices = slot_devices(work)
     return decode_part(work).with_slots(-(-completer_of(work).rows * processes_of(work) // devices) * devices)
 
@@ -129,7 +132,7 @@ def compile_train(work: Work) -> Compiled:
     step = learner.compile_train_step(
         model_of(work), work.objective, work.optimizer, microbatches=work.microbatches, state_shardings=where
     )
-    # As `token_outputs` decides it.
+    # The decision of `logp.token_outputs`.
     remade = work.rows // work.microbatches * work.length * c.vocab_size > logp_.logits_limits(mesh).kept
     return compile_program(
         f"train step, {work.microbatches} micro-batches",
@@ -183,7 +186,7 @@ def compile_prefill(work: Work) -> Compiled:
 def compile_decode(work: Work) -> Compiled:
     completer, (weights, _, _) = completer_of(work), weights_of(work)
     sampler = completer.sampler
-    steps = -(-problems_each(work) * work.group // sampler.slots) * work.new_tokens  # as many waves as it takes
+    steps = -(-problems_each(work) * work.group // sampler.slots) * work.new_tokens  # in waves of `slots` attempts
     one = sum(cost.dense_flops(work.shape, sampler.slots, 1, sampler.length, sampler.slots).values())
     one += cost.dense_flops(work.shape, sampler.prompt_rows * MAX_SLOTS_PER_PROMPT, 1, completer.prompt_buckets[-1], 0)[
         "attention"
@@ -206,7 +209,7 @@ def problems_each(work: Work) -> int:
 
 
 def programs_of(work: Work) -> list[Compiled]:
-    """Compile the programs of a step, in its order."""
+    """Compile the programs of a step, in the order in which they run."""
     sampling = [compile_prefill(work), compile_decode(work)] if work.sampler is not None else []
     learning = [*([compile_reference(work)] if work.objective.needs_reference else []), compile_train(work)]
     return sampling + learning

@@ -1,4 +1,4 @@
-"""Report a plan, as one dictionary for scripts and as tables: memory, work,
+"""Report of a plan, as a dictionary for scripts and as tables: memory, work,
 collectives, and the time and price of a step.
 """
 
@@ -24,11 +24,11 @@ from jaxreason.plan.memory import KINDS, Stage, fits, stages_of
 from jaxreason.plan.programs import Compiled, programs_of
 from jaxreason.plan.work import Work
 
-# --- what it will take ---
+# --- time and price ---
 
 
 def read_prices(path: str | None) -> dict[str, float]:
-    """Read dollars per chip-hour."""
+    """Read a JSON file of dollars per chip-hour by chip name."""
     prices = {} if path is None else json.loads(Path(os.path.expanduser(path)).read_text())
     if not isinstance(prices, dict):
         raise ValueError(f'{path} holds a {type(prices).__name__}; needed: an object such as {{"v5e": 1.2}}')
@@ -36,30 +36,30 @@ def read_prices(path: str | None) -> dict[str, float]:
         if name not in chips.CHIPS:
             raise ValueError(unknown_name_message(f"chip in {path}", name, chips.CHIPS))
         if not isinstance(price, (int, float)) or price < 0:
-            raise ValueError(f"price of {name} in {path} got {price!r}; allowed: a number, dollars a chip and hour")
+            raise ValueError(f"price of {name} in {path} got {price!r}; allowed: a number, in dollars per chip-hour")
     return prices
 
 
 class Prediction(NamedTuple):
-    """Of one step at a share of the roofline."""
+    """Time and price of one step at a given fraction of the roofline."""
 
     step_s: float
     sampling_s: float
     learning_s: float
     sampled_tokens_per_s: float
-    trained_tokens_per_s: float  # of learning
+    trained_tokens_per_s: float  # while learning
     steps_per_hour: float
     chip_hours: float  # of 1,000 steps
     usd: float | None  # of 1,000 steps
 
 
 def predict(work: Work, programs: Sequence[Compiled], efficiency: float, usd_per_hour: float | None) -> Prediction:
-    """Time a step. `usd_per_hour` is that of a chip."""
+    """Predict the time of a step. `usd_per_hour` is the price of one chip."""
     seconds = {p.name: p.times * chips.roofline(p.program, work.chip).seconds / efficiency for p in programs}
     sampling = sum(s for name, s in seconds.items() if work.samples and name.startswith(("prefill", "decode")))
     learning = sum(s for name, s in seconds.items() if name.startswith(("train", "reference")))
     step_s = sampling + learning
-    devices = len(devices_of(work.topology))  # all are paid for, whatever the mesh
+    devices = len(devices_of(work.topology))  # all of them are paid for, even those outside the mesh
     hours = 1000 * step_s / 3600
     tokens = work.problems * work.group * work.new_tokens
     return Prediction(
@@ -74,11 +74,11 @@ def predict(work: Work, programs: Sequence[Compiled], efficiency: float, usd_per
     )
 
 
-# --- what is said ---
+# --- dictionary and tables ---
 
 
 def describe(work: Work, efficiency: float, prices: dict[str, float]) -> dict:
-    """All that was found of one piece of work, as a script reads it."""
+    """Describe one work's plan in a JSON-serialisable dictionary."""
     kind, chip = work.topology.partition(":")[0], work.chip
     stages = stages_of(work)
     drop_long_prompts = fits(stages, work)
@@ -116,7 +116,7 @@ def describe_stage(stage: Stage) -> dict:
 
 
 def finite(size: float) -> float | None:
-    """None for a size that the compiler did not tell."""
+    """Return None for a size that the compiler did not report."""
     return size if math.isfinite(size) else None
 
 
@@ -138,7 +138,7 @@ def describe_program(p: Compiled, chip: chips.Chip) -> dict:
 
 
 def show(found: dict) -> None:
-    """Print what was found as tables."""
+    """Print what `describe` returned as tables."""
     console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
 
     def table(title: str, names: Sequence[str], rows) -> None:
@@ -177,7 +177,7 @@ def show(found: dict) -> None:
 
 
 def short(x: float) -> str:
-    """Three digits or more."""
+    """Format a number with three digits or more."""
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
@@ -214,8 +214,8 @@ def show_prediction(found: dict, console) -> None:
 
 
 def verdict(found: dict) -> str:
-    """Whether it fits, in a line."""
+    """Say in one line whether the plan fits."""
     sizes = {name: stage["total"] for name, stage in found["stages"].items()}
     worst = max(sizes, key=lambda name: math.inf if sizes[name] is None else sizes[name])
-    need = "more than was told" if sizes[worst] is None else f"{sizes[worst] / chips.GIB:.2f}"
+    need = "an unknown amount" if sizes[worst] is None else f"{sizes[worst] / chips.GIB:.2f}"
     return f"{'fits' if found['fits'] else 'does not fit'}: needs {need} of {found['hbm_bytes'] / chips.GIB:.2f} GiB ({worst})"

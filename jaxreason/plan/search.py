@@ -1,5 +1,5 @@
-"""Search for a plan that fits if one does not: smaller micro-batches, fewer slots,
-another mesh, more chips.
+"""Search for a plan that fits when the given one does not: smaller micro-batches, fewer
+slots, another mesh, a larger topology.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from jaxreason.plan.arrays import devices_of, slot_devices
 from jaxreason.plan.memory import fits, learner_stages, sampler_stages, still_stages
 from jaxreason.plan.work import Work, microbatch_choices
 
-MESHES = 3  # other meshes that are tried, at most
+MESHES = 3  # at most so many other meshes are tried
 
 
 def find_fitting(work: Work) -> Work | None:
-    """The largest micro-batch and number of slots that fit, on this mesh or else on
-    another of as many devices.
+    """Find the largest micro-batch and number of slots that fit on this mesh, or else
+    on another mesh of the same topology; None if nothing fits.
     """
     for mesh in [work.mesh, *other_meshes(work)][: 1 + MESHES]:
         tried = work._replace(mesh=mesh)
@@ -35,8 +35,8 @@ def find_fitting(work: Work) -> Work | None:
 
 
 def first_that_fits(choices: Sequence[Work], fit: Callable[[Work], bool]) -> Work | None:
-    """The first choice that fits: the first, or by bisection, as what comes later needs
-    less; None if not even the last does.
+    """Find the first choice that fits, by bisection, as later choices need less memory;
+    None if even the last does not fit.
     """
     if choices and fit(choices[0]):
         return choices[0]
@@ -50,8 +50,8 @@ def first_that_fits(choices: Sequence[Work], fit: Callable[[Work], bool]) -> Wor
 
 
 def slot_choices(work: Work) -> list[Work]:
-    """As many slots as asked for, or a half, a quarter, ..., that divide over the
-    devices.
+    """List the work with its number of slots, then a half, a quarter, ... of it, each
+    rounded down to a multiple of the devices.
     """
     devices, counts = slot_devices(work), []
     slots = work.slots // devices * devices
@@ -62,8 +62,8 @@ def slot_choices(work: Work) -> list[Work]:
 
 
 def other_meshes(work: Work) -> list[tuple[tuple[str, int], ...]]:
-    """Meshes of all devices of the topology that hold the state and the layout of
-    weights: `tensor` as small as may be.
+    """List other meshes of all devices of the topology on which the train state and the
+    layout of weights fit, with small `tensor` axes first.
     """
     devices, found = len(devices_of(work.topology)), []
     for tensor, fsdp in itertools.product(range(1, devices + 1), range(devices, 0, -1)):
@@ -82,8 +82,8 @@ def other_meshes(work: Work) -> list[tuple[tuple[str, int], ...]]:
 
 
 def larger_topology(work: Work) -> str | None:
-    """The smallest topology of the same chips that would hold the state and the layout
-    of weights; nothing is compiled for it.
+    """Find the smallest larger topology of the same chip on which the train state and
+    the layout of weights fit. Nothing is compiled for it.
     """
     kind, count = work.topology.partition(":")[0], chips.chips_of(work.topology)
     for name in (f"{kind}:{shape}" for shape in work.chip.topologies):

@@ -1,5 +1,5 @@
-"""A piece of work that is planned, how else it could be split, and the flags that say
-so.
+"""The work that a plan is made for, its alternatives, and the flags that select
+them.
 """
 
 from __future__ import annotations
@@ -10,27 +10,27 @@ from jaxreason.plan import chips
 
 
 class Work(NamedTuple):
-    """The work that is planned. Hashable, so that programs compiled for one part of it
-    are kept.
+    """Sizes and settings that a plan depends on. Hashable, so that compiled programs
+    are cached by it.
     """
 
     topology: str
     mesh: tuple[tuple[str, int], ...]  # of the learner
-    sampling: tuple[tuple[str, Any], ...]  # what else config.sharding has
+    sampling: tuple[tuple[str, Any], ...]  # the other fields of config.sharding
     shape: Any  # ModelConfig
     phase: str
     objective: Any
     optimizer: Any
     rows: int
-    length: int  # of a row
+    length: int  # tokens per row
     microbatches: int
-    updates: int  # of a batch
-    offload_reference: bool  # it is on the devices only while it is used
-    samples: bool  # in every step; otherwise only for evaluations, if there is a sampler at all
-    sampler: tuple[tuple[str, Any], ...] | None  # its section
-    problems: int  # of a batch that is sampled
+    updates: int  # per batch
+    offload_reference: bool  # keep the reference in HBM only while it is used
+    samples: bool  # in every step; if False, a sampler is used for evaluations only
+    sampler: tuple[tuple[str, Any], ...] | None  # the section config.sampler; None: no sampler
+    problems: int  # per sampled batch
     group: int
-    new_tokens: int  # of an attempt, at most
+    new_tokens: int  # per attempt, at most
 
     @property
     def chip(self) -> chips.Chip:
@@ -49,7 +49,9 @@ class Work(NamedTuple):
 
 
 def microbatch_choices(work: Work) -> list[Work]:
-    """As many micro-batches as asked for, or more: those that divide."""
+    """List the work with each number of micro-batches that divides the rows, from its
+    own number up.
+    """
     each, rest = divmod(work.rows, work.row_devices)
     counts = [n for n in range(1, each + 1) if each % n == 0] if not rest else []
     enough = [n for n in counts if n >= work.microbatches]
@@ -57,7 +59,7 @@ def microbatch_choices(work: Work) -> list[Work]:
 
 
 def flags_for(work: Work, found: Work) -> list[str]:
-    """The flags that change one piece of work into the other."""
+    """Return the flags that turn one work into another."""
     changed = []
     if found.mesh != work.mesh:
         changed += [f"--config.sharding.mesh.{axis}={size}" for axis, size in found.mesh]

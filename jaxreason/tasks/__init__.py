@@ -1,7 +1,7 @@
-"""Problems by name: random-access sequences of `Task`, so `len(tasks)` and `tasks[i]`
-are all there is to know.
+"""Tasks by name. A maker returns a random-access sequence of `Task`: its whole
+interface is `len(tasks)` and `tasks[i]`.
 
-`corpus` is the odd one: a sequence of texts, for pretraining. To add a family, write a
+`corpus` is the exception: it returns texts, for pretraining. To add a family, write a
 file with one maker and name it here.
 """
 
@@ -42,14 +42,14 @@ TASKS = {
 
 
 def load(
-    name: str,  # one of the tasks, or module:maker of your own
+    name: str,  # a task of this package, or your own as module:maker
     **kwargs,
 ) -> Sequence[Task]:
-    """Make the tasks of a family, or of a user's `module:maker`; the keywords are those
-    of its maker.
+    """Make the tasks of a family of this package, or of your own `module:maker`. The
+    keywords are those of the maker.
 
     Raises:
-      ValueError: an unknown name, an unknown, missing or impossible keyword.
+      ValueError: an unknown name, or an unknown, missing or impossible keyword.
     """
     maker, limit = find("task", name, TASKS), kwargs.get("limit")
     if name in TASKS and limit is not None and limit < 1:
@@ -60,39 +60,39 @@ def load(
     return made
 
 
-# --- what is trained on, and what is held out ---
+# --- training and held-out tasks ---
 
 
 def splits_files(section: Mapping[str, Any]) -> bool:
-    """Whether a section's family reads a user's files and splits them by the hash of
-    each question or text.
+    """Tell whether the task family of a section reads the user's own files and splits
+    them by the hash of each question or text.
     """
     name = section.get("name")
     return name in TASKS and {"path", "held_out"} <= inspect.signature(TASKS[name]).parameters.keys()
 
 
 def files(section: Mapping[str, Any]) -> set[str]:
-    """The files that a section of a config names, if its family splits files."""
+    """List the files that a config section names, if its task family splits files."""
     path = section.get("path")
     if not splits_files(section) or not isinstance(path, str | list | tuple):
         return set()
-    with contextlib.suppress(FileNotFoundError):  # which the family itself will say
+    with contextlib.suppress(FileNotFoundError):  # the family's maker reports a missing file
         return {str(file.resolve()) for file in corpus.find_files([path] if isinstance(path, str) else path)}
     return set()
 
 
 def of_split(section: Mapping[str, Any]) -> str:
-    """The split of a section, in words, for a line on the screen."""
+    """Name the split of a section, as the end of a printed line."""
     return f", split {section['split']!r}" if section.get("split") else ""
 
 
 def overlap(trained: Sequence, held_out: Sequence) -> int:
-    """Count the held-out tasks and texts that are trained on, up to case and white
-    space.
+    """Count the held-out tasks and texts that are also trained on, ignoring case and
+    white space.
 
-    A task counts if its question is trained on; a text if more than half of its
-    characters are in paragraphs that are, so that a corpus cut into files is compared
-    with one cut into paragraphs.
+    A task counts if its question is a training question or part of a training text. A
+    text counts if more than half of its characters are in training paragraphs, so that
+    a corpus cut into files can be compared with one cut into paragraphs.
     """
     if procedural.are_disjoint(trained, held_out):
         return 0
@@ -103,12 +103,12 @@ def overlap(trained: Sequence, held_out: Sequence) -> int:
     return sum(_known_share(_pieces(item), known) > 0.5 or _is_in(item, texts) for item in held_out)
 
 
-MOST_COMPARED = 10**10  # characters x questions: some ten seconds
-SHORTEST_QUOTED = 16  # characters of a question that is looked for inside a text
+MOST_COMPARED = 10**10  # characters x held-out items, about ten seconds; above it, texts are not searched
+SHORTEST_QUOTED = 16  # characters; shorter questions are not searched in texts
 
 
 def _is_in(item: Task | str, texts: str) -> bool:
-    """Whether a task's question is part of a text that is trained on."""
+    """Tell whether a task's question is part of the training texts."""
     if isinstance(item, str) or not texts:
         return False
     question = splits.normalised(item.question)

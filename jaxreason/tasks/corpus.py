@@ -1,4 +1,4 @@
-"""Plain text to pretrain on: files cut into documents."""
+"""Plain text for pretraining: files cut into documents."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from jaxreason.tasks import splits
 def corpus(
     path: str | Sequence[str],  # a file, a glob such as books/*.txt, or several of either
     split: str | None = None,  # train or test, by the document's hash; None: all
-    by: str = "paragraph",  # what a document is: paragraph, cut at blank lines, or file
+    by: str = "paragraph",  # unit of a document: paragraph (cut at blank lines) or file
     held_out: float = 0.1,  # fraction of the documents that are test
 ) -> Sequence[str]:
     """Load the documents of a text file, of a glob such as `books/*.txt`, or of several
     of either. They are texts, not tasks.
 
-    `by` "paragraph" cuts at blank lines, "file" takes each file whole. A document's own
-    hash decides its split, and documents that differ in case or white space alone go
-    together, so none is in both; a share `held_out` of the distinct ones is test. A
-    `split` of None is all of them.
+    `by="paragraph"` cuts at blank lines; `by="file"` takes each file whole. A hash of
+    the document decides its split, and documents that differ only in case or white
+    space get the same split. A fraction `held_out` of the distinct documents is test.
+    `split=None` takes all of them.
 
     Raises:
       FileNotFoundError: nothing matches.
@@ -50,14 +50,14 @@ def paragraphs(text: str) -> list[str]:
 
 
 def find_files(paths: Sequence[str]) -> list[Path]:
-    """Find the files that paths and globs name, each once, in order of their names.
+    """Find the files that paths and globs name, each once, sorted by name.
 
-    A file that several names lead to (`./a.txt`, a symbolic link) is read once.
+    A file that several names lead to (`./a.txt`, a symbolic link) is listed once.
 
     Raises:
-      FileNotFoundError: one matches nothing.
+      FileNotFoundError: one of them matches nothing.
     """
-    files: dict[str, str] = {}  # by their place on the disk
+    files: dict[str, str] = {}  # real path -> path as found
     for pattern in map(str, paths):
         name = os.path.expanduser(pattern)
         found = [name] if Path(name).is_file() else [hit for hit in glob.glob(name, recursive=True) if Path(hit).is_file()]

@@ -1,9 +1,9 @@
-"""GSM8K, grade school word problems (Cobbe et al., 2021, arXiv 2110.14168; MIT), from
-TensorFlow Datasets or from the hub.
+"""GSM8K, grade-school word problems (Cobbe et al., 2021, arXiv 2110.14168; MIT), from
+TensorFlow Datasets or from the Hugging Face hub.
 
 A prepared `gsm8k/1.0.0` folder of array_record files is read without TensorFlow and
-without network. Where there is none, `openai/gsm8k` is read from the Hugging Face hub,
-or from its cache. The rows, their order and their ids are the same.
+without network. Without such a folder, `openai/gsm8k` is read from the hub or its local
+cache. Rows, order and ids are the same.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ ANNOTATION = re.compile(r"<<[^<>]*>>")  # the data set's calculator calls: $<<3*
 
 def gsm8k(
     split: str = "train",  # train or test
-    limit: int | None = None,  # tasks, at most
-    data_dir: str | None = None,  # that holds gsm8k/1.0.0; None: TFDS_DATA_DIR, else ~/tensorflow_datasets, else the hub
+    limit: int | None = None,  # maximum number of tasks
+    data_dir: str | None = None,  # folder with gsm8k/1.0.0; None: TFDS_DATA_DIR, else ~/tensorflow_datasets, else the hub
     annotations: bool = False,  # keep the calculator calls of the solutions
-    revision: str | None = None,  # a commit of openai/gsm8k, which is then read from the hub
+    revision: str | None = None,  # a commit of openai/gsm8k to read from the hub
 ) -> Sequence[Task]:
     """Load GSM8K. The solution ends in `#### answer`; `annotations` keeps its
     calculator calls.
 
-    `data_dir` holds `gsm8k/1.0.0`; by default the environment's TFDS_DATA_DIR, else
-    `~/tensorflow_datasets`, else the hub. `revision`, a commit of `openai/gsm8k`, asks
-    for the hub.
+    `data_dir` is the folder that holds `gsm8k/1.0.0`; by default the environment's
+    TFDS_DATA_DIR, else `~/tensorflow_datasets`, else the hub. `revision`, a commit of
+    `openai/gsm8k`, forces the hub.
 
     Raises:
-      FileNotFoundError: no prepared data set, and none from the hub.
-      ValueError: an unknown split, or a format without random access.
+      FileNotFoundError: the data set is neither prepared here nor available from the
+        hub.
+      ValueError: an unknown split, or a prepared format without random access.
     """
     root = Path(os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
     folders = sorted(root.glob("gsm8k/*/dataset_info.json"))
@@ -85,8 +86,8 @@ def _downloaded(split: str, revision: str | None, root: Path) -> Sequence[tuple[
 
 
 def tfds_order(split: str, count: int) -> list[int]:
-    """The order that TensorFlow Datasets gives rows which its builder numbered from
-    0: by the hash of split and number.
+    """Return the order in which TensorFlow Datasets stores `count` rows that its
+    builder numbered from 0: sorted by the hash of split and number.
     """
     return sorted(range(count), key=lambda i: md5(f"{split}{i}".encode(), usedforsecurity=False).digest())
 

@@ -1,9 +1,10 @@
-"""Problems from data sets on the Hugging Face hub: any of them by the names of its
+"""Tasks from data sets on the Hugging Face hub: any data set by the names of its
 fields, well-known ones by a short name.
 
-Files are read as they are, parquet, JSON lines or a JSON array; where a repository has
-none, its parquet copy on the branch `refs/convert/parquet` is. Nothing of a repository
-is executed. A fetched file stays in the hub's cache (see `jaxreason.runtime.hub`).
+A repository's own files are read: parquet, JSON lines or a JSON array. If it has none
+of these, its parquet copy on the branch `refs/convert/parquet` is read. No code of a
+repository is executed. Fetched files stay in the hub's cache (see
+`jaxreason.runtime.hub`).
 """
 
 from __future__ import annotations
@@ -28,37 +29,38 @@ NOT_DATA = re.compile(r"(.*/)?(dataset_infos?|state|config|metadata|\..*)\.json"
 
 
 class NoData(ValueError):
-    """A repository without a file that can be read."""
+    """Error for a repository without a file that can be read."""
 
 
 def hub(
     id: str,  # owner/name
-    question: str = "question",  # its field, path or template
-    answer: str = "answer",  # its field, path or template
-    solution: str | None = None,  # that of worked solutions, if there are some
-    config: str | None = None,  # of a data set that has several
-    split: str = "train",  # as the data set names it
+    question: str = "question",  # field, path or template of the question
+    answer: str = "answer",  # field, path or template of the answer
+    solution: str | None = None,  # field, path or template of the worked solution, if there is one
+    config: str | None = None,  # config of a data set that has several
+    split: str = "train",  # split, by the name that the data set gives it
     revision: str | None = None,  # a commit, branch or tag of the data set; None: main
     filter: Mapping[str, Any] | None = None,  # keep rows by field: a value, a tuple of them, or {"min": 1, "max": 3}
-    marker: str | None = None,  # the answer follows the last of it in its field
-    data: Mapping[str, str] | None = None,  # fields that a verifier needs, by the name it has for them
-    held_out: float = 0.0,  # fraction of the questions that are test, of a data set with train alone
-    limit: int | None = None,  # tasks, at most
+    marker: str | None = None,  # text in the answer field; the answer follows its last occurrence
+    data: Mapping[str, str] | None = None,  # fields for the verifier: its name of each -> field
+    held_out: float = 0.0,  # fraction of train held out as test, for a data set with only train
+    limit: int | None = None,  # maximum number of tasks
 ) -> Sequence[Task]:
     r"""Load tasks from any data set of the hub, `id="owner/name"`.
 
-    Fields are named as `answer`, by a path as `reward_model.ground_truth` or
-    `messages.0.content`, or by a template as `"{Body} {Question}"`. Rows that lack one
-    are left out, and counted.
+    A field is given by its name (`answer`), by a path (`reward_model.ground_truth`,
+    `messages.0.content`) or by a template (`"{Body} {Question}"`). Rows that lack a
+    field are left out and counted.
 
-    With `marker` (`"####"`, `"\\boxed{"`) the answer ends at the matching brace if the
-    marker ends in one, and without a `solution` the whole field is the solution. With
-    `held_out` above 0 `split` "test" takes this share of the questions of `train`, by
-    their hash, and "train" the others. The commit that is read is noted in the run.
+    With `marker` (`"####"`, `"\\boxed{"`) the answer is the text after its last
+    occurrence, up to the matching brace if the marker ends in one; without a `solution`
+    the whole field is then the solution. With `held_out` above 0, `split` "test" takes
+    this fraction of the questions of `train`, by their hash, and "train" takes the
+    rest. The run records the commit that was read.
 
     Raises:
-      FileNotFoundError: it can't be had; says why.
-      ValueError: no such config, split or field; names those that are there.
+      FileNotFoundError: the data set is not available; says why.
+      ValueError: no such config, split or field; lists the existing ones.
     """
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out got {held_out}; allowed: 0 to below 1")
@@ -99,7 +101,7 @@ def hub(
 
 
 def data_folder(id: str, config: str | None, split: str, revision: str | None = None) -> tuple[Path, list[str]]:
-    """Return the folder of a data set and the names in it of the files of one config
+    """Return the local folder of a data set and the names of the files of one config
     and split.
     """
     chosen: list[str] = []
@@ -110,7 +112,7 @@ def data_folder(id: str, config: str | None, split: str, revision: str | None = 
 
     how = {"kind": "dataset"}
     branches = [revision] if revision is not None else [None, CONVERTED]
-    for branch in branches:  # all of them before the network is asked
+    for branch in branches:  # look in the cache for both before any download
         if (folder := hub_.cached(id, choose, revision=branch, **how)) is not None:
             return folder, chosen
     try:
@@ -122,15 +124,16 @@ def data_folder(id: str, config: str | None, split: str, revision: str | None = 
 
 
 def data_files(id: str, names: Iterable[str], config: str | None, split: str) -> list[str]:
-    """Choose the files of a split in one folder, that of the config.
+    """Choose the files of a split within one folder, that of the config.
 
-    A file is of a split by its stem (`train.jsonl`, `train-00000-of-00002.parquet`; if
-    there is none, `gsm8k_train.jsonl`), or by its folder (`train/0000.parquet`).
+    A file belongs to a split by its stem (`train.jsonl`,
+    `train-00000-of-00002.parquet`; failing that, `gsm8k_train.jsonl`), or by its folder
+    (`train/0000.parquet`).
 
     Raises:
       NoData: there are no files that can be read.
-      ValueError: no such config or split, shards that are missing, or files of which it
-        is not clear which are meant; names those that are there.
+      ValueError: no such config or split, missing shards, or an ambiguous choice of
+        files; lists the existing ones.
     """
     names = [name for name in names if not NOT_DATA.fullmatch(name)]
     files = next((found for kind in KINDS if (found := sorted(n for n in names if n.endswith(kind)))), [])
@@ -163,12 +166,12 @@ NUMBERED = re.compile(r"(.*?)(?:(?:^|[-_.])(\d+)(?:-of-(\d+)(?:-[0-9a-f]{16})?)?
 
 
 def _parts(name: str) -> tuple[str, str, str]:
-    """Folder, split that the last folder names ("" if it names none), and stem of a
-    file.
+    """Split a file's name into its folder, the split that its last folder names ("" if
+    none), and its stem.
     """
     path = PurePosixPath(name)
     words = [word for known in WORDS.values() for word in known]
-    is_split = path.parent.name in words or path.parent.name.startswith("partial-")  # as the hub names a part of a split
+    is_split = path.parent.name in words or path.parent.name.startswith("partial-")  # the hub's name for part of a split
     folder = path.parent.parent if is_split else path.parent
     return str(folder), path.parent.name if is_split else "", path.stem
 
@@ -178,38 +181,40 @@ def _config_of(name: str) -> str:
 
 
 def _series(name: str) -> str:
-    """Return the name that the shards of one table share."""
+    """Return the name that all shards of one table have in common."""
     _, split, stem = _parts(name)
     return f"{split}/{NUMBERED.fullmatch(stem)[1]}"
 
 
 def _of_split(id: str, files: Sequence[str], split: str) -> list[str]:
-    for named in (_named, _told):  # the exact ones first
+    for named in (_named, _told):  # exact names first
         if found := [name for name in files if named(name) & {*WORDS.get(split, ()), split}]:
             return found
     known = {word: name for name, words in WORDS.items() for word in words}
     there = {known.get(word, word) for name in files for word in _named(name) | _told(name)}
     there = {word for word in there if word in WORDS or word.startswith("partial-")}
-    if there or split != "train":  # files that name no split are train
+    if there or split != "train":  # files that name no split count as train
         raise ValueError(unknown_name_message(f"split of {id}", split, there or ["train"]))
     return list(files)
 
 
 def _named(name: str) -> set[str]:
-    """The split that a file's folder names, else its whole stem but for its number."""
+    """Return the split that a file's folder names, else its whole stem without its
+    number.
+    """
     _, split, stem = _parts(name)
     return {split or NUMBERED.fullmatch(stem)[1]}
 
 
 def _told(name: str) -> set[str]:
-    """The words of a file's stem, if they name one split."""
+    """Return the words of a file's stem, unless they name several splits."""
     _, split, stem = _parts(name)
     words = set() if split else set(re.split(r"[-_.]", stem))
     return words if sum(not words.isdisjoint(known) for known in WORDS.values()) <= 1 else set()
 
 
 def _check_shards(id: str, files: Sequence[str]) -> None:
-    """Check that no shard of a table is missing or there twice."""
+    """Check that each shard of a table exists exactly once."""
     found = [NUMBERED.fullmatch(_parts(name)[2]) for name in files]
     if counts := sorted({match[3] for match in found if match[3]}):
         indices = sorted(int(match[2]) for match in found if match[2])
@@ -233,10 +238,11 @@ def _check_shards(id: str, files: Sequence[str]) -> None:
 
 
 def read_rows(folder: Path, files: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield rows with the fields `names` (paths, of which a column is the first part).
+    """Yield rows with the fields `names` (paths, which start with the name of a
+    column).
 
     Raises:
-      ValueError: a file is damaged, or lacks a field: names those that it has.
+      ValueError: a file is damaged, or lacks a field; lists its fields.
     """
     columns = dict.fromkeys(name.split(".")[0] for name in names)
     for file in files:
@@ -244,7 +250,7 @@ def read_rows(folder: Path, files: Sequence[str], names: Sequence[str]) -> Itera
 
 
 def _parquet(path: Path, columns: Sequence[str]) -> Iterator[dict]:
-    import pyarrow.parquet as parquet  # here: it takes a third of a second
+    import pyarrow.parquet as parquet  # imported here: it takes a third of a second
 
     try:
         file = parquet.ParquetFile(path)
@@ -283,7 +289,7 @@ def _check_field(name: str, there: Iterable[str], path: Path) -> None:
 
 
 def fields_of(spec: str) -> list[str]:
-    """The fields that a name, a path or a template speaks of."""
+    """List the fields that a name, a path or a template refers to."""
     return [name for _, name, _, _ in string.Formatter().parse(spec) if name is not None] if "{" in spec else [spec]
 
 
@@ -300,7 +306,7 @@ def _at(row: Any, path: str) -> Any:
 
 
 def _text(row: dict, spec: str) -> str | None:
-    """A field, or a filled template, as text; None if a field of it is missing."""
+    """Return a field, or a filled template, as text; None if a field is missing."""
     if "{" not in spec:
         return _plain(_at(row, spec))
     parts = []
@@ -313,8 +319,8 @@ def _text(row: dict, spec: str) -> str | None:
 
 
 def _plain(value: Any) -> str | None:
-    """Text of a value; numbers lose a zero fraction (145.0 -> "145"), lists become
-    "3, 4".
+    """Convert a value to text: whole numbers lose their decimals (145.0 -> "145"),
+    lists become "3, 4".
     """
     if isinstance(value, list):
         texts = [_plain(item) for item in value]
@@ -337,7 +343,8 @@ def _check_filter(filter: Any) -> None:
     """Check the values of `filter`.
 
     Raises:
-      ValueError: one that is neither a value, nor several, nor bounds.
+      ValueError: a value that is neither plain, nor a tuple of plain values, nor
+        bounds.
     """
     if not isinstance(filter, Mapping | None):
         raise ValueError(f"filter got {filter!r}; allowed: a mapping of fields, such as {{'level': 5}}")
@@ -367,7 +374,7 @@ def _accepts(value: Any, wish: Any) -> bool:
 
 def _after(text: str, marker: str) -> str:
     """Return the text after the last marker, up to the matching brace if the marker
-    ends in an open one; empty if there is none.
+    ends in an open one; empty if the marker or the brace is missing.
     """
     _, found, rest = text.rpartition(marker)
     if not found or not marker.endswith("{"):
@@ -406,7 +413,7 @@ def math(
     split: str = "train",
     limit: int | None = None,
     revision: str | None = None,
-    levels: Sequence[int] | None = None,  # of difficulty, 1 to 5; None: all
+    levels: Sequence[int] | None = None,  # levels of difficulty, 1 to 5; None: all
 ) -> Sequence[Task]:
     """Load MATH, competition problems with worked solutions (Hendrycks et al., 2021,
     arXiv 2103.03874).
@@ -462,8 +469,8 @@ def deepscaler(
     """Load DeepScaleR's 40,000 problems of AIME, AMC, Omni-MATH and Still (Luo et al.,
     2025).
 
-    `agentica-org/DeepScaleR-Preview-Dataset`, MIT: `train` alone, of which a share
-    `held_out` is `test` here.
+    `agentica-org/DeepScaleR-Preview-Dataset`, MIT. It has only `train`; a fraction
+    `held_out` of it becomes `test` here.
     """
     how = {"split": split, "limit": limit, "revision": revision, "held_out": held_out}
     return hub("agentica-org/DeepScaleR-Preview-Dataset", "problem", "answer", "solution", **how)
@@ -481,7 +488,7 @@ def dapo_math_17k(
 
     `open-r1/DAPO-Math-17k-Processed`, Apache 2.0: each problem once and without the
     instruction that the original wraps it in; `language` "en" (14,116), "cn" or "all".
-    `train` alone, of which a share `held_out` is `test` here.
+    It has only `train`; a fraction `held_out` of it becomes `test` here.
     """
     how = {"split": split, "limit": limit, "revision": revision, "held_out": held_out, "config": language}
     return hub("open-r1/DAPO-Math-17k-Processed", "prompt", "solution", **how)
@@ -492,14 +499,14 @@ def big_math(
     limit: int | None = None,
     revision: str | None = None,
     held_out: float = 0.002,
-    solve_rate: tuple[float, float] | None = None,  # of Llama-3.1-8B, lowest and highest
+    solve_rate: tuple[float, float] | None = None,  # lowest and highest solve rate of Llama-3.1-8B
 ) -> Sequence[Task]:
     """Load Big-Math, 250,000 problems for RL (Albalak et al., 2025, arXiv 2502.17387).
 
     `SynthLabsAI/Big-Math-RL-Verified`, Apache 2.0 and gated: accept its terms there,
-    then log in. `solve_rate` keeps problems that Llama-3.1-8B solves in this share of
-    attempts, lowest and highest. `train` alone, of which a share `held_out` is `test`
-    here.
+    then log in. `solve_rate` keeps problems that Llama-3.1-8B solves in this fraction
+    of attempts, lowest and highest. It has only `train`; a fraction `held_out` of it
+    becomes `test` here.
     """
     how = {"split": split, "limit": limit, "revision": revision, "held_out": held_out}
     if solve_rate is not None:
@@ -513,8 +520,9 @@ def countdown_3to4(
     """Load 490,000 countdown problems of three or four numbers (TinyZero: Pan et al.,
     2025), for the verifier `countdown`.
 
-    `Jiayi-Pan/Countdown-Tasks-3to4`, which names no licence: `train` alone, of which a
-    share `held_out` is `test` here. It has no solutions; `Task.answer` is the target.
+    `Jiayi-Pan/Countdown-Tasks-3to4`, which names no licence. It has only `train`; a
+    fraction `held_out` of it becomes `test` here. It has no solutions; `Task.answer` is
+    the target.
     """
     asked = "Using the numbers {nums}, each of them once, and + - * / and parentheses, write an expression that equals {target}."
     how = {"split": split, "limit": limit, "revision": revision, "held_out": held_out}

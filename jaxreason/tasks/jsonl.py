@@ -1,4 +1,4 @@
-"""Problems from a JSON-lines file of your own, one object a line."""
+"""Tasks from your own JSON-lines file, one object per line."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from jaxreason.types import Task
 
 
 def jsonl(
-    path: str,  # of the file
-    question: str = "question",  # its field, or several joined by +
-    answer: str = "answer",  # its field
-    solution: str | None = None,  # the field of worked solutions, if there is one
-    marker: str | None = None,  # the answer follows the last of it in its field
+    path: str,  # the JSON-lines file
+    question: str = "question",  # field of the question, or several joined by +
+    answer: str = "answer",  # field of the answer
+    solution: str | None = None,  # field of the worked solution, if there is one
+    marker: str | None = None,  # text in the answer field; the answer follows its last occurrence
     split: str | None = None,  # train or test, by the question's hash; None: all
     held_out: float = 0.1,  # fraction of the questions that are test
-    limit: int | None = None,  # tasks, at most
+    limit: int | None = None,  # maximum number of tasks
 ) -> Sequence[Task]:
     """Load tasks from the named fields of each line; `question="Body+Question"` joins
-    several with a space.
+    several fields with a space.
 
-    Numbers lose a zero fraction (145.0 -> "145"). With `marker`, the answer is what
-    follows its last occurrence in the answer field, and without a `solution` field the
-    whole answer field is the solution (GSM8K's own files: marker="####"). `split`
-    "train" or "test" takes the part of the questions whose hash says so (a share
-    `held_out` is test); None takes all. A config that names one file for a source and a
-    suite gives them "train" and "test".
+    Whole numbers lose their decimals (145.0 -> "145"). With `marker`, the answer is the
+    text after its last occurrence in the answer field; without a `solution` field the
+    whole answer field is then the solution (GSM8K's own files: marker="####"). `split`
+    "train" or "test" selects questions by their hash (a fraction `held_out` is test);
+    None takes all. A config that reads one file for both a source and a suite gives
+    them "train" and "test".
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: a bad line (named as file:line), a missing or empty field, or nothing
-        left.
+      ValueError: a bad line (named as file:line), a missing or empty field, or no
+        tasks.
     """
     if split not in (None, *splits.SPLITS):
         raise ValueError(unknown_name_message("split of task 'jsonl'", split, splits.SPLITS))

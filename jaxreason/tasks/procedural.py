@@ -1,15 +1,16 @@
-"""Problems made by rule: endless, exactly checkable, and split into train and test by
+"""Tasks made by rule: endless, exactly checkable, and split into train and test by
 construction.
 
 Each maker returns a lazy sequence of tasks. Item `index` is drawn from
 `default_rng((seed, split, index))` and redrawn until the hash of its question falls in
-the part of its split, so no seed, size or demonstration style ever puts a question in
-both. Out of distribution is the same maker with `split="test"` and another difficulty.
+its split, so no seed, size or demonstration style ever puts a question in both splits.
+For an out-of-distribution test, use the same maker with `split="test"` and another
+difficulty.
 
-`demonstrations` chooses `Task.solution`: "none"; "human" (guesses, short cuts and
-slips, as people do); "verified" (human ones redrawn until the answer is right);
-"expert" (all the steps, no slip). The question does not depend on it. All families
-write with the 29 characters of `ALPHABET`, and mark the answer by `A`: `7+5*3-2:` ->
+`demonstrations` chooses `Task.solution`: "none"; "human" (with guesses, short cuts and
+slips, as people make them); "verified" (human ones redrawn until the answer is right);
+"expert" (all steps, no slip). The question does not depend on it. All families use the
+29 characters of `ALPHABET` and mark the answer by `A`: `7+5*3-2:` ->
 `7+5=2*3=6-2=4;A4`.
 """
 
@@ -30,13 +31,13 @@ from jaxreason.types import Task
 
 ALPHABET = "0123456789+-*/=:;,?()[]<>Any "  # 29 characters: with BOS, EOS and PAD a vocabulary of 32
 DEMONSTRATIONS = ("none", "human", "verified", "expert")
-HELD_OUT = 1 / 8  # the share of questions that is for test
-DRAWS = 1000  # until a question falls in its split: with 1 in 8, all fail with probability 1e-58
+HELD_OUT = 1 / 8  # fraction of the questions that are test
+DRAWS = 1000  # most draws for a question of a split; with 1 in 8, all fail with probability 1e-58
 
 
 class Question(NamedTuple):
-    """A drawn problem. `canonical` is the same for questions that are the same; `parts`
-    is for the demonstrations.
+    """A drawn problem. Equal questions have equal `canonical` texts; `parts` is input
+    for the demonstrations.
     """
 
     text: str
@@ -47,8 +48,8 @@ class Question(NamedTuple):
 
 
 class Demonstration(NamedTuple):
-    """A worked solution. `forced` are the character spans that a tool wrote: to be
-    masked from the loss.
+    """A worked solution. `forced` lists the character spans that a tool wrote, which
+    the loss must mask.
     """
 
     text: str
@@ -57,8 +58,8 @@ class Demonstration(NamedTuple):
 
 
 class Dice:
-    """Uniform draws, in blocks: a scalar draw from a NumPy generator takes
-    microseconds, and an item takes dozens of them.
+    """Uniform random draws, made in blocks: a scalar draw from a NumPy generator takes
+    microseconds, and a task needs dozens of them.
     """
 
     def __init__(self, *seed: int):
@@ -79,11 +80,11 @@ class Dice:
         return options[self.below(len(options))]
 
     def weighted(self, options: Sequence, cumulative: Sequence[float]) -> Any:
-        """Draw an option given the running sums of the weights."""
+        """Draw an option, given the running sums of the weights."""
         return options[min(bisect(cumulative, self._random() * cumulative[-1]), len(options) - 1)]
 
     def other(self, n: int, than: int) -> int:
-        """Draw from 0..n-1 without `than`."""
+        """Draw from 0..n-1, excluding `than`."""
         return (than + 1 + self.below(n - 1)) % n
 
     def shuffled(self, items: Sequence) -> list:
@@ -96,12 +97,12 @@ class Dice:
         return next(self._block)
 
 
-HARDEST = 10_000  # operations, numbers or digits of a task
-LARGEST = 10**8  # tasks in a set: a list of so many is kept in memory
+HARDEST = 10_000  # most operations, numbers or digits of a task
+LARGEST = 10**8  # most tasks in a set, which keeps a list of them in memory
 
 
 class Drawn(Sequence):
-    """Tasks of one family and split, made on first use and kept."""
+    """Tasks of one family and split, each made on first use and kept."""
 
     def __init__(self, make: Callable[[int], Task], size: int, family: str, split: str):
         self._make, self.family, self.split = make, family, split
@@ -122,29 +123,30 @@ class Drawn(Sequence):
 
 
 def are_disjoint(a: Sequence, b: Sequence) -> bool:
-    """Whether no question can be in both, as they are drawn from two splits of one
-    family.
+    """Tell whether two sequences are drawn from different splits of one family, so that
+    they have no question in common.
     """
     return isinstance(a, Drawn) and isinstance(b, Drawn) and a.family == b.family and a.split != b.split
 
 
 def chain(
-    split: str = "train",  # train or test, which have no task in common
-    size: int = 20_000,  # tasks
-    seed: int = 0,  # of the draw of tasks
-    ops: int | tuple[int, int] = (2, 5),  # operations: a number, or the lowest and the highest
-    ops_weights: Sequence[float] | None = None,  # how often each number of operations; None: alike
-    demonstrations: str = "none",  # worked solutions: none, human (with slips and guesses) or expert
+    split: str = "train",  # train or test; no task is in both
+    size: int = 20_000,  # number of tasks
+    seed: int = 0,  # random seed of the tasks
+    ops: int | tuple[int, int] = (2, 5),  # operations per task: a number, or (lowest, highest)
+    ops_weights: Sequence[float] | None = None,  # weight of each number of operations; None: equal
+    demonstrations: str = "none",  # worked solutions: none, human (slips, guesses), verified (right human ones) or expert
     slip: float = 0.12,  # human: probability of a wrong step
-    guess: float = 0.5,  # human: probability of an answer without work
-    stop_early: float = 0.2,  # human: probability of an answer in the middle of the work
+    guess: float = 0.5,  # human: probability of answering without work
+    stop_early: float = 0.2,  # human: probability of answering with the value so far
     guess_right: float = 0.25,  # human: probability that a guess is right
 ) -> Sequence[Task]:
     """Make left-to-right arithmetic modulo 10: `7+5*3-2:` -> `7+5=2*3=6-2=4;A4`.
 
-    A human guesses with probability `guess` (right in `guess_right` of those), stops
-    part-way with `stop_early` and answers with the value so far, and otherwise works it
-    all out; each step slips to a uniform digit with `slip` and goes on from there.
+    A human guesses with probability `guess` (right in a fraction `guess_right` of
+    guesses), stops part-way with probability `stop_early` and answers with the value so
+    far, and otherwise works out all steps. Each step slips to a uniform digit with
+    probability `slip`, and the next step continues from the wrong value.
     """
     _check_probabilities(slip=slip, guess=guess, stop_early=stop_early, guess_right=guess_right)
     draw_ops = _difficulty("ops", ops, ops_weights)
@@ -164,8 +166,8 @@ def chain(
             right = dice.chance(guess_right)
             value = question.answer if right else dice.other(10, int(question.answer))
             return Demonstration(f";A{value}", right)
-        # Given that it is no guess, so that `guess` and `stop_early` are shares of all
-        # demonstrations.
+        # Conditional on not guessing, so that `guess` and `stop_early` are fractions of
+        # all demonstrations.
         if guess < 1 and dice.chance(stop_early / (1 - guess)):
             return work(dice, question, slip, stop=dice.between(1, len(question.parts[1])))
         return work(dice, question, slip)
@@ -177,27 +179,27 @@ def chain(
 
 
 def inverse_chain(
-    split: str = "train",  # train or test, which have no task in common
-    size: int = 20_000,  # tasks
-    seed: int = 0,  # of the draw of tasks
-    ops: int | tuple[int, int] = 2,  # operations: a number, or the lowest and the highest
-    ops_weights: Sequence[float] | None = None,  # how often each number of operations; None: alike
-    demonstrations: str = "none",  # worked solutions: none, human (with slips and guesses) or expert
-    max_answers: int = 2,  # first digits that solve a task, at most
-    lucky: float = 0.05,  # human: probability that the next attempt is a right one
-    give_up: float = 0.45,  # human: probability to stop after an attempt that failed
-    attempts: int = 4,  # in a demonstration, at most
+    split: str = "train",  # train or test; no task is in both
+    size: int = 20_000,  # number of tasks
+    seed: int = 0,  # random seed of the tasks
+    ops: int | tuple[int, int] = 2,  # operations per task: a number, or (lowest, highest)
+    ops_weights: Sequence[float] | None = None,  # weight of each number of operations; None: equal
+    demonstrations: str = "none",  # worked solutions: none, human (slips, guesses), verified (right human ones) or expert
+    max_answers: int = 2,  # most first digits that may solve a task
+    lucky: float = 0.05,  # probability that an attempt uses a right digit; else a random one
+    give_up: float = 0.45,  # human: probability of giving up after a failed attempt
+    attempts: int = 4,  # human: most attempts per demonstration
     slip: float = 0.04,  # human: probability of a wrong step
     check_slip: float = 0.05,  # human: probability of a wrong check
 ) -> Sequence[Task]:
     """Make chains with a missing first digit, for trial and error: `?*7+5=2:` ->
     `3*7=1+5=6n4*7=8+5=3n1*7=7+5=2yA1`.
 
-    `data["answers"]` has every digit that solves it, at most `max_answers`. A human
-    tries an untried digit (a right one with probability `lucky`, else a random one),
-    gives up after a wrong attempt with `give_up` or when `attempts` are used up, and
-    then answers with a guess; a step slips with `slip`, the y/n check with
-    `check_slip`. An expert neither slips nor gives up.
+    `data["answers"]` lists every digit that solves the task, at most `max_answers`. A
+    human tries an untried digit (a right one with probability `lucky`, else a random
+    one). After a wrong attempt a human gives up with probability `give_up`, or when
+    `attempts` are used up, and then answers with a guess. A step slips with probability
+    `slip`, the y/n check with `check_slip`. An expert neither slips nor gives up.
     """
     _check_probabilities(lucky=lucky, give_up=give_up, slip=slip, check_slip=check_slip)
     draw_ops = _difficulty("ops", ops, ops_weights)
@@ -239,25 +241,26 @@ def inverse_chain(
 
 
 def calculator(
-    split: str = "train",  # train or test, which have no task in common
-    size: int = 20_000,  # tasks
-    seed: int = 0,  # of the draw of tasks
-    factor_digits: int | tuple[int, int] = 2,  # digits of each factor: a number, or the lowest and the highest
-    addend_digits: int | tuple[int, int] = 3,  # digits of the addend
-    demonstrations: str = "none",  # worked solutions: none, human (with slips and guesses) or expert
-    use_tool: float = 0.25,  # human: probability of a call of the calculator
-    chain_calls: float = 0.4,  # human: probability that a call is followed by that of the sum
-    sum_right: float = 0.3,  # human: probability that a sum without a call is right
-    guess_right: float = 0.4,
+    split: str = "train",  # train or test; no task is in both
+    size: int = 20_000,  # number of tasks
+    seed: int = 0,  # random seed of the tasks
+    factor_digits: int | tuple[int, int] = 2,  # digits of each factor: a number, or (lowest, highest)
+    addend_digits: int | tuple[int, int] = 3,  # digits of the addend: a number, or (lowest, highest)
+    demonstrations: str = "none",  # worked solutions: none, human (slips, guesses), verified (right human ones) or expert
+    use_tool: float = 0.25,  # human: probability of calling the calculator
+    chain_calls: float = 0.4,  # human: probability of a second call, for the sum
+    sum_right: float = 0.3,  # human: probability that a guessed sum is right
+    guess_right: float = 0.4,  # human: probability that an answer without a call is right
 ) -> Sequence[Task]:
     """Make a product and a sum, hard without the tool: `47*83+512:` ->
     `[47*83=3901][3901+512=4413]A4413`.
 
-    The model writes a call up to its `=`; the tool writes the result and the `]`, and
-    `data["forced"]` has those spans of the solution. A human calls with probability
-    `use_tool` (then calls again for the sum with `chain_calls`, else guesses the sum,
-    right in `sum_right`); otherwise guesses outright, right in `guess_right`. A wrong
-    guess has one wrong digit.
+    The model writes a call up to its `=`; the tool writes the result and the `]`.
+    `data["forced"]` lists these spans of the solution. A human calls the tool with
+    probability `use_tool`, then calls again for the sum with probability `chain_calls`,
+    or else guesses the sum, right with probability `sum_right`. A human who does not
+    call guesses the answer, right with probability `guess_right`. A wrong guess has one
+    wrong digit.
     """
     _check_probabilities(use_tool=use_tool, chain_calls=chain_calls, sum_right=sum_right, guess_right=guess_right)
     draw_factor, draw_addend = _difficulty("factor_digits", factor_digits), _difficulty("addend_digits", addend_digits)
@@ -297,28 +300,28 @@ def calculator(
 
 
 def countdown(
-    split: str = "train",  # train or test, which have no task in common
-    size: int = 20_000,  # tasks
-    seed: int = 0,  # of the draw of tasks
-    numbers: int | tuple[int, int] = 3,  # how many numbers: one number, or the lowest and the highest
-    max_number: int = 9,  # the largest of the numbers
-    max_target: int = 99,  # the largest target
-    demonstrations: str = "none",  # worked solutions: none, human (with slips and guesses) or expert
-    direct: float = 0.1,  # human: probability of an answer without a search
-    lucky: float = 0.25,
-    give_up: float = 0.3,
-    attempts: int = 4,
-    slip: float = 0.04,
-    check_slip: float = 0.05,
+    split: str = "train",  # train or test; no task is in both
+    size: int = 20_000,  # number of tasks
+    seed: int = 0,  # random seed of the tasks
+    numbers: int | tuple[int, int] = 3,  # how many numbers: one count, or (lowest, highest)
+    max_number: int = 9,  # largest of the numbers
+    max_target: int = 99,  # largest target
+    demonstrations: str = "none",  # worked solutions: none, human (slips, guesses), verified (right human ones) or expert
+    direct: float = 0.1,  # human: probability of answering without a search
+    lucky: float = 0.25,  # probability that an attempt uses a solution; else a random expression
+    give_up: float = 0.3,  # human: probability of giving up after a failed attempt
+    attempts: int = 4,  # most attempts per demonstration
+    slip: float = 0.04,  # human: probability of a wrong step
+    check_slip: float = 0.05,  # human: probability of a wrong check
 ) -> Sequence[Task]:
     """Make "reach the target with each number once": `3,7,5=26:` ->
     `7-5=2,2*3=6n3*7=21,21+5=26yA3*7+5`.
 
-    An attempt is its steps, joined by commas, and `n` or `y`. `data` has `numbers` and
-    `target`; a solution exists, and `Task.answer` is one, by construction: values are
-    whole numbers >= 0 throughout. A human answers without a search with probability
-    `direct`; the rest is as in `inverse_chain`, but an attempt may be repeated. The
-    expert's last attempt succeeds.
+    An attempt consists of its steps, joined by commas, then `n` or `y`. `data` has
+    `numbers` and `target`. A solution exists by construction, and `Task.answer` is one;
+    all its values are whole numbers >= 0. A human answers without a search with
+    probability `direct`; the rest is as in `inverse_chain`, but an attempt may be
+    repeated. The expert's last attempt succeeds.
     """
     _check_probabilities(direct=direct, lucky=lucky, give_up=give_up, slip=slip, check_slip=check_slip)
     draw_count = _difficulty("numbers", numbers)
@@ -367,38 +370,39 @@ def countdown(
 
 
 def reversal(
-    split: str = "train",  # train or test, which have no task in common
-    size: int = 20_000,  # tasks
-    seed: int = 0,  # of the draw of tasks
-    length: int | tuple[int, int] = (3, 6),  # digits: a number, or the lowest and the highest
-    demonstrations: str = "none",  # worked solutions: none, human (with slips and guesses) or expert
-    slip: float = 0.05,
-    guess: float = 0.3,
+    split: str = "train",  # train or test; no task is in both
+    size: int = 20_000,  # number of tasks
+    seed: int = 0,  # random seed of the tasks
+    length: int | tuple[int, int] = (3, 6),  # digits per task: a number, or (lowest, highest)
+    demonstrations: str = "none",  # worked solutions: none, human (slips, guesses), verified (right human ones) or expert
+    slip: float = 0.05,  # human: probability of moving a random digit
+    guess: float = 0.3,  # human: probability of answering with a random order
 ) -> Sequence[Task]:
-    """Make digit strings to reverse: `<407:` -> `40,7;4,70;,704;A704`, each step what
-    is left and what is done.
+    """Make digit strings to reverse: `<407:` -> `40,7;4,70;,704;A704`. Each step shows
+    the digits left and the digits done.
     """
     return _rearrange("reversal", "<", lambda rest: len(rest) - 1, split, size, seed, length, demonstrations, slip, guess)
 
 
 def sorting(
-    split: str = "train",  # train or test, which have no task in common
-    size: int = 20_000,  # tasks
-    seed: int = 0,  # of the draw of tasks
-    length: int | tuple[int, int] = (3, 6),
-    demonstrations: str = "none",  # worked solutions: none, human (with slips and guesses) or expert
-    slip: float = 0.05,
-    guess: float = 0.3,
+    split: str = "train",  # train or test; no task is in both
+    size: int = 20_000,  # number of tasks
+    seed: int = 0,  # random seed of the tasks
+    length: int | tuple[int, int] = (3, 6),  # digits per task: a number, or (lowest, highest)
+    demonstrations: str = "none",  # worked solutions: none, human (slips, guesses), verified (right human ones) or expert
+    slip: float = 0.05,  # human: probability of moving a random digit
+    guess: float = 0.3,  # human: probability of answering with a random order
 ) -> Sequence[Task]:
-    """Make digit strings to sort upwards: `>407:` -> `47,0;7,04;,047;A047`, each step
-    what is left and what is done.
+    """Make digit strings to sort in ascending order: `>407:` -> `47,0;7,04;,047;A047`.
+    Each step shows the digits left and the digits done.
     """
     return _rearrange("sorting", ">", lambda rest: rest.index(min(rest)), split, size, seed, length, demonstrations, slip, guess)
 
 
 def _rearrange(name, sign, choose, split, size, seed, length, demonstrations, slip, guess) -> Sequence[Task]:
-    """Move one digit at a time from the rest to the result. A human moves a random one
-    with `slip`; a `guess` is any order.
+    """Make tasks that move one digit at a time from the rest to the result. A human
+    moves a random digit with probability `slip`, and with probability `guess` answers
+    any order.
     """
     _check_probabilities(slip=slip, guess=guess)
     draw_length = _difficulty("length", length)
@@ -430,8 +434,8 @@ def _rearrange(name, sign, choose, split, size, seed, length, demonstrations, sl
 
 
 def _tasks(name, split, size, seed, demonstrations, draw, human, expert) -> Sequence[Task]:
-    """Build the sequence of a family from how it draws a question (None: draw again)
-    and how people and experts work it out.
+    """Build the sequence of a family from three functions: `draw` makes a question
+    (None: draw again), `human` and `expert` make its demonstrations.
     """
     if split not in splits.SPLITS:
         raise ValueError(unknown_name_message(f"split of task {name!r}", split, splits.SPLITS))
@@ -472,8 +476,8 @@ def _tasks(name, split, size, seed, demonstrations, draw, human, expert) -> Sequ
 
 
 def _difficulty(name: str, value: int | Sequence[int], weights: Sequence[float] | None = None) -> Callable[[Dice], int]:
-    """Return the draw of a difficulty given as a number or as (lowest, highest), by
-    default uniform.
+    """Return a function that draws a difficulty, given as a number or as (lowest,
+    highest); uniform unless `weights` are given.
     """
     try:
         low, high = (value, value) if isinstance(value, int) else map(operator.index, value)
@@ -508,7 +512,7 @@ def _apply(op: str, a: int, b: int) -> int:
 
 
 def _steps(dice: Dice, count: int) -> list[tuple[str, int]]:
-    return [(dice.pick("++--*"), dice.below(10)) for _ in range(count)]  # + - * with .4 .4 .2
+    return [(dice.pick("++--*"), dice.below(10)) for _ in range(count)]  # probabilities: + 0.4, - 0.4, * 0.2
 
 
 def _join(steps: list[tuple[str, int]]) -> str:
@@ -522,7 +526,7 @@ def _run(value: int, steps: list[tuple[str, int]]) -> int:
 
 
 def _trace(dice: Dice, value: int, steps: list[tuple[str, int]], slip: float) -> tuple[str, int]:
-    """Write the chain with `=value` after each step from the value so far:
+    """Write the chain with `=value` after each step, and return it with the last value:
     `7+5=2*3=6`.
     """
     text = str(value)
@@ -535,7 +539,9 @@ def _trace(dice: Dice, value: int, steps: list[tuple[str, int]], slip: float) ->
 
 
 def _misremember(dice: Dice, number: str) -> str:
-    """Change one digit, so that the number is wrong and has as many digits."""
+    """Change one digit, so that the number is wrong and has the same number of
+    digits.
+    """
     at, digit = dice.below(len(number)), 0
     while (digit == 0 and at == 0) or str(digit) == number[at]:
         digit = dice.below(10)
@@ -546,8 +552,8 @@ def _misremember(dice: Dice, number: str) -> str:
 
 
 def _combine(dice: Dice, pool: Sequence[int]):
-    """Join all numbers into a random expression whose values are whole and >= 0
-    throughout.
+    """Join all numbers into a random expression whose intermediate values are whole and
+    >= 0.
     """
     items: list = [(number, number) for number in pool]  # (expression, value)
     while len(items) > 1:
@@ -575,8 +581,8 @@ def _expression(tree, outer: str = "", on_right: bool = False) -> str:
 
 
 def _work(dice: Dice, tree, slip: float) -> tuple[list[str], int]:
-    """Work an expression out step by step, inner ones first; a slip goes on from its
-    wrong value.
+    """Work an expression out step by step, inner ones first. After a slip the wrong
+    value is used.
     """
     if isinstance(tree, int):
         return [], tree

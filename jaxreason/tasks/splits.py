@@ -1,5 +1,5 @@
-"""The split of a text by its content: the same on every machine, whatever its
-neighbours, and equal texts stay together.
+"""Train and test splits by a hash of the text: the same on every machine, independent
+of the other texts of a file. Equal texts get the same split.
 """
 
 from __future__ import annotations
@@ -11,30 +11,31 @@ SPLITS = ("train", "test")
 
 
 def fraction(text: str) -> float:
-    """Hash a text to [0, 1)."""
+    """Hash a text to a number in [0, 1)."""
     return int.from_bytes(blake2b(text.encode(errors="surrogatepass"), digest_size=6).digest()) / 2**48
 
 
 def split_of(text: str, held_out: float) -> str:
-    """Return the split of a text, with a share `held_out` in test."""
+    """Return the split of a text when a fraction `held_out` of texts is test."""
     return "test" if fraction(text) < held_out else "train"
 
 
 def normalised(text: str) -> str:
-    """Spell a question such that two that differ in case or white space alone are
+    """Fold case and white space, so that texts that differ only in these become
     equal.
     """
     return " ".join(text.casefold().split())
 
 
 def splitter(held_out: float) -> Callable[[str], str]:
-    """Make a function of the texts of a file, in order, that returns the split of each.
+    """Make a function that returns the split of each text of a file. Call it in the
+    order of the file.
 
-    Texts that differ in case or white space alone are the same question, so they follow
-    the first of them; all others are where `split_of` has them.
+    Texts that differ only in case or white space are the same question, so they get the
+    split of the first of them. Every other text gets the split of `split_of`.
 
     Raises:
-      ValueError: `held_out` is no fraction.
+      ValueError: `held_out` is not between 0 and 1.
     """
     if not 0 <= held_out <= 1:
         raise ValueError(f"held_out got {held_out}; allowed: 0 to 1, the fraction that is test")

@@ -1,12 +1,13 @@
-"""From tasks and messages to token ids, with a mask of what may be trained on.
+"""From tasks and messages to token ids, with a mask of the tokens that may be trained
+on.
 
 A `Format` is how one run talks to its model: `plain` (the question, then the model
 writes) or `chat` (a checkpoint's own Jinja template). Training and sampling see the
-same ids: what the model writes is encoded by itself and appended as ids to the
-prompt's, never re-tokenised with it. Text that comes from outside cannot smuggle in
-tokens with a meaning of their own: those written in a message are encoded as plain
-characters (of what the assistant wrote, only special ones are: a worked solution may
-think and call tools, but not end its turn).
+same ids: text that the model writes is encoded by itself and its ids are appended to
+the prompt's, never re-tokenised with it. Text from outside cannot smuggle in tokens
+with a meaning of their own: those written in a message are encoded as plain characters.
+In the assistant's text only special tokens are: a worked solution may think and call
+tools, but not end its turn.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Format(NamedTuple):
     """Ids of prompt, solution and end, and which to train on: the solution and its end, but not the character spans of the
     solution that `task.data["forced"]` lists, such as tool output."""
     forced: Callable[[str], list[int]]
-    """Ids of a text that the model is shown in the middle of its own, such as tool output."""
+    """Ids of a text that is inserted between texts of the model, such as tool output."""
     template: str | None = None
     """The chat template, if there is one."""
 
@@ -43,12 +44,12 @@ class Format(NamedTuple):
 # --- formats ---
 
 QUESTION = "{question}"
-PROBE = "\ue004"  # stands for a text where a template is tried
+PROBE = "\ue004"  # the message with which a template is tested
 
 
 def plain(tokenizer: Tokenizer, instruction: str = QUESTION) -> Format:
     """Make the format of a model without a chat template: bos (if there is one), the
-    question, and the model writes on.
+    question, then the model's text.
 
     Raises:
       ValueError: an instruction without `{question}`.
@@ -86,19 +87,20 @@ def chat(
     """Make the format of a chat model: the question is the user's turn, and the model
     writes the assistant's.
 
-    A template whose prompt opens the assistant's turn in another way than it renders
-    one (R1 and QwQ open `<think>`) has prompts, but refuses demonstrations.
+    Some templates open the assistant's turn differently in a prompt than in a finished
+    conversation (R1 and QwQ open `<think>`). Such a template can make prompts, but it
+    refuses demonstrations.
 
     Args:
-      tokenizer: its eos ids must hold the token that ends a turn in this template.
+      tokenizer: its eos ids must include the token that ends a turn in this template.
       template: Jinja source, as from `load_template`.
-      system: the system message; none is sent if empty (a template may then put in its
+      system: the system message; if empty, none is sent (a template may then add its
         own).
       instruction: the user's message; `{question}` in it stands for the question.
-      arguments: what the template reads beyond messages, such as `{"enable_thinking":
+      arguments: further variables of the template, such as `{"enable_thinking":
         False}`.
-      date: what the template takes for today; None: the day on which this is called.
-      path: the file of the template, for errors to name.
+      date: the day that the template sees as today; None: the day of this call.
+      path: the file of the template, named in errors.
 
     Raises:
       ValueError: a template that does not work, an argument that it does not read, or
@@ -122,7 +124,7 @@ def chat(
         with naming(path):
             solution = {"role": "assistant", "content": [*spans(task)]}
             ids, trainable = encode_chat(tokenizer, template, [*messages(task.question), solution], **arguments)
-        end = max(i for i, is_trained in enumerate(trainable) if is_trained) + 1  # what follows the turn is nobody's
+        end = max(i for i, is_trained in enumerate(trainable) if is_trained) + 1  # drop the text after the turn
         return ids[:end], trainable[:end]
 
     with naming(path):
@@ -137,8 +139,8 @@ def check_instruction(instruction: str) -> None:
 
 
 def check_template(tokenizer: Tokenizer, template: str, messages: Sequence[Message], **arguments) -> None:
-    """Check that a template writes all that it is given, and ends the assistant's turn
-    so that a sampler stops.
+    """Check that a template keeps every message, and ends the assistant's turn with a
+    token at which a sampler stops.
 
     Raises:
       ValueError: it does not.
@@ -159,7 +161,7 @@ def check_template(tokenizer: Tokenizer, template: str, messages: Sequence[Messa
 
 @contextlib.contextmanager
 def naming(path: Path | None):
-    """Put the name of a file in front of errors."""
+    """Prefix the message of a ValueError with the name of a file."""
     try:
         yield
     except ValueError as error:
@@ -167,8 +169,8 @@ def naming(path: Path | None):
 
 
 def spans(task: Task) -> list[tuple[str, bool]]:
-    """Split a worked solution into what the model writes and what is forced
-    (`task.data["forced"]`).
+    """Split a worked solution into pieces `(text, is_forced)`, by the forced spans of
+    `task.data["forced"]`.
     """
     found, at = [], 0
     for start, end in [*sorted(task.data.get("forced", ())), (len(task.solution),) * 2]:
@@ -181,9 +183,9 @@ def spans(task: Task) -> list[tuple[str, bool]]:
 
 # --- messages ---
 
-# Private-use characters put around what stands in a message's content and is to be
-# encoded as plain characters (special tokens), and around what is forced in it, to tell
-# them, in the rendered text, from what the template wrote.
+# Private-use characters that mark parts of a message's content, so that the rendered
+# text shows which parts the template did not write: OPEN and CLOSE around tokens to
+# encode as plain characters, FORCED and GIVEN around forced text.
 OPEN, CLOSE, FORCED, GIVEN = "\ue000", "\ue001", "\ue002", "\ue003"
 MARKED = re.compile(f"{OPEN}([^{OPEN}{CLOSE}]*){CLOSE}|{FORCED}([^{FORCED}{GIVEN}]*){GIVEN}|[{OPEN}{CLOSE}{FORCED}{GIVEN}]")
 
@@ -195,18 +197,18 @@ def encode_chat(
     add_generation_prompt: bool = False,
     **arguments,
 ) -> tuple[list[int], list[bool]]:
-    """Encode a conversation; mark what the assistant wrote: its contents, each with the
-    token that ends its turn.
+    """Encode a conversation, and mark the tokens to train on: the contents of the
+    assistant's messages, each with the token that ends its turn.
 
-    Each turn of the assistant is encoded apart from what stands before it, as when it
-    was sampled. Where a template drops parts of earlier turns (Qwen3 drops their
+    Each turn of the assistant is encoded separately from the text before it, as when it
+    was sampled. If a template drops parts of earlier turns (Qwen3 drops their
     reasoning), they are dropped here too, and not trained on. A content may be a list
-    of `(text, is_forced)`: what is forced is encoded as text from outside, and not
-    trained on.
+    of `(text, is_forced)`: forced text is encoded as text from outside, and not trained
+    on.
 
     Raises:
       ValueError: the template fails, changes the prompt of an earlier turn, or ends a
-        turn with no eos token.
+        turn without an eos token.
     """
     messages = [_guarded(_plain(m), tokenizer) for m in messages]
     arguments = special_names(tokenizer) | arguments
@@ -238,10 +240,10 @@ def special_names(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def first_end(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
-    """Find the end of the assistant's turn.
+    """Return the index of the first eos token, which ends the assistant's turn.
 
     Raises:
-      ValueError: nowhere.
+      ValueError: there is none.
     """
     for i, token in enumerate(ids):
         if token in tokenizer.eos_ids:
@@ -258,8 +260,8 @@ def _plain(message: Message | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _guarded(message: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Put marks around what is forced in a message, and around tokens that it may not
-    write.
+    """Put marks around the forced parts of a message, and around tokens that the
+    message may not contain.
     """
     content = message["content"]
     pieces = [(content, False)] if isinstance(content, str) else content
@@ -270,13 +272,13 @@ def _guarded(message: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     barred = {(tokenizer.special | tokenizer.added)[word] for word in words} if tokenizer.rewrites else set()
 
     def guard(part):
-        """Mark a token, or a text that a normalizer makes one of."""
+        """Mark a token, or a text that a normalizer turns into one."""
         hidden = barred and barred.intersection(tokenizer.encode(part, continues=True))
-        hidden = hidden and hidden.difference(tokenizer.encode(part, added=False, continues=True))  # which has the unknown one
+        hidden = hidden and hidden.difference(tokenizer.encode(part, added=False, continues=True))  # drops the unknown token
         return f"{OPEN}{part}{CLOSE}" if hidden or part in words else part
 
     def guarded(text):
-        parts = re.split(f"({longest_first}|[{OPEN}{CLOSE}{FORCED}{GIVEN}])", text)  # forged marks part a text, too
+        parts = re.split(f"({longest_first}|[{OPEN}{CLOSE}{FORCED}{GIVEN}])", text)  # also at forged marks
         return "".join(part if i % 2 and part not in words else guard(part) for i, part in enumerate(parts))
 
     content = "".join(f"{FORCED}{text}{GIVEN}" if is_forced else guarded(text) for text, is_forced in pieces)
@@ -284,10 +286,10 @@ def _guarded(message: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _encode_guarded(tokenizer: Tokenizer, text: str, continues: bool = False) -> tuple[list[int], list[bool]]:
-    """Encode rendered text, with what stands between marks as plain characters; say of
-    each id whether it is forced.
+    """Encode rendered text, with marked parts as plain characters; return the ids, and
+    for each whether it is forced.
 
-    A mark that lost its partner is dropped.
+    A mark without its partner is dropped.
     """
     ids, forced = [], []
     for i, part in enumerate(MARKED.split(text)):

@@ -1,10 +1,10 @@
 """Chat templates: read from a checkpoint, and rendered in a sandbox with the names that
 transformers gives them.
 
-Templates come from the internet and are programs. Here they see no attribute that
-Python keeps to itself, and a budget of steps and of characters ends those that loop,
-recurse or grow without end. The same conversation always renders to the same text: its
-date is given (`clock`), and what draws at random is left out.
+Templates are programs from the internet. The sandbox hides Python's private attributes,
+and limits steps and characters, which stops templates that loop, recurse or grow
+without end. The same conversation always renders to the same text: the caller gives the
+date (`clock`), and random functions are removed.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ import jinja2.visitor
 from jaxreason.options import read_object, read_text, unknown_name_message
 from jaxreason.types import Message
 
-MAX_STEPS = 100_000  # calls, and rounds of loops, of one rendering
+MAX_STEPS = 100_000  # calls and loop iterations per rendering
 MAX_SIZE = 4_000_000  # characters of a text, elements of a list and bits of a number
-GIVEN = ("messages", "add_generation_prompt", "bos_token", "eos_token", "pad_token")  # by us, so by no config
+GIVEN = ("messages", "add_generation_prompt", "bos_token", "eos_token", "pad_token")  # set here, so not by a config
 FORMAT = jinja2.filters.FILTERS["format"]
 FAILURES = (
     *(jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError),
@@ -45,14 +45,14 @@ def load_template(folder: str | Path) -> str:
     tokenizer_config.json.
 
     Raises:
-      FileNotFoundError: it has none, as a base model.
-      ValueError: it is no text.
+      FileNotFoundError: there is none, as in a base model.
+      ValueError: it is not a text.
     """
     path = template_path(folder)
     if path is not None and path.suffix == ".jinja":
         return read_text(path)
     template = read_object(path).get("chat_template") if path is not None else None
-    if isinstance(template, list):  # named templates; the others are for tools and retrieval
+    if isinstance(template, list):  # named templates; those beside "default" are for tools and retrieval
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         template = named.get("default", "" if named else 0)
     if template is not None and not isinstance(template, str):
@@ -63,16 +63,17 @@ def load_template(folder: str | Path) -> str:
 
 
 def template_path(folder: str | Path) -> Path | None:
-    """The file that `load_template` reads; None if there is none."""
+    """Return the file that `load_template` reads; None if there is none."""
     paths = [Path(folder) / name for name in ("chat_template.jinja", "tokenizer_config.json")]
     return next((path for path in paths if path.is_file()), None)
 
 
 def check_arguments(template: str, arguments: Mapping[str, Any]) -> None:
-    """Check that a template reads what a config passes to it.
+    """Check that a template reads the arguments that a config passes to it.
 
     Raises:
-      ValueError: naming the first that it does not, or that is not for a config to set.
+      ValueError: names the first argument that the template does not read, or that a
+        config may not set.
     """
     with _failures():
         read = jinja2.meta.find_undeclared_variables(_environment().parse(template))
@@ -94,9 +95,9 @@ def render(
     Args:
       template: Jinja source.
       messages: the conversation.
-      add_generation_prompt: whether the assistant's turn is opened.
-      **arguments: what else the template reads; `strftime_now`, unless given, tells the
-        time at hand.
+      add_generation_prompt: whether to open the assistant's turn.
+      **arguments: further variables of the template; `strftime_now` defaults to the
+        current time.
 
     Raises:
       ValueError: the template is not valid, refuses these messages, or does not end.
@@ -116,7 +117,7 @@ def render(
 
 @contextlib.contextmanager
 def _failures():
-    """Turn what a template may raise into a ValueError of one line."""
+    """Turn any error of a template into a ValueError of one line."""
     try:
         yield
     except FAILURES as error:
@@ -126,13 +127,13 @@ def _failures():
 
 
 def clock(date: datetime.date) -> Callable[[str], str]:
-    """Make the `strftime_now` of a day, at midnight."""
+    """Make the `strftime_now` function of a day, at midnight."""
     return datetime.datetime.combine(date, datetime.time()).strftime
 
 
 # --- the sandbox ---
 
-_budget = threading.local()  # steps that are left to the rendering under way in a thread
+_budget = threading.local()  # steps left to the current rendering of a thread
 
 
 def _spend(steps: int) -> None:
@@ -142,8 +143,8 @@ def _spend(steps: int) -> None:
 
 
 def _bounded(value, size: int | None = None):
-    """Give a value back, unless it has grown too large. A thousand characters are as
-    good as a step.
+    """Return a value, unless it has grown too large. Each thousand characters cost one
+    step.
     """
     if size is None:
         size = value.bit_length() if isinstance(value, int) else len(value) if isinstance(value, str | list | tuple) else 0
@@ -160,7 +161,7 @@ def _range(*numbers):
 
 
 def _counted(items):
-    """Return the items of a loop, with its rounds counted."""
+    """Return the items of a loop; each item costs one step."""
     if hasattr(items, "__len__"):
         _spend(len(items))
         return items
@@ -168,8 +169,8 @@ def _counted(items):
 
 
 class _Budgeted(jinja2.visitor.NodeTransformer):
-    """Put `_counted` around what loops run over, and `_bounded` around what is assigned
-    or joined.
+    """Rewriter of templates that puts `_counted` around the iterable of a loop, and
+    `_bounded` around assigned or joined values.
     """
 
     def visit_For(self, node):
@@ -190,8 +191,8 @@ class _Budgeted(jinja2.visitor.NodeTransformer):
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The environment that templates are written for (the settings and names of
-    transformers), with a budget.
+    """The Jinja environment that templates expect (settings and names of transformers),
+    with a budget.
     """
 
     intercepted_binops = frozenset({"*", "**", "+", "%"})
@@ -226,7 +227,7 @@ def _length(value) -> int:
 
 
 def _check_widths(text, *numbers) -> None:
-    """Raise for what would pad a text without end: `"%99999999d" % 1`,
+    """Raise for arguments that would pad a text without end: `"%99999999d" % 1`,
     `"x".ljust(10**9)`.
     """
     if isinstance(text, str) and (re.search(r"\d{6}", text) or any(isinstance(n, int) and n > MAX_SIZE for n in numbers)):
@@ -234,9 +235,9 @@ def _check_widths(text, *numbers) -> None:
 
 
 def _filter(function: Callable) -> Callable:
-    """A filter of Jinja's that pads nothing without end."""
+    """Wrap one of Jinja's filters so that it cannot pad a text without end."""
 
-    @functools.wraps(function)  # with the marks of those that want the context
+    @functools.wraps(function)  # also copies the attribute that asks for the context
     def limited(*args, **kwargs):
         value, *more = args[1:] if hasattr(function, "jinja_pass_arg") else args
         _check_widths(value if function is FORMAT else "", *more, *kwargs.values())
@@ -246,8 +247,8 @@ def _filter(function: Callable) -> Callable:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what the assistant wrote; renders as find where that is
-    without it, so it does nothing here.
+    """The tag `{% generation %}`, which marks the assistant's text. `encode_chat` finds
+    that text without it, so the tag only renders its content.
     """
 
     tags = {"generation"}  # noqa: RUF012

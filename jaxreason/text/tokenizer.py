@@ -1,16 +1,18 @@
 """Tokenizers behind one NamedTuple of functions: characters of an alphabet, bytes, or a
 `tokenizer.json`.
 
-Encoding never adds tokens. It recognises special tokens written in the text, because
-chat templates write them; `special=False` reads them as plain characters, which is how
-a solution is encoded, so that it cannot end a turn or open another; `added=False` reads
-all tokens with a meaning of their own so (Qwen3's `</think>` is not special), which is
-how text from outside (questions, tool output) is encoded. Decoding is total: whatever
-ids a model samples, it gives a text.
+Encoding never adds bos or eos. It recognises special tokens written in the text,
+because chat templates write them. `special=False` reads them as plain characters:
+solutions are encoded this way, so that they cannot end a turn or open another.
+`added=False` reads every token with a meaning of its own as plain characters, also
+those that are not special (Qwen3's `</think>`): text from outside (questions, tool
+output) is encoded this way. Decoding never fails: any ids that a model samples give a
+text.
 
-Tokenizers of the SentencePiece kind (Llama 2) write a space in front of a text and take
-it away when they decode. What continues a text has none: `continues=True`, for every
-piece that is encoded or decoded apart from what is before it.
+Tokenizers of the SentencePiece kind (Llama 2) write a space in front of a text and
+remove it when they decode. A text that continues another has no such space: pass
+`continues=True` for every piece that is encoded or decoded separately from the text
+before it.
 """
 
 from __future__ import annotations
@@ -26,34 +28,34 @@ from typing import Any, NamedTuple
 
 from jaxreason.options import read_object, read_text, unknown_name_message
 
-UNKNOWN = "\ufffd"  # what an id without a token decodes to: checkpoints pad their vocabulary, and models sample from all of it
+UNKNOWN = "\ufffd"  # text of an id without a token: checkpoints pad their vocabulary, and models may sample such ids
 
 
 class Tokenizer(NamedTuple):
     """Text to token ids and back."""
 
-    vocab_size: int  # ids are below it
+    vocab_size: int  # every id is below it
     bos_id: int | None
-    eos_ids: tuple[int, ...]  # any of them ends a completion; the first is the one that is written
+    eos_ids: tuple[int, ...]  # any of them ends a completion; the first one is appended to demonstrations
     pad_id: int  # may equal an eos id: lengths and masks are data, never inferred from it
     special: Mapping[str, int]  # special tokens: text to id
     encode: Callable[..., list[int]]
     """`encode(text, special=True, added=True, continues=False) -> ids`. Special tokens written in the text are recognised unless
     `special` is False; with `added=False` neither they nor those of `added` are."""
     decode: Callable[..., str]
-    """`decode(ids, skip_special=False, continues=False) -> text`; never raises. What ids decode to depends on no others, but for
-    the bytes of a character."""
+    """`decode(ids, skip_special=False, continues=False) -> text`; never raises. An id decodes the same beside any others,
+    except for the bytes of a character."""
     token_text: Callable[[int], str]
     """`token_text(id) -> text` of one token, to show to a person."""
     save: Callable[[Path], None] | None
-    """`save(folder)` writes the files that `load` and transformers read; None for one that was read from such files."""
+    """`save(folder)` writes the files that `load` and transformers read; None for a tokenizer read from such files."""
     added: Mapping[str, int] = MappingProxyType({})
-    """Tokens with a meaning of their own that are not special, as `</think>` in Qwen3: text to id."""
+    """Tokens with a meaning of their own that are not special, such as `</think>` in Qwen3: text to id."""
     rewrites: bool = False
     """Whether a normalizer may make a token of `special` or `added` from a text that does not contain it."""
 
 
-# --- made by us ---
+# --- our own tokenizers ---
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
@@ -61,8 +63,8 @@ PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 def _made(
     pieces: int, vocab_size: int | None, encode_plain: Callable, decode_plain: Callable, show: Callable, save: Callable
 ) -> Tokenizer:
-    """A tokenizer with ids 0 = pad, 1 = bos, 2 = eos, then `pieces` more that start at
-    0 for the functions given.
+    """Make a tokenizer with ids 0 = pad, 1 = bos, 2 = eos, then `pieces` more. The
+    given functions count these from 0.
     """
     ids_of = {PAD: 0, BOS: 1, EOS: 2}
     texts = {i: text for text, i in ids_of.items()}
@@ -96,12 +98,12 @@ def _made(
 
 
 def characters(alphabet: str, vocab_size: int | None = None) -> Tokenizer:
-    """Make one token a character: ids 0 = pad, 1 = bos, 2 = eos, then the alphabet in
-    its order.
+    """Make a tokenizer with one token per character: ids 0 = pad, 1 = bos, 2 = eos,
+    then the alphabet in its order.
 
     Args:
       alphabet: the characters, each once.
-      vocab_size: None, or more than that, where a model's vocabulary is rounded up.
+      vocab_size: None, or a larger size, where a model's vocabulary is rounded up.
 
     Raises:
       ValueError: here, a repeated character; when encoding, a character that is not in
@@ -124,8 +126,8 @@ def characters(alphabet: str, vocab_size: int | None = None) -> Tokenizer:
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers
 
-        # "<unk>" is no word of it, so that a character which is not in the alphabet is
-        # an error there too.
+        # The vocabulary lacks "<unk>", so a character outside the alphabet is an error
+        # there too.
         made = tokenizers.Tokenizer(models.WordLevel(_numbered(alphabet), unk_token="<unk>"))
         made.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
         made.decoder = decoders.Fuse()
@@ -135,8 +137,8 @@ def characters(alphabet: str, vocab_size: int | None = None) -> Tokenizer:
 
 
 def byte_level(vocab_size: int | None = None) -> Tokenizer:
-    """Make one token a byte of UTF-8: ids 0 = pad, 1 = bos, 2 = eos, then the 256
-    bytes.
+    """Make a tokenizer with one token per byte of UTF-8: ids 0 = pad, 1 = bos, 2 = eos,
+    then the 256 bytes.
     """
 
     def show(i):
@@ -149,8 +151,8 @@ def byte_level(vocab_size: int | None = None) -> Tokenizer:
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers
 
-        # In such a file a byte is a character that can be seen: itself, or one from 256
-        # on, as GPT-2 had it.
+        # tokenizer.json writes each byte as a visible character: itself, or one from
+        # code point 256 on, as GPT-2 does.
         seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
         unseen = [byte for byte in range(256) if byte not in seen]
         pieces = [chr(256 + unseen.index(byte) if byte in unseen else byte) for byte in range(256)]
@@ -167,8 +169,8 @@ def _numbered(pieces: Sequence[str]) -> dict[str, int]:
 
 
 def _write(made, folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json; with its special tokens a text
-    begins with bos, as a plain prompt does.
+    """Write tokenizer.json and tokenizer_config.json. Encoding with special tokens
+    starts a text with bos, as a plain prompt does.
     """
     from tokenizers import AddedToken, processors
 
@@ -191,20 +193,21 @@ def _write(made, folder: Path) -> None:
 
 
 def load(folder: str | Path) -> Tokenizer:
-    """Load a `tokenizer.json` and what stands beside it.
+    """Load a `tokenizer.json`, with bos, eos and pad from the files beside it.
 
-    eos ids: `eos_token` of tokenizer_config.json first, then those of
-    generation_config.json (Llama and Qwen list several there); where that has none,
-    those of config.json. bos: tokenizer_config.json alone, as some families name one
-    that they never use.
+    The first eos id is `eos_token` of tokenizer_config.json (or of
+    special_tokens_map.json). The next are those of generation_config.json (Llama and
+    Qwen list several there) or, if it has none, of config.json. bos comes from the
+    first two of these files alone, because some families give a bos id elsewhere that
+    they never use.
 
     Args:
       folder: of a checkpoint; for a Hugging Face id pass `weights.resolve(id)`.
 
     Raises:
       FileNotFoundError: no tokenizer.json.
-      ValueError: a file cannot be read, no end-of-sequence token is known, or one that
-        the tokenizer does not have.
+      ValueError: a file cannot be read, no end-of-sequence token is known, or the
+        tokenizer lacks a token that a file names.
     """
     folder = Path(folder)
     path = folder / "tokenizer.json"
@@ -215,15 +218,15 @@ def load(folder: str | Path) -> Tokenizer:
     plain_reader.encode_special_tokens = True
     tokens = {token.content: (i, token.special) for i, token in reader.get_added_tokens_decoder().items()}
     special = {content: i for content, (i, is_special) in tokens.items() if is_special}
-    # Runs of white space, which some tokenizers add as tokens, mean nothing but
-    # themselves.
+    # Some tokenizers add runs of white space as tokens; these need no protection, as
+    # they mean only themselves.
     added = {content: i for content, (i, is_special) in tokens.items() if not is_special and content.strip()}
     outside_reader = plain_reader
     if added:
         outside_reader = new_reader()
-        outside_reader.add_special_tokens(list(added))  # which are there already: they become special
+        outside_reader.add_special_tokens(list(added))  # they exist already; this makes them special
         outside_reader.encode_special_tokens = True
-    bare = _bare(reader)  # parts that add no space and take none away
+    bare = _bare(reader)  # parts changed to neither add nor remove a leading space
     starts, strips = ("normalizer" in bare or "pre_tokenizer" in bare), "decoder" in bare
     inner_reader = new_reader() if starts else outside_reader
     if starts:
@@ -248,7 +251,7 @@ def load(folder: str | Path) -> Tokenizer:
         text = text.encode("utf-8", errors="replace").decode("utf-8")
         one = outside_reader if not added else reader if special else plain_reader
         inner = 0
-        if continues and starts:  # up to the first token that `one` recognises: it knows what follows such a token
+        if continues and starts:  # `inner_reader` encodes up to the first token that `one` recognises
             found = any_token[bool(special)].search(text) if added else None
             inner = found.start() if found else len(text)
         no = barred_outside if not added else frozenset() if special else barred
@@ -261,7 +264,7 @@ def load(folder: str | Path) -> Tokenizer:
     def decode(ids, skip_special=False, continues=False):
         out = []
         for what, run in itertools.groupby(map(int, ids), kind):
-            if what is bytes:  # the library gives up a whole run of bytes for one that is wrong
+            if what is bytes:  # the library gives up a whole run of bytes if one is invalid
                 out.append(bytes(byte_of[i] for i in run).decode("utf-8", errors="replace"))
             elif what is str:
                 out.append(decoder.decode(list(run), skip_special_tokens=skip_special))
@@ -277,40 +280,43 @@ def load(folder: str | Path) -> Tokenizer:
 
 
 def make_reader(path: Path, source: str):
-    """Make a tokenizer of the library from the text of a tokenizer.json."""
-    import tokenizers  # here: 30 ms that characters and bytes need not pay
+    """Parse the text of a tokenizer.json with the tokenizers library."""
+    import tokenizers  # imported here: it takes 30 ms, which the other tokenizers avoid
 
     try:
         made = tokenizers.Tokenizer.from_str(source)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library raises bare Exception, and panics
+    except BaseException as error:  # the library raises bare Exception, or panics
         raise ValueError(f"{path} is not a tokenizer that the tokenizers library reads ({error})") from None
-    made.no_truncation()  # some files say to cut or pad every text to a length
+    made.no_truncation()  # some files ask to truncate or pad every text
     made.no_padding()
     return made
 
 
 def replace_parts(reader, bare: dict, names: Sequence[str]) -> None:
-    """Replace parts of a tokenizer by those that add and take no space."""
+    """Replace the named parts of a tokenizer by those of `bare`, which leave spaces
+    alone.
+    """
     for name in names:
         if name in bare:
             setattr(reader, name, bare[name])
 
 
 def encode_without(inner_reader, reader, text: str, barred: frozenset[int]) -> list[int]:
-    """Encode with no id of `barred`.
+    """Encode a text without the ids of `barred`.
 
-    The model itself may have such a token as a piece of text; it is spelled then, each
-    character by itself, and one that is all of a barred token is left out.
+    The model itself may have a barred token as a piece of text. Such a piece is encoded
+    character by character instead; a character that is a whole barred token is left
+    out.
     """
     found = reader.encode(text, add_special_tokens=False)
-    ids = found.ids  # a copy at each look
+    ids = found.ids  # each access makes a copy
     if not barred or barred.isdisjoint(ids):
         return ids
 
     def spell(text):
-        if inner_reader.normalizer is not None:  # first: one character may be all of a token
+        if inner_reader.normalizer is not None:  # before the split: one character may normalize to a whole token
             text = inner_reader.normalizer.normalize_str(text)
         return [i for c in text for i in inner_reader.encode(c, add_special_tokens=False).ids if i not in barred]
 
@@ -321,7 +327,7 @@ def encode_without(inner_reader, reader, text: str, barred: frozenset[int]) -> l
 
 
 def _may_write(reader, words: Sequence[str]) -> bool:
-    """Whether one of these tokens is looked for in normalized text, or is a piece of
+    """Tell whether one of these tokens is matched in normalized text, or is a piece of
     the model itself.
     """
     return any(token.normalized for token in reader.get_added_tokens_decoder().values() if token.content in words) or any(
@@ -330,7 +336,9 @@ def _may_write(reader, words: Sequence[str]) -> bool:
 
 
 def _unknown_id(reader) -> int | None:
-    """The token that stands for text that a model has no piece for."""
+    """Return the id of the token for text that a model has no piece for; None without
+    one.
+    """
     import tokenizers
 
     if isinstance(reader.model, tokenizers.models.Unigram):
@@ -340,24 +348,24 @@ def _unknown_id(reader) -> int | None:
 
 
 def _any(words: Iterable[str]) -> re.Pattern:
-    """A pattern of any of these words, the longest first; it matches nowhere if there
-    are none.
+    """Compile a pattern that matches any of these words, the longest first; without
+    words it matches nothing.
     """
     return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
 
 
-# --- the space in front of a text, and bytes ---
+# --- leading space, and bytes ---
 
-PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}  # and their key in a sequence
+PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}  # part -> its key in a Sequence
 
 
 def _bare(reader) -> dict[str, Any]:
-    """Make the parts of a tokenizer anew that put a space in front of a text or take it
-    away, so that they don't; by name.
+    """Rebuild, by name, the parts of a tokenizer that add or remove a leading space, so
+    that they no longer do.
     """
     import tokenizers
 
-    shell = tokenizers.Tokenizer(tokenizers.models.BPE())  # its parts alone, without the vocabulary
+    shell = tokenizers.Tokenizer(tokenizers.models.BPE())  # holds the parts alone, without the vocabulary
     for name in PARTS:
         if getattr(reader, name) is not None:
             setattr(shell, name, getattr(reader, name))
@@ -369,8 +377,8 @@ def _bare(reader) -> dict[str, Any]:
 
 
 def _without_space(name: str, part: dict[str, Any]) -> dict[str, Any] | None:
-    """A part of a tokenizer.json, or of a sequence there, without the space; None if
-    nothing is left of it.
+    """Change a part of a tokenizer.json, or of a sequence there, so that it neither
+    adds nor removes a leading space; None if nothing is left of it.
     """
     kind = part["type"]
     if kind == "Sequence":
@@ -386,8 +394,8 @@ def _without_space(name: str, part: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _bytes_of(reader) -> dict[int, int]:
-    """The tokens that are single bytes, of a tokenizer that falls back on them: id to
-    byte.
+    """Map the ids of single-byte tokens to their bytes; empty for a tokenizer without
+    byte fallback.
     """
     if reader.decoder is None or "ByteFallback" not in str(reader.decoder):
         return {}
@@ -399,7 +407,7 @@ def _bytes_of(reader) -> dict[int, int]:
 
 
 def _special_ids(folder: Path, token_to_id: Callable, known: frozenset[int]) -> tuple[int | None, tuple[int, ...], int]:
-    """Read bos, eos and pad from the files beside a tokenizer.json."""
+    """Read the ids of bos, eos and pad from the files beside a tokenizer.json."""
     files = ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json", "config.json")
     there = {file: read_object(folder / file) if (folder / file).is_file() else {} for file in files}
     ids: dict[str, int | None] = {}
@@ -422,15 +430,15 @@ def _special_ids(folder: Path, token_to_id: Callable, known: frozenset[int]) -> 
 
 
 def _id_of(path: Path, name: str, text: Any, token_to_id: Callable) -> int | None:
-    """The id of a token that a file names; None for padding that the tokenizer does not
-    have, as nothing reads it.
+    """Return the id of a token that a file names; None for a pad token that the
+    tokenizer lacks, because nothing reads it.
     """
     text = text.get("content") if isinstance(text, dict) else text
     if not isinstance(text, str):
         raise ValueError(f"{path}: {name} got {text!r}; allowed: the text of a token")
     try:
         found = token_to_id(text)
-    except UnicodeEncodeError:  # half a character, which JSON can hold
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can hold
         found = None
     if found is None and name != "pad_token":
         raise ValueError(f"{path}: {name} got {text!r}, which is no token of tokenizer.json; do they belong together?")
@@ -438,9 +446,9 @@ def _id_of(path: Path, name: str, text: Any, token_to_id: Callable) -> int | Non
 
 
 def _ids(path: Path, name: str, there: dict[str, Any], known: frozenset[int]) -> list[int]:
-    """The token ids, one or several, that a file gives under a name."""
+    """Return the token ids, one or several, that a file gives under a name."""
     value = there.get(name)
-    if value is None or (name == "pad_token_id" and value == -1):  # so Llama 1 said that there is none
+    if value is None or (name == "pad_token_id" and value == -1):  # Llama 1's way to say that there is none
         return []
     found = value if isinstance(value, list) else [value]
     for i in found:
@@ -450,11 +458,11 @@ def _ids(path: Path, name: str, there: dict[str, Any], known: frozenset[int]) ->
 
 
 def with_eos(tokenizer: Tokenizer, eos: Sequence[str | int]) -> Tokenizer:
-    """Add end-of-sequence tokens, given as their texts or ids, behind those that a
-    tokenizer has.
+    """Add end-of-sequence tokens, given as texts or ids, after those that a tokenizer
+    has.
 
     Raises:
-      ValueError: one that it does not have, or a text that is more than one token.
+      ValueError: a token that it does not have, or a text of more than one token.
     """
     if isinstance(eos, str) or not isinstance(eos, Sequence):
         raise ValueError(f"text.eos got {eos!r}; allowed: a tuple of token texts or ids, such as ('<|im_end|>',)")
@@ -482,18 +490,18 @@ TOKENIZERS = {"characters": characters, "byte_level": byte_level, "pretrained": 
 
 
 def make(name: str, **kwargs) -> Tokenizer:
-    """Make the tokenizer of that name from its keyword arguments."""
+    """Make a tokenizer from its name and keyword arguments."""
     if name not in TOKENIZERS:
         raise ValueError(unknown_name_message("tokenizer", name, TOKENIZERS))
     return TOKENIZERS[name](**kwargs)
 
 
 def check_same(there: Tokenizer, here: Tokenizer) -> None:
-    """Check that an id means the same text to both; which of them end a completion may
-    differ.
+    """Check that every id decodes to the same text in both tokenizers; their eos ids
+    may differ.
 
     Raises:
-      ValueError: naming the first that does not.
+      ValueError: names the first id that differs.
     """
     for i in range(max(there.vocab_size, here.vocab_size)):
         a, b = there.decode([i]), here.decode([i])
@@ -510,7 +518,7 @@ def check_vocabulary(tokenizer: Tokenizer, config) -> None:
     embeddings than tokens are fine.
 
     Raises:
-      ValueError: it has too few.
+      ValueError: too few embeddings.
     """
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(

@@ -1,12 +1,13 @@
 """Verifiers by name: `verify(answer_text, task) -> Verdict`, with a reward of 1.0 for a
 right answer and 0.0 for any other.
 
-Total in the text: whatever a model wrote, a verdict comes back in bounded time, with
-one of a few words as its `reason`. What can hang (computer algebra, patterns) runs in
-killable child processes: see `pool`. A task that lacks what its verifier needs is our
-own mistake, and raises. One whose key no answer could equal has the reason "bad key",
-whatever the text: the key is looked at first. To add a verifier, write a file with one
-maker and name it here.
+A verifier is total in the text: whatever a model wrote, it returns a verdict in bounded
+time, with one of a few fixed words as its `reason`. Work that can hang (computer
+algebra, patterns) runs in killable child processes: see `pool`. A task without the data
+that its verifier needs is our own mistake, and raises. If no answer could equal the
+key, the reason is "bad key" for every text, because the key is checked first (`math`
+checks only for an empty one). To add a verifier, write a file with one maker and name
+it here.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ VERIFIERS = {
     "format": form.format,
 }
 
-BOUNDED = ("math", "format")  # they keep to a limit of their own, and wait for children that are busy
+BOUNDED = ("math", "format")  # these enforce their own time limit, and wait for busy children
 
 
 def make(
-    name: str,  # one of the verifiers, or module:maker of your own
+    name: str,  # a verifier of this package, or your own as module:maker
     **kwargs,
 ) -> Callable[[str, Task], Verdict]:
-    """Make the verifier of that name, or of a user's `module:maker`; the keywords are
-    those of its maker.
+    """Make a verifier of this package by name, or of your own `module:maker`. The
+    keywords are those of the maker.
 
     Raises:
       ValueError: an unknown name or keyword, or a missing optional dependency.
@@ -46,5 +47,5 @@ def make(
 
 
 def bad_keys(verify: Callable[[str, Task], Verdict], tasks: Sequence[Task]) -> list[Task]:
-    """Return the tasks of `tasks` whose keys a verifier of this package can't judge."""
+    """Return the tasks whose keys a verifier of this package can't judge."""
     return [task for task in tasks if verify("", task).reason == BAD_KEY]

@@ -1,7 +1,7 @@
-"""The program that a pool's child runs: questions in and answers out, one at a time,
-until the pipe closes.
+"""The program of a pool's child process: it answers one question at a time until the
+pipe closes.
 
-Run by its path, so it must import nothing of jaxreason. See `pool`.
+It is run by its path, so it must not import jaxreason. See `pool`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from multiprocessing.connection import Connection
 
 
 def math(texts: list[str], keys: list[str]) -> tuple[bool, str | None, str]:
-    """Return (correct, parsed, reason); an empty reason is for the caller to fill in.
-    Any text may be equal to any key.
+    """Compare texts with keys by math-verify; any text may equal any key.
+
+    Returns (correct, parsed, reason); the caller fills in an empty reason.
     """
     from math_verify import parse, verify
 
@@ -27,13 +28,13 @@ def math(texts: list[str], keys: list[str]) -> tuple[bool, str | None, str]:
     if not answers:
         return False, None, "no answer"
     correct = any(verify(key, answer, timeout_seconds=None) for answer in answers for key in gold)
-    shown = [part for part in answers[0] if isinstance(part, str)]  # str() of the rest may take for ever
+    shown = [part for part in answers[0] if isinstance(part, str)]  # str() of the other parts may never end
     return correct, shown[-1] if shown else None, ""
 
 
-DELIMITER = re.compile(r"(?<!\\)\$|\\[(\[]")  # of a key that says itself where its mathematics is
-# Imports, builds the parser's tables and fills the caches of simplification, at the
-# cost of about a second.
+DELIMITER = re.compile(r"(?<!\\)\$|\\[(\[]")  # in a key that delimits its own mathematics
+# Questions that import math-verify, build its parser's tables and fill its caches,
+# which takes about a second.
 WARM_UP = ((["$1/2$"], ["0.5"]), ([r"\boxed{x^2+2x+1}"], ["(x+1)^2"]), ([r"\boxed{\sin^2 x+\cos^2 x}"], ["1"]))
 
 
@@ -46,7 +47,7 @@ KINDS = {"math": math, "match": match}
 
 
 def answer(serve, question: list) -> tuple[str, object]:
-    """Return (failure, answer)."""
+    """Answer a question; return (failure, answer)."""
     try:
         return "", serve(*question)
     except MemoryError:
@@ -71,9 +72,9 @@ def main(fd: str, kind: str, timeout_s: str, memory_mb: str) -> None:
             question = json.loads(pipe.recv_bytes())
         except EOFError:
             return
-        # The timer is of our CPU time, which no other process's load can spend. The
-        # signal's default action ends the process even inside C code, and whether the
-        # parent lives or not.
+        # The timer counts this process's CPU time, so the load of the machine does not
+        # matter. The signal's default action ends the process even inside C code, and
+        # even if the parent is gone.
         signal.setitimer(signal.ITIMER_PROF, float(timeout_s))
         reply = json.dumps(answer(serve, question)).encode()
         signal.setitimer(signal.ITIMER_PROF, 0)

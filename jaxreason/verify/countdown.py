@@ -1,8 +1,7 @@
-"""The answer is an expression that makes the target from the numbers: `3,7,5=26` ->
-`3*7+5`.
+"""Verifier of expressions that make the target from the numbers: `3,7,5=26` -> `3*7+5`.
 
-A small parser of its own (numbers, + - * /, parentheses; no sign, no power), on stacks
-and exact fractions: no `eval`, and no input that recurses or grows.
+It has a small parser of its own (numbers, + - * /, parentheses; no sign, no power), on
+stacks and exact fractions: no `eval`, and no input makes it recurse or grow.
 """
 
 from __future__ import annotations
@@ -22,19 +21,19 @@ _BINDS = {"+": 1, "-": 1, "*": 2, "/": 2}
 
 
 def countdown(
-    marker: str = "A",  # the answer is what follows the last of it
-    end: str = "",  # and ends before it; empty: at the end of the text
+    marker: str = "A",  # the answer follows its last occurrence
+    end: str = "",  # the answer ends before it; empty: at the end of the text
     use_all: bool = True,  # each number exactly once; else at most once
 ) -> Callable[[str, Task], Verdict]:
     """Check the expression after the last `marker` against `task.data["numbers"]` and
     `task.data["target"]`.
 
-    Each number is used exactly once, or at most once without `use_all`. Reasons: right,
-    wrong, no answer, not an expression, wrong numbers, bad key (the numbers or the
-    target are such that no expression could be right).
+    Each number must be used exactly once, or at most once with `use_all=False`.
+    Reasons: right, wrong, no answer, not an expression, wrong numbers, bad key (no
+    expression can have these numbers or this target).
 
     Raises:
-      ValueError: the task has no numbers and target.
+      ValueError: the task has no numbers or no target.
     """
 
     def verify(text: str, task: Task) -> Verdict:
@@ -58,8 +57,8 @@ def countdown(
 
 
 def can_judge(numbers: Sequence[int], target: int | float | Fraction, use_all: bool) -> bool:
-    """Tell whether an expression can have these numbers, whole and of one to nine
-    digits, and this target, exact and finite.
+    """Tell whether an expression can have these numbers (whole, of one to nine digits)
+    and this target (exact and finite).
     """
     if not isinstance(target, int | float | Fraction) or isinstance(target, bool) or not isfinite(target):
         return False

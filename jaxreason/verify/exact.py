@@ -1,4 +1,4 @@
-"""The answer is a text: equal or not."""
+"""Verifier that compares texts for equality."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable
 from jaxreason.types import Task, Verdict
 
 SHOWN = 200  # characters of an answer that a verdict keeps
-BAD_KEY = "bad key"  # the reason of a verdict on any text, where no text could be right
+BAD_KEY = "bad key"  # the reason for every text if no text could equal the key
 
 
 def answer_after(text: str, marker: str = "", end: str = "") -> str | None:
-    """Return what follows the last `marker`, up to `end` if that is there, stripped;
-    None without the marker.
+    """Return the text after the last `marker`, up to `end` if present, stripped; None
+    without the marker.
     """
     start = text.rfind(marker) if marker else 0
     if start < 0:
@@ -22,20 +22,20 @@ def answer_after(text: str, marker: str = "", end: str = "") -> str | None:
 
 
 def verdict(correct: bool, parsed: str | None, reason: str = "") -> Verdict:
-    """Reward correctness and nothing else."""
+    """Make a verdict that rewards correctness and nothing else."""
     shown = None if parsed is None else parsed[:SHOWN]
     return Verdict(1.0 if correct else 0.0, correct, shown, reason or ("right" if correct else "wrong"))
 
 
 def exact(
-    marker: str = "",  # the answer is what follows the last of it; empty: the whole text
-    end: str = "",  # and ends before it; empty: at the end of the text
+    marker: str = "",  # the answer follows its last occurrence; empty: the whole text
+    end: str = "",  # the answer ends before it; empty: at the end of the text
 ) -> Callable[[str, Task], Verdict]:
-    """Compare the text after the last `marker` with `task.answer` and, where a task has
-    several, `task.data["answers"]`.
+    """Compare the text after the last `marker` with `task.answer`, or with any of
+    `task.data["answers"]` where a task has several.
 
     Reasons: right, wrong, no answer, bad key (no text could be equal: the key is empty,
-    has white space at an end, or holds `marker` or `end`).
+    has white space at an end, or contains `marker` or `end`).
     """
 
     def verify(text: str, task: Task) -> Verdict:

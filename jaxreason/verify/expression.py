@@ -1,9 +1,9 @@
-r"""The answer is mathematics: math-verify compares it with the key by computer algebra,
-in killable processes.
+r"""Verifier of mathematics: math-verify compares the answer with the key by computer
+algebra, in killable processes.
 
-Understands LaTeX in `\boxed{}` or dollars, and plain expressions: sets, intervals,
-matrices, roots, equations. The last box that holds something is the answer. Plain
-numbers and equal texts are compared here, without a process.
+It understands LaTeX in `\boxed{}` or dollars, and plain expressions: sets, intervals,
+matrices, roots, equations. The last box that is not empty is the answer. Plain numbers
+and equal texts are compared in this process.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from jaxreason.verify.exact import BAD_KEY, verdict
 
 
 def math(
-    timeout_s: float = 5.0,  # for one answer, after which its child is killed
-    processes: int = 2,  # children, at most
-    memory_mb: int = 2048,  # of address space of each
-    max_chars: int = 10_000,  # that are read, from the end
+    timeout_s: float = 5.0,  # CPU time per answer; then its child is killed
+    processes: int = 2,  # maximum number of child processes
+    memory_mb: int = 2048,  # address space of each child
+    max_chars: int = 10_000,  # characters that are read, from the end of the text
 ) -> Callable[[str, Task], Verdict]:
-    r"""Compare the last `max_chars` of the text with `task.answer` (or any of
-    `task.data["answers"]`), both as mathematics.
+    r"""Compare the last `max_chars` characters of the text with `task.answer` (or any
+    of `task.data["answers"]`), both as mathematics.
 
     A percent or currency sign that only one of them has is ignored. Boxes with nothing
-    but a separator between them, `\boxed{1} and \boxed{2}`, may also be one answer of
-    several parts.
+    but a separator between them, `\boxed{1} and \boxed{2}`, are also tried as one
+    answer of several parts.
 
     At most `processes` children are started, on first use, each with `memory_mb` of
-    address space; one that takes more than `timeout_s` of CPU time is killed, so a
+    address space. A child that takes more than `timeout_s` of CPU time is killed, so a
     verdict does not depend on the load of the machine. Reasons: right, wrong, no
-    answer, bad key (`task.answer` is empty), timeout, crashed, out of memory.
+    answer, bad key (`task.answer` is empty, or math-verify cannot read it), timeout,
+    crashed, out of memory.
 
     Raises:
       ValueError: math-verify is not installed.
@@ -68,7 +69,7 @@ def math(
     return verify
 
 
-# --- what is the answer ---
+# --- finding the answer ---
 
 _EMPTY_BOX = re.compile(r"\\(?:boxed|fbox)\s{0,9}\{\s{0,9}\}")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,9}\{")
@@ -76,18 +77,18 @@ _BETWEEN = re.compile(
     r"[\s$,;\\()\[\]]*(?:\\text\{\s*)?(?:and|or)?(?:\s*\})?[\s$,;\\()\[\]]*(?:[A-Za-z](?:_\w|_\{\w\})?\s*=\s*)?"
 )
 _LONGEST_BETWEEN = 40  # characters
-_MAY_ANSWER = re.compile(r"[\d$\\\[]")  # what math-verify finds in a text begins with one of these
+_MAY_ANSWER = re.compile(r"[\d$\\\[]")  # whatever math-verify finds in a text begins with one of these
 
 
 def last_boxes(text: str) -> list[str]:
-    r"""Return what the last closed `\boxed{...}` holds, tidied; second, if others
-    belong to it, all of them as one list.
+    r"""Return the content of the last closed `\boxed{...}`, tidied; and second, if
+    other boxes belong to it, all their contents as one list.
     """
     found: list[str] = []
     stop = follows = len(text)
     for match in reversed(list(_BOX.finditer(text))):
         close = _closing(text, match.end(), stop)
-        stop = match.start()  # a box that is not closed before the next is skipped: each character is looked at once
+        stop = match.start()  # skip a box that is not closed before the next: each character is read once
         if close is None:
             continue
         between = text[close + 1 : follows]
@@ -100,8 +101,8 @@ def last_boxes(text: str) -> list[str]:
 
 
 def _closing(text: str, start: int, stop: int) -> int | None:
-    """Return where the brace that was opened before `start` is closed, None if that is
-    not before `stop`.
+    """Return the position of the brace that closes the one opened before `start`; None
+    if it is not before `stop`.
     """
     depth = 1
     for i in range(start, stop):
@@ -125,10 +126,10 @@ _CURRENCY = "€£¥₹"
 
 
 def tidy(expression: str) -> str:
-    r"""Return an expression without what surrounds it: `\[18\]`, `$18$.`, `\boxed{18}`,
-    `\text{18 apples}`, `18\,000`.
+    r"""Strip an expression of its wrapping: `\[18\]`, `$18$.`, `\boxed{18}`, `\text{18
+    apples}`, `18\,000`.
     """
-    for _ in range(9):  # more wraps are no answer
+    for _ in range(9):  # deeper wrapping is not an answer
         before, expression = expression, _unwrap(expression.strip())
         if expression == before:
             break
@@ -138,7 +139,7 @@ def tidy(expression: str) -> str:
 
 
 def _unwrap(expression: str) -> str:
-    """Remove one layer, if there is one."""
+    """Remove one layer of wrapping, if there is one."""
     for open, close in _MATH:
         inside = expression[len(open) : -len(close)]
         if expression == open + inside + close and close not in inside and not inside.endswith("\\"):
@@ -160,8 +161,8 @@ _PERCENT = re.compile(r"(?<=[\d}])(?:\\?%|\\?\s?\\text\{\s?(?:%|\\%|percent)\s?\
 
 
 def both_ways(expressions: list[str]) -> list[str]:
-    """Return expressions, and without their percent signs those that have any: 35.0% is
-    0.35, and as an answer also 35.
+    """Return the expressions, then those with a percent sign once more without it:
+    35.0% is 0.35, and as an answer also 35.
     """
     return list(dict.fromkeys([*expressions, *(_PERCENT.sub("", e) for e in expressions)]))
 
@@ -178,23 +179,23 @@ _NAMED_BASE = re.compile(rf"(?<=[0-9A-F)])_\{{\\text\{{({'|'.join(_NAMES)})\}}\}
 
 
 def bases(expression: str) -> tuple[int, ...]:
-    r"""The bases of the numbers of an expression that name one, in order: 2 and 16 of
+    r"""Return the bases that the numbers of an expression name, in order: 2 and 16 of
     `101_2, 1F_{16}`.
 
-    math-verify drops a subscript of digits, so 101_2 and 101_3 are the same to it.
+    math-verify ignores a subscript of digits, so 101_2 and 101_3 are the same to it.
     """
     return tuple(_BASE_NAMES[name] if name else int(braced or bare) for _, braced, name, bare in _BASED.findall(expression))
 
 
 def _same_bases(boxes: list[str], text: str, wanted: tuple[int, ...]) -> bool:
-    """Whether an answer may be that of a key with these bases: an answer that names
-    none may.
+    """Tell whether an answer's bases allow it to equal a key with bases `wanted`: they
+    are the same, or the answer names none.
     """
     found = list(map(bases, boxes)) if boxes else [bases(text)[-len(wanted) :]]
     return not wanted or any(there in ((), wanted) for there in found)
 
 
-# --- the quick path ---
+# --- comparison without math-verify ---
 
 _WHOLE = r"(?:0|[1-9][0-9]{0,2}(?:,[0-9]{3}){1,2}|[1-9][0-9]{0,8})"
 _PLAIN = re.compile(
@@ -206,8 +207,8 @@ _CLOSE = Fraction(2, 10**6)  # math-verify rounds decimals to six places
 
 
 def compare(answer: str, keys: list[str]) -> bool | None:
-    """Tell whether plain numbers or equal texts are equal, as math-verify would; None
-    where only it can tell.
+    """Tell whether plain numbers or texts are equal, with the same result as
+    math-verify; None if only math-verify can tell.
     """
     if answer in keys:
         return True
@@ -221,8 +222,8 @@ def compare(answer: str, keys: list[str]) -> bool | None:
 
 
 def plain(text: str) -> Fraction | None:
-    """Read a number that is written plainly, and not too long for math-verify to read
-    it exactly.
+    """Read a plainly written number that is short enough for math-verify to read it
+    exactly; None for any other text.
     """
     match = _PLAIN.fullmatch(text)
     if match is None:

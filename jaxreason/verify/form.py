@@ -1,5 +1,5 @@
-"""A control, not a verifier of answers: pays for the form alone, to see what of a gain
-is form.
+"""A control, not a verifier of answers: it rewards the form alone, to measure how much
+of a gain is form.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ READ = 20_000  # characters from the end that a pattern is matched against
 
 
 def format(
-    open: str = "<think>",  # exactly one of it, empty where the prompt wrote it
-    close: str = "</think>",  # then exactly one of it, and some text
-    pattern: str | None = None,  # a regular expression that is searched in their place
-    timeout_s: float = 2.0,  # for one match
+    open: str = "<think>",  # opening tag, exactly one; empty if the prompt wrote it
+    close: str = "</think>",  # closing tag, exactly one, followed by some text
+    pattern: str | None = None,  # regular expression to search for instead of the tags
+    timeout_s: float = 2.0,  # CPU time per match
 ) -> Callable[[str, Task], Verdict]:
-    """Pay 1.0 for exactly one `open`, then exactly one `close`, then some text; or for
-    a match of `pattern` in the text.
+    """Reward 1.0 for exactly one `open`, then exactly one `close`, then some text; or
+    for a match of `pattern` in the text.
 
-    `correct` is always False: this knows nothing of the answer. A pattern runs in a
-    killable process for at most `timeout_s` of CPU time, because a careless one can
-    take for ever. Reasons: form, no form, timeout, crashed.
+    `correct` is always False, because the answer is not looked at. A pattern runs in a
+    killable process for at most `timeout_s` of CPU time, because a careless one may
+    never end. Reasons: form, no form, timeout, crashed.
     """
     if pattern is not None:
         try:
@@ -45,8 +45,8 @@ def format(
 
 
 def _tagged(text: str, open: str, close: str) -> bool:
-    """Tell whether the text has one of each tag in order; an empty `open` is one that
-    the prompt wrote.
+    """Tell whether the text has one of each tag, in order. An empty `open` stands for
+    one that the prompt wrote.
     """
     before, found, answer = text.partition(close)
     once = (not open or (text.count(open) == 1 and open in before)) and text.count(close) == 1

@@ -1,13 +1,14 @@
-r"""The answer is a number, written as people and models write it: `\boxed{1{,}234}`,
-`#### $1,234.50`, `the answer is -3/4.`
+r"""Verifier of numbers as people and models write them: `\boxed{1{,}234}`, `####
+$1,234.50`, `the answer is -3/4.`
 
-Three steps over the end of the text. *Normalise*: markup, currency and percent signs
-go, LaTeX fractions and Unicode forms become plain. *Find the region*: the last box that
-is not empty counts; without one the last `####` that has something behind it, then the
-last affirmative "answer is", then the last number in the text. Text behind a closed
-`</think>` counts alone if it holds any of these. *Read one value*: a region that gives
-no single number, such as `24 + 18`, `2x`, `5, 6` or `5 feet 6 inches`, is no answer; it
-is never guessed at. Numbers are compared exactly, as fractions.
+It takes three steps over the end of the text. *Normalise*: remove markup, currency and
+percent signs; rewrite LaTeX fractions and Unicode forms plainly. *Find the region*: the
+last box that is not empty; without one the text after the last `####` that is followed
+by something, then the last affirmative "answer is", then the last number in the text.
+If the text after a closed `</think>` has any of these regions, it alone counts. *Read
+one value*: a region without a single number, such as `24 + 18`, `2x`, `5, 6` or `5 feet
+6 inches`, is no answer; the verifier never guesses. Numbers are compared exactly, as
+fractions.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ from jaxreason.verify.exact import verdict
 
 READ = 20_000  # characters from the end of the text
 LONGEST = 64  # characters of a number
-HIGHEST = 64  # the largest power that is worked out
+HIGHEST = 64  # largest exponent that is computed
 
 
 def number(
-    strict: bool = False,  # accept a box or a #### only
+    strict: bool = False,  # accept only a box or a ####
     fractions: bool = True,  # 3/4 is one number, not two
 ) -> Callable[[str, Task], Verdict]:
-    """Compare the number that the text gives as its answer with that of `task.answer`.
+    """Compare the number that the text gives as its answer with the one of
+    `task.answer`.
 
-    `strict` accepts a box or a `####` only. With `fractions=False`, `3/4` is two
+    `strict` accepts only a box or a `####`. With `fractions=False`, `3/4` is two
     numbers. Currency, percent signs and units are ignored: "50%" is 50. Reasons: right,
     wrong, no answer, bad key (`task.answer` is not one number).
     """
@@ -51,8 +53,8 @@ def number(
 
 
 def read_number(text: str, strict: bool = False, fractions: bool = True) -> Fraction | None:
-    """Find the number that a text gives as its answer; None where there is none, or no
-    single one.
+    """Find the number that a text gives as its answer; None if there is none, or more
+    than one.
     """
     text = text[-READ:]
     behind = normalise(_THOUGHT.split(text)[-1])
@@ -62,12 +64,12 @@ def read_number(text: str, strict: bool = False, fractions: bool = True) -> Frac
 
 
 def holds_answer(text: str, strict: bool) -> bool:
-    """Whether a text has a region that an answer is read from."""
+    """Tell whether a text has a region from which an answer can be read."""
     return last_box(text) is not None or last_marked(text) is not None or (not strict and _DIGIT.search(text) is not None)
 
 
 def read_normal(text: str, strict: bool, fractions: bool) -> Fraction | None:
-    """Find the answer of a text that is normal already."""
+    """Find the answer in a text that is already normalised."""
     box = last_box(text)
     if box is not None:
         return only_value(box, fractions)
@@ -89,7 +91,7 @@ _MINUS = re.compile("[−–—‒﹣－]")
 _WIDE = str.maketrans("０１２３４５６７８９．／：；＝＋（）", "0123456789./:;=+()", "") | str.maketrans(
     {"，": ", ", "、": ", ", "％": "%"}
 )
-_CALCULATOR = re.compile(r"<<[^<>\n]*>>")  # of GSM8K: <<3*4=12>>
+_CALCULATOR = re.compile(r"<<[^<>\n]*>>")  # calculator call of GSM8K: <<3*4=12>>
 _GROUP_SPACE = re.compile(r"(?<=[0-9])(?:\\[,;:! ]|\{,\}|[\u00a0\u2009\u202f'’])(?=[0-9]{3}(?![0-9]))")
 _SUPERSCRIPT = str.maketrans({c: f"^{i}" for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")})
 _VULGAR = str.maketrans({c: f" {unicodedata.normalize('NFKC', c).replace('⁄', '/')} " for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"})
@@ -128,7 +130,7 @@ _BLANKS = re.compile(r"[ \t]+")
 
 
 def normalise(text: str) -> str:
-    """Rewrite LaTeX, Markdown and Unicode forms of one thing as one plain form."""
+    """Rewrite the LaTeX, Markdown and Unicode forms of a thing in one plain form."""
     text = _MINUS.sub("-", text.translate(_CHARACTERS))
     if "<<" in text:
         text = _CALCULATOR.sub("", text)
@@ -157,8 +159,8 @@ def _plain_words(text: str) -> str:
 
 
 def _plain_text(match: re.Match) -> str:
-    """Take what a text macro holds, apart from digits at its sides if it has
-    letters.
+    """Return the content of a text macro; content with letters is separated by spaces
+    from digits around it.
     """
     if not any(c.isalpha() for c in match[1]):
         return match[1]
@@ -166,7 +168,7 @@ def _plain_text(match: re.Match) -> str:
 
 
 def _plain_fraction(match: re.Match) -> str:
-    """Write `-\\frac{1}{-2}` as ` 1/2 `, with one sign in front or none."""
+    """Write `-\\frac{1}{-2}` as ` 1/2 `, with at most one sign, in front."""
     parts = match[1], match[2] or match[3], match[4] or match[5]
     negative = sum(part.startswith("-") for part in parts) % 2
     return f" {'-' * negative}{parts[1].lstrip('-')}/{parts[2].lstrip('-')} "
@@ -175,14 +177,14 @@ def _plain_fraction(match: re.Match) -> str:
 # --- find the region ---
 
 _SAYS = re.compile(r"answer\s?(?:is\b|was\b|:|=)|(?:^|[.!?] )\W{0,4}(?:final )?answer *$", re.IGNORECASE | re.MULTILINE)
-# With the number that it denies.
+# Includes the denied number.
 _DENIES = re.compile(
     r"answer\s?(?:(?:is|was)\s+(?:not|never|no longer|neither)"
     r"|(?:(?:can|could|would|should|must)\s?not|\w{2,6}n['’]t|can['’]t)(?:\s+be)?)\b"
     r"[^0-9\n]{0,40}[0-9.,]*[0-9]?(?:[\W_]{0,3}n?or[\W_]{1,3}[0-9.,]*[0-9])*",
     re.IGNORECASE,
 )
-# Ends the words before an "answer is" that somebody might say by mistake.
+# Matches the words before an "answer is" that is reported as somebody's mistake.
 _MISTAKEN = re.compile(
     r"\b(?:mistake|error|misconception|trap|tempt(?:ed|ing)|wrong(?:ly)?|incorrect(?:ly)?|mistakenly"
     r"|(?<!\bI )(?<!\bwe )(?:might|may|could|would))\b"
@@ -191,14 +193,14 @@ _MISTAKEN = re.compile(
 )
 _THOUGHT = re.compile(r"</(?:think|thinking|thought|thoughts|reasoning|scratchpad)>")
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
-_BULLETS = re.compile(r"\n\s{0,9}- .*\n\s{0,9}- ")  # one alone may be a negative number
+_BULLETS = re.compile(r"\n\s{0,9}- .*\n\s{0,9}- ")  # a single one may be a negative number
 _MARK = re.compile("#{4,}")
 _DIGIT = re.compile("[0-9]")
 
 
 def last_box(text: str) -> str | None:
-    """Return what the last closed `\\boxed{...}` that is not empty holds, braces
-    balanced.
+    """Return the content of the last closed `\\boxed{...}` that is not empty, with
+    balanced braces; None without one.
     """
     stop = len(text)
     while (start := text.rfind("\\boxed", 0, stop)) >= 0:
@@ -210,12 +212,12 @@ def last_box(text: str) -> str | None:
                 if any(c.isalnum() for c in text[opened:i]):
                     return text[opened + 1 : i]
                 break
-        stop = start  # each character is looked at once
+        stop = start  # each character is read once
     return None
 
 
 def last_marked(text: str) -> str | None:
-    """Return what is behind the last `####` that something is behind; None without
+    """Return the text after the last `####` that is followed by something; None without
     one.
     """
     parts = _MARK.split(text)
@@ -223,8 +225,9 @@ def last_marked(text: str) -> str | None:
 
 
 def last_said(text: str) -> str | None:
-    """Return the rest of the sentence behind the last "answer is" that has a digit in
-    it; None if a later one denies. What is reported as a mistake does not count.
+    """Return the rest of the sentence after the last "answer is" that is followed by a
+    digit; None without one, or if a later one denies. Answers reported as somebody's
+    mistake do not count.
     """
     for match in reversed(list(_SAYS.finditer(text))[-20:]):
         if _DENIES.match(text, match.start()):
@@ -256,8 +259,9 @@ _SCALE = re.compile("|".join(_SCALES), re.IGNORECASE)
 
 
 def _token_pattern(whole: str, comma: str, joins: str) -> re.Pattern:
-    """The pattern of a token: more ways to write `whole` digits, a decimal `comma`, and
-    what `joins` digits to no number.
+    """Build the pattern of a token: `whole` and `comma` add alternatives for whole and
+    decimal digits, `joins` lists signs that make digits unreadable when more digits
+    follow.
     """
     return re.compile(
         rf"(?P<sign>(?<![\w)\]}}])-[ ]?)?"
@@ -274,27 +278,27 @@ def _token_pattern(whole: str, comma: str, joins: str) -> re.Pattern:
     )
 
 
-# Spaces between thousands and a decimal comma are read where an answer is, not in
-# running text.
+# A space between thousands and a decimal comma are accepted in an answer's region, not
+# in running text.
 _ANSWER = _token_pattern(r"|[0-9]{1,3}(?: [0-9]{3})+", "|[0-9]+,[0-9]{1,2}(?![0-9,])", ",.:'_")
 _RUNNING = _token_pattern("|[0-9]{1,3}(?: [0-9]{3}){2,}", "", ".:_")
-_UNITS = frozenset("mghslLNJWVACF")  # of one letter, that may follow a number without a space: 5m, but not 2x
+_UNITS = frozenset("mghslLNJWVACF")  # units of one letter that may follow a number without a space: 5m, but not 2x
 _UNKNOWNS = frozenset("abcdeijknpqrtuvwxyzXYZ")
 
 
 class Token(NamedTuple):
-    """A piece of a region. A `number` has a value, or None where it can't be worked
+    """A piece of a region. A `number` has a value, or None if the value can't be worked
     out.
     """
 
     kind: str
     value: Fraction | None
     text: str
-    attached: bool  # to the token before it, without a space
+    attached: bool  # no space before it
 
 
 def tokens(text: str, fractions: bool, pattern: re.Pattern = _ANSWER) -> Iterator[Token]:
-    """Cut a text into numbers, words and signs. What is none of these is left out."""
+    """Cut a text into numbers, words and signs; skip everything else."""
     end, before, numbers, named, last = -1, None, 0, False, ""
     for match in pattern.finditer(text):
         attached, end = match.start() == end, match.end()
@@ -317,15 +321,15 @@ def tokens(text: str, fractions: bool, pattern: re.Pattern = _ANSWER) -> Iterato
 
 
 def _expects(kind: str | None, text: str) -> bool:
-    """Whether a value follows in running text, so that `- 5` is no dash and no item of
-    a list.
+    """Tell whether this token announces a value in running text, so that in `- 5` after
+    it the sign is a minus, not a dash or a bullet.
     """
     return kind in ("equals", "open") or text == ":" or text in ("is", "was", "be", "gives", "get")
 
 
 def _plain(digits: str) -> Fraction | None:
-    """The value of digits with thousands separators, or with a comma before their last
-    one or two.
+    """Read digits with thousands separators, or with a decimal comma before the last
+    one or two; None if they are too long.
     """
     if len(digits) > LONGEST or digits.count(".") > 1:
         return None
@@ -335,8 +339,8 @@ def _plain(digits: str) -> Fraction | None:
 
 
 def _value(match: re.Match) -> Fraction | None:
-    """The value of a matched number without its sign; None if it is too long, over
-    zero, or a power too high.
+    """Compute the value of a matched number without its sign; None if it is too long,
+    divides by zero, or has too high a power.
     """
     value = _plain(match["digits"])
     powers = [int(match[name] or 0) for name in ("exponent", "to", "ten")]
@@ -358,10 +362,10 @@ def _value(match: re.Match) -> Fraction | None:
     return value * prod(_SCALES[name.lower()] for name in _SCALE.findall(match["scale"] or ""))
 
 
-# May be two numbers, or one with a separator.
+# Either two numbers, or one with a thousands separator.
 _PAIR = re.compile(r"(?:[(\[]|\\\{)\s?-?[0-9]+(?:,[0-9]+)+\s?(?:[)\]]|\\\})")
 _JOINS = frozenset(("and", "or", "to", "plus", "nor", "versus", "vs", "through", "then"))
-# Begin a clause about other numbers: 12 apples for 3 kids.
+# Words that begin a clause about other numbers: 12 apples for 3 kids.
 _CLAUSE = frozenset(
     """
     accurate after all although as assuming at because before but by correct during each every for from given has
@@ -369,7 +373,8 @@ _CLAUSE = frozenset(
     they though until using was we were when where which while who with within you
     """.split()  # noqa: SIM905
 )
-# "5 dozen" is 60, or 5 where dozens are asked for, as in ten solutions of GSM8K.
+# Ambiguous: "5 dozen" is 60, or 5 if the question asks for dozens, as in ten solutions
+# of GSM8K.
 _MULTIPLIERS = frozenset(
     """
     dozen dozens half-dozen half-million grand bn mn mil tn M B factorial squared cubed doubled tripled halved raised fifths
@@ -390,8 +395,8 @@ _AREA = re.compile(r"(?:[kcdm]?m|ft|in|yd)[23]")
 
 
 def only_value(text: str, fractions: bool) -> Fraction | None:
-    """Read the one number of a text that holds nothing else but words and units, or
-    says that it equals it.
+    """Read the only number of a text of words and units, or the only one after its last
+    `=`; None if there is none, or another one differs.
     """
     found = list(tokens(text, fractions))
     equal = [i for i, token in enumerate(found) if token.kind == "equals"]
@@ -409,8 +414,8 @@ def only_value(text: str, fractions: bool) -> Fraction | None:
 
 
 def denies(words: list[Token]) -> bool:
-    """Whether words before a number deny it, bound it or make it a label: not 5, more
-    than 5, option (5).
+    """Tell whether the words before a number deny it, bound it or make it a label: not
+    5, more than 5, option (5).
     """
     words = words[:-1] if words and words[-1].kind == "open" else words
     names = [token.text.lower() for token in words if token.kind == "word"]
@@ -422,7 +427,7 @@ def denies(words: list[Token]) -> bool:
 
 
 def restates(found: list[Token], at: int) -> bool:
-    """Whether a number is said to be another way to write the one before it: 18 (or 18
+    """Tell whether a number restates the one before it in another form: 18 (or 18
     dollars), 1/2 or 0.5.
     """
     before = found[at - 1]
@@ -430,8 +435,8 @@ def restates(found: list[Token], at: int) -> bool:
 
 
 def states_several(found: list[Token]) -> bool:
-    """Whether what is before the last `=` gives values to several unknowns: x = 3,
-    y.
+    """Tell whether the text before the last `=` gives values to several unknowns: x =
+    3, y.
     """
     if any(token.text in (",", ";") for token in found):
         return True
@@ -447,12 +452,14 @@ def is_unknown(token: Token) -> bool:
 
 
 def _name(token: Token) -> str:
-    """A word without its power and its subscript."""
+    """Return a word without its power and its subscript."""
     return token.text.partition("^")[0].partition("_")[0]
 
 
 def is_equation(left: list[Token]) -> bool:
-    """Whether the left side of a `=` is a term of an unknown and numbers: 2x, x + 3."""
+    """Tell whether the left side of a `=` is a term of an unknown and numbers: 2x, x +
+    3.
+    """
     at = [i for i, token in enumerate(left) if token.kind == "number"]
     if any(is_factor(left, i) and left[i + 1].text[0] in _UNKNOWNS for i in at):
         return True
@@ -460,8 +467,8 @@ def is_equation(left: list[Token]) -> bool:
 
 
 def is_complete(found: list[Token], at: int, factorial: bool = False) -> bool:
-    """Whether a number is not a part of a term: of 2x, 5!, f(3), 3 + a, half of 3, 3
-    grand.
+    """Tell whether a number stands alone, not as part of a term such as 2x, 5!, f(3), 3
+    + a, half of 3, 3 grand.
     """
     before, after = found[at - 1] if at else None, found[at + 1] if at + 1 < len(found) else None
     if is_factor(found, at) or is_multiplied(found, at) or is_taken_of(found, at):
@@ -476,8 +483,8 @@ def is_complete(found: list[Token], at: int, factorial: bool = False) -> bool:
 
 
 def is_factor(found: list[Token], at: int) -> bool:
-    """Whether an unknown of one letter follows a number, and not a unit: 2x, 2 n, but
-    not 2m. So does `h30` in 5h30.
+    """Tell whether an unknown of one letter, and not a unit, follows a number: 2x, 2 n,
+    but not 2m; or letters with digits, as in 5h30.
     """
     after = found[at + 1] if at + 1 < len(found) else None
     if after is None or after.kind != "word":
@@ -490,7 +497,7 @@ def is_factor(found: list[Token], at: int) -> bool:
 
 
 def is_multiplied(found: list[Token], at: int) -> bool:
-    """Whether words behind a number make it another: 5 grand, 5 B, 5 hours and a
+    """Tell whether words after a number change its value: 5 grand, 5 B, 5 hours and a
     half.
     """
     names = [token.text.lower() for token in found[at + 1 : at + 6] if token.kind == "word"]
@@ -508,7 +515,7 @@ def is_multiplied(found: list[Token], at: int) -> bool:
 
 
 def is_taken_of(found: list[Token], at: int) -> bool:
-    """Whether words before a number make it another: half of 24, twice 6."""
+    """Tell whether words before a number change its value: half of 24, twice 6."""
     names = [token.text.lower() for token in found[max(0, at - 3) : at] if token.kind == "word"]
     if not names or found[at - 1].kind != "word":
         return False
@@ -519,8 +526,8 @@ def is_taken_of(found: list[Token], at: int) -> bool:
 
 
 def operates(found: list[Token], at: int) -> bool:
-    """Whether a sign stands between two operands, and is not a dash, a bullet or a
-    slash between words.
+    """Tell whether a sign is an operator between two operands, not a dash, a bullet or
+    a slash between words.
     """
     if at == 0 or at + 1 >= len(found) or found[at].text == "!":
         return False
@@ -531,8 +538,8 @@ def operates(found: list[Token], at: int) -> bool:
 
 
 def value_of_lines(text: str, fractions: bool) -> Fraction | None:
-    """Read the answer on the first line; where that has no digit, on the next, if that
-    is a number alone.
+    """Read the answer on the first line; if that has no digit, on the second, which
+    must then hold a number alone.
     """
     lines = [line for line in text.splitlines() if any(c.isalnum() for c in line)][:2]
     if lines and not _DIGIT.search(lines[0]):
@@ -541,11 +548,11 @@ def value_of_lines(text: str, fractions: bool) -> Fraction | None:
 
 
 def first_value(line: str, fractions: bool) -> Fraction | None:
-    """Read the first number of a line, or what the calculation that it begins comes to:
+    """Read the first number of a line, or the result of the calculation that it begins:
     `3 + 4 = 7 apples` is 7.
 
-    There is none if the line holds another number that no clause sets apart: 5 hours 30
-    minutes.
+    There is no answer if the line has another number that no clause separates: 5 hours
+    30 minutes.
     """
     found = list(tokens(line, fractions))
     at = next((i for i, token in enumerate(found) if token.kind == "number"), None)
@@ -586,13 +593,13 @@ def first_value(line: str, fractions: bool) -> Fraction | None:
 
 
 def in_pair(line: str, found: list[Token], at: int) -> bool:
-    """Whether a number is in brackets that may hold two: (5,700)."""
+    """Tell whether a number is in brackets that may hold two: (5,700)."""
     return at > 0 and found[at - 1].kind == "open" and _PAIR.search(line) is not None
 
 
 def is_whole(found: list[Token], at: int, part: Fraction | None) -> bool:
-    """Whether a part is taken of the number at `at`: 1/4 of 12, 20% of 50 = 10, but not
-    7 of 12.
+    """Tell whether a part is taken of the number at `at`: 1/4 of 12, 20% of 50 = 10,
+    but not 7 of 12.
     """
     if part is not None and part.denominator != 1:
         return True
@@ -603,8 +610,8 @@ def is_whole(found: list[Token], at: int, part: Fraction | None) -> bool:
 
 
 def has_rival(found: list[Token], at: int, value: Fraction) -> bool:
-    """Whether another number is as much the answer as the one at `at`: 5 to 7, 5 feet 6
-    inches, x = 3, y = 4.
+    """Tell whether another number could equally be the answer: 5 to 7, 5 feet 6 inches,
+    x = 3, y = 4.
     """
     after = at + 1
     while after < len(found) and found[after].kind in ("word", "close"):
@@ -626,8 +633,8 @@ def has_rival(found: list[Token], at: int, value: Fraction) -> bool:
 
 
 def is_listed(found: list[Token], at: int, value: Fraction) -> bool:
-    """Whether a number, or what gives a value to a name, is at `at` in a list: 5, and
-    6; x = 3, y = 4; A: 3, B: 4.
+    """Tell whether a list continues at `at` with another number, or another name and
+    its value: 5, and 6; x = 3, y = 4; A: 3, B: 4.
     """
     joined = False
     while at < len(found) and found[at].text.lower() in _JOINS:
@@ -638,8 +645,8 @@ def is_listed(found: list[Token], at: int, value: Fraction) -> bool:
 
 
 def is_second(found: list[Token], at: int) -> bool:
-    """Whether the number behind the words from `at` is a second answer: 12 for Tom and
-    15, 12, but it may be 15.
+    """Tell whether the words from `at` lead to a second answer: 12 for Tom and 15, 12,
+    but it may be 15.
     """
     words = []
     while at < len(found) and found[at].kind == "word":
@@ -651,12 +658,12 @@ def is_second(found: list[Token], at: int) -> bool:
 
 
 def is_places(found: list[Token], at: int) -> bool:
-    """Whether a number counts digits: to 2 decimal places."""
+    """Tell whether a number counts digits: to 2 decimal places."""
     return at + 1 < len(found) and found[at + 1].text.lower() in ("decimal", "decimals", "significant", "digits", "places")
 
 
 def is_chain(found: list[Token], at: int) -> bool:
-    """Whether a comparison bounds an unknown, or is one of several: 3 < x, 3 < 4 <
+    """Tell whether a comparison bounds an unknown, or is one of several: 3 < x, 3 < 4 <
     5.
     """
     rest = found[at + 1 :]
@@ -664,8 +671,8 @@ def is_chain(found: list[Token], at: int) -> bool:
 
 
 def is_rival_remark(found: list[Token], at: int, value: Fraction) -> bool:
-    """Whether brackets that open at `at` give another value: 12 (or 13), 12 (13), but
-    not 12 (3 * 4).
+    """Tell whether brackets that open at `at` give another value: 12 (or 13), 12 (13),
+    but not 12 (3 * 4).
     """
     inside = found[at + 1 : at + 4]
     if not inside:
@@ -680,8 +687,8 @@ def _next_number(found: list[Token], at: int) -> int | None:
 
 
 def last_value(text: str, fractions: bool) -> Fraction | None:
-    """Read the last number of a text, unless it can't be read or is a factor, as in 2x,
-    or is multiplied, as in 5 grand.
+    """Read the last number of a text; None if it can't be read, is a factor (2x), or is
+    multiplied (5 grand).
     """
     found = list(tokens(text, fractions, _RUNNING))
     at = [i for i, token in enumerate(found) if token.kind == "number" and not (token.value is None and ":" in token.text)]

@@ -1,13 +1,13 @@
-"""Child processes for what may hang, blow up or crash: each question has a limit of CPU
-time, each child one of memory.
+"""Child processes for work that may hang, use too much memory or crash: each question
+has a limit of CPU time, each child one of memory.
 
 The child is the script `child.py`, run by its path: it imports neither this package
 (hence not jax) nor the program's main module, as multiprocessing's spawn would, and
 shares no lock with our threads, as its fork would. A pipe carries JSON both ways. No
 signal is used on this side, so any thread may ask. A child that fails is killed and
 another takes its place at the next question; a child whose parent is gone ends by
-itself. CPU time is counted, since on a busy machine an answer takes any time; a child
-that neither computes nor answers is given up after `PATIENCE` times as much.
+itself. CPU time is counted, because on a busy machine an answer may take any wall time.
+A child that neither computes nor answers is given up after `PATIENCE` times the limit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 START_S = 600.0  # imports and a warm-up take two seconds on an idle machine
-PATIENCE = 60  # times the limit of CPU time
+PATIENCE = 60  # wall time, in multiples of the limit of CPU time
 
 
 class Failed(Exception):
@@ -74,7 +74,7 @@ class Pool:
                 return answer
             except (OSError, EOFError):
                 raise Failed("timeout" if child.process.wait() == -signal.SIGPROF else "crashed") from None
-        except BaseException:  # a KeyboardInterrupt too: an answer still to come would be taken for that of the next question
+        except BaseException:  # also for KeyboardInterrupt: a late answer would be taken for the next question's
             child = _kill(child)
             raise
         finally:
@@ -90,12 +90,12 @@ class Pool:
         script = Path(__file__).with_name("child.py")
         options = [str(theirs.fileno()), self._kind, str(self._timeout_s), str(self._memory_mb)]
         process = subprocess.Popen(
-            [sys.executable, "-P", str(script), *options],  # -P: our math.py must not hide the standard library's
+            [sys.executable, "-P", str(script), *options],  # -P: no module of this folder may hide another one
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            process_group=0,  # a Ctrl-C is for us alone: it must not make verdicts of this step wrong
+            process_group=0,  # Ctrl-C must reach this process alone: a killed child would make a verdict wrong
         )
         theirs.close()
         child = Child(process, ours)
@@ -111,8 +111,8 @@ class Pool:
 
 @functools.cache
 def shared(kind: str, processes: int = 2, timeout_s: float = 5.0, memory_mb: int = 2048) -> Pool:
-    """Return the one pool with these settings, closed at exit: verifiers that are made
-    twice share their children.
+    """Return the one pool with these settings, closed at exit: two verifiers with the
+    same settings share their children.
     """
     pool = Pool(kind, processes, timeout_s, memory_mb)
     atexit.register(pool.close)
