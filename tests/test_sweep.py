@@ -53,6 +53,8 @@ def test_a_grid_in_one_line():
     assert seeds == (0, 1, 2, 3, 4)
     assert arms.parse_grid("seed=3,5") == ([{}], (3, 5))
     assert arms.parse_grid("a=1")[1] is None
+    sections, _ = arms.parse_grid("verifier={'marker': ';A', 'x': (1, 2)},{'name': 'y'}; b=1")
+    assert [arm["verifier"] for arm in sections] == ["{'marker': ';A', 'x': (1, 2)}", "{'name': 'y'}"]
 
 
 @pytest.mark.parametrize(
@@ -432,12 +434,20 @@ def crashes():
     return verify
 """
     )
-    words = (f"--config={tmp_path / 'mine.py'}", "--seeds=1", "--nofigures", f"--folder={tmp_path / 'sweep'}")
-    grid = "--grid=verifier={'name': 'exact', 'marker': ';A'},{'name': 'mine:crashes'}; rl.optimizer.lr=3e-4,1e30"
+    words = (
+        f"--config={tmp_path / 'mine.py'}",
+        "--config.prior.steps=20",
+        "--seeds=1",
+        "--nofigures",
+        f"--folder={tmp_path / 'sweep'}",
+    )
+    grid = "--grid=verifier={'name': 'exact', 'marker': ';A'},{'name': 'mine:crashes'}; prior.optimizer.lr=2e-3,1e30"
     code, out, err = sweep(*words, grid, cwd=tmp_path)
     assert code == 1, err
     missing = json.loads((tmp_path / "sweep" / "report.json").read_text())["missing"]
-    assert any("RuntimeError: no such thing" in reason for reason in missing.values()), missing
+    assert len(missing) == 3
+    assert sum("RuntimeError: no such thing" in reason for reason in missing.values()) == 2
+    assert sum("not finite" in reason for reason in missing.values()) == 1
     assert "Not in the table: " in out
 
 
@@ -462,3 +472,15 @@ def test_a_copy_of_shared_phases_appears_at_once_and_keeps_what_was_there(tmp_pa
     (run.folder / "checkpoints" / "5").mkdir()
     begin_with_shared(run)  # it has begun: nothing is copied over it
     assert (run.folder / "checkpoints" / "5").exists()
+
+
+def test_runs_begin_by_themselves_if_their_shared_phases_fail(tmp_path, monkeypatch):
+    """What the first arm does after them may be the cause."""
+    trunk = SweepRun(
+        "shared/x", "fails", 0, (), tmp_path / "shared" / "x", {"phases": ["a", "b"], "a": {"steps": 1}}, stop_after="a"
+    )
+    arms_ = [SweepRun(f"{kind}/seed0", kind, 0, (), tmp_path / kind, {}, shared=trunk.folder) for kind in ("fails", "ends")]
+    monkeypatch.setattr(SweepRun, "command", lambda run: ["-c", PRETEND, str(run.folder), run.arm])
+    state = queue.State(tmp_path / "state.json")
+    queue.execute([trunk, *arms_], queue.make_workers(1), state, tmp_path, say=[].append)
+    assert [state.of(run)["status"] for run in (trunk, *arms_)] == ["failed", "failed", "done"]

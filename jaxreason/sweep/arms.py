@@ -86,7 +86,7 @@ def parse_grid(text: str) -> tuple[list[Arm], tuple[int, ...] | None]:
       ValueError: no field, one without values, or one twice.
     """
     fields: dict[str, list] = {}
-    for part in filter(None, (part.strip() for part in text.split(";"))):
+    for part in filter(None, split_outside(text, ";")):
         name, equals, values = (word.strip() for word in part.partition("="))
         name = name.removeprefix("--").removeprefix("config.")
         if not equals or not name or not values:
@@ -110,7 +110,12 @@ def parse_values(text: str) -> list[str]:
         if last < first:
             raise ValueError(f"--grid has the range {text}; allowed: first..last, the last one not below the first")
         return [str(value) for value in range(first, last + 1)]
-    values, depth, quote, start = [], 0, "", 0
+    return [_unquoted(value) for value in split_outside(text, ",")]
+
+
+def split_outside(text: str, separator: str) -> list[str]:
+    """Split a text where the separator is in no brackets and no quotes."""
+    parts, depth, quote, start = [], 0, "", 0
     for i, char in enumerate(text):
         if quote:
             quote = "" if char == quote else quote
@@ -118,10 +123,10 @@ def parse_values(text: str) -> list[str]:
             quote = char
         else:
             depth += (char in "([{") - (char in ")]}")
-        if char == "," and not depth and not quote:
-            values.append(text[start:i])
+        if char == separator and not depth and not quote:
+            parts.append(text[start:i])
             start = i + 1
-    return [_unquoted(value.strip()) for value in [*values, text[start:]]]
+    return [part.strip() for part in [*parts, text[start:]]]
 
 
 def _unquoted(text: str) -> str:

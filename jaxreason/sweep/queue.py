@@ -11,8 +11,6 @@ all of them.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import glob
 import json
 import os
@@ -31,7 +29,6 @@ from jaxreason.sweep.runs import SweepRun, begin_with_shared
 POLL_S = 0.5
 PATIENCE_S = 120.0  # that a run has to save itself when the sweep is stopped
 LAST_LINES = 5  # of a log, kept with a failure
-PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent dies
 
 
 class Worker(NamedTuple):
@@ -163,16 +160,12 @@ def execute(
     try:
         while (waiting or running) and not stopped():
             for worker in workers:
-                if all(other.worker is not worker for other in running) and (run := next_ready(waiting, runs, state)):
+                if all(other.worker is not worker for other in running) and (run := next_ready(waiting, running)):
                     waiting.remove(run)
                     if run.is_done():
                         state.set(run, status="done")
                     else:
                         running.append(start(run, worker, state, folder, provenance))
-            if not running and waiting:  # what they share has failed
-                for run in waiting:
-                    state.set(run, status="failed", reason="the run that trains its shared phases failed")
-                break
             show(running)
             time.sleep(POLL_S)
             for one in list(running):
@@ -187,13 +180,14 @@ def execute(
         stop(running, state, say)
 
 
-def next_ready(waiting: Sequence[SweepRun], runs: Sequence[SweepRun], state: State) -> SweepRun | None:
-    """The first run that waits for no other."""
-    trunks = {run.folder: run for run in runs if run.stop_after is not None}
-    for run in waiting:
-        if run.shared is None or run.shared not in trunks or trunks[run.shared].is_done():
-            return run
-    return None
+def next_ready(waiting: Sequence[SweepRun], running: Sequence[Running]) -> SweepRun | None:
+    """The first run whose shared phases nobody is about to train.
+
+    If the run that trains them has failed, perhaps by what only its own arm does later,
+    the runs that share them begin by themselves.
+    """
+    unfinished = {run.folder for run in waiting if run.stop_after} | {one.run.folder for one in running}
+    return next((run for run in waiting if run.shared not in unfinished), None)
 
 
 def start(run: SweepRun, worker: Worker, state: State, folder: Path, provenance: Mapping[str, str]) -> Running:
@@ -204,27 +198,16 @@ def start(run: SweepRun, worker: Worker, state: State, folder: Path, provenance:
     with log.open("ab") as out:
         begin = out.tell()
         process = subprocess.Popen(
-            [sys.executable, *run.command()],
+            [sys.executable, "-m", "jaxreason.sweep.child", str(os.getpid()), ",".join(map(str, worker.cores)), *run.command()],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
             env=os.environ | worker.environment,
             start_new_session=True,  # Ctrl-C is for the sweep, which stops its runs one by one
-            preexec_fn=functools.partial(_become, worker.cores, os.getpid()),
         )
     attempts = state.of(run)["attempts"] + 1
     state.set(run, status="running", attempts=attempts, started=_now(), worker=worker.name, **provenance)
     return Running(run, worker, process, log, begin)
-
-
-def _become(cores: frozenset[int], parent: int) -> None:
-    """In the new process: keep to some cores, and end when the sweep does."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before that
-            os._exit(1)
 
 
 def ended(one: Running, state: State, retries: int, say: Callable[[str], None]) -> str:

@@ -116,10 +116,10 @@ def table(report: Report) -> list[str]:
     return lines
 
 
-def sentence(c: Comparison, floor: float | None) -> str:
+def sentence(c: Comparison, floor: float | None, of_field: bool = False) -> str:
     """One plain sentence about a comparison, in points of accuracy."""
-    field, _, value = c.what.partition("=")
-    than = c.than.removeprefix(f"{field}=")
+    field, _, value = c.what.partition("=") if of_field else (c.what, "", "")
+    than = c.than.removeprefix(f"{field}=") if of_field else c.than
     points, low, high = (100 * x for x in (c.difference, c.low, c.high))
     shown = c.corrected < 0.05 and not math.isinf(low)
     verb = ("above" if points > 0 else "below") if shown else "not shown to differ from"
@@ -162,7 +162,8 @@ def caveats(report: Report) -> list[str]:
 
 
 def markdown(report: Report, folder: Path) -> str:
-    effects = [sentence(c, report.noise_floor) for c in report.effects or report.comparisons]
+    effects = [sentence(c, report.noise_floor, of_field=True) for c in report.effects]
+    effects = effects or [sentence(c, report.noise_floor) for c in report.comparisons]
     exact = [f"- {c.what}: {c.sign_flip:.2g}" for c in report.comparisons if c.sign_flip is not None]
     parts = [
         f"# {folder.name}",

@@ -173,6 +173,7 @@ def field_effects(arms: Mapping[str, Mapping[str, Any]], results: Mapping[str, M
         for value in values[1:]:
             both = [by_value for by_value in alike.values() if {value, values[0]} <= by_value.keys()]
             pairs = [(by_value[value], by_value[values[0]]) for by_value in both]
+            pairs = [pair for pair in pairs if all(results[arm] for arm in pair)]
             seeds = set.intersection(*(results[a].keys() & results[b].keys() for a, b in pairs)) if pairs else set()
             if seeds:
                 differences = {s: float(np.mean([results[a][s].value - results[b][s].value for a, b in pairs])) for s in seeds}

@@ -162,7 +162,7 @@ def begin_with_shared(run: SweepRun) -> None:
 
     The copy appears at once, under its final name, so that no half of one is continued.
     """
-    if run.shared is None or saved_at(run.folder) or (run.folder / "summary.json").exists():
+    if run.shared is None or not saved_at(run.shared) or saved_at(run.folder) or (run.folder / "summary.json").exists():
         return
     copied = run.folder.with_name(f"{run.folder.name}.copy")
     shutil.rmtree(copied, ignore_errors=True)
