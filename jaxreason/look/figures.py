@@ -10,7 +10,16 @@ import numpy as np
 
 from jaxreason.options import unknown_name_message
 
-COLORS = ("#0072B2", "#D55E00", "#555555", "#009E73", "#CC79A7")  # distinguishable by colour-blind readers
+COLORS = (
+    "#0072B2",
+    "#D55E00",
+    "#555555",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)  # distinguishable by colour-blind readers
 
 
 def read_curve(run: Path, metric: str, phase: str | None) -> dict[int, float]:
@@ -50,12 +59,7 @@ def join_curves(curves: Sequence[Mapping[int, float]]) -> tuple[np.ndarray, np.n
 
 def draw(groups: Mapping[str, Sequence[Mapping[int, float]]], metric: str, xlabel: str, out: Path) -> None:
     """Draw the curves of all groups and write the figure to `out`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.4, 3.4), layout="constrained")
+    axes = new_axes()
     for i, (label, curves) in enumerate(groups.items()):
         steps, mean, lowest, highest = join_curves(curves)
         color = COLORS[i % len(COLORS)]
@@ -66,9 +70,27 @@ def draw(groups: Mapping[str, Sequence[Mapping[int, float]]], metric: str, xlabe
     axes.set(xlabel=xlabel, ylabel=metric.removeprefix("eval/"))
     if "accuracy" in metric:
         axes.set_ylim(-0.02, 1.02)
+    save(axes, out)
+
+
+def new_axes():
+    """Make the axes of a figure in the style of this project."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    _, axes = pyplot.subplots(figsize=(6.4, 3.4), layout="constrained")
     axes.grid(alpha=0.3, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def save(axes, out: Path) -> None:
+    """Write the figure of some axes, with a legend, as a PNG file."""
+    from matplotlib import pyplot
+
     axes.legend(frameon=False, fontsize=8)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=130)
-    pyplot.close(figure)
+    axes.figure.savefig(out, dpi=130)
+    pyplot.close(axes.figure)

@@ -21,7 +21,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +54,7 @@ class Asked(NamedTuple):
 
     sweep: Sweep
     name: str
-    figures: Callable | None  # of the experiment's file: figures(folder, report)
+    experiment: str | None = None  # FILE:OPTIONS
 
 
 def read_sweep(words: command.Words) -> Asked:
@@ -75,7 +74,7 @@ def read_sweep(words: command.Words) -> Asked:
         raise ValueError(f"--config.{min(twice)} is a field of --grid too; allowed: one of them")
     seeds = range(FLAGS.seeds or 5) if seeds is None else seeds
     sweep = Sweep(words.config, arms, tuple(seeds), common=words.changes, metric=FLAGS.metric)
-    return Asked(sweep, Path(words.config.partition(":")[0]).stem, None)
+    return Asked(sweep, Path(words.config.partition(":")[0]).stem)
 
 
 def read_experiment(experiment: str, changes: dict[str, str]) -> Asked:
@@ -92,7 +91,7 @@ def read_experiment(experiment: str, changes: dict[str, str]) -> Asked:
     sweep = sweep._replace(common={**sweep.common, **changes}, metric=FLAGS.metric or sweep.metric)
     if FLAGS.seeds is not None:
         sweep = sweep._replace(seeds=tuple(range(FLAGS.seeds)))
-    return Asked(sweep, path.stem + (f"-{options}" if options else ""), found.get("figures"))
+    return Asked(sweep, path.stem + (f"-{options}" if options else ""), experiment)
 
 
 def definition(asked: Asked) -> dict:
@@ -100,8 +99,8 @@ def definition(asked: Asked) -> dict:
     sweep = asked.sweep
     arms = {name: {field: word_of(value) for field, value in arm.items()} for name, arm in named_arms(sweep).items()}
     common = {field: word_of(value) for field, value in sweep.common.items()}
-    seeds = list(sweep.seeds)
-    return {"config": sweep.config, "common": common, "arms": arms, "seeds": seeds, "metric": sweep.metric}
+    found = {"config": sweep.config, "common": common, "arms": arms, "seeds": list(sweep.seeds), "metric": sweep.metric}
+    return found | {"experiment": asked.experiment}
 
 
 def default_folder(asked: Asked) -> Path:
@@ -203,10 +202,10 @@ def run_sweep(asked: Asked, folder: Path) -> None:
             if stopped():
                 say("stopped; the same command continues")
                 sys.exit(130)
-    report(folder, asked.figures)
+    report(folder)
 
 
-def report(folder: Path, draw: Callable | None = None) -> None:
+def report(folder: Path) -> None:
     """Write the report of a sweep, and print it."""
     from jaxreason.runtime.workdir import json_object
     from jaxreason.sweep import report as reports
@@ -224,8 +223,9 @@ def report(folder: Path, draw: Callable | None = None) -> None:
     if FLAGS.figures and made.arms:
         try:
             reports.draw_figures(made, folder, config["phases"][-1])
-            if draw is not None:
-                draw(folder, made)
+            if known.get("experiment"):
+                path = command.find_file(known["experiment"])
+                runpy.run_path(str(path)).get("figures", lambda *_: None)(folder, made)
         except ModuleNotFoundError as error:
             print(f"no figures: {error.name} is not installed; pip install 'jaxreason[look]'", file=sys.stderr)
     print(reports.write_report(made, folder))

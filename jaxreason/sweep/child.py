@@ -1,8 +1,8 @@
-"""The process of a run: `python -m jaxreason.sweep.child PARENT CORES WORDS...` keeps to
-some cores, ends when the sweep does, and becomes `python WORDS...`.
+"""The process of a run: `python -m jaxreason.sweep.child PARENT CORES WORDS...`.
 
-A process of its own, since the sweep's has threads of JAX, which a fork without an exec
-at once could deadlock.
+It keeps to some cores, ends when the sweep does, and becomes `python WORDS...`. This is
+not done between fork and exec, because the sweep's process has threads of JAX, and
+Python code in a forked process could deadlock on their locks.
 """
 
 from __future__ import annotations

@@ -226,14 +226,9 @@ def draw_figures(report: Report, folder: Path, last_phase: str) -> list[Path]:
 
 def draw_pareto(report: Report, out: Path) -> None:
     """Draw accuracy against FLOPs, a point per arm with its interval over seeds."""
-    import matplotlib
+    from jaxreason.look.figures import COLORS, new_axes, save
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    from jaxreason.look.figures import COLORS
-
-    figure, axes = pyplot.subplots(figsize=(6.4, 3.4), layout="constrained")
+    axes = new_axes()
     for i, arm in enumerate(report.arms):
         low, high = arm.over_seeds if not math.isinf(arm.over_seeds[0]) else arm.over_problems
         error = [[arm.mean - max(0.0, low)], [min(1.0, high) - arm.mean]]
@@ -241,8 +236,4 @@ def draw_pareto(report: Report, out: Path) -> None:
     front = sorted((arm for arm in report.arms if arm.name in report.pareto), key=lambda arm: arm.flops)
     axes.plot([arm.flops for arm in front], [arm.mean for arm in front], color="#999999", linewidth=1, zorder=0)
     axes.set(xlabel="FLOPs per run", ylabel=report.metric.removeprefix("eval/"), xscale="log")
-    axes.grid(alpha=0.3, linewidth=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(out, dpi=130)
-    pyplot.close(figure)
+    save(axes, out)

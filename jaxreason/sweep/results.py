@@ -104,6 +104,15 @@ def read_result(folder: Path, arm: str, seed: int, suite: str, temperature: floa
     return Result(arm, seed, last["accuracy"], **measured, **used, wall_s=summary["wall_s"], code=code)
 
 
+def accuracy_before(run: Path, phase: str, suite: str, temperature: float) -> tuple[float, float]:
+    """Return a suite's accuracy before a phase of a run, and at the end of the run."""
+    evaluations = [
+        e for e in json_object(run / "summary.json")["evaluations"] if e["suite"] == suite and e["temperature"] == temperature
+    ]
+    before = [e for e in evaluations if e["step"] <= min(e["step"] for e in evaluations if e["phase"] == phase)]
+    return next(e["accuracy"] for e in reversed(before) if e["phase"] != phase), evaluations[-1]["accuracy"]
+
+
 def summarise(name: str, results: Sequence[Result]) -> ArmSummary:
     """Summarise the runs of an arm."""
     mean, *over_seeds = estimators.mean_interval([r.value for r in results])

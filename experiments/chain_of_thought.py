@@ -1,0 +1,41 @@
+r"""Is written-out thinking worth more than the same compute spent on direct answers?
+
+    python -m jaxreason.sweep --experiment=experiments/chain_of_thought.py[:quick]
+
+**Hypothesis.** A model of 0.15 M params learns chains of five operations from written
+work, and does not learn them from direct answers: not at the same size and the same
+training FLOPs, not with four times these FLOPs, and not with twice the layers.
+
+**Arms.** Next-token prediction alone (no RL) on 20,000 correct documents of 1 to 8
+operations: all steps written out (baseline, 500 steps); answers alone for 500 steps and
+for 2,000; answers alone for 500 steps with 6 layers in the place of 3. Windows are
+packed, so equal steps are equal tokens and FLOPs. Seeds 0 to 4, paired; 512 held-out
+chains of 5 operations, greedy.
+
+**Decision rule**, written before the run (2026-11-28). "Thinking pays" is shown if each
+of the three direct arms is below the baseline with a corrected p below 0.05 and an
+interval above 0.3. "Direct answers are not learned" is shown if the upper end of each
+direct arm's interval over seeds is below 0.4: it may guess (0.1) or use the last
+operations, but not compute.
+
+**Findings.** Not yet run.
+"""
+
+from __future__ import annotations
+
+from jaxreason.options import parse
+from jaxreason.sweep import Sweep
+
+DIRECT = {"prior.source.task.demonstrations": "human", "prior.source.task.guess": 1.0, "prior.source.task.guess_right": 1.0}
+
+
+def sweep(arg: str = "") -> Sweep:
+    parse(arg, quick=False)  # it is quick as it is
+    arms = {
+        "thinking": {"prior.source.task.demonstrations": "expert", "prior.steps": 500},
+        "direct": DIRECT | {"prior.steps": 500},
+        "direct_4x_steps": DIRECT | {"prior.steps": 2000},
+        "direct_2x_layers": DIRECT | {"prior.steps": 500, "model.layers": 6},
+    }
+    common = {"phases": ("prior",), "prior.evaluate_every": 125, "log.tensorboard": False}
+    return Sweep("configs/tiny.py", list(arms.values()), names=list(arms), common=common, metric="eval/chain/greedy/accuracy")
