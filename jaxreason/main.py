@@ -223,13 +223,13 @@ def run(config) -> None:
         except (ValueError, OSError, Unwritable) as error:
             fail(error)
         tell(f"workdir: {opened.folder}")
-        if not train_to_the_end(opened):
+        if not train_to_the_end(opened, STOP_AFTER.value):
             return
     for line in what_next(opened.folder, flag.config_filename, flag.config_changes):
         tell(line)
 
 
-def train_to_the_end(opened) -> bool:
+def train_to_the_end(opened, stop_after: str | None = None) -> bool:
     """Train an opened run; return whether it finished.
 
     Errors that a user can fix exit the program with one line.
@@ -243,9 +243,9 @@ def train_to_the_end(opened) -> bool:
     from jaxreason.train import Diverged, Interrupted, NotResumable, Stopped, train
 
     run, folder, checkpoints, stop, check_stays = opened
-    if STOP_AFTER.value not in (None, *(names := [phase.name for phase in run.phases])):
-        fail(ValueError(unknown_name_message("phase in --stop_after", STOP_AFTER.value, names)))
-    how = {"log_options": run.log_options, "stop": stop, "stop_after": STOP_AFTER.value, "check_stays": check_stays, "say": tell}
+    if stop_after not in (None, *(names := [phase.name for phase in run.phases])):
+        fail(ValueError(unknown_name_message("phase in --stop_after", stop_after, names)))
+    how = {"log_options": run.log_options, "stop": stop, "stop_after": stop_after, "check_stays": check_stays, "say": tell}
     try:
         train(run, folder, checkpoints, **how)
     except Interrupted as interrupted:

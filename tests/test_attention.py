@@ -151,6 +151,7 @@ def test_a_kernel_runs_on_each_device_of_a_mesh(name):
         transformer(one_head, mesh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("name", ANYWHERE)
 def test_a_model_is_the_same_under_each_kernel(tiny, monkeypatch, name, scan_layers):

@@ -158,6 +158,7 @@ def bench(*arguments):
 TINY = ["--config=configs/tiny.py:smoke", "--model=vocab_size=64", "--prompts=3", "--group=2", "--tokens=9", "--prompt_tokens=5"]
 
 
+@pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.parametrize("work", ["exact", "natural"])
 def test_the_sampler_is_measured(work):
@@ -180,6 +181,7 @@ def test_the_sampler_is_measured(work):
         assert 0 < found[f"first batch, {name}"] < found[f"start to first batch, {name}"]
 
 
+@pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.parametrize("name", ["learner", "step"])
 def test_the_learner_is_measured(name):
@@ -219,6 +221,7 @@ def test_choices_of_the_cache_are_measured():
     assert all(line["value"] > 0 for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "message"),

@@ -45,7 +45,8 @@ def check_run(workdir, summary, phases):
     assert all(line["train/loss"] is not None for line in lines if "train/loss" in line)
     assert list(workdir.glob("tensorboard/events*"))
     for e in summary["evaluations"]:
-        assert e.keys() == {"phase", "step", "suite", "accuracy", "low", "high", "n", "temperature"}
+        assert e.keys() == {"phase", "step", "suite", "accuracy", "low", "high", "n", "temperature", "verdicts"}
+        assert (len(e["verdicts"]), e["verdicts"].count("1")) == (e["n"], round(e["accuracy"] * e["n"]))
         assert 0 <= e["low"] <= e["accuracy"] <= e["high"] <= 1
 
 
@@ -61,6 +62,7 @@ def test_tiny(tmp_path, options):
     assert all(r["logp_sum"] <= 0 and r["stop"] in ("eos", "limit") for r in rollouts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["countdown", "pretrain"])
 def test_cpu_config(tmp_path, name, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -71,6 +73,7 @@ def test_cpu_config(tmp_path, name, monkeypatch):
         assert summary["losses"][-1]["nll"] < summary["losses"][0]["nll"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "phase"), [("gsm8k", "rl"), ("sft", "sft")])
 def test_pretrained_config(tmp_path, checkpoint, gsm8k, name, phase):
     summary = run_config(load_config(name, f"model={checkpoint},smoke", **{"sharding.mesh.data": 1}), tmp_path)

@@ -233,6 +233,7 @@ def compiled_train_step(shape, microbatches=1, tokens=T):
     return step.lower(state, batching.empty(B, tokens)).compile(compiler_options={"xla_cpu_use_fusion_emitters": True})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [T, 300])  # attention in one part and in two
 @pytest.mark.parametrize(
     "fields",
@@ -251,6 +252,7 @@ def test_a_train_step_computes_what_the_formula_says(fields, tokens):
     assert found.flops == pytest.approx(cost.train_flops(shape, B, tokens, remade=False), rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_walk_agrees_with_xla_where_nothing_loops_and_corrects_it_where_something_does():
     flat, looped = (compiled_train_step(dataclasses.replace(SHAPE, scan_layers=scan)) for scan in (False, True))
     walked = hlo.program_cost(flat.as_text())

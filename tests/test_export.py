@@ -159,6 +159,7 @@ def test_an_older_step_and_another_type(run, tmp_path):
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(saved(run)[1])))
 
 
+@pytest.mark.slow
 def test_adapters_are_merged(adapted, tmp_path):
     export(str(adapted), str(tmp_path))
     model, params = saved(adapted)
@@ -299,6 +300,7 @@ def test_a_whole_run_begins_there(run, tmp_path):
     assert_equal(saved(tmp_path)[1], saved(run)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_a_run_that_goes_on_keeps_its_own(run, tmp_path):
     config = small(init_from=str(tmp_path / "gone"))
@@ -326,6 +328,7 @@ def cast(tree, dtype):
     return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
+@pytest.mark.slow
 def test_with_and_without_adapters(run, adapted):
     _, plain = saved(run)
     model, params = saved(adapted)
@@ -356,6 +359,7 @@ def valued(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("valued"), with_model(small(), value_head=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_a_value_head_comes_along_goes_or_is_new(run, valued, exported, lora):
     fresh = build(with_model(small(), value_head=True, lora=lora)).init()["value"]

@@ -119,7 +119,17 @@ def test_the_base_install_is_light():
 
 
 def test_extras_are_imported_where_they_are_used():
-    rare = {"wandb", "matplotlib", "reasoning_gym", "math_verify", "tensorflow_datasets", "optuna", "codecarbon", "pynvml"}
+    rare = {
+        "wandb",
+        "matplotlib",
+        "reasoning_gym",
+        "math_verify",
+        "tensorflow_datasets",
+        "optuna",
+        "submitit",
+        "codecarbon",
+        "pynvml",
+    }
     for path in FILES:
         top = {name.split(".")[0] for name in imports(path, top_level_only=True)}
         assert not top & rare, f"{module(path)} imports {top & rare} when it is loaded; import it in the function that needs it"

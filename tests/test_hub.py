@@ -698,6 +698,7 @@ def command(root, tmp_path):
             process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_from_an_empty_home_one_command_reaches_the_first_step_and_ends(command, root, tmp_path):
     out, err = command().communicate(timeout=300)

@@ -131,6 +131,7 @@ def test_no_more_logits_exist_than_the_limit_says(tiny, monkeypatch, limit):
     assert largest_logits(*tiny(), random_batch()) <= limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3, 5, T, 3 * T, B * T])
 def test_chunks_put_every_result_where_it_belongs_and_leave_out_what_nobody_wants(tiny, count):
     model, params = tiny()
@@ -374,6 +375,7 @@ def shared_prompts(tiny):
     return update
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("share", "pack", "microbatches", "axes", "layers"),
     [(4, False, 1, None, 1), (2, False, 4, None, 1), (2, True, 2, None, 2), (4, True, 1, None, 1), (2, False, 1, (2, 2), 1)],

@@ -51,6 +51,7 @@ def trained(model, *, axes=None, name="adamw", microbatches=2):
     return state, metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"qkv_bias": True, "scan_layers": True}, {"tied_embeddings": True, "remat": "full"}])
 def test_the_start_is_the_base_and_merging_changes_no_number(tiny, adapted, fields):
     model, params = adapted(**fields)
@@ -69,6 +70,7 @@ def test_the_start_is_the_base_and_merging_changes_no_number(tiny, adapted, fiel
     assert model.merge(merged) is merged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", LORA_TARGETS)
 def test_an_adapter_is_what_the_paper_says(adapted, target):
     """Compare with `W + alpha / r A B`, by einsum over whole kernels."""
@@ -109,6 +111,7 @@ def test_the_base_is_an_argument_and_no_constant(adapted):
     assert sum(np.size(x) for x in constants) < params["frozen"]["embed"]["embedding"].size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
 def test_eight_devices_train_adapters_as_one_does(adapted, name):
     model, _ = adapted()
@@ -136,6 +139,7 @@ def test_impossible_adapters_are_refused_before_anything_is_compiled():
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_a_whole_run_samples_from_its_adapters_and_goes_on_from_its_folder(tmp_path, monkeypatch):
     def config():

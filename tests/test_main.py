@@ -209,6 +209,7 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
     assert "can't write" in err
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_a_run_stopped_after_a_phase_ends_as_one_that_was_not(tmp_path):
     config = f"--config={ROOT / SMOKE}"

@@ -389,9 +389,9 @@ def test_weights_end_a_run_in_a_line(folder, tmp_path, monkeypatch, capsys):
     with config.unlocked():
         config.model = {"name": str(folder), "weights": "pretrained"}
         config.text = {"tokenizer": "characters"}
-    monkeypatch.setattr(main, "WORKDIR", type("Flag", (), {"value": str(tmp_path / "run")}))
-    monkeypatch.setattr(main, "RESUME", type("Flag", (), {"value": "auto"}))
-    monkeypatch.setattr(main, "ACCEPT_CONFIG_CHANGE", type("Flag", (), {"value": False}))
+    flags = {"WORKDIR": str(tmp_path / "run"), "RESUME": "auto", "ACCEPT_CONFIG_CHANGE": False, "STOP_AFTER": None}
+    for name, value in flags.items():
+        monkeypatch.setattr(main, name, type("Flag", (), {"value": value}))
     with pytest.raises(SystemExit, match=r"error: tensor model.norm.weight in .* holds NaN"):
         main.run(config)
 

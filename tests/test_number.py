@@ -216,6 +216,7 @@ def test_strict_looks_behind_thoughts_for_a_box_only():
     assert number.read_number("<think>\\boxed{9}</think>It is 7.", strict=True) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "piece",
     ["5 ", "1,", "x = ", "- ", "5 and ", "<<", "|-", "(-2", "((", "\\boxed{", "{", "#### ", "answer is ", "5 or ", "</think>",

@@ -61,6 +61,7 @@ OTHER = {"b1": 0.8, "b2": 0.9, "eps": 1e-6, "weight_decay": 0.1, "state_dtype": 
 OTHER |= {"adam_lr": 0.2, "muon_momentum": 0.9, "muon_scale": "width"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
 def test_a_field_changes_the_updates_or_is_refused(name):
     params, grads = wide()
@@ -256,6 +257,7 @@ def test_state_dtype_is_that_of_the_first_moment(name):
     assert kinds["nu"] == ({"float32"} if name != "lion" else set())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"data": 1, "fsdp": 8}, {"data": 1, "fsdp": 4, "tensor": 2}])
 @pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
 def test_eight_devices_make_the_update_of_one(name, axes):

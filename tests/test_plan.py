@@ -39,6 +39,7 @@ def work_of(topology=SMALL, name="tiny", options="", **fields):
     return read(config, topology, None)
 
 
+@pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "words"),

@@ -41,6 +41,7 @@ def get_config(arg=""):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_two_processes_train_as_one(tmp_path):
     path = tmp_path / "all.py"
@@ -74,6 +75,7 @@ def get_config(arg=""):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_two_processes_begin_with_the_params_of_another_run(tmp_path):
     path = tmp_path / "warm.py"
@@ -137,6 +139,7 @@ print("writes", processes.writes())
     assert lines[2] == ["ValueError process 1: no such file: here.json", "writes False"]
 
 
+@pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_params_reach_a_process_that_shares_the_axis_tensor_with_another(tensor):
@@ -159,6 +162,7 @@ assert jax.tree.map(lambda x: x.sharding, sent) == sharding.gathered(params, mes
         assert code == 0, stderr
 
 
+@pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_process_that_is_killed_ends_the_others(tmp_path, dies):
@@ -210,6 +214,7 @@ app.run(main, argv=[sys.argv[0], *sys.argv[5:]], flags_parser=parse_flags)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_one_process_is_killed_and_both_started_again_is_uninterrupted(tmp_path):
     """First the process that writes is killed, during its second checkpoint; then the
@@ -238,6 +243,7 @@ def test_one_process_is_killed_and_both_started_again_is_uninterrupted(tmp_path)
     assert found["evaluations"] == wanted["evaluations"]
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_a_bug_in_one_process_ends_all_and_is_shown():
     body = """

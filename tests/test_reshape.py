@@ -74,6 +74,7 @@ def texts(path) -> list[dict]:
     return [{k: v for k, v in line.items() if k != "logp_sum"} for line in read_lines(path / "rollouts.jsonl")]
 
 
+@pytest.mark.slow
 def test_other_meshes_micro_batches_and_processes_go_on_with_the_same_run(tmp_path, monkeypatch):
     path, whole, pieces = tmp_path / "run.py", tmp_path / "whole", tmp_path / "pieces"
     path.write_text(CONFIG)

@@ -134,6 +134,7 @@ def assert_same_run(workdir: Path, whole: Path) -> None:
     assert amounts == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("whole", "points"),
     [

@@ -66,6 +66,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rollouts_do_not_depend_on_the_sampler(made, requests, expected, variant):
     completer = t.make_completer(made[0], **{"slots": 8, **VARIANTS[variant]})
@@ -129,6 +130,7 @@ MESHES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("axes", "scan"), MESHES, ids=str)
 def test_rollouts_do_not_depend_on_the_mesh(made, requests, expected, axes, scan):
     mesh, model = make_mesh(**axes), t.make_model(scan_layers=scan)[0]
@@ -151,6 +153,7 @@ def test_rollouts_do_not_depend_on_the_mesh(made, requests, expected, axes, scan
         assert np.prod(kernel.sharding.shard_shape(kernel.shape)) == kernel.size // tensor  # gathered but for `tensor`
 
 
+@pytest.mark.slow
 def test_a_vocabulary_that_does_not_divide_over_the_mesh(requests):
     model, params = t.make_model(vocab_size=13)
     completer = t.make_completer(model)._replace(decode=str)
@@ -247,6 +250,7 @@ def with_stops(completer, *strings):
     return completer._replace(stop_strings=strings)
 
 
+@pytest.mark.slow
 def test_a_stop_string_ends_the_text_where_it_is_complete(made, requests):
     """Its two letters are two tokens; with chunks of 4, 1 and 16 tokens it also
     straddles chunks.
@@ -288,6 +292,7 @@ def test_a_stop_string_may_begin_and_end_inside_tokens(made, requests):
     assert 5 < found < len(requests)
 
 
+@pytest.mark.slow
 def test_after_a_stop_string_an_observation_goes_on_from_there(made):
     """Tokens sampled after the stop string, up to the end of the chunk, leave no
     trace.
@@ -579,6 +584,7 @@ def test_each_shape_is_compiled_once(made, requests, expected, caplog):
     assert run(jax.tree.map(lambda x: x + 0.01, params), key=1, temperature=0.7)[1] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(), (2, 1)])
 def test_after_a_warm_up_nothing_is_compiled(made, caplog, sizes):
     """Use a long ragged run over all buckets, with observations, stop strings, a

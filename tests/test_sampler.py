@@ -407,6 +407,7 @@ def test_a_stopped_slot_does_not_change(small, made):
     jax.tree.map(np.testing.assert_array_equal, slots, again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, Lora(rank=2, targets=("q", "o", "down"), base_dtype="bfloat16")], ids=["plain", "lora"])
 @pytest.mark.parametrize("scan", [False, True])
 def test_weights_are_merged_and_cast_on_their_shards_and_then_gathered(lora, scan, monkeypatch):

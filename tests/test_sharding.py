@@ -191,6 +191,7 @@ def test_a_train_step_sends_its_params_and_not_its_activations(axes, most):
     assert 3 < found.sent_bytes / params_bytes < most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("scan", [False, True])
 def test_weights_gathered_where_they_are_used_leave_the_loss_and_its_gradient_alone(scan, remat):

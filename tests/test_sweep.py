@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from runs import HANG_S, ROOT, maths, params_of, xla_flags
 
-from jaxreason.sweep import Sweep, arms, chain, fixed, over, product, queue, report, results, zip_
+from jaxreason.sweep import Sweep, arms, chain, fixed, jobs, over, product, queue, report, results, search, zip_
 from jaxreason.sweep.__main__ import read_experiment
 from jaxreason.sweep.progress import cell, last_metrics
 from jaxreason.sweep.runs import SweepRun, begin_with_shared, make_runs
@@ -161,6 +161,33 @@ def sweep(arg=''):
             read_experiment(str(file), {})
 
 
+def test_a_folder_that_cannot_be_made_is_a_failure_of_its_run(tmp_path, monkeypatch):
+    def full(run):
+        if run.arm == "fails":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(queue, "begin_with_shared", full)
+    states, said = pretend(tmp_path, monkeypatch, ["fails", "ends"])
+    assert [state["status"] for state in states] == ["failed", "done"]
+    assert "could not begin: [Errno 28] No space left on device" in said[0]
+
+
+def test_a_run_whose_folder_is_still_in_use_is_tried_again(tmp_path, monkeypatch):
+    states, said = pretend(tmp_path, monkeypatch, ["locked"])
+    assert (states[0]["status"], states[0]["attempts"]) == ("done", 2)
+    assert "will be tried again" in said[0]
+
+
+def test_runs_are_submitted_as_jobs(tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    assert jobs.parse_options("timeout_min=5,slurm_partition=gpu") == {"timeout_min": 5, "slurm_partition": "gpu"}
+    with pytest.raises(ValueError, match="--submit_options has 'x'"):
+        jobs.parse_options("x")
+    states, _ = pretend(tmp_path, monkeypatch, ["ends", "fails"], launch=jobs.Jobs("local", tmp_path, {"timeout_min": 2}))
+    assert [state["status"] for state in states] == ["done", "failed"]
+    assert states[1]["reason"] == "exit 1: it went wrong"
+
+
 # --- the queue, with processes that only pretend ---
 
 PRETEND = """
@@ -171,6 +198,8 @@ if kind == 'fails': sys.exit('error: it went wrong')
 if kind == 'killed': os.kill(os.getpid(), 9)
 if kind == 'once' and not os.path.exists(folder + '/tried'):
     open(folder + '/tried', 'w').close(); sys.exit('error: the first time')
+if kind == 'locked' and not os.path.exists(folder + '/tried'):
+    open(folder + '/tried', 'w').close(); sys.exit('error: x is in use by host y; wait for it')
 if kind == 'sleeps': time.sleep(600)
 print('cores', sorted(os.sched_getaffinity(0)))
 json.dump({'done': True, 'evaluations': []}, open(folder + '/summary.json', 'w'))
@@ -484,3 +513,79 @@ def test_runs_begin_by_themselves_if_their_shared_phases_fail(tmp_path, monkeypa
     state = queue.State(tmp_path / "state.json")
     queue.execute([trunk, *arms_], queue.make_workers(1), state, tmp_path, say=[].append)
     assert [state.of(run)["status"] for run in (trunk, *arms_)] == ["failed", "failed", "done"]
+
+
+# --- search ---
+
+
+def test_halving_is_replayed_by_hand():
+    curves = {
+        "a": [(10, 0.5, 1), (20, 0.6, 2), (40, 0.7, 4)],
+        "b": [(10, 0.4, 1), (20, 0.9, 2), (40, 0.9, 4)],  # below a at the first rung: stopped there
+        "c": [(10, 0.6, 1), (20, 0.5, 2), (40, 0.5, 4)],  # above a, then below it
+        "d": [(10, 0.7, 1), (15, 0.0, 1.5), (20, 0.7, 2), (40, 0.8, 4)],  # what is at no rung does not count
+    }
+    assert search.replay_halving(curves, first=10) == ("d", 4 + 1 + 2 + 4)
+    backwards = dict(reversed(curves.items()))
+    assert search.replay_halving(backwards, first=10) == ("d", 4 + 1 + 1 + 1)
+    assert search.replay_halving({"b": curves["b"], "a": curves["a"]}, first=10)[0] == "b"
+
+
+def test_a_budget_has_a_unit():
+    assert search.parse_budget(None) is None
+    assert search.parse_budget("flops=1e15") == ("flops", 1e15)
+    for wrong in ("flops", "flops=0", "flops=x", "flops=inf", "hours=3"):
+        with pytest.raises(ValueError, match="--budget"):
+            search.parse_budget(wrong)
+
+
+def test_what_is_spent_counts_shared_phases_once(tmp_path):
+    trunk = SweepRun("shared/x", "a", 0, (), tmp_path / "trunk", {}, stop_after="prior")
+    made = [SweepRun(f"{name}/seed0", name, 0, (), tmp_path / name, {}, shared=trunk.folder) for name in ("a", "b", "c")]
+    for run, step in ((trunk, 4), (made[0], 10), (made[1], 7)):
+        run.folder.mkdir()
+        line = {
+            "step": step,
+            "ledger/learn_flops": step * 10.0,
+            "ledger/sample_flops": step * 1.0,
+            "time/ledger/learn_joules": 2.0 * step,
+        }
+        (run.folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert search.spent([trunk, *made], "steps") == 4 + 6 + 3
+    assert search.spent([trunk, *made], "flops") == 11 * 13
+    assert search.spent([trunk, *made], "joules") == 2 * 13
+
+
+CURVES = """
+import json, os, sys, time
+folder, height = sys.argv[1], float(sys.argv[2])
+os.makedirs(folder, exist_ok=True)
+for step in range(1, 5):
+    with open(folder + '/metrics.jsonl', 'a') as file:
+        file.write(json.dumps({'phase': 'rl', 'step': 4 + step, 'eval/chain/greedy/accuracy': height * step}) + '\\n')
+    time.sleep(0.7)
+json.dump({'done': True, 'evaluations': []}, open(folder + '/summary.json', 'w'))
+"""
+
+
+@pytest.mark.parametrize("pruner", ["halving", "wilcoxon"])
+def test_a_search_stops_bad_arms_and_continues_its_study(tmp_path, monkeypatch, pruner):
+    pytest.importorskip("optuna")
+    heights = {"0.0003": 0.2, "0.001": 0.1, "0.003": 0.01, "0.01": 0.02}
+    made = Sweep(SMOKE, over("rl.optimizer.lr", heights), seeds=(0, 1), common={"rl.evaluate_every": "1"})
+    monkeypatch.setattr(SweepRun, "command", lambda run: ["-c", CURVES, str(run.folder), str(heights[run.arm.partition("=")[2]])])
+    how = {"search": "random", "pruner": pruner, "share": False}
+    seen = []
+    for trials in (2, 4, 4):
+        study = search.Search(made, tmp_path, trials=trials, **how)
+        state = queue.State(tmp_path / "state.json")
+        steps = {"prune": study.prune, "more": study.more, "finished": study.finished}
+        queue.execute([], queue.make_workers(1), state, tmp_path, say=[].append, **steps)
+        seen.append({name: one["status"] for name, one in state.runs.items()})
+    assert len({name.partition("/")[0] for name in seen[0]}) == 2
+    assert len({name.partition("/")[0] for name in seen[1]}) == 4
+    assert seen[1] == seen[2]  # nothing is left to try
+    assert study.study.best_trial.params == {"rl.optimizer.lr": "0.0003"}
+    if pruner == "halving":
+        assert "pruned" in seen[1].values()
+        assert "not among the best at step" in next(one["reason"] for one in state.runs.values() if one["status"] == "pruned")

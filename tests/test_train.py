@@ -51,6 +51,7 @@ def test_cut_off_and_started_again_is_uninterrupted(tmp_path, monkeypatch, whole
     assert lines_when_killed <= len(maths(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_sampling_one_step_ahead_on_devices_of_its_own_is_sampling_in_place(tmp_path, monkeypatch):
     """The same lag gives the same run, bit for bit, on any devices, also when it is
@@ -80,6 +81,7 @@ def test_sampling_one_step_ahead_on_devices_of_its_own_is_sampling_in_place(tmp_
     assert max(gaps[0]) > 1e-3  # one update stale, after one that some attempt was paid in
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_a_reference_policy_in_the_hosts_memory_changes_nothing(tmp_path, monkeypatch, whole):
     moves, keep_in = [], sharding.keep_in
@@ -151,6 +153,7 @@ def on_one_device(tmp_path_factory):
     return run_on(tmp_path_factory.mktemp("one"), 1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (2, 4)])
 def test_a_whole_run_on_eight_devices_is_the_run_on_one(tmp_path, on_one_device, data, fsdp):
     (one, one_params), (many, many_params) = on_one_device, run_on(tmp_path, data, fsdp)

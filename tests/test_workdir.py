@@ -137,6 +137,7 @@ def test_a_lock_of_another_host_is_watched(tmp_path, monkeypatch, clock):
     assert "watching" in said[0]
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_a_clock_that_is_set_back_changes_nothing(tmp_path, monkeypatch):
     """The clock goes back an hour at every line of metrics, in the killed run and in
@@ -193,6 +194,7 @@ os.execv(sys.executable, [sys.executable, "-m", "jaxreason.main", *sys.argv[1:]]
 """
 
 
+@pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.parametrize(
     ("shut", "mode", "message"),
@@ -248,6 +250,7 @@ def await_step(process, folder, step, timeout_s=240):
     raise TimeoutError
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_sigterm_and_ctrl_c_save_and_end_and_the_run_goes_on_as_if_nothing_had_been(tmp_path):
     """The run is stopped twice in the middle of a line of metrics that sums seven
@@ -323,6 +326,7 @@ def test_the_maintenance_notice_of_a_cloud_tpu_is_heard(monkeypatch):
     assert asked == [("/computeMetadata/v1/instance/maintenance-event", "Google")] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_a_disk_that_is_full_fails_a_save_and_not_the_run(tmp_path):
     """A limit on file sizes simulates a full disk; it is lifted after two failed
@@ -422,6 +426,7 @@ def full_at(monkeypatch, owner, name, path, call):
     monkeypatch.setattr(owner, name, limited)
 
 
+@pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.parametrize(
     ("file", "owner", "name", "call"),
@@ -518,6 +523,7 @@ app.run(main.main, argv=arguments, flags_parser=main.parse_flags)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_a_full_disk_is_one_line_and_room_is_all_that_the_same_command_needs(tmp_path):
     fields = [

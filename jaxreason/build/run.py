@@ -115,6 +115,8 @@ def trained_before(init_from: str | None, say: Callable[[str], None]) -> Iterato
             if found.step is None or found.folder in seen:  # a pretrained checkpoint: unknown
                 return
             seen.add(found.folder)
+            if not {"seed", "phases"} <= found.config.keys():
+                raise ValueError(f"{found.folder / 'config.json'} names no phases")
             config, _ = from_earlier(found.config)
             with hub.noting(found.config.get("revisions")):
                 for section in trained_sections(config):

@@ -41,8 +41,14 @@ def define_flags() -> None:
     flags.DEFINE_string("metric", None, "What is compared: eval/SUITE/MODE/accuracy. Default: the first suite's.")
     flags.DEFINE_integer("workers", None, "Runs at a time. Default: one per core, or per accelerator.", lower_bound=1)
     flags.DEFINE_integer("devices_per_run", 1, "Accelerators of each run.", lower_bound=1)
+    flags.DEFINE_enum("submit", None, ["slurm", "local"], "Submit runs as jobs, by submitit; --workers is how many at a time.")
+    flags.DEFINE_string("submit_options", "", "Of jobs: timeout_min=600,gpus_per_node=1,slurm_partition=gpu.")
     flags.DEFINE_integer("retries", 0, "How often a run that failed is tried again.", lower_bound=0)
     flags.DEFINE_boolean("share", True, "Train phases that runs have in common once.")
+    flags.DEFINE_enum("search", None, ["random", "tpe"], "Let optuna choose arms of the grid, in the place of all of them.")
+    flags.DEFINE_enum("pruner", "none", ["none", "halving", "wilcoxon"], "With --search: which runs are stopped early.")
+    flags.DEFINE_integer("trials", 100, "With --search: how many arms are tried, at most.", lower_bound=1)
+    flags.DEFINE_string("budget", None, "Stop once all runs together have used this: steps=, flops=, device_s= or joules=AMOUNT.")
     flags.DEFINE_boolean("dry_run", False, "List the runs and what they need, and end.")
     flags.DEFINE_string("report", None, "Folder of a sweep: write its report again, and end.")
     flags.DEFINE_boolean("across_commits", False, "Compare runs of different versions of the code.")
@@ -183,12 +189,16 @@ def list_runs(asked: Asked, folder: Path) -> list[str]:
 def run_sweep(asked: Asked, folder: Path) -> None:
     """Execute the runs of a sweep, and write its report."""
     from jaxreason.runtime import workdir
-    from jaxreason.sweep import progress, queue, results
+    from jaxreason.sweep import jobs, progress, queue, results, search
     from jaxreason.sweep.runs import make_runs
 
     runs = make_runs(asked.sweep, folder, FLAGS.share)
+    budget = search.parse_budget(FLAGS.budget)
     suite, temperature = results.parse_metric(asked.sweep.metric, runs[-1].config)
-    workers = queue.make_workers(FLAGS.workers, FLAGS.devices_per_run)
+    if FLAGS.submit:
+        workers = [queue.Worker(f"job {i}", frozenset(), {}) for i in range(FLAGS.workers or 8)]
+    else:
+        workers = queue.make_workers(FLAGS.workers, FLAGS.devices_per_run)
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.callback(workdir.lock(folder, print))
@@ -197,11 +207,22 @@ def run_sweep(asked: Asked, folder: Path) -> None:
         print(f"sweep: {len(known['arms'])} arms, seeds {known['seeds']}, {len(workers)} workers, in {folder}", flush=True)
         metric = results.name_metric(suite, temperature)
         with queue.interruptible() as stopped, progress.shown(runs, state, metric, len(workers)) as (show, say):
-            how = {"retries": FLAGS.retries, "provenance": provenance(folder), "show": show, "say": say, "stopped": stopped}
-            queue.execute(runs, workers, state, folder, **how)
+            how = {"retries": FLAGS.retries, "provenance": provenance(folder), "show": show, "say": say}
+            how["stopped"] = lambda: stopped() or (budget is not None and search.spent(runs, budget[0]) >= budget[1])
+            if FLAGS.submit:
+                how["launch"] = jobs.Jobs(FLAGS.submit, folder, jobs.parse_options(FLAGS.submit_options))
+            if FLAGS.search is None:
+                queue.execute(runs, workers, state, folder, **how)
+            else:
+                options = {"search": FLAGS.search, "pruner": FLAGS.pruner, "trials": FLAGS.trials, "share": FLAGS.share}
+                study = search.Search(asked.sweep, folder, **options)
+                how |= {"prune": study.prune, "more": study.more, "finished": study.finished}
+                queue.execute([], workers, state, folder, **how)
             if stopped():
                 say("stopped; the same command continues")
                 sys.exit(130)
+            if how["stopped"]():
+                say(f"the budget of {FLAGS.budget} is spent; the same command with a larger one continues")
     report(folder)
 
 
@@ -230,7 +251,7 @@ def report(folder: Path) -> None:
             print(f"no figures: {error.name} is not installed; pip install 'jaxreason[look]'", file=sys.stderr)
     print(reports.write_report(made, folder))
     print(f"written: {folder / 'report.md'}, {folder / 'report.json'}")
-    if made.missing:
+    if any(what.startswith("failed") for what in made.missing.values()):
         sys.exit(1)
 
 
@@ -249,6 +270,8 @@ def main(argv) -> None:
             print("\n".join(list_runs(asked, folder)))
             return
         run_sweep(asked, folder)
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error.name} is not installed; pip install 'jaxreason[sweep]'")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
 

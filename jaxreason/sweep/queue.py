@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxreason.runtime.files import replacing
 from jaxreason.runtime.workdir import json_object
@@ -28,6 +28,8 @@ from jaxreason.sweep.runs import SweepRun, begin_with_shared
 
 POLL_S = 0.5
 PATIENCE_S = 120.0  # that a run has to save itself when the sweep is stopped
+IN_USE = "is in use by"  # says a run whose folder is locked: by one that a sweep before has left behind, and that is saving
+LOCKED_RETRIES = 20
 LAST_LINES = 5  # of a log, kept with a failure
 
 
@@ -125,7 +127,7 @@ class State:
 class Running(NamedTuple):
     run: SweepRun
     worker: Worker
-    process: subprocess.Popen
+    process: Any  # a subprocess.Popen, or what has its methods
     log: Path
     begin: int  # bytes of the log before this process
 
@@ -142,30 +144,31 @@ def execute(
     say: Callable[[str], None] = print,
     stopped: Callable[[], bool] = lambda: False,
     prune: Callable[[SweepRun], str] = lambda run: "",
+    more: Callable[[], Sequence[SweepRun]] = tuple,
+    finished: Callable[[SweepRun, str], None] = lambda run, status: None,
+    launch: Callable[[SweepRun, Worker, Path], Any] | None = None,
 ) -> None:
-    """Execute all runs that are not done. `stopped` is asked all the time; once it says
-    so, what runs is stopped and saved.
+    """Execute all runs that are not done. `stopped` is called all the time; when it
+    returns true, the runs that are under way are saved and stopped.
 
-    `prune(run)` may give a reason to stop a running run for good. What failed in an
-    earlier call is tried again.
+    `prune(run)` may return a reason to stop a run for good. A worker without work asks
+    `more` for further runs; `finished` gets each run that ended, and its status. Runs
+    that failed in an earlier call are tried again.
     """
-    waiting = [run for run in runs if not run.is_done()]
-    for run in runs:
-        if run.is_done() and state.of(run)["status"] != "done":
-            state.set(run, status="done")
-        elif not run.is_done() and state.of(run)["status"] != "pruned":
-            state.set(run, status="waiting", attempts=0)
-    waiting = [run for run in waiting if state.of(run)["status"] == "waiting"]
+    waiting = add_runs(runs, state, finished)
     running: list[Running] = []
     try:
-        while (waiting or running) and not stopped():
+        while not stopped():
             for worker in workers:
-                if all(other.worker is not worker for other in running) and (run := next_ready(waiting, running)):
+                if any(other.worker is worker for other in running):
+                    continue
+                if not waiting:
+                    waiting += add_runs(more(), state, finished)
+                if run := next_ready(waiting, running):
                     waiting.remove(run)
-                    if run.is_done():
-                        state.set(run, status="done")
-                    else:
-                        running.append(start(run, worker, state, folder, provenance))
+                    running += start(run, worker, state, folder, provenance, launch or start_process, say)
+            if not running and not waiting:
+                break
             show(running)
             time.sleep(POLL_S)
             for one in list(running):
@@ -174,10 +177,26 @@ def execute(
                     one.process.send_signal(signal.SIGTERM)
                 if one.process.poll() is not None:
                     running.remove(one)
-                    if ended(one, state, retries, say) == "waiting":
+                    if (status := ended(one, state, retries, say)) == "waiting":
                         waiting.insert(0, one.run)
+                    else:
+                        finished(one.run, status)
     finally:
         stop(running, state, say)
+
+
+def add_runs(runs: Sequence[SweepRun], state: State, finished: Callable[[SweepRun, str], None]) -> list[SweepRun]:
+    """Record the status of runs; return those that are to be executed."""
+    waiting = []
+    for run in runs:
+        if run.is_done():
+            state.set(run, status="done")
+        elif state.of(run)["status"] != "pruned":
+            state.set(run, status="waiting", attempts=0)
+            waiting.append(run)
+        if run not in waiting:
+            finished(run, state.of(run)["status"])
+    return waiting
 
 
 def next_ready(waiting: Sequence[SweepRun], running: Sequence[Running]) -> SweepRun | None:
@@ -190,24 +209,42 @@ def next_ready(waiting: Sequence[SweepRun], running: Sequence[Running]) -> Sweep
     return next((run for run in waiting if run.shared not in unfinished), None)
 
 
-def start(run: SweepRun, worker: Worker, state: State, folder: Path, provenance: Mapping[str, str]) -> Running:
-    """Start the process of a run."""
-    begin_with_shared(run)
+def start(
+    run: SweepRun,
+    worker: Worker,
+    state: State,
+    folder: Path,
+    provenance: Mapping[str, str],
+    launch: Callable[[SweepRun, Worker, Path], Any],
+    say: Callable[[str], None],
+) -> list[Running]:
+    """Start a run; nothing runs if its folder can't be made, which is recorded."""
     log = folder / "logs" / f"{run.name.replace('/', ',')}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    attempts = state.of(run)["attempts"] + 1
+    state.set(run, status="running", attempts=attempts, started=_now(), worker=worker.name, **provenance)
+    try:
+        begin_with_shared(run)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        begin = log.stat().st_size if log.exists() else 0
+        return [Running(run, worker, launch(run, worker, log), log, begin)]
+    except OSError as error:
+        state.set(run, status="failed", reason=f"could not begin: {error}")
+        say(f"{run.name}: failed: could not begin: {error}")
+        return []
+
+
+def start_process(run: SweepRun, worker: Worker, log: Path) -> subprocess.Popen:
+    """Start the process of a run on a part of this machine."""
+    cores = ",".join(map(str, worker.cores))
     with log.open("ab") as out:
-        begin = out.tell()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "jaxreason.sweep.child", str(os.getpid()), ",".join(map(str, worker.cores)), *run.command()],
+        return subprocess.Popen(
+            [sys.executable, "-m", "jaxreason.sweep.child", str(os.getpid()), cores, *run.command()],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
             env=os.environ | worker.environment,
             start_new_session=True,  # Ctrl-C is for the sweep, which stops its runs one by one
         )
-    attempts = state.of(run)["attempts"] + 1
-    state.set(run, status="running", attempts=attempts, started=_now(), worker=worker.name, **provenance)
-    return Running(run, worker, process, log, begin)
 
 
 def ended(one: Running, state: State, retries: int, say: Callable[[str], None]) -> str:
@@ -221,7 +258,7 @@ def ended(one: Running, state: State, retries: int, say: Callable[[str], None]) 
         state.set(one.run, status="done", ended=_now(), exit=code)
     else:
         reason = how_it_ended(code, lines)
-        again = state.of(one.run)["attempts"] <= retries
+        again = state.of(one.run)["attempts"] <= (LOCKED_RETRIES if IN_USE in reason else retries)
         state.set(one.run, status="waiting" if again else "failed", ended=_now(), exit=code, reason=reason, last_lines=lines)
         say(f"{one.run.name}: {'will be tried again' if again else 'failed'}: {reason} (log: {one.log})")
     return state.of(one.run)["status"]
@@ -264,7 +301,8 @@ def stop(running: Sequence[Running], state: State, say: Callable[[str], None]) -
             one.process.kill()
             one.process.wait()
         status = "done" if one.run.is_done() else "stopped"
-        state.set(one.run, status=status, ended=_now(), exit=one.process.returncode)
+        with contextlib.suppress(OSError):  # a full disk must not hide the cause
+            state.set(one.run, status=status, ended=_now(), exit=one.process.returncode)
 
 
 @contextlib.contextmanager
