@@ -141,22 +141,27 @@ def write_definition(folder: Path, here: dict) -> dict:
 
 
 def provenance(folder: Path) -> dict[str, str]:
-    """The commit of this code, and the name of its changes, which are kept as a
-    file; the date is in the state of each run.
+    """Name the version of this code, for the state of each run.
+
+    `code` is the same for the same sources of the package, in whatever commit. Changes
+    that are in no commit are kept as a file.
     """
-    root = Path(__file__).parents[2]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        run = {"cwd": root, "capture_output": True, "text": True, "check": True}
-        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
-        diff = subprocess.run(["git", "diff", "HEAD", "--", "jaxreason"], **run).stdout
-        if not diff:
-            return {"code": commit}
-        name = f"{commit}-{hashlib.sha256(diff.encode()).hexdigest()[:8]}"
-        (folder / f"{name}.diff").write_text(diff, encoding="utf-8")
-        return {"code": name}
     import jaxreason
 
-    return {"code": f"jaxreason {jaxreason.__version__}"}
+    root = Path(__file__).parents[2]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+
+        def git(*words: str) -> str:
+            return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout
+
+        commit, tree = git("rev-parse", "--short=12", "HEAD").strip(), git("rev-parse", "--short=12", "HEAD:jaxreason").strip()
+        diff = git("diff", "HEAD", "--", "jaxreason")
+        if not diff:
+            return {"code": tree, "commit": commit}
+        name = f"{tree}-{hashlib.sha256(diff.encode()).hexdigest()[:8]}"
+        (folder / f"{name}.diff").write_text(diff, encoding="utf-8")
+        return {"code": name, "commit": commit}
+    return {"code": f"jaxreason {jaxreason.__version__}", "commit": ""}
 
 
 def list_runs(asked: Asked, folder: Path) -> list[str]:

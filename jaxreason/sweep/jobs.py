@@ -25,8 +25,8 @@ EXECUTORS = ("slurm", "local")
 
 
 def parse_options(text: str) -> dict[str, Any]:
-    """Read `timeout_min=600,gpus_per_node=1,slurm_partition=gpu` as keyword arguments of
-    submitit's `update_parameters`.
+    """Read `timeout_min=600,gpus_per_node=1,slurm_partition=gpu` as keyword arguments
+    of submitit's `update_parameters`.
 
     Raises:
       ValueError: a part that is no NAME=VALUE.

@@ -36,7 +36,7 @@ class Result(NamedTuple):
     device_s: float
     joules: float
     wall_s: float
-    code: str  # the commit
+    code: str  # version of the package's sources
 
 
 class ArmSummary(NamedTuple):
