@@ -12,7 +12,8 @@ import pytest
 
 from jaxreason.model import ModelConfig, attention, transformer
 from jaxreason.model import cache as kv
-from jaxreason.model.layers import Seen, attend, rotate, rotate_by_product
+from jaxreason.model.layers import Seen, attend, rotate
+from jaxreason.model.tpu import rotate_by_product
 from jaxreason.sharding import make_mesh
 
 B, N, K, H = 4, 4, 2, 8

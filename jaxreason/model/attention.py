@@ -37,7 +37,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxreason.model import decode_attention
 from jaxreason.model.config import ModelConfig
-from jaxreason.model.layers import MASKED, by_key_head, by_token, for_each_query, read, rotate, rotate_by_product
+from jaxreason.model.layers import MASKED, by_key_head, by_token, for_each_query, read, rotate
+from jaxreason.model.tpu import rotate_by_product
 from jaxreason.sharding import ROWS
 
 LANES = 128  # block sizes of a TPU kernel are multiples of this

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxreason.model.config import ModelConfig
-from jaxreason.model.layers import Block, Projection, from_columns, from_left, of_few_rows
+from jaxreason.model.cpu import from_columns, from_left, of_few_rows
+from jaxreason.model.layers import Block, Projection
 
 
 def cast_used(config: ModelConfig, params):

@@ -18,6 +18,7 @@ from flax import nnx
 
 from jaxreason.model.cache import Members
 from jaxreason.model.config import ModelConfig
+from jaxreason.model.cpu import product, scaled
 
 MASKED = -1e30  # finite, so a row that sees nothing (padding) gets a uniform softmax and not NaN
 
@@ -33,31 +34,6 @@ class Norm(nnx.Module):
         x32 = x.astype(jnp.float32)
         x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         return scaled(x32.astype(x.dtype), self.scale[...].astype(x.dtype))
-
-
-@jax.custom_vjp
-def scaled(x, scale_D):
-    """Return `x * scale_D`; the gradient of the scale is a matrix product with ones.
-
-    Otherwise XLA:CPU would sum into a row of the stacked scales, [1, D], one number at
-    a time (jaxreason/bench/README.md).
-    """
-    return x * scale_D
-
-
-def scaled_forward(x, scale_D):
-    return x * scale_D, (x, scale_D)
-
-
-def scaled_backward(kept, gradient):
-    x, scale_D = kept
-    products_RD = (gradient * x).reshape(-1, x.shape[-1])
-    ones_R = jnp.ones(len(products_RD), x.dtype)
-    by_scale_D = jnp.matmul(ones_R, products_RD, precision="highest", preferred_element_type=jnp.float32)
-    return gradient * scale_D, by_scale_D.astype(scale_D.dtype)
-
-
-scaled.defvjp(scaled_forward, scaled_backward)
 
 
 class Projection(nnx.Module):
@@ -89,66 +65,6 @@ class Projection(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
-@jax.custom_vjp
-def product(x, kernel_IO):
-    """Return `x @ kernel_IO`; the gradient of the kernel is computed as [I, O].
-
-    jax computes it as [O, I] and transposes it, for which XLA:CPU copies the wider
-    factor and uses its slower product (jaxreason/bench/README.md).
-    """
-    return x @ kernel_IO
-
-
-def product_forward(x, kernel_IO):
-    return x @ kernel_IO, (x, kernel_IO)
-
-
-def product_backward(kept, gradient):
-    x, kernel_IO = kept
-    rows = tuple(range(x.ndim - 1))
-    by_kernel_IO = jax.lax.dot_general(x, gradient, ((rows, rows), ((), ())))
-    return gradient @ kernel_IO.T, by_kernel_IO
-
-
-product.defvjp(product_forward, product_backward)
-
-
-def of_few_rows(name: str, size: int):
-    """Return the fastest product on a CPU of a few rows with a kernel of `size`
-    numbers.
-
-    `from_left`, which takes the transposed kernel, is fastest while kernels fit the
-    processor's caches; beyond that `from_columns` is. `qkv` uses neither if it is
-    small: `from_left` returns its result in columns, which slows the next operation on
-    queries and keys (jaxreason/bench/README.md).
-    """
-    if size >= 2**18:
-        return from_columns
-    return product if name == "qkv" else from_left
-
-
-def from_left(x, kernel_OI, out_dtype=None):
-    """Return `x @ kernel_OI.T`, computed with the kernel as the left factor.
-
-    The barriers keep XLA from folding the transposes back into x @ kernel_OI.T, which
-    is slower than either order.
-    """
-    x_IR = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
-    y_OR = jax.lax.optimization_barrier(jnp.matmul(kernel_OI, x_IR, preferred_element_type=out_dtype))
-    return y_OR.T.reshape(*x.shape[:-1], -1)
-
-
-def from_columns(x, kernel_IO):
-    """Return `x @ kernel_IO`, computed with the rows of x as columns. XLA:CPU then uses
-    Eigen instead of YNNPACK.
-
-    Eigen is faster if the kernel comes from memory (jaxreason/bench/README.md),
-    presumably because YNNPACK waits for it.
-    """
-    x_IR = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
-    return jax.lax.dot_general(x_IR, kernel_IO, (((0,), (0,)), ((), ()))).reshape(*x.shape[:-1], -1)
-
-
 def rotate(x_BTNH, cos_BTH, sin_BTH):
     """Rotate the two halves of each head by position (RoPE; Su et al. 2021, arXiv
     2104.09864, in Llama's order of two halves).
@@ -157,36 +73,6 @@ def rotate(x_BTNH, cos_BTH, sin_BTH):
     turned = jnp.concatenate([-second, first], axis=-1)
     x32 = jnp.concatenate([first, second], axis=-1)
     return (x32 * cos_BTH[:, :, None] + turned * sin_BTH[:, :, None]).astype(x_BTNH.dtype)
-
-
-@jax.custom_vjp
-def rotate_by_product(x_BTNH, cos_BTH, sin_BTH):
-    """Rotate like `rotate`, but swap the halves by a product with ones. On a TPU,
-    halves of 64 lanes would become separate arrays.
-
-    The product is exact in any dtype, since only one term of each sum is not zero. The
-    gradient is a rotation by the opposite angle; cosines and sines get no gradient.
-    This moves a fifth fewer HBM bytes than `rotate` (jaxreason/plan/README.md).
-    """
-    _, _, _, H = x_BTNH.shape
-    half = jnp.eye(H // 2, dtype=x_BTNH.dtype)
-    zero = jnp.zeros_like(half)
-    precision = None if x_BTNH.dtype == jnp.bfloat16 else "highest"
-    turned_BTNH = jnp.matmul(x_BTNH, jnp.block([[zero, half], [-half, zero]]), precision=precision)
-    x32, turned32 = x_BTNH.astype(jnp.float32), turned_BTNH.astype(jnp.float32)
-    return (x32 * cos_BTH[:, :, None] + turned32 * sin_BTH[:, :, None]).astype(x_BTNH.dtype)
-
-
-def rotate_by_product_forward(x_BTNH, cos_BTH, sin_BTH):
-    return rotate_by_product(x_BTNH, cos_BTH, sin_BTH), (cos_BTH, sin_BTH)
-
-
-def rotate_by_product_backward(kept, gradient):
-    cos_BTH, sin_BTH = kept
-    return rotate_by_product(gradient, cos_BTH, -sin_BTH), None, None
-
-
-rotate_by_product.defvjp(rotate_by_product_forward, rotate_by_product_backward)
 
 
 def attend(q_BTNH, k_BKHC, v_BKCH, visible_BTC, k_scale_BK1C=None, v_scale_BK1C=None):

@@ -22,9 +22,10 @@ from jaxreason.model import cache as kv
 from jaxreason.model import lora
 from jaxreason.model.attention import KERNELS
 from jaxreason.model.config import LORA_TARGETS, Lora, ModelConfig, rope_frequencies
+from jaxreason.model.cpu import from_left
 from jaxreason.model.decode_layout import cast_used, decode_layout, for_few_rows, in_decode_layout
 from jaxreason.model.interface import Model
-from jaxreason.model.layers import Block, Norm, Projection, Seen, from_left
+from jaxreason.model.layers import Block, Norm, Projection, Seen
 
 REMAT = {
     "none": None,
