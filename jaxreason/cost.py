@@ -24,22 +24,22 @@ def forward_flops(c, lengths) -> float:
     return 2 * weights * tokens + 4 * c.layers * c.heads * c.head_size * attended + 2 * c.width * c.vocab_size * trained
 
 
-def dense_flops(c, rows: int, length: int, columns: float, logits: int) -> dict[str, float]:
+def dense_flops(c, rows: int, length: int, keys: float, logits: int) -> dict[str, float]:
     """Count the FLOPs of a forward pass as computed, with padding and masked scores.
 
-    `rows` x `length` tokens attend to `columns` columns each; logits are made for
+    `rows` x `length` tokens attend to `keys` keys each; logits are made for
     `logits` tokens. Return the parts layers, attention and logits.
     """
     tokens = rows * length
     return {
         "layers": 2.0 * c.layers * layer_weights(c) * tokens,
-        "attention": 4.0 * c.layers * c.heads * c.head_size * tokens * columns,
+        "attention": 4.0 * c.layers * c.heads * c.head_size * tokens * keys,
         "logits": 2.0 * c.width * c.vocab_size * logits,
     }
 
 
 def shared_length(prompt: int, completions: Sequence[int]) -> int:
-    """Count the columns of one prompt followed by several attempts at it."""
+    """Count the keys of one prompt followed by several attempts at it."""
     return prompt + sum(completions) + len(completions) - 1
 
 
@@ -54,16 +54,16 @@ def attempts_behind_a_prompt(c, choices, prompt: int, completion: int) -> int:
 
     def flops(attempts: int) -> float:
         length = shared_length(prompt, [completion] * attempts)
-        parts = dense_flops(c, 1, length, causal_columns(length), 0)
+        parts = dense_flops(c, 1, length, causal_keys(length), 0)
         return (parts["layers"] + 4 * parts["attention"]) / attempts * (1.1 if attempts > 1 else 1)
 
     return min(choices, key=flops)
 
 
-def causal_columns(length: int) -> float:
-    """Average the number of columns that a token attends to in the plain kernel.
+def causal_keys(length: int) -> float:
+    """Average the number of keys that a token attends to in the plain kernel.
 
-    Masked columns that the kernel computes count too.
+    Masked keys that the kernel computes count too.
     """
     from jaxreason.model.attention import query_parts  # local, because it imports jax
 
@@ -98,7 +98,7 @@ def train_flops(c, rows: int, length: int, remade: bool) -> float:
     are computed a second time (see `platforms.py`). `c.remat` "full" recomputes a layer
     except its last product; "dots" recomputes only attention.
     """
-    parts = dense_flops(c, rows, length, causal_columns(length), rows * length)
+    parts = dense_flops(c, rows, length, causal_keys(length), rows * length)
     adapters = adapter_flops(c, rows * length)
     full, gradient = c.remat == "full", c.lora is None
     last = 2.0 * c.layers * c.width * c.feed_forward * rows * length

@@ -123,7 +123,7 @@ class Attempt:
     waited_s: float = 0.0  # time that its environment's step has been running
     rollout: Rollout | None = None  # set at its end, without a verdict
 
-    def columns(self, length: int) -> int:
+    def cache_length(self, length: int) -> int:
         """Count the cache positions of its own slot that a sequence of this length
         takes.
 
@@ -255,8 +255,8 @@ def warm_up(completer: Completer, weights: Weights, filters: Iterable[Filter] = 
     def decode(slots):
         """Decode with this many slots, in every cache bucket."""
         S = len(slots.stop_S)
-        for columns in sampler.buckets:
-            slots = sampler.resize(slots, columns)
+        for cache_length in sampler.buckets:
+            slots = sampler.resize(slots, cache_length)
             for filter in dict.fromkeys(filters):
                 slots = sampler.decode(weights, slots, np.float32(1), filter)
             if appends_tokens:
@@ -266,8 +266,8 @@ def warm_up(completer: Completer, weights: Weights, filters: Iterable[Filter] = 
     def all_sizes(slots, sizes):
         """Decode with this many slots and fewer, compacting from every cache bucket."""
         slots = decode(slots)
-        for columns in reversed(sampler.buckets):
-            slots = sampler.resize(slots, columns)
+        for cache_length in reversed(sampler.buckets):
+            slots = sampler.resize(slots, cache_length)
             few = [sampler.compact(slots, np.arange(size, dtype=np.int32)) for size in sizes]
         if sizes:
             all_sizes(few[0], sizes[1:])
@@ -280,8 +280,8 @@ def warm_up(completer: Completer, weights: Weights, filters: Iterable[Filter] = 
     key_S = np.repeat(keys_of(jax.random.key(0), [Request(None, 0, 0, ())]), S, axis=0)
     none_S, tokens_ST, one_S, _ = nothing(S, T)
     slots = sampler.empty()
-    for columns in sampler.buckets:
-        slots = sampler.resize(slots, columns)
+    for cache_length in sampler.buckets:
+        slots = sampler.resize(slots, cache_length)
         for prompts in prefilled:
             slots = sampler.copy_prompts(slots, prompts, none_S, none_R)
     slots = sampler.start_rollouts(slots, np.zeros(S, bool), tokens_ST, one_S, one_S, key_S, none_S, np.zeros_like(none_R))
@@ -305,7 +305,7 @@ class Collection:
         self.attempt_by_slot: list[Attempt | None] = [None] * self.sampler.slots
         self.asked: dict[Future, Attempt] = {}
         self.rollouts: list[Rollout | None] = [None] * len(requests)
-        self.slots, self.columns = self.sampler.empty(), self.sampler.buckets[0]
+        self.slots, self.cache_length = self.sampler.empty(), self.sampler.buckets[0]
         self.started_s, self.verify_s, self.slot_steps = time.perf_counter(), 0.0, 0
         self.ticked_s = self.started_s
 
@@ -457,11 +457,11 @@ class Collection:
         ends = [(a, a.length if a.waits else min(a.length + chunk, a.limit)) for a in self.attempt_by_slot if a is not None]
         if not ends:
             return
-        needed = max(a.columns(end) for a, end in ends)
-        wanted = next(i for i, columns in enumerate(buckets) if columns >= needed)
-        while (now := buckets.index(self.columns)) != wanted:
-            self.columns = buckets[now + (1 if wanted > now else -1)]
-            self.slots = self.sampler.resize(self.slots, self.columns)
+        needed = max(a.cache_length(end) for a, end in ends)
+        wanted = next(i for i, cache_length in enumerate(buckets) if cache_length >= needed)
+        while (now := buckets.index(self.cache_length)) != wanted:
+            self.cache_length = buckets[now + (1 if wanted > now else -1)]
+            self.slots = self.sampler.resize(self.slots, self.cache_length)
 
     def compact(self) -> None:
         """Continue with fewer slots if no request waits and few rollouts run.

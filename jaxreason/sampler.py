@@ -13,10 +13,10 @@ refilled as they finish.
                                    slots
     prepare(params)                lay params out for sampling
 
-`columns` count cache positions. Shared prompts have rows of their own (`prompts`), and
-up to `MAX_SLOTS_PER_PROMPT` slots continue one row: a decode step reads it once for all
-of them. If no row is free, or no other attempt shares the prompt, the prompt is copied
-to the front of the slot's own cache.
+Shared prompts have rows of their own (`prompts`), and up to `MAX_SLOTS_PER_PROMPT` slots
+continue one row: a decode step reads it once for all of them. If no row is free, or no
+other attempt shares the prompt, the prompt is copied to the front of the slot's own
+cache.
 
 Invariant of a running slot: prompt and cache hold the keys and values of all its tokens
 but the last. A decode step feeds the last token, writes its keys and values, and
@@ -136,7 +136,7 @@ class Spec(NamedTuple):
     chunk_tokens: int
     prefill_tokens: int
     prompt_rows: int
-    prompt_columns: int
+    prompt_length: int
     cache_dtype: Any
     logp_temperature_1: bool
     mesh: Any
@@ -171,7 +171,7 @@ def compile_sampler(
     buckets: Sequence[int] | None = None,
     sizes: Sequence[int] = (),
     prompt_rows: int = 0,
-    prompt_columns: int | None = None,
+    prompt_length: int | None = None,
     cache_dtype=None,
     logp_temperature_1: bool = False,
     mesh=None,
@@ -184,7 +184,7 @@ def compile_sampler(
     elsewhere. `buckets` are the lengths of the cache, the last of them `length`; None
     means `cache_buckets(length)`. `sizes` are smaller numbers of slots, used when few
     rollouts are left. Slots may share their prompts in `prompt_rows` rows of
-    `prompt_columns` positions (None: `length`). With a mesh, slots and prompts are
+    `prompt_length` positions (None: `length`). With a mesh, slots and prompts are
     split over its `data` and `fsdp` axes, heads and weights over `tensor`; `prepare`
     gathers weights over `fsdp`.
 
@@ -194,8 +194,7 @@ def compile_sampler(
     buckets, sizes = tuple(buckets or cache_buckets(length)), (slots, *sizes)
     if prefill_tokens is None:
         prefill_tokens = platform_of().prefill_tokens
-    columns = prompt_columns or length
-    how = (chunk_tokens, prefill_tokens, prompt_rows, columns, cache_dtype, logp_temperature_1, mesh)
+    how = (chunk_tokens, prefill_tokens, prompt_rows, prompt_length or length, cache_dtype, logp_temperature_1, mesh)
     spec = Spec(model, slots, length, buckets, tuple(eos_ids), *how)
     check(spec, sizes)
     placed, moves = placement(spec), compile_moves(spec)
@@ -276,10 +275,10 @@ def empty(spec: Spec) -> Slots:
     """Make slots without a rollout."""
     model, S, T = spec.model, spec.slots, spec.length
     key_words = jax.random.key_data(jax.random.key(0)).shape
-    rows, columns = spec.prompt_rows, spec.prompt_columns
+    rows = spec.prompt_rows
     return Slots(
         cache=model.init_cache(S, spec.buckets[0], spec.cache_dtype),
-        prompts=model.init_cache(rows, columns, spec.cache_dtype) if rows else None,
+        prompts=model.init_cache(rows, spec.prompt_length, spec.cache_dtype) if rows else None,
         prompt_tokens_R=jnp.zeros(rows, jnp.int32),
         prompt_S=jnp.full(S, -1, jnp.int32),
         tokens_ST=jnp.zeros((S, T), jnp.int32),
@@ -309,26 +308,26 @@ def prefill(spec: Spec, weights: Weights, tokens_PT, length_P):
 
     Rows of length 1 cost nothing.
     """
-    P, columns = tokens_PT.shape
-    width = min(spec.prefill_tokens, columns)
+    P, T = tokens_PT.shape
+    width = min(spec.prefill_tokens, T)
     # Rows computed together: the same number on each device.
     rows = -(-min(spec.prefill_tokens // width * spec.devices, P) // spec.devices) * spec.devices
     tokens_PT, length_P = jnp.pad(tokens_PT, ((0, -P % rows), (0, 0))), jnp.pad(length_P, (0, -P % rows))
     # The last token of a prompt is left out: the first decode step feeds it.
-    column_PT = jnp.broadcast_to(jnp.arange(columns), tokens_PT.shape)
-    position_PT = jnp.where(column_PT < length_P[:, None] - 1, column_PT, -1)
+    index_PT = jnp.broadcast_to(jnp.arange(T), tokens_PT.shape)
+    position_PT = jnp.where(index_PT < length_P[:, None] - 1, index_PT, -1)
     stacked = not isinstance(weights.prefill["layers"], tuple)
 
     def prefill_rows(i, cache):
         cut = (jax.lax.dynamic_slice_in_dim(x, i * rows, rows) for x in (tokens_PT, position_PT))
         tokens, position = (sharding.keep_rows(x, spec.mesh) for x in cut)
-        part = spec.model.init_cache(rows, columns, spec.cache_dtype, stacked=stacked)
+        part = spec.model.init_cache(rows, T, spec.cache_dtype, stacked=stacked)
         part = part if spec.mesh is None else jax.lax.with_sharding_constraint(part, part_sharding(spec))
         part = feed(spec, weights.prefill, tokens, position, part, width)
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * rows, axis=int(stacked))
         return jax.tree.map(put, cache, part)
 
-    cache = spec.model.init_cache(len(length_P), columns, spec.cache_dtype, stacked=stacked)
+    cache = spec.model.init_cache(len(length_P), T, spec.cache_dtype, stacked=stacked)
     cache = jax.lax.fori_loop(0, len(length_P) // rows, prefill_rows, cache)
     return jax.tree.map(lambda x: x[:, :P] if stacked else x[:P], cache)
 
@@ -397,10 +396,10 @@ def decode_one(spec: Spec, params, slots: Slots, prefix, u_S2, temperature, filt
     hidden_S1D, cache = spec.model.apply(params, last_S1, position_S[:, None], cache=slots.cache, prefix=prefix)
     logits_SV = spec.model.unembed(params, hidden_S1D[:, 0])
     token_S, logp_S = sample(logits_SV, u_S2, temperature, filter)
-    column_S = jnp.where(running_S, slots.length_S, spec.length)
+    position_S = jnp.where(running_S, slots.length_S, spec.length)
 
     def put(into_ST, value_S):
-        return into_ST.at[jnp.arange(len(column_S)), column_S].set(value_S, mode="drop")
+        return into_ST.at[jnp.arange(len(position_S)), position_S].set(value_S, mode="drop")
 
     logp_temperature_1_ST = slots.logp_temperature_1_ST
     if logp_temperature_1_ST is not None:
@@ -433,15 +432,15 @@ def append_tokens(spec: Spec, weights: Weights, slots: Slots, start_S, tokens_ST
     forced_S = start_S >= 0
     start_S = jnp.where(forced_S, start_S, T)
     end_S = jnp.where(forced_S, jnp.minimum(start_S + count_S, limit_S), 0)
-    column_T = jnp.arange(T)
-    new_ST = (column_T >= start_S[:, None]) & (column_T < end_S[:, None])
-    shifted_ST = jnp.take_along_axis(tokens_ST, jnp.maximum(column_T - start_S[:, None], 0), axis=1)
+    index_T = jnp.arange(T)
+    new_ST = (index_T >= start_S[:, None]) & (index_T < end_S[:, None])
+    shifted_ST = jnp.take_along_axis(tokens_ST, jnp.maximum(index_T - start_S[:, None], 0), axis=1)
     tokens_ST = jnp.where(new_ST, shifted_ST, slots.tokens_ST)
     # Keep the invariant: feed the slot's last token and all forced tokens but the last.
-    fed_SF = start_S[:, None] - 1 + column_T
+    fed_SF = start_S[:, None] - 1 + index_T
     position_SF = jnp.where(fed_SF < end_S[:, None] - 1, fed_SF, -1)
     token_SF = jnp.take_along_axis(tokens_ST, jnp.clip(fed_SF, 0, T - 1), axis=1)
-    cut_ST = forced_S[:, None] & (column_T >= start_S[:, None])
+    cut_ST = forced_S[:, None] & (index_T >= start_S[:, None])
     length_S = jnp.where(forced_S, end_S, slots.length_S)
     limit_S = jnp.where(forced_S, limit_S, slots.limit_S)
     prefix = prefix_of(spec, slots, forced_S)
@@ -494,7 +493,7 @@ def copy_prompts(moves: Moves, slots: Slots, prefilled, own_S, prompt_R) -> Slot
     Row `own_S[s]` of `prefilled` goes to the own cache of slot s, and row `prompt_R[r]`
     to prompt row r. A negative index copies nothing.
     """
-    fits = slots.prompts is None or kv.columns_of(prefilled) <= kv.columns_of(slots.prompts)
+    fits = slots.prompts is None or kv.length_of(prefilled) <= kv.length_of(slots.prompts)
     assert fits, "a row of prompts must hold the longest"
 
     def put(cache, from_B):
@@ -547,11 +546,11 @@ def stop_slots(moves: Moves, slots: Slots, halted_S) -> Slots:
     return dataclasses.replace(slots, stop_S=moves.halted(slots.stop_S, halted_S))
 
 
-def resize(moves: Moves, slots: Slots, columns: int) -> Slots:
+def resize(moves: Moves, slots: Slots, cache_length: int) -> Slots:
     """Give the cache another length; no running slot may need more."""
-    if kv.columns_of(slots.cache) == columns:
+    if kv.length_of(slots.cache) == cache_length:
         return slots
-    return dataclasses.replace(slots, cache=kv.by_layer(lambda layer, _: moves.resize_layer(layer, columns), slots.cache))
+    return dataclasses.replace(slots, cache=kv.by_layer(lambda layer, _: moves.resize_layer(layer, cache_length), slots.cache))
 
 
 def compact(moves: Moves, slots: Slots, row_R) -> Slots:

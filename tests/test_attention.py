@@ -230,14 +230,14 @@ def test_a_decode_step_reads_prompts_and_columns_that_are_there(reader, shares):
     row_B = np.array([1, 1, -1, 0, 3, 2, 2, 2]) if shares else np.full(8, -1)
     length_R = np.array([66, 3, 64, 1])
     begins_B = np.where(row_B < 0, 0, length_R[row_B])
-    column_B = np.array([3, 0, 69, 64, 65, 1, 33, -1])
+    cache_position_B = np.array([3, 0, 69, 64, 65, 1, 33, -1])
     whole = C + 70  # keys of each row, its prompt's first
     keys, values = draw.normal(size=(2, 8, whole, K, H)).astype(np.float32)
     stale = np.nan if "kernel" in reader else 100.0
     shapes = {"k": (H, C), "v": (C, H)}
     own, prompts = ({name: np.full((n, K, *shape), stale, np.float32) for name, shape in shapes.items()} for n in (8, 4))
     for b, r in enumerate(row_B):
-        begins, column = begins_B[b], max(column_B[b], 0)
+        begins, column = begins_B[b], max(cache_position_B[b], 0)
         first = b if r < 0 else int(np.flatnonzero(row_B == r)[0])  # the rows of a prompt begin with the same keys
         keys[b, :begins], values[b, :begins] = keys[first, :begins], values[first, :begins]
         own["k"][b, ..., :column] = keys[b, begins : begins + column].transpose(1, 2, 0)
@@ -246,15 +246,15 @@ def test_a_decode_step_reads_prompts_and_columns_that_are_there(reader, shares):
             prompts["k"][r, ..., :begins] = keys[b, :begins].transpose(1, 2, 0)
             prompts["v"][r, :, :begins] = values[b, :begins].swapaxes(0, 1)
     q_BTNH = jnp.asarray(draw.normal(size=(8, 1, N, H)), jnp.float32)
-    at_B = np.maximum(begins_B + column_B, 0)
+    at_B = np.maximum(begins_B + cache_position_B, 0)
     new = [x[np.arange(8), at_B][:, None] for x in (keys, values)]
     members = kv.members(jnp.asarray(row_B), jnp.asarray(length_R), 3, 1 if mesh is None else 2) if shares else None
-    given = (own, prompts if shares else None, Seen(jnp.asarray(column_B)[:, None], members))
+    given = (own, prompts if shares else None, Seen(jnp.asarray(cache_position_B)[:, None], members))
     mixed, after = jax.jit(make(CONFIG, mesh).read)(q_BTNH, *new, *given)
     visible_BTC = np.arange(whole) <= at_B[:, None, None]
     expected = attend(q_BTNH, keys.transpose(0, 2, 3, 1), values.swapaxes(1, 2), visible_BTC)
     np.testing.assert_allclose(mixed[:7], expected[:7], atol=1e-5)
     wanted = {"k": own["k"].copy(), "v": own["v"].copy()}
-    for b, column in enumerate(column_B[:7]):
+    for b, column in enumerate(cache_position_B[:7]):
         wanted["k"][b, ..., column], wanted["v"][b, :, column] = new[0][b, 0], new[1][b, 0]
     jax.tree.map(np.testing.assert_array_equal, after, wanted)

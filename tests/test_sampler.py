@@ -262,7 +262,7 @@ def small(made):
     sequence.
     """
     model, params = made
-    compiled = compile_sampler(model, slots=4, length=12, eos_ids=(t.EOS,), chunk_tokens=2, prompt_rows=1, prompt_columns=4)
+    compiled = compile_sampler(model, slots=4, length=12, eos_ids=(t.EOS,), chunk_tokens=2, prompt_rows=1, prompt_length=4)
     return model, compiled, compiled.prepare(t.biased(params, _=-1e9))
 
 

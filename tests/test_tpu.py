@@ -88,7 +88,7 @@ def test_the_sampler_compiles(topology, cache_dtype):
         eos_ids=(0,),
         prefill_tokens=64,
         prompt_rows=8,
-        prompt_columns=128,
+        prompt_length=128,
         cache_dtype=cache_dtype,
         mesh=mesh,
     )

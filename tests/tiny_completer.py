@@ -60,7 +60,7 @@ def biased(params, **bias) -> dict:
 def new_completer(
     model, *, slots=12, length=24, chunk_tokens=4, prompt_buckets=(8,), rows=4, max_tokens=12, eos_ids=(EOS,), **more
 ) -> Completer:
-    more = {"prompt_rows": 2, "prompt_columns": prompt_buckets[-1]} | more
+    more = {"prompt_rows": 2, "prompt_length": prompt_buckets[-1]} | more
     return Completer(
         sampler=compile_sampler(model, slots=slots, length=length, eos_ids=eos_ids, chunk_tokens=chunk_tokens, **more),
         encode=encode,

@@ -69,7 +69,7 @@ def make_completer(
         # Compact to a quarter for the last rollouts, if worth another program.
         sizes=(slots // 4,) if slots >= 32 and slots // 4 % devices == 0 else (),
         prompt_rows=prompt_rows,
-        prompt_columns=max_prompt_tokens,
+        prompt_length=max_prompt_tokens,
         cache_dtype=cache_dtype,
         logp_temperature_1=logp_temperature_1,
         mesh=mesh,

@@ -91,18 +91,18 @@ class Prefix(NamedTuple):
     members: Members
 
 
-def make(batch: int, columns: int, kv_heads: int, head_size: int, dtype, stacked: int | None = None) -> dict:
-    """Make an empty cache of length `columns`, for one layer or for `stacked`
+def make(batch: int, cache_length: int, kv_heads: int, head_size: int, dtype, stacked: int | None = None) -> dict:
+    """Make an empty cache of length `cache_length`, for one layer or for `stacked`
     layers.
     """
     lead = (batch, kv_heads) if stacked is None else (stacked, batch, kv_heads)
-    cache = {"k": jnp.zeros((*lead, head_size, columns), dtype), "v": jnp.zeros((*lead, columns, head_size), dtype)}
+    cache = {"k": jnp.zeros((*lead, head_size, cache_length), dtype), "v": jnp.zeros((*lead, cache_length, head_size), dtype)}
     if jnp.dtype(dtype) == jnp.int8:
-        cache |= {name: jnp.zeros((*lead, 1, columns), jnp.float32) for name in ("k_scale", "v_scale")}
+        cache |= {name: jnp.zeros((*lead, 1, cache_length), jnp.float32) for name in ("k_scale", "v_scale")}
     return cache
 
 
-def columns_of(cache) -> int:
+def length_of(cache) -> int:
     """Return the length C of a cache, stacked or not."""
     return (cache if isinstance(cache, dict) else cache[0])["v"].shape[-2]
 
@@ -123,16 +123,16 @@ def layer(cache, i: int):
     return cache if isinstance(cache, dict) else cache[i]
 
 
-def resize(layer: dict, columns: int) -> dict:
+def resize(layer: dict, cache_length: int) -> dict:
     """Change the cache length of a layer: pad with zeros at the end, or drop the last
     positions.
     """
 
     def of(path, x):
-        axis = _columns_axis(path, x)
-        if columns <= x.shape[axis]:
-            return jax.lax.slice_in_dim(x, 0, columns, axis=axis)
-        return jnp.pad(x, [(0, columns - x.shape[axis] if a == axis else 0) for a in range(x.ndim)])
+        axis = _length_axis(path, x)
+        if cache_length <= x.shape[axis]:
+            return jax.lax.slice_in_dim(x, 0, cache_length, axis=axis)
+        return jnp.pad(x, [(0, cache_length - x.shape[axis] if a == axis else 0) for a in range(x.ndim)])
 
     return jax.tree_util.tree_map_with_path(of, layer)
 
@@ -149,7 +149,7 @@ def copy_rows(layer: dict, source: dict, i, to_R, row_R, count) -> dict:
 
     def of(path, into, x):
         x = jax.lax.dynamic_index_in_dim(x, i, keepdims=False) if x.ndim > into.ndim else x
-        axis = _columns_axis(path, x)
+        axis = _length_axis(path, x)
         x = jax.lax.slice_in_dim(x, 0, min(x.shape[axis], into.shape[axis]), axis=axis)
 
         def copy(r, into):
@@ -161,5 +161,5 @@ def copy_rows(layer: dict, source: dict, i, to_R, row_R, count) -> dict:
     return jax.tree_util.tree_map_with_path(of, layer, source)
 
 
-def _columns_axis(path, x) -> int:
+def _length_axis(path, x) -> int:
     return x.ndim - (2 if path[-1].key == "v" else 1)

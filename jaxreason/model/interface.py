@@ -39,7 +39,7 @@ class Model(NamedTuple):
     cast: Callable
     """`cast(params) -> params`, with the casts of every step done once; the results are the same."""
     init_cache: Callable
-    """`init_cache(batch, columns, cache_dtype=None, stacked=False) -> cache`, empty; see `model.cache`.
+    """`init_cache(batch, cache_length, cache_dtype=None, stacked=False) -> cache`, empty; see `model.cache`.
 
     With a `stacked` cache `apply` scans over stacked params; otherwise it runs the layers one by one.
     """

@@ -163,7 +163,7 @@ def merge(a: Part, b: Part):
 class Seen(NamedTuple):
     """The part of a cache that each token may see."""
 
-    column_BT: jax.Array  # cache position of the token's own key; it sees its row's positions up to this one
+    cache_position_BT: jax.Array  # cache position of the token's own key; it sees its row's positions up to this one
     members: Members | None  # the prompts that rows continue, which their tokens see too
 
 
@@ -174,20 +174,20 @@ def read(q_BTNH, k_BTKH, v_BTKH, own: dict, prompts: dict | None, seen: Seen) ->
     Each prompt is read once for all rows that continue it. Returns mixed_BTNH and the
     cache.
     """
-    own = write(own, k_BTKH, v_BTKH, seen.column_BT)
-    visible_BTC = jnp.arange(own["v"].shape[2]) <= seen.column_BT[..., None]
+    own = write(own, k_BTKH, v_BTKH, seen.cache_position_BT)
+    visible_BTC = jnp.arange(own["v"].shape[2]) <= seen.cache_position_BT[..., None]
     if prompts is None:
         return attend(q_BTNH, own["k"], own["v"], visible_BTC, own.get("k_scale"), own.get("v_scale")), own
     q_BKQH, members = by_key_head(q_BTNH, own["v"].shape[1]), seen.members
     near = attend_part(q_BKQH, own, for_each_query(visible_BTC, q_BKQH))
-    far = first_columns(members.gather(q_BKQH), prompts, members.length_R)
+    far = attend_prompts(members.gather(q_BKQH), prompts, members.length_R)
     far = Part(*(members.scatter(x) for x in far))
     # Rows without a shared prompt gathered an arbitrary prompt's scores; mask them out.
     far = far._replace(highest=jnp.where(members.belongs_B[:, None, None, None], far.highest, MASKED))
     return by_token(merge(near, far).astype(q_BTNH.dtype), q_BTNH.shape), own
 
 
-def first_columns(q_BKQH, cache: dict, count_B) -> Part:
+def attend_prompts(q_BKQH, cache: dict, count_B) -> Part:
     """Attend to the first `count_B` cache positions of each row."""
     return attend_part(q_BKQH, cache, jnp.arange(cache["v"].shape[2]) < count_B[:, None, None, None])
 
@@ -230,14 +230,14 @@ class Attention(nnx.Module):
         return y[..., :-2, :].reshape(*x_BTD.shape[:2], -1, y.shape[-1]), y[..., -2, :], y[..., -1, :]
 
 
-def write(cache: dict, k_BTKH, v_BTKH, column_BT) -> dict:
+def write(cache: dict, k_BTKH, v_BTKH, cache_position_BT) -> dict:
     """Write keys and values at positions of a cache.
 
     Positions outside 0..C-1 are dropped, so padding and idle slots write nothing.
     """
     C = cache["v"].shape[2]
-    row_B1 = jnp.arange(len(column_BT))[:, None]
-    column_BT = jnp.where(column_BT < 0, C, column_BT)  # negative indices would wrap; C is dropped
+    row_B1 = jnp.arange(len(cache_position_BT))[:, None]
+    cache_position_BT = jnp.where(cache_position_BT < 0, C, cache_position_BT)  # negative indices would wrap; C is dropped
     new = {"k": k_BTKH, "v": v_BTKH}
     if "k_scale" in cache:
         new["k"], new["k_scale"] = quantise(k_BTKH)
@@ -245,7 +245,7 @@ def write(cache: dict, k_BTKH, v_BTKH, column_BT) -> dict:
 
     def put(name):
         into = cache[name]
-        at = into.at[row_B1, :, column_BT] if name == "v" else into.at[row_B1, :, :, column_BT]
+        at = into.at[row_B1, :, cache_position_BT] if name == "v" else into.at[row_B1, :, :, cache_position_BT]
         return at.set(new[name].astype(into.dtype), mode="drop")
 
     return {name: put(name) for name in cache}

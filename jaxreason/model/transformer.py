@@ -73,7 +73,7 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
         x_BTD = embed["embedding"][tokens_BT].astype(dtype)
         x_BTD = x_BTD if cache is not None else sharding.keep_rows(x_BTD, mesh)
         rotations = rotation(config, position_BT)
-        seen = kernel.see(position_BT, segment_BT) if cache is None else Seen(*columns(position_BT, prefix))
+        seen = kernel.see(position_BT, segment_BT) if cache is None else Seen(*cache_positions(position_BT, prefix))
         layers = params["layers"] if adapters is None else lora.beside(params["layers"], adapters)
         assert prefix is None or isinstance(cache, tuple)
         if isinstance(cache, dict) or (config.scan_layers and cache is None and not in_decode_layout(params)):
@@ -97,8 +97,8 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
     def value(params, hidden):
         return hidden.astype(jnp.float32) @ params["value"]["kernel"].astype(jnp.float32)
 
-    def init_cache(batch, columns, cache_dtype=None, stacked=False):
-        make = functools.partial(kv.make, batch, columns, config.kv_heads, config.head_size, cache_dtype or dtype)
+    def init_cache(batch, cache_length, cache_dtype=None, stacked=False):
+        make = functools.partial(kv.make, batch, cache_length, config.kv_heads, config.head_size, cache_dtype or dtype)
         if stacked:
             return make(stacked=config.layers)
         return tuple(make() for _ in range(config.layers))
@@ -216,7 +216,7 @@ def rotation(config: ModelConfig, position_BT):
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([sin, sin], axis=-1)
 
 
-def columns(position_BT, prefix) -> tuple:
+def cache_positions(position_BT, prefix) -> tuple:
     """Return the cache position of each token, and the assignment of rows to prompts.
 
     A row's cache is written in order of position. Positions after a token's own hold

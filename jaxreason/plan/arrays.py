@@ -162,10 +162,10 @@ def number(work: Work, *shape: int, dtype="int32"):
 
 
 @functools.cache
-def slots_of(work: Work, columns: int | None = None):
-    """Make the shapes of the sampler's slots, with a cache of `columns` positions
+def slots_of(work: Work, cache_length: int | None = None):
+    """Make the shapes of the sampler's slots, with a cache of `cache_length` positions
     (None: the longest).
     """
     sampler = completer_of(work).sampler
-    slots = jax.eval_shape(lambda: sampler.resize(sampler.empty(), columns or sampler.length))
+    slots = jax.eval_shape(lambda: sampler.resize(sampler.empty(), cache_length or sampler.length))
     return placed(slots, sampler.empty.lower().compile().output_shardings)

@@ -34,9 +34,9 @@ def read(config: dict, topology: str, phase: str | None) -> Work:
     section = config[phase]
     here = {"devices": devices_of(topology), "process": 0}
     mesh = call_with_section(sharding.make_meshes, config["sharding"], "config.sharding", **here).learn.shape
-    section = config["model"]
-    scan_layers = True if section.get("scan_layers") is None else section["scan_layers"]  # as build chooses on an accelerator
-    shape = build.read_shape({**section, "scan_layers": scan_layers}, config["text"])
+    scan_layers = config["model"].get("scan_layers")
+    scan_layers = True if scan_layers is None else scan_layers  # the default of `build` on an accelerator
+    shape = build.read_shape({**config["model"], "scan_layers": scan_layers}, config["text"])
     attention.check_platform(shape, "tpu")
     objective = call_with_section(objectives.make, section["objective"], f"config.{phase}.objective")
     updates, steps = section.get("updates_per_batch", 1), section["steps"]

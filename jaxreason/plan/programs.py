@@ -151,8 +151,8 @@ def compile_reference(work: Work) -> Compiled:
     mesh = meshes_of(work).learn
     logp = logp_.compile_token_logp(model_of(work), work.microbatches, mesh)
     plain = work.shape.attention == "xla"
-    columns = cost.causal_columns(work.length) if plain else work.length / 2
-    parts = cost.dense_flops(work.shape, work.rows, work.length, columns, work.rows * work.length)
+    keys = cost.causal_keys(work.length) if plain else work.length / 2
+    parts = cost.dense_flops(work.shape, work.rows, work.length, keys, work.rows * work.length)
     return compile_program(
         f"reference log-probs, {work.microbatches} micro-batches",
         work,
@@ -168,15 +168,15 @@ def compile_reference(work: Work) -> Compiled:
 @once_for(prefill_part)
 def compile_prefill(work: Work) -> Compiled:
     completer, (weights, _, _) = completer_of(work), weights_of(work)
-    columns, width = completer.prompt_buckets[-1], dict(work.sampler)["prefill_tokens"]
-    prompts = [number(work, completer.rows, columns), number(work, completer.rows)]
+    longest, width = completer.prompt_buckets[-1], dict(work.sampler)["prefill_tokens"]
+    prompts = [number(work, completer.rows, longest), number(work, completer.rows)]
     return compile_program(
         f"prefill, {completer.rows} prompts",
         work,
         meshes_of(work).sample,
         lambda: completer.sampler.prefill.lower(weights, *prompts),
-        trips=-(-columns // width),
-        flops=cost.prefill_flops(work.shape, completer.rows, columns),
+        trips=-(-longest // width),
+        flops=cost.prefill_flops(work.shape, completer.rows, longest),
         kernel_flops=0.0,
         times=-(-problems_each(work) // completer.rows),
     )
