@@ -18,7 +18,7 @@ interval above 0.3. "Direct answers are not learned" is shown if the upper end o
 direct arm's interval over seeds is below 0.4: it may guess (0.1) or use the last
 operations, but not compute.
 
-**Findings** (2026-11-28, commit COMMIT, 2-core Intel Xeon with AVX-512, jax 0.10.2,
+**Findings** (2026-11-28, commit b68ae6d, 2-core Intel Xeon with AVX-512, jax 0.10.2,
 five seeds, means with 95 % t-intervals over seeds). Negative at this budget:
 
 - "Thinking pays" is **not shown** with 500 steps: thinking 0.280 [0.085, 0.475] against
@@ -30,7 +30,7 @@ five seeds, means with 95 % t-intervals over seeds). Negative at this budget:
   times the steps gain 0.039 [0.016, 0.063], corrected p 0.01; chance is 0.1.
 
 Exploratory, added after these results: the arm `thinking_4x_steps`, 2,000 steps as
-`direct_4x_steps`. LATER
+`direct_4x_steps`.
 """
 
 from __future__ import annotations

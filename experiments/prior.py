@@ -24,7 +24,34 @@ after RL and after the prior.
 4. "The reward matters" is shown if random rewards end below the baseline with a
    corrected p below 0.05.
 
-**Findings.** Not yet run.
+**Findings** (`:quick`, 80 steps of RL; 2026-11-28, commit b68ae6d, 2-core Intel Xeon
+with AVX-512, jax 0.10.2; means over seeds 0 to 4 with 95 % t-intervals; 40 minutes
+beside other work; experiments/figures/prior.png):
+
+| arm | before RL | after RL | gain |
+|---|---|---|---|
+| prior_2000 | 0.241 | 0.854 [0.795, 0.913] | 0.613 [0.578, 0.648] |
+| more_slips | 0.137 | 0.693 [0.485, 0.901] | 0.556 [0.351, 0.761] |
+| prior_1000 | 0.128 | 0.279 [-0.122, 0.679] | 0.151 [-0.222, 0.524] |
+| prior_500 | 0.113 | 0.154 [0.137, 0.170] | 0.040 [0.017, 0.064] |
+| prior_250 | 0.097 | 0.158 [0.148, 0.168] | 0.061 [0.044, 0.079] |
+| no_prior | 0.000 | 0.000 on every seed | 0.000 |
+| random_reward | 0.241 | 0.113 [0.101, 0.125] | -0.128 [-0.172, -0.084] |
+
+1. **Shown**: without a prior the accuracy stays 0.000 on all five seeds, and the gain
+   from 2,000 steps has an interval above 0.3.
+2. **Not shown** by its rule: the rank correlation over the five arms is 0.9. The arms
+   of 250 and 500 steps, which RL leaves near chance, end in the other order.
+3. The threshold lies **between 0.113 and 0.137** (means of the arms prior_500 and
+   more_slips). At 1,000 steps one seed of five crossed it: 0.168 before RL and 0.855
+   after; the other four (0.105 to 0.123) ended at 0.117 to 0.143.
+4. **Shown**: random rewards end 0.741 [0.680, 0.803] below the baseline, corrected p
+   2e-5, and below where they began.
+
+Accuracy before RL does not decide alone: the seed of more_slips that began at 0.113
+reached 0.699, a seed of prior_500 that began at 0.131 reached 0.162. What the former
+has, and the latter lacks, was not measured; that it already writes out the steps is a
+guess.
 """
 
 from __future__ import annotations

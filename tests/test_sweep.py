@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from runs import HANG_S, ROOT, maths, params_of, xla_flags
 
-from jaxreason.sweep import Sweep, arms, chain, fixed, jobs, over, product, queue, report, results, search, zip_
+from jaxreason.sweep import Sweep, arms, chain, fixed, jobs, over, product, progress, queue, report, results, search, zip_
 from jaxreason.sweep.__main__ import read_experiment
 from jaxreason.sweep.progress import cell, last_metrics
 from jaxreason.sweep.runs import SweepRun, begin_with_shared, make_runs
@@ -589,3 +589,18 @@ def test_a_search_stops_bad_arms_and_continues_its_study(tmp_path, monkeypatch, 
     if pruner == "halving":
         assert "pruned" in seen[1].values()
         assert "not among the best at step" in next(one["reason"] for one in state.runs.values() if one["status"] == "pruned")
+
+
+def test_the_remaining_time_is_that_of_the_slowest_run_and_of_those_that_wait(tmp_path):
+    runs = [SweepRun(f"{n}/seed0", n, 0, (), tmp_path / n, {"phases": ("rl",), "rl": {"steps": 10}}) for n in "abcd"]
+    state = queue.State(tmp_path / "state.json")
+    for run in runs:
+        state.of(run)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "metrics.jsonl").write_text(json.dumps({"step": 4, "phase": "rl", "time/step_s": 2.0}) + "\n")
+    running = [queue.Running(runs[1], None, None, None, 0, 0.0)]
+    state.set(runs[1], status="running")
+    assert progress.remaining_s(running, runs, state, 2) is None  # nothing is known of those that wait
+    state.set(runs[0], status="done", seconds=30.0)
+    assert progress.remaining_s(running, runs, state, 2) == 6 * 2 + 2 * 30 / 2
+    assert progress.remaining_s([], runs, state, 2) is None

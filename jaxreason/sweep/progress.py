@@ -52,15 +52,15 @@ def cell(run: SweepRun, state: Mapping, metric: str) -> str:
 
 
 def remaining_s(running: Sequence[Running], runs: Sequence[SweepRun], state: State, workers: int) -> float | None:
-    """Seconds until all runs are done, at the pace of those that run; None if no step
-    was made yet.
+    """Estimate the seconds until all runs are done, from the pace of those that run and
+    the times of those that are done; None if there is neither.
     """
     rates = []
     for one in running:
         values = last_metrics(one.run.folder)
         if (seconds := values.get("time/step_s")) and values.get("step"):
             rates.append(seconds * (one.run.steps - values["step"]))
-    done_s = [s for run in runs if (s := state.of(run).get("wall_s"))]
+    done_s = [s for run in runs if (s := state.of(run).get("seconds"))]
     waiting = sum(state.of(run)["status"] == "waiting" for run in runs)
     if not rates or (waiting and not done_s):
         return None

@@ -130,6 +130,7 @@ class Running(NamedTuple):
     process: Any  # a subprocess.Popen, or what has its methods
     log: Path
     begin: int  # bytes of the log before this process
+    begun_s: float  # monotonic time
 
 
 def execute(
@@ -226,7 +227,7 @@ def start(
         begin_with_shared(run)
         log.parent.mkdir(parents=True, exist_ok=True)
         begin = log.stat().st_size if log.exists() else 0
-        return [Running(run, worker, launch(run, worker, log), log, begin)]
+        return [Running(run, worker, launch(run, worker, log), log, begin, time.monotonic())]
     except OSError as error:
         state.set(run, status="failed", reason=f"could not begin: {error}")
         say(f"{run.name}: failed: could not begin: {error}")
@@ -255,7 +256,7 @@ def ended(one: Running, state: State, retries: int, say: Callable[[str], None]) 
         state.set(one.run, ended=_now(), exit=code)
         say(f"{one.run.name}: stopped early: {state.of(one.run)['reason']}")
     elif one.run.is_done():
-        state.set(one.run, status="done", ended=_now(), exit=code)
+        state.set(one.run, status="done", ended=_now(), exit=code, seconds=round(time.monotonic() - one.begun_s, 1))
     else:
         reason = how_it_ended(code, lines)
         again = state.of(one.run)["attempts"] <= (LOCKED_RETRIES if IN_USE in reason else retries)
