@@ -13,10 +13,10 @@ refilled as they finish.
                                    slots
     prepare(params)                lay params out for sampling
 
-Shared prompts have rows of their own (`prompts`), and up to `MAX_SLOTS_PER_PROMPT` slots
-continue one row: a decode step reads it once for all of them. If no row is free, or no
-other attempt shares the prompt, the prompt is copied to the front of the slot's own
-cache.
+Shared prompts have rows of their own (`prompts`), and up to `MAX_SLOTS_PER_PROMPT`
+slots continue one row: a decode step reads it once for all of them. If no row is free,
+or no other attempt shares the prompt, the prompt is copied to the front of the slot's
+own cache.
 
 Invariant of a running slot: prompt and cache hold the keys and values of all its tokens
 but the last. A decode step feeds the last token, writes its keys and values, and

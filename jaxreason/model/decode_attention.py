@@ -31,8 +31,8 @@ def fits(own: dict) -> bool:
 
 
 def attend_cache(q_BKQH, k_BKH, v_BKH, own: dict, prompts: dict, cache_position_B, row_B, begins_B, *, interpret: bool = False):
-    """Write one key and value per row at cache position `cache_position_B` (negative: nowhere),
-    and attend to the row's positions up to it.
+    """Write one key and value per row at `cache_position_B` (negative: nowhere), and
+    attend to the row's positions up to it.
 
     Row b also sees the first `begins_B[b]` positions of prompt `row_B[b]`. With
     `interpret` it runs anywhere, slowly. Returns mixed_BKQH and the cache.
