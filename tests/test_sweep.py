@@ -360,6 +360,17 @@ def test_the_report_says_what_is_shown_what_is_not_and_what_is_missing(tmp_path)
     assert again["pareto"] == ["better"]
 
 
+def test_a_problem_counts_once_in_the_interval_over_problems():
+    """Whatever the number of seeds that were asked it."""
+    alike = [result("a", seed, 0.5) for seed in range(5)]
+    low, high = results.problems_interval(alike)
+    assert (low, high) == pytest.approx(results.problems_interval(alike[:1]), abs=0.005)
+    apart = [result("a", 0, 0.5), result("a", 1, 0.5, verdicts="0" * 100 + "1" * 100)]
+    low, high = results.problems_interval(apart)  # each problem was solved once: nothing varies over problems
+    assert (low, high) == results.problems_interval(apart[:1])
+    assert results.problems_interval([result("a", seed, 1.0) for seed in range(3)])[0] == pytest.approx(1 - 0.0188, abs=1e-3)
+
+
 def test_runs_of_two_versions_of_the_code_are_not_compared(tmp_path):
     states = written(tmp_path, {"a": (0.5, 0.6), "b": (0.6, 0.7)}, code={"a": "old", "b": "new"})
     with pytest.raises(ValueError, match=r"runs of 2 versions of the code are not compared \(new, old\)"):

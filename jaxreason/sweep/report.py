@@ -41,6 +41,7 @@ class Report:
     effects: list[Comparison]
     noise_floor: float | None
     pareto: list[str]
+    is_grid: bool  # all arms set the same fields, so that `effects` say all
     missing: dict[str, str]  # run -> what became of it
     across_commits: list[str]  # more than one commit: their names
 
@@ -86,6 +87,7 @@ def make_report(
         effects=field_effects(arms, results),
         noise_floor=noise_floor(list(first.values())),
         pareto=pareto(summaries),
+        is_grid=len({tuple(sorted(arm)) for arm in arms.values()}) == 1 and bool(next(iter(arms.values()))),
         missing=missing,
         across_commits=commits if len(commits) > 1 else [],
     )
@@ -163,7 +165,8 @@ def caveats(report: Report) -> list[str]:
 
 def markdown(report: Report, folder: Path) -> str:
     effects = [sentence(c, report.noise_floor, of_field=True) for c in report.effects]
-    effects = effects or [sentence(c, report.noise_floor) for c in report.comparisons]
+    if not report.is_grid:
+        effects = [sentence(c, report.noise_floor) for c in report.comparisons] + effects
     exact = [f"- {c.what}: {c.sign_flip:.2g}" for c in report.comparisons if c.sign_flip is not None]
     parts = [
         f"# {folder.name}",

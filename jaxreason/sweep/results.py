@@ -46,7 +46,7 @@ class ArmSummary(NamedTuple):
     seeds: tuple[int, ...]
     mean: float
     over_seeds: tuple[float, float]  # t-interval; unbounded for one seed
-    over_problems: tuple[float, float]  # Wilson interval of all problems of all seeds together
+    over_problems: tuple[float, float]  # see `problems_interval`
     flops: float  # means over runs, as are the others
     device_s: float
     joules: float
@@ -116,10 +116,26 @@ def accuracy_before(run: Path, phase: str, suite: str, temperature: float) -> tu
 def summarise(name: str, results: Sequence[Result]) -> ArmSummary:
     """Summarise the runs of an arm."""
     mean, *over_seeds = estimators.mean_interval([r.value for r in results])
-    solved = round(sum(r.value * r.n for r in results))
     means = {unit: float(np.mean([getattr(r, unit) for r in results])) for unit in ("flops", "device_s", "joules", "wall_s")}
-    problems = estimators.wilson(solved, sum(r.n for r in results))
-    return ArmSummary(name, tuple(sorted(r.seed for r in results)), mean, tuple(over_seeds), problems, **means)
+    seeds = tuple(sorted(r.seed for r in results))
+    return ArmSummary(name, seeds, mean, tuple(over_seeds), problems_interval(results), **means)
+
+
+def problems_interval(results: Sequence[Result]) -> tuple[float, float]:
+    """The 95 % interval of an arm's accuracy over problems, for these runs.
+
+    Runs of all seeds are asked the same problems, so a problem counts once, with its
+    mean over the runs. Where all problems have one mean, or there is one run, it is the
+    Wilson interval of so many problems.
+    """
+    n = results[0].n
+    value = float(np.mean([r.value for r in results]))
+    if len(results) > 1 and all(len(r.verdicts) == n for r in results):
+        mean_N = np.mean([[letter == "1" for letter in r.verdicts] for r in results], axis=0)
+        if np.ptp(mean_N) > 0:
+            _, low, high = estimators.mean_interval(mean_N)
+            return max(0.0, low), min(1.0, high)
+    return estimators.wilson(round(value * n), n)
 
 
 def compare(arm: Mapping[int, Result], base: Mapping[int, Result], what: str, than: str) -> Comparison | None:
