@@ -183,8 +183,8 @@ def paired_bootstrap(
     mean = float(difference.mean())
     if np.ptp(difference) == 0:  # of which scipy would warn
         return mean, mean, mean
-    how = {"confidence_level": confidence, "n_resamples": draws, "method": "percentile", "batch": 1000}
-    found = bootstrap((difference,), np.mean, rng=np.random.default_rng(seed), **how).confidence_interval
+    options = {"confidence_level": confidence, "n_resamples": draws, "method": "percentile", "batch": 1000}
+    found = bootstrap((difference,), np.mean, rng=np.random.default_rng(seed), **options).confidence_interval
     return mean, float(found.low), float(found.high)
 
 

@@ -88,8 +88,8 @@ def evaluate(
         wanted = [[Request(task, j, 0, prompt)] for j, (task, prompt) in enumerate(tasks)]
         for temperature in temperatures:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), EVALUATION), i)
-            how = {"key": key, "temperature": temperature, "filter": filter}
-            groups, _ = gather_groups(collect_local(completer, weights, wanted, suite.environment, **how), wanted)
+            options = {"key": key, "temperature": temperature, "filter": filter}
+            groups, _ = gather_groups(collect_local(completer, weights, wanted, suite.environment, **options), wanted)
             rollouts = [r for group in groups for r in group.attempts]
             correct = sum(r.verdict.correct for r in rollouts)
             low, high = wilson(correct, len(rollouts))

@@ -216,10 +216,10 @@ def run(config) -> None:
     memory.give_back()
     flag = flags.FLAGS["config"]
     folder = Path(os.path.expanduser(WORKDIR.value or default_workdir(flag.config_filename, config_text(config))))
-    how = {"resume": RESUME.value, "accept_config_change": ACCEPT_CONFIG_CHANGE.value, "say": tell}
+    keywords = {"resume": RESUME.value, "accept_config_change": ACCEPT_CONFIG_CHANGE.value, "say": tell}
     with contextlib.ExitStack() as stack:
         try:
-            opened = stack.enter_context(open_run(config, folder, **how))
+            opened = stack.enter_context(open_run(config, folder, **keywords))
         except (ValueError, OSError, Unwritable) as error:
             fail(error)
         tell(f"workdir: {opened.folder}")
@@ -245,9 +245,9 @@ def train_to_the_end(opened, stop_after: str | None = None) -> bool:
     run, folder, checkpoints, stop, check_stays = opened
     if stop_after not in (None, *(names := [phase.name for phase in run.phases])):
         fail(ValueError(unknown_name_message("phase in --stop_after", stop_after, names)))
-    how = {"log_options": run.log_options, "stop": stop, "stop_after": stop_after, "check_stays": check_stays, "say": tell}
+    keywords = {"log_options": run.log_options, "stop": stop, "stop_after": stop_after, "check_stays": check_stays, "say": tell}
     try:
-        train(run, folder, checkpoints, **how)
+        train(run, folder, checkpoints, **keywords)
     except Interrupted as interrupted:
         if writes():
             print(interrupted, file=sys.stderr, flush=True)

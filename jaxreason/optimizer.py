@@ -250,10 +250,10 @@ def decayed(params):
 def labels(params):
     """Label the matrices of layers "matrices" (for Muon) and all else "rest"."""
 
-    def of(path, _):
+    def label(path, _):
         return "matrices" if path[0].key in ("layers", "lora") and path[-1].key == "kernel" else "rest"
 
-    return jax.tree_util.tree_map_with_path(of, params)
+    return jax.tree_util.tree_map_with_path(label, params)
 
 
 def matrix_axes(params):
@@ -262,11 +262,11 @@ def matrix_axes(params):
     Axis 0 is the layer, a batch of matrices.
     """
 
-    def of(path, x):
+    def axes_of(path, x):
         # The attention output projection and matrix "a" of its adapter have two input
         # axes: heads and head size.
         heads_in = "o" in (path[-2].key, path[-3].key) and path[-2].key != "b"
         first = 3 if heads_in else 2
         return optax.contrib.MuonDimensionNumbers(tuple(range(1, first)), tuple(range(first, x.ndim)))
 
-    return jax.tree_util.tree_map_with_path(of, params)
+    return jax.tree_util.tree_map_with_path(axes_of, params)

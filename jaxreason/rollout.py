@@ -171,23 +171,23 @@ class LocalGroups(NamedTuple):
 
 
 def collect_groups(
-    completer: Completer, weights: Weights, wanted: Sequence[Sequence[Request]], environment: Environment, **how
+    completer: Completer, weights: Weights, wanted: Sequence[Sequence[Request]], environment: Environment, **options
 ) -> tuple[list[Group], SamplingStats]:
     """Collect the attempts at several problems; `wanted` has each group's requests."""
-    rollouts, spent = collect(completer, weights, list(itertools.chain(*wanted)), environment, **how)
+    rollouts, spent = collect(completer, weights, list(itertools.chain(*wanted)), environment, **options)
     rest = iter(rollouts)
     return [Group(tuple(itertools.islice(rest, len(requests)))) for requests in wanted], spent
 
 
 def collect_local(
-    completer: Completer, weights: Weights, wanted: Sequence[Sequence[Request]], environment: Environment, **how
+    completer: Completer, weights: Weights, wanted: Sequence[Sequence[Request]], environment: Environment, **options
 ) -> LocalGroups:
     """Collect this process's groups: every n-th problem of n processes.
 
     `wanted` has the groups of all processes.
     """
     mine = [i for i, requests in enumerate(wanted) if requests[0].problem % jax.process_count() == jax.process_index()]
-    groups, spent = collect_groups(completer, weights, [wanted[i] for i in mine], environment, **how)
+    groups, spent = collect_groups(completer, weights, [wanted[i] for i in mine], environment, **options)
     return LocalGroups(dict(zip(mine, groups, strict=True)), spent)
 
 

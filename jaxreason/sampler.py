@@ -194,8 +194,8 @@ def compile_sampler(
     buckets, sizes = tuple(buckets or cache_buckets(length)), (slots, *sizes)
     if prefill_tokens is None:
         prefill_tokens = platform_of().prefill_tokens
-    how = (chunk_tokens, prefill_tokens, prompt_rows, prompt_length or length, cache_dtype, logp_temperature_1, mesh)
-    spec = Spec(model, slots, length, buckets, tuple(eos_ids), *how)
+    options = (chunk_tokens, prefill_tokens, prompt_rows, prompt_length or length, cache_dtype, logp_temperature_1, mesh)
+    spec = Spec(model, slots, length, buckets, tuple(eos_ids), *options)
     check(spec, sizes)
     placed, moves = placement(spec), compile_moves(spec)
     return Sampler(
@@ -398,12 +398,12 @@ def decode_one(spec: Spec, params, slots: Slots, prefix, u_S2, temperature, filt
     token_S, logp_S = sample(logits_SV, u_S2, temperature, filter)
     position_S = jnp.where(running_S, slots.length_S, spec.length)
 
-    def put(into_ST, value_S):
+    def append(into_ST, value_S):
         return into_ST.at[jnp.arange(len(position_S)), position_S].set(value_S, mode="drop")
 
     logp_temperature_1_ST = slots.logp_temperature_1_ST
     if logp_temperature_1_ST is not None:
-        logp_temperature_1_ST = put(
+        logp_temperature_1_ST = append(
             logp_temperature_1_ST, jnp.take_along_axis(jax.nn.log_softmax(logits_SV), token_S[:, None], axis=1)[:, 0]
         )
     length_S = slots.length_S + running_S
@@ -412,10 +412,10 @@ def decode_one(spec: Spec, params, slots: Slots, prefix, u_S2, temperature, filt
     return dataclasses.replace(
         slots,
         cache=cache,
-        tokens_ST=put(slots.tokens_ST, token_S),
-        logp_ST=put(slots.logp_ST, logp_S),
+        tokens_ST=append(slots.tokens_ST, token_S),
+        logp_ST=append(slots.logp_ST, logp_S),
         logp_temperature_1_ST=logp_temperature_1_ST,
-        sampled_ST=put(slots.sampled_ST, True),
+        sampled_ST=append(slots.sampled_ST, True),
         length_S=length_S,
         stop_S=jnp.where(running_S, stop_S, slots.stop_S),
     )
@@ -496,7 +496,7 @@ def copy_prompts(moves: Moves, slots: Slots, prefilled, own_S, prompt_R) -> Slot
     fits = slots.prompts is None or kv.length_of(prefilled) <= kv.length_of(slots.prompts)
     assert fits, "a row of prompts must hold the longest"
 
-    def put(cache, from_B):
+    def copy_into(cache, from_B):
         """Copy rows of `prefilled` into a cache.
 
         All rows are passed, the copied ones first, with their number, so that one
@@ -507,8 +507,8 @@ def copy_prompts(moves: Moves, slots: Slots, prefilled, own_S, prompt_R) -> Slot
         count = np.int32(placed_B.sum())
         return kv.by_layer(lambda layer, i: moves.copy_rows(layer, kv.layer(prefilled, i), i, to_B, from_B[to_B], count), cache)
 
-    prompts = slots.prompts if slots.prompts is None else put(slots.prompts, prompt_R)
-    return dataclasses.replace(slots, cache=put(slots.cache, own_S), prompts=prompts)
+    prompts = slots.prompts if slots.prompts is None else copy_into(slots.prompts, prompt_R)
+    return dataclasses.replace(slots, cache=copy_into(slots.cache, own_S), prompts=prompts)
 
 
 def start_rollouts(moves: Moves, slots: Slots, start_S, tokens_ST, length_S, limit_S, key_S, prompt_S, prompt_tokens_R) -> Slots:
@@ -524,21 +524,21 @@ def start_rollouts(moves: Moves, slots: Slots, start_S, tokens_ST, length_S, lim
 
 
 def start_bare(slots: Slots, start_S, tokens_ST, length_S, limit_S, key_S, prompt_S, prompt_tokens_R) -> Slots:
-    def put(old, new):
+    def replace_started(old, new):
         return jnp.where(jnp.expand_dims(start_S, tuple(range(1, old.ndim))), new, old)
 
     return dataclasses.replace(
         slots,
         prompt_tokens_R=prompt_tokens_R,
-        prompt_S=put(slots.prompt_S, prompt_S),
-        tokens_ST=put(slots.tokens_ST, tokens_ST),
-        logp_ST=put(slots.logp_ST, 0.0),
-        logp_temperature_1_ST=None if slots.logp_temperature_1_ST is None else put(slots.logp_temperature_1_ST, 0.0),
-        sampled_ST=put(slots.sampled_ST, False),
-        length_S=put(slots.length_S, length_S),
-        limit_S=put(slots.limit_S, limit_S),
-        stop_S=put(slots.stop_S, jnp.where(length_S < limit_S, RUNNING, LIMIT)),
-        key_S=put(slots.key_S, key_S),
+        prompt_S=replace_started(slots.prompt_S, prompt_S),
+        tokens_ST=replace_started(slots.tokens_ST, tokens_ST),
+        logp_ST=replace_started(slots.logp_ST, 0.0),
+        logp_temperature_1_ST=None if slots.logp_temperature_1_ST is None else replace_started(slots.logp_temperature_1_ST, 0.0),
+        sampled_ST=replace_started(slots.sampled_ST, False),
+        length_S=replace_started(slots.length_S, length_S),
+        limit_S=replace_started(slots.limit_S, limit_S),
+        stop_S=replace_started(slots.stop_S, jnp.where(length_S < limit_S, RUNNING, LIMIT)),
+        key_S=replace_started(slots.key_S, key_S),
     )
 
 

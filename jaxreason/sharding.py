@@ -139,7 +139,7 @@ def shardings(tree, mesh: Mesh):
       ValueError: another axis of a leaf does not divide by its mesh axis.
     """
 
-    def of(path, leaf):
+    def sharding_of(path, leaf):
         name = name_of(path)
         spec = list(rule(name))
         if name.startswith("opt_state") and len(spec) != len(leaf.shape):
@@ -156,7 +156,7 @@ def shardings(tree, mesh: Mesh):
             )
         return NamedSharding(mesh, P(*spec))
 
-    return jax.tree_util.tree_map_with_path(of, tree)
+    return jax.tree_util.tree_map_with_path(sharding_of, tree)
 
 
 # --- inside a program: constraints where the compiler would choose badly ---
@@ -182,7 +182,7 @@ def gather_weights(tree, mesh: Mesh | None, prefix: str, *, layer: bool = False)
     if mesh is None or mesh.shape["fsdp"] == 1:
         return tree
 
-    def of(path, x):
+    def array_of(path, x):
         split = list(rule(f"{prefix}/{name_of(path)}"))[1 if layer else 0 :]
         if "fsdp" not in split:
             return x
@@ -191,7 +191,7 @@ def gather_weights(tree, mesh: Mesh | None, prefix: str, *, layer: bool = False)
         whole = [None if axis == "fsdp" else axis for axis in split]
         return checkpoint_name(gather(x, NamedSharding(mesh, P(*whole)), NamedSharding(mesh, P(*split))), GATHERED)
 
-    return jax.tree_util.tree_map_with_path(of, tree)
+    return jax.tree_util.tree_map_with_path(array_of, tree)
 
 
 GATHERED = "gathered"  # checkpoint name of arrays that the backward pass gathers again

@@ -220,8 +220,8 @@ def one_round(sampling: Sampling) -> Draw:
     """Make a `Draw` that samples only the wanted groups."""
 
     def collect(wanted, weights, key):
-        how = {"key": key, "temperature": sampling.temperature}
-        return collect_local(sampling.completer, weights, wanted, sampling.environment, **how)
+        keywords = {"key": key, "temperature": sampling.temperature}
+        return collect_local(sampling.completer, weights, wanted, sampling.environment, **keywords)
 
     def finish(local, wanted, weights, key):
         groups, spent = gather_groups(local, wanted)

@@ -189,7 +189,7 @@ def first_params(run: Run, journal: Journal):
 def end(journal: Journal, stopping: str) -> None:
     """Wait until the last checkpoint is on disk, then raise Stopped or Interrupted."""
     journal.wait()
-    how = continues(journal.checkpoints)
+    continuation = continues(journal.checkpoints)
     if stopping == "interrupted":
-        raise Interrupted(f"interrupted; {how}")
-    raise Stopped(f"stopped after step {journal.before + journal.step}; {how}")
+        raise Interrupted(f"interrupted; {continuation}")
+    raise Stopped(f"stopped after step {journal.before + journal.step}; {continuation}")

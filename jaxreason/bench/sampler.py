@@ -91,8 +91,8 @@ def floors(c, groups, slots: int, ceiling: machine.Ceiling) -> dict[str, float]:
     `groups` are those of `decode_cost`.
     """
 
-    def decode(**how):
-        return decode_cost(c, groups, slots, itemsize=itemsize, **how).seconds(ceiling)
+    def decode(**keywords):
+        return decode_cost(c, groups, slots, itemsize=itemsize, **keywords).seconds(ceiling)
 
     def prefill(prompts):
         return prefill_cost(c, prompts, itemsize).seconds(ceiling)
@@ -147,8 +147,8 @@ def make_work():
         prompts = [tokenizer.encode(text)[: FLAGS.prompt_tokens] for text in digits]
     section = config["sampler"] | {"max_prompt_tokens": FLAGS.prompt_tokens, "max_tokens": FLAGS.tokens}
     section["slots"] = FLAGS.slots or FLAGS.prompts * FLAGS.group
-    given = {"model": model, "tokenizer": tokenizer, "format": format, "mesh": mesh, "processes": 1}
-    completer = call_with_section(build.make_completer, section, "config.sampler", **given)
+    arguments = {"model": model, "tokenizer": tokenizer, "format": format, "mesh": mesh, "processes": 1}
+    completer = call_with_section(build.make_completer, section, "config.sampler", **arguments)
     wanted = [[Request(task, p, g, prompts[p]) for g in range(FLAGS.group)] for p, task in enumerate(tasks)]
     params = jax.block_until_ready(build.init_params(model, load, config["seed"], mesh))
     return model, params, completer, wanted

@@ -229,8 +229,8 @@ def make_text(
     if folder is None:
         raise ValueError("text.format is 'chat' but model.weights is 'random', so there is no chat template; choose plain")
     source, path = text.load_template(folder), text.template_path(folder)
-    how = {"system": system, "instruction": instruction, "arguments": template or {}}
-    return made, text.chat(made, source, **how, date=today, path=path)
+    keywords = {"system": system, "instruction": instruction, "arguments": template or {}}
+    return made, text.chat(made, source, **keywords, date=today, path=path)
 
 
 def to_date(date: str | None) -> datetime.date | None:

@@ -66,8 +66,8 @@ def make_phase(
             f"config.{name}.offload_reference got True, but the objective has no reference policy; allowed: False, or set "
             f"{name}.objective.kl_coefficient above 0"
         )
-    given = {"parts": parts, "objective": made_objective, "microbatches": microbatches, "steps": steps}
-    made_source = call_with_section(make_source, {"name": None} | source, f"config.{name}.source", **given)
+    arguments = {"parts": parts, "objective": made_objective, "microbatches": microbatches, "steps": steps}
+    made_source = call_with_section(make_source, {"name": None} | source, f"config.{name}.source", **arguments)
     if made_source.rows % (parts.devices * microbatches):
         raise ValueError(
             f"config.{name} has {made_source.rows} rows a batch, which do not divide over {parts.devices} devices x "
@@ -106,8 +106,8 @@ def make_source(
     **section,
 ) -> sources.Source:
     """Make the named source."""
-    given = {"parts": parts, "objective": objective, "microbatches": microbatches, "steps": steps}
-    made = call_with_section(find("source", name, SOURCES), section, f"source {name!r}", **given)
+    arguments = {"parts": parts, "objective": objective, "microbatches": microbatches, "steps": steps}
+    made = call_with_section(find("source", name, SOURCES), section, f"source {name!r}", **arguments)
     if not isinstance(made, sources.Source):
         raise ValueError(f"source {name!r} made a {type(made).__name__}; allowed: a sources.Source")
     return made

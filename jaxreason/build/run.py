@@ -54,8 +54,8 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
     config = settle(config.to_dict())
     phase_names = config["phases"]
 
-    here = {"devices": jax.devices(), "process": jax.process_index()}
-    meshes = call_with_section(sharding.make_meshes, config["sharding"], "config.sharding", **here)
+    placement = {"devices": jax.devices(), "process": jax.process_index()}
+    meshes = call_with_section(sharding.make_meshes, config["sharding"], "config.sharding", **placement)
     described = read_model_and_text(config["model"], config["text"])
     folder, tokenizer, format, shape, load = described
     text.check_vocabulary(tokenizer, shape)
@@ -68,8 +68,8 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
     model, sampled = (transformer(shape, mesh) for mesh in meshes)
     for mesh in meshes:
         sharding.shardings(jax.eval_shape(model.init, jax.random.key(0)), mesh)  # raises if an axis does not divide
-    given = {"model": sampled, "tokenizer": tokenizer, "format": format, "mesh": meshes.sample}
-    completer = call_with_section(make_completer, config["sampler"], "config.sampler", processes=jax.process_count(), **given)
+    arguments = {"model": sampled, "tokenizer": tokenizer, "format": format, "mesh": meshes.sample}
+    completer = call_with_section(make_completer, config["sampler"], "config.sampler", processes=jax.process_count(), **arguments)
     parts = Parts(
         seed=config["seed"],
         model=model,

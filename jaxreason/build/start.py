@@ -58,8 +58,8 @@ def open_run(
             raise ValueError(f"process {differ[0]} has another config than process 0; start all with the same command")
         begun = dates[0] if anew else on_all_processes(workdir.begun, folder, dates[0])
         config = on_all_processes(settled, dated(config, gather(begun)[0]))
-        how = {"resume": resume, "accept_config_change": accept_config_change, "say": say}
-        on_all_processes(workdir.check, folder, config_text(config), read=from_earlier, **how)
+        options = {"resume": resume, "accept_config_change": accept_config_change, "say": say}
+        on_all_processes(workdir.check, folder, config_text(config), read=from_earlier, **options)
         run = build_pinned(config, folder, anew, accept_config_change, say)
         on_all_processes(check_writable, folder, over=workdir.WRITTEN_OVER)
         check_stays = on_all_processes(lock if writes() else lambda *_: lambda: None, folder, locked, say)

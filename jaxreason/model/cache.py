@@ -128,13 +128,13 @@ def resize(layer: dict, cache_length: int) -> dict:
     positions.
     """
 
-    def of(path, x):
+    def resize_array(path, x):
         axis = _length_axis(path, x)
         if cache_length <= x.shape[axis]:
             return jax.lax.slice_in_dim(x, 0, cache_length, axis=axis)
         return jnp.pad(x, [(0, cache_length - x.shape[axis] if a == axis else 0) for a in range(x.ndim)])
 
-    return jax.tree_util.tree_map_with_path(of, layer)
+    return jax.tree_util.tree_map_with_path(resize_array, layer)
 
 
 def take_rows(layer: dict, row_R) -> dict:
@@ -147,7 +147,7 @@ def copy_rows(layer: dict, source: dict, i, to_R, row_R, count) -> dict:
     `to_R[:count]`. Only cache positions that both have are copied.
     """
 
-    def of(path, into, x):
+    def copy_array(path, into, x):
         x = jax.lax.dynamic_index_in_dim(x, i, keepdims=False) if x.ndim > into.ndim else x
         axis = _length_axis(path, x)
         x = jax.lax.slice_in_dim(x, 0, min(x.shape[axis], into.shape[axis]), axis=axis)
@@ -158,7 +158,7 @@ def copy_rows(layer: dict, source: dict, i, to_R, row_R, count) -> dict:
 
         return jax.lax.fori_loop(0, count, copy, into)
 
-    return jax.tree_util.tree_map_with_path(of, layer, source)
+    return jax.tree_util.tree_map_with_path(copy_array, layer, source)
 
 
 def _length_axis(path, x) -> int:

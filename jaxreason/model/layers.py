@@ -243,12 +243,12 @@ def write(cache: dict, k_BTKH, v_BTKH, cache_position_BT) -> dict:
         new["k"], new["k_scale"] = quantise(k_BTKH)
         new["v"], new["v_scale"] = quantise(v_BTKH)
 
-    def put(name):
+    def write_array(name):
         into = cache[name]
         at = into.at[row_B1, :, cache_position_BT] if name == "v" else into.at[row_B1, :, :, cache_position_BT]
         return at.set(new[name].astype(into.dtype), mode="drop")
 
-    return {name: put(name) for name in cache}
+    return {name: write_array(name) for name in cache}
 
 
 def quantise(x_BTKH):

@@ -54,8 +54,8 @@ def meshes_of(work: Work) -> sharding.Meshes:
     """Make the meshes of the learner and of the sampler on the last process. A mesh too
     small for all processes leaves the last one without a device, and is refused here.
     """
-    section, here = {"mesh": dict(work.mesh), **dict(work.sampling)}, {"process": processes_of(work) - 1}
-    return call_with_section(sharding.make_meshes, section, "config.sharding", devices=devices_of(work.topology), **here)
+    section, placement = {"mesh": dict(work.mesh), **dict(work.sampling)}, {"process": processes_of(work) - 1}
+    return call_with_section(sharding.make_meshes, section, "config.sharding", devices=devices_of(work.topology), **placement)
 
 
 def samples_apart(work: Work) -> bool:

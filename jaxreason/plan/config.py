@@ -32,8 +32,8 @@ def read(config: dict, topology: str, phase: str | None) -> Work:
     if phase not in config or phase in build.SECTIONS or not isinstance(config[phase], dict):
         raise ValueError(unknown_name_message("phase", phase, names))
     section = config[phase]
-    here = {"devices": devices_of(topology), "process": 0}
-    mesh = call_with_section(sharding.make_meshes, config["sharding"], "config.sharding", **here).learn.shape
+    placement = {"devices": devices_of(topology), "process": 0}
+    mesh = call_with_section(sharding.make_meshes, config["sharding"], "config.sharding", **placement).learn.shape
     scan_layers = config["model"].get("scan_layers")
     scan_layers = True if scan_layers is None else scan_layers  # the default of `build` on an accelerator
     shape = build.read_shape({**config["model"], "scan_layers": scan_layers}, config["text"])
@@ -42,8 +42,8 @@ def read(config: dict, topology: str, phase: str | None) -> Work:
     updates, steps = section.get("updates_per_batch", 1), section["steps"]
     source = section["source"]
     microbatches = section.get("microbatches", 1)
-    how = {"sampler": config["sampler"], "shape": shape, "multiple": mesh["data"] * mesh["fsdp"] * microbatches}
-    sizes = call_with_section(read_source, {"name": None} | source, f"config.{phase}.source", **how)
+    keywords = {"sampler": config["sampler"], "shape": shape, "multiple": mesh["data"] * mesh["fsdp"] * microbatches}
+    sizes = call_with_section(read_source, {"name": None} | source, f"config.{phase}.source", **keywords)
     evaluated = bool(config["evaluate"].get("suites"))
     sampler = {key: tuple(v) if isinstance(v, list) else v for key, v in config["sampler"].items()}
     sampler["prefill_tokens"] = sampler.get("prefill_tokens") or PREFILL_TOKENS

@@ -112,8 +112,8 @@ def fetch(id: str, choose: Choose, *, kind: str = "model", revision: str | None 
         folder = _download(id, choose, kind, revision or _known(name_of(id, kind)))
     except FileNotFoundError as error:
         if revision is None and (pinned := reading().pinned.get(name_of(id, kind))):
-            how = "--accept_config_change takes what main is now"
-            raise FileNotFoundError(f"{error}; this run was begun with commit {pinned}: {how}") from None
+            advice = "--accept_config_change takes what main is now"
+            raise FileNotFoundError(f"{error}; this run was begun with commit {pinned}: {advice}") from None
         raise
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"while downloading {id}; whole files are kept, and the same command gets the rest") from None

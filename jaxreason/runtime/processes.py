@@ -46,9 +46,9 @@ def join(
       ValueError: only some of the three arguments are given, or they do not fit
         together.
     """
-    given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+    wanted = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     options = {"heartbeat_timeout_seconds": heartbeat_timeout_s}
-    if all(value is None for value in given.values()):
+    if all(value is None for value in wanted.values()):
         if not in_cluster():
             return
         try:
@@ -57,9 +57,9 @@ def join(
             if int(os.environ.get("SLURM_NTASKS", 1)) > 1 or int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
                 raise
         return
-    missing = [f"--{name}" for name, value in given.items() if value is None]
+    missing = [f"--{name}" for name, value in wanted.items() if value is None]
     if missing:
-        raise ValueError(f"several processes need {' and '.join(missing)} too; give all of {', '.join(f'--{n}' for n in given)}")
+        raise ValueError(f"several processes need {' and '.join(missing)} too; give all of {', '.join(f'--{n}' for n in wanted)}")
     if ":" not in coordinator_address or not 0 <= process_id < num_processes:
         raise ValueError(
             f"got coordinator_address {coordinator_address!r}, process {process_id} of {num_processes}; allowed: host:port of "

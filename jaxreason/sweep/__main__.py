@@ -212,21 +212,21 @@ def run_sweep(asked: Asked, folder: Path) -> None:
         print(f"sweep: {len(known['arms'])} arms, seeds {known['seeds']}, {len(workers)} workers, in {folder}", flush=True)
         metric = results.name_metric(suite, temperature)
         with queue.interruptible() as stopped, progress.shown(runs, state, metric, len(workers)) as (show, say):
-            how = {"retries": FLAGS.retries, "provenance": provenance(folder), "show": show, "say": say}
-            how["stopped"] = lambda: stopped() or (budget is not None and search.spent(runs, budget[0]) >= budget[1])
+            keywords = {"retries": FLAGS.retries, "provenance": provenance(folder), "show": show, "say": say}
+            keywords["stopped"] = lambda: stopped() or (budget is not None and search.spent(runs, budget[0]) >= budget[1])
             if FLAGS.submit:
-                how["launch"] = jobs.Jobs(FLAGS.submit, folder, jobs.parse_options(FLAGS.submit_options))
+                keywords["launch"] = jobs.Jobs(FLAGS.submit, folder, jobs.parse_options(FLAGS.submit_options))
             if FLAGS.search is None:
-                queue.execute(runs, workers, state, folder, **how)
+                queue.execute(runs, workers, state, folder, **keywords)
             else:
                 options = {"search": FLAGS.search, "pruner": FLAGS.pruner, "trials": FLAGS.trials, "share": FLAGS.share}
                 study = search.Search(asked.sweep, folder, **options)
-                how |= {"prune": study.prune, "more": study.more, "finished": study.finished}
-                queue.execute([], workers, state, folder, **how)
+                keywords |= {"prune": study.prune, "more": study.more, "finished": study.finished}
+                queue.execute([], workers, state, folder, **keywords)
             if stopped():
                 say("stopped; the same command continues")
                 sys.exit(130)
-            if how["stopped"]():
+            if keywords["stopped"]():
                 say(f"the budget of {FLAGS.budget} is spent; the same command with a larger one continues")
     report(folder)
 

@@ -59,8 +59,8 @@ class Jobs:
 def execute(words: list[str], log: str, folder: str, environment: dict[str, str]) -> int:
     """In the job: run the command of a run, and return its exit code."""
     with open(log, "ab") as out:
-        how = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT, "cwd": folder}
-        process = subprocess.Popen([sys.executable, *words], env=os.environ | environment, **how)
+        keywords = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT, "cwd": folder}
+        process = subprocess.Popen([sys.executable, *words], env=os.environ | environment, **keywords)
         signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))  # it saves itself
         return process.wait()
 

@@ -110,17 +110,17 @@ def data_folder(id: str, config: str | None, split: str, revision: str | None = 
         chosen[:] = data_files(id, names, config, split)
         return chosen
 
-    how = {"kind": "dataset"}
+    keywords = {"kind": "dataset"}
     branches = [revision] if revision is not None else [None, CONVERTED]
     for branch in branches:  # look in the cache for both before any download
-        if (folder := hub_.cached(id, choose, revision=branch, **how)) is not None:
+        if (folder := hub_.cached(id, choose, revision=branch, **keywords)) is not None:
             return folder, chosen
     try:
-        return hub_.fetch(id, choose, revision=branches[0], **how), chosen
+        return hub_.fetch(id, choose, revision=branches[0], **keywords), chosen
     except NoData:
         if revision is not None:
             raise
-    return hub_.fetch(id, choose, revision=CONVERTED, **how), chosen
+    return hub_.fetch(id, choose, revision=CONVERTED, **keywords), chosen
 
 
 def data_files(id: str, names: Iterable[str], config: str | None, split: str) -> list[str]:
@@ -423,8 +423,8 @@ def math(
     to 5; None for all.
     """
     filter = None if levels is None else {"level": tuple(levels)}
-    how = {"split": split, "limit": limit, "revision": revision, "filter": filter}
-    return hub("nlile/hendrycks-MATH-benchmark", "problem", "answer", "solution", **how)
+    keywords = {"split": split, "limit": limit, "revision": revision, "filter": filter}
+    return hub("nlile/hendrycks-MATH-benchmark", "problem", "answer", "solution", **keywords)
 
 
 def math500(limit: int | None = None, revision: str | None = None) -> Sequence[Task]:
@@ -472,8 +472,8 @@ def deepscaler(
     `agentica-org/DeepScaleR-Preview-Dataset`, MIT. It has only `train`; a fraction
     `held_out` of it becomes `test` here.
     """
-    how = {"split": split, "limit": limit, "revision": revision, "held_out": held_out}
-    return hub("agentica-org/DeepScaleR-Preview-Dataset", "problem", "answer", "solution", **how)
+    keywords = {"split": split, "limit": limit, "revision": revision, "held_out": held_out}
+    return hub("agentica-org/DeepScaleR-Preview-Dataset", "problem", "answer", "solution", **keywords)
 
 
 def dapo_math_17k(
@@ -490,8 +490,8 @@ def dapo_math_17k(
     instruction that the original wraps it in; `language` "en" (14,116), "cn" or "all".
     It has only `train`; a fraction `held_out` of it becomes `test` here.
     """
-    how = {"split": split, "limit": limit, "revision": revision, "held_out": held_out, "config": language}
-    return hub("open-r1/DAPO-Math-17k-Processed", "prompt", "solution", **how)
+    keywords = {"split": split, "limit": limit, "revision": revision, "held_out": held_out, "config": language}
+    return hub("open-r1/DAPO-Math-17k-Processed", "prompt", "solution", **keywords)
 
 
 def big_math(
@@ -508,10 +508,10 @@ def big_math(
     of attempts, lowest and highest. It has only `train`; a fraction `held_out` of it
     becomes `test` here.
     """
-    how = {"split": split, "limit": limit, "revision": revision, "held_out": held_out}
+    keywords = {"split": split, "limit": limit, "revision": revision, "held_out": held_out}
     if solve_rate is not None:
-        how["filter"] = {"llama8b_solve_rate": {"min": solve_rate[0], "max": solve_rate[1]}}
-    return hub("SynthLabsAI/Big-Math-RL-Verified", "problem", "answer", **how)
+        keywords["filter"] = {"llama8b_solve_rate": {"min": solve_rate[0], "max": solve_rate[1]}}
+    return hub("SynthLabsAI/Big-Math-RL-Verified", "problem", "answer", **keywords)
 
 
 def countdown_3to4(
@@ -525,5 +525,5 @@ def countdown_3to4(
     the target.
     """
     asked = "Using the numbers {nums}, each of them once, and + - * / and parentheses, write an expression that equals {target}."
-    how = {"split": split, "limit": limit, "revision": revision, "held_out": held_out}
-    return hub("Jiayi-Pan/Countdown-Tasks-3to4", asked, "target", data={"numbers": "nums", "target": "target"}, **how)
+    keywords = {"split": split, "limit": limit, "revision": revision, "held_out": held_out}
+    return hub("Jiayi-Pan/Countdown-Tasks-3to4", asked, "target", data={"numbers": "nums", "target": "target"}, **keywords)

@@ -103,11 +103,11 @@ def render(
       ValueError: the template is not valid, refuses these messages, or does not end.
     """
     _budget.left = MAX_STEPS
-    given = {"tools": None, "documents": None} | arguments
+    variables = {"tools": None, "documents": None} | arguments
     plain = [{"role": m.role, "content": m.content} if isinstance(m, Message) else dict(m) for m in messages]
     pieces, size = [], 0
     with _failures():
-        for piece in _compiled(template).generate(messages=plain, add_generation_prompt=add_generation_prompt, **given):
+        for piece in _compiled(template).generate(messages=plain, add_generation_prompt=add_generation_prompt, **variables):
             size += len(piece)
             if size > MAX_SIZE:
                 raise jinja2.TemplateError(f"it writes more than {MAX_SIZE:,} characters")
