@@ -234,3 +234,22 @@ def test_import_does_not_wait_for_jax():
     code = "import sys, jaxreason; assert not {'jax', 'flax'} & sys.modules.keys(); print(sorted(dir(jaxreason)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "train_step" in done.stdout
+
+
+def test_scalars_of_numpy_and_jax_are_numbers_and_a_policy_prints_in_a_line(checkpoint):
+    policy = jr.load(checkpoint, max_prompt_tokens=64, max_tokens=8, slots=8)
+    assert len(repr(policy)) < 200
+    assert "0 steps trained" in repr(policy)
+    groups = jr.sample(policy, ["one"], n=np.int64(4), temperature=np.float32(1), verify=length_parity)
+    assert isinstance(groups[0], jr.Group)
+    assert isinstance(groups[0].attempts[0], jr.Rollout)
+    for lr in (np.float32(1e-3), jax.numpy.float32(1e-3)):
+        policy, _ = jr.train_step(policy, groups, lr=lr, optimizer_options={"b1": np.float32(0.5)})
+    assert "2 steps trained" in repr(policy)  # the same optimizer for both: its state went on
+    with pytest.raises(ValueError, match="load: path got ''; allowed: a Hugging Face id"):
+        jr.load("")
+
+
+def test_a_name_in_another_case_is_near():
+    with pytest.raises(ValueError, match="did you mean 'adamw'"):
+        jr.api.optimizers.make(steps=1, name="adamW", lr=1e-3)
