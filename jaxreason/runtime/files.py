@@ -39,7 +39,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 class Kept(NamedTuple):
-    """What `truncate` kept of a file."""
+    """The part of a file that `truncate` kept."""
 
     last: dict[str, Any] | None = None  # the last line kept
     dropped: int = 0  # number of lines dropped: those of later steps, and an incomplete last one

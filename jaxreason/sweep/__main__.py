@@ -101,7 +101,7 @@ def read_experiment(experiment: str, changes: dict[str, str]) -> Asked:
 
 
 def definition(asked: Asked) -> dict:
-    """What sweep.json says."""
+    """Return the contents of sweep.json: config, common fields, arms, seeds, metric."""
     sweep = asked.sweep
     arms = {name: {field: word_of(value) for field, value in arm.items()} for name, arm in named_arms(sweep).items()}
     common = {field: word_of(value) for field, value in sweep.common.items()}

@@ -1,4 +1,4 @@
-"""What the runs of a sweep will need: FLOPs by formula before any has run, and time,
+"""Predict the needs of a sweep: FLOPs by formula before any run is done, and time,
 joules and disk from the ledgers of those that are done.
 """
 
@@ -17,7 +17,7 @@ from jaxreason.sweep.runs import SweepRun
 
 
 class Need(NamedTuple):
-    """What a run takes; None where nothing is known."""
+    """The needs of a run; None where nothing is known."""
 
     flops: float | None
     wall_s: float | None = None
@@ -56,8 +56,8 @@ def flops_at_most(config: Mapping) -> float | None:
 
 
 def needs(runs: Iterable[SweepRun]) -> dict[str, Need]:
-    """What each run needs: measured if it is done, else the mean of the arm's other
-    runs, else that of all runs; FLOPs by formula where none is done.
+    """Predict the needs of each run: measured if it is done, else the mean of the arm's
+    other runs, else that of all runs; FLOPs by formula where none is done.
     """
     runs = list(runs)
     measured = {run.name: found for run in runs if run.stop_after is None and (found := measure(run))}
@@ -81,7 +81,7 @@ def needs(runs: Iterable[SweepRun]) -> dict[str, Need]:
 
 
 def measure(run: SweepRun) -> Need | None:
-    """What a run that is done has taken."""
+    """Measure a finished run; None if the run is not done."""
     summary = json_object(run.folder / "summary.json")
     if not summary or summary.get("done") is not True:
         return None

@@ -38,7 +38,7 @@ def last_metrics(folder: Path) -> dict:
 
 
 def cell(run: SweepRun, state: Mapping, metric: str) -> str:
-    """What the table says of a run."""
+    """Return the table's text about a run: its phase, step, reward and accuracy."""
     status = state.get("status", "waiting")
     if status == "waiting":
         return "shared" if run.shared and not run.folder.exists() else "waiting"

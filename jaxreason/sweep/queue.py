@@ -107,7 +107,7 @@ def _span(numbers: Sequence[int]) -> str:
 
 
 class State:
-    """What became of each run, in `state.json`: its status (waiting, running, done,
+    """The state of each run, in `state.json`: its status (waiting, running, done,
     failed, stopped), attempts, times, exit code and the last lines of a failure.
     """
 

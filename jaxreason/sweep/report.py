@@ -139,7 +139,7 @@ def sentence(c: Comparison, floor: float | None, of_field: bool = False) -> str:
 
 
 def caveats(report: Report) -> list[str]:
-    """What an interval from these seeds is worth, and what is missing."""
+    """List how far intervals from these seeds can be trusted, and the missing runs."""
     said = []
     counts = sorted({len(c.seeds) for c in report.comparisons})
     if counts and counts[0] == 1:

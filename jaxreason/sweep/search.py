@@ -52,7 +52,7 @@ def parse_budget(text: str | None) -> tuple[str, float] | None:
 
 
 def spent(runs: Sequence[SweepRun], unit: str) -> float:
-    """What runs have used by their last lines of metrics, shared phases once."""
+    """Sum the use of `unit` over runs, from their last metrics; shared phases count once."""
     total = 0.0
     for run in runs:
         values, before = last_metrics(run.folder), last_metrics(run.shared) if run.shared else {}
@@ -201,7 +201,7 @@ class Search:
 
 
 def best_so_far(values: Sequence[float], value: float, factor: int) -> bool:
-    """Whether a value is among the best 1 / factor of those that reached its rung,
+    """Tell whether a value is among the best 1 / factor of those that reached its rung,
     itself included; at least one always is.
     """
     kept = max(1, (len(values) + 1) // factor)
