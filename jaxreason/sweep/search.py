@@ -52,7 +52,7 @@ def parse_budget(text: str | None) -> tuple[str, float] | None:
 
 
 def spent(runs: Sequence[SweepRun], unit: str) -> float:
-    """Sum the use of `unit` over runs, from their last metrics; shared phases count once."""
+    """Sum the use of a unit over runs; shared phases count once."""
     total = 0.0
     for run in runs:
         values, before = last_metrics(run.folder), last_metrics(run.shared) if run.shared else {}
