@@ -20,7 +20,7 @@ import optax
 
 from jaxreason import metrics as m
 from jaxreason import sharding
-from jaxreason.evaluate import Result
+from jaxreason.evaluation import Result
 from jaxreason.learner import compile_train_step, new_state, state_shapes
 from jaxreason.logp import compile_token_logp
 from jaxreason.model import Model

@@ -8,7 +8,7 @@ import pytest
 from runs import ROOT
 
 LONGEST_FUNCTION = 90  # lines
-ROOT_MODULES = 22  # files and packages that are not folders of a family
+ROOT_MODULES = 26  # entry points included
 WIDTH = 88  # columns of docstrings, comments and Markdown; code may use 130
 FILES = sorted((ROOT / "jaxreason").rglob("*.py"))
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))

@@ -26,7 +26,7 @@ from jaxreason.environment import (
     count_failures,
     single_turn,
 )
-from jaxreason.evaluate import Result
+from jaxreason.evaluation import Result
 from jaxreason.runtime import resume
 from jaxreason.runtime.journal import VERIFIER_WARNINGS, Journal
 from jaxreason.runtime.resume import Progress

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from jaxreason import batching, data, sharding
-from jaxreason import evaluate as evaluation
+from jaxreason import batching, data, evaluation, sharding
 from jaxreason import objectives as objectives_
 from jaxreason.build.sampler import make_filter
 from jaxreason.build.tasks import Parts, check_keys, check_positive, drop_long_prompts, encode_documents, judge, load_held_out

@@ -11,7 +11,7 @@ from jaxreason import objectives
 from jaxreason.batching import from_demonstrations, from_windows
 from jaxreason.environment import single_turn
 from jaxreason.estimators import wilson
-from jaxreason.evaluate import Suite, Text, evaluate, score
+from jaxreason.evaluation import Suite, Text, evaluate, score
 from jaxreason.types import Prompted, Task, Verdict
 
 
