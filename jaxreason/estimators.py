@@ -1,11 +1,11 @@
-"""Estimates from samples: pass@k, majority@k, intervals, and paired tests of two runs
-on the same problems.
+"""Estimates from samples: pass@k, majority@k, best-of-k, intervals, and paired tests of
+two runs on the same problems.
 
 Everything runs on the host, in NumPy and exact integers; nothing is traced. An interval
-is a pair `(low, high)`. Accuracy over problems has a Wilson interval, a mean over seeds
-a t-interval, and a difference of two runs a paired bootstrap. They answer different
-questions (new problems, new seeds, new problems for both runs) and can't replace each
-other.
+is a pair `(low, high)`. Accuracy over problems has a Wilson interval, or one clustered
+by problem if each problem has several samples; a mean over seeds has a t-interval, and
+a difference of two runs a paired bootstrap. They answer different questions (new
+problems, new seeds, new problems for both runs) and can't replace each other.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 
-def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(correct: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Return the Wilson score interval of a proportion (Wilson, 1927).
 
     Unlike the normal interval it stays within 0..1 and has a width above 0 when none or
-    all are correct. It is (0, 1) if n is 0.
+    all are correct. It is (0, 1) if n is 0. `correct` may be a fraction, as for
+    problems with several samples each.
     """
     _check_confidence(confidence)
     if not 0 <= correct <= n:
@@ -54,6 +55,74 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
+def pass_hat_k(n: int, c: int, k: int) -> float:
+    """Return the unbiased estimate of pass^k of one problem: that all of k samples are
+    correct.
+
+    It is C(c, k) / C(n, k), from c correct of n samples (Yao et al., 2024, arXiv
+    2406.12045). Average it over problems.
+    """
+    if not 0 <= c <= n:
+        raise ValueError(f"{c} correct of {n} samples; allowed: 0 <= c <= n")
+    _check_k(k, n)
+    return math.comb(c, k) / math.comb(n, k)
+
+
+def best_of_k(scores: Sequence[float], correct: Sequence[bool], k: int) -> float:
+    """Return the probability that the sample with the highest score among k of a
+    problem's n samples is correct.
+
+    The result is exact, over all k-subsets; samples of equal score are chosen with
+    equal probability. With verdicts as scores it is pass@k.
+    """
+    if len(scores) != len(correct):
+        raise ValueError(f"{len(scores)} scores but {len(correct)} verdicts; allowed: one verdict for each score")
+    n = len(scores)
+    _check_k(k, n)
+    by_score: dict[float, list[bool]] = {}
+    for score, right in zip(scores, correct):
+        by_score.setdefault(float(score), []).append(bool(right))
+    chance, lower = 0.0, 0
+    for score in sorted(by_score):
+        members = by_score[score]
+        # Subsets whose best is of this score: none above it, at least one of it.
+        wins = math.comb(lower + len(members), k) - math.comb(lower, k)
+        chance += wins / math.comb(n, k) * sum(members) / len(members)
+        lower += len(members)
+    return chance
+
+
+class AnswerClass(NamedTuple):
+    """Samples of a problem with equivalent answers."""
+
+    answer: Hashable  # of the first
+    correct: list[bool]  # of each
+
+
+def answer_classes(
+    answers: Sequence[Hashable | None], correct: Sequence[bool], same: Callable[[Any, Any], bool] | None = None
+) -> list[AnswerClass]:
+    """Group a problem's samples by answer, in order of appearance.
+
+    Answers are in one class if they are equal or, given `same`, if `same(first of the
+    class, answer)`. None (no answer was found) is in no class.
+    """
+    if len(answers) != len(correct):
+        raise ValueError(f"{len(answers)} answers but {len(correct)} verdicts; allowed: one verdict for each answer")
+    classes: list[AnswerClass] = []
+    position: dict[Hashable, int] = {}  # index of the class of an answer
+    for answer, right in zip(answers, correct):
+        if answer is None:
+            continue
+        if answer not in position:
+            i = len(classes) if same is None else next((i for i, c in enumerate(classes) if same(c.answer, answer)), len(classes))
+            position[answer] = i
+            if i == len(classes):
+                classes.append(AnswerClass(answer, []))
+        classes[position[answer]].correct.append(bool(right))
+    return classes
+
+
 def majority_at_k(
     answers: Sequence[Hashable | None],
     correct: Sequence[bool],
@@ -64,33 +133,19 @@ def majority_at_k(
     """Return the probability that a vote of k of a problem's n samples is correct.
 
     The vote picks the most frequent answer. The result is exact, over all k-subsets and
-    all ways to break ties; k defaults to n, a plain vote. None (no answer was found)
-    uses up a sample but never wins; a vote with only None is lost. Answers are in one
-    class if they are equal or, given `same`, if `same(first of the class, answer)`. If
-    a class mixes right and wrong answers, a random one of its members decides.
+    all ways to break ties; k defaults to n, a plain vote. An answer of None uses up a
+    sample but never wins; a vote with only None is lost. See `answer_classes` for
+    `same`. If a class mixes right and wrong answers, a random one of its members
+    decides.
     """
-    if len(answers) != len(correct):
-        raise ValueError(f"{len(answers)} answers but {len(correct)} verdicts; allowed: one verdict for each answer")
     n = len(answers)
     k = n if k is None else k
+    classes = answer_classes(answers, correct, same)
     _check_k(k, n)
-    classes: list[tuple[Hashable, list[bool]]] = []
-    position: dict[Hashable, int] = {}  # index of the class of an answer, if no `same` is given
-    blanks = 0
-    for answer, right in zip(answers, correct):
-        if answer is None:
-            blanks += 1
-            continue
-        if same is None:
-            i = position.setdefault(answer, len(classes))
-        else:
-            i = next((i for i, (first, _) in enumerate(classes) if same(first, answer)), len(classes))
-        if i == len(classes):
-            classes.append((answer, []))
-        classes[i][1].append(bool(right))
-    sizes = [len(members) for _, members in classes]
+    sizes = [len(c.correct) for c in classes]
+    blanks = n - sum(sizes)
     win = {size: _win_chance(size, sizes, blanks, k) for size in set(sizes)}  # classes of one size have equal chances
-    return sum(win[len(members)] * sum(members) / len(members) for _, members in classes)
+    return sum(win[len(c.correct)] * sum(c.correct) / len(c.correct) for c in classes)
 
 
 def _win_chance(size: int, sizes: Sequence[int], blanks: int, k: int) -> float:
@@ -129,6 +184,77 @@ def _win_chance(size: int, sizes: Sequence[int], blanks: int, k: int) -> float:
         fair = chance_TK[:, k - votes] / np.arange(1, T + 2)
         chance += drawn(size, votes) * float(fair.sum())
     return chance / drawn(n, k)
+
+
+class Clustered(NamedTuple):
+    """Accuracy over problems with K samples each, and what its error comes from.
+
+    The variance of the accuracy is (between + within / K) / n for n problems: `between`
+    is that of the problems' true accuracies, `within` that of a single sample of a
+    problem, averaged over problems.
+    """
+
+    mean: float
+    low: float
+    high: float
+    between: float
+    within: float
+    sampling_share: float  # part of the accuracy's variance that more samples per problem would remove; 0..1
+
+
+def clustered(correct_NK: np.ndarray, confidence: float = 0.95) -> Clustered:
+    """Return the accuracy of N problems with K samples each, with an interval clustered
+    by problem.
+
+    Samples of one problem are not independent, so only the problems count: the interval
+    is the t-interval of their means (Miller, 2024, arXiv 2411.00640, sec. 2.2; equal
+    cluster sizes). If all problems have one mean, or K is 1, it is the Wilson interval
+    of N problems. `sampling_share` is within / K over the variance of a problem's mean.
+    A share near 1 says that more samples would narrow the interval, one near 0 that
+    only more problems would; it is 0 for K = 1, which can't tell.
+    """
+    correct_NK = np.asarray(correct_NK, np.float64)
+    if correct_NK.ndim != 2 or 0 in correct_NK.shape:
+        raise ValueError(f"clustered got an array of shape {correct_NK.shape}; allowed: problems x samples, at least 1 x 1")
+    N, K = correct_NK.shape
+    mean_N = correct_NK.mean(axis=1)
+    mean = float(mean_N.mean())
+    within = float((mean_N * (1 - mean_N)).mean()) * K / (K - 1) if K > 1 else 0.0
+    spread = float(mean_N.var(ddof=1)) if N > 1 else 0.0
+    share = min(1.0, within / K / spread) if spread else float(within > 0)
+    between = max(0.0, spread - within / K)
+    if K == 1 or np.ptp(mean_N) == 0:
+        low, high = wilson(mean * N, N, confidence)
+    else:
+        _, low, high = mean_interval(mean_N, confidence)
+    return Clustered(mean, max(0.0, low), min(1.0, high), between, within, share)
+
+
+class Calibration(NamedTuple):
+    """How often votes are right, against their share of the samples."""
+
+    error: float  # mean absolute difference between share and accuracy over bins, weighted by their problems
+    bins: list[tuple[float, float, int, float, float]]  # lowest and highest share, problems, mean share, accuracy
+
+
+def calibration(share_N: Sequence[float], right_N: Sequence[float], bins: int = 5) -> Calibration:
+    """Compare the majority's share of a problem's samples with the chance that it is
+    right, in bins of equal width (Guo et al., 2017, arXiv 1706.04599, eq. 3).
+
+    `right_N` is the chance that the vote of a problem is right: 0 or 1 without ties.
+    """
+    share_N, right_N = _paired(share_N, right_N)
+    edges = np.linspace(0, 1, bins + 1)
+    bin_N = np.clip(np.searchsorted(edges, share_N, side="left") - 1, 0, bins - 1)
+    found = []
+    for b in range(bins):
+        inside = bin_N == b
+        if inside.any():
+            found.append(
+                (edges[b], edges[b + 1], int(inside.sum()), float(share_N[inside].mean()), float(right_N[inside].mean()))
+            )
+    gaps = sum(count * abs(share - right) for _, _, count, share, right in found)
+    return Calibration(float(gaps / max(1, len(share_N))), [(float(low), float(high), *rest) for low, high, *rest in found])
 
 
 def mcnemar(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> float:
@@ -278,6 +404,22 @@ def seeds_needed(difference: float, deviation: float, *, power: float = 0.8, lev
             return n
         n = n + 1 if n < 200 else math.ceil(n * 1.02)
     return None
+
+
+def problems_needed(difference: float, variance: float, *, power: float = 0.8, level: float = 0.05) -> int | None:
+    """Return the number of paired problems that show a difference of two accuracies.
+
+    `variance` is that of the problems' differences: with one sample each, the fraction
+    of problems that only one run solves, less the squared difference. The normal
+    approximation (Miller, 2024, arXiv 2411.00640, eq. 9). Return None for a difference
+    of 0.
+    """
+    if not (0 < power < 1 and 0 < level < 1 and variance >= 0):
+        raise ValueError(f"got power={power}, level={level}, variance={variance}; allowed: between 0 and 1, and 0 or more")
+    if difference == 0:
+        return None
+    quantiles = NormalDist().inv_cdf(1 - level / 2) + NormalDist().inv_cdf(power)
+    return max(2, math.ceil(quantiles**2 * variance / difference**2))
 
 
 def _discordant(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> tuple[int, int, int]:

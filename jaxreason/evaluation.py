@@ -1,33 +1,42 @@
 """Held-out accuracy and held-out text.
 
-Each suite of tasks is attempted once per temperature and judged; accuracy has a 95 %
-Wilson interval. Windows of text are scored token by token, the measure of pretraining.
+The tasks of a suite are attempted once or several times per temperature and judged;
+accuracy has a 95 % interval. Windows of text are scored token by token, the measure of
+pretraining.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxreason import estimators
 from jaxreason.draw import ALL, Filter
-from jaxreason.environment import Environment
-from jaxreason.estimators import wilson
+from jaxreason.environment import Environment, count_failures
 from jaxreason.rollout import SAMPLING_LOCK, Completer, Request, collect_local, gather_groups
-from jaxreason.types import Batch, Evaluation, Prompted, Rollout
+from jaxreason.sampler import Weights
+from jaxreason.types import Batch, Evaluation, Group, Prompted, Rollout, Verdict
 
 EVALUATION = 2**31  # folded into the seed's key; training folds in the index of the phase
 
 
 class Suite(NamedTuple):
-    """Named set of held-out tasks with the environment that judges them."""
+    """Named set of held-out tasks with the environment that judges them, and how they
+    are attempted.
+    """
 
     name: str
     tasks: Sequence[Prompted]
     environment: Environment
+    samples: int = 1  # attempts at each task; greedy decoding makes one
+    temperatures: Sequence[float] | None = None  # None: those of the evaluation
+    max_tokens: int | None = None  # of a completion; None: the completer's
+    same: Callable[[str, str], bool] | None = None  # whether two answers are equivalent, for votes; None: equal texts
 
 
 class Text(NamedTuple):
@@ -45,7 +54,7 @@ class Result(NamedTuple):
     """
 
     evaluations: list[Evaluation]
-    rollouts: list[Rollout]
+    rollouts: list[Rollout]  # in the order of the evaluations, n x samples of each
     nll: dict[str, float]
     work: dict[str, float]  # tokens sampled and FLOPs, for the ledger
 
@@ -83,18 +92,194 @@ def evaluate(
     evaluations, all_rollouts = [], []
     with SAMPLING_LOCK:
         weights = completer.sampler.prepare(params)
-    for i, suite in enumerate(suites):
-        tasks = [suite.tasks[j] for j in range(min(n, len(suite.tasks)))]
-        wanted = [[Request(task, j, 0, prompt)] for j, (task, prompt) in enumerate(tasks)]
-        for temperature in temperatures:
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), EVALUATION), i)
-            options = {"key": key, "temperature": temperature, "filter": filter}
-            groups, _ = gather_groups(collect_local(completer, weights, wanted, suite.environment, **options), wanted)
-            rollouts = [r for group in groups for r in group.attempts]
-            correct = sum(r.verdict.correct for r in rollouts)
-            low, high = wilson(correct, len(rollouts))
-            accuracy = correct / len(rollouts)
-            verdicts = "".join("01"[bool(r.verdict.correct)] for r in rollouts)
-            evaluations.append(Evaluation(phase, step, suite.name, accuracy, low, high, len(rollouts), temperature, verdicts))
-            all_rollouts += rollouts
+    for suite in suites:
+        for temperature in temperatures if suite.temperatures is None else suite.temperatures:
+            wanted = requests(suite, n, temperature)
+            groups = attempt(completer, weights, suite, wanted, temperature=temperature, seed=seed, filter=filter)
+            outcomes_NK = [[outcome(r) for r in group.attempts] for group in groups]
+            evaluations.append(summarise(outcomes_NK, suite, temperature, phase=phase, step=step))
+            all_rollouts += [r for group in groups for r in group.attempts]
     return evaluations, all_rollouts
+
+
+def requests(suite: Suite, n: int, temperature: float) -> list[list[Request]]:
+    """List the attempts at the first n tasks of a suite, one list per task."""
+    samples = suite.samples if temperature else 1
+    tasks = (suite.tasks[i] for i in range(min(n, len(suite.tasks))))
+    return [[Request(task, i, attempt, prompt) for attempt in range(samples)] for i, (task, prompt) in enumerate(tasks)]
+
+
+def attempt(
+    completer: Completer,
+    weights: Weights,
+    suite: Suite,
+    wanted: Sequence[Sequence[Request]],
+    *,
+    temperature: float,
+    seed: int,
+    filter: Filter = ALL,
+    **options,
+) -> list[Group]:
+    """Make the wanted attempts at tasks of a suite, on all processes.
+
+    The random key of an attempt depends on the seed, the suite's name, the task's index
+    and the attempt's number alone, so a suite draws the same samples in a training run,
+    alone, in parts and beside other suites. `options` are those of `rollout.collect`.
+    """
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), EVALUATION), zlib.crc32(suite.name.encode()))
+    if suite.max_tokens is not None:
+        completer = completer._replace(max_tokens=min(suite.max_tokens, completer.max_tokens))
+    options |= {"key": key, "temperature": temperature, "filter": filter}
+    return gather_groups(collect_local(completer, weights, wanted, suite.environment, **options), wanted)[0]
+
+
+# --- statistics ---
+
+
+class Outcome(NamedTuple):
+    """What the statistics of an evaluation need of a rollout."""
+
+    correct: bool
+    parsed: str | None
+    reason: str
+    stop: str
+    length: int  # tokens of the completion
+    logp: float  # mean log-prob of its tokens
+
+
+def outcome(r: Rollout) -> Outcome:
+    return outcome_of(
+        {
+            "correct": r.verdict.correct,
+            "parsed": r.verdict.parsed,
+            "reason": r.verdict.reason,
+            "stop": r.stop,
+            "length": len(r.tokens),
+            "logp_sum": float(np.sum(r.logp, dtype=np.float64)),
+        }
+    )
+
+
+def outcome_of(record: Mapping[str, Any]) -> Outcome:
+    """Return the outcome of a rollout from its record in `rollouts.jsonl`.
+
+    A log-prob that is not finite was written as null.
+    """
+    logp = -np.inf if record["logp_sum"] is None else record["logp_sum"] / max(1, record["length"])
+    return Outcome(bool(record["correct"]), record["parsed"], record["reason"], record["stop"], record["length"], float(logp))
+
+
+def summarise(outcomes_NK: Sequence[Sequence[Outcome]], suite: Suite, temperature: float, *, phase: str, step: int) -> Evaluation:
+    """Summarise N tasks with K outcomes each."""
+    correct_NK = np.array([[o.correct for o in outcomes] for outcomes in outcomes_NK], np.float64)
+    n, samples = correct_NK.shape
+    found = estimators.clustered(correct_NK)
+    verdicts = "".join("01"[int(correct)] for correct in correct_NK.ravel())
+    measures = measure(outcomes_NK, suite.same)
+    return Evaluation(phase, step, suite.name, found.mean, found.low, found.high, n, temperature, verdicts, samples, measures)
+
+
+QUANTILES = (0.5, 0.9, 0.99)
+
+
+def measure(outcomes_NK: Sequence[Sequence[Outcome]], same: Callable[[str, str], bool] | None = None) -> dict[str, float]:
+    """Measure N tasks with K outcomes each.
+
+        length, length_p50, length_p90, length_p99   tokens of a completion
+        cut_off             fraction of completions that were cut off at their limit
+        answered            fraction in which the verifier found an answer
+        verifier_errors, verifier_timeouts, bad_keys   fractions that could not be judged
+
+    and, with several samples:
+
+        pass@K, pass^K      chance that at least one, or all, of K samples are correct
+        majority@K          chance that the most frequent answer of K is correct
+        best_logp@K         chance that the sample of K with the highest mean log-prob is
+        sampling_share      see `estimators.clustered`
+        majority_share      mean share of the samples that agree with the majority
+        calibration_error   see `estimators.calibration`
+    """
+    every = [o for outcomes in outcomes_NK for o in outcomes]
+    samples = len(outcomes_NK[0])
+    length_R = np.array([o.length for o in every])
+    found = {"length": float(length_R.mean())}
+    found |= {f"length_p{q * 100:.0f}": float(np.quantile(length_R, q)) for q in QUANTILES}
+    found |= {
+        "cut_off": float(np.mean([o.stop == "limit" for o in every])),
+        "answered": float(np.mean([o.parsed is not None for o in every])),
+    }
+    failures = count_failures(Verdict(0.0, o.correct, o.parsed, o.reason) for o in every)
+    found |= {name: count / len(every) for name, count in failures.items()}
+    if samples > 1:
+        for use in USES:
+            label = f"{use}{samples}" if use == "pass^" else f"{use}@{samples}"
+            found[label] = means_at(outcomes_NK, use, [samples], same)[samples]
+        found["sampling_share"] = estimators.clustered([[o.correct for o in outcomes] for outcomes in outcomes_NK]).sampling_share
+        share_N, right_N = majorities(outcomes_NK, same)
+        found["majority_share"] = float(np.mean(share_N))
+        found["calibration_error"] = estimators.calibration(share_N, right_N).error
+    return found
+
+
+def curves(
+    outcomes_NK: Sequence[Sequence[Outcome]], same: Callable[[str, str], bool] | None = None
+) -> dict[str, dict[int, float]]:
+    """Return accuracy against the number of samples k, for each use of k samples.
+
+    The keys are those of `USES`: "pass" (any is correct), "pass^" (all are), "majority"
+    and "best_logp"; each value maps k to a mean over tasks, exact over all subsets of k
+    samples. All k up to K are there; for votes, only powers of two and K where K is
+    above 16.
+    """
+    samples = len(outcomes_NK[0])
+    every = range(1, samples + 1)
+    voted = [k for k in every if samples <= 16 or k == samples or k & (k - 1) == 0]
+    return {use: means_at(outcomes_NK, use, voted if use == "majority" else every, same) for use in USES}
+
+
+USES = ("pass", "pass^", "majority", "best_logp")
+
+
+def means_at(
+    outcomes_NK: Sequence[Sequence[Outcome]], use: str, ks: Iterable[int], same: Callable[[str, str], bool] | None
+) -> dict[int, float]:
+    """Return the mean over tasks of one use of k samples, for each of some k."""
+    found: dict[int, list[float]] = {k: [] for k in ks}
+    for outcomes in outcomes_NK:
+        correct = [o.correct for o in outcomes]
+        answers = canonical_answers([o.parsed for o in outcomes], same) if use == "majority" else ()
+        for k, values in found.items():
+            if use == "pass":
+                values.append(estimators.pass_at_k(len(correct), sum(correct), k))
+            elif use == "pass^":
+                values.append(estimators.pass_hat_k(len(correct), sum(correct), k))
+            elif use == "majority":
+                values.append(estimators.majority_at_k(answers, correct, k))
+            else:
+                values.append(estimators.best_of_k([o.logp for o in outcomes], correct, k))
+    return {k: float(np.mean(values)) for k, values in found.items()}
+
+
+def canonical_answers(answers: Sequence[str | None], same: Callable[[str, str], bool] | None) -> list[str | None]:
+    """Replace each answer by the first one that is equivalent to it."""
+    first: dict[str, str] = {}
+    for answer in answers:
+        if answer is not None and answer not in first:
+            classes = dict.fromkeys(first.values())
+            first[answer] = next((other for other in classes if same is not None and same(other, answer)), answer)
+    return [None if answer is None else first[answer] for answer in answers]
+
+
+def majorities(
+    outcomes_NK: Sequence[Sequence[Outcome]], same: Callable[[str, str], bool] | None = None
+) -> tuple[list[float], list[float]]:
+    """Return, for each task, the share of its samples that agree with the most frequent
+    answer, and the chance that this answer is correct.
+    """
+    share_N, right_N = [], []
+    for outcomes in outcomes_NK:
+        answers, correct = canonical_answers([o.parsed for o in outcomes], same), [o.correct for o in outcomes]
+        largest = max((len(c.correct) for c in estimators.answer_classes(answers, correct)), default=0)
+        share_N.append(largest / len(outcomes))
+        right_N.append(estimators.majority_at_k(answers, correct))
+    return share_N, right_N

@@ -141,12 +141,14 @@ def collect(
     key,
     temperature: float,
     filter: Filter = ALL,
+    judged: Callable[[Rollout], None] = lambda rollout: None,
 ) -> tuple[list[Rollout], SamplingStats]:
     """Sample every request and judge it.
 
     Attempts at one problem should be neighbours in `requests`, so that their prompt is
     prefilled once. `weights` are `sampler.prepare(params)`; `key` is derived from
-    (seed, phase, step).
+    (seed, phase, step). `judged` is called with each rollout as soon as it has its
+    verdict, in no fixed order.
 
     Raises:
       ValueError: a prompt is empty, or longer than the largest bucket.
@@ -154,7 +156,7 @@ def collect(
     """
     check(completer, requests)
     with SAMPLING_LOCK, contextlib.closing(Threads(THREADS)) as threads:
-        collection = Collection(completer, weights, requests, environment, threads, key, temperature, filter)
+        collection = Collection(completer, weights, requests, environment, threads, key, temperature, filter, judged)
         while collection.goes_on():
             collection.hear()
             collection.fill()
@@ -296,9 +298,9 @@ def nothing(S: int, T: int) -> tuple:
 class Collection:
     """State of one `collect`."""
 
-    def __init__(self, completer, weights, requests, environment, threads, key, temperature, filter):
+    def __init__(self, completer, weights, requests, environment, threads, key, temperature, filter, judged):
         self.completer, self.sampler, self.weights, self.environment = completer, completer.sampler, weights, environment
-        self.threads, self.temperature, self.filter = threads, temperature, filter
+        self.threads, self.temperature, self.filter, self.judged = threads, temperature, filter, judged
         self.key_R = keys_of(key, requests)
         self.queue = collections.deque(enumerate(requests))
         self.prompts, self.rows = Prompts(completer, weights, requests), PromptRows(self.sampler)
@@ -363,6 +365,7 @@ class Collection:
                 self.environment.failures.hear(step)
             if step.verdict is not None:
                 self.rollouts[attempt.index] = dataclasses.replace(attempt.rollout, verdict=step.verdict)
+                self.judged(self.rollouts[attempt.index])
                 self.leave(attempt)
             elif attempt.slot is None:
                 raise ValueError("an environment with one_turn=True gave an observation; it must give a verdict at every step")

@@ -142,7 +142,9 @@ class Outputs(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Accuracy of one suite at one temperature, with a 95 % Wilson interval."""
+    """Accuracy of one suite at one temperature, with a 95 % interval: Wilson's, or one
+    clustered by task if each task has several samples.
+    """
 
     phase: str
     step: int
@@ -150,9 +152,11 @@ class Evaluation(NamedTuple):
     accuracy: float
     low: float
     high: float
-    n: int
+    n: int  # tasks
     temperature: float
-    verdicts: str = ""  # a letter per task, in order: 1 is correct, 0 is not; for paired tests
+    verdicts: str = ""  # a letter per attempt, those at one task together: 1 is correct, 0 is not; for paired tests
+    samples: int = 1  # attempts at each task
+    measures: Mapping[str, float] = {}  # see `evaluation.measure`
 
 
 Tasks = Sequence[Task]  # random access: `len(tasks)`, `tasks[i]`

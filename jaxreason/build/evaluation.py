@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 
-from jaxreason import batching, data, evaluation, sharding
+from jaxreason import batching, data, evaluation, sharding, verify
 from jaxreason import objectives as objectives_
 from jaxreason.build.sampler import make_filter
-from jaxreason.build.tasks import Parts, check_keys, check_positive, drop_long_prompts, encode_documents, judge, load_held_out
+from jaxreason.build.tasks import (
+    OF_ENVIRONMENT,
+    Parts,
+    check_keys,
+    check_positive,
+    drop_long_prompts,
+    encode_documents,
+    judge,
+    load_held_out,
+)
 from jaxreason.draw import Filter
 from jaxreason.logp import compile_token_logp
 from jaxreason.options import call_with_section
@@ -32,7 +42,7 @@ def make_evaluate(
     The filter is None without suites. `evaluate` attempts n tasks of each suite, or
     `final_n` if `final`.
 
-    The section of a suite is that of its tasks and may also have a `verifier`. The
+    The section of a suite is that of its tasks, with the fields of `attempted`. The
     section of a text has its documents (`task`), the `length` of its windows and their
     number (`rows`). If sources read the same files, sources get the train split and
     suites the test split, unless their sections name one; files that no source reads
@@ -44,22 +54,9 @@ def make_evaluate(
     if suites and not temperatures:
         raise ValueError("config.evaluate.temperatures is empty; allowed: one or more, 0 is greedy")
     check_positive("config.evaluate", n=n, final_n=n if final_n is None else final_n)
-    if wrong := [t for t in temperatures if not 0 <= t < float("inf")]:
-        raise ValueError(f"config.evaluate.temperatures got {wrong[0]}; allowed: 0 (greedy) or more, finite")
-    # Compare temperatures as the metrics print them, so that each has its own metric.
-    if twice := [t for i, t in enumerate(temperatures) if f"{t:g}" in [f"{other:g}" for other in temperatures[:i]]]:
-        raise ValueError(f"config.evaluate.temperatures has {twice[0]:g} twice; allowed: each once")
-    longest_prompt = completer.sampler.length - completer.max_tokens
-    made = []
-    for name, section in suites.items():
-        task = {k: v for k, v in section.items() if k != "verifier"}
-        items = load_held_out(task, parts, f"suite {name!r}", allow_overlap, size=max(n, final_n or n))
-        prompted = drop_long_prompts(items, parts.format.prompt, longest_prompt, f"suite {name!r}", parts.say)
-        items = [task for task, _ in prompted]
-        own = section.get("verifier")
-        verifier = parts.verifier if own is None else own
-        check_keys(items, verifier, f"suite {name!r}", parts.say)
-        made.append(evaluation.Suite(name, prompted, judge(verifier, items)))
+    check_temperatures("config.evaluate.temperatures", temperatures)
+    most = max(n, final_n or n)
+    made = [make_suite(name, section, parts, most, allow_overlap) for name, section in suites.items()]
 
     made_texts = [
         call_with_section(
@@ -94,11 +91,61 @@ def make_evaluate(
     return evaluate, filter if suites else None
 
 
-def judged(
+def attempted(
     *,
     verifier: dict | None = None,  # verifier of this suite; None: that of the config
+    samples: int = 1,  # attempts at each task; temperature 0 makes one
+    temperatures: Sequence[float] | None = None,  # of this suite; None: those of `evaluate`
+    max_tokens: int | None = None,  # tokens of a completion, at most; None: sampler.max_tokens
+    instruction: str | None = None,  # text of the prompt, with {question}; None: text.instruction
 ):
-    """Declare the field that a suite has besides those of its tasks."""
+    """Declare the fields that a suite has besides those of its tasks."""
+
+
+def make_suite(name: str, section: dict, parts: Parts, n: int, allow_overlap: bool) -> evaluation.Suite:
+    """Load the tasks of a suite, at least n if there are so many, with their prompts
+    and their judge.
+
+    Raises:
+      ValueError: a wrong field, or tasks that can't be attempted or judged.
+    """
+    where, what = f"config.evaluate.suites.{name}", f"suite {name!r}"
+    own = {field: section.get(field) for field in inspect.signature(attempted).parameters}
+    task = {field: value for field, value in section.items() if field not in own}
+    completer, samples = parts.completer, 1 if own["samples"] is None else own["samples"]
+    check_positive(where, samples=samples, max_tokens=1 if own["max_tokens"] is None else own["max_tokens"])
+    if own["max_tokens"] is not None and own["max_tokens"] > completer.max_tokens:
+        raise ValueError(
+            f"{where}.max_tokens got {own['max_tokens']}; allowed: up to sampler.max_tokens={completer.max_tokens}; raise that"
+        )
+    if own["temperatures"] is not None:
+        check_temperatures(f"{where}.temperatures", own["temperatures"])
+    if own["temperatures"] == ():
+        raise ValueError(f"{where}.temperatures is empty; allowed: one or more, 0 is greedy, or None")
+    items = load_held_out(task, parts, what, allow_overlap, size=n)
+    format = parts.format if own["instruction"] is None else parts.reword(own["instruction"])
+    longest_prompt = completer.sampler.length - completer.max_tokens
+    prompted = drop_long_prompts(items, format.prompt, longest_prompt, what, parts.say)
+    items = [task for task, _ in prompted]
+    verifier = parts.verifier if own["verifier"] is None else own["verifier"]
+    check_keys(items, verifier, what, parts.say)
+    return evaluation.Suite(
+        name,
+        prompted,
+        judge(verifier, items),
+        samples=samples,
+        temperatures=own["temperatures"],
+        max_tokens=own["max_tokens"],
+        same=verify.equivalence(**{k: v for k, v in verifier.items() if k not in OF_ENVIRONMENT}),
+    )
+
+
+def check_temperatures(where: str, temperatures: Sequence[float]) -> None:
+    if wrong := [t for t in temperatures if not 0 <= t < float("inf")]:
+        raise ValueError(f"{where} got {wrong[0]}; allowed: 0 (greedy) or more, finite")
+    # Compare temperatures as the metrics print them, so that each has its own metric.
+    if twice := [t for i, t in enumerate(temperatures) if f"{t:g}" in [f"{other:g}" for other in temperatures[:i]]]:
+        raise ValueError(f"{where} has {twice[0]:g} twice; allowed: each once")
 
 
 def held_out_text(

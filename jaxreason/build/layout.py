@@ -17,7 +17,7 @@ from typing import NamedTuple
 from jaxreason import objectives as objectives_
 from jaxreason import optimizer as optimizer_
 from jaxreason import sharding, tasks, text, verify
-from jaxreason.build.evaluation import held_out_text, judged, make_evaluate, make_log
+from jaxreason.build.evaluation import attempted, held_out_text, make_evaluate, make_log
 from jaxreason.build.model import make_model, make_text
 from jaxreason.build.phases import SOURCES, make_phase, make_source
 from jaxreason.build.sampler import make_completer
@@ -191,7 +191,7 @@ def section_of_task(values: dict, more: tuple[Callable, ...] = ()) -> fields.Sec
 
 
 def section_of_suite(values: dict) -> fields.Section:
-    return section_of_task(values, (judged,))
+    return section_of_task(values, (attempted,))
 
 
 def section_of_text(values: dict) -> fields.Section:

@@ -233,6 +233,11 @@ def make_text(
     return made, text.chat(made, source, **keywords, date=today, path=path)
 
 
+def reword(section: dict, folder: Path | None, instruction: str) -> text.Format:
+    """Make the format of a `text` section with another instruction."""
+    return call_with_section(make_text, section | {"instruction": instruction}, "config.text", folder=folder)[1]
+
+
 def to_date(date: str | None) -> datetime.date | None:
     try:
         return None if date is None else datetime.date.fromisoformat(date)

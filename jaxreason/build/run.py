@@ -17,7 +17,7 @@ import jax
 from jaxreason import __version__, sharding, text
 from jaxreason.build.evaluation import make_evaluate, make_log
 from jaxreason.build.layout import from_earlier, settle
-from jaxreason.build.model import check_size, init_params, read_model_and_text, start_from
+from jaxreason.build.model import check_size, init_params, read_model_and_text, reword, start_from
 from jaxreason.build.phases import make_phase
 from jaxreason.build.sampler import make_completer, warm_up
 from jaxreason.build.tasks import Parts, load_tasks, trained_sections
@@ -80,6 +80,7 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
         meshes=meshes,
         devices=sharding.row_devices(meshes.learn),
         say=say,
+        reword=functools.partial(reword, config["text"], folder),
         loaded=list(trained_before(config.get("init_from"), say)),
     )
     phases = [call_with_section(make_phase, config[name], f"config.{name}", name=name, parts=parts) for name in phase_names]

@@ -30,6 +30,7 @@ class Parts(NamedTuple):
     meshes: sharding.Meshes
     devices: int  # number of devices that rows are split over
     say: Callable[[str], None]
+    reword: Callable[[str], text.Format]  # instruction -> the format with this instruction
     loaded: list[tuple[str, Sequence]] | None = None  # (description, items) of all training data
 
 

@@ -46,6 +46,19 @@ def make(
     return made
 
 
+def equivalence(name: str, **kwargs) -> Callable[[str, str], bool] | None:
+    """Return a function that tells whether two answers that a verifier has found are
+    the same, for votes; None if only equal texts are.
+
+    Expressions of countdown are compared by value, and answers in mathematics as `math`
+    does. Numbers need no comparison: `number` writes equal ones alike.
+    """
+    if name == "math":
+        judge = make(name, **kwargs)
+        return lambda one, other: judge(f"\\boxed{{{other}}}", Task("", f"${one}$")).correct
+    return countdown.same_value if name == "countdown" else None
+
+
 def bad_keys(verify: Callable[[str, Task], Verdict], tasks: Sequence[Task]) -> list[Task]:
     """Return the tasks whose keys a verifier of this package can't judge."""
     return [task for task in tasks if verify("", task).reason == BAD_KEY]

@@ -112,3 +112,11 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]]:
     if pending:
         raise ValueError("not an expression")
     return values[0], used
+
+
+def same_value(one: str, other: str) -> bool:
+    """Tell whether two expressions have the same value."""
+    try:
+        return evaluate(one)[0] == evaluate(other)[0]
+    except (ValueError, ZeroDivisionError):
+        return False
