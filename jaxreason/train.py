@@ -67,6 +67,7 @@ class Run(NamedTuple):
     watts: float | None = None  # watts per device, for the ledger
     rollouts_kept: int = 64  # rollouts written to rollouts.jsonl per step, at most
     log_options: Mapping[str, Any] = {}  # for `runtime.log.open_log`
+    report: bool = True  # write report.html at the end
     open_checkpoints: Callable[..., Checkpoints] | None = None  # (folder)
 
 

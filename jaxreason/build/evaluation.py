@@ -182,6 +182,7 @@ def make_log(
     tensorboard: bool = True,  # write tensorboard/
     live: bool = True,  # show a live table if on a terminal
     wandb: dict | None = None,  # arguments of wandb.init; None: not used
+    report: bool = True,  # write report.html at the end of the run
 ) -> dict:
     """Return the fields of a `Run` that configure its log."""
     if rollouts_kept < 0:
@@ -189,4 +190,4 @@ def make_log(
     if watts is not None and not watts > 0:
         raise ValueError(f"config.log.watts got {watts}; allowed: None, or the watts of a busy device, above 0")
     options = {"tensorboard": tensorboard, "live": live, "wandb": wandb}
-    return {"rollouts_kept": rollouts_kept, "watts": watts, "log_options": options}
+    return {"rollouts_kept": rollouts_kept, "watts": watts, "log_options": options, "report": report}
