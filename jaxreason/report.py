@@ -4,8 +4,9 @@ writes one self-contained page about runs.
 It has their learning curves, accuracies with intervals and paired tests, times, costs,
 configs and versions. Runs that differ only in their seed become one line with a band.
 The page of one run is RUN/report.html, that of several report.html in the working
-directory. Training writes it at the end (`config.log.report`). `--png` also writes each
-chart as a PNG file beside the page, which needs matplotlib (`pip install -e '.[look]'`).
+directory. Training writes it at the end (`config.log.report`). `--png` also writes
+each chart as a PNG file beside the page, which needs matplotlib (`pip install -e
+'.[look]'`).
 """
 
 from __future__ import annotations

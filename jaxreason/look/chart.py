@@ -46,6 +46,7 @@ class Chart(NamedTuple):
     y_range: tuple[float | None, float | None] = (None, None)  # values that the axis includes, at least
     log_y: bool = False
     note: str = ""
+    whole_x: bool = False  # x counts something, so that ticks between whole numbers make no sense
 
 
 class Axis(NamedTuple):
@@ -69,16 +70,16 @@ def finite(value: Any) -> bool:
 
 
 def nice_step(raw: float) -> float:
-    """Return the smallest of 1, 2, 2.5, 5 times a power of ten that is not below raw."""
+    """Return the smallest of 1, 2, 2.5 or 5 times a power of ten that is >= raw."""
     power = 10.0 ** math.floor(math.log10(raw))
     return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * (1 - 1e-9))
 
 
-def axis(values: Sequence[float], most: int, *, tight: bool = False, log: bool = False) -> Axis:
+def axis(values: Sequence[float], most: int, *, tight: bool = False, log: bool = False, whole: bool = False) -> Axis:
     """Make an axis for some values with about `most` ticks.
 
     It ends at ticks, unless it is `tight`: then at the values. A log axis needs values
-    above 0.
+    above 0. The ticks of a `whole` axis are whole numbers.
     """
     low, high = (min(values), max(values)) if len(values) else (0.0, 1.0)
     if log:
@@ -87,6 +88,7 @@ def axis(values: Sequence[float], most: int, *, tight: bool = False, log: bool =
         pad = 0.5 * abs(high) if high else 1.0
         low, high = low - pad, high + pad
     step = nice_step((high - low) / most)
+    step = max(1.0, math.ceil(step)) if whole else step
     if not tight:
         low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
@@ -99,8 +101,8 @@ def axis(values: Sequence[float], most: int, *, tight: bool = False, log: bool =
 
 
 def log_axis(low: float, high: float) -> Axis:
-    """Make a logarithmic axis with ticks at powers of ten, or at 1, 2 and 5 times them if
-    the range is short.
+    """Make a logarithmic axis with ticks at powers of ten, or at 1, 2 and 5 times them
+    if the range is short.
     """
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     last = max(last, first + 1)
@@ -134,7 +136,7 @@ def frame(chart: Chart, width: int, height: int) -> Frame:
     y_values += [y for y in chart.y_range if y is not None and not log]
     y = axis(y_values, 5, log=log)
     left = 14 + 6.6 * max(len(label) for _, label in y.ticks)
-    return Frame(axis(x_values, max(3, width // 90), tight=True), y, left, 18, width - 16, height - 38)
+    return Frame(axis(x_values, max(3, width // 90), tight=True, whole=chart.whole_x), y, left, 18, width - 16, height - 38)
 
 
 def svg(chart: Chart, width: int, height: int) -> str:
@@ -272,7 +274,7 @@ def draw_png(chart: Chart, out: Path) -> None:
 
 
 def plain(text: str) -> str:
-    """Return a text that matplotlib shows as it is: without formulas between dollars."""
+    """Return a text as matplotlib shows it, without formulas between dollars."""
     return "".join(c if c.isprintable() else "?" for c in text[:60]).replace("$", r"\$")
 
 
@@ -326,7 +328,11 @@ function number(value) {
   if (value == null) return "–";
   const size = Math.abs(value);
   if (Number.isInteger(value) && size < 1e9) return value.toLocaleString("en-US");
-  if (size && (size < 1e-4 || size >= 1e9)) return value.toExponential(3);
+  if (size && (size < 1e-4 || size >= 1e9)) {
+    const [digits, power] = value.toExponential(3).split("e");
+    const raised = [...power.replace("+", "")].map(c => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(c)]).join("");
+    return `${Number(digits)}×10${raised}`;
+  }
   return value.toLocaleString("en-US", {maximumSignificantDigits: size >= 1000 ? 6 : 4});
 }
 function nearest(values, x) {

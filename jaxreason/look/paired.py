@@ -134,8 +134,8 @@ def compare_pairs(pairs: Sequence[tuple[Evaluation, Evaluation]], names: tuple[s
 
 
 def changes(group: Group) -> list[Difference]:
-    """Compare the last evaluation of a group's runs with the first one, and with the one
-    before the last phase.
+    """Compare the last evaluation of a group's runs with the first one, and with the
+    one before the last phase.
     """
     found = []
     for suite, temperature in suites_of([group]):
@@ -163,8 +163,8 @@ def before_phase(run: Run, suite: str, temperature: float, phase: str) -> Evalua
 
 
 def between(groups: Sequence[Group]) -> list[Difference]:
-    """Compare the last evaluations of each group with those of the first group; p-values
-    are corrected for their number.
+    """Compare the last evaluations of each group with those of the first group.
+    P-values are corrected for their number.
     """
     found = []
     base, *others = groups

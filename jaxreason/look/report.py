@@ -123,7 +123,9 @@ class Report:
         switches = radios("unit", "Against", {unit: charts_.UNITS[unit] for unit in units}, "steps")
         if len(ranges) > 1:
             switches += radios("range", "Over", {str(i): name for i, name in enumerate(ranges.values())}, str(len(ranges) - 1))
-        words = "Held-out problems. Whiskers are the 95 % interval over problems."
+        words = "Held-out problems."
+        if any(len(group.runs) == 1 for group in self.groups):
+            words += " Whiskers are the 95 % interval over problems."
         if any(len(group.runs) > 1 for group in self.groups):
             words += (
                 " The line of several runs is their mean, at the steps that all have; the band spans the lowest to the highest."

@@ -95,7 +95,7 @@ def units(runs: Sequence[Run]) -> list[str]:
 
 
 def evaluation_chart(quantity: Quantity, groups: Sequence[Group], unit: str, phase: str | None) -> Chart:
-    """Draw a quantity against a unit, over the whole run or from the start of a phase."""
+    """Draw a quantity against a unit, over the whole run or one phase."""
     label, scale = unit_scale(unit, [run for group in groups for run in group.runs])
     series: list[Series] = []
     for i, group in enumerate(groups):
@@ -105,7 +105,9 @@ def evaluation_chart(quantity: Quantity, groups: Sequence[Group], unit: str, pha
             series += evaluation_series(name, line, group, unit, phase, scale, color=i if len(groups) > 1 else j)
     since = f" since the start of phase {phase[:40]}" if phase else ""
     banded = any(s.spread == "band" for s in series)
-    return Chart(quantity.title, f"{label}{since}", series, "range" if banded else "95 %", quantity.y_range)
+    return Chart(
+        quantity.title, f"{label}{since}", series, "range" if banded else "95 %", quantity.y_range, whole_x=unit == "steps"
+    )
 
 
 def unit_scale(unit: str, runs: Sequence[Run]) -> tuple[str, float]:
@@ -216,7 +218,7 @@ def training_chart(metric: str, groups: Sequence[Group], phase: str) -> Chart:
     y = [value for s in series for value in s.y if value is not None]
     log = metric == "train/grad_norm" and min(y) > 0 and max(y) / min(y) > 100
     title = SHOWN.get(metric, metric[:80])
-    return Chart(title, "steps of the phase", series, "range", y_range, log, note)
+    return Chart(title, "steps of the phase", series, "range", y_range, log, note, whole_x=True)
 
 
 def training_series(name: str, x_T: np.ndarray, y_RT: np.ndarray, size: int, color: int) -> Series:

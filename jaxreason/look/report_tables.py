@@ -64,10 +64,10 @@ def cut(text: Any, most: int = LONGEST) -> str:
 
 
 def amount(value: float | None) -> str:
-    """Format a count: with commas, or with a power of ten from a billion on."""
+    """Format a count: with commas, or from 10^8 on with a power of ten."""
     if value is None:
         return "–"
-    if abs(value) >= 1e9:
+    if abs(value) >= 1e8:
         mantissa, _, power = f"{value:.2e}".partition("e")
         return f"{mantissa}×10{str(int(power)).translate(SUPERSCRIPTS)}"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
@@ -168,6 +168,8 @@ def cost_tiles(group: Group) -> list[tuple[str, str, str]]:
         kinds = totals.get(unit)
         if kinds:
             more = ", ".join(f"{kind} {amount(value)}" for kind, value in kinds.items() if value)
+            if unit == "joules" and (watts := mapping(group.runs[0].config.get("log")).get("watts")):
+                more += f"; config.log.watts = {cut(watts, 40)}"
             tiles.append((f"{label}{several}", amount(sum(kinds.values())), more))
         elif unit == "joules":
             tiles.append(("Joules", "not measured", "set config.log.watts for an estimate"))

@@ -194,8 +194,8 @@ def to_evaluation(record: Any) -> Evaluation | None:
 
 
 def read_environment(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return versions, revision and devices of a run: from its summary, or else from its
-    newest checkpoint that has them.
+    """Return versions, revision and devices of a run: from its summary, or else from
+    its newest checkpoint that has them.
     """
     if found := mapping(summary.get("environment")):
         return flat(found)
@@ -256,7 +256,8 @@ def name_groups(groups: Sequence[Sequence[Run]]) -> list[str]:
     """
     folders = name_folders([members[0].folder for members in groups])
     if len(groups) == 1:
-        return folders
+        parents = {run.folder.absolute().parent for run in groups[0]}
+        return folders if len(groups[0]) == 1 or len(parents) > 1 else [parents.pop().name]
     fields = differing([members[0].config for members in groups])
     ends = [name.rpartition(".")[2] for name in fields]
     short = {name: name if ends.count(end) > 1 else end for name, end in zip(fields, ends)}
