@@ -503,7 +503,7 @@ def test_a_page_in_a_browser(tmp_path, browser):
     svg.send_keys(Keys.END)
     read = figure.find_element("css selector", ".readout").text
     low, high = estimators.wilson(30, 120)
-    assert f"0.25 [{low:.4f}, {high:.4f}]" in read.replace("\n", " ")
+    assert f"0.25 [{low:.3f}, {high:.3f}]" in read.replace("\n", " ")
     figure.find_element("css selector", "details.numbers summary").send_keys(Keys.ENTER)
     rows = figure.find_elements("css selector", "tbody tr")
     assert len(rows) == 4  # two runs, two evaluations

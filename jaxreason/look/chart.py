@@ -226,9 +226,8 @@ def figure(chart: Chart, key: str, *, width: int = 430, height: int = 250, with_
     parts.append("</figcaption>")
     if with_legend and len(names) > 1:
         parts.append(legend(names))
-    parts.append(svg(chart, width, height))
-    parts.append('<div class="foot"><details class="numbers"><summary>Numbers</summary></details>')
-    parts.append('<div class="readout" aria-live="polite"></div></div></figure>')
+    parts.append(f'<div class="plot">{svg(chart, width, height)}<div class="readout" aria-live="polite" hidden></div></div>')
+    parts.append('<details class="numbers"><summary>Numbers</summary></details></figure>')
     return "".join(parts)
 
 
@@ -288,8 +287,9 @@ STYLE = (
     + """
 figure.chart { margin: 0; min-width: 0; }
 figure.chart figcaption { font-size: 14px; }
-figure.chart figcaption span, .readout, .legend { color: var(--faint); font-size: 13px; }
-figure.chart > svg { display: block; width: 100%; height: auto; }
+figure.chart figcaption span, .legend { color: var(--faint); font-size: 13px; }
+.plot { position: relative; }
+.plot > svg { display: block; width: 100%; height: auto; }
 svg .grid, svg .axis { fill: none; stroke: var(--line); stroke-width: 1; }
 svg .axis { stroke: var(--faint); }
 svg text { font: 11px system-ui, sans-serif; fill: var(--faint); font-variant-numeric: tabular-nums; }
@@ -304,15 +304,17 @@ svg .cursor path { stroke: var(--faint); stroke-width: 1; stroke-dasharray: 3 3;
 svg .cursor circle { fill: var(--color); stroke: var(--paper); stroke-width: 1.5; }
 ul.legend { list-style: none; margin: .1rem 0; padding: 0; display: flex; flex-wrap: wrap; gap: .1rem 1rem; }
 ul.legend svg { margin-right: .35rem; vertical-align: middle; }
-.foot { display: grid; grid-template-columns: auto 1fr; gap: 0 1.25rem; align-items: start; }
-.foot details[open] { grid-column: 1 / -1; }
-.readout { min-height: 1.5em; font-variant-numeric: tabular-nums; display: flex; flex-wrap: wrap; gap: 0 .9rem; }
+.readout { position: absolute; top: 1rem; z-index: 1; pointer-events: none; width: max-content; max-width: min(60%, 26rem);
+  padding: .3rem .6rem; font-size: 13px; font-variant-numeric: tabular-nums; color: var(--ink); background: var(--paper);
+  border: 1px solid var(--line); border-radius: 4px; box-shadow: 0 2px 8px #0003; overflow-wrap: anywhere; }
+.readout[hidden] { display: none; }
 .readout i { font-style: normal; width: .6rem; height: .6rem; display: inline-block; border-radius: 50%; background: var(--color);
   margin-right: .3rem; }
 details.numbers { font-size: 13px; margin: 0; min-width: 0; }
 details.numbers > div { max-height: 20rem; overflow: auto; border: 1px solid var(--line); padding: 0 .5rem; }
 details.numbers th { position: sticky; top: 0; background: var(--paper); }
 summary { cursor: pointer; }
+details.numbers td:first-child { white-space: nowrap; }
 details.numbers summary { color: var(--faint); width: fit-content; }
 """
 )
@@ -324,7 +326,7 @@ function drawing(tag, attributes) {
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
   return made;
 }
-function number(value) {
+function number(value, digits = 4) {
   if (value == null) return "–";
   const size = Math.abs(value);
   if (Number.isInteger(value) && size < 1e9) return value.toLocaleString("en-US");
@@ -333,7 +335,7 @@ function number(value) {
     const raised = [...power.replace("+", "")].map(c => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(c)]).join("");
     return `${Number(digits)}×10${raised}`;
   }
-  return value.toLocaleString("en-US", {maximumSignificantDigits: size >= 1000 ? 6 : 4});
+  return value.toLocaleString("en-US", {maximumSignificantDigits: size >= 1000 ? 6 : digits});
 }
 function nearest(values, x) {
   let best = 0;
@@ -357,7 +359,7 @@ function fillTable(details, chart) {
     element("tbody", {}, rows))));
 }
 function watch(figure) {
-  const chart = data.charts[figure.dataset.chart], svg = figure.querySelector(":scope > svg");
+  const chart = data.charts[figure.dataset.chart], svg = figure.querySelector(".plot > svg");
   const cursor = svg.querySelector(".cursor"), readout = figure.querySelector(".readout");
   const [left, top, right, bottom] = chart.box, [x0, x1, y0, y1] = chart.range;
   const xs = [...new Set(chart.series.flatMap(s => s.x))].sort((a, b) => a - b);
@@ -365,20 +367,26 @@ function watch(figure) {
   const height = y => chart.log ? Math.log10(Math.max(y, y0)) : y;
   function show(i) {
     at = i;
-    const x = xs[i], px = left + (x - x0) / (x1 - x0) * (right - left);
+    const place = x => left + (x - x0) / (x1 - x0) * (right - left), x = xs[i], px = place(x);
     cursor.replaceChildren(drawing("path", {d: `M${px} ${top}V${bottom}`}));
-    readout.replaceChildren(element("span", {}, `${visible(chart.x)} ${number(x)}`));
+    const part = px / svg.viewBox.baseVal.width, lines = [];
+    readout.style.left = part < .5 ? `calc(${part * 100}% + 12px)` : "auto";
+    readout.style.right = part < .5 ? "auto" : `calc(${100 - part * 100}% + 12px)`;
+    readout.style.maxWidth = `calc(${Math.max(part, 1 - part) * 100}% - 14px)`;
+    readout.hidden = false;
     for (const s of chart.series) {
       const j = nearest(s.x, x), y = s.y[j];
       if (y == null || Math.abs(s.x[j] - x) > (x1 - x0) / 40) continue;
       const py = bottom - (height(y) - height(y0)) / (height(y1) - height(y0)) * (bottom - top);
-      cursor.append(drawing("circle", {class: "c" + s.color, r: 4, cx: px, cy: py}));
-      const spread = s.low && s.low[j] != null ? ` [${number(s.low[j])}, ${number(s.high[j])}]` : "";
-      const name = chart.series.length > 1 ? visible(s.name) + " " : "";
-      readout.append(element("span", {}, element("i", {class: "c" + s.color}), name + number(y) + spread));
+      cursor.append(drawing("circle", {class: "c" + s.color, r: 4, cx: place(s.x[j]), cy: py}));
+      const spread = s.low && s.low[j] != null ? ` [${number(s.low[j], 3)}, ${number(s.high[j], 3)}]` : "";
+      const name = chart.series.length > 1 ? " " + visible(s.name) : "";
+      lines.push([y, element("div", {}, element("i", {class: "c" + s.color}), element("b", {}, number(y, 3)), spread + name)]);
     }
+    const sorted = lines.sort((a, b) => b[0] - a[0]).map(line => line[1]);
+    readout.replaceChildren(element("div", {}, `${visible(chart.x)}: ${number(x)}`), ...sorted);
   }
-  function hide() { at = -1; cursor.replaceChildren(); readout.replaceChildren(); }
+  function hide() { at = -1; cursor.replaceChildren(); readout.replaceChildren(); readout.hidden = true; }
   svg.addEventListener("pointermove", event => {
     const place = svg.getBoundingClientRect();
     const px = (event.clientX - place.left) / place.width * svg.viewBox.baseVal.width;

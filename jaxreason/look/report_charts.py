@@ -60,7 +60,7 @@ def evaluated(groups: Sequence[Group]) -> list[Quantity]:
     found: list[Quantity] = []
     by_suite: dict[str, list[Line]] = {}
     for suite, temperature in suites_of(groups):
-        name = "greedy" if temperature == 0 else f"T = {temperature:g}"
+        name = "greedy" if temperature == 0 else f"T={temperature:g}"
         by_suite.setdefault(suite, []).append(Line(name, accuracies(suite, temperature)))
     for suite, lines in by_suite.items():
         title = f"Accuracy on {suite[:80]}"

@@ -46,8 +46,8 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = ""
 
     def cell(tag: str, value: Any, is_number: bool) -> str:
         text = cut(value.text if isinstance(value, Cell) else value)
-        kind = "number" if is_number else "long" if len(text) > 40 else ""
-        return f"<{tag}{f' class={kind}' if kind else ''}>{escape(text)}</{tag}>"
+        kind = " ".join(["number"] * is_number + ["long"] * (len(text) > 40))
+        return f'<{tag} class="{kind}">{escape(text)}</{tag}>' if kind else f"<{tag}>{escape(text)}</{tag}>"
 
     def row(tag: str, values: Sequence[Any]) -> str:
         return f"<tr>{''.join(cell(tag, value, is_number) for value, is_number in zip(values, numeric))}</tr>"
@@ -86,7 +86,7 @@ def p_text(p: float | None) -> str:
 
 
 def suite_text(suite: str, temperature: float) -> str:
-    return f"{cut(suite, 80)}, {'greedy' if temperature == 0 else f'T = {temperature:g}'}"
+    return f"{cut(suite, 80)}, {'greedy' if temperature == 0 else f'T={temperature:g}'}"
 
 
 # --- sections ---
@@ -101,7 +101,7 @@ def headline(groups: Sequence[Group]) -> str:
         return f"<p>{'' if same else f'{escape(groups[0].label)}: '}{escape(first)}</p>{warned}{overview(groups)}"
     group = groups[0]
     several = len(group.runs) > 1
-    seeds = f"{len(group.runs)} runs with seeds {', '.join(str(run.seed) for run in group.runs)}. " if several else ""
+    seeds = f"{len(group.runs)} runs with seeds {seeds_text(group)}. " if several else ""
     tiles = [*accuracy_tiles(group), *cost_tiles(group)]
     made = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><dd class=faint>{escape(more)}</dd></div>"
@@ -124,6 +124,13 @@ def notes_list(groups: Sequence[Group]) -> str:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         lines.append(f"{', '.join(names[:3])}{more}: {cut(note)}" if len(runs) > 1 else cut(note))
     return f'<ul class="notes">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul>' if lines else ""
+
+
+def seeds_text(group: Group) -> str:
+    seeds = [run.seed for run in group.runs]
+    if len(seeds) > 2 and all(type(seed) is int for seed in seeds) and sorted(seeds) == list(range(min(seeds), max(seeds) + 1)):
+        return f"{min(seeds)}–{max(seeds)}"
+    return ", ".join(cut(seed, 20) for seed in seeds)
 
 
 def described(run: Run) -> str:
@@ -192,7 +199,7 @@ def overview(groups: Sequence[Group]) -> str:
     rows = []
     for group in groups:
         totals = {unit: sum(kinds.values()) for unit, kinds in mean_used(group).items()}
-        row: list[Any] = [group.label, ", ".join(str(run.seed) for run in group.runs)]
+        row: list[Any] = [group.label, seeds_text(group)]
         for suite, temperature in suites:
             last = [found[-1] for run in group.runs if (found := paired.of_suite(run, suite, temperature))]
             row.append(Cell(mean_text(paired.mean_of(last))))
@@ -224,7 +231,8 @@ def evaluations(groups: Sequence[Group]) -> str:
                 size = f"{last.n:,}{f' × {last.samples}' if last.samples > 1 else ''}" if last.n else "–"
                 label = [group.label] if several else []
                 rows.append([*label, suite_text(suite, temperature), Cell(size), *(Cell(mean_text(mean)) for mean in means)])
-    names = [stage if stage == "start" else f"end of {stage}" for stage in stages]
+    last_of = "end of" if all(run.done for group in groups for run in group.runs) else "last in"
+    names = [stage if stage == "start" else f"{last_of} {stage}" for stage in stages]
     one = all(len(group.runs) == 1 for group in groups)
     kind = "95 % intervals over problems" if one else "95 % t-intervals over seeds where a group has several runs"
     parts = [table([*["runs"] * several, "suite", "problems", *names], rows, f"Accuracy with {kind}.")]
