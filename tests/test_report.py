@@ -114,7 +114,7 @@ def words(page):
 
 def chart_at(page, unit, range_, position=0):
     """Return the data of a chart that the switch of the page shows."""
-    block = re.search(rf'data-unit="{unit}" data-range="{range_}"[^>]*>(.*?)</div></div></figure></div>', page, re.S)[1]
+    block = re.split("data-unit=|</section>", page.split(f'data-unit="{unit}" data-range="{range_}"')[1])[0]
     return data_of(page)["charts"][re.findall(r'data-chart="(\w+)"', block)[position]]
 
 
