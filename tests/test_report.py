@@ -307,11 +307,37 @@ def test_any_log_has_a_report(tmp_path, lines):
 @pytest.mark.parametrize("broken", [[], "x", {"evaluations": 3, "ledger": [1], "wall_s": "x", "config": [], "environment": "x"}])
 def test_any_summary_has_a_report(tmp_path, broken):
     folder = write_run(tmp_path / "run")
-    strange = [None, {}, {"suite": 1}, evaluation(8, "rl", 3) | {"n": None}, evaluation(8, "rl", 3) | {"verdicts": "012"}]
+    kept = [evaluation(8, "rl", 3) | {"verdicts": verdicts} for verdicts in ("012", 5, ["1"])]
+    strange = [None, {}, {"suite": 1}, evaluation(8, "rl", 3) | {"n": None}, evaluation(8, "rl", 3) | {"step": 2**70}, *kept]
     (folder / "summary.json").write_text(json.dumps(broken))
     written(tmp_path / "out.html", folder)
     (folder / "summary.json").write_text(json.dumps({"evaluations": strange}))
-    assert "4 of 5 evaluations in summary.json can&#x27;t be read" in written(tmp_path / "out.html", folder)
+    assert "5 of 8 evaluations in summary.json can&#x27;t be read" in written(tmp_path / "out.html", folder)
+
+
+JUNK = (None, True, -1, 0, 7, 2**70, 1e308, float("nan"), float("inf"), "", "x", [], [1, "a"], {}, {"a": {"b": [None]}})
+
+
+def spoiled(value, rng):
+    """Return a value of JSON with a few of its parts replaced by junk."""
+    if rng.random() < 0.03:
+        return JUNK[rng.integers(len(JUNK))]
+    if isinstance(value, dict):
+        return {name: spoiled(item, rng) for name, item in value.items() if rng.random() > 0.01}
+    return [spoiled(item, rng) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_spoiled_folder_has_a_report(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    folders = [write_run(tmp_path / f"run{i}", i, lr=1 + i // 2) for i in range(3)]
+    for folder in folders:
+        path = folder / "metrics.jsonl"
+        path.write_text("".join(json.dumps(spoiled(json.loads(line), rng)) + "\n" for line in path.read_text().splitlines()))
+        for name in ("summary.json", "config.json"):
+            (folder / name).write_text(json.dumps(spoiled(json.loads((folder / name).read_text()), rng)))
+    page = written(tmp_path / "out.html", *folders)
+    assert not re.search(r'd="[^"]*(nan|inf)', page)
 
 
 def test_hostile_text_is_only_text(tmp_path):
@@ -384,7 +410,7 @@ def test_long_curves_are_averaged_and_the_page_stays_small(tmp_path):
     names = [f"rollout/m{i}" for i in range(30)]
     lines = [
         {"step": n, "phase": "rl", "phase_step": n, "time_s": n, "train/loss": float(n)} | dict(zip(names, rng.normal(size=30)))
-        for n in range(1, 5001)
+        for n in range(1, 4991)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     started = time.process_time()
@@ -393,6 +419,7 @@ def test_long_curves_are_averaged_and_the_page_stays_small(tmp_path):
     loss = data_of(page)["charts"]["chart0"]["series"][0]
     assert len(loss["y"]) == 200
     assert loss["y"][0] == np.mean(range(1, 26))
+    assert (loss["x"][-1], loss["y"][-1]) == (4983.0, 4983.0)  # of 4976 to 4990
     assert "mean of 25 lines per point" in page
     assert len(page.encode()) < 3_000_000
 

@@ -13,12 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxreason.look.figures import COLORS, new_axes, save
+from jaxreason.look.figures import COLORS, LARGEST, new_axes, save
 from jaxreason.look.page import escape
 
 DARK_COLORS = ("#4aa8e8", "#ff8a4c", "#a9b1b9", "#2fc79a", "#e59fca", "#f2b631", "#9bd6ff", "#f2f2f2")
 DASHES = ("", "6 3", "2 3", "8 3 2 3")  # one more time around the colours
-LARGEST = 1e300  # beyond it differences overflow
 MOST_DOTS = 60  # a line of more points has no dots
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 

@@ -35,7 +35,7 @@ def write_report(folders: Sequence[Path], out: Path, *, png: bool = False) -> li
     """
     if not folders:
         raise ValueError("no run is given; needed: one or more folders of runs")
-    found = [runs_.read_run(folder) for folder in dict.fromkeys(folders)]
+    found = [runs_.read_run(folder) for folder in {folder.resolve(): folder for folder in folders}.values()]
     made = Report(runs_.group_runs(found))
     out.parent.mkdir(parents=True, exist_ok=True)
     text = made.page()

@@ -7,7 +7,6 @@ a folder without `metrics.jsonl` is refused. Numbers that are not finite are lef
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxreason.look.figures import LARGEST
 from jaxreason.runtime.ledger import KINDS
 from jaxreason.runtime.workdir import flat, json_object, saved_at
 from jaxreason.types import Evaluation
@@ -57,13 +57,12 @@ class Group(NamedTuple):
 
 
 def number(value: Any) -> float | int | None:
-    """Return a finite number; None for anything else."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    """Return a finite number; None for anything else. An integer that NumPy can't hold
+    becomes a float.
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < LARGEST:
         return None
-    try:
-        return value if math.isfinite(value) and abs(value) < 1e300 else None
-    except OverflowError:  # an integer of more than 308 digits
-        return None
+    return value if abs(value) < 2**53 else float(value)
 
 
 def mapping(value: Any) -> dict[str, Any]:
@@ -142,9 +141,10 @@ def read_evaluations(summary: Mapping[str, Any], lines: Sequence[Mapping[str, An
     """
     found: dict[tuple[int, str, str], Evaluation] = {}
     for line in lines:
-        for name, value in line.items():
+        for name, raw in line.items():
+            value = number(raw)
             parts = name.removeprefix("eval/").rsplit("/", 2) if name.startswith("eval/") else []
-            if len(parts) == 3 and parts[2] == "accuracy" and number(value) is not None:
+            if len(parts) == 3 and parts[2] == "accuracy" and value is not None:
                 suite, how, _ = parts
                 temperature = 0.0 if how == "greedy" else to_number(how.removeprefix("t"))
                 if temperature is not None:
@@ -174,10 +174,12 @@ def to_evaluation(record: Any) -> Evaluation | None:
     numbers = {name: number(record.get(name)) for name in ("step", "accuracy", "n", "temperature")}
     if not all(isinstance(name, str) for name in names) or None in numbers.values():
         return None
+    if not (0 <= numbers["step"] < 2**53 and 0 <= numbers["n"] < 2**53):
+        return None
     n, samples, verdicts = int(numbers["n"]), record.get("samples", 1), record.get("verdicts")
     samples = samples if type(samples) is int and samples > 0 else 1
     whole = isinstance(verdicts, str) and set(verdicts) <= {"0", "1"} and len(verdicts) == n * samples
-    measures = {name: value for name, value in mapping(record.get("measures")).items() if number(value) is not None}
+    measures = {name: value for name, raw in mapping(record.get("measures")).items() if (value := number(raw)) is not None}
     return Evaluation(
         names[0],
         int(numbers["step"]),
@@ -300,8 +302,8 @@ def ledger_of(line: Mapping[str, Any]) -> list[tuple[str, str, float]]:
     for name, value in line.items():
         _, is_entry, entry = name.partition("ledger/")
         kind, _, unit = entry.partition("_")
-        if is_entry and kind in KINDS and number(value) is not None:
-            found.append((kind, unit, value))
+        if is_entry and kind in KINDS and (amount := number(value)) is not None:
+            found.append((kind, unit, amount))
     return found
 
 
