@@ -188,7 +188,8 @@ def measure(outcomes_NK: Sequence[Sequence[Outcome]], same: Callable[[str, str],
         length, length_p50, length_p90, length_p99   tokens of a completion
         cut_off             fraction of completions that were cut off at their limit
         answered            fraction in which the verifier found an answer
-        verifier_errors, verifier_timeouts, bad_keys   fractions that could not be judged
+        verifier_errors, verifier_timeouts, bad_keys
+                            fractions that could not be judged
 
     and, with several samples:
 

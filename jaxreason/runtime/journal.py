@@ -189,14 +189,25 @@ class Journal:
         self.rollouts = result.rollouts
         self.warn_of_verifier(result.rollouts, f"evaluation at step {step}")
         values = {f"eval/{name}/nll": nll for name, nll in result.nll.items()}
+        failures = count_failures(r.verdict for r in result.rollouts)
         if result.rollouts:
-            failures = count_failures(r.verdict for r in result.rollouts)
             values |= {f"eval/{name}": count / len(result.rollouts) for name, count in failures.items()}
         for e in result.evaluations:
             mode = "greedy" if e.temperature == 0 else f"t{e.temperature:g}"
-            values[f"eval/{e.suite}/{mode}/accuracy"] = e.accuracy
+            measured = {"accuracy": e.accuracy} | {name: e.measures[name] for name in e.measures if name not in failures}
+            values |= {f"eval/{e.suite}/{mode}/{name}": value for name, value in measured.items()}
+        self.keep_evaluated(result, phase, step)
         self.log.write(step, phase, values | ledger.named(progress.ledger))
         self.summarise(step, done=False)
+
+    def keep_evaluated(self, result, phase: str, step: int) -> None:
+        """Write the first rollouts of each evaluation to `rollouts.jsonl`."""
+        first = 0
+        for e in result.evaluations:
+            kept = result.rollouts[first : first + min(e.n * e.samples, self.run.rollouts_kept)]
+            first += e.n * e.samples
+            words = {"decode": self.run.decode, "write": processes.writes(), "suite": e.suite}
+            files.write_rollouts(self.workdir / "rollouts.jsonl", kept, step, phase, **words)
 
     def warn_of_verifier(self, rollouts: Sequence[Rollout], when: str) -> None:
         """Warn about verifier failures, at most `VERIFIER_WARNINGS` times."""
