@@ -116,6 +116,16 @@ def test_a_config_file_that_was_edited_is_not_mixed_with_what_it_was(tmp_path, d
         assert len(make_runs(sweep, tmp_path, share=False)) == 2
 
 
+def test_a_report_needs_no_config_file(tmp_path):
+    """The folder may be on another machine, or the config may have moved."""
+    (run,) = make_runs(Sweep(SMOKE, [{}], seeds=(3,)), tmp_path)
+    record(run, done=True)
+    known = {"config": "elsewhere.py", "common": {}, "arms": {"lost": {}, "base": {}}, "seeds": [0, 3]}
+    assert list(__main__.recorded_config(tmp_path, known)["evaluate"]["suites"]) == ["chain", "chain_ood"]
+    with pytest.raises(ValueError, match=r"no config file 'elsewhere.py'"):
+        __main__.recorded_config(tmp_path / "empty", known)
+
+
 # --- shared phases ---
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import runpy
@@ -271,25 +272,37 @@ def run_sweep(asked: Asked, folder: Path) -> None:
     report(folder)
 
 
+def recorded_config(folder: Path, known: dict) -> dict:
+    """Return the config of the first run that recorded one, or else of the baseline. A
+    report can thus be written where the config file is not.
+    """
+    from jaxreason.runtime.workdir import json_object
+    from jaxreason.sweep.runs import read_config
+
+    for arm, seed in itertools.product(known["arms"], known["seeds"]):
+        found = json_object(folder / "runs" / arm / f"seed{seed}" / "config.json") or {}
+        if isinstance(found.get("evaluate"), dict) and found.get("phases"):
+            return found
+    return read_config(known["config"], {**known["common"], **next(iter(known["arms"].values()))})
+
+
 def report(folder: Path) -> None:
     """Write the report of a sweep, and print it."""
     from jaxreason.sweep import queue, results
     from jaxreason.sweep import report as reports
-    from jaxreason.sweep.runs import read_config
 
     known = read_definition(folder)
     if known is None:
         raise ValueError(f"{folder} is no folder of a sweep: it has no sweep.json")
-    first = next(iter(known["arms"].values()))
-    config = read_config(known["config"], {**known["common"], **first})
+    config = recorded_config(folder, known)
     metric = results.parse_metric(FLAGS.metric or known.get("metric"), config)
     states = queue.read_states(folder / "state.json")
     made = reports.make_report(folder, known["arms"], known["seeds"], metric, states, FLAGS.across_commits)
     if FLAGS.figures and made.arms:
         try:
             reports.draw_figures(made, folder, config["phases"][-1])
-            if known.get("experiment"):
-                path = command.find_file(known["experiment"])
+            path = Path(os.path.expanduser((known.get("experiment") or "").partition(":")[0]))
+            if path.is_file():  # it may be on another machine
                 runpy.run_path(str(path)).get("figures", lambda *_: None)(folder, made)
         except ModuleNotFoundError as error:
             print(f"no figures: {error.name} is not installed; pip install 'jaxreason[look]'", file=sys.stderr)
