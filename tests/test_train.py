@@ -112,7 +112,7 @@ def test_a_checkpoint_without_an_item_of_the_hosts_part_is_refused_by_its_name(t
     host = made.peek(made.latest())
     made.close()
     assert host.keys() == resume.Progress.names() | {"config", "versions", "revision", "revisions"}
-    for name in sorted(resume.Progress.names()):
+    for name in sorted(resume.Progress.needed()):
         made = checkpoint.open_checkpoints(tmp_path / name)
         made.save(7, {"w": np.zeros(1)}, {key: value for key, value in host.items() if key != name})
         made.wait()
