@@ -69,11 +69,8 @@ class Journal:
     def tell_sources(self) -> None:
         """Say once if joules are not metered; look up or measure the peak rates."""
         if not self.meter.counts:
-            how = (
-                "not counted (config.log.watts estimates them)"
-                if self.meter.source is None
-                else "estimated from config.log.watts"
-            )
+            estimated = self.meter.source == "watts"
+            how = "estimated from config.log.watts" if estimated else "not counted (config.log.watts estimates them)"
             self.log.say(f"joules are {how}; there is no counter: {self.meter.reason}")
         self.source_told = self.meter.source
         if processes.writes():
