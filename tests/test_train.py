@@ -135,6 +135,9 @@ def test_a_finished_run_keeps_its_files_in_order(whole):
     for line in on_policy:  # sampler and learner agree, so the ratio of the on-policy update is 1
         assert line["rollout/logp_gap"] < 1e-5
         assert line["rollout/kl_sampler_learner"] < 1e-8
+        depths = {name: value for name, value in line.items() if name.startswith("rollout/kl_sampler_learner/")}
+        assert "rollout/kl_sampler_learner/0_63" in depths
+        assert all(value is not None and value < 1e-8 for value in depths.values())  # depths without a token are left out
     assert on_policy[0]["train/kl"] == pytest.approx(0, abs=1e-7)  # the reference is the policy at the phase's start
     assert json.loads((workdir / "summary.json").read_text())["done"]
 
