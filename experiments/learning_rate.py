@@ -21,7 +21,7 @@ works" is shown if, averaged over five orders and five seeds, the arm that it en
 is below the grid's best arm (of the mean over seeds) by no more than the noise floor,
 and the search used at most 40 % of the grid's FLOPs of RL.
 
-**Findings** (2026-11-28, commit fa150ef, 2-core AMD EPYC with AVX-512, jax 0.10.2, five
+**Findings** (2026-11-28, commit fa150ef, 2-core AMD EPYC, jax 0.10.2, five
 paired seeds, 13 minutes). Negative by the rule: "the search works" is **not shown**. It
 used 43.2 % of the grid's FLOPs (0.35 to 0.51 of them by seed, mean over orders) where
 at most 40 % was asked. The arm that it ended with was 0.909 accurate on average, below

@@ -188,13 +188,14 @@ def measure(outcomes_NK: Sequence[Sequence[Outcome]], same: Callable[[str, str],
         length, length_p50, length_p90, length_p99   tokens of a completion
         cut_off             fraction of completions that were cut off at their limit
         answered            fraction in which the verifier found an answer
-        verifier_errors, verifier_timeouts, bad_keys   fractions that could not be judged
+        verifier_errors, verifier_timeouts, bad_keys
+                            fractions that could not be judged
 
     and, with several samples:
 
         pass@K, pass^K      chance that at least one, or all, of K samples are correct
         majority@K          chance that the most frequent answer of K is correct
-        best_logp@K         chance that the sample of K with the highest mean log-prob is
+        best_logp@K         chance that the likeliest sample of K is (by mean log-prob)
         sampling_share      see `estimators.clustered`
         majority_share      mean share of the samples that agree with the majority
         calibration_error   see `estimators.calibration`

@@ -20,7 +20,6 @@ import contextlib
 import hashlib
 import itertools
 import os
-import platform
 import re
 import shlex
 import sys
@@ -78,32 +77,6 @@ def default_workdir(config_flag: str, text: str) -> Path:
         folder = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
         if not folders.is_done(folder):
             return folder
-
-
-def keep_compiled(folder: str | None) -> None:
-    """Keep compiled programs in `folder`.
-
-    None means the default folder, or JAX_COMPILATION_CACHE_DIR if that is set.
-    """
-    import jax
-
-    if folder is None:
-        if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-            return
-        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "jaxreason")
-    if folder:
-        folder = os.path.expanduser(folder)
-        # A program compiled for one kind of CPU may not run on another, and JAX's cache
-        # key does not include the kind.
-        cpu = Path("/proc/cpuinfo")
-        kind = (
-            next((line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
-            if cpu.is_file()
-            else ""
-        )
-        kind = hashlib.sha256(f"{platform.processor()} {kind}".encode()).hexdigest()[:8]
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder) / f"{platform.machine()}-{kind}"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def fail(error: Exception) -> None:
@@ -187,9 +160,9 @@ def main(argv) -> None:
     # Local import: `--help` and mistyped flags should not wait for jax.
     import jax
 
-    from jaxreason.runtime import processes
+    from jaxreason.runtime import compiling, processes
 
-    keep_compiled(COMPILATION_CACHE.value)
+    compiling.keep_compiled(COMPILATION_CACHE.value)
     try:
         processes.join(
             coordinator_address=COORDINATOR_ADDRESS.value,

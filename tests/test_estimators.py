@@ -221,3 +221,94 @@ def test_the_posterior_of_few_problems_covers_and_has_a_width():
     mean, low, high, better = estimators.paired_posterior([1] * 20, [1] * 20)
     assert low < 0 < high
     assert (mean, better) == (pytest.approx(0, abs=0.01), pytest.approx(0.5, abs=0.02))
+
+
+# --- several samples per problem ---
+
+
+def subsets(values, k):
+    return list(itertools.combinations(range(len(values)), k))
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 6])
+def test_pass_hat_k_and_best_of_k_are_means_over_all_subsets(k):
+    rng = np.random.default_rng(k)
+    correct = rng.random(6) < 0.6
+    scores = np.array([0.3, -1.0, 0.3, 2.0, 2.0, 0.0])  # with ties
+    every = subsets(correct, k)
+    assert estimators.pass_hat_k(6, int(correct.sum()), k) == pytest.approx(np.mean([correct[list(s)].all() for s in every]))
+    best = []
+    for s in map(list, every):
+        top = [i for i in s if scores[i] == scores[s].max()]
+        best.append(correct[top].mean())
+    assert estimators.best_of_k(scores, correct, k) == pytest.approx(np.mean(best))
+    assert estimators.best_of_k(correct, correct, k) == pytest.approx(estimators.pass_at_k(6, int(correct.sum()), k))
+
+
+def test_answers_are_in_classes_by_equality_or_by_a_function():
+    answers, correct = ["1/2", "0.5", None, "2", "1/2"], [True, True, False, False, False]
+    assert [c.answer for c in estimators.answer_classes(answers, correct)] == ["1/2", "0.5", "2"]
+    same = estimators.answer_classes(answers, correct, lambda a, b: {a, b} == {"1/2", "0.5"})
+    assert [(c.answer, c.correct) for c in same] == [("1/2", [True, True, False]), ("2", [False])]
+
+
+@pytest.mark.parametrize(("problems", "samples"), [(20, 4), (50, 8), (200, 2)])
+def test_the_clustered_interval_covers_the_true_accuracy(problems, samples):
+    """Problems of very different difficulty; samples taken for independent would cover
+    far less.
+    """
+    rng = np.random.default_rng(0)
+    covered = naive = 0
+    for _ in range(1500):
+        correct = rng.random((problems, samples)) < rng.beta(0.5, 0.5, problems)[:, None]
+        found = estimators.clustered(correct)
+        covered += found.low <= 0.5 <= found.high
+        low, high = estimators.wilson(int(correct.sum()), correct.size)
+        naive += low <= 0.5 <= high
+    assert 0.92 < covered / 1500 < 0.975
+    assert naive < covered
+
+
+def test_the_variance_is_split_into_problems_and_samples():
+    rng = np.random.default_rng(1)
+    alike = estimators.clustered(rng.random((4000, 8)) < 0.3)  # every problem is as hard
+    assert alike.within == pytest.approx(0.21, abs=0.01)
+    assert alike.between < 0.005
+    assert alike.sampling_share > 0.9
+    hard = estimators.clustered(np.repeat(rng.random((4000, 1)) < 0.3, 8, axis=1))  # every sample of a problem is the same
+    assert (hard.within, hard.sampling_share) == (0, 0)
+    assert hard.between == pytest.approx(0.21, abs=0.01)
+    # More samples narrow the interval by as much as the share says.
+    p = rng.beta(2, 2, 4000)[:, None]
+    few, many = (estimators.clustered(rng.random((4000, k)) < p) for k in (2, 1000))
+    assert ((many.high - many.low) / (few.high - few.low)) ** 2 == pytest.approx(1 - few.sampling_share, abs=0.05)
+
+
+def test_one_sample_has_the_wilson_interval():
+    found = estimators.clustered(np.array([[1], [0], [1], [1]]))
+    assert (found.mean, (found.low, found.high)) == (0.75, estimators.wilson(3, 4))
+    every = estimators.clustered(np.ones((5, 3)))
+    assert (every.low, every.high) == estimators.wilson(5, 5)
+    with pytest.raises(ValueError, match="allowed: problems x samples"):
+        estimators.clustered(np.zeros((0, 3)))
+
+
+def test_calibration_by_hand():
+    found = estimators.calibration([0.5, 0.5, 1.0, 1.0, 0.1], [1, 0, 1, 0, 0], bins=5)
+    assert found.bins == [(0.0, 0.2, 1, 0.1, 0.0), (pytest.approx(0.4), pytest.approx(0.6), 2, 0.5, 0.5), (0.8, 1.0, 2, 1.0, 0.5)]
+    assert found.error == pytest.approx((0.1 + 0 + 2 * 0.5) / 5)
+
+
+def test_so_many_problems_show_a_difference():
+    rng = np.random.default_rng(2)
+    only_a, only_b = 0.05, 0.15
+    variance = only_a + only_b - (only_b - only_a) ** 2
+    n = estimators.problems_needed(only_b - only_a, variance)
+    shown = 0
+    for _ in range(2000):
+        drawn = rng.multinomial(n, [only_a, only_b, 1 - only_a - only_b])
+        difference = (drawn[1] - drawn[0]) / n
+        error = np.sqrt(((drawn[0] + drawn[1]) / n - difference**2) / n)
+        shown += abs(difference) > 1.96 * error
+    assert shown / 2000 == pytest.approx(0.8, abs=0.04)
+    assert estimators.problems_needed(0.0, 0.1) is None

@@ -9,7 +9,7 @@ from runs import load_config
 
 from jaxreason import build as build_module
 from jaxreason import tasks
-from jaxreason.build import build, settle
+from jaxreason.build import build, settle, start
 from jaxreason.build import run as run_module
 from jaxreason.runtime import workdir
 
@@ -256,7 +256,7 @@ def test_suites_are_compared_with_the_tasks_of_earlier_runs(tmp_path, monkeypatc
         with config.unlocked():
             config.rl.source.task, config.init_from = {"name": "jsonl", "path": path}, init_from
         (tmp_path / name / "checkpoints" / "2").mkdir(parents=True)
-        (tmp_path / name / "config.json").write_text(workdir.config_text(config))
+        start.write_config(tmp_path / name / "config.json", config, revisions={})
 
     run("a", first)
     run("b", second, init_from="a")

@@ -93,6 +93,8 @@ def write_run(folder, seed=0, lr=0.001, rights=(0, 30, 60, 90), done=True, **mor
     (folder / "config.json").write_text(json.dumps(made))
     summary = {"done": done, "steps": 8, "evaluations": evaluations, "wall_s": 90.0, "ledger": ledger, "config": made}
     summary |= {"parameters": 152000, "environment": {"versions": {"jax": "9.9.9"}, "revision": "abc", "devices": "2 x cpu"}}
+    summary |= {"joules_from": None, "utilisation": {"learn": {"mfu": 0.125, "bandwidth": None}}}
+    summary |= {"per_correct_answer_gained": {"suite": "chain", "gained": 90, "tokens": 885 / 90, "joules": None}}
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
@@ -161,10 +163,14 @@ def test_the_headline_and_the_tables_have_the_numbers_of_the_folder(tmp_path):
     assert "Wall time 1m30s" in text
     assert "Tokens 885" in text
     assert "FLOPs 3.70×10¹⁰" in text
-    assert "Joules not measured" in text
+    assert "Joules not known no counter was read, and config.log.watts is not set" in text
     assert "versions.jax 9.9.9" in text
     assert "devices 2 x cpu" in text
     assert "rl.optimizer.lr 0.001" in text
+    assert "all 885 3.70×10¹⁰" in text  # the ledger
+    assert "of peak FLOP/s" in text
+    assert "12.50%" in text
+    assert "run chain 90 9.83" in text  # tokens per correct answer gained
     assert "length 18" in text  # measure of the last evaluation
 
 

@@ -277,6 +277,7 @@ def from_earlier(config: dict) -> tuple[dict, list[str]]:
     Raises:
       ValueError: a field that this version does not have, or that has been renamed.
     """
+    config = {name: value for name, value in config.items() if name != "revisions"}  # the commits of the hub that it read
     version = config.get("version", 0)
     if not isinstance(version, int) or version > VERSION:
         raise ValueError(f"config.json is of version {version}, made by a later jaxreason; update this one (version {VERSION})")

@@ -17,6 +17,7 @@ from jaxreason.look import runs as runs_
 from jaxreason.look.chart import SUPERSCRIPTS
 from jaxreason.look.page import escape
 from jaxreason.look.runs import Group, Run, mapping
+from jaxreason.runtime.ledger import JOULES_FROM
 from jaxreason.runtime.terminal import duration
 from jaxreason.runtime.workdir import flat
 
@@ -30,7 +31,14 @@ PARTS = {  # parts of the wall time, with their colours
     "compile": 5,
     "other": 2,
 }
-UNIT_NAMES = {"tokens": "tokens", "flops": "FLOPs", "device_s": "device seconds", "joules": "joules"}
+UNIT_NAMES = {
+    "tokens": "tokens",
+    "flops": "FLOPs",
+    "bytes": "bytes read by decoding",
+    "device_s": "device seconds",
+    "joules": "joules",
+}
+SHARES = {"mfu": "of peak FLOP/s", "bandwidth": "of peak bandwidth"}
 
 
 class Cell(NamedTuple):
@@ -175,11 +183,11 @@ def cost_tiles(group: Group) -> list[tuple[str, str, str]]:
         kinds = totals.get(unit)
         if kinds:
             more = ", ".join(f"{kind} {amount(value)}" for kind, value in kinds.items() if value)
-            if unit == "joules" and (watts := mapping(group.runs[0].config.get("log")).get("watts")):
-                more += f"; config.log.watts = {cut(watts, 40)}"
+            if unit == "joules":
+                more += f"; {joules_from(group.runs[0])}"
             tiles.append((f"{label}{several}", amount(sum(kinds.values())), more))
         elif unit == "joules":
-            tiles.append(("Joules", "not measured", "set config.log.watts for an estimate"))
+            tiles.append(("Joules", "not known", joules_from(group.runs[0])))
     return tiles
 
 
@@ -329,25 +337,66 @@ def duration_text(seconds: float) -> str:
 
 def ledgers(groups: Sequence[Group]) -> str:
     """Make the table of tokens, FLOPs, device seconds and joules by kind of work."""
-    several, rows, units = len(groups) > 1, [], list(UNIT_NAMES)
+    several, rows = len(groups) > 1, []
+    units = [unit for unit in UNIT_NAMES if unit != "bytes" or any(unit in mean_used(group) for group in groups)]
+    shares = [(name, title) for name, title in SHARES.items() if any(shares_of(group, name) for group in groups)]
     for group in groups:
         totals = mean_used(group)
         kinds = list(dict.fromkeys(kind for by_kind in totals.values() for kind in by_kind))
         label = [group.label] if several else []
         for kind in kinds:
-            rows.append([*label, kind, *(Cell(amount(totals.get(unit, {}).get(kind) or None)) for unit in units)])
+            amounts = [Cell(amount(totals.get(unit, {}).get(kind) or None)) for unit in units]
+            told = [
+                Cell(f"{share:.2%}" if (share := shares_of(group, name).get(kind)) is not None else "–") for name, _ in shares
+            ]
+            rows.append([*label, kind, *amounts, *told])
         if kinds:
             sums = [sum(totals[unit].values()) if unit in totals else None for unit in units]
-            rows.append([*label, "all", *(Cell(amount(total)) for total in sums)])
+            rows.append([*label, "all", *(Cell(amount(total)) for total in sums), *(Cell("–") for _ in shares)])
     if not rows:
         return ""
     mean = ", mean of runs" if any(len(group.runs) > 1 for group in groups) else ""
-    made = table(
-        [*["runs"] * several, "work", *UNIT_NAMES.values()],
-        rows,
-        f"Ledger{mean}. Without a meter or config.log.watts there are no joules.",
-    )
+    sources = sorted({joules_from(run) for group in groups for run in group.runs})
+    heads = [*["runs"] * several, "work", *(UNIT_NAMES[unit] for unit in units), *(title for _, title in shares)]
+    made = table(heads, rows, f"Ledger{mean}. Joules: {'; '.join(sources)}.") + gains(groups)
     return f"<details><summary>Ledger of all groups</summary>{made}</details>" if several else made
+
+
+def joules_from(run: Run) -> str:
+    """Say where a run's joules are from."""
+    source = run.summary.get("joules_from")
+    if isinstance(source, str) and source in JOULES_FROM:
+        return JOULES_FROM[source]
+    return JOULES_FROM["watts"] if "joules" in runs_.used(run) else "no counter was read, and config.log.watts is not set"
+
+
+def shares_of(group: Group, name: str) -> dict[str, float]:
+    """Return the fraction of a peak rate that a group's runs reached by kind of work,
+    as the mean of those that say so.
+    """
+    found: dict[str, list[float]] = {}
+    for run in group.runs:
+        for kind, shares in mapping(run.summary.get("utilisation")).items():
+            if (share := runs_.number(mapping(shares).get(name))) is not None:
+                found.setdefault(kind, []).append(share)
+    return {kind: float(np.mean(shares)) for kind, shares in found.items()}
+
+
+def gains(groups: Sequence[Group]) -> str:
+    """Make the table of what runs used per correct answer that they gained."""
+    runs = [run for group in groups for run in group.runs]
+    rows = []
+    for name, run in zip(runs_.name_folders([run.folder for run in runs]), runs):
+        cost = mapping(run.summary.get("per_correct_answer_gained"))
+        if runs_.number(cost.get("gained")):
+            units = ("gained", "tokens", "flops", "device_s", "joules")
+            rows.append([name, str(cost.get("suite")), *(Cell(amount(runs_.number(cost.get(unit)))) for unit in units)])
+    heads = ["run", "suite", "answers gained", "tokens", "FLOPs", "device seconds", "joules"]
+    return (
+        table(heads, rows, "All that a run used, per correct answer gained between its first and last evaluation.")
+        if rows
+        else ""
+    )
 
 
 def differences(groups: Sequence[Group]) -> str:

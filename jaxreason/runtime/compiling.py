@@ -10,8 +10,12 @@ this one and is not counted.
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
+import platform
 import threading
 import time
+from pathlib import Path
 
 import jax
 
@@ -56,3 +60,27 @@ def seconds() -> float:
     """
     listen()
     return _covered.total_s
+
+
+def keep_compiled(folder: str | None) -> None:
+    """Keep compiled programs in `folder`.
+
+    None means the default folder, or JAX_COMPILATION_CACHE_DIR if that is set.
+    """
+    if folder is None:
+        if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+            return
+        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "jaxreason")
+    if folder:
+        folder = os.path.expanduser(folder)
+        # A program compiled for one kind of CPU may not run on another, and JAX's cache
+        # key does not include the kind.
+        cpu = Path("/proc/cpuinfo")
+        kind = (
+            next((line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
+            if cpu.is_file()
+            else ""
+        )
+        kind = hashlib.sha256(f"{platform.processor()} {kind}".encode()).hexdigest()[:8]
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder) / f"{platform.machine()}-{kind}"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

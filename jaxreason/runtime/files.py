@@ -118,33 +118,36 @@ def write_rollouts(
     *,
     decode: Callable[[np.ndarray], str] | None = None,
     write: bool = True,
+    **more,
 ) -> None:
     """Append rollouts as JSONL. `decode` turns the prompt's token ids into text;
-    without it the ids are written.
+    without it the ids are written. `more` are further fields of each record.
     """
     if not write:
         return
     with writing(path), Path(path).open("a", encoding="ascii") as file:
         for rollout in rollouts:
-            record = {
-                "step": step,
-                "phase": phase,
-                "problem": rollout.problem,
-                "attempt": rollout.attempt,
-                "question": rollout.task.question,
-                "prompt": rollout.prompt if decode is None else decode(rollout.prompt),
-                "text": rollout.text,
-                "answer": rollout.task.answer,
-                "reward": rollout.verdict.reward,
-                "correct": rollout.verdict.correct,
-                "parsed": rollout.verdict.parsed,
-                "reason": rollout.verdict.reason,
-                "stop": rollout.stop,
-                "logp_sum": float(np.sum(rollout.logp, dtype=np.float64)),
-                "length": len(rollout.tokens),
-                "temperature": rollout.temperature,
-            }
-            file.write(json_line(record))
+            file.write(json_line({"step": step, "phase": phase, **more, **rollout_record(rollout, decode)}))
+
+
+def rollout_record(rollout: Rollout, decode: Callable[[np.ndarray], str] | None = None) -> dict[str, Any]:
+    """Return what a line of `rollouts.jsonl` says of a rollout."""
+    return {
+        "problem": rollout.problem,
+        "attempt": rollout.attempt,
+        "question": rollout.task.question,
+        "prompt": rollout.prompt if decode is None else decode(rollout.prompt),
+        "text": rollout.text,
+        "answer": rollout.task.answer,
+        "reward": rollout.verdict.reward,
+        "correct": rollout.verdict.correct,
+        "parsed": rollout.verdict.parsed,
+        "reason": rollout.verdict.reason,
+        "stop": rollout.stop,
+        "logp_sum": float(np.sum(rollout.logp, dtype=np.float64)),
+        "length": len(rollout.tokens),
+        "temperature": rollout.temperature,
+    }
 
 
 def plain_json(value: Any) -> Any:

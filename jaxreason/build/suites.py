@@ -1,0 +1,106 @@
+"""Suites by name: the tasks of a benchmark with a prompt and a verifier.
+
+A model that began as a jaxreason run keeps its own prompt and verifier where a suite
+names none; the suites of procedural tasks, whose format a model has learnt, name none.
+"""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+from jaxreason import tasks
+from jaxreason.options import unknown_name_message
+
+NUMBER = "{question}\n\nThink step by step. Write the final answer, a number, on the last line after ####."
+BOXED = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+def benchmark(name: str, instruction: str, verifier: str, **task) -> dict[str, Any]:
+    return {"name": name, **task, "instruction": instruction, "verifier": {"name": verifier, "must_finish": True}}
+
+
+SUITES: dict[str, dict[str, Any]] = {
+    "gsm8k": benchmark("gsm8k", NUMBER, "number", split="test"),
+    "svamp": benchmark("svamp", NUMBER, "number", split="test"),
+    "asdiv": benchmark("asdiv", NUMBER, "number"),
+    "math500": benchmark("math500", BOXED, "math"),
+    "aime24": benchmark("aime24", BOXED, "number"),
+    "aime25": benchmark("aime25", BOXED, "number"),
+    "amc23": benchmark("amc23", BOXED, "number"),
+    # In distribution as configs/tiny.py trains on them, and out of it (longer, larger).
+    "chain": {"name": "chain", "ops": 5, "verifier": {"name": "exact", "marker": ";A"}},
+    "chain_ood": {"name": "chain", "ops": 8, "verifier": {"name": "exact", "marker": ";A"}},
+    "inverse_chain": {"name": "inverse_chain", "verifier": {"name": "exact", "marker": "A"}},
+    "inverse_chain_ood": {"name": "inverse_chain", "ops": 3, "verifier": {"name": "exact", "marker": "A"}},
+    "calculator": {"name": "calculator", "verifier": {"name": "exact", "marker": "A"}},
+    "countdown": {"name": "countdown", "verifier": {"name": "countdown"}},
+    "countdown_ood": {"name": "countdown", "numbers": 4, "verifier": {"name": "countdown"}},
+    "reversal": {"name": "reversal", "verifier": {"name": "exact", "marker": "A"}},
+    "sorting": {"name": "sorting", "verifier": {"name": "exact", "marker": "A"}},
+}
+
+
+# Fields of a file of a benchmark's authors, where they are not question and answer.
+FIELDS = {"svamp": {"question": "Body+Question", "answer": "Answer"}}
+
+
+def read_suites(text: str, own: dict[str, dict]) -> dict[str, dict[str, Any]]:
+    """Read the suites that a command asks for, as sections of `config.evaluate.suites`.
+
+    A part between commas is a name of `SUITES` or of the run's `own` suites, which come
+    first; NAME=FILE.jsonl, the problems of a file with the prompt and the verifier of
+    the suite NAME, if there is one; or NAME={...}, a section.
+
+    Raises:
+      ValueError: an unknown name, or a section that can't be read.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for part in split_outside(text):
+        name, equals, value = (word.strip() for word in part.partition("="))
+        known = own.get(name) or SUITES.get(name)
+        if not equals and known is None:
+            raise ValueError(unknown_name_message("suite", name, {*SUITES, *own}) + "; or NAME=FILE.jsonl, or NAME={...}")
+        section = dict(known or {}) if not equals else from_value(name, value, known or {})
+        if name in found:
+            raise ValueError(f"--suites has {name!r} twice; allowed: each name once")
+        found[name] = section
+    if not found:
+        raise ValueError(f"--suites is empty; allowed: one or more of {', '.join(sorted({*SUITES, *own}))}")
+    return found
+
+
+def from_value(name: str, value: str, known: dict[str, Any]) -> dict[str, Any]:
+    """Return the section of NAME=VALUE: a file of tasks, or fields."""
+    asked = {field: known[field] for field in ("instruction", "verifier") if field in known}
+    if not value.startswith("{"):
+        return {"name": "jsonl", "path": value, "split": None, **FIELDS.get(name, {}), **asked}
+    try:
+        section = ast.literal_eval(value)
+        if not isinstance(section, dict) or not all(isinstance(key, str) for key in section):
+            raise ValueError("no dictionary of fields")
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise ValueError(
+            f"--suites: {name} got {value!r:.80}; allowed: FILE.jsonl, or a section as {{'name': 'jsonl', ...}}"
+        ) from None
+    if "name" not in section:
+        raise ValueError(f"--suites: {name} got a section without 'name'; allowed: a task, one of {', '.join(tasks.TASKS)}")
+    whole = {"split": None} if tasks.splits_files(section) else {}  # as a suite of a config whose file no source reads
+    return asked | whole | section
+
+
+def split_outside(text: str) -> list[str]:
+    """Split a text at commas that are outside quotes and brackets."""
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        else:
+            depth += (character in "{[(") - (character in "}])")
+        if character == "," and not quote and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]

@@ -1,0 +1,179 @@
+"""Compare two evaluations of the same tasks, read from their folders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxreason import estimators
+from jaxreason.options import unknown_name_message
+from jaxreason.runtime.workdir import json_object
+
+FEW_PROBLEMS = 100  # below it a bootstrap over problems is too narrow
+SHOWN = 8  # problems that are named, of those learned and lost
+
+
+class Comparison(NamedTuple):
+    """One suite at one temperature in two evaluations, a and b, over the tasks that
+    both have.
+    """
+
+    suite: str
+    temperature: float
+    n: int  # tasks
+    accuracy_a: float
+    accuracy_b: float
+    difference: float  # b - a
+    low: float  # 95 %, over tasks
+    high: float
+    p: float | None  # McNemar's exact test; None with several samples per task
+    method: str
+    learned: list[int]  # tasks of b solved more often than in a
+    lost: list[int]
+    needed: int | None  # tasks that would show a difference of this size in 4 of 5 evaluations
+    notes: list[str]  # what else differs
+
+
+def compare_folders(a: Path, b: Path) -> list[str]:
+    """Compare the evaluations in two folders; return lines to print.
+
+    Raises:
+      ValueError: a folder without evaluations, or no evaluation of the same tasks.
+    """
+    ours, theirs = read_evaluations(a), read_evaluations(b)
+    shared = [name for name in ours if name in theirs]
+    if not shared:
+        raise ValueError(
+            f"nothing to compare: {a} has {listed(ours)}, {b} has {listed(theirs)}; needed: a suite at one temperature in both"
+        )
+    found = [compare(ours[name], theirs[name]) for name in shared]
+    lines = [f"A: {a}", f"B: {b}", ""]
+    for one in found:
+        lines += [*described(one), *links("learned", one.learned, one, a, b), *links("lost", one.lost, one, a, b), ""]
+    for name in (ours.keys() | theirs.keys()) - set(shared):
+        lines.append(f"only in {'A' if name in ours else 'B'}: {label(name)}")
+    return lines
+
+
+def read_evaluations(folder: Path) -> dict[tuple, dict[str, Any]]:
+    """Read the evaluations of a folder: (suite, temperature, thinking tokens) ->
+    evaluation. A run has those of its last step, RUN/checkpoints/STEP those of a step.
+    """
+    found = json_object(folder / "evaluation.json")
+    if found is not None:
+        if found.get("done") is not True:
+            raise ValueError(f"{folder} is not done; give its command again, which continues")
+        return {name_of(e): e for e in found["evaluations"]}
+    step = None
+    run = folder
+    if folder.parent.name == "checkpoints" and folder.name.isdecimal():
+        run, step = folder.parents[1], int(folder.name)
+    summary = json_object(run / "summary.json")
+    if summary is None or not summary.get("evaluations"):
+        raise ValueError(f"{folder} is no evaluation (evaluation.json) and no run that has evaluated (summary.json)")
+    steps = {e["step"] for e in summary["evaluations"]}
+    step = max(steps) if step is None else step
+    if step not in steps:
+        raise ValueError(unknown_name_message(f"step of {run}", step, steps))
+    suites = summary["config"]["evaluate"]["suites"]
+    # Of a step with two evaluations (the end of a phase and the start of the next) the
+    # last one counts. The tasks of a run's suites are those of its config.
+    return {name_of(e): e | {"section": suites.get(e["suite"])} for e in summary["evaluations"] if e["step"] == step}
+
+
+def name_of(evaluation: Mapping) -> tuple:
+    return evaluation["suite"], evaluation["temperature"], evaluation.get("thinking_tokens")
+
+
+def label(name: tuple) -> str:
+    suite, temperature, budget = name
+    return f"{suite}, T={temperature:g}" + ("" if budget is None else f", {budget} thinking tokens")
+
+
+def listed(found: Mapping[tuple, Any]) -> str:
+    return "; ".join(map(label, found)) or "none"
+
+
+def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
+    """Compare two evaluations of one suite at one temperature.
+
+    With one sample per task the interval is that of a posterior below 100 tasks, which
+    a bootstrap is too narrow for, and of a paired bootstrap above; p is exact. With
+    several samples it is the t-interval of the tasks' mean differences.
+
+    Raises:
+      ValueError: they have no task in common.
+    """
+    notes, pairs = [], paired_tasks(a, b)
+    if len(pairs) < max(a["n"], b["n"]):
+        notes.append(f"{len(pairs)} tasks are in both, of {a['n']} in A and {b['n']} in B")
+    if a.get("prompts") != b.get("prompts"):
+        notes.append("the prompts differ, by template or instruction")
+    mean_N = {side: means(e) for side, e in (("a", a), ("b", b))}
+    value_N, other_N = (np.array([mean_N[side][pair[i]] for pair in pairs]) for i, side in enumerate("ab"))
+    single = a.get("samples", 1) == b.get("samples", 1) == 1
+    p = estimators.mcnemar(value_N, other_N) if single else None
+    difference = float((other_N - value_N).mean())
+    if single and len(pairs) < FEW_PROBLEMS:
+        _, low, high, _ = estimators.paired_posterior(value_N, other_N)
+        method = "posterior over tasks"
+    elif single:
+        _, low, high = estimators.paired_bootstrap(value_N, other_N)
+        method = "paired bootstrap over tasks"
+    else:
+        _, low, high = estimators.mean_interval(other_N - value_N)
+        method = "paired t-interval over tasks"
+    learned, lost = ([pair[1] for pair, x, y in zip(pairs, value_N, other_N) if sign * (y - x) > 0] for sign in (1, -1))
+    needed = estimators.problems_needed(difference, float(np.var(other_N - value_N)))
+    accuracies = float(value_N.mean()), float(other_N.mean())
+    return Comparison(
+        b["suite"], b["temperature"], len(pairs), *accuracies, difference, low, high, p, method, learned, lost, needed, notes
+    )
+
+
+def paired_tasks(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Return the positions in a and b of the tasks that both have."""
+    if "questions" in a and "questions" in b:
+        position = {question: i for i, question in enumerate(a["questions"])}
+        pairs = [(position[question], i) for i, question in enumerate(b["questions"]) if question in position]
+    elif "section" in a and "section" in b and a["section"] == b["section"]:
+        pairs = [(i, i) for i in range(min(a["n"], b["n"]))]
+    elif "section" in a and "section" in b:
+        raise ValueError(f"suite {b['suite']!r} has other tasks in A and B ({a['section']}; {b['section']}); needed: the same")
+    else:
+        raise ValueError("a run can't be compared with an evaluation; evaluate the run too: --checkpoint=RUN with the same flags")
+    if not pairs:
+        raise ValueError(f"suite {b['suite']!r} has no task that is in both A and B; needed: evaluations of the same tasks")
+    return pairs
+
+
+def means(evaluation: Mapping[str, Any]) -> np.ndarray:
+    """Return the accuracy on each task."""
+    verdicts = evaluation.get("verdicts") or ""
+    if len(verdicts) != evaluation["n"] * evaluation.get("samples", 1):
+        raise ValueError(
+            f"suite {evaluation['suite']!r} has no verdicts per task (an earlier version made it); evaluate it again"
+        )
+    return np.array([letter == "1" for letter in verdicts], np.float64).reshape(evaluation["n"], -1).mean(axis=1)
+
+
+def described(one: Comparison) -> list[str]:
+    p = "" if one.p is None else f", McNemar p {one.p:.2g}"
+    lines = [
+        f"{one.suite}, T={one.temperature:g}, {one.n} tasks: A {one.accuracy_a:.3f}, B {one.accuracy_b:.3f}, "
+        f"B - A {one.difference:+.3f} [{one.low:+.3f}, {one.high:+.3f}] (95 %, {one.method}){p}"
+    ]
+    lines += [f"  note: {note}" for note in one.notes]
+    if one.needed is not None and one.low <= 0 <= one.high:
+        lines.append(f"  not shown; about {one.needed:,} tasks would show a difference of this size in 4 of 5 evaluations")
+    return lines
+
+
+def links(what: str, tasks: Sequence[int], one: Comparison, a: Path, b: Path) -> list[str]:
+    """Say how many tasks were learned or lost, and where the attempts at them are."""
+    verb = "more often in B" if what == "learned" else "less often in B"
+    named = f": problems {', '.join(map(str, tasks[:SHOWN]))}{', ...' if len(tasks) > SHOWN else ''}" if tasks else ""
+    return [f"  {what} (solved {verb}): {len(tasks)}{named}"]

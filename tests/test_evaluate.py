@@ -1,0 +1,229 @@
+"""The command that evaluates a checkpoint: the numbers of a run, killed and continued,
+budgets of thinking, and comparisons.
+"""
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from runs import ROOT, load_config, read_lines, run_config
+
+from jaxreason import estimators
+from jaxreason.build.suites import SUITES, read_suites, split_outside
+from jaxreason.evaluation import Outcome, curves, measure
+from jaxreason.look.comparison import compare_folders
+
+pytestmark = pytest.mark.process
+
+
+def evaluate(*arguments, cwd=ROOT):
+    command = [sys.executable, "-m", "jaxreason.evaluate", *map(str, arguments)]
+    got = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+    return got.returncode, got.stdout, got.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run whose suite has three samples per task."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = load_config("tiny", "smoke", **{"prior.steps": 2, "rl.steps": 1})
+    with config.unlocked():
+        config.evaluate.suites.chain.samples = 3
+        config.evaluate.temperatures = (0.0, 1.0)
+        config.sampler.thinking_tokens = 6
+        config.sampler.end_of_thinking = ";A"
+    summary = run_config(config, folder)
+    (folder / "config.json").write_text(json.dumps(summary["config"] | {"revisions": {}}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained):
+    folder = trained.parent / "evaluated"
+    code, out, err = evaluate(f"--checkpoint={trained}", f"--workdir={folder}")
+    assert code == 0, err
+    assert "of 8 tasks" in out
+    return folder
+
+
+def test_a_run_has_the_numbers_of_its_own_evaluation(trained, evaluated):
+    summary = json.loads((trained / "summary.json").read_text())
+    last = [e for e in summary["evaluations"] if e["step"] == summary["steps"]]
+    found = json.loads((evaluated / "evaluation.json").read_text())
+    assert found["done"]
+    assert len(last) == len(found["evaluations"]) == 4
+    assert [e["samples"] for e in found["evaluations"]] == [1, 3, 1, 1]
+    for inside, outside in zip(last, found["evaluations"], strict=True):
+        for name in ("suite", "temperature", "accuracy", "low", "high", "n", "verdicts", "samples"):
+            assert inside[name] == outside[name], name
+        assert outside["measures"] == pytest.approx(inside["measures"])
+    # The run's own record has the same texts.
+    kept = [r for r in read_lines(trained / "rollouts.jsonl") if r["step"] == summary["steps"] and "suite" in r]
+    texts = {
+        (r["suite"], r["temperature"], r["problem"], r["attempt"]): r["text"] for r in read_lines(evaluated / "rollouts.jsonl")
+    }
+    assert kept
+    assert all(texts[r["suite"], r["temperature"], r["problem"], r["attempt"]] == r["text"] for r in kept)
+
+
+def test_a_killed_evaluation_continues_to_the_same_end(trained, evaluated, tmp_path):
+    folder = tmp_path / "killed"
+    shutil.copytree(evaluated, folder)
+    lines = (evaluated / "rollouts.jsonl").read_text().splitlines(keepends=True)
+    (folder / "rollouts.jsonl").write_text("".join(lines[10:14] + lines[:5]) + lines[20][:40])
+    found = json.loads((evaluated / "evaluation.json").read_text())
+    (folder / "evaluation.json").write_text(json.dumps({k: v for k, v in found.items() if k != "evaluations"} | {"done": False}))
+    code, _, err = evaluate(f"--checkpoint={trained}", f"--workdir={folder}")
+    assert code == 0, err
+    again = json.loads((folder / "evaluation.json").read_text())
+    assert [(e["verdicts"], e["accuracy"]) for e in again["evaluations"]] == [
+        (e["verdicts"], e["accuracy"]) for e in found["evaluations"]
+    ]
+    for one, other in zip(read_lines(evaluated / "rollouts.jsonl"), read_lines(folder / "rollouts.jsonl"), strict=True):
+        assert one.pop("logp_sum") == pytest.approx(other.pop("logp_sum"), abs=1e-4)
+        assert one == other
+    # Another evaluation does not mix with it.
+    code, _, err = evaluate(f"--checkpoint={trained}", f"--workdir={folder}", "--n=4")
+    assert code == 1
+    assert "holds another evaluation (settings.n: 8 there, 4 here)" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_budgets_of_thinking_share_attempts(trained, tmp_path):
+    arguments = [f"--checkpoint={trained}", "--suites=chain", "--temperature=1", "--samples=2", "--n=4"]
+    code, _, err = evaluate(*arguments, "--thinking_tokens=3,9", f"--workdir={tmp_path / 'both'}")
+    assert code == 0, err
+    code, _, err = evaluate(*arguments, "--thinking_tokens=3", f"--workdir={tmp_path / 'alone'}")
+    assert code == 0, err
+    both, alone = (read_lines(tmp_path / name / "rollouts.jsonl") for name in ("both", "alone"))
+    small = [r for r in both if r["thinking_tokens"] == 3]
+    assert [r["text"] for r in small] == [r["text"] for r in alone]
+    assert any(r["text"] != s["text"] for r, s in zip([r for r in both if r["thinking_tokens"] == 9], small, strict=True))
+    budgets = [e["thinking_tokens"] for e in json.loads((tmp_path / "both" / "evaluation.json").read_text())["evaluations"]]
+    assert budgets == [9, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "no --checkpoint given"),
+        (["--checkpoint=/nowhere/at/all"], "no folder '/nowhere/at/all'"),
+        (["--checkpoint={run}", "--step=77"], "has no checkpoint of step 77"),
+        (["--checkpoint={run}", "--suites=chian"], "unknown suite 'chian' (did you mean 'chain'?)"),
+        (["--checkpoint={run}", "--suites=mine=/nowhere.jsonl"], "no file '/nowhere.jsonl'"),
+        (["--checkpoint={run}", "--temperature=hot"], "--temperature got 'hot'"),
+        (["--checkpoint={run}", "--max_tokens=0"], "--max_tokens"),
+        (["--checkpoint={run}", "--verifier=exactly"], "unknown verifier 'exactly' (did you mean 'exact'?)"),
+        (["--compare", "{run}"], "--compare got 1 folders"),
+        (["--compare", "{run}", "/nowhere"], "/nowhere is no evaluation"),
+    ],
+)
+def test_bad_input_is_one_line(trained, tmp_path, arguments, said):
+    code, _, err = evaluate(*(a.replace("{run}", str(trained)) for a in arguments), cwd=tmp_path)
+    assert code == 1
+    assert said in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+# --- suites ---
+
+
+def test_suites_are_read_from_a_line():
+    own = {"chain": {"name": "chain", "ops": 3}}
+    assert read_suites("chain, gsm8k", own) == {"chain": own["chain"], "gsm8k": SUITES["gsm8k"]}
+    file = read_suites("svamp=my.jsonl", {})
+    assert file["svamp"]["path"] == "my.jsonl"
+    assert file["svamp"]["question"] == "Body+Question"
+    assert file["svamp"]["split"] is None  # the whole file
+    assert file["svamp"]["verifier"] == SUITES["svamp"]["verifier"]
+    made = read_suites("a={'name': 'jsonl', 'path': 'x,y.jsonl'},chain", {})
+    assert made["a"] == {"name": "jsonl", "path": "x,y.jsonl", "split": None}
+    for wrong in ("", "chain,chain", "a={1: 2}", "a={", "a={'path': 'x'}"):
+        with pytest.raises(ValueError):
+            read_suites(wrong, {})
+    assert split_outside("a={'x': (1, 2)}, b,'c,d'") == ["a={'x': (1, 2)}", "b", "'c,d'"]
+
+
+def test_every_named_suite_is_a_section_of_a_config():
+    from jaxreason.build import SECTIONS
+    from jaxreason.build.layout import section_of_suite
+    from jaxreason.options import fields
+
+    assert SECTIONS
+    for name, section in SUITES.items():
+        assert not fields.unknown_fields(section_of_suite(section), section), name
+        fields.check(section_of_suite(section), section, name)
+
+
+# --- statistics ---
+
+
+def test_curves_are_means_over_all_subsets():
+    rng = np.random.default_rng(0)
+
+    def draw():
+        return Outcome(bool(rng.random() < 0.5), str(rng.integers(3)), "", "eos", 5, float(rng.normal()))
+
+    outcomes = [[draw() for _ in range(4)] for _ in range(3)]
+    found = curves(outcomes)
+    for k in range(1, 5):
+        any_right = [[any(o[i].correct for i in s) for s in itertools.combinations(range(4), k)] for o in outcomes]
+        assert found["pass"][k] == pytest.approx(np.mean(any_right))
+        votes = [estimators.majority_at_k([x.parsed for x in o], [x.correct for x in o], k) for o in outcomes]
+        assert found["majority"][k] == pytest.approx(np.mean(votes))
+    found = measure(outcomes)
+    assert found["pass@4"] == pytest.approx(np.mean([any(x.correct for x in o) for o in outcomes]))
+    assert found["pass^4"] == pytest.approx(np.mean([all(x.correct for x in o) for o in outcomes]))
+
+
+# --- comparisons ---
+
+
+def made(folder, verdicts, questions, **more):
+    folder.mkdir()
+    n = len(questions)
+    entry = {
+        "suite": "s",
+        "temperature": 0.0,
+        "thinking_tokens": None,
+        "n": n,
+        "samples": len(verdicts) // n,
+        "verdicts": verdicts,
+    }
+    entry |= {"questions": questions, "prompts": "p"} | more
+    (folder / "evaluation.json").write_text(json.dumps({"done": True, "evaluations": [entry]}))
+    return folder
+
+
+def test_a_comparison_pairs_tasks(tmp_path):
+    a = made(tmp_path / "a", "0011" * 30, [f"q{i}" for i in range(120)])
+    b = made(tmp_path / "b", "0111" * 30, [f"q{i}" for i in range(120)])
+    lines = "\n".join(compare_folders(a, b))
+    assert "A 0.500, B 0.750, B - A +0.250" in lines
+    assert "McNemar p 1.9e-09" in lines  # 2 * 0.5 ** 30
+    assert "learned (solved more often in B): 30: problems 1, 5, 9" in lines
+    assert "lost (solved less often in B): 0" in lines
+    # Other order, other number, other prompts: paired by question, and said.
+    c = made(tmp_path / "c", "0101", ["q3", "q2", "q1", "new"], prompts="other")
+    lines = "\n".join(compare_folders(a, c))
+    assert "3 tasks are in both, of 120 in A and 4 in B" in lines
+    assert "the prompts differ" in lines
+    assert "A 0.667, B 0.333" in lines  # q3, q2, q1: 1 1 0 against 0 1 0
+
+
+def test_other_tasks_are_refused(tmp_path):
+    a, b = made(tmp_path / "a", "01", ["q0", "q1"]), made(tmp_path / "b", "01", ["r0", "r1"])
+    with pytest.raises(ValueError, match="no task that is in both"):
+        compare_folders(a, b)
+    c = made(tmp_path / "c", "01", ["q0", "q1"], temperature=1.0)
+    with pytest.raises(ValueError, match="nothing to compare"):
+        compare_folders(a, c)
+
+
+def test_a_run_compares_with_itself(trained):
+    lines = compare_folders(trained, trained)
+    assert sum("B - A +0.000" in line for line in lines) == 4
