@@ -181,15 +181,15 @@ def test_the_change_of_a_run_is_paired_by_problem(tmp_path):
     before, after = ([letter == "1" for letter in e["verdicts"]] for e in (evaluation(4, "prior", 30), evaluation(8, "rl", 90)))
     assert (rl.a, rl.b, whole.a) == ("before rl", "end of rl", "start of the run")
     assert rl.p == estimators.mcnemar(before, after)
-    assert rl.how == "McNemar and paired bootstrap over 120 problems"
+    assert rl.how == "McNemar, paired bootstrap over 120 problems"
     assert (rl.difference, whole.difference) == (0.5, 0.75)
     assert rl.low < 0.5 < rl.high
     few = evaluation(0, "start", 10, n=40), evaluation(8, "rl", 30, n=40)
     made = paired.by_problem(*map(runs.to_evaluation, few), ("a", "b"))
-    assert made.how == "McNemar and posterior over 40 problems"
+    assert made.how == "McNemar, posterior over 40 problems"
     several = [e | {"samples": 2, "n": 20} for e in few]
     made = paired.by_problem(*map(runs.to_evaluation, several), ("a", "b"))
-    assert made.how == "paired t over 20 problems"
+    assert made.how == "paired t-interval over 20 problems"
     assert made.difference == 0.5
 
 
@@ -231,7 +231,7 @@ def test_runs_of_other_configs_are_lines_of_their_own_and_compared(tmp_path):
 def test_single_runs_are_paired_by_problem_unless_their_suites_differ(tmp_path):
     a, b = (runs.read_run(write_run(tmp_path / f"lr{lr}", lr=lr, rights=(0, 30, 60, right))) for lr, right in ((1, 70), (2, 90)))
     (made,) = paired.between(runs.group_runs([a, b]))
-    assert made.how == "McNemar and paired bootstrap over 120 problems"
+    assert made.how == "McNemar, paired bootstrap over 120 problems"
     harder = runs.read_run(write_run(tmp_path / "harder", evaluate={"suites": {"chain": {"name": "chain", "ops": 9}}}))
     (made,) = paired.between(runs.group_runs([a, harder]))
     assert made.how == "not tested: the suite differs"
