@@ -33,12 +33,12 @@ class Recovery(NamedTuple):
     Compare `recovered` with `control`: the difference is the damage of one wrong step.
     """
 
-    tried: int  # correct rollouts that were continued, once per arm
+    tried: int  # rollouts that were continued, once per arm: a correct one per problem
     recovered: int  # still correct after the wrong step
     noticed: int  # whose continuation shows that the step was wrong (see `Parser`)
     control: int  # correct in the control arm
-    too_long: int  # correct rollouts without a step whose prefix is a possible prompt
-    without_step: int  # correct rollouts without a step that can be corrupted
+    too_long: int  # rollouts left out because no prefix is a possible prompt
+    without_step: int  # rollouts left out because no step can be corrupted
     rollouts: tuple[Rollout, ...] = ()  # the continued ones, an arm after the other; prefixes are forced tokens
 
     def measures(self) -> dict[str, float]:
@@ -66,15 +66,18 @@ def recovery(
     most: int | None = None,
     filter: Filter = ALL,
 ) -> Recovery:
-    """Corrupt a random step of each correct rollout, at most `most` of them, and let
-    the model continue, at temperature 0 or another.
+    """Corrupt a random step of correct rollouts and let the model continue.
 
-    `encode` encodes a text that continues another. The prompt of a continuation is the
-    prompt and the prefix, so a step is chosen among those whose prefix fits in
-    `sampler.max_prompt_tokens`; a continuation may have `completer.max_tokens` more, if
-    the sampler is long enough. Where thinking has a budget, steps after the forced end
-    of thinking are not corrupted, and the continuation has the whole budget. All
-    processes must call it, with the same rollouts.
+    The rollouts are attempts at the problems of one suite. The first correct one of
+    each problem is used, so that the cases are independent, until there are `most`.
+    `encode` encodes a text that continues another, such as `partial(tokenizer.encode,
+    continues=True)`. All processes must call it, with the same rollouts.
+
+    The prompt of a continuation is the prompt and the prefix, so a step is chosen among
+    those whose prefix fits in `sampler.max_prompt_tokens`. A continuation has up to
+    `completer.max_tokens` of its own, if the sampler is long enough. Where thinking has
+    a budget, steps after its end are not corrupted, and the continuation has the whole
+    budget.
 
     Raises:
       ValueError: the environment makes observations, which belong to turns that are cut
@@ -85,9 +88,10 @@ def recovery(
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
     chosen: list[tuple[Rollout, Cut]] = []
     too_long = without_step = 0
-    for rollout in rollouts:
-        if rollout.verdict is None or not rollout.verdict.correct or (most is not None and len(chosen) >= most):
-            continue
+    first = {r.problem: r for r in reversed(rollouts) if r.verdict is not None and r.verdict.correct}
+    for _, rollout in sorted(first.items()):
+        if most is not None and len(chosen) >= most:
+            break
         cut = parser.corrupt(rollout.text, rollout.task, rng, partial(fits, completer, encode, rollout.prompt))
         if cut is not None:
             chosen.append((rollout, cut))

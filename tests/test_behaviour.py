@@ -144,6 +144,7 @@ def test_demonstrations_are_read_whole(name, kind):
 CHAIN = Task("7+5*3-2:", "4")
 INVERSE = Task("?*7+5=2:", "1", data={"answers": ("1",)})
 COUNTDOWN = Task("3,7,5=26:", "3*7+5", data={"numbers": (3, 7, 5), "target": 26})
+TWO_OF_THREE = Task("3,7,0=21:", "3*7+0", data={"numbers": (3, 7, 0), "target": 21})
 CALCULATOR = Task("47*83+512:", "4413")
 SORTING = Task(">407:", "047")
 
@@ -161,6 +162,8 @@ SORTING = Task(">407:", "047")
         ("countdown", COUNTDOWN, "7-5=2,2*3=6n3*7=21,21+5=26yA3*7+5", {"answers": (False, True, True), "retries": 1}),
         ("countdown", COUNTDOWN, "3*7=22,22+5=27nA7*5-3", {"answers": (True, False)}),  # the expression was right
         ("countdown", COUNTDOWN, "7+9=16,16+5=21,21+5=26y", {"checks": (Check(True, False),)}),
+        ("countdown", COUNTDOWN, "3*7=21,21+5=25,25+1=26y", {"checks": (Check(True, False),)}),  # a number of its own
+        ("countdown", TWO_OF_THREE, "3*7=21y", {"checks": (Check(True, False),), "answers": (False,)}),
         ("countdown", COUNTDOWN, "3*7=21y", {"checks": (Check(True, False),)}),
         ("calculator", CALCULATOR, "[47*83=3901][3901+512=4413]A4413", {"attempts": 1, "answers": (True,)}),
         ("sorting", SORTING, "47,0;7,04;,047;A047", {"attempts": 1, "answers": (True,)}),

@@ -110,14 +110,16 @@ def summarise(rollouts: Sequence[Rollout], parser: Parser) -> dict[str, float]:
 
 
 def rates(behaviours: Sequence[Behaviour], correct: Sequence[bool | None], label: str = "") -> dict[str, float]:
-    """Return rates and means of behaviours whose final answers are judged `correct`
-    (None: not judged; the last of the answers counts). What has no cases is left out.
+    """Return rates and means of behaviours whose final answers are judged `correct`.
+
+    Where that is None (not judged), the last of the answers counts. A rate without
+    cases is left out. The names, each after `label`:
 
         worked                 fraction of rollouts with at least one step
         steps, attempts, repeats, retries, self_checks, backtracks
                                mean number per rollout (see `Behaviour`)
         step_accuracy          fraction of steps that are right
-        right_with_wrong_step  of correct rollouts that worked, fraction with a wrong step
+        right_with_wrong_step  of correct rollouts with steps, fraction with a wrong one
         check_accuracy         fraction of self-checks that are right
         false_accepts          of checked attempts that fail, fraction accepted
         false_rejects          of checked attempts that succeed, fraction rejected
@@ -515,10 +517,10 @@ def lexical(correct: Callable[[str, Task], bool] | None = None) -> Parser:
     r"""Read ordinary prose by its wording: a rough count, not a judgement.
 
     Self-checks, backtracks and retries are sentences with a phrase such as "let me
-    check", "Wait," or "alternatively". Steps are equations of plain numbers (`3 * 4 = 12`), which are
-    right if their arithmetic is; they need not follow from the question. Answers are
-    boxes, `####` and "answer is"; with several, each is judged alone by `correct(answer,
-    task)`, else whether they are right is not known.
+    check", "Wait," or "alternatively". Steps are equations of plain numbers (`3 * 4 =
+    12`), which are right if their arithmetic is; they need not follow from the
+    question. Answers are boxes, `####` and "answer is"; with several, each is judged
+    alone by `correct(answer, task)`, else whether they are right is not known.
     """
 
     def parse(text: str, task: Task) -> Behaviour:

@@ -128,8 +128,8 @@ def flat(texts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 def passages(id_W: np.ndarray, text_W: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the hash and the start of each passage of n words.
 
-    A passage is within one text, and has no word of id 0, which the suite does not
-    have.
+    A passage is within one text. One with a word that the suite does not have, of id 0,
+    can't be shared and is left out, which saves time.
     """
     windows = len(id_W) - n + 1
     if windows < 1:
