@@ -195,7 +195,7 @@ def measure(outcomes_NK: Sequence[Sequence[Outcome]], same: Callable[[str, str],
 
         pass@K, pass^K      chance that at least one, or all, of K samples are correct
         majority@K          chance that the most frequent answer of K is correct
-        best_logp@K         chance that the sample of K with the highest mean log-prob is
+        best_logp@K         chance that the likeliest sample of K is (by mean log-prob)
         sampling_share      see `estimators.clustered`
         majority_share      mean share of the samples that agree with the majority
         calibration_error   see `estimators.calibration`

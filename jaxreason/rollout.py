@@ -298,7 +298,7 @@ def nothing(S: int, T: int) -> tuple:
 class Collection:
     """State of one `collect`."""
 
-    def __init__(self, completer, weights, requests, environment, threads, key, temperature, filter, judged):
+    def __init__(self, completer, weights, requests, environment, threads, key, temperature, filter, judged=lambda rollout: None):
         self.completer, self.sampler, self.weights, self.environment = completer, completer.sampler, weights, environment
         self.threads, self.temperature, self.filter, self.judged = threads, temperature, filter, judged
         self.key_R = keys_of(key, requests)

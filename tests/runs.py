@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
+SMOKE = f"{ROOT}/configs/tiny.py:smoke"
 HEARTBEAT_S = 10
 HANG_S = 1200  # a process that takes longer hangs; no test depends on how busy a machine is
 
@@ -166,3 +167,42 @@ def params_of(workdir: Path) -> tuple[int, dict]:
     tree = reader.restore(state, restore_args=as_numpy)
     made.close()
     return step, tree
+
+
+# --- sweeps ---
+
+PRETEND = """
+import json, os, sys, time
+folder, kind = sys.argv[1:]
+os.makedirs(folder, exist_ok=True)
+if kind == 'fails': sys.exit('error: it went wrong')
+if kind == 'killed': os.kill(os.getpid(), 9)
+if kind == 'once' and not os.path.exists(folder + '/tried'):
+    open(folder + '/tried', 'w').close(); sys.exit('error: the first time')
+if kind == 'locked' and not os.path.exists(folder + '/tried'):
+    open(folder + '/tried', 'w').close(); sys.exit('error: x is in use by host y; wait for it')
+if kind == 'sleeps': time.sleep(600)
+print('cores', sorted(os.sched_getaffinity(0)))
+json.dump({'done': True, 'evaluations': []}, open(folder + '/summary.json', 'w'))
+"""
+
+
+def pretend(tmp_path, monkeypatch, kinds, **how):
+    """Execute runs that do no more than a word says; return the state of each."""
+    from jaxreason.sweep import queue
+    from jaxreason.sweep.runs import SweepRun
+
+    runs = [SweepRun(f"{kind}{i}/seed0", kind, 0, (), tmp_path / f"{kind}{i}", {}) for i, kind in enumerate(kinds)]
+    monkeypatch.setattr(SweepRun, "command", lambda run: ["-c", PRETEND, str(run.folder), run.arm])
+    state = queue.State(tmp_path / "state.json")
+    said = []
+    queue.execute(runs, queue.make_workers(1), state, tmp_path, say=said.append, **how)
+    return [state.of(run) for run in runs], said
+
+
+def whole_checkpoint(folder, step):
+    """Make a checkpoint with the files that every whole one has."""
+    for name, text in (("host/metadata", '{"host": {}}'), ("state/_METADATA", "")):
+        path = folder / "checkpoints" / str(step) / name
+        path.parent.mkdir(parents=True)
+        path.write_text(text)

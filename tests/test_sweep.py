@@ -13,14 +13,13 @@ import time
 
 import numpy as np
 import pytest
-from runs import HANG_S, ROOT, maths, params_of, xla_flags
+from runs import HANG_S, PRETEND, ROOT, SMOKE, maths, params_of, pretend, whole_checkpoint, xla_flags
 
 from jaxreason.sweep import Sweep, arms, chain, fixed, jobs, over, product, progress, queue, report, results, search, zip_
 from jaxreason.sweep.__main__ import read_experiment
 from jaxreason.sweep.progress import cell, last_metrics
 from jaxreason.sweep.runs import SweepRun, begin_with_shared, make_runs
 
-SMOKE = f"{ROOT}/configs/tiny.py:smoke"
 METRIC = ("chain", 0.0)
 
 
@@ -190,31 +189,6 @@ def test_runs_are_submitted_as_jobs(tmp_path, monkeypatch):
 
 # --- the queue, with processes that only pretend ---
 
-PRETEND = """
-import json, os, sys, time
-folder, kind = sys.argv[1:]
-os.makedirs(folder, exist_ok=True)
-if kind == 'fails': sys.exit('error: it went wrong')
-if kind == 'killed': os.kill(os.getpid(), 9)
-if kind == 'once' and not os.path.exists(folder + '/tried'):
-    open(folder + '/tried', 'w').close(); sys.exit('error: the first time')
-if kind == 'locked' and not os.path.exists(folder + '/tried'):
-    open(folder + '/tried', 'w').close(); sys.exit('error: x is in use by host y; wait for it')
-if kind == 'sleeps': time.sleep(600)
-print('cores', sorted(os.sched_getaffinity(0)))
-json.dump({'done': True, 'evaluations': []}, open(folder + '/summary.json', 'w'))
-"""
-
-
-def pretend(tmp_path, monkeypatch, kinds, **how):
-    """Execute runs that do no more than a word says; return the state of each."""
-    runs = [SweepRun(f"{kind}{i}/seed0", kind, 0, (), tmp_path / f"{kind}{i}", {}) for i, kind in enumerate(kinds)]
-    monkeypatch.setattr(SweepRun, "command", lambda run: ["-c", PRETEND, str(run.folder), run.arm])
-    state = queue.State(tmp_path / "state.json")
-    said = []
-    queue.execute(runs, queue.make_workers(1), state, tmp_path, say=said.append, **how)
-    return [state.of(run) for run in runs], said
-
 
 def test_a_run_that_fails_is_recorded_and_the_others_continue(tmp_path, monkeypatch):
     states, said = pretend(tmp_path, monkeypatch, ["fails", "killed", "ends"])
@@ -249,7 +223,7 @@ def test_runs_are_stopped_and_pruned(tmp_path, monkeypatch):
 def test_workers_divide_cores_and_accelerators(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 3, 4, 5, 7})
     assert [sorted(worker.cores) for worker in queue.make_workers(None)] == [[2], [3], [4], [5], [7]]
-    assert [sorted(worker.cores) for worker in queue.make_workers(2)] == [[2, 3], [4, 5, 7]]
+    assert [sorted(worker.cores) for worker in queue.make_workers(2)] == [[2, 3], [4, 5]]  # as many for each
     with pytest.raises(ValueError, match=r"--workers=6 with 1 per run; allowed: 1 to 5, since this machine has 5 cores"):
         queue.make_workers(6)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
@@ -494,9 +468,9 @@ def crashes():
 def test_a_copy_of_shared_phases_appears_at_once_and_keeps_what_was_there(tmp_path):
     phases = {"prior": {"source": {}, "steps": 4}, "rl": {"source": {}, "steps": 2}}
     trunk, config = tmp_path / "trunk", {"phases": ["prior", "rl"], **phases}
-    (trunk / "checkpoints" / "4" / "host").mkdir(parents=True)
-    (trunk / "checkpoints" / "4" / "host" / "x").write_text("weights")
+    whole_checkpoint(trunk, 4)
     (trunk / "checkpoints" / "2").mkdir()
+    (trunk / "checkpoints" / "6").mkdir()  # a save that did not end
     (trunk / "metrics.jsonl").write_text("{}\n")
     (trunk / "lock").write_text("mine")
     there = config | {"rl": {"source": {}, "steps": 9}, "seed": 3, "revisions": {"a": "b"}}

@@ -19,7 +19,7 @@ from jaxreason.build.evaluation import make_evaluate, make_log
 from jaxreason.build.layout import from_earlier, settle
 from jaxreason.build.model import check_size, init_params, read_model_and_text, reword, start_from
 from jaxreason.build.phases import make_phase
-from jaxreason.build.sampler import make_completer, warm_up
+from jaxreason.build.sampler import decoding_of, make_completer, warm_up
 from jaxreason.build.tasks import Parts, load_tasks, trained_sections
 from jaxreason.draw import ALL
 from jaxreason.model import attention, transformer
@@ -97,6 +97,8 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
         seed=config["seed"],
         decode=lambda ids: tokenizer.decode([int(i) for i in ids]),
         sample_devices=meshes.sample.size * jax.process_count(),
+        samples_apart=not set(meshes.sample.devices.flat) & set(meshes.learn.devices.flat),
+        decoding=decoding_of(sampled, completer.sampler, config["sampler"].get("cache_dtype")),
         **call_with_section(make_log, config["log"], "config.log"),
         open_checkpoints=functools.partial(call_with_section, open_checkpoints, config["checkpoint"], "config.checkpoint"),
         provenance={"config": json.loads(json.dumps(config, default=list)), **versions()},

@@ -276,8 +276,9 @@ def flat(tree, prefix: str = "") -> dict:
     return {key: value for name, branch in tree.items() for key, value in flat(branch, f"{prefix}{name}.").items()}
 
 
-def lock(folder: Path, say: Callable[[str], None]) -> Callable[[], None]:
-    """Take the lock of a folder, and return a function that releases it.
+def lock(folder: Path, say: Callable[[str], None], flag: str = "--workdir") -> Callable[[], None]:
+    """Take the lock of a folder, which `flag` named, and return a function that
+    releases it.
 
     Raises:
       ValueError: another run holds the lock.
@@ -293,7 +294,7 @@ def lock(folder: Path, say: Callable[[str], None]) -> Callable[[], None]:
         held = True
     if held:
         file.close()
-        raise ValueError(f"{folder} is in use by {holder}; wait for it or stop it, or choose another --workdir")
+        raise ValueError(f"{folder} is in use by {holder}; wait for it or stop it, or choose another {flag}")
     if holder:
         say(f"the lock of {folder} was left by {holder}, which has died; taking it over")
     file.truncate(0)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import runpy
@@ -76,6 +77,8 @@ def read_sweep(words: command.Words) -> Asked:
     if words.config is None or FLAGS.grid is None:
         raise ValueError('needed: --experiment=FILE, or --config=FILE --grid="field=value,value"; see --help')
     arms, seeds = parse_grid(FLAGS.grid)
+    if seeds is not None and FLAGS.seeds is not None:
+        raise ValueError(f"got --seeds={FLAGS.seeds} and a --grid with seed=...; allowed: one of them")
     if twice := words.changes.keys() & {field for arm in arms for field in arm}:
         raise ValueError(f"--config.{min(twice)} is a field of --grid too; allowed: one of them")
     seeds = range(FLAGS.seeds or 5) if seeds is None else seeds
@@ -115,6 +118,24 @@ def default_folder(asked: Asked) -> Path:
     return Path("sweeps") / f"{asked.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
+def read_definition(folder: Path) -> dict | None:
+    """Read sweep.json; None if there is none.
+
+    Raises:
+      ValueError: it is damaged, so nobody knows which arms are in the folder.
+    """
+    from jaxreason.runtime.workdir import json_object
+
+    path = folder / "sweep.json"
+    if not path.exists():
+        return None
+    kinds = {"config": str, "common": dict, "arms": dict, "seeds": list}
+    found = json_object(path) or {}
+    if not all(isinstance(found.get(name), kind) for name, kind in kinds.items()) or not found["arms"]:
+        raise ValueError(f"{path} is damaged; bring it back, or move it away: the same command then writes it with its own arms")
+    return found
+
+
 def write_definition(folder: Path, here: dict) -> dict:
     """Write sweep.json; a sweep in the folder may gain arms and seeds.
 
@@ -122,16 +143,15 @@ def write_definition(folder: Path, here: dict) -> dict:
       ValueError: the folder is of another sweep.
     """
     from jaxreason.runtime.files import replacing
-    from jaxreason.runtime.workdir import json_object
 
-    there = json_object(folder / "sweep.json")
+    there = read_definition(folder)
     if there is not None:
         for name in ("config", "common"):
             if there.get(name) != here[name]:
                 raise ValueError(
                     f"{folder} is of another sweep ({name}: {there.get(name)} there, {here[name]} here); choose another --folder"
                 )
-        for name, arm in there.get("arms", {}).items():
+        for name, arm in there["arms"].items():
             if here["arms"].get(name, arm) != arm:
                 raise ValueError(f"{folder} has an arm {name!r} with other fields ({arm} there); choose another --folder")
         here = here | {"arms": there["arms"] | here["arms"], "seeds": sorted({*there["seeds"], *here["seeds"]})}
@@ -149,19 +169,39 @@ def provenance(folder: Path) -> dict[str, str]:
     import jaxreason
 
     root = Path(__file__).parents[2]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
 
-        def git(*words: str) -> str:
-            return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout
+    def git(*words: str, allowed: tuple[int, ...] = (0,)) -> str:
+        made = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, errors="replace")
+        if made.returncode not in allowed:
+            raise subprocess.CalledProcessError(made.returncode, "git")
+        return made.stdout
 
+    try:
         commit, tree = git("rev-parse", "--short=12", "HEAD").strip(), git("rev-parse", "--short=12", "HEAD:jaxreason").strip()
-        diff = git("diff", "HEAD", "--", "jaxreason")
-        if not diff:
-            return {"code": tree, "commit": commit}
-        name = f"{tree}-{hashlib.sha256(diff.encode()).hexdigest()[:8]}"
+        diff = git("diff", "--no-ext-diff", "--no-color", "HEAD", "--", "jaxreason")
+        for new in git("ls-files", "-z", "--others", "--exclude-standard", "--", "jaxreason").split("\0")[:-1]:
+            diff += git("diff", "--no-ext-diff", "--no-color", "--no-index", "--", os.devnull, new, allowed=(0, 1))
+    except (OSError, subprocess.CalledProcessError):  # no git, or installed without its repository
+        from jaxreason.sweep.runs import sources_hash
+
+        return {"code": f"jaxreason {jaxreason.__version__}-{sources_hash()[:8]}", "commit": ""}
+    if not diff:
+        return {"code": tree, "commit": commit}
+    name = f"{tree}-{hashlib.sha256(diff.encode()).hexdigest()[:8]}"
+    if not (folder / f"{name}.diff").exists():
         (folder / f"{name}.diff").write_text(diff, encoding="utf-8")
-        return {"code": name, "commit": commit}
-    return {"code": f"jaxreason {jaxreason.__version__}", "commit": ""}
+    return {"code": name, "commit": commit}
+
+
+def devices_of_a_run() -> str:
+    """Say which devices each run gets: only runs on the same ones share phases."""
+    from jaxreason.sweep import queue
+
+    if FLAGS.submit:
+        return f"{FLAGS.submit} {FLAGS.submit_options}"
+    kind, _ = queue.find_devices()
+    worker = queue.make_workers(FLAGS.workers, FLAGS.devices_per_run)[0]
+    return f"{len(worker.cores) if kind == 'core' else FLAGS.devices_per_run} {kind}"
 
 
 def list_runs(asked: Asked, folder: Path) -> list[str]:
@@ -170,7 +210,7 @@ def list_runs(asked: Asked, folder: Path) -> list[str]:
     from jaxreason.sweep import predict
     from jaxreason.sweep.runs import make_runs
 
-    runs = make_runs(asked.sweep, folder, FLAGS.share)
+    runs = make_runs(asked.sweep, folder, FLAGS.share, devices_of_a_run())
     needed = predict.needs(runs)
     lines = [f"{len(runs)} runs in {folder}", ""]
     for run in runs:
@@ -197,7 +237,7 @@ def run_sweep(asked: Asked, folder: Path) -> None:
     from jaxreason.sweep import jobs, progress, queue, results, search
     from jaxreason.sweep.runs import make_runs
 
-    runs = make_runs(asked.sweep, folder, FLAGS.share)
+    runs = make_runs(asked.sweep, folder, FLAGS.share, devices_of_a_run())
     budget = search.parse_budget(FLAGS.budget)
     suite, temperature = results.parse_metric(asked.sweep.metric, runs[-1].config)
     if FLAGS.submit:
@@ -206,13 +246,13 @@ def run_sweep(asked: Asked, folder: Path) -> None:
         workers = queue.make_workers(FLAGS.workers, FLAGS.devices_per_run)
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        stack.callback(workdir.lock(folder, print))
+        stack.callback(workdir.lock(folder, print, "--folder"))
         known = write_definition(folder, definition(asked))
         state = queue.State(folder / "state.json")
         print(f"sweep: {len(known['arms'])} arms, seeds {known['seeds']}, {len(workers)} workers, in {folder}", flush=True)
         metric = results.name_metric(suite, temperature)
         with queue.interruptible() as stopped, progress.shown(runs, state, metric, len(workers)) as (show, say):
-            keywords = {"retries": FLAGS.retries, "provenance": provenance(folder), "show": show, "say": say}
+            keywords = {"retries": FLAGS.retries, "provenance": lambda: provenance(folder), "show": show, "say": say}
             keywords["stopped"] = lambda: stopped() or (budget is not None and search.spent(runs, budget[0]) >= budget[1])
             if FLAGS.submit:
                 keywords["launch"] = jobs.Jobs(FLAGS.submit, folder, jobs.parse_options(FLAGS.submit_options))
@@ -220,6 +260,7 @@ def run_sweep(asked: Asked, folder: Path) -> None:
                 queue.execute(runs, workers, state, folder, **keywords)
             else:
                 options = {"search": FLAGS.search, "pruner": FLAGS.pruner, "trials": FLAGS.trials, "share": FLAGS.share}
+                options["machine"] = devices_of_a_run()
                 study = search.Search(asked.sweep, folder, **options)
                 keywords |= {"prune": study.prune, "more": study.more, "finished": study.finished}
                 queue.execute([], workers, state, folder, **keywords)
@@ -231,26 +272,37 @@ def run_sweep(asked: Asked, folder: Path) -> None:
     report(folder)
 
 
-def report(folder: Path) -> None:
-    """Write the report of a sweep, and print it."""
+def recorded_config(folder: Path, known: dict) -> dict:
+    """Return the config of the first run that recorded one, or else of the baseline. A
+    report can thus be written where the config file is not.
+    """
     from jaxreason.runtime.workdir import json_object
-    from jaxreason.sweep import report as reports
-    from jaxreason.sweep import results
     from jaxreason.sweep.runs import read_config
 
-    known = json_object(folder / "sweep.json")
+    for arm, seed in itertools.product(known["arms"], known["seeds"]):
+        found = json_object(folder / "runs" / arm / f"seed{seed}" / "config.json") or {}
+        if isinstance(found.get("evaluate"), dict) and found.get("phases"):
+            return found
+    return read_config(known["config"], {**known["common"], **next(iter(known["arms"].values()))})
+
+
+def report(folder: Path) -> None:
+    """Write the report of a sweep, and print it."""
+    from jaxreason.sweep import queue, results
+    from jaxreason.sweep import report as reports
+
+    known = read_definition(folder)
     if known is None:
         raise ValueError(f"{folder} is no folder of a sweep: it has no sweep.json")
-    first = next(iter(known["arms"].values()))
-    config = read_config(known["config"], {**known["common"], **first})
-    metric = results.parse_metric(FLAGS.metric or known["metric"], config)
-    states = (json_object(folder / "state.json") or {}).get("runs", {})
+    config = recorded_config(folder, known)
+    metric = results.parse_metric(FLAGS.metric or known.get("metric"), config)
+    states = queue.read_states(folder / "state.json")
     made = reports.make_report(folder, known["arms"], known["seeds"], metric, states, FLAGS.across_commits)
     if FLAGS.figures and made.arms:
         try:
             reports.draw_figures(made, folder, config["phases"][-1])
-            if known.get("experiment"):
-                path = command.find_file(known["experiment"])
+            path = Path(os.path.expanduser((known.get("experiment") or "").partition(":")[0]))
+            if path.is_file():  # it may be on another machine
                 runpy.run_path(str(path)).get("figures", lambda *_: None)(folder, made)
         except ModuleNotFoundError as error:
             print(f"no figures: {error.name} is not installed; pip install 'jaxreason[look]'", file=sys.stderr)
@@ -277,6 +329,8 @@ def main(argv) -> None:
         run_sweep(asked, folder)
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error.name} is not installed; pip install 'jaxreason[sweep]'")
+    except KeyboardInterrupt:  # a second one: the runs are stopped, but perhaps not saved
+        sys.exit(130)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
 

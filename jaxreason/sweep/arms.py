@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 Arm = dict[str, Any]
 
-LONGEST_NAME = 100  # characters; a folder's name may have 255 bytes
+LONGEST_NAME = 100  # bytes, without the hash
+LONGEST_GIVEN_NAME = 200  # bytes; a file's name may have 255, and that of a log has the seed as well
 
 
 class Sweep(NamedTuple):
@@ -88,6 +89,8 @@ def parse_grid(text: str) -> tuple[list[Arm], tuple[int, ...] | None]:
     fields: dict[str, list] = {}
     for part in filter(None, split_outside(text, ";")):
         name, equals, values = (word.strip() for word in part.partition("="))
+        if not balanced(part):
+            raise ValueError(f"--grid has {part!r}, with a quote or bracket that has no partner; put such a value in quotes")
         name = name.removeprefix("--").removeprefix("config.")
         if not equals or not name or not values:
             raise ValueError(f"--grid has {part!r}; allowed: field=value,value or field=first..last, parted by semicolons")
@@ -110,7 +113,18 @@ def parse_values(text: str) -> list[str]:
         if last < first:
             raise ValueError(f"--grid has the range {text}; allowed: first..last, the last one not below the first")
         return [str(value) for value in range(first, last + 1)]
-    return [_unquoted(value) for value in split_outside(text, ",")]
+    values = split_outside(text, ",")
+    if "" in values:
+        raise ValueError(f"--grid has an empty value in {text!r}; allowed: a value on each side of a comma, '' for an empty text")
+    return [_unquoted(value) for value in values]
+
+
+def balanced(text: str) -> bool:
+    """Return whether every quote and bracket of a text has its partner."""
+    bare = re.sub(r"'[^']*'|\"[^\"]*\"", "", text)
+    while bare != (bare := re.sub(r"\([^][(){}]*\)|\[[^][(){}]*\]|\{[^][(){}]*\}", "", bare)):
+        pass
+    return not re.search(r"[][(){}'\"]", bare)
 
 
 def split_outside(text: str, separator: str) -> list[str]:
@@ -153,9 +167,10 @@ def name_of(arm: Mapping[str, Any]) -> str:
         return "base"
     whole = ",".join(f"{field}={_plain(word_of(arm[field]))}" for field in sorted(arm))
     name = re.sub(r"[^\w.=,+()-]+", "_", whole)
-    if name == whole and len(name) <= LONGEST_NAME:
+    cut = name.encode()[:LONGEST_NAME].decode(errors="ignore")
+    if cut == whole:
         return name
-    return f"{name[:LONGEST_NAME]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+    return f"{cut}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
 def _plain(word: str) -> str:
@@ -183,9 +198,13 @@ def named_arms(sweep: Sweep) -> dict[str, Arm]:
     for i, arm in enumerate(sweep.arms):
         if "seed" in arm or "seed" in sweep.common:
             raise ValueError("an arm sets the field 'seed'; allowed: seeds=... of the sweep, which every arm is run with")
-        name = name_of(arm) if sweep.names is None else sweep.names[i]
+        name = name_of(arm) if sweep.names is None else str(sweep.names[i])
         if not re.fullmatch(r"[\w.=,+()-]+", name) or name.startswith("."):
             raise ValueError(f"the sweep has an arm named {name!r}; allowed: letters, digits and _ . = , + - ( )")
+        if len(name.encode()) > LONGEST_GIVEN_NAME:
+            raise ValueError(
+                f"the sweep has an arm named {name[:40]}..., {len(name.encode())} bytes; allowed: {LONGEST_GIVEN_NAME}"
+            )
         if name in found:
             raise ValueError(f"two arms have the folder {name!r}: {found[name]} and {dict(arm)}; allowed: arms that differ")
         found[name] = dict(arm)

@@ -20,6 +20,7 @@ def main(parent: int, cores: set[int], words: list[str]) -> None:
         os.sched_setaffinity(0, cores)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # is for the job that the run is in, and would end it; an exec keeps this
     if os.getppid() != parent:  # it died before that
         sys.exit("the sweep has ended")
     os.execv(sys.executable, [sys.executable, *words])

@@ -9,6 +9,7 @@ again waits for those that still hold the lock of their folder.
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import signal
 import subprocess
@@ -53,15 +54,37 @@ class Jobs:
         self.executor.update_parameters(**{"timeout_min": 24 * 60, "name": folder.name} | dict(options))
 
     def __call__(self, run: SweepRun, worker: Worker, log: Path) -> Job:
-        return Job(self.executor.submit(execute, run.command(), str(log.resolve()), os.getcwd(), dict(worker.environment)))
+        # A job inherits that Ctrl-C is ignored: a local one is in the process group of
+        # the terminal, but the sweep stops its runs one by one.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            words = (run.command(), str(log.resolve()), os.getcwd(), dict(worker.environment))
+            return Job(self.executor.submit(execute, *words))
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 def execute(words: list[str], log: str, folder: str, environment: dict[str, str]) -> int:
-    """In the job: run the command of a run, and return its exit code."""
+    """In the job: run the command of a run, and return its exit code.
+
+    A run saves itself at its first SIGTERM and ends at once at a second one. Slurm
+    signals all processes of a job, so there SIGTERM is not passed on. SIGUSR2, by which
+    submitit announces the end of a job's time, asks the run to save itself too.
+    """
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    child = ["-m", "jaxreason.sweep.child", str(os.getpid()), ",".join(map(str, cores)), *words]
+    is_local = os.environ.get("SUBMITIT_EXECUTOR") == "local"
     with open(log, "ab") as out:
         keywords = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT, "cwd": folder}
-        process = subprocess.Popen([sys.executable, *words], env=os.environ | environment, **keywords)
-        signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))  # it saves itself
+        keywords["start_new_session"] = is_local  # else in the process group that Slurm may signal
+        process = subprocess.Popen([sys.executable, *child], env=os.environ | environment, **keywords)
+
+        def save(number: int, frame) -> None:
+            if is_local or number != signal.SIGTERM:
+                process.send_signal(signal.SIGTERM)
+
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, save)
         return process.wait()
 
 
@@ -80,10 +103,17 @@ class Job:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        self.job.cancel(check=False)
+        """Ask the job to end. The run saves itself at the first time of asking."""
+        if type(self.job).__name__ != "LocalJob":
+            self.job.cancel(check=False)
+            return
+        # `cancel` of a local job kills its task after a second; SIGTERM is passed on.
+        with contextlib.suppress(ProcessLookupError):
+            if self.poll() is None:
+                os.kill(int(self.job.job_id), signal.SIGTERM)
 
     def kill(self) -> None:
-        self.job.cancel(check=False)
+        self.send_signal(signal.SIGTERM)
 
     def wait(self, timeout: float | None = None) -> int:
         end_s = time.monotonic() + (600.0 if timeout is None else timeout)

@@ -47,7 +47,7 @@ def cell(run: SweepRun, state: Mapping, metric: str) -> str:
     if status != "running":
         return status + accuracy
     step = values.get("step", 0)
-    reward = f" r {values['rollout/reward']:.2f}" if "rollout/reward" in values else ""
+    reward = f" r {values['rollout/reward']:.2f}" if isinstance(values.get("rollout/reward"), float) else ""  # null: not finite
     return f"{values.get('phase', 'start')} {step}/{run.steps}{reward}{accuracy}"
 
 

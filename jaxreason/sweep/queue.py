@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -62,7 +64,8 @@ def make_workers(count: int | None, per_run: int = 1) -> list[Worker]:
     for i in range(count):
         part = devices[i * len(devices) // count :][:per_run]
         if kind == "core":
-            part = devices[i * len(devices) // count : (i + 1) * len(devices) // count]
+            each = len(devices) // count  # equal: the last digits of XLA's sums depend on the number of cores
+            part = devices[i * each : (i + 1) * each]
             made.append(Worker(f"cores {_span(part)}", frozenset(part), {"JAX_PLATFORMS": "cpu"}))
         else:
             own = cores[i * len(cores) // count : (i + 1) * len(cores) // count] or cores
@@ -70,24 +73,32 @@ def make_workers(count: int | None, per_run: int = 1) -> list[Worker]:
     return made
 
 
-def find_devices() -> tuple[str, list[int]]:
-    """The kind and the numbers of the devices that runs may use: gpu, tpu or core."""
-    platforms = os.environ.get("JAX_PLATFORMS", "")
+def find_devices() -> tuple[str, list]:
+    """The kind and the names of the devices that runs may use: gpu, tpu or core."""
+    platforms = {name.strip() for name in os.environ.get("JAX_PLATFORMS", "").split(",")} - {""}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = [int(i) for i in visible.split(",") if i.isdecimal()] if visible is not None else range(len(_nvidia()))
+    gpus = [str(i) for i in range(len(_nvidia()))] if visible is None else _named(visible)
     tpus = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
-    if gpus and platforms in ("", "cuda", "gpu"):
-        return "gpu", list(gpus)
-    if tpus and platforms in ("", "tpu"):
+    if gpus and (not platforms or platforms & {"cuda", "gpu"}):
+        return "gpu", gpus
+    if tpus and (not platforms or "tpu" in platforms):
         return "tpu", list(range(len(tpus)))
     return "core", sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def _nvidia() -> list[str]:
-    return glob.glob("/proc/driver/nvidia/gpus/*")
+    return glob.glob("/proc/driver/nvidia/gpus/*") or glob.glob("/dev/nvidia[0-9]*")  # a container may lack the first
 
 
-def _visible(kind: str, part: Sequence[int]) -> dict[str, str]:
+def _named(visible: str) -> list[str]:
+    """The devices of CUDA_VISIBLE_DEVICES: numbers, or names that begin with GPU- or
+    MIG-. As CUDA does, stop at the first word that is neither.
+    """
+    words = [word.strip() for word in visible.split(",")]
+    return list(dict.fromkeys(itertools.takewhile(re.compile(r"\d+|(GPU|MIG)-.+").fullmatch, words)))
+
+
+def _visible(kind: str, part: Sequence) -> dict[str, str]:
     """The environment of a process that sees these accelerators alone."""
     numbers = ",".join(map(str, part))
     if kind == "gpu":
@@ -113,15 +124,33 @@ class State:
 
     def __init__(self, path: Path):
         self.path = path
-        self.runs: dict[str, dict] = (json_object(path) or {}).get("runs", {})
+        self.runs = read_states(path)
 
     def of(self, run: SweepRun) -> dict:
         return self.runs.setdefault(run.name, {"status": "waiting", "attempts": 0})
 
     def set(self, run: SweepRun, **fields) -> None:
         self.of(run).update(fields)
-        with replacing(self.path) as file:
-            file.write(json.dumps({"runs": self.runs}, indent=2, sort_keys=True))
+        try:
+            with replacing(self.path) as file:
+                file.write(json.dumps({"runs": self.runs}, indent=2, sort_keys=True))
+        except OSError as error:  # of a full disk it has no file's name
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+
+
+def read_states(path: Path) -> dict[str, dict]:
+    """Read the state of each run: run -> state. A file or a state that is damaged
+    counts as absent, since the folders of the runs say what is done.
+    """
+    runs = (json_object(path) or {}).get("runs")
+    if not isinstance(runs, dict):
+        return {}
+    kinds = {"status": str, "attempts": int}
+    return {
+        name: state
+        for name, state in runs.items()
+        if isinstance(state, dict) and all(isinstance(state.get(field), kind) for field, kind in kinds.items())
+    }
 
 
 class Running(NamedTuple):
@@ -140,7 +169,7 @@ def execute(
     folder: Path,
     *,
     retries: int = 0,
-    provenance: Mapping[str, str] = {},
+    provenance: Callable[[], Mapping[str, str]] = dict,
     show: Callable[[Sequence[Running]], None] = lambda running: None,
     say: Callable[[str], None] = print,
     stopped: Callable[[], bool] = lambda: False,
@@ -152,6 +181,8 @@ def execute(
     """Execute all runs that are not done. `stopped` is called all the time; when it
     returns true, the runs that are under way are saved and stopped.
 
+    `provenance` is asked for the version of the code whenever a run starts: a process
+    reads the sources as they are by then, and they may be edited while a sweep runs.
     `prune(run)` may return a reason to stop a run for good. A worker without work asks
     `more` for further runs; `finished` gets each run that ended, and its status. Runs
     that failed in an earlier call are tried again.
@@ -215,23 +246,24 @@ def start(
     worker: Worker,
     state: State,
     folder: Path,
-    provenance: Mapping[str, str],
+    provenance: Callable[[], Mapping[str, str]],
     launch: Callable[[SweepRun, Worker, Path], Any],
     say: Callable[[str], None],
 ) -> list[Running]:
     """Start a run; nothing runs if its folder can't be made, which is recorded."""
     log = folder / "logs" / f"{run.name.replace('/', ',')}.log"
     attempts = state.of(run)["attempts"] + 1
-    state.set(run, status="running", attempts=attempts, started=_now(), worker=worker.name, **provenance)
     try:
+        state.set(run, status="running", attempts=attempts, started=_now(), worker=worker.name, **provenance())
         begin_with_shared(run)
         log.parent.mkdir(parents=True, exist_ok=True)
         begin = log.stat().st_size if log.exists() else 0
-        return [Running(run, worker, launch(run, worker, log), log, begin, time.monotonic())]
+        started = Running(run, worker, launch(run, worker, log), log, begin, time.monotonic())
     except OSError as error:
         state.set(run, status="failed", reason=f"could not begin: {error}")
         say(f"{run.name}: failed: could not begin: {error}")
         return []
+    return [started]
 
 
 def start_process(run: SweepRun, worker: Worker, log: Path) -> subprocess.Popen:
@@ -270,8 +302,9 @@ def how_it_ended(code: int, lines: Sequence[str]) -> str:
     if code < 0:
         name = signal.Signals(-code).name if -code in list(signal.Signals) else str(-code)
         return f"killed by {name}" + (", perhaps for the memory it took" if -code == signal.SIGKILL else "")
-    error = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "no output")
-    return f"exit {code}: {error.removeprefix('error: ')}"
+    kinds = ("error: ", "warning: ") if code == 0 else ("error: ",)  # such a run says why its last checkpoint is missing
+    errors = (line for kind in kinds for line in reversed(lines) if line.startswith(kind))
+    return f"exit {code}: {next(errors, lines[-1] if lines else 'no output').removeprefix('error: ')}"
 
 
 def last_lines(log: Path, begin: int) -> list[str]:
@@ -302,6 +335,7 @@ def stop(running: Sequence[Running], state: State, say: Callable[[str], None]) -
             one.process.kill()
             one.process.wait()
         status = "done" if one.run.is_done() else "stopped"
+        status = "pruned" if state.of(one.run)["status"] == "pruned" else status
         with contextlib.suppress(OSError):  # a full disk must not hide the cause
             state.set(one.run, status=status, ended=_now(), exit=one.process.returncode)
 

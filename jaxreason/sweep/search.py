@@ -72,7 +72,9 @@ class Search:
     An arm runs its seeds one after the other. What is maximised is its mean over seeds.
     """
 
-    def __init__(self, sweep: Sweep, folder: Path, *, search: str, pruner: str, trials: int, share: bool = True):
+    def __init__(
+        self, sweep: Sweep, folder: Path, *, search: str, pruner: str, trials: int, share: bool = True, machine: str = ""
+    ):
         import optuna
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
@@ -82,7 +84,8 @@ class Search:
         if pruner not in PRUNERS:
             raise ValueError(unknown_name_message("pruner", pruner, PRUNERS))
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.sweep, self.folder, self.trials, self.pruner, self.share = sweep, folder, trials, pruner, share
+        self.sweep, self.folder, self.trials, self.pruner = sweep, folder, trials, pruner
+        self.share, self.machine = share, machine
         config = make_runs(sweep._replace(seeds=sweep.seeds[:1]), folder, share=False)[0].config
         phases = [config[name] for name in config["phases"]]
         self.start, every = sum(phase["steps"] for phase in phases[:-1]), phases[-1]["evaluate_every"]
@@ -121,7 +124,7 @@ class Search:
         name, index = self.queue.pop(0)
         arm = {field: self.open[name].params[field] for field in self.fields}
         one = self.sweep._replace(arms=[arm], seeds=[self.sweep.seeds[index]])
-        trunk_and_run = make_runs(self.sweep._replace(seeds=one.seeds), self.folder, self.share)
+        trunk_and_run = make_runs(self.sweep._replace(seeds=one.seeds), self.folder, self.share, self.machine)
         found = [run for run in trunk_and_run if run.stop_after is None and run.arm == name]
         shared = [run for run in trunk_and_run if run.folder == found[0].shared and not run.is_done()]
         return [*shared, *found]

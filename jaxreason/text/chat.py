@@ -39,6 +39,8 @@ class Format(NamedTuple):
     """Ids of a text that is inserted between texts of the model, such as tool output."""
     template: str | None = None
     """The chat template, if there is one."""
+    conversation: Callable[[Sequence[Message]], list[int]] | None = None
+    """Ids of a conversation up to where the model starts to write; None without a chat template."""
 
 
 # --- formats ---
@@ -117,8 +119,11 @@ def chat(
         return [Message("system", system), asked] if system else [asked]
 
     def prompt(task):
+        return conversation(messages(task.question))
+
+    def conversation(messages):
         with naming(path):
-            return encode_chat(tokenizer, template, messages(task.question), add_generation_prompt=True, **arguments)[0]
+            return encode_chat(tokenizer, template, messages, add_generation_prompt=True, **arguments)[0]
 
     def demonstration(task):
         with naming(path):
@@ -130,7 +135,7 @@ def chat(
     with naming(path):
         check_template(tokenizer, template, messages(PROBE), **arguments)
     forced = functools.partial(tokenizer.encode, added=False, continues=True)
-    return Format(prompt, demonstration, forced, template)
+    return Format(prompt, demonstration, forced, template, conversation)
 
 
 def check_instruction(instruction: str) -> None:

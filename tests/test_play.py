@@ -1,0 +1,83 @@
+"""Talking to a checkpoint: answers as they are sampled, problems of a suite, a
+conversation, and mistakes in one line.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from runs import ROOT, load_config, read_lines, run_config
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    summary = run_config(load_config("tiny", "smoke", **{"prior.steps": 2, "rl.steps": 1}), folder)
+    (folder / "config.json").write_text(json.dumps(summary["config"] | {"revisions": {}}))
+    return folder
+
+
+def play(lines, *arguments):
+    command = [sys.executable, "-m", "jaxreason.play", *map(str, arguments)]
+    got = subprocess.run(command, cwd=ROOT, input="\n".join(lines), capture_output=True, text=True, timeout=600)
+    return got.returncode, got.stdout, got.stderr
+
+
+def test_a_conversation(trained):
+    lines = ["/temperature 0", "/problem 2", "/problem", "/samples 3", "1+1:"]
+    lines += ["/samples 9", "/what", "/problem 999999", "/quit", "2+2:"]
+    code, out, err = play(lines, f"--checkpoint={trained}")
+    assert (code, "Traceback" in err) == (0, False)
+    # Greedy answers to the suite are those of the run's last evaluation.
+    greedy = [r for r in read_lines(trained / "rollouts.jsonl") if r.get("suite") == "chain" and r["temperature"] == 0]
+    last = {r["problem"]: r for r in greedy}
+    for problem in (2, 3):
+        shown = out.split(f"chain, problem {problem}: ")[1].split("\n[")[0]
+        assert shown == f"{last[problem]['question']}\n{last[problem]['text']}"
+    assert f"expected {last[2]['answer']}; {last[2]['length']} tokens" in out
+    errors = [line for line in out.splitlines() if line.startswith("error: ")]
+    three = next(line for line in out.splitlines() if line.count(" tokens") == 3)  # side by side
+    assert "[" not in three
+    assert len(errors) == 3
+    assert "/samples got '9'" in errors[0]
+    assert "unknown command '/what'" in errors[1]
+    assert "no problem 999999" in errors[2]
+    assert "2+2" not in out  # it came behind /quit
+
+
+BAD = [
+    ([], "no --checkpoint given"),
+    (["--checkpoint={run}", "--suite=chian"], "did you mean 'chain'"),
+    (["--checkpoint=/no"], "/no"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), BAD)
+def test_bad_input_is_one_line(trained, arguments, said):
+    code, _, err = play([], *(a.replace("{run}", str(trained)) for a in arguments))
+    assert code == 1
+    assert said in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_a_chat_keeps_the_conversation_until_it_is_told_to_forget():
+    """The prompt of the second question has the first one and its answer."""
+    from types import SimpleNamespace
+
+    from jaxreason.play import Talk
+    from jaxreason.types import Message
+
+    seen = []
+    format = SimpleNamespace(conversation=lambda messages: seen.append(list(messages)) or [1])
+    talk = Talk(SimpleNamespace(format=format), None, None, temperature=0, samples=1, system="be brief", seed=0)
+    talk.sample = lambda *_: [SimpleNamespace(text="forty-two")]
+    talk.ask("what?", print)
+    talk.ask("why?", print)
+    talk.messages.clear()
+    talk.ask("who?", print)
+    system = Message("system", "be brief")
+    assert seen[1] == [system, Message("user", "what?"), Message("assistant", "forty-two"), Message("user", "why?")]
+    assert seen[2] == [system, Message("user", "who?")]
