@@ -95,7 +95,7 @@ def test_a_killed_evaluation_continues_to_the_same_end(trained, evaluated, tmp_p
 
 def test_budgets_of_thinking_share_attempts(trained, tmp_path):
     arguments = [f"--checkpoint={trained}", "--suites=chain", "--temperature=1", "--samples=2", "--n=4"]
-    code, _, err = evaluate(*arguments, "--thinking_tokens=3,9", f"--workdir={tmp_path / 'both'}")
+    code, _, err = evaluate(*arguments, "--thinking_tokens=3,9", "--recovery=2", f"--workdir={tmp_path / 'both'}")
     assert code == 0, err
     code, _, err = evaluate(*arguments, "--thinking_tokens=3", f"--workdir={tmp_path / 'alone'}")
     assert code == 0, err
@@ -103,8 +103,9 @@ def test_budgets_of_thinking_share_attempts(trained, tmp_path):
     small = [r for r in both if r["thinking_tokens"] == 3]
     assert [r["text"] for r in small] == [r["text"] for r in alone]
     assert any(r["text"] != s["text"] for r, s in zip([r for r in both if r["thinking_tokens"] == 9], small, strict=True))
-    budgets = [e["thinking_tokens"] for e in json.loads((tmp_path / "both" / "evaluation.json").read_text())["evaluations"]]
-    assert budgets == [9, 3]
+    evaluations = json.loads((tmp_path / "both" / "evaluation.json").read_text())["evaluations"]
+    assert [e["thinking_tokens"] for e in evaluations] == [9, 3]
+    assert all(e["recovery"]["recovery_tried"] <= 2 for e in evaluations)
 
 
 @pytest.mark.parametrize(
