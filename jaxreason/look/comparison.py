@@ -12,7 +12,6 @@ from jaxreason import estimators
 from jaxreason.options import unknown_name_message
 from jaxreason.runtime.workdir import json_object
 
-FEW_PROBLEMS = 100  # below it a bootstrap over problems is too narrow
 SHOWN = 8  # problems that are named, of those learned and lost
 
 
@@ -100,9 +99,9 @@ def listed(found: Mapping[tuple, Any]) -> str:
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
     """Compare two evaluations of one suite at one temperature.
 
-    With one sample per task the interval is that of a posterior below 100 tasks, which
-    a bootstrap is too narrow for, and of a paired bootstrap above; p is exact. With
-    several samples it is the t-interval of the tasks' mean differences.
+    With one sample per task the interval is that of a posterior, as a bootstrap is too
+    narrow where few verdicts differ; p is exact. With several samples it is the
+    t-interval of the tasks' mean differences.
 
     Raises:
       ValueError: they have no task in common.
@@ -117,12 +116,9 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
     single = a.get("samples", 1) == b.get("samples", 1) == 1
     p = estimators.mcnemar(value_N, other_N) if single else None
     difference = float((other_N - value_N).mean())
-    if single and len(pairs) < FEW_PROBLEMS:
+    if single:
         _, low, high, _ = estimators.paired_posterior(value_N, other_N)
         method = "posterior over tasks"
-    elif single:
-        _, low, high = estimators.paired_bootstrap(value_N, other_N)
-        method = "paired bootstrap over tasks"
     else:
         _, low, high = estimators.mean_interval(other_N - value_N)
         method = "paired t-interval over tasks"
