@@ -9,7 +9,6 @@ import random
 import pytest
 from runs import SMOKE, load_config, run_config
 
-from jaxreason import build
 from jaxreason.sweep import Sweep, arms, over, predict, product, queue, search, zip_
 from jaxreason.sweep.runs import SweepRun, make_runs, read_config
 
@@ -267,7 +266,8 @@ def test_a_run_takes_no_more_flops_than_predicted(tmp_path):
     )
     found = run_config(config, tmp_path)["ledger"]
     used = sum(kind["flops"] for kind in found.values())
-    at_most = predict.flops_at_most(build.settle(config.to_dict()))
+    words = {"evaluate.suites": repr({"own": suite}), "rl.objective": repr({"name": "grpo", "kl_coefficient": 0.1})}
+    at_most = predict.flops_at_most(read_config(SMOKE, words))
     assert 0.2 * at_most < used <= at_most
 
 
@@ -279,6 +279,9 @@ def test_predictions_count_samples_references_texts_and_the_phases_before_a_stop
     suites = "{'a': {'name': 'chain', 'ops': 2, 'samples': 4}}"
     alone = "{'a': {'name': 'chain', 'ops': 2}}"
     assert flops(**{"evaluate.suites": suites}) > flops(**{"evaluate.suites": alone})
+    assert flops(**{"rl.objective.kl_coefficient": "0.1"}) > base
+    assert flops(**{"evaluate.texts": "{'t': {'task': {'name': 'chain', 'ops': 2}, 'length': 64}}"}) > base
+    assert flops(**{"evaluate.texts": "{'t': {'task': {'name': 'chain', 'ops': 2}}}"}) is None  # it needs a length
     assert flops("prior") < base
     assert flops("rl") == base
 

@@ -95,7 +95,13 @@ def save(axes, out: Path) -> None:
     from matplotlib import pyplot
     from PIL import Image
 
-    axes.legend(frameon=False, fontsize=8)
+    labels = axes.get_legend_handles_labels()
+    if len(labels[1]) > MOST_INSIDE:  # below the axes: within them it would hide the curves
+        width, height = axes.figure.get_size_inches()
+        axes.figure.set_size_inches(width, height + 0.18 * -(-len(labels[1]) // 2))
+        axes.figure.legend(*labels, loc="outside lower center", ncols=2, frameon=False, fontsize=7)
+    elif labels[1]:
+        axes.legend(frameon=False, fontsize=8)
     drawn = io.BytesIO()
     axes.figure.savefig(drawn, dpi=130)
     pyplot.close(axes.figure)
@@ -103,4 +109,5 @@ def save(axes, out: Path) -> None:
     Image.open(drawn).convert("RGB").quantize(PALETTE).save(out, optimize=True)
 
 
+MOST_INSIDE = 5  # entries of a legend within the axes
 PALETTE = 128  # colours of a figure

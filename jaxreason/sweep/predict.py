@@ -29,37 +29,42 @@ class Need(NamedTuple):
 
 def flops_at_most(config: Mapping, stop_after: str | None = None) -> float | None:
     """FLOPs of a run whose attempts all reach their limit, up to a phase; None where
-    the shape of the model is not known without a download, or a source is the user's
-    own.
+    the shape of the model is not known without a download, a source is the user's own,
+    or a field is missing, which the run will say.
     """
+    names = list(config["phases"])
+    names = names[: names.index(stop_after) + 1] if stop_after else names
     try:
         shape = build.read_shape(config["model"], config["text"])
-    except (ValueError, OSError):
+        phases = [phase_flops(shape, config[name], config["sampler"], f"config.{name}") for name in names]
+        evaluate = config["evaluate"]
+        attempts = evaluation_flops(shape, evaluate, config["sampler"])
+        texts = [(0, text["length"]) for text in (evaluate.get("texts") or {}).values() for _ in range(text["rows"])]
+    except (ValueError, OSError, KeyError):
         return None
-    evaluate, sampler = config["evaluate"], config["sampler"]
-    once = evaluation_flops(shape, evaluate, sampler)
+    if None in phases:
+        return None
+    every = [(config[name]["steps"], config[name]["evaluate_every"]) for name in names]
+    between = sum(steps // every for steps, every in every if every)
     final = evaluate["n"] if evaluate.get("final_n") is None else evaluate["final_n"]
-    texts = [(0, text["length"]) for text in (evaluate.get("texts") or {}).values() for _ in range(text["rows"])]
-    scored = forward_flops(shape, texts)
-    total = final * once + scored
-    names = list(config["phases"])
-    for name in names[: names.index(stop_after) + 1] if stop_after else names:
-        phase, source = config[name], config[name]["source"]
-        if source["name"] == "rollouts":
-            tokens = sampler["max_tokens"] if source.get("max_tokens") is None else source["max_tokens"]
-            rows = [(sampler["max_prompt_tokens"], tokens)] * (source["problems"] * source["group"])
-        elif source["name"] in ("corpus", "demonstrations"):
-            rows = [(0, source["length" if source["name"] == "corpus" else "max_tokens"])] * source["rows"]
-        else:
-            return None
-        passes = 3 * phase["updates_per_batch"] + (source["name"] == "rollouts")
-        passes += call_with_section(objectives.make, phase["objective"], f"config.{name}.objective").needs_reference
-        tokens = sum(map(sum, rows))
-        adapters = adapter_flops(shape, tokens) * passes
-        between = phase["steps"] // phase["evaluate_every"] if phase["evaluate_every"] else 0
-        total += phase["steps"] * (passes * forward_flops(shape, rows) + adapters)
-        total += once * (evaluate["n"] * between + final) + scored * (between + 1)
-    return total
+    asked = evaluate["n"] * between + final * (1 + len(names))
+    return sum(phases) + attempts * asked + forward_flops(shape, texts) * (between + 1 + len(names))
+
+
+def phase_flops(shape, phase: Mapping, sampler: Mapping, where: str) -> float | None:
+    """FLOPs of sampling and learning in a phase; None for a source of the user's."""
+    source = phase["source"]
+    if source["name"] == "rollouts":
+        tokens = sampler["max_tokens"] if source.get("max_tokens") is None else source["max_tokens"]
+        rows = [(sampler["max_prompt_tokens"], tokens)] * (source["problems"] * source["group"])
+    elif source["name"] in ("corpus", "demonstrations"):
+        rows = [(0, source["length" if source["name"] == "corpus" else "max_tokens"])] * source["rows"]
+    else:
+        return None
+    passes = 3 * phase["updates_per_batch"] + (source["dynamic_sampling"] if source["name"] == "rollouts" else 0)
+    passes += call_with_section(objectives.make, phase["objective"], f"{where}.objective").needs_reference
+    adapters = adapter_flops(shape, sum(map(sum, rows)))
+    return phase["steps"] * passes * (forward_flops(shape, rows) + adapters)
 
 
 def evaluation_flops(shape, evaluate: Mapping, sampler: Mapping) -> float:
