@@ -24,6 +24,7 @@ def end(run, values):
     run.folder.mkdir(parents=True, exist_ok=True)
     before = run.config["prior"]["steps"] if "prior" in run.config["phases"] else 0
     lines = [{"phase": "rl", "step": before + i + 1, "eval/chain/greedy/accuracy": value} for i, value in enumerate(values)]
+    lines.append({"phase": "rl", "step": before + len(values), "rollout/reward": 1.0})  # a step that is not evaluated
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

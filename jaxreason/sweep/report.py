@@ -250,9 +250,7 @@ def markdown(report: Report, folder: Path) -> str:
     parts += ["\n".join(f"- {line}" for line in caveats(report))]
     if report.arms:
         best = plain(", ".join(report.pareto))
-        parts.append(
-            f"Accuracy against FLOPs (means, whatever their noise): no arm is better in one and as good in the other than {best}."
-        )
+        parts.append(f"Best accuracy for their FLOPs, by the means and whatever their noise: {best}.")
     figures = sorted((folder / "figures").glob("*.png"))
     parts += ["\n".join(f"![{path.stem}](figures/{path.name})" for path in figures)] if figures else []
     return "\n\n".join(filter(None, parts)) + "\n"

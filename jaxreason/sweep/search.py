@@ -190,7 +190,7 @@ class Search:
                 lines.append(json.loads(line))
         *before, last = run.config["phases"]
         start = sum(run.config[name]["steps"] for name in before)
-        found = [(line["step"] - start, line[metric]) for line in lines if line.get("phase") == last]
+        found = [(line["step"] - start, line.get(metric)) for line in lines if line.get("phase") == last]
         return [(step, value) for step, value in found if isinstance(value, int | float)]
 
     def finished(self, run: SweepRun, status: str) -> None:
