@@ -3,9 +3,10 @@ two runs on the same problems.
 
 Everything runs on the host, in NumPy and exact integers; nothing is traced. An interval
 is a pair `(low, high)`. Accuracy over problems has a Wilson interval, or one clustered
-by problem if each problem has several samples; a mean over seeds has a t-interval, and
-a difference of two runs a posterior, or a paired bootstrap. They answer different questions (new
-problems, new seeds, new problems for both runs) and can't replace each other.
+by problem if each problem has several samples; a mean over seeds has a t-interval. A
+difference of two runs has a posterior, or a paired bootstrap if problems have several
+samples. They answer different questions (new problems, new seeds, new problems for both
+runs) and can't replace each other.
 """
 
 from __future__ import annotations
