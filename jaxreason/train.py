@@ -28,6 +28,7 @@ from jaxreason.objectives import Objective
 from jaxreason.runtime import memory, processes, resume
 from jaxreason.runtime.checkpoint import Checkpoints
 from jaxreason.runtime.journal import Diverged, Journal, continues, open_journal, told_how_to_continue
+from jaxreason.runtime.ledger import Decoding
 from jaxreason.runtime.resume import Found, NotResumable
 from jaxreason.sources import Source
 
@@ -64,9 +65,13 @@ class Run(NamedTuple):
     description: dict  # for the summary: config and number of parameters
     provenance: Mapping[str, Any]  # for the checkpoints: config, versions, git revision
     sample_devices: int = 1  # sampling devices of all processes
-    watts: float | None = None  # watts per device, for the ledger
+    watts: float | None = None  # watts per device, for the ledger if there is no counter
+    measures_machine: bool = False  # measure the peak rates that utilisation is told against
+    decoding: Decoding | None = None  # how the sampler reads memory, for the ledger
+    samples_apart: bool = False  # sampling has devices of its own
     rollouts_kept: int = 64  # rollouts written to rollouts.jsonl per step, at most
     log_options: Mapping[str, Any] = {}  # for `runtime.log.open_log`
+    report: bool = True  # write report.html at the end
     open_checkpoints: Callable[..., Checkpoints] | None = None  # (folder)
 
 

@@ -138,9 +138,10 @@ def test_suites_are_read_from_a_line():
     file = read_suites("svamp=my.jsonl", {})
     assert file["svamp"]["path"] == "my.jsonl"
     assert file["svamp"]["question"] == "Body+Question"
+    assert file["svamp"]["split"] is None  # the whole file
     assert file["svamp"]["verifier"] == SUITES["svamp"]["verifier"]
     made = read_suites("a={'name': 'jsonl', 'path': 'x,y.jsonl'},chain", {})
-    assert made["a"] == {"name": "jsonl", "path": "x,y.jsonl"}
+    assert made["a"] == {"name": "jsonl", "path": "x,y.jsonl", "split": None}
     for wrong in ("", "chain,chain", "a={1: 2}", "a={", "a={'path': 'x'}"):
         with pytest.raises(ValueError):
             read_suites(wrong, {})

@@ -451,8 +451,8 @@ def test_metrics_are_sums_and_counts(tiny):
     for name, pair in metrics.items():
         assert [x.shape for x in pair] == [(), ()], name
     once = {"loss", "grad_norm", "update_norm", "param_norm", "skipped"}
-    per_token = {"entropy", "nll", "behaviour_gap", "behaviour_kl", "ratio", "clip_fraction"}
-    assert metrics.keys() == once | per_token
+    per_token = {"entropy", "nll", "behaviour_gap", "behaviour_kl", "behaviour_kl_k1", "ratio", "clip_fraction"}
+    assert metrics.keys() == once | per_token | {"behaviour_kl/0_63"}  # a row has fewer than 64 tokens
     assert {float(metrics[name][1]) for name in once} == {1.0}
     assert {float(metrics[name][1]) for name in per_token} == {float(trained_BT.sum())}
     logp, entropy = reference_logp(model, params, batch)
@@ -462,6 +462,38 @@ def test_metrics_are_sums_and_counts(tiny):
     np.testing.assert_allclose(metrics["behaviour_gap"][0], gap, rtol=1e-5)
     np.testing.assert_allclose(metrics["update_norm"][0], 0.5 * metrics["grad_norm"][0], rtol=1e-5)
     np.testing.assert_allclose(metrics["param_norm"][0], optax.global_norm(state.params), rtol=1e-5)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_disagreement_with_the_sampler_is_split_by_depth(tiny, monkeypatch, microbatches):
+    """By the position in its own text, not in the row; the parts add up to the whole."""
+    monkeypatch.setattr(learner, "DEPTHS", (0, 3, 6, 1000))
+    model, params = tiny(layers=1)
+    batch, optimizer = random_batch(), optax.sgd(0.5)
+    logp, _ = reference_logp(model, params, batch)
+    batch.behaviour_logp_BT[:] = logp + 0.1 * (batch.position_BT >= 6)
+    step = learner.compile_train_step(model, make("grpo"), optimizer, microbatches=microbatches)
+    _, metrics = step(fresh(params, optimizer), batch)
+    parts = {name: pair for name, pair in metrics.items() if name.startswith("behaviour_kl/")}
+    assert list(parts) == ["behaviour_kl/0_2", "behaviour_kl/3_5", "behaviour_kl/6_999"]
+    for i in (0, 1):
+        np.testing.assert_allclose(sum(float(pair[i]) for pair in parts.values()), metrics["behaviour_kl"][i], rtol=1e-5)
+    *shallow, deep = [float(total / count) for total, count in parts.values()]
+    np.testing.assert_allclose(shallow, 0, atol=1e-8)
+    np.testing.assert_allclose(deep, math.exp(-0.1) - 1 + 0.1, rtol=1e-4)
+    depth_BT = batch.position_BT[batch.weight_BT != 0]
+    counts = [(depth_BT < 3).sum(), ((depth_BT >= 3) & (depth_BT < 6)).sum(), (depth_BT >= 6).sum()]
+    assert [float(pair[1]) for pair in parts.values()] == counts
+    total, count = metrics["behaviour_kl_k1"]
+    np.testing.assert_allclose(total / count, 0.1 * counts[2] / sum(counts), rtol=1e-3)
+
+
+def test_only_sampled_batches_compare_sampler_and_learner():
+    learned = dict.fromkeys(("nll", "behaviour_gap", "behaviour_kl", "behaviour_kl_k1", "behaviour_kl/0_63"), (1.0, 2.0))
+    assert learner.name_metrics(learned, sampled=False).keys() == {"train/nll"}
+    kl = learner.MISMATCH
+    wanted = {"train/nll", "rollout/logp_gap", kl, f"{kl}_k1", f"{kl}/0_63"}
+    assert learner.name_metrics(learned, sampled=True).keys() == wanted
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ entries of a run with all kinds of work.
 import dataclasses
 import json
 import time
+import types
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from runs import grouped, load_config, read_lines, run_config
 from jaxreason import batching, objectives
 from jaxreason.cost import layer_weights
 from jaxreason.model.config import Lora, sized
-from jaxreason.runtime import compiling, ledger
+from jaxreason.runtime import compiling, energy, ledger
+from jaxreason.runtime.peak import Peak
 from jaxreason.types import Rollout, Task, Verdict
 
 CONFIG = sized("tiny", vocab_size=40)
@@ -89,16 +91,84 @@ def test_learning_reads_a_shared_prompt_once():
 
 
 def test_amounts_add_up_by_kind():
-    first = ledger.add(ledger.empty(), "learn", tokens=3, flops=5.0, device_s=2.0, watts=None)
-    both = ledger.add(first, "learn", tokens=4, flops=1.0, device_s=0.5, watts=100.0)
-    assert both["learn"] == {"tokens": 7.0, "flops": 6.0, "device_s": 2.5, "joules": 50.0}
+    first = ledger.add(ledger.empty(), "learn", tokens=3, flops=5.0, device_s=2.0)
+    both = ledger.add(first, "learn", tokens=4, flops=1.0, device_s=0.5, bytes=9.0, joules=50.0)
+    assert both["learn"] == {"tokens": 7.0, "flops": 6.0, "bytes": 9.0, "device_s": 2.5, "joules": 50.0}
     assert both["sample"] == both["evaluate"] == both["compile"] == dict.fromkeys(ledger.UNITS, 0.0)
     assert first["learn"]["tokens"] == 3.0
     assert ledger.named(both)["ledger/learn_flops"] == 6.0
     assert ledger.named(both)["time/ledger/learn_joules"] == 50.0
+    # Names of whatever varies between identical runs begin with `time/`.
+    varies = {name for name in ledger.named(both) if name.endswith(("_s", "joules"))}
+    assert all(name.startswith("time/") for name in varies)
+    assert {name for name in ledger.named(both) if "bytes" in name} == {"ledger/sample_bytes", "ledger/evaluate_bytes"}
 
 
-def test_a_run_enters_all_that_it_does(tmp_path):
+@pytest.mark.parametrize("shared", [False, True])
+def test_decoding_reads_weights_once_per_step_and_the_cache_before_each_token(shared):
+    rollouts = [rollout(7, 5, 3), rollout(7, 5, 6), rollout(8, 4, 1), rollout(7, 5, 2, temperature=0.0)]
+    own = sum(range(3)) + sum(range(6)) + sum(range(2))
+    prompts = 5 * 6 + 4 * 1 + 5 * 2 if shared else 5 * (3 + 6 + 2) + 4 * 1
+    decoding = ledger.Decoding(slots=2, weight_bytes=1000.0, position_bytes=10.0, shares_prompts=shared)
+    assert ledger.decode_bytes(decoding, rollouts) == 1000 * 12 / 2 + 10 * (own + prompts)
+    assert ledger.decode_bytes(decoding, []) == 0
+
+
+def test_a_sampler_reads_its_weights_and_cache():
+    from jaxreason.build.sampler import decoding_of
+    from jaxreason.model import transformer
+
+    sampler = types.SimpleNamespace(slots=16, devices=4, prompt_rows=0)
+    c = dataclasses.replace(CONFIG, dtype="bfloat16")
+    found = decoding_of(transformer(c), sampler, "float32")
+    assert (found.slots, found.shares_prompts) == (4, False)
+    assert found.weight_bytes == 2 * (c.layers * layer_weights(c) + c.width * c.vocab_size)
+    assert found.position_bytes == 4 * 2 * c.layers * c.kv_heads * c.head_size
+
+
+def evaluation(accuracy, suite="chain", temperature=0.0, n=50):
+    return {"suite": suite, "temperature": temperature, "accuracy": accuracy, "n": n}
+
+
+def test_cost_is_per_correct_answer_gained():
+    used = ledger.add(ledger.empty(), "learn", tokens=80, flops=400.0, device_s=4.0, joules=200.0)
+    used = ledger.add(used, "compile", tokens=0, flops=0, device_s=4.0)
+    others = [evaluation(0.9, "other"), evaluation(0.0, temperature=1.0)]
+    path = [evaluation(0.1, n=100), *others, evaluation(0.8), *others, evaluation(0.5), *others]
+    found = ledger.per_correct_answer(used, path, True)
+    assert found == pytest.approx(
+        {"suite": "chain", "temperature": 0.0, "gained": 20.0, "tokens": 4.0, "flops": 20.0, "device_s": 0.4, "joules": 10.0}
+    )
+    assert ledger.per_correct_answer(used, path, False)["joules"] is None
+    for none in ([], path[:1], path[:3], [evaluation(0.5), evaluation(0.5)], [evaluation(0.5), evaluation(0.4)]):
+        assert ledger.per_correct_answer(used, none, True) is None
+
+
+def test_utilisation_is_of_the_peak_rates():
+    used = ledger.add(ledger.empty(), "sample", tokens=1, flops=30.0, bytes=8.0, device_s=3.0)
+    used = ledger.add(used, "learn", tokens=1, flops=90.0, device_s=3.0)
+    used = ledger.add(used, "compile", tokens=0, flops=0, device_s=9.0)
+    peak = Peak("a chip", 100.0, 10.0, "table")
+    shares = ledger.utilisation(used, peak)
+    assert shares == {
+        "sample": pytest.approx({"mfu": 0.1, "bandwidth": 8 / 30}),
+        "learn": {"mfu": pytest.approx(0.3), "bandwidth": None},
+    }
+    assert ledger.utilisation(used, None) is None
+    cost = {"suite": "chain", "temperature": 0.0, "gained": 20, "tokens": 4.0, "flops": 2e9, "device_s": 0.4, "joules": None}
+    summary = {"ledger": used, "utilisation": shares, "peak": peak._asdict(), "joules_from": None}
+    lines = ledger.report(summary | {"per_correct_answer_gained": cost})
+    assert lines[0] == "sample: 1 tokens, 30 FLOPs, 3.0 device seconds, 10.0% of peak FLOP/s, 26.7% of peak bandwidth"
+    assert lines[-1].startswith(
+        "per correct answer gained (20 on chain at temperature 0): 2e+09 FLOPs, 4 tokens, 0.4 device seconds"
+    )
+    lines = ledger.report(summary | {"joules_from": "watts", "peak": None, "per_correct_answer_gained": None})
+    assert lines[-1] == "joules: estimated from config.log.watts, not metered"
+    assert "0 J" in lines[0]
+
+
+def test_a_run_enters_all_that_it_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path / "none")  # this machine may have a counter
     few = {"prior.steps": 3, "rl.steps": 4, "rl.evaluate_every": 2, "log.watts": 40.0, "sharding.mesh.data": 1}
     few |= {"prior.log_every": 1, "rl.log_every": 1, "rl.source.dynamic_sampling": 2}
     summary = run_config(load_config("tiny", "smoke", **few), tmp_path)
@@ -110,7 +180,10 @@ def test_a_run_enters_all_that_it_does(tmp_path):
 
     assert found["learn"]["tokens"] == pytest.approx(total("train/tokens"))
     assert all(found[kind]["device_s"] * 40 == pytest.approx(found[kind]["joules"]) for kind in found)
-    assert all(found[kind][unit] > 0 for kind in ("sample", "learn", "evaluate") for unit in ledger.UNITS)
+    units = set(ledger.UNITS) - {"bytes"}
+    assert all(found[kind][unit] > 0 for kind in ("sample", "learn", "evaluate") for unit in units)
+    assert all((found[kind]["bytes"] > 0) == (kind in ledger.DECODING) for kind in found)
+    assert (summary["joules_from"], summary["utilisation"]) == ("watts", None)
     assert found["sample"]["device_s"] == pytest.approx(total("time/sample_s") + total("time/verify_s"), rel=1e-6)
     # Every evaluation records the totals so far, so that accuracy can be set against cost.
     at = [line["ledger/sample_flops"] for line in lines if "ledger/sample_flops" in line]

@@ -358,3 +358,14 @@ def test_a_run_that_fails_gives_the_terminal_back(tmp_path):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "RuntimeError: stop" in run.stderr + run.stdout
     assert run.stdout.count("\x1b[?25l") == run.stdout.count("\x1b[?25h") == 1
+
+
+def test_the_disagreement_of_sampler_and_learner_is_told_beside_what_is_usual():
+    assert terminal.mismatch({"train/nll": 1.0}) == []
+    name = "rollout/kl_sampler_learner"
+    whole, by_depth = terminal.mismatch({name: 2e-4, f"{name}_k1": -3e-5, f"{name}/0_63": 1e-4, f"{name}/4096_on": 0.5})
+    assert whole.startswith(
+        "KL of sampler and learner per token, when last logged: 0.0002 (k1: -3e-05); usual in bfloat16: 1e-05 to"
+    )
+    assert by_depth == "  at positions 0 to 63: 0.0001, 4096 on: 0.5"
+    assert len(terminal.mismatch({name: 2e-4})) == 1

@@ -112,7 +112,7 @@ def test_a_checkpoint_without_an_item_of_the_hosts_part_is_refused_by_its_name(t
     host = made.peek(made.latest())
     made.close()
     assert host.keys() == resume.Progress.names() | {"config", "versions", "revision", "revisions"}
-    for name in sorted(resume.Progress.names()):
+    for name in sorted(resume.Progress.needed()):
         made = checkpoint.open_checkpoints(tmp_path / name)
         made.save(7, {"w": np.zeros(1)}, {key: value for key, value in host.items() if key != name})
         made.wait()
@@ -135,6 +135,9 @@ def test_a_finished_run_keeps_its_files_in_order(whole):
     for line in on_policy:  # sampler and learner agree, so the ratio of the on-policy update is 1
         assert line["rollout/logp_gap"] < 1e-5
         assert line["rollout/kl_sampler_learner"] < 1e-8
+        depths = {name: value for name, value in line.items() if name.startswith("rollout/kl_sampler_learner/")}
+        assert "rollout/kl_sampler_learner/0_63" in depths
+        assert all(value is not None and value < 1e-8 for value in depths.values())  # depths without a token are left out
     assert on_policy[0]["train/kl"] == pytest.approx(0, abs=1e-7)  # the reference is the policy at the phase's start
     assert json.loads((workdir / "summary.json").read_text())["done"]
 

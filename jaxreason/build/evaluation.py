@@ -178,10 +178,12 @@ def held_out_text(
 def make_log(
     *,
     rollouts_kept: int = 64,  # rollouts written to rollouts.jsonl per step, at most
-    watts: float | None = None,  # power of a busy device, for the joules in the ledger; None: no joules
+    watts: float | None = None,  # power of a busy device, for the joules in the ledger where no counter can be read
+    measure_machine: bool = False,  # measure the peak rates that utilisation is told against, instead of a table of chips
     tensorboard: bool = True,  # write tensorboard/
     live: bool = True,  # show a live table if on a terminal
     wandb: dict | None = None,  # arguments of wandb.init; None: not used
+    report: bool = True,  # write report.html at the end of the run
 ) -> dict:
     """Return the fields of a `Run` that configure its log."""
     if rollouts_kept < 0:
@@ -189,4 +191,5 @@ def make_log(
     if watts is not None and not watts > 0:
         raise ValueError(f"config.log.watts got {watts}; allowed: None, or the watts of a busy device, above 0")
     options = {"tensorboard": tensorboard, "live": live, "wandb": wandb}
-    return {"rollouts_kept": rollouts_kept, "watts": watts, "log_options": options}
+    kept = {"rollouts_kept": rollouts_kept, "watts": watts, "measures_machine": measure_machine}
+    return {**kept, "log_options": options, "report": report}

@@ -19,7 +19,7 @@ from jaxreason.build.evaluation import make_evaluate, make_log
 from jaxreason.build.layout import from_earlier, settle
 from jaxreason.build.model import check_size, init_params, read_model_and_text, reword, start_from
 from jaxreason.build.phases import make_phase
-from jaxreason.build.sampler import make_completer, warm_up
+from jaxreason.build.sampler import decoding_of, make_completer, warm_up
 from jaxreason.build.tasks import Parts, load_tasks, trained_sections
 from jaxreason.draw import ALL
 from jaxreason.model import attention, transformer
@@ -52,7 +52,7 @@ def build(
 def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
     """Build a run as `build` does, inside its `hub.noting` block."""
     config = settle(config.to_dict())
-    phase_names = config["phases"]
+    phase_names, made_with = config["phases"], versions()
 
     placement = {"devices": jax.devices(), "process": jax.process_index()}
     meshes = call_with_section(sharding.make_meshes, config["sharding"], "config.sharding", **placement)
@@ -97,10 +97,16 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
         seed=config["seed"],
         decode=lambda ids: tokenizer.decode([int(i) for i in ids]),
         sample_devices=meshes.sample.size * jax.process_count(),
+        samples_apart=not set(meshes.sample.devices.flat) & set(meshes.learn.devices.flat),
+        decoding=decoding_of(sampled, completer.sampler, config["sampler"].get("cache_dtype")),
         **call_with_section(make_log, config["log"], "config.log"),
         open_checkpoints=functools.partial(call_with_section, open_checkpoints, config["checkpoint"], "config.checkpoint"),
-        provenance={"config": json.loads(json.dumps(config, default=list)), **versions()},
-        description={"config": config, "parameters": model_config.count_parameters(shape)},
+        provenance={"config": json.loads(json.dumps(config, default=list)), **made_with},
+        description={
+            "config": config,
+            "parameters": model_config.count_parameters(shape),
+            "environment": {**made_with, "devices": describe_devices(meshes)},
+        },
     )
 
 
@@ -126,6 +132,13 @@ def trained_before(init_from: str | None, say: Callable[[str], None]) -> Iterato
             say(f"warning: the training data of {init_from} can't be read, so suites are not compared with it: {error}")
             return
         init_from = config.get("init_from")
+
+
+def describe_devices(meshes: sharding.Meshes) -> str:
+    """Name the devices that learn, and those that sample if they are others."""
+    learn, sample = meshes.learn.devices.flat, meshes.sample.devices.flat
+    named = f"{len(learn)} x {learn[0].device_kind}"
+    return named if set(learn) == set(sample) else f"{named} to learn, {len(sample)} x {sample[0].device_kind} to sample"
 
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")

@@ -5,14 +5,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 
+import jax
+import jax.numpy as jnp
+
 from jaxreason import batching, rollout, sharding, text
+from jaxreason.cost import layer_weights
 from jaxreason.draw import Filter
-from jaxreason.model import ModelConfig
+from jaxreason.model import Model, ModelConfig
 from jaxreason.model.config import count_parameters
 from jaxreason.options import unknown_name_message
 from jaxreason.platforms import platform_of
 from jaxreason.rollout import Budget, Completer
-from jaxreason.sampler import MAX_SLOTS_PER_PROMPT, cache_buckets, compile_sampler
+from jaxreason.runtime.ledger import Decoding
+from jaxreason.sampler import MAX_SLOTS_PER_PROMPT, Sampler, cache_buckets, compile_sampler
 
 
 def make_completer(
@@ -136,6 +141,20 @@ def buckets_for(shape: ModelConfig, slots: int, length: int, completion: int, pr
     # An attempt with a shared prompt needs cache only for its completion.
     shared = [completion] if prompt_rows and length > smallest else []
     return sorted({*cache_buckets(length, smallest, fine), *shared})
+
+
+def decoding_of(model: Model, sampler: Sampler, cache_dtype: str | None) -> Decoding:
+    """Return how a sampler reads memory. Each device that slots are split over reads
+    all weights, or its part of them with tensor parallelism.
+    """
+    c, positions = model.config, 8
+    cache = jax.tree.leaves(jax.eval_shape(lambda: model.init_cache(1, positions, cache_dtype)))
+    return Decoding(
+        slots=sampler.slots / sampler.devices,
+        weight_bytes=jnp.dtype(c.dtype).itemsize * (c.layers * layer_weights(c) + c.width * c.vocab_size),
+        position_bytes=sum(x.size * x.dtype.itemsize for x in cache) / positions,
+        shares_prompts=sampler.prompt_rows > 0,
+    )
 
 
 def warm_up(completer: Completer, filters: Sequence[Filter], params) -> None:

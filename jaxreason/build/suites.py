@@ -74,7 +74,7 @@ def from_value(name: str, value: str, known: dict[str, Any]) -> dict[str, Any]:
     """Return the section of NAME=VALUE: a file of tasks, or fields."""
     asked = {field: known[field] for field in ("instruction", "verifier") if field in known}
     if not value.startswith("{"):
-        return {"name": "jsonl", "path": value, **FIELDS.get(name, {}), **asked}
+        return {"name": "jsonl", "path": value, "split": None, **FIELDS.get(name, {}), **asked}
     try:
         section = ast.literal_eval(value)
         if not isinstance(section, dict) or not all(isinstance(key, str) for key in section):
@@ -85,7 +85,8 @@ def from_value(name: str, value: str, known: dict[str, Any]) -> dict[str, Any]:
         ) from None
     if "name" not in section:
         raise ValueError(f"--suites: {name} got a section without 'name'; allowed: a task, one of {', '.join(tasks.TASKS)}")
-    return asked | section
+    whole = {"split": None} if tasks.splits_files(section) else {}  # as a suite of a config whose file no source reads
+    return asked | whole | section
 
 
 def split_outside(text: str) -> list[str]:

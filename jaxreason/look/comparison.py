@@ -116,18 +116,25 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
     single = a.get("samples", 1) == b.get("samples", 1) == 1
     p = estimators.mcnemar(value_N, other_N) if single else None
     difference = float((other_N - value_N).mean())
-    if single:
-        _, low, high, _ = estimators.paired_posterior(value_N, other_N)
-        method = "posterior over tasks"
-    else:
-        _, low, high = estimators.mean_interval(other_N - value_N)
-        method = "paired t-interval over tasks"
+    low, high, method = paired_interval(value_N, other_N, single)
     learned, lost = ([pair[1] for pair, x, y in zip(pairs, value_N, other_N) if sign * (y - x) > 0] for sign in (1, -1))
     needed = estimators.problems_needed(difference, float(np.var(other_N - value_N)))
     accuracies = float(value_N.mean()), float(other_N.mean())
     return Comparison(
         b["suite"], b["temperature"], len(pairs), *accuracies, difference, low, high, p, method, learned, lost, needed, notes
     )
+
+
+def paired_interval(value_N: np.ndarray, other_N: np.ndarray, single: bool, draws: int = 20_000) -> tuple[float, float, str]:
+    """Return the 95 % interval of the mean of other - value over tasks, and its method.
+
+    `single`: they are verdicts of one sample per task. `draws` are of the posterior.
+    """
+    if not single:
+        _, low, high = estimators.mean_interval(other_N - value_N)
+        return low, high, "paired t-interval over tasks"
+    _, low, high, _ = estimators.paired_posterior(value_N, other_N, draws=draws)
+    return low, high, "posterior over tasks"
 
 
 def paired_tasks(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[int, int]]:

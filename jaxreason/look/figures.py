@@ -21,6 +21,7 @@ COLORS = (
     "#56B4E9",
     "#000000",
 )  # distinguishable by colour-blind readers
+LARGEST = 1e300  # values beyond it are not drawn, as differences of them may overflow
 
 
 def read_curve(run: Path, metric: str, phase: str | None) -> dict[int, float]:

@@ -18,10 +18,12 @@ import jax.numpy as jnp
 
 from jaxreason import metrics as m
 from jaxreason.environment import VerifierFailed, count_failures, verifier_failed
-from jaxreason.learner import name_metrics
-from jaxreason.runtime import compiling, files, ledger, processes, resume, terminal
+from jaxreason.learner import MISMATCH, MISMATCH_BY_DEPTH, name_metrics
+from jaxreason.runtime import compiling, energy, files, ledger, peak, processes, resume, terminal
 from jaxreason.runtime import log as run_log
 from jaxreason.runtime.checkpoint import Checkpoints
+from jaxreason.runtime.energy import Meter
+from jaxreason.runtime.peak import Peak
 from jaxreason.runtime.resume import Found, Progress
 from jaxreason.sources import NextBatch
 from jaxreason.types import Evaluation, Rollout
@@ -44,8 +46,11 @@ class Journal:
         log: run_log.RunLog,
         progress: Progress,
         check_stays: Callable[[], None],
+        meter: Meter,
     ):
-        self.run, self.workdir, self.checkpoints, self.log = run, workdir, checkpoints, log
+        self.run, self.workdir, self.checkpoints, self.log, self.meter = run, workdir, checkpoints, log, meter
+        self.peak: Peak | None = None  # peak rates of a device, if known
+        self.mismatch: dict[str, float] = {}  # disagreement of sampler and learner when last logged
         self.progress, self.check_stays = progress, check_stays
         self.started_s = time.monotonic() - progress.wall_s  # unlike wall-clock time, this clock is never set back
         self.saved = checkpoints.latest()  # step of the newest checkpoint when last looked at
@@ -61,6 +66,16 @@ class Journal:
         if differ := resume.changed_versions(found, self.run.provenance):
             self.log.say(f"warning: the checkpoint was made with {'; '.join(differ)}; what follows may differ in rounding")
 
+    def tell_sources(self) -> None:
+        """Say once if joules are not metered; look up or measure the peak rates."""
+        if not self.meter.counts:
+            estimated = self.meter.source == "watts"
+            how = "estimated from config.log.watts" if estimated else "not counted (config.log.watts estimates them)"
+            self.log.say(f"joules are {how}; there is no counter: {self.meter.reason}")
+        self.source_told = self.meter.source
+        if processes.writes():
+            self.peak = peak.find(self.run.mesh.local_devices[0], self.run.model.config.dtype, self.run.measures_machine)
+
     # --- a phase and its steps ---
 
     def begin_phase(self, index: int, start: int) -> None:
@@ -72,6 +87,7 @@ class Journal:
         """Start the clock of the next step."""
         self.step += 1
         self.started = Clock()
+        self.meter.lap()
         if self.step == self.start + 1:
             self.log.doing(f"{self.phase.name} {self.start}/{self.phase.steps}  drawing the first batch")
 
@@ -79,7 +95,7 @@ class Journal:
         """Record that a batch was drawn."""
         self.drawn, self.progress.source = drawn, source_state
         self.warn_of_verifier(drawn.rollouts, f"step {self.before + self.step}")
-        self.drawn_at = Clock()
+        self.drawn_at, self.draw_j = Clock(), self.meter.lap()
         if self.step == self.start + 1:
             self.log.doing(f"{self.phase.name} {self.start}/{self.phase.steps}  compiling the train step, and making the first")
 
@@ -96,10 +112,9 @@ class Journal:
         # Step times exclude compilation, so that rates and the remaining time are
         # right.
         step_s, compile_s = self.started.passed()
-        learn_s, _ = self.drawn_at.passed()
+        learn_s, learn_compile_s = self.drawn_at.passed()
         times = {"time/learn_s": (learn_s, 1.0), "time/step_s": (step_s, 1.0), "time/compile_s": (compile_s, 1.0)}
-        self.book_step(learn_s if self.phase.source.samples else step_s)
-        self.book_compiling(compile_s, self.run.mesh.size)
+        self.book_step(step_s, learn_s, draw_compile_s=compile_s - learn_compile_s, learn_compile_s=learn_compile_s)
         named = name_metrics(metrics, sampled=self.phase.source.samples)
         self.progress.waiting.append(named | self.drawn.metrics | times)
         self.last_update = metrics
@@ -120,7 +135,10 @@ class Journal:
           Diverged: too many batches in a row were skipped.
         """
         steps, phase, progress = plain(self.progress.waiting), self.phase, self.progress
-        values = m.divide(m.merge(*steps))
+        merged = m.merge(*steps)
+        unreached = [name for name, (_, count) in merged.items() if name.startswith(MISMATCH_BY_DEPTH) and not count]
+        values = m.divide({name: pair for name, pair in merged.items() if name not in unreached})
+        self.mismatch = {name: value for name, value in values.items() if name.startswith(MISMATCH)} or self.mismatch
         values["perf/tokens_per_s"] = values["train/tokens"] / values["time/step_s"]
         self.log.write(self.before + step, phase.name, values, phase_step=step, phase_steps=phase.steps)
         progress.waiting = []
@@ -136,22 +154,49 @@ class Journal:
 
     # --- the ledger ---
 
-    def book_step(self, learn_s: float) -> None:
-        """Add a step to the ledger."""
-        config, phase = self.run.model.config, self.phase
+    def book_step(self, step_s: float, learn_s: float, *, draw_compile_s: float, learn_compile_s: float) -> None:
+        """Add a step to the ledger: its batch was drawn in the first lap of the meter
+        and learned from in the second.
+        """
+        config, phase, devices = self.run.model.config, self.phase, self.run.mesh.size
         needs_reference = phase.objective.needs_reference
-        work = ledger.learning(config, self.drawn.batch, updates=phase.updates_per_batch, reference=needs_reference)
-        self.book("learn", work, learn_s * self.run.mesh.size)
-        if phase.source.samples:
-            seconds = self.drawn.metrics["time/sample_s"][0] + self.drawn.metrics["time/verify_s"][0]
-            self.book("sample", ledger.sampling(config, self.drawn.rollouts), seconds * self.run.sample_devices)
+        learned = ledger.learning(config, self.drawn.batch, updates=phase.updates_per_batch, reference=needs_reference)
+        learn_j = self.meter.lap()
+        if not phase.source.samples:
+            compile_s = draw_compile_s + learn_compile_s
+            self.book(self.draw_j + learn_j, {"learn": step_s * devices, "compile": compile_s * devices}, {"learn": learned})
+            return
+        sampled = self.sampling(self.drawn.rollouts)
+        sample_s = self.drawn.metrics["time/sample_s"][0] + self.drawn.metrics["time/verify_s"][0]
+        drawing = {"sample": sample_s * self.run.sample_devices, "compile": draw_compile_s * devices}
+        learning = {"learn": learn_s * devices, "compile": learn_compile_s * devices}
+        if self.run.samples_apart:  # both at the same time, and the meter does not see which device is whose
+            both = drawing | learning | {"compile": drawing["compile"] + learning["compile"]}
+            self.book(self.draw_j + learn_j, both, {"sample": sampled, "learn": learned})
+        else:
+            self.book(self.draw_j, drawing, {"sample": sampled})
+            self.book(learn_j, learning, {"learn": learned})
 
-    def book_compiling(self, compile_s: float, devices: int) -> None:
-        """Add the time that devices waited for a compilation to the ledger."""
-        self.book("compile", {"tokens": 0, "flops": 0}, compile_s * devices)
+    def sampling(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """Count tokens, FLOPs and bytes of sampling."""
+        return ledger.sampling(self.run.model.config, rollouts) | self.decoding(rollouts)
 
-    def book(self, kind: str, work: dict, device_s: float) -> None:
-        self.progress.ledger = ledger.add(self.progress.ledger, kind, **work, device_s=device_s, watts=self.run.watts)
+    def decoding(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        return {} if self.run.decoding is None else {"bytes": ledger.decode_bytes(self.run.decoding, rollouts)}
+
+    def book(self, lap_j: float, device_s: dict[str, float], work: dict[str, dict]) -> None:
+        """Add kinds of work that were done in one lap of the meter to the ledger.
+        Compilation has device-seconds alone.
+        """
+        source, progress = self.meter.source, self.progress
+        if source != self.source_told:
+            self.source_told = source
+            self.log.say(f"warning: joules are metered no longer, because a counter failed: {self.meter.reason}")
+        progress.joules_from += [source] * (source not in progress.joules_from)
+        joules = self.meter.divide(lap_j, device_s)
+        for kind, amount in device_s.items():
+            used = work.get(kind, {"tokens": 0, "flops": 0})
+            progress.ledger = ledger.add(progress.ledger, kind, **used, device_s=amount, joules=joules[kind])
 
     # --- evaluations and reports ---
 
@@ -164,9 +209,10 @@ class Journal:
         started_s = time.perf_counter()
         self.log.say("compiling the sampler ...")
         self.log.doing("compiling the sampler")
+        self.meter.lap()
         self.run.warm_up(params)
         took_s = time.perf_counter() - started_s
-        self.book_compiling(took_s, self.run.sample_devices)  # the whole time, since two threads compile
+        self.book(self.meter.lap(), {"compile": took_s * self.run.sample_devices}, {})  # the whole time: two threads compile
         self.log.say(f"compiled the sampler in {took_s:.0f} s")
 
     def evaluate(self, params, final: bool) -> None:
@@ -180,10 +226,11 @@ class Journal:
         """
         started, progress = Clock(), self.progress
         self.log.doing(f"{phase}, step {step}: evaluating")
+        self.meter.lap()
         result = self.run.evaluate(params, phase=phase, step=step, final=final)
         seconds, compile_s = started.passed()
-        self.book_compiling(compile_s, self.run.sample_devices)
-        self.book("evaluate", result.work, seconds * self.run.sample_devices)
+        device_s = {"evaluate": seconds * self.run.sample_devices, "compile": compile_s * self.run.sample_devices}
+        self.book(self.meter.lap(), device_s, {"evaluate": result.work | self.decoding(result.rollouts)})
         progress.evaluations += [e._asdict() for e in result.evaluations]
         progress.losses += [{"phase": phase, "step": step, "text": name, "nll": nll} for name, nll in result.nll.items()]
         self.rollouts = result.rollouts
@@ -230,9 +277,20 @@ class Journal:
         """Write `summary.json` and return it."""
         told = ("evaluations", "losses", "wall_s", "saving_s", "ledger")
         found = {name: value for name, value in self.host().items() if name in told}
-        summary = {"done": done, "steps": step, "saved": self.saved, **found, **self.run.description}
+        summary = {"done": done, "steps": step, "saved": self.saved, **found, **self.costs(), **self.run.description}
         files.write_summary(self.workdir / "summary.json", summary, write=processes.writes())
         return summary
+
+    def costs(self) -> dict:
+        """Return what the ledger's numbers are made of and what was got for them."""
+        used, sources = self.progress.ledger, self.progress.joules_from
+        source = "mixed" if len(sources) > 1 else next(iter(sources), None)
+        return {
+            "joules_from": source,
+            "peak": None if self.peak is None else self.peak._asdict(),
+            "utilisation": ledger.utilisation(used, self.peak),
+            "per_correct_answer_gained": ledger.per_correct_answer(used, self.progress.evaluations, source is not None),
+        }
 
     def report(self) -> None:
         """Print the final report: accuracies before and after, the cost, and three
@@ -242,10 +300,8 @@ class Journal:
             terminal.print_evaluations([Evaluation(**e) for e in self.progress.evaluations])
         for loss in self.progress.losses:
             print(f"{loss['text']}: {loss['nll']:.4f} nats a token at step {loss['step']} ({loss['phase']})")
-        for kind, used in self.progress.ledger.items():
-            energy = f", {used['joules']:,.0f} J at {self.run.watts:g} W a device" if self.run.watts else ""
-            work = "" if kind == "compile" else f"{used['tokens']:,.0f} tokens, {used['flops']:.3g} FLOPs, "
-            print(f"{kind}: {work}{used['device_s']:,.0f} device seconds{energy}")
+        for line in [*terminal.mismatch(self.mismatch), *ledger.report({"ledger": self.progress.ledger, **self.costs()})]:
+            print(line)
         last = [r for r in self.rollouts if r.temperature == self.rollouts[-1].temperature]
         terminal.print_rollouts(last, 3, decode=self.run.decode)
 
@@ -344,8 +400,9 @@ def open_journal(
     logged = -1 if found is None else found.logged
     progress = Progress() if found is None else Progress.read(found.host)
     log = run_log.open_log(workdir, total_steps=total_steps, write=writes, resume_step=logged, **log_options)
-    journal = Journal(run, workdir, checkpoints, log, progress, check_stays)
-    with log:
+    with log, contextlib.closing(energy.open_meter(run.watts)) as meter:
+        journal = Journal(run, workdir, checkpoints, log, progress, check_stays, meter)
+        journal.tell_sources()
         yield journal
 
 

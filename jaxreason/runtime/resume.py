@@ -36,18 +36,25 @@ class Progress:
     saving_s: float = 0.0  # time that the loop waited for checkpoints
     skipped: int = 0  # consecutive batches whose update was not finite, up to the last one logged
     ledger: dict = field(default_factory=ledger.empty)
+    joules_from: list[str | None] = field(default_factory=list)  # sources of the ledger's joules so far; None: not counted
 
     @staticmethod
     def names() -> set[str]:
         return {field.name for field in dataclasses.fields(Progress)}
 
     @staticmethod
+    def needed() -> set[str]:
+        """Return the fields that every checkpoint has."""
+        return Progress.names() - {"joules_from"}
+
+    @staticmethod
     def read(host: Mapping[str, Any]) -> Progress:
-        """Read the `host` item of a checkpoint. Its ledger may lack kinds of work that
-        earlier versions did not count.
+        """Read the `host` item of a checkpoint. Its ledger may lack kinds of work and
+        units that earlier versions did not count, and where its joules are from.
         """
-        found = {name: host[name] for name in Progress.names()}
-        return Progress(**found | {"ledger": ledger.empty() | found["ledger"]})
+        found = {name: host[name] for name in Progress.needed()}
+        joules_from = host.get("joules_from", ["watts" if any(used["joules"] for used in found["ledger"].values()) else None])
+        return Progress(**found | {"ledger": ledger.complete(found["ledger"]), "joules_from": joules_from})
 
 
 class Found(NamedTuple):
@@ -92,7 +99,7 @@ def find_newest(run, checkpoints: Checkpoints, say: Callable[[str], None]) -> Fo
 
 def restore(run, checkpoints: Checkpoints, step: int) -> Found:
     host = checkpoints.peek(step)
-    if missing := Progress.names() - host.keys():
+    if missing := Progress.needed() - host.keys():
         lacks = ", ".join(sorted(missing))
         raise ValueError(f"checkpoint {step} lacks {lacks}: another version made it; choose another --workdir")
     if host["phase"] >= len(run.phases):

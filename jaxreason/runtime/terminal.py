@@ -29,6 +29,14 @@ SHOWN = (  # (metric, label, format): the live line, in this order
 )
 
 
+# Mean per-token KL (k3) between the log-probs of sampler and learner at equal weights.
+# Published: 1e-5 to 1e-3 is usual for dense models, 1e-3 to 1e-1 for mixtures of
+# experts, in bfloat16 with SGLang as sampler (Miles, "Let Speed Be With Stability",
+# 2025, github.com/zhaochenyang20/Awesome-ML-SYS-Tutorial, rlhf/mismatch); training is
+# stable below 0.01 (Tinker's documentation, "RL basic", 2025). In float32 it is far
+# smaller.
+USUAL_KL = (1e-5, 1e-3)
+STABLE_KL = 0.01
 SHARES = (("time/sample_s", "sampling"), ("time/verify_s", "verifying"), ("time/learn_s", "learning"))
 
 
@@ -62,6 +70,22 @@ def progress(
     if (total_s := sum(times.values())) > 0:
         parts.append(" ".join(f"{label} {value / total_s:.0%}" for label, value in times.items()))
     return "  ".join(parts)
+
+
+def mismatch(values: Mapping[str, float]) -> list[str]:
+    """Return lines about the KL divergence between sampler and learner, for the final
+    report: whole, by depth of context, and beside what is published.
+    """
+    name = "rollout/kl_sampler_learner"
+    if name not in values:
+        return []
+    k1 = f" (k1: {values[f'{name}_k1']:.2g})" if f"{name}_k1" in values else ""
+    low, high = USUAL_KL
+    usual = f"usual in bfloat16: {low:g} to {high:g}, less in float32; training is stable below {STABLE_KL:g}"
+    depths = {key.removeprefix(f"{name}/"): value for key, value in values.items() if key.startswith(f"{name}/")}
+    by_depth = ", ".join(f"{depth.replace('_on', ' on').replace('_', ' to ')}: {value:.2g}" for depth, value in depths.items())
+    lines = [f"KL of sampler and learner per token, when last logged: {values[name]:.2g}{k1}; {usual}"]
+    return lines + ([f"  at positions {by_depth}"] if depths else [])
 
 
 def fitted(line: str, width: int) -> str:
