@@ -545,3 +545,18 @@ def test_a_page_in_a_browser(tmp_path, browser):
     for width in (1400, 800):
         browser.set_window_size(width, 1000)
         assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_seeds_that_differ_by_the_same_have_no_interval():
+    """One without width would say that the difference is certain."""
+
+    from jaxreason.types import Evaluation
+
+    def evaluated(accuracy):
+        return Evaluation("rl", 4, "chain", accuracy, 0.0, 1.0, 20, 0.0)
+
+    equal = paired.by_seed([(evaluated(0.5), evaluated(0.6)), (evaluated(0.4), evaluated(0.5))], ("a", "b"))
+    assert (equal.low, equal.high, equal.p) == (None, None, 0.5)
+    assert "all differences are equal" in equal.how
+    other = paired.by_seed([(evaluated(0.5), evaluated(0.6)), (evaluated(0.4), evaluated(0.6))], ("a", "b"))
+    assert other.low < other.difference < other.high
