@@ -181,7 +181,7 @@ def test_the_change_of_a_run_is_paired_by_problem(tmp_path):
     before, after = ([letter == "1" for letter in e["verdicts"]] for e in (evaluation(4, "prior", 30), evaluation(8, "rl", 90)))
     assert (rl.a, rl.b, whole.a) == ("before rl", "end of rl", "start of the run")
     assert rl.p == estimators.mcnemar(before, after)
-    assert rl.how == "McNemar, paired bootstrap over 120 problems"
+    assert rl.how == "McNemar, posterior over 120 problems"
     assert (rl.difference, whole.difference) == (0.5, 0.75)
     assert rl.low < 0.5 < rl.high
     few = evaluation(0, "start", 10, n=40), evaluation(8, "rl", 30, n=40)
@@ -231,7 +231,7 @@ def test_runs_of_other_configs_are_lines_of_their_own_and_compared(tmp_path):
 def test_single_runs_are_paired_by_problem_unless_their_suites_differ(tmp_path):
     a, b = (runs.read_run(write_run(tmp_path / f"lr{lr}", lr=lr, rights=(0, 30, 60, right))) for lr, right in ((1, 70), (2, 90)))
     (made,) = paired.between(runs.group_runs([a, b]))
-    assert made.how == "McNemar, paired bootstrap over 120 problems"
+    assert made.how == "McNemar, posterior over 120 problems"
     harder = runs.read_run(write_run(tmp_path / "harder", evaluate={"suites": {"chain": {"name": "chain", "ops": 9}}}))
     (made,) = paired.between(runs.group_runs([a, harder]))
     assert made.how == "not tested: the suite differs"
@@ -545,3 +545,18 @@ def test_a_page_in_a_browser(tmp_path, browser):
     for width in (1400, 800):
         browser.set_window_size(width, 1000)
         assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_seeds_that_differ_by_the_same_have_no_interval():
+    """One without width would say that the difference is certain."""
+
+    from jaxreason.types import Evaluation
+
+    def evaluated(accuracy):
+        return Evaluation("rl", 4, "chain", accuracy, 0.0, 1.0, 20, 0.0)
+
+    equal = paired.by_seed([(evaluated(0.5), evaluated(0.6)), (evaluated(0.4), evaluated(0.5))], ("a", "b"))
+    assert (equal.low, equal.high, equal.p) == (None, None, 0.5)
+    assert "all differences are equal" in equal.how
+    other = paired.by_seed([(evaluated(0.5), evaluated(0.6)), (evaluated(0.4), evaluated(0.6))], ("a", "b"))
+    assert other.low < other.difference < other.high

@@ -12,7 +12,6 @@ from jaxreason import estimators
 from jaxreason.options import unknown_name_message
 from jaxreason.runtime.workdir import json_object
 
-FEW_PROBLEMS = 100  # below it a bootstrap over problems is too narrow
 SHOWN = 8  # problems that are named, of those learned and lost
 
 
@@ -100,9 +99,9 @@ def listed(found: Mapping[tuple, Any]) -> str:
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
     """Compare two evaluations of one suite at one temperature.
 
-    With one sample per task the interval is that of a posterior below 100 tasks, which
-    a bootstrap is too narrow for, and of a paired bootstrap above; p is exact. With
-    several samples it is the t-interval of the tasks' mean differences.
+    With one sample per task the interval is that of a posterior, as a bootstrap is too
+    narrow where few verdicts differ; p is exact. With several samples it is the
+    t-interval of the tasks' mean differences.
 
     Raises:
       ValueError: they have no task in common.
@@ -126,19 +125,16 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
     )
 
 
-def paired_interval(value_N: np.ndarray, other_N: np.ndarray, single: bool, draws: int = 10_000) -> tuple[float, float, str]:
+def paired_interval(value_N: np.ndarray, other_N: np.ndarray, single: bool, draws: int = 20_000) -> tuple[float, float, str]:
     """Return the 95 % interval of the mean of other - value over tasks, and its method.
 
-    `single`: they are verdicts of one sample per task. `draws` are of the bootstrap.
+    `single`: they are verdicts of one sample per task. `draws` are of the posterior.
     """
     if not single:
         _, low, high = estimators.mean_interval(other_N - value_N)
         return low, high, "paired t-interval over tasks"
-    if len(value_N) < FEW_PROBLEMS:
-        _, low, high, _ = estimators.paired_posterior(value_N, other_N)
-        return low, high, "posterior over tasks"
-    _, low, high = estimators.paired_bootstrap(value_N, other_N, draws=draws)
-    return low, high, "paired bootstrap over tasks"
+    _, low, high, _ = estimators.paired_posterior(value_N, other_N, draws=draws)
+    return low, high, "posterior over tasks"
 
 
 def paired_tasks(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[int, int]]:

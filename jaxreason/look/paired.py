@@ -18,7 +18,7 @@ from jaxreason.look.comparison import paired_interval
 from jaxreason.look.runs import Group, Run, mapping, mode, phases
 from jaxreason.types import Evaluation
 
-DRAWS = 2000  # of a bootstrap: with 512 problems its ends vary by 0.001 between draws, and a page has many of them
+DRAWS = 2000  # of a posterior: with 512 problems its ends vary by 0.001 between draws, and a page has many of them
 
 
 class Mean(NamedTuple):
@@ -114,11 +114,12 @@ def by_seed(pairs: Sequence[tuple[Evaluation, Evaluation]], names: tuple[str, st
     """Compare evaluations that are paired by seed, two or more."""
     differences = [b.accuracy - a.accuracy for a, b in pairs]
     mean, low, high = estimators.mean_interval(differences)
+    how = f"paired t over {len(pairs)} seeds"
+    if not estimators.varies(differences):  # an interval without width says too much
+        low, high, how = None, None, f"sign flips over {len(pairs)} seeds, as all differences are equal"
     before, after = (float(np.mean([pair[i].accuracy for pair in pairs])) for i in (0, 1))
     p, last = estimators.paired_t(differences), pairs[0][1]
-    return Difference(
-        last.suite, last.temperature, *names, before, after, mean, low, high, p, f"paired t over {len(pairs)} seeds"
-    )
+    return Difference(last.suite, last.temperature, *names, before, after, mean, low, high, p, how)
 
 
 def compare_pairs(pairs: Sequence[tuple[Evaluation, Evaluation]], names: tuple[str, str]) -> Difference:
