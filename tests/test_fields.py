@@ -217,6 +217,7 @@ def get_config(arg=''):
     made = command.read(f"{tmp_path}/mine.py", {"rl.objective.name": "grpo"}, lines.append).to_dict()["rl"]["objective"]
     assert (made["clip_low"], made["clip_high"], made["kl_coefficient"]) == (0.1, 0.2, 0.5)
     assert re.search(r"dropped clip_high=0\.3, given by the config file for 'dapo'; .*clip_high=", lines[0])
+    assert lines[0].endswith("'grpo' has its own default; to keep the file's value, add --config.rl.objective.clip_high=0.3")
 
 
 @pytest.mark.parametrize("name", optimizer.OPTIMIZERS)

@@ -336,8 +336,8 @@ class Dropped(NamedTuple):
 
     def message(self) -> str:
         told = ", ".join(f"{name}={value!r}" for name, value in self.fields.items())
-        settable = next((name for name in self.fields if name in self.known), None)
-        hint = f"; to set it, write --{self.where}.{settable}=..." if settable else ""
+        kept = " ".join(f"--{self.where}.{name}={value}" for name, value in self.fields.items() if name in self.known)
+        hint = f"; {self.name!r} has its own default; to keep the file's value, add {kept}" if kept else ""
         return f"{self.where}.name={self.name}: dropped {told}, given by the config file for {self.old!r}{hint}"
 
 
