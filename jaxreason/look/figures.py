@@ -70,6 +70,7 @@ def draw(groups: Mapping[str, Sequence[Mapping[int, float]]], metric: str, xlabe
         if len(curves) > 1:
             axes.fill_between(steps, lowest, highest, color=color, alpha=0.2, linewidth=0)
     axes.set(xlabel=xlabel, ylabel=metric.removeprefix("eval/"))
+    axes.xaxis.get_major_locator().set_params(integer=True)  # there is no half of an update
     if "accuracy" in metric:
         axes.set_ylim(-0.02, 1.02)
     save(axes, out)

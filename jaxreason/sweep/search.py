@@ -40,7 +40,9 @@ def parse_budget(text: str | None) -> tuple[str, float] | None:
     """
     if text is None:
         return None
-    unit, _, amount = text.partition("=")
+    unit, equals, amount = text.partition("=")
+    if not equals:
+        raise ValueError(f"--budget got {text!r}; allowed: UNIT=AMOUNT, as flops=1e15; units: {', '.join(UNITS)}")
     if unit not in UNITS:
         raise ValueError(unknown_name_message("unit of --budget", unit, UNITS))
     try:
