@@ -18,7 +18,7 @@ from runs import HANG_S, METRIC, PRETEND, ROOT, SMOKE, maths, params_of, pretend
 from jaxreason.sweep import Sweep, arms, chain, fixed, jobs, over, product, progress, queue, report, results, search, zip_
 from jaxreason.sweep.__main__ import read_experiment
 from jaxreason.sweep.progress import cell, last_metrics
-from jaxreason.sweep.runs import SweepRun, begin_with_shared, make_runs
+from jaxreason.sweep.runs import SweepRun, begin_with_shared, dropped_fields, dropped_lines, make_runs
 
 # --- arms ---
 
@@ -118,6 +118,16 @@ def test_arms_that_begin_alike_share_their_prior(tmp_path):
     assert [run.shared for run in alone] == [None] * 3
     two = make_runs(Sweep(SMOKE, [{}, {"prior.steps": 5}, {"prior.steps": 5, "rl.steps": 3}], seeds=(0,)), tmp_path)
     assert [run.shared is not None for run in two if run.stop_after is None] == [False, True, True]
+
+
+def test_an_arm_says_which_fields_its_name_drops(tmp_path):
+    made = make_runs(Sweep(SMOKE, over("rl.objective.name", ["rloo", "grpo"]), seeds=(0, 1)), tmp_path)
+    (lines,) = dropped_fields(made).values()
+    assert len(lines) == 1
+    assert "dropped weigh='per_token'" in lines[0]
+    assert dropped_lines(dropped_fields(made)) == [f"{lines[0]} (arm rl.objective.name=grpo)"]
+    kept = Sweep(SMOKE, over("rl.objective.name", ["rloo", "grpo"]), common={"rl.objective.weigh": "per_token"})
+    assert not dropped_fields(make_runs(kept, tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -293,11 +303,11 @@ def test_the_report_says_what_is_shown_what_is_not_and_what_is_missing(tmp_path)
     assert "| base | 3 | 0.510 | [0.485, 0.535] |" in text
     assert "- better is above base by 20.0 points, 95 % +17.5 to +22.5" in text
     assert re.search(r"- same is not shown to differ from base \([+-]0.0 points\)", text)
-    assert "- Not in the table: broken/seed1 (failed exit 1: it went wrong)." in text
+    assert "- Not in the table: broken/seed1 (failed: exit 1: it went wrong)." in text
     assert "cannot give a p below 0.5 with 2 seeds" in text
     assert "| 10 |" in text  # joules
     again = json.loads((tmp_path / "report.json").read_text())
-    assert again["missing"] == {"broken/seed1": "failed exit 1: it went wrong"}
+    assert again["missing"] == {"broken/seed1": "failed: exit 1: it went wrong"}
     assert [arm["name"] for arm in again["arms"]] == list(values)
     assert again["pareto"] == ["better"]
 
@@ -315,7 +325,9 @@ def test_a_problem_counts_once_in_the_interval_over_problems():
 
 def test_runs_of_two_versions_of_the_code_are_not_compared(tmp_path):
     states = written(tmp_path, {"a": (0.5, 0.6), "b": (0.6, 0.7)}, code={"a": "old", "b": "new"})
-    with pytest.raises(ValueError, match=r"runs of 2 versions of the code are not compared \(new, old\)"):
+    with pytest.raises(
+        ValueError, match=r"runs of 2 versions of the code are not compared \(new: 2 runs, as b/seed0; old: 2 runs"
+    ):
         report.make_report(tmp_path, {"a": {}, "b": {}}, (0, 1), METRIC, states)
     made = report.make_report(tmp_path, {"a": {}, "b": {}}, (0, 1), METRIC, states, across_commits=True)
     assert "versions of the code are compared: new, old" in report.markdown(made, tmp_path)
@@ -329,7 +341,7 @@ def test_a_pruned_run_is_in_no_test(tmp_path):
     assert [arm.name for arm in made.arms] == ["a"]
     assert made.missing == {
         "b/seed0": "done, but its arm was stopped early: below the median at step 40",
-        "b/seed1": "pruned below the median at step 40",
+        "b/seed1": "stopped early: below the median at step 40",
     }
 
 

@@ -172,7 +172,7 @@ def test_a_run_without_the_metric_says_so(tmp_path):
 def test_a_baseline_without_runs_is_said(tmp_path):
     text = report.markdown(made_report(tmp_path, {"base": (None, None), "b": (0.6, 0.7)}), tmp_path)
     assert "- No run of the baseline base is done, so no arm is compared with it." in text
-    assert "- Not in the table: base/seed0, 1 (failed exit 1: it went wrong)." in text
+    assert "- Not in the table: base/seed0, 1 (failed: exit 1: it went wrong)." in text
 
 
 def test_a_hundred_arms_that_wait_are_one_line(tmp_path):
@@ -197,9 +197,48 @@ def test_what_a_failed_run_printed_stays_in_its_line(tmp_path):
     states = written(tmp_path, {"a": (0.5,), "b": (None,)})
     states["b/seed0"]["reason"] = "exit 1:\n# heading | <img src=x> `code`"
     made = report.make_report(tmp_path, {"a": {}, "b": {}}, (0,), METRIC, states)
-    assert "- Not in the table: b/seed0 (failed exit 1: # heading \\| &lt;img src=x> \\`code\\`)." in report.markdown(
+    assert "- Not in the table: b/seed0 (failed: exit 1: # heading \\| &lt;img src=x> \\`code\\`)." in report.markdown(
         made, tmp_path
     )
+
+
+# --- what was run ---
+
+
+def test_the_report_says_what_was_run_and_measured(tmp_path):
+    made = made_report(tmp_path, {"a": (0.5, 0.6), "b": (0.6, 0.7)})
+    made.setting = "--config=configs/tiny.py:smoke --config.rl.steps=3"
+    text = report.markdown(made, tmp_path)
+    assert "- Config: `--config=configs/tiny.py:smoke --config.rl.steps=3`." in text
+    assert "- Baseline: a. Code: " in text
+    assert "at the end of each run, on 200 held-out problems." in text
+    assert "*over seeds* by Student's t" in text
+
+
+def test_fields_that_a_name_drops_are_in_the_report(tmp_path):
+    """`grpo` against `rloo` in configs/tiny.py is also another loss aggregation."""
+    made = made_report(tmp_path, {"a": (0.5, 0.6), "b": (0.6, 0.7), "c": (0.6, 0.8)})
+    made.dropped = {"b": ["dropped x=1"], "c": ["dropped x=1"]}
+    assert "- Not only the named field differs: dropped x=1 (2 arms, as b)." in report.markdown(made, tmp_path)
+
+
+def test_the_report_of_a_search_warns_of_selection(tmp_path):
+    states = written(tmp_path, {"a": (0.5, 0.6), "b": (0.6, 0.7), "c": (0.1,)})
+    states["c/seed0"] |= {"status": "pruned", "reason": "not among the best at step 1"}
+    made = report.make_report(tmp_path, {name: {} for name in "abcd"}, (0, 1), METRIC, states)
+    assert "chosen" not in report.markdown(made, tmp_path)
+    made.search = "tpe, pruner halving, budget flops=1e9"
+    text = report.markdown(made, tmp_path)
+    assert "Arms were chosen by a search (tpe, pruner halving, budget flops=1e9): 3 of 4 were tried, 1 was stopped early." in text
+    assert "c/seed0 (stopped early: not among the best at step 1)" in text
+    assert "c/seed1 (not run: its arm was stopped early)" in text
+    assert "d/seed0, 1 (waiting)" in text
+
+
+def test_accuracies_that_can_not_differ_are_said(tmp_path):
+    said = "the metric can't tell the arms apart"
+    assert said in report.markdown(made_report(tmp_path / "0", {"a": (0.0, 0.0), "b": (0.0, 0.0)}), tmp_path)
+    assert said not in report.markdown(made_report(tmp_path / "1", {"a": (0.0, 0.0), "b": (1.0, 1.0)}), tmp_path)
 
 
 # --- figures ---
@@ -221,6 +260,34 @@ def test_figures_of_forty_arms_can_be_read(tmp_path):
     for path in report.draw_figures(made, tmp_path, "rl", said.append):
         assert path.stat().st_size < 100_000
     assert said == ["curves.png has the first 8 arms, without 32 others"]
+
+
+def test_the_axis_of_flops_does_not_magnify_noise(tmp_path, monkeypatch):
+    """FLOPs that differ by the lengths of a few samples are drawn as equal."""
+    pytest.importorskip("matplotlib")
+    from jaxreason.look import figures
+
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda axes, out: drawn.append(axes))
+    made = made_report(tmp_path, {"a": (0.0, 0.1), "b": (0.1, 0.3)})
+    for flops, scale in ((1.001e9, "linear"), (4e9, "log")):
+        made.arms = [made.arms[0]._replace(flops=1e9), made.arms[1]._replace(flops=flops)]
+        report.draw_pareto(made, tmp_path / "pareto.png")
+        assert drawn[-1].get_xscale() == scale
+        left, right = drawn[-1].get_xlim()
+        assert right / left > 1.5
+        low, high = drawn[-1].get_ylim()
+        assert -0.03 < low < high < 1.03
+
+
+def test_updates_are_whole_numbers_in_figures(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from jaxreason.look import figures
+
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda axes, out: drawn.append(axes))
+    figures.draw({"a": [{0: 0.0, 2: 0.5}]}, "eval/chain/greedy/accuracy", "updates", tmp_path / "curves.png")
+    assert all(tick == int(tick) for tick in drawn[0].get_xticks())
 
 
 def test_an_arm_without_curves_does_not_end_the_report(tmp_path, capsys):

@@ -2,7 +2,8 @@ r"""An entry point: run the same config with different fields, on paired seeds, 
 compare the arms.
 
     python -m jaxreason.sweep --config=configs/tiny.py \
-        --grid="rl.objective.name=rloo,grpo; seed=0..4" [--config.rl.steps=80]
+        --grid="rl.objective.name=rloo,grpo; seed=0..4" [--config.rl.steps=80] \
+        [--search=tpe --pruner=halving --budget=flops=1e14]
     python -m jaxreason.sweep --experiment=experiments/prior.py[:quick]
     python -m jaxreason.sweep --report=FOLDER
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -155,6 +157,7 @@ def write_definition(folder: Path, here: dict) -> dict:
             if here["arms"].get(name, arm) != arm:
                 raise ValueError(f"{folder} has an arm {name!r} with other fields ({arm} there); choose another --folder")
         here = here | {"arms": there["arms"] | here["arms"], "seeds": sorted({*there["seeds"], *here["seeds"]})}
+        here |= {"dropped": there.get("dropped", {}) | here.get("dropped", {})}
     with replacing(folder / "sweep.json") as file:
         json.dump(here, file, indent=2)
     return here
@@ -208,11 +211,12 @@ def list_runs(asked: Asked, folder: Path) -> list[str]:
     """The lines of `--dry_run`."""
     from jaxreason.runtime.terminal import duration
     from jaxreason.sweep import predict
-    from jaxreason.sweep.runs import make_runs
+    from jaxreason.sweep.runs import dropped_fields, dropped_lines, make_runs
 
     runs = make_runs(asked.sweep, folder, FLAGS.share, devices_of_a_run())
     needed = predict.needs(runs)
-    lines = [f"{len(runs)} runs in {folder}", ""]
+    chosen = "; --search chooses arms of them until the budget or --trials end it" if FLAGS.search else ""
+    lines = [f"{len(runs)} runs in {folder}{chosen}", *dropped_lines(dropped_fields(runs)), ""]
     for run in runs:
         need = needed[run.name]
         parts = ["done" if run.is_done() else f"stops after {run.stop_after}" if run.stop_after else ""]
@@ -235,9 +239,10 @@ def run_sweep(asked: Asked, folder: Path) -> None:
     """Execute the runs of a sweep, and write its report."""
     from jaxreason.runtime import workdir
     from jaxreason.sweep import jobs, progress, queue, results, search
-    from jaxreason.sweep.runs import make_runs
+    from jaxreason.sweep.runs import dropped_fields, dropped_lines, make_runs
 
     runs = make_runs(asked.sweep, folder, FLAGS.share, devices_of_a_run())
+    importlib.import_module("jaxreason.sweep.report")  # now: its file may change before a long sweep ends
     budget = search.parse_budget(FLAGS.budget)
     suite, temperature = results.parse_metric(asked.sweep.metric, runs[-1].config)
     if FLAGS.submit:
@@ -247,9 +252,10 @@ def run_sweep(asked: Asked, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.callback(workdir.lock(folder, print, "--folder"))
-        known = write_definition(folder, definition(asked))
+        known = write_definition(folder, definition(asked) | {"dropped": dropped_fields(runs), "search": how_searched()})
         state = queue.State(folder / "state.json")
-        print(f"sweep: {len(known['arms'])} arms, seeds {known['seeds']}, {len(workers)} workers, in {folder}", flush=True)
+        print(f"sweep: {len(known['arms'])} arms, seeds {known['seeds']}, {len(workers)} workers, in {folder}")
+        print("".join(f"{line}\n" for line in dropped_lines(dropped_fields(runs))), end="", flush=True)
         metric = results.name_metric(suite, temperature)
         with queue.interruptible() as stopped, progress.shown(runs, state, metric, len(workers)) as (show, say):
             keywords = {"retries": FLAGS.retries, "provenance": lambda: provenance(folder), "show": show, "say": say}
@@ -268,6 +274,8 @@ def run_sweep(asked: Asked, folder: Path) -> None:
             if stopped():
                 say("stopped; the same command continues")
                 sys.exit(130)
+            if budget is not None:
+                say(f"used {search.spent(runs, budget[0]):.3g} of {budget[1]:.3g} {budget[0]}")
             if keywords["stopped"]():
                 say(f"the budget of {FLAGS.budget} is spent; the same command with a larger one continues")
     report(folder)
@@ -287,6 +295,19 @@ def recorded_config(folder: Path, known: dict) -> dict:
     return read_config(known["config"], {**known["common"], **next(iter(known["arms"].values()))})
 
 
+def how_searched() -> str:
+    """Say how arms are chosen; nothing if all of them are run."""
+    if FLAGS.search is None:
+        return ""
+    return f"{FLAGS.search}, pruner {FLAGS.pruner}" + (f", budget {FLAGS.budget}" if FLAGS.budget else "")
+
+
+def setting(known: dict) -> str:
+    """Say what all arms of a sweep have in common: the command of its baseline."""
+    fields = " ".join(f"--config.{field}={value}" for field, value in known["common"].items())
+    return f"--config={known['config']} {fields}".rstrip()
+
+
 def report(folder: Path) -> None:
     """Write the report of a sweep, and print it."""
     from jaxreason.sweep import queue, results
@@ -299,6 +320,8 @@ def report(folder: Path) -> None:
     metric = results.parse_metric(FLAGS.metric or known.get("metric"), config)
     states = queue.read_states(folder / "state.json")
     made = reports.make_report(folder, known["arms"], known["seeds"], metric, states, FLAGS.across_commits)
+    made.setting, made.dropped = setting(known), known.get("dropped") or {}
+    made.search = known.get("search") or ""
     drawn = draw(made, folder, config["phases"][-1], known.get("experiment") or "") if FLAGS.figures and made.arms else True
     print(reports.write_report(made, folder))
     print(f"written: {folder / 'report.md'}, {folder / 'report.json'}")

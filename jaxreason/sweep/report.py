@@ -30,6 +30,7 @@ from jaxreason.sweep.results import (
     read_result,
     summarise,
 )
+from jaxreason.sweep.runs import dropped_lines
 
 
 @dataclasses.dataclass
@@ -47,6 +48,11 @@ class Report:
     missing: dict[str, str]  # run -> what became of it
     across_commits: list[str]  # more than one commit: their names
     asked_apart: list[str]  # why accuracies may be of different problems
+    problems: list[int]  # numbers of problems that runs were asked; one, if all is well
+    code: list[str]  # versions of the code
+    search: str = ""  # how arms were chosen, if not all were run
+    setting: str = ""  # config and fields of all arms, as a command has them
+    dropped: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)  # arm -> fields that its new names drop
 
 
 def make_report(
@@ -81,14 +87,17 @@ def make_report(
             if found is not None and stopped is None:
                 results[name][seed] = found
             elif found is not None and state is not stopped:
-                missing[run] = " ".join(filter(None, ("done, but its arm was stopped early:", stopped.get("reason", ""))))
+                missing[run] = ": ".join(filter(None, ("done, but its arm was stopped early", stopped.get("reason", ""))))
+            elif stopped is not None and state.get("status", "waiting") == "waiting":
+                missing[run] = "not run: its arm was stopped early"
             else:
-                missing[run] = " ".join(filter(None, (state.get("status", "waiting"), state.get("reason", ""))))
+                status = state.get("status", "waiting").replace("pruned", "stopped early")
+                missing[run] = ": ".join(filter(None, (status, state.get("reason", ""))))
     commits = sorted({r.code for by_seed in results.values() for r in by_seed.values()})
     if len(commits) > 1 and not across_commits:
         raise ValueError(
-            f"runs of {len(commits)} versions of the code are not compared ({', '.join(commits)}); run the older ones again, or "
-            "add --across_commits"
+            f"runs of {len(commits)} versions of the code are not compared ({versions(results)}); add --across_commits, or move "
+            f"the runs of one away from {folder / 'runs'} and give the sweep's command again"
         )
     (base, first), *others = results.items()
     comparisons = [found for name, runs in others if (found := compare(runs, first, name, base))]
@@ -105,7 +114,18 @@ def make_report(
         missing=missing,
         across_commits=commits if len(commits) > 1 else [],
         asked_apart=asked_apart(arms, results),
+        problems=sorted({r.n for by_seed in results.values() for r in by_seed.values()}),
+        code=commits,
     )
+
+
+def versions(results: Mapping[str, Mapping[int, Result]]) -> str:
+    """Name the versions of the code, with the number of runs and one run of each."""
+    by_code: dict[str, list[str]] = {}
+    for name, by_seed in results.items():
+        for seed, r in by_seed.items():
+            by_code.setdefault(r.code, []).append(f"{name}/seed{seed}")
+    return "; ".join(f"{code}: {len(runs)} runs, as {runs[0]}" for code, runs in sorted(by_code.items()))
 
 
 ASKED = re.compile(r"(evaluate|verifier)(\.|$)")  # fields that decide which problems are asked, and which answers are right
@@ -122,6 +142,25 @@ def asked_apart(arms: Mapping[str, Arm], results: Mapping[str, Mapping[int, Resu
 
 
 # --- words ---
+
+
+def heading(report: Report) -> list[str]:
+    """Say what was run and measured."""
+    said = [f"Config: `{report.setting.replace('`', '')}`."] if report.setting else []
+    said += [f"Baseline: {plain(report.baseline)}. Code: {', '.join(report.code)}."] if report.code else []
+    if report.problems:
+        asked = " or ".join(map(str, report.problems))
+        said.append(f"Metric: `{report.metric.replace('`', '')}`, at the end of each run, on {asked} held-out problems.")
+    return said
+
+
+LEGEND = (
+    "Accuracy is the mean over seeds. Intervals are of 95 %: *over seeds* by Student's t, for another run of the arm; "
+    "*over problems* for these runs on other problems, a problem counted once. *Minus the baseline* is paired by seed, "
+    "with a t-interval; p is of the paired t-test, corrected by Holm's method. With one seed, or seeds that all "
+    "differ by the same amount, the sentences below name the test in its place. FLOPs, minutes and joules are means per run, "
+    "those of phases that runs share counted in each; a dash means not measured."
+)
 
 
 def plain(text: str) -> str:
@@ -187,10 +226,14 @@ def caveats(report: Report) -> list[str]:
     """List how far intervals from these seeds can be trusted, and the missing runs."""
     said = []
     counts = sorted({len(c.seeds) for c in report.comparisons})
+    said += [searched(report)] if report.search else []
     if report.arms and report.baseline not in [arm.name for arm in report.arms]:
         said.append(f"No run of the baseline {plain(report.baseline)} is done, so no arm is compared with it.")
     if report.asked_apart:
         said.append(f"Accuracies may be of different problems: {plain('; '.join(report.asked_apart))}.")
+    said += [f"Not only the named field differs: {plain(line)}." for line in dropped_lines(report.dropped)]
+    if {arm.mean for arm in report.arms} in ({0.0}, {1.0}):
+        said.append(f"Every run has an accuracy of {report.arms[0].mean:.0f}: the metric can't tell the arms apart.")
     if counts and counts[0] == 1:
         said.append("One seed says nothing about other seeds: its intervals are over problems only.")
     if few := [n for n in counts if 1 < n <= 5]:
@@ -215,6 +258,21 @@ def caveats(report: Report) -> list[str]:
             f"Runs of {len(report.across_commits)} versions of the code are compared: {', '.join(report.across_commits)}."
         )
     return said + missing_runs(report.missing)
+
+
+def searched(report: Report) -> str:
+    """Say what a search did, and what its selection does to accuracies and tests."""
+    lost: dict[str, set[str]] = {}
+    for run, what in report.missing.items():
+        lost.setdefault(run.rpartition("/seed")[0], set()).add(what)
+    done = {arm.name for arm in report.arms}
+    tried = done | {arm for arm, what in lost.items() if what != {"waiting"}}
+    stopped = sum(any("stopped early" in one for one in what) for what in lost.values())
+    return (
+        f"Arms were chosen by a search ({plain(report.search)}): {len(tried)} of {len(done | lost.keys())} were tried, {stopped} "
+        f"{'was' if stopped == 1 else 'were'} stopped early. It kept arms by the accuracies in this table, so those of the best "
+        "are too high on average and their p too small: compare the best arm with the baseline again, on new seeds."
+    )
 
 
 def missing_runs(missing: Mapping[str, str]) -> list[str]:
@@ -243,7 +301,9 @@ def markdown(report: Report, folder: Path) -> str:
     exact = [f"- {plain(c.what)}: {c.sign_flip:.2g}" for c in report.comparisons if c.sign_flip is not None]
     parts = [
         f"# {plain(folder.name)}",
+        "\n".join(f"- {line}" for line in heading(report)),
         "\n".join(table(report)) if report.arms else "No run is done.",
+        LEGEND if report.arms else "",
         "\n".join(f"- {s}" for s in effects),
     ]
     parts += ["Exact sign-flip p-values, uncorrected:\n\n" + "\n".join(exact)] if exact else []
@@ -330,6 +390,15 @@ def draw_pareto(report: Report, out: Path) -> None:
         color = COLORS[i % len(COLORS)] if label else "#bbbbbb"
         axes.errorbar(arm.flops, arm.mean, yerr=error, fmt="o", color=color, label=label, capsize=2)
     front = sorted((arm for arm in report.arms if arm.name in report.pareto), key=lambda arm: arm.flops)
-    axes.plot([arm.flops for arm in front], [arm.mean for arm in front], color="#999999", linewidth=1, zorder=0)
-    axes.set(xlabel="FLOPs per run", ylabel=report.metric.removeprefix("eval/"), xscale="log")
+    label = "best for their FLOPs" if len(front) > 1 else None
+    axes.plot([arm.flops for arm in front], [arm.mean for arm in front], color="#999999", linewidth=1, zorder=0, label=label)
+    bars = "over seeds" if any(len(arm.seeds) > 1 for arm in report.arms) else "over problems"
+    axes.set(xlabel=f"FLOPs per run (bars: 95 % {bars})", ylabel=report.metric.removeprefix("eval/"))
+    least, most = (best(arm.flops for arm in report.arms) for best in (min, max))
+    if 0 < 2 * least < most:
+        axes.set_xscale("log")
+    elif least > 0:  # a narrower axis would draw a few tokens as wide as twice the FLOPs
+        axes.set_xlim(0.9 * least, 1.7 * most)  # with space for the legend
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(-0.02, low), min(1.02, high))  # the axis has no accuracies that can't be
     save(axes, out)

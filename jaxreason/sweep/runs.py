@@ -24,7 +24,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,6 +61,7 @@ class SweepRun(NamedTuple):
     config: dict  # whole
     shared: Path | None = None  # the folder that it begins with a copy of
     stop_after: str | None = None  # a phase
+    dropped: tuple[str, ...] = ()  # a line per new name that drops fields of the config file
 
     @property
     def steps(self) -> int:
@@ -98,12 +99,14 @@ def make_runs(sweep: Sweep, folder: Path, share: bool = True, machine: str = "")
     for seed in sweep.seeds:
         for name, arm in named_arms(sweep).items():
             changes = {field: word_of(value) for field, value in {**sweep.common, **arm, "seed": seed}.items()}
+            dropped: list[str] = []
             try:
-                config = read_config(sweep.config, changes)
+                config = read_config(sweep.config, changes, dropped.append)
             except ValueError as error:
                 raise ValueError(f"arm {name!r}: {error}") from None
             words = (f"--config={sweep.config}", *(f"--config.{field}={word}" for field, word in changes.items()))
-            runs.append(SweepRun(f"{name}/seed{seed}", name, seed, words, folder / "runs" / name / f"seed{seed}", config))
+            run = SweepRun(f"{name}/seed{seed}", name, seed, words, folder / "runs" / name / f"seed{seed}", config)
+            runs.append(run._replace(dropped=tuple(dropped)))
     check_arms([run for run in runs if run.seed == sweep.seeds[0]])
     check_folders(runs)
     return with_shared(runs, folder / "shared", machine) if share else runs
@@ -156,14 +159,30 @@ def changed_fields(run: SweepRun) -> list[str]:
     return [line for name, line in changed.items() if not SAME_MATHS.match(name) or (done and name.startswith("evaluate."))]
 
 
-def read_config(config: str, changes: Mapping[str, str]) -> dict:
+def dropped_fields(runs: Sequence[SweepRun]) -> dict[str, list[str]]:
+    """Return the lines about fields that the names of an arm drop: arm -> lines. Such
+    an arm differs from the others in more than its overrides.
+    """
+    return {run.arm: list(run.dropped) for run in runs if run.dropped}
+
+
+def dropped_lines(dropped: Mapping[str, Sequence[str]]) -> list[str]:
+    """Write `dropped_fields` as text: a line per cause, with one of its arms."""
+    arms: dict[str, list[str]] = {}
+    for arm, lines in dropped.items():
+        for line in lines:
+            arms.setdefault(line, []).append(arm)
+    return [f"{line} ({f'{len(names)} arms, as' if len(names) > 1 else 'arm'} {names[0]})" for line, names in arms.items()]
+
+
+def read_config(config: str, changes: Mapping[str, str], say: Callable[[str], None] = lambda line: None) -> dict:
     """Read a whole config, and check what can be checked without devices, tasks and
-    weights.
+    weights. `say` gets a line per new name that drops fields of the file.
 
     Raises:
       ValueError, FileNotFoundError: it is wrong.
     """
-    found = build.settle(command.read(config, dict(changes), say=lambda line: None).to_dict())
+    found = build.settle(command.read(config, dict(changes), say).to_dict())
     for name in found["phases"]:
         phase = found[name]
         call_with_section(objectives.make, phase["objective"], f"config.{name}.objective")
