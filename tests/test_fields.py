@@ -12,7 +12,7 @@ import re
 import pytest
 from absl import flags
 from ml_collections import ConfigDict
-from runs import ROOT, load_config, main, run_config
+from runs import ROOT, SMOKE, load_config, main, run_config
 
 from jaxreason import build, optimizer, options
 from jaxreason.build import run
@@ -179,10 +179,14 @@ def test_names_on_the_command_line_bring_their_own_fields():
         ({"rl.objective.name": "grpo"}, ["rl.objective.weigh"], "dropped weigh='per_token', .* for 'rloo'; .*weigh=..."),
         ({"rl.objective.name": "rloo"}, [], ""),
         ({"rl.objective.name": "grpo", "rl.objective.weigh": "token_sum"}, [], ""),
-        ({"verifier.name": "number"}, ["verifier.marker"], r"config.verifier.name=number: dropped marker=';A', .* for 'exact'$"),
+        (
+            {"verifier.name": "number"},
+            ["verifier.marker"],
+            r"config.verifier.name=number: dropped marker=';A', .* for 'exact'; 'number' has no such field$",
+        ),
         ({"rl.source.task.name": "countdown"}, ["rl.source.task.ops"], r"dropped ops=\(2, 5\)"),
         ({"evaluate.suites.chain.name": "sorting"}, ["evaluate.suites.chain.ops"], "dropped ops=5"),
-        ({"model.name": "qwen3_0.6b"}, ["model.layers"], r"dropped layers=1, .*model.layers=\.\.\.$"),
+        ({"model.name": "qwen3_0.6b"}, ["model.layers"], r"dropped layers=1, .*model.layers=1$"),
         ({"rl.optimizer.name": "lion"}, [], ""),
     ],
 )
@@ -218,6 +222,24 @@ def get_config(arg=''):
     assert (made["clip_low"], made["clip_high"], made["kl_coefficient"]) == (0.1, 0.2, 0.5)
     assert re.search(r"dropped clip_high=0\.3, given by the config file for 'dapo'; .*clip_high=", lines[0])
     assert lines[0].endswith("'grpo' has its own default; to keep the file's value, add --config.rl.objective.clip_high=0.3")
+
+
+def test_what_a_new_name_drops_can_be_kept_by_pasting_the_message():
+    """The marker of tiny.py has a character of the shell."""
+    said = []
+    command.read(SMOKE, {"verifier.name": "countdown"}, said.append)
+    command.read(SMOKE, {"verifier.name": "number"}, said.append)
+    assert said[0].endswith("to keep the file's value, add '--config.verifier.marker=;A'")
+    assert said[1].endswith("dropped marker=';A', given by the config file for 'exact'; 'number' has no such field")
+
+
+def test_an_option_of_the_file_that_is_given_as_a_field_is_recognised():
+    with pytest.raises(
+        ValueError, match=r"unknown field of config 'task'; .*; 'task' is an option of the file: --config=FILE:task="
+    ):
+        command.read(SMOKE, {"task.name": "countdown"})
+    with pytest.raises(ValueError, match=r"phases, prior, rl, sampler, seed, sharding, text, verifier, version$"):
+        command.read(SMOKE, {"tusk.name": "countdown"})
 
 
 @pytest.mark.parametrize("name", optimizer.OPTIMIZERS)

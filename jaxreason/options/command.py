@@ -16,7 +16,7 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,13 +126,23 @@ def read(config: str, changes: dict[str, str], say: Callable[[str], None] = prin
     from jaxreason import build  # jax is imported here, which takes a second
     from jaxreason.options import fields
 
-    tree = fields.assign(build.layout, tree, changes, say)
+    try:
+        tree = fields.assign(build.layout, tree, changes, say)
+    except ValueError as error:
+        raise ValueError(f"{error}{option_meant(changes, str(error))}") from None
     tree = build.complete(tree)
     fields.check(build.layout(tree), tree)
     build.check_changes(tree, changes)
     made = ConfigDict(tree)
     made.lock()
     return made
+
+
+def option_meant(changes: Mapping[str, str], error: str) -> str:
+    """Say so if the field that an error calls unknown is an option of the file."""
+    names = [path.partition(".")[0] for path in changes]
+    found = next((name for name in names if name in options.OFFERED and f"field of config {name!r}" in error), None)
+    return f"; {found!r} is an option of the file: --config=FILE:{found}=..." if found else ""
 
 
 def load(config: str) -> dict:

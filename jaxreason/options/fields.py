@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import inspect
 import io
+import shlex
 import sys
 import textwrap
 import tokenize
@@ -336,9 +337,9 @@ class Dropped(NamedTuple):
 
     def message(self) -> str:
         told = ", ".join(f"{name}={value!r}" for name, value in self.fields.items())
-        kept = " ".join(f"--{self.where}.{name}={value}" for name, value in self.fields.items() if name in self.known)
-        hint = f"; {self.name!r} has its own default; to keep the file's value, add {kept}" if kept else ""
-        return f"{self.where}.name={self.name}: dropped {told}, given by the config file for {self.old!r}{hint}"
+        words = [f"--{self.where}.{name}={value}" for name, value in self.fields.items() if name in self.known]
+        kept = f"has its own default; to keep the file's value, add {shlex.join(words)}" if words else "has no such field"
+        return f"{self.where}.name={self.name}: dropped {told}, given by the config file for {self.old!r}; {self.name!r} {kept}"
 
 
 def assign(
