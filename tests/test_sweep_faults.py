@@ -49,6 +49,20 @@ def test_seeds_are_said_once(monkeypatch):
         __main__.read_sweep(__main__.command.Words(SMOKE, {}, []))
 
 
+@pytest.mark.parametrize("flag", __main__.OF_A_SEARCH)
+def test_a_flag_of_a_search_is_refused_without_one(flag):
+    with pytest.raises(ValueError, match=f"got --{flag} without --search"):
+        __main__.check_search([flag], None)
+    __main__.check_search([flag], "tpe")
+
+
+def test_an_experiment_that_is_no_file_is_not_called_a_config():
+    with pytest.raises(
+        ValueError, match=r"--experiment got 'nope\.py', which is no file; allowed: a Python file with sweep\(arg\)"
+    ):
+        __main__.read_experiment("nope.py:quick", {})
+
+
 # --- damaged and edited files ---
 
 

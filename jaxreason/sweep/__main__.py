@@ -24,6 +24,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,10 +89,15 @@ def read_sweep(words: command.Words) -> Asked:
     return Asked(sweep, Path(words.config.partition(":")[0]).stem)
 
 
+EXAMPLE = "experiments/prior.py:quick"
+
+
 def read_experiment(experiment: str, changes: dict[str, str]) -> Asked:
     """Run the file of an experiment; `changes` are set in all its arms."""
     file, colon, options = experiment.partition(":")
-    path = command.find_file(file)
+    path = Path(os.path.expanduser(file))
+    if not path.is_file():
+        raise ValueError(f"--experiment got {file!r}, which is no file; allowed: a Python file with sweep(arg), as {EXAMPLE}")
     with lines_of(str(path)):
         found = runpy.run_path(str(path))
         if "sweep" not in found:
@@ -235,6 +241,10 @@ def list_runs(asked: Asked, folder: Path) -> list[str]:
     return lines
 
 
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
 def run_sweep(asked: Asked, folder: Path) -> None:
     """Execute the runs of a sweep, and write its report."""
     from jaxreason.runtime import workdir
@@ -254,7 +264,7 @@ def run_sweep(asked: Asked, folder: Path) -> None:
         stack.callback(workdir.lock(folder, print, "--folder"))
         known = write_definition(folder, definition(asked) | {"dropped": dropped_fields(runs), "search": how_searched()})
         state = queue.State(folder / "state.json")
-        print(f"sweep: {len(known['arms'])} arms, seeds {known['seeds']}, {len(workers)} workers, in {folder}")
+        print(f"sweep: {count(len(known['arms']), 'arm')}, seeds {known['seeds']}, {count(len(workers), 'worker')}, in {folder}")
         print("".join(f"{line}\n" for line in dropped_lines(dropped_fields(runs))), end="", flush=True)
         metric = results.name_metric(suite, temperature)
         with queue.interruptible() as stopped, progress.shown(runs, state, metric, len(workers)) as (show, say):
@@ -374,10 +384,21 @@ def main(argv) -> None:
         sys.exit(f"error: {' '.join(str(error).split())}")
 
 
+OF_A_SEARCH = ("pruner", "trials")
+
+
+def check_search(given: Sequence[str], search: str | None) -> None:
+    """Raise ValueError if a flag is given that only a search reads."""
+    for name in given:
+        if name in OF_A_SEARCH and search is None:
+            raise ValueError(f"got --{name} without --search; allowed: with --search=random or --search=tpe")
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     try:
         words = command.split(argv)
         rest = FLAGS(words.rest)
+        check_search([name for name in OF_A_SEARCH if FLAGS[name].present], FLAGS.search)
         FLAGS["config"].words = words
         return rest
     except (flags.Error, ValueError) as error:
