@@ -5,6 +5,7 @@ damaged summaries, hostile names, arms that are no grid.
 import json
 import math
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -207,9 +208,9 @@ def test_what_a_failed_run_printed_stays_in_its_line(tmp_path):
 
 def test_the_report_says_what_was_run_and_measured(tmp_path):
     made = made_report(tmp_path, {"a": (0.5, 0.6), "b": (0.6, 0.7)})
-    made.setting = "--config=configs/tiny.py:smoke --config.rl.steps=3"
+    made.setting = __main__.setting({"config": "configs/tiny.py:smoke", "common": {"phases": "('rl',)"}})
     text = report.markdown(made, tmp_path)
-    assert "- Config: `--config=configs/tiny.py:smoke --config.rl.steps=3`." in text
+    assert shlex.split(re.search(r"- Config: `(.*)`\.", text)[1]) == ["--config=configs/tiny.py:smoke", "--config.phases=('rl',)"]
     assert "- Baseline: a. Code: " in text
     assert "at the end of each run, on 200 held-out problems." in text
     assert "*over seeds* by Student's t" in text

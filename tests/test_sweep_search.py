@@ -287,6 +287,18 @@ def test_predictions_count_samples_references_texts_and_the_phases_before_a_stop
     assert flops("rl") == base
 
 
+def test_shared_phases_count_once_in_the_flops_of_a_sweep(tmp_path):
+    two = Sweep(SMOKE, over("rl.objective.name", ["rloo", "grpo"]), seeds=(0,))
+    total = {}
+    for share in (True, False):
+        runs = make_runs(two, tmp_path, share)
+        total[share] = predict.flops_left(runs, predict.needs(runs))
+    prior = predict.flops_at_most(make_runs(two, tmp_path, False)[0].config, "prior")
+    assert total[True] == pytest.approx(total[False] - prior)
+    unknown = {run.name: predict.Need(None) for run in runs}
+    assert predict.flops_left(runs, unknown) is None
+
+
 def test_an_arm_that_was_not_run_needs_its_own_flops(tmp_path):
     """Not those of an arm that has a quarter of its steps."""
     runs = make_runs(Sweep(SMOKE, over("rl.steps", ["1", "40"]), seeds=(0, 1)), tmp_path)

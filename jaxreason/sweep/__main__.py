@@ -21,6 +21,7 @@ import itertools
 import json
 import os
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -233,7 +234,9 @@ def list_runs(asked: Asked, folder: Path) -> list[str]:
         parts += [f"{need.bytes / 2**20:,.0f} MiB"] if need.bytes else []
         parts += [f"begins with {run.shared.name}"] if run.shared else []
         lines.append(f"  {run.name}: {', '.join(filter(None, parts))}")
-        lines.append(f"    {' '.join(run.words)}")
+        lines.append(f"    {shlex.join(run.words)}")
+    if left := predict.flops_left(runs, needed):
+        lines += ["", f"in all: at most {left:.3g} FLOPs, without what is done and with shared phases once"]
     known = [need for need in needed.values() if need.bytes]
     if known:
         free, size = shutil.disk_usage(folder if folder.exists() else Path.cwd()).free, sum(need.bytes for need in known)
@@ -313,9 +316,8 @@ def how_searched() -> str:
 
 
 def setting(known: dict) -> str:
-    """Say what all arms of a sweep have in common: the command of its baseline."""
-    fields = " ".join(f"--config.{field}={value}" for field, value in known["common"].items())
-    return f"--config={known['config']} {fields}".rstrip()
+    """Say what all arms of a sweep have in common, as words of a command."""
+    return shlex.join([f"--config={known['config']}", *(f"--config.{field}={value}" for field, value in known["common"].items())])
 
 
 def report(folder: Path) -> None:

@@ -108,6 +108,22 @@ def needs(runs: Iterable[SweepRun]) -> dict[str, Need]:
     return found
 
 
+def flops_left(runs: Iterable[SweepRun], needed: Mapping[str, Need]) -> float | None:
+    """FLOPs of the runs that are not done, at most; shared phases count once. None
+    where those of a run are unknown.
+    """
+    runs, total = list(runs), 0.0
+    by_folder = {run.folder: needed[run.name].flops for run in runs if run.stop_after is not None}
+    for run in runs:
+        if run.is_done():
+            continue
+        if needed[run.name].flops is None:
+            return None
+        shared = by_folder.get(run.shared) or 0.0
+        total += max(0.0, needed[run.name].flops - shared)
+    return total
+
+
 def measure(run: SweepRun) -> Need | None:
     """Measure a finished run; None if the run is not done."""
     summary = json_object(run.folder / "summary.json")
