@@ -21,12 +21,6 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("reasoning_gym") is None, reason="no reasoning-gym: pip install 'jaxreason[gym]'"
 )
 
-QUICK = (
-    *("acre", "advanced_geometry", "basic_arithmetic", "caesar_cipher", "chain_sum", "countdown"),
-    *("dice", "graph_color", "leg_counting", "letter_counting", "list_functions", "maze"),
-    *("mini_sudoku", "n_queens", "polynomial_multiplication", "rearc", "rubiks_cube", "spiral_matrix"),
-    *("string_insertion", "syllogism", "tower_of_hanoi"),
-)
 # Many answers are right, and no example is given, or some that are not scored as right.
 NO_KEY = {"boxnet", "propositional_logic", "rush_hour"}
 
@@ -77,7 +71,7 @@ def test_a_larger_size_begins_with_the_same_tasks():
 PRINT = """
 from jaxreason import tasks
 for name in ("isomorphic_strings", "word_ladder", "list_functions", "pool_matrix", "acre"):
-    print([task.question for task in tasks.load("reasoning_gym", dataset=name, size=3)])
+    print([task.question for task in tasks.load("reasoning_gym", dataset=name, size=30)])
 """
 
 
@@ -153,23 +147,18 @@ def check_own_answers(name, verify):
     made = load(name, size=2, seed=11)
     for task in made:
         json.dumps(task.data)
-        assert not verify("<answer>I do not know</answer>", task).correct
+        for wrong in ("I do not know", "nan", "True False", "x"):
+            assert verify(f"<answer>{wrong}</answer>", task).reason == "wrong", wrong
         if name in NO_KEY and not task.answer:
             continue
         assert verify(f"So it is <answer>\n{task.answer}\n</answer>.", task).correct
         assert score(task, task.answer) == 1.0
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_a_tasks_own_answer_is_right(name, verify):
-    check_own_answers(name, verify)
-
-
-@pytest.mark.slow
 def test_the_own_answers_of_all_datasets_are_right(verify):
     names = pool.shared("gym", 2, 5.0, 2048).ask("names")
     assert len(names) > 100
-    assert set(names) > {*QUICK, *NO_KEY}
+    assert set(names) > NO_KEY
     failed = []
     for name in names:
         try:
@@ -212,6 +201,23 @@ def test_verdicts(verify):
     assert verify("", Task("?", "", data={**task.data, "entry": {**task.data["entry"], "answer": " "}})).reason == "bad key"
     with pytest.raises(ValueError, match=r"verifier 'reasoning_gym' needs data .*; task 'mine/0' has \['x'\]"):
         verify("5", Task("?", "5", id="mine/0", data={"x": 1}))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "wrong"),
+    [
+        ("game_of_life_halting", {}, lambda task: str(task.answer != "True")),
+        ("complex_arithmetic", {}, lambda task: "nan"),
+        ("coin_flip", {"min_trials": 20, "max_trials": 25}, lambda task: "0"),
+        ("puzzle24", {}, lambda task: "6*4*1*1"),
+    ],
+)
+def test_what_a_lenient_score_accepts_is_wrong(name, options, wrong, verify):
+    """A policy would find an answer that is right for every task of a dataset."""
+    made = load(name, options=options, size=6)
+    for task in made:
+        assert score(task, task.answer) == 1.0
+        assert not verify(f"<answer>{wrong(task)}</answer>", task).correct
 
 
 @pytest.mark.parametrize(("got", "reward"), [(float("nan"), 0.0), (float("inf"), 0.0), (-1.0, 0.0), (7.0, 1.0), (0.25, 0.25)])
@@ -271,8 +277,8 @@ def test_answers_that_would_never_end_are_cut_off(verify):
 def test_no_text_raises(name):
     judge, task = make("reasoning_gym", timeout_s=1.0), load(name, size=1)[0]
     for text in NASTY:
-        for written in (text, f"<answer>{text}</answer>"):
-            assert not judge(written, task).correct, text[:50]
+        assert not judge(f"<answer>{text}</answer>", task).correct, text[:50]
+        assert name == "countdown" or not judge(text, task).correct, text[:50]
 
 
 def test_a_child_writes_no_file_and_starts_no_program(tmp_path):

@@ -17,6 +17,8 @@ import re
 import resource
 import signal
 import sys
+from fractions import Fraction
+from math import isclose
 from multiprocessing.connection import Connection
 
 
@@ -110,15 +112,50 @@ def gym_dataset(name: str, options: str, seed: int, **size):
 
 
 def gym_score(name: str, options: str, entry: object, answer: str) -> float:
-    """Score an answer by the method of the dataset."""
-    dataset, unguarded = gym_dataset(name, options, 0), builtins.eval
+    """Score an answer by the method of the dataset, and by `STRICTER`; an answer that
+    the method fails on earns 0.
+    """
+    left_s, _ = signal.getitimer(signal.ITIMER_PROF)
+    dataset, entry, unguarded = gym_dataset(name, options, 0), from_json(entry), builtins.eval
+    signal.setitimer(signal.ITIMER_PROF, left_s)  # building the dataset, once per child, takes none of the answer's time
     builtins.eval = guarded_eval
     try:
-        return float(dataset.score_answer(answer, from_json(entry)))
+        score = float(dataset.score_answer(answer, entry))
+        return 0.0 if score == 1.0 and name in STRICTER and not STRICTER[name](answer, entry) else score
+    except MemoryError:
+        raise
+    except Exception:
+        return 0.0
     finally:
         builtins.eval = unguarded
 
 
+def same_word(answer: str, entry: dict) -> bool:
+    return answer.strip().lower() == str(entry["answer"]).lower()
+
+
+def no_nan(answer: str, entry: dict) -> bool:
+    return "nan" not in answer.lower()
+
+
+def close_fraction(answer: str, entry: dict) -> bool:
+    one, other = (float(Fraction(text.replace(",", ""))) for text in (answer, entry["answer"]))
+    return isclose(one, other, rel_tol=1e-3)
+
+
+def same_numbers(answer: str, entry: dict) -> bool:
+    return sorted(map(int, re.findall(r"[0-9]+", answer))) == sorted(entry["metadata"]["numbers"])
+
+
+# Scores of reasoning-gym 0.1.25 that give 1 to wrong answers, which a policy would find
+# and exploit: to any text; to nan; to 0, as most keys are below the tolerance of 1e-4;
+# to any four numbers that make 24.
+STRICTER = {
+    "game_of_life_halting": same_word,
+    "complex_arithmetic": no_nan,
+    "coin_flip": close_fraction,
+    "puzzle24": same_numbers,
+}
 GYM = {"names": gym_names, "check": gym_check, "entry": gym_entry, "score": gym_score}
 
 
@@ -188,7 +225,7 @@ def may_name(value: object, name: str, called: bool) -> bool:
 EVAL = builtins.eval
 EVALUATED = (
     *(ast.Expression, ast.Constant, ast.Tuple, ast.List, ast.Set, ast.Dict, ast.Load, ast.Name, ast.Call, ast.keyword),
-    *(ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop),
+    *(ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop),
 )
 FUNCTIONS = ("sqrt", "cbrt", "root", "abs")  # of sympy or Python, that are no class of sympy
 

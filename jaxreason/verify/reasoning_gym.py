@@ -28,7 +28,8 @@ def reasoning_gym(
     memory_mb: int = 2048,  # address space of each child
     max_chars: int = 10_000,  # longest answer that is scored; a longer one is wrong unless it equals the key
 ) -> Callable[[str, Task], Verdict]:
-    """Score the answer by the dataset's own rule: correct is a score of 1.
+    """Score the answer by the dataset's own rule: correct is a score of 1. Four rules
+    that accept wrong answers are made stricter (see `child.STRICTER`).
 
     The answer is the text in the last `<answer>...</answer>`; without one, the text
     after the last `marker`; without that, the last line that is not empty. An answer
