@@ -3,9 +3,10 @@ two runs on the same problems.
 
 Everything runs on the host, in NumPy and exact integers; nothing is traced. An interval
 is a pair `(low, high)`. Accuracy over problems has a Wilson interval, or one clustered
-by problem if each problem has several samples; a mean over seeds has a t-interval, and
-a difference of two runs a paired bootstrap. They answer different questions (new
-problems, new seeds, new problems for both runs) and can't replace each other.
+by problem if each problem has several samples; a mean over seeds has a t-interval. A
+difference of two runs has a posterior, or a paired bootstrap if problems have several
+samples. They answer different questions (new problems, new seeds, new problems for both
+runs) and can't replace each other.
 """
 
 from __future__ import annotations
@@ -30,15 +31,16 @@ def wilson(correct: float, n: int, confidence: float = 0.95) -> tuple[float, flo
         raise ValueError(f"{correct} correct of {n}; allowed: 0 <= correct <= n")
     if n == 0:
         return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    p = correct / n
+    return _score_interval(correct / n, n, NormalDist().inv_cdf(0.5 + confidence / 2))
+
+
+def _score_interval(p: float, n: float, z: float) -> tuple[float, float]:
+    """The proportions from which p, found of n, is at most z standard errors away."""
     centre = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     # At the ends the formula gives 0 and 1 up to rounding.
-    low = 0.0 if correct == 0 else (centre - half) / scale
-    high = 1.0 if correct == n else (centre + half) / scale
-    return low, high
+    return 0.0 if p == 0 else (centre - half) / scale, 1.0 if p == 1 else (centre + half) / scale
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -206,13 +208,20 @@ def clustered(correct_NK: np.ndarray, confidence: float = 0.95) -> Clustered:
     """Return the accuracy of N problems with K samples each, with an interval clustered
     by problem.
 
-    Samples of one problem are not independent, so only the problems count: the interval
-    is the t-interval of their means (Miller, 2024, arXiv 2411.00640, sec. 2.2; equal
-    cluster sizes). If all problems have one mean, or K is 1, it is the Wilson interval
-    of N problems. `sampling_share` is within / K over the variance of a problem's mean.
-    A share near 1 says that more samples would narrow the interval, one near 0 that
-    only more problems would; it is 0 for K = 1, which can't tell.
+    Samples of one problem are not independent, so the error of the accuracy is that of
+    the problems' means (Miller, 2024, arXiv 2411.00640, sec. 2.2; equal cluster sizes).
+    The interval is the Wilson interval of as many independent samples as would have
+    this error, with the quantile of Student's t (Korn and Graubard, 1998, do the same
+    for the Clopper-Pearson interval): a t-interval is too narrow near 0 and 1. If all
+    problems have one mean, or K is 1, it is the Wilson interval of N problems.
+
+    `sampling_share` is within / K over the variance of a problem's mean. A share near 1
+    says that more samples would narrow the interval, one near 0 that only more problems
+    would; it is 0 for K = 1, which can't tell.
     """
+    from scipy.stats import t
+
+    _check_confidence(confidence)
     correct_NK = np.asarray(correct_NK, np.float64)
     if correct_NK.ndim != 2 or 0 in correct_NK.shape:
         raise ValueError(f"clustered got an array of shape {correct_NK.shape}; allowed: problems x samples, at least 1 x 1")
@@ -226,8 +235,9 @@ def clustered(correct_NK: np.ndarray, confidence: float = 0.95) -> Clustered:
     if K == 1 or np.ptp(mean_N) == 0:
         low, high = wilson(mean * N, N, confidence)
     else:
-        _, low, high = mean_interval(mean_N, confidence)
-    return Clustered(mean, max(0.0, low), min(1.0, high), between, within, share)
+        alike = min(N * K, mean * (1 - mean) / (spread / N))  # independent samples with the same error
+        low, high = _score_interval(mean, alike, float(t.ppf(0.5 + confidence / 2, N - 1)))
+    return Clustered(mean, low, high, between, within, share)
 
 
 class Calibration(NamedTuple):
@@ -318,7 +328,8 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     """Return the mean over seeds with its t-interval: (mean, low, high).
 
     The interval of a single value is unbounded. It assumes roughly normal values; its
-    half width is 12.7 standard errors for 2 seeds, 4.3 for 3 and 2.8 for 5.
+    half width is 12.7 standard errors for 2 seeds, 4.3 for 3 and 2.8 for 5. It has no
+    width if all values are equal, as happens with few problems: see `varies`.
     """
     from scipy.stats import t
 
@@ -334,10 +345,22 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     return mean, mean - half, mean + half
 
 
+def varies(values: Sequence[float]) -> bool:
+    """Return whether values differ by more than rounding.
+
+    Accuracies of n problems are multiples of 1 / n, so that equal differences are often
+    due to chance: for two seeds of 20 problems in 1 of 13 pairs of equal arms. Their
+    spread can't be judged from them.
+    """
+    values = np.asarray(values, np.float64)
+    return len(values) > 1 and float(np.ptp(values)) > 1e-12 * float(np.abs(values).max())
+
+
 def paired_t(differences: Sequence[float]) -> float:
     """Return the two-sided p-value of the t-test that paired differences have mean 0.
 
-    It is 1 for fewer than two differences, and if all are 0.
+    It is 1 for fewer than two differences, and if all are 0. If all are equal, the test
+    has no spread to judge by, and the p-value is that of `sign_flip`, 2 / 2^n.
     """
     from scipy.stats import t
 
@@ -345,8 +368,10 @@ def paired_t(differences: Sequence[float]) -> float:
     n = len(values)
     if n < 2 or not values.any():
         return 1.0
+    if not varies(values):
+        return 2.0 ** (1 - n)
     error = float(values.std(ddof=1)) / math.sqrt(n)
-    return float(2 * t.sf(abs(values.mean()) / error, n - 1)) if error else 0.0
+    return float(2 * t.sf(abs(values.mean()) / error, n - 1))
 
 
 def sign_flip(differences: Sequence[float]) -> float:
@@ -363,7 +388,7 @@ def sign_flip(differences: Sequence[float]) -> float:
         raise ValueError(f"sign_flip got {n} differences; allowed: 1 to {MOST_FLIPPED}, as it tries all 2^n signs")
     signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
     sums = np.abs(signs @ values)
-    return float((sums >= sums[0] * (1 - 1e-12)).mean())
+    return float((sums >= sums[0] - 1e-12 * np.abs(values).sum()).mean())  # equal sums may differ by rounding
 
 
 MOST_FLIPPED = 20

@@ -57,6 +57,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("tensor", 1, "Devices that split the model.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of the samples.", lower_bound=0)
     flags.DEFINE_string("workdir", None, "Folder of the results. Default: evaluations/<checkpoint>-<hash of the settings>.")
+    flags.DEFINE_integer(
+        "recovery", 0, "Correct attempts per series in which a step is corrupted, to continue from.", lower_bound=0
+    )
     flags.DEFINE_boolean("allow_overlap", False, "Also evaluate on questions that the run was trained on.")
     flags.DEFINE_boolean("compare", False, "Compare two evaluations or runs, given as two folders.")
 
@@ -243,6 +246,11 @@ class Attempts:
             with self.path.open(encoding="ascii") as lines:
                 yield from map(json.loads, lines)
 
+    def of(self, one: Series) -> list[dict]:
+        """The records of a series, by problem and attempt."""
+        found = [record for record in self.read() if key_of(record)[:3] == tuple(one.fields.values())]
+        return sorted(found, key=lambda record: (record["problem"], record["attempt"]))
+
     def remember(self, record: dict) -> None:
         from jaxreason.evaluation import outcome_of
 
@@ -291,7 +299,12 @@ def run(opened, suites: list, settings: dict, folder: Path, about: dict) -> dict
         if wanted:
             make_attempts(opened, one, wanted, settings, attempts, weights)
     attempts.sort({tuple(one.fields.values()): i for i, one in enumerate(series)})
-    found = {"done": True} | about | {"evaluations": [summarise(one, settings, attempts, opened) for one in series]}
+    evaluations = [summarise(one, settings, attempts, opened) for one in series]
+    for one, evaluation in zip(series, evaluations, strict=True):
+        if FLAGS.recovery:
+            weights = opened.parts.completer.sampler.prepare(opened.load()) if weights is None else weights
+            evaluation["recovery"] = recover(opened, one, settings, attempts, weights)
+    found = {"done": True} | about | {"evaluations": evaluations}
     write_summary(folder / "evaluation.json", found)
     return found
 
@@ -333,10 +346,7 @@ def make_attempts(opened, one: Series, wanted: list, settings: dict, attempts: A
     from jaxreason.build.sampler import make_filter
     from jaxreason.runtime.files import rollout_record
 
-    completer = opened.parts.completer
-    if one.thinking_tokens is not None:
-        completer = completer._replace(thinking=completer.thinking._replace(tokens=one.thinking_tokens))
-    decode = functools.partial(opened.parts.tokenizer.decode)
+    completer, decode = completer_of(opened, one), opened.parts.tokenizer.decode
 
     def judged(rollout) -> None:
         record = rollout_record(rollout, lambda ids: decode([int(i) for i in ids]))
@@ -344,7 +354,7 @@ def make_attempts(opened, one: Series, wanted: list, settings: dict, attempts: A
         shown.count(rollout)
 
     keywords = {"temperature": one.temperature, "seed": FLAGS.seed, "filter": make_filter(**settings["filter"], where="evaluate")}
-    shown = Progress(one.name, len(wanted))
+    shown = Progress(one.name, len(wanted), opened.parts.completer.sampler.slots)
     evaluation.attempt(completer, weights, one.suite, [[r] for r in wanted], judged=judged, **keywords)
     shown.end()
 
@@ -352,10 +362,13 @@ def make_attempts(opened, one: Series, wanted: list, settings: dict, attempts: A
 def summarise(one: Series, settings: dict, attempts: Attempts, opened) -> dict[str, Any]:
     """Return the entry of a series in `evaluation.json`."""
     from jaxreason import estimators, evaluation
+    from jaxreason.tasks import behaviour
 
     wanted = evaluation.requests(one.suite, settings["n"], one.temperature)
     outcomes_NK = [[attempts.outcomes[(*one.fields.values(), r.problem, r.attempt)] for r in group] for group in wanted]
     found = evaluation.summarise(outcomes_NK, one.suite, one.temperature, phase="evaluate", step=opened.step or 0)._asdict()
+    rollouts = [rollout_of(r, one.suite.tasks[r["problem"]].task, ()) for r in attempts.of(one)]
+    found["measures"] |= behaviour.summarise(rollouts, one.suite.parser)
     found["thinking_tokens"] = one.thinking_tokens
     found["questions"] = [digest(group[0].task.question, group[0].task.answer) for group in wanted]
     found["prompts"] = digest(*(opened.parts.tokenizer.decode([int(i) for i in group[0].prompt]) for group in wanted))
@@ -364,6 +377,48 @@ def summarise(one: Series, settings: dict, attempts: Attempts, opened) -> dict[s
         share_N, right_N = evaluation.majorities(outcomes_NK, one.suite.same)
         found["calibration"] = estimators.calibration(share_N, right_N)._asdict()
     return found
+
+
+def recover(opened, one: Series, settings: dict, attempts: Attempts, weights) -> dict[str, float]:
+    """Corrupt a step of correct attempts and let the model continue: see
+    `recovery`.
+    """
+    import jax
+
+    from jaxreason.build.sampler import make_filter
+    from jaxreason.recovery import recovery
+
+    tokenizer, rollouts = opened.parts.tokenizer, []
+    for record in attempts.of(one):
+        task, prompt = one.suite.tasks[record["problem"]]
+        rollouts.append(rollout_of(record, task, prompt))
+    say(f"{one.name}: corrupting steps")
+    encode = functools.partial(tokenizer.encode, continues=True)
+    words = {"key": jax.random.key(FLAGS.seed), "temperature": one.temperature, "most": FLAGS.recovery}
+    words["filter"] = make_filter(**settings["filter"], where="evaluate")
+    completer = completer_of(opened, one)
+    return recovery(completer, weights, rollouts, one.suite.environment, encode, one.suite.parser, **words).measures()
+
+
+def rollout_of(record: Mapping, task, prompt):
+    """Return a recorded attempt as a rollout, without its tokens."""
+    import numpy as np
+
+    from jaxreason.types import Rollout, Verdict
+
+    none = np.zeros(0, np.float32)
+    verdict = Verdict(record["reward"], record["correct"], record["parsed"], record["reason"])
+    words = {"tokens": none.astype(np.int32), "logp": none, "sampled": none.astype(bool), "stop": record["stop"]}
+    words |= {"text": record["text"], "verdict": verdict, "temperature": record["temperature"]}
+    return Rollout(task, record["problem"], record["attempt"], prompt, **words)
+
+
+def completer_of(opened, one: Series):
+    """Return the sampler with the budget of thinking of a series."""
+    completer = opened.parts.completer
+    if one.thinking_tokens is None:
+        return completer
+    return completer._replace(thinking=completer.thinking._replace(tokens=one.thinking_tokens))
 
 
 def digest(*texts: str) -> str:
@@ -376,8 +431,11 @@ def digest(*texts: str) -> str:
 class Progress:
     """Shows how many of the attempts of a series are made."""
 
-    def __init__(self, name: str, total: int):
+    def __init__(self, name: str, total: int, slots: int):
         self.name, self.total, self.made, self.correct, self.tokens = name, total, 0, 0, 0
+        # Compilation is over, and attempts end at a steady pace, once every slot has
+        # been filled anew.
+        self.first = min(slots, max(1, total // 2))
         self.live, self.begun_s, self.printed_s = sys.stderr.isatty(), 0.0, 0.0
 
     def count(self, rollout) -> None:
@@ -385,14 +443,14 @@ class Progress:
 
         self.made, self.correct = self.made + 1, self.correct + bool(rollout.verdict.correct)
         now_s = time.monotonic()
-        if self.made == 1:  # what came before was compilation
+        if self.made <= self.first:
             self.begun_s = self.printed_s = now_s
             return
         self.tokens += len(rollout.tokens)
         if now_s - self.printed_s < (0.2 if self.live else PROGRESS_EVERY_S) and self.made < self.total:
             return
         self.printed_s, took_s = now_s, max(1e-9, now_s - self.begun_s)
-        left = duration(took_s / (self.made - 1) * (self.total - self.made))
+        left = duration(took_s / (self.made - self.first) * (self.total - self.made))
         line = f"{self.name}: {self.made} of {self.total} attempts, {self.correct / self.made:.3f} correct, "
         line += f"{self.tokens / took_s:,.0f} tokens/s, about {left} left"
         print(f"\r\x1b[K{line}" if self.live else line, end="" if self.live else "\n", file=sys.stderr, flush=True)
@@ -400,6 +458,9 @@ class Progress:
     def end(self) -> None:
         if self.live:
             print(file=sys.stderr)
+
+
+SHOWN = ("step_accuracy", "attempts", "retries", "self_checks", "check_accuracy", "wrong_then_right", "right_then_wrong")
 
 
 def print_results(found: Mapping) -> None:
@@ -417,6 +478,15 @@ def print_results(found: Mapping) -> None:
             say("  which more samples per task would remove; only more tasks remove the rest")
         lengths = f"{m['length']:.0f} tokens (nine of ten: up to {m['length_p90']:.0f})"
         say(f"  {lengths}, {m['cut_off']:.1%} cut off, {m['answered']:.1%} with an answer")
+        counted = [name for name in SHOWN if name in m]
+        if counted:
+            say("  " + ", ".join(f"{name.replace('_', ' ')} {m[name]:.3g}" for name in counted))
+        if e.get("recovery", {}).get("recovery_tried"):
+            r = {name.removeprefix("recovery_"): value for name, value in e["recovery"].items()}
+            say(
+                f"  after a corrupted step {r['recovered']:.3f} [{r['recovered_low']:.3f}, {r['recovered_high']:.3f}] of "
+                f"{r['tried']:.0f} end right, uncorrupted {r['control']:.3f}; {r['noticed']:.3f} notice it"
+            )
         if failed := sum(m[name] for name in ("verifier_errors", "verifier_timeouts", "bad_keys")):
             say(f"  warning: {failed:.1%} of the attempts could not be judged, and count as wrong")
 

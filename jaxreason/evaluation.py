@@ -20,6 +20,7 @@ from jaxreason.draw import ALL, Filter
 from jaxreason.environment import Environment, count_failures
 from jaxreason.rollout import SAMPLING_LOCK, Completer, Request, collect_local, gather_groups
 from jaxreason.sampler import Weights
+from jaxreason.tasks import behaviour
 from jaxreason.types import Batch, Evaluation, Group, Prompted, Rollout, Verdict
 
 EVALUATION = 2**31  # folded into the seed's key; training folds in the index of the phase
@@ -37,6 +38,7 @@ class Suite(NamedTuple):
     temperatures: Sequence[float] | None = None  # None: those of the evaluation
     max_tokens: int | None = None  # of a completion; None: the completer's
     same: Callable[[str, str], bool] | None = None  # whether two answers are equivalent, for votes; None: equal texts
+    parser: behaviour.Parser | None = None  # how behaviour is counted; None: not
 
 
 class Text(NamedTuple):
@@ -97,8 +99,11 @@ def evaluate(
             wanted = requests(suite, n, temperature)
             groups = attempt(completer, weights, suite, wanted, temperature=temperature, seed=seed, filter=filter)
             outcomes_NK = [[outcome(r) for r in group.attempts] for group in groups]
-            evaluations.append(summarise(outcomes_NK, suite, temperature, phase=phase, step=step))
-            all_rollouts += [r for group in groups for r in group.attempts]
+            rollouts = [r for group in groups for r in group.attempts]
+            found = summarise(outcomes_NK, suite, temperature, phase=phase, step=step)
+            counted = {} if suite.parser is None else behaviour.summarise(rollouts, suite.parser)
+            evaluations.append(found._replace(measures=found.measures | counted))
+            all_rollouts += rollouts
     return evaluations, all_rollouts
 
 

@@ -198,6 +198,8 @@ def run(config) -> None:
         tell(f"workdir: {opened.folder}")
         if not train_to_the_end(opened, STOP_AFTER.value):
             return
+        if opened.run.report:
+            report(opened.folder)
     for line in what_next(opened.folder, flag.config_filename, flag.config_changes):
         tell(line)
 
@@ -237,6 +239,19 @@ def train_to_the_end(opened, stop_after: str | None = None) -> bool:
     return True
 
 
+def report(folder: Path) -> None:
+    """Write the report of a finished run, on the process that writes."""
+    from jaxreason.look.report import write_report
+    from jaxreason.runtime.processes import writes
+
+    if not writes():
+        return
+    try:
+        write_report([folder], folder / "report.html")
+    except Exception as error:  # whatever is wrong with the page, the run itself is done
+        tell(f"warning: no report.html: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
 def tell(line: str) -> None:
     """Print a line, on the process that writes."""
     from jaxreason.runtime.processes import writes
@@ -255,7 +270,11 @@ def quoted(value: str) -> str:
 
 def what_next(workdir: Path, config_flag: str, changes: Mapping[str, str]) -> list[str]:
     """List the files that were written, and commands to copy that use them."""
-    written = [workdir / name for name in ("summary.json", "metrics.jsonl", "rollouts.jsonl") if (workdir / name).is_file()]
+    written = [
+        workdir / name
+        for name in ("report.html", "summary.json", "metrics.jsonl", "rollouts.jsonl")
+        if (workdir / name).is_file()
+    ]
     run, export = shlex.quote(str(workdir)), shlex.quote(f"{workdir}-export")
     same = "".join(f" --config.{name}={quoted(value)}" for name, value in changes.items() if name != "init_from")
     todo = {

@@ -71,6 +71,7 @@ class Run(NamedTuple):
     samples_apart: bool = False  # sampling has devices of its own
     rollouts_kept: int = 64  # rollouts written to rollouts.jsonl per step, at most
     log_options: Mapping[str, Any] = {}  # for `runtime.log.open_log`
+    report: bool = True  # write report.html at the end
     open_checkpoints: Callable[..., Checkpoints] | None = None  # (folder)
 
 

@@ -156,7 +156,7 @@ class Evaluation(NamedTuple):
     temperature: float
     verdicts: str = ""  # a letter per attempt, those at one task together: 1 is correct, 0 is not; for paired tests
     samples: int = 1  # attempts at each task
-    measures: Mapping[str, float] = {}  # see `evaluation.measure`
+    measures: Mapping[str, float] = {}  # see `evaluation.measure` and `tasks.behaviour.rates`
 
 
 Tasks = Sequence[Task]  # random access: `len(tasks)`, `tasks[i]`

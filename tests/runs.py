@@ -206,3 +206,40 @@ def whole_checkpoint(folder, step):
         path = folder / "checkpoints" / str(step) / name
         path.parent.mkdir(parents=True)
         path.write_text(text)
+
+
+# --- folders of sweeps ---
+
+METRIC = ("chain", 0.0)
+
+
+def result(arm, seed, value, n=200, verdicts=None, code="c", flops=1e9):
+    """What a run of a sweep measured; the first problems are the right ones."""
+    from jaxreason.sweep import results
+
+    right = round(value * n)
+    verdicts = "1" * right + "0" * (n - right) if verdicts is None else verdicts
+    return results.Result(arm, seed, value, 0.0, 1.0, n, verdicts, flops, 60.0, 0.0, 60.0, code)
+
+
+def written(tmp_path, values, n=200, code="c"):
+    """A sweep's folder with runs that are done: arm -> accuracy by seed; None is no
+    run.
+    """
+    states = {}
+    for arm, by_seed in values.items():
+        for seed, value in enumerate(by_seed):
+            run = f"{arm}/seed{seed}"
+            if value is None:
+                states[run] = {"status": "failed", "reason": "exit 1: it went wrong"}
+                continue
+            folder = tmp_path / "runs" / run
+            folder.mkdir(parents=True)
+            right = round(value * n)
+            last = {"suite": "chain", "temperature": 0.0, "accuracy": right / n, "low": 0.0, "high": 1.0, "n": n}
+            last["verdicts"] = "1" * right + "0" * (n - right)
+            ledger = {kind: {"flops": 1e9, "device_s": 3.0, "joules": 5.0, "tokens": 1.0} for kind in ("sample", "learn")}
+            summary = {"done": True, "evaluations": [last | {"accuracy": 0.0}, last], "ledger": ledger, "wall_s": 60.0}
+            (folder / "summary.json").write_text(json.dumps(summary))
+            states[run] = {"status": "done", "code": code if isinstance(code, str) else code[arm]}
+    return states

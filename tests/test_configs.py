@@ -11,6 +11,8 @@ import pytest
 from gsm8k_folder import write_gsm8k
 from runs import ROOT, load_config, read_lines, run_config
 
+from jaxreason.types import Evaluation
+
 GOLDEN = Path(__file__).parent / "golden"
 ROWS = [(f"Tom has {n} pens and buys {m}. How many?", f"He has {n} + {m}.\n#### {n + m}") for n in range(4) for m in range(6)]
 
@@ -45,7 +47,7 @@ def check_run(workdir, summary, phases):
     assert all(line["train/loss"] is not None for line in lines if "train/loss" in line)
     assert list(workdir.glob("tensorboard/events*"))
     for e in summary["evaluations"]:
-        assert e.keys() == {"phase", "step", "suite", "accuracy", "low", "high", "n", "temperature", "verdicts"}
+        assert e.keys() == set(Evaluation._fields)
         assert (len(e["verdicts"]), e["verdicts"].count("1")) == (e["n"], round(e["accuracy"] * e["n"]))
         assert 0 <= e["low"] <= e["accuracy"] <= e["high"] <= 1
 

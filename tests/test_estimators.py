@@ -159,7 +159,43 @@ def test_the_t_test_and_its_interval_agree_with_scipy():
         interval = theirs.confidence_interval(0.9)
         assert estimators.mean_interval(values, 0.9)[1:] == pytest.approx((interval.low, interval.high))
     assert estimators.paired_t([0.0, 0.0]) == estimators.paired_t([3.0]) == 1.0
-    assert estimators.paired_t([0.1, 0.1]) == 0.0
+
+
+def test_equal_differences_are_no_proof():
+    """Accuracies are multiples of 1 / problems, so that they are often due to chance."""
+    for values in ([0.1, 0.1], [-0.1, -0.1], np.subtract([0.7, 0.6], [0.5, 0.4])):  # the last up to rounding
+        assert not estimators.varies(values)
+        assert estimators.paired_t(values) == estimators.sign_flip(values) == 0.5
+    assert estimators.varies([0.1, 0.1 + 1e-9])
+    draw, n = np.random.default_rng(0), 20
+    false = [estimators.paired_t(np.subtract(*draw.binomial(n, 0.5, (2, 2))) / n) < 0.05 for _ in range(2000)]
+    assert np.mean(false) < 0.02  # 0.075 if equal differences counted as certain
+
+
+@pytest.mark.parametrize("values", [[0.06, 0.04, 0.0, -0.04, -0.06], [0.1, 0.2, -0.3], [0.7 - 0.6, 0.3 - 0.1, 0.2 - 0.5]])
+def test_sums_that_are_equal_up_to_rounding_are_ties_of_sign_flips(values):
+    assert estimators.sign_flip(values) == 1
+
+
+def test_the_clustered_interval_covers_near_its_ends():
+    """A t-interval of the problems' means covers 0.90 of these."""
+    draw, covered = np.random.default_rng(0), []
+    for _ in range(1500):
+        correct_NK = draw.random((128, 5)) < draw.beta(5, 0.05, (128, 1))
+        found = estimators.clustered(correct_NK)
+        assert 0 <= found.low <= found.mean <= found.high <= 1
+        covered.append(found.low <= 5 / 5.05 <= found.high)
+    assert np.mean(covered) > 0.92
+
+
+def test_the_interval_of_few_problems_that_differ_has_a_width():
+    """A bootstrap of the same problems covers 0.72."""
+    draw, covered = np.random.default_rng(0), []
+    for _ in range(300):
+        better = draw.random(128) < 0.01
+        _, low, high, _ = estimators.paired_posterior(np.zeros(128), better, draws=2000)
+        covered.append(low <= 0.01 <= high)
+    assert np.mean(covered) > 0.94
 
 
 @pytest.mark.parametrize("n", [2, 3, 5])

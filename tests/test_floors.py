@@ -22,8 +22,8 @@ FLOORS = (
     "platforms model text tasks verify tools objectives estimators sharding optimizer data draw metrics cost runtime.checkpoint",
     "learner sampler logp environment batching runtime.warm_start runtime.ledger",
     "rollout sources runtime.preemption",
-    "evaluation runtime.resume runtime.journal look.figures look.page look.comparison",
-    "build train options.command look.report look.view",
+    "evaluation recovery runtime.resume runtime.journal look.figures look.page look.runs look.comparison",
+    "build train options.command look.chart look.report_charts look.report_tables look.paired look.report look.view",
     "main evaluate play report view api export sweep launch plan bench look look.curves __main__",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}

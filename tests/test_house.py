@@ -8,7 +8,7 @@ import pytest
 from runs import ROOT
 
 LONGEST_FUNCTION = 90  # lines
-ROOT_MODULES = 26  # entry points included
+ROOT_MODULES = 27  # entry points included
 WIDTH = 88  # columns of docstrings, comments and Markdown; code may use 130
 FILES = sorted((ROOT / "jaxreason").rglob("*.py"))
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))

@@ -167,7 +167,11 @@ def test_the_command_runs_refuses_another_config_and_finishes_once(tmp_path):
     (machine,) = (tmp_path / "compiled").iterdir()
     assert any("decode" in path.name for path in machine.iterdir())
     assert json.loads((workdir / "config.json").read_text())["seed"] == 0
-    assert json.loads((workdir / "summary.json").read_text())["done"]
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["done"]
+    assert summary["environment"]["devices"].endswith("cpu")
+    assert f"written:\n  runs/{workdir.name}/report.html\n" in out
+    assert (workdir / "report.html").is_file()
 
     code, _, err = main(*command, "--config.seed=1", f"--workdir={workdir}")
     assert code != 0

@@ -15,6 +15,7 @@ def test_a_hostile_text_is_escaped_and_its_control_characters_are_visible():
     assert "&lt;U+001B&gt;[31mred&lt;U+0007&gt;" in text
     assert "&lt;U+202E&gt;gnp.exe&lt;U+2066&gt;" in text
     assert text.endswith("\n\tkept")
+    assert escape("a \ud800 b \U0001f600") == "a &lt;U+D800&gt; b \U0001f600"  # no encoding has a lone surrogate
 
 
 def test_data_can_not_end_their_element():

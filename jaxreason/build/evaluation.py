@@ -21,7 +21,9 @@ from jaxreason.build.tasks import (
 from jaxreason.draw import Filter
 from jaxreason.logp import compile_token_logp
 from jaxreason.options import call_with_section
+from jaxreason.recovery import judge_with
 from jaxreason.runtime import ledger
+from jaxreason.tasks import behaviour
 
 
 def make_evaluate(
@@ -129,14 +131,18 @@ def make_suite(name: str, section: dict, parts: Parts, n: int, allow_overlap: bo
     items = [task for task, _ in prompted]
     verifier = parts.verifier if own["verifier"] is None else own["verifier"]
     check_keys(items, verifier, what, parts.say)
+    environment = judge(verifier, items)
+    # Answers within a text are judged one by one, unless each takes a child process.
+    correct = None if verifier["name"] in verify.BOUNDED else judge_with(environment)
     return evaluation.Suite(
         name,
         prompted,
-        judge(verifier, items),
+        environment,
         samples=samples,
         temperatures=own["temperatures"],
         max_tokens=own["max_tokens"],
         same=verify.equivalence(**{k: v for k, v in verifier.items() if k not in OF_ENVIRONMENT}),
+        parser=behaviour.of_task(task["name"], correct),
     )
 
 
@@ -183,6 +189,7 @@ def make_log(
     tensorboard: bool = True,  # write tensorboard/
     live: bool = True,  # show a live table if on a terminal
     wandb: dict | None = None,  # arguments of wandb.init; None: not used
+    report: bool = True,  # write report.html at the end of the run
 ) -> dict:
     """Return the fields of a `Run` that configure its log."""
     if rollouts_kept < 0:
@@ -191,4 +198,4 @@ def make_log(
         raise ValueError(f"config.log.watts got {watts}; allowed: None, or the watts of a busy device, above 0")
     options = {"tensorboard": tensorboard, "live": live, "wandb": wandb}
     kept = {"rollouts_kept": rollouts_kept, "watts": watts, "measures_machine": measure_machine}
-    return {**kept, "log_options": options}
+    return {**kept, "log_options": options, "report": report}

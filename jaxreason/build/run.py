@@ -52,7 +52,7 @@ def build(
 def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
     """Build a run as `build` does, inside its `hub.noting` block."""
     config = settle(config.to_dict())
-    phase_names = config["phases"]
+    phase_names, made_with = config["phases"], versions()
 
     placement = {"devices": jax.devices(), "process": jax.process_index()}
     meshes = call_with_section(sharding.make_meshes, config["sharding"], "config.sharding", **placement)
@@ -101,8 +101,12 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
         decoding=decoding_of(sampled, completer.sampler, config["sampler"].get("cache_dtype")),
         **call_with_section(make_log, config["log"], "config.log"),
         open_checkpoints=functools.partial(call_with_section, open_checkpoints, config["checkpoint"], "config.checkpoint"),
-        provenance={"config": json.loads(json.dumps(config, default=list)), **versions()},
-        description={"config": config, "parameters": model_config.count_parameters(shape)},
+        provenance={"config": json.loads(json.dumps(config, default=list)), **made_with},
+        description={
+            "config": config,
+            "parameters": model_config.count_parameters(shape),
+            "environment": {**made_with, "devices": describe_devices(meshes)},
+        },
     )
 
 
@@ -128,6 +132,13 @@ def trained_before(init_from: str | None, say: Callable[[str], None]) -> Iterato
             say(f"warning: the training data of {init_from} can't be read, so suites are not compared with it: {error}")
             return
         init_from = config.get("init_from")
+
+
+def describe_devices(meshes: sharding.Meshes) -> str:
+    """Name the devices that learn, and those that sample if they are others."""
+    learn, sample = meshes.learn.devices.flat, meshes.sample.devices.flat
+    named = f"{len(learn)} x {learn[0].device_kind}"
+    return named if set(learn) == set(sample) else f"{named} to learn, {len(sample)} x {sample[0].device_kind} to sample"
 
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")

@@ -15,6 +15,7 @@ from jaxreason.environment import Environment, single_turn
 from jaxreason.model import Model
 from jaxreason.options import call_with_section, find, lines_of
 from jaxreason.rollout import Completer
+from jaxreason.tasks import contamination
 from jaxreason.types import Prompted, Task, Verdict
 
 
@@ -71,6 +72,8 @@ def load_trained(section: dict, parts: Parts) -> Sequence:
 def load_held_out(section: dict, parts: Parts, what: str, allow_overlap: bool, **defaults) -> Sequence:
     """Load the tasks of a suite or a text, from the test split by default.
 
+    Say how many questions share a passage with training data (see `contamination`).
+
     Raises:
       ValueError: a source trains on some of them.
     """
@@ -82,6 +85,8 @@ def load_held_out(section: dict, parts: Parts, what: str, allow_overlap: bool, *
             if not allow_overlap:
                 raise ValueError(f"{message}; set their split, or another path, or config.evaluate.allow_overlap=True to insist")
             parts.say(f"warning: {message}")
+        if contamination.compares(trained, items) and (found := contamination.shared(trained, items)).compared:
+            parts.say(contamination.told(found, what, name))
     return items
 
 

@@ -41,7 +41,9 @@ def escape(text: Any) -> str:
 
 def shown(character: str) -> bool:
     """Tell whether a character may stand as it is: `visible` in page scripts."""
-    return character in "\n\t" or not (ord(character) < 32 or 127 <= ord(character) < 160 or character in HIDDEN)
+    code = ord(character)
+    hidden = code < 32 or 127 <= code < 160 or 0xD800 <= code < 0xE000 or character in HIDDEN  # a surrogate is in no file
+    return character in "\n\t" or not hidden
 
 
 # Marks and overrides of the writing direction, zero-width characters, line separators.

@@ -172,13 +172,13 @@ def json_line(record: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[str]]:
+def replacing(path: Path, encoding: str = "ascii") -> Iterator[IO[str]]:
     """Yield a text file that replaces `path` once it is complete, and is removed if
     writing fails.
     """
     unfinished = path.with_name(f".{path.name}.tmp")  # in the same folder, so that the replacement is a rename
     try:
-        with unfinished.open("w", encoding="ascii", errors="replace") as file:
+        with unfinished.open("w", encoding=encoding, errors="replace") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -34,7 +34,8 @@ SAME_MATHS = re.compile(
     r"|[^.]+\.(microbatches|log_every|evaluate_every|offload_reference|max_skipped)$"
 )
 FOLDERS = ("checkpoints", "tensorboard")
-RECORDS = ("checkpoints", "config.json", "summary.json", "metrics.jsonl", "rollouts.jsonl", "tensorboard")  # left by a run
+# Left by a run.
+RECORDS = ("checkpoints", "config.json", "summary.json", "metrics.jsonl", "rollouts.jsonl", "report.html", "tensorboard")
 WRITTEN_OVER = ("config.json", "lock", "tensorboard")  # existing files that must be writable when a run starts
 BEAT_S = 10.0  # interval at which a run touches its lock
 

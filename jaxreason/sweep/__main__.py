@@ -216,7 +216,7 @@ def list_runs(asked: Asked, folder: Path) -> list[str]:
     for run in runs:
         need = needed[run.name]
         parts = ["done" if run.is_done() else f"stops after {run.stop_after}" if run.stop_after else ""]
-        at_most = "" if need.wall_s else "at most "  # by formula
+        at_most = "at most " if need.by_formula else ""
         parts += [f"{run.steps} steps", f"{at_most}{need.flops:.3g} FLOPs" if need.flops else "FLOPs unknown"]
         parts += [f"about {duration(need.wall_s)}"] if need.wall_s else []
         parts += [f"{need.joules:,.0f} J"] if need.joules else []
@@ -261,6 +261,7 @@ def run_sweep(asked: Asked, folder: Path) -> None:
             else:
                 options = {"search": FLAGS.search, "pruner": FLAGS.pruner, "trials": FLAGS.trials, "share": FLAGS.share}
                 options["machine"] = devices_of_a_run()
+                options["stop_arm"] = lambda run, reason: state.set(run, status="pruned", reason=reason)
                 study = search.Search(asked.sweep, folder, **options)
                 keywords |= {"prune": study.prune, "more": study.more, "finished": study.finished}
                 queue.execute([], workers, state, folder, **keywords)
@@ -298,18 +299,33 @@ def report(folder: Path) -> None:
     metric = results.parse_metric(FLAGS.metric or known.get("metric"), config)
     states = queue.read_states(folder / "state.json")
     made = reports.make_report(folder, known["arms"], known["seeds"], metric, states, FLAGS.across_commits)
-    if FLAGS.figures and made.arms:
-        try:
-            reports.draw_figures(made, folder, config["phases"][-1])
-            path = Path(os.path.expanduser((known.get("experiment") or "").partition(":")[0]))
-            if path.is_file():  # it may be on another machine
-                runpy.run_path(str(path)).get("figures", lambda *_: None)(folder, made)
-        except ModuleNotFoundError as error:
-            print(f"no figures: {error.name} is not installed; pip install 'jaxreason[look]'", file=sys.stderr)
+    drawn = draw(made, folder, config["phases"][-1], known.get("experiment") or "") if FLAGS.figures and made.arms else True
     print(reports.write_report(made, folder))
     print(f"written: {folder / 'report.md'}, {folder / 'report.json'}")
-    if any(what.startswith("failed") for what in made.missing.values()):
+    if not drawn or any(what.startswith("failed") for what in made.missing.values()):
         sys.exit(1)
+
+
+def draw(made, folder: Path, last_phase: str, experiment: str) -> bool:
+    """Draw the figures of a report, and what the experiment adds to it. Return whether
+    that succeeded: whatever the experiment's own code raises, the report is written.
+    """
+    from jaxreason.sweep import report as reports
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    path = Path(os.path.expanduser(experiment.partition(":")[0]))
+    try:
+        reports.draw_figures(made, folder, last_phase, say)
+        if path.is_file():  # it may be on another machine
+            runpy.run_path(str(path)).get("figures", lambda *_: None)(folder, made)
+    except ModuleNotFoundError as error:
+        say(f"no figures: {error.name} is not installed; pip install 'jaxreason[look]'")
+    except Exception as error:
+        say(f"error: figures of {path if path.is_file() else folder}: {type(error).__name__}: {' '.join(str(error).split())}")
+        return False
+    return True
 
 
 def main(argv) -> None:

@@ -15,12 +15,14 @@ from __future__ import annotations
 import ast
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 Arm = dict[str, Any]
 
+MOST_ARMS = 10_000  # of a grid: each has a config and, per seed, a folder
 LONGEST_NAME = 100  # bytes, without the hash
 LONGEST_GIVEN_NAME = 200  # bytes; a file's name may have 255, and that of a log has the seed as well
 
@@ -102,21 +104,39 @@ def parse_grid(text: str) -> tuple[list[Arm], tuple[int, ...] | None]:
         raise ValueError(f"--grid has seed={','.join(seeds)}; allowed: whole numbers from 0, as 0..4 or 0,1,2")
     if not fields and seeds is None:
         raise ValueError("--grid is empty; allowed: field=value,value or field=first..last, parted by semicolons")
+    if (count := math.prod(map(len, fields.values()))) > MOST_ARMS:
+        raise ValueError(f"--grid has {count:,} arms; allowed: {MOST_ARMS:,}; give fields fewer values")
     arms = product(*(over(name, values) for name, values in fields.items()))
     return arms, None if seeds is None else tuple(map(int, seeds))
 
 
 def parse_values(text: str) -> list[str]:
-    """Read the values of a field: `a,b`, `(1, 2),(3, 4)` or `0..4`, ends included."""
-    if found := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", text):
-        first, last = map(int, found.groups())
-        if last < first:
-            raise ValueError(f"--grid has the range {text}; allowed: first..last, the last one not below the first")
-        return [str(value) for value in range(first, last + 1)]
+    """Read the values of a field: `a,b`, `(1, 2),(3, 4)`, `0..4`, ends included, or
+    `0..2,8`.
+
+    Raises:
+      ValueError: an empty value, or a range that can't be counted out.
+    """
     values = split_outside(text, ",")
     if "" in values:
         raise ValueError(f"--grid has an empty value in {text!r}; allowed: a value on each side of a comma, '' for an empty text")
-    return [_unquoted(value) for value in values]
+    return [one for value in values for one in (_range(value) if RANGE.fullmatch(value) else [_unquoted(value)])]
+
+
+RANGE = re.compile(r"([-+]?[\d.]*\d(?:e[-+]?\d+)?)\s*\.\.\s*([-+]?\.?\d[\d.]*(?:e[-+]?\d+)?)", re.IGNORECASE)
+
+
+def _range(text: str) -> list[str]:
+    """The whole numbers of `first..last`."""
+    try:
+        first, last = map(int, RANGE.fullmatch(text).groups())
+    except ValueError:
+        raise ValueError(f"--grid has the range {text}; allowed: whole numbers; list other values: 0.1,0.2") from None
+    if last < first:
+        raise ValueError(f"--grid has the range {text}; allowed: first..last, the last one not below the first")
+    if last - first >= MOST_ARMS:
+        raise ValueError(f"--grid has the range {text}, {last - first + 1:,} values; allowed: {MOST_ARMS:,}")
+    return [str(value) for value in range(first, last + 1)]
 
 
 def balanced(text: str) -> bool:

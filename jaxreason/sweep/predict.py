@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxreason import build
-from jaxreason.cost import forward_flops
+from jaxreason import build, objectives
+from jaxreason.cost import adapter_flops, forward_flops
+from jaxreason.options import call_with_section
 from jaxreason.runtime.workdir import json_object
 from jaxreason.sweep.runs import SweepRun
 
@@ -23,60 +24,87 @@ class Need(NamedTuple):
     wall_s: float | None = None
     joules: float | None = None
     bytes: int | None = None
+    by_formula: bool = True  # FLOPs, at most
 
 
-def flops_at_most(config: Mapping) -> float | None:
-    """FLOPs of a run whose attempts all reach their limit; None where the shape of the
-    model is not known without a download, or a source is the user's own.
+def flops_at_most(config: Mapping, stop_after: str | None = None) -> float | None:
+    """FLOPs of a run whose attempts all reach their limit, up to a phase; None where
+    the shape of the model is not known without a download, a source is the user's own,
+    or a field is missing, which the run will say.
     """
+    names = list(config["phases"])
+    names = names[: names.index(stop_after) + 1] if stop_after else names
     try:
         shape = build.read_shape(config["model"], config["text"])
-    except (ValueError, OSError):
+        phases = [phase_flops(shape, config[name], config["sampler"], f"config.{name}") for name in names]
+        evaluate = config["evaluate"]
+        attempts = evaluation_flops(shape, evaluate, config["sampler"])
+        texts = [(0, text["length"]) for text in (evaluate.get("texts") or {}).values() for _ in range(text["rows"])]
+    except (ValueError, OSError, KeyError):
         return None
-    longest, total = config["sampler"], 0.0
-    evaluate = config["evaluate"]
-    attempts = len(evaluate["suites"]) * len(evaluate["temperatures"])
-    attempt = forward_flops(shape, [(longest["max_prompt_tokens"], longest["max_tokens"])])
+    if None in phases:
+        return None
+    every = [(config[name]["steps"], config[name]["evaluate_every"]) for name in names]
+    between = sum(steps // every for steps, every in every if every)
     final = evaluate["n"] if evaluate.get("final_n") is None else evaluate["final_n"]
-    total += attempts * final * attempt
-    for name in config["phases"]:
-        phase, source = config[name], config[name]["source"]
-        if source["name"] == "rollouts":
-            tokens = longest["max_tokens"] if source.get("max_tokens") is None else source["max_tokens"]
-            rows = [(longest["max_prompt_tokens"], tokens)] * (source["problems"] * source["group"])
-            batch = forward_flops(shape, rows) * (1 + 3 * phase["updates_per_batch"])
-        elif source["name"] in ("corpus", "demonstrations"):
-            length = source["length" if source["name"] == "corpus" else "max_tokens"]
-            batch = 3 * phase["updates_per_batch"] * forward_flops(shape, [(0, length)] * source["rows"])
-        else:
-            return None
-        between = phase["steps"] // phase["evaluate_every"] if phase["evaluate_every"] else 0
-        total += phase["steps"] * batch + attempts * attempt * (evaluate["n"] * between + final)
+    asked = evaluate["n"] * between + final * (1 + len(names))
+    return sum(phases) + attempts * asked + forward_flops(shape, texts) * (between + 1 + len(names))
+
+
+def phase_flops(shape, phase: Mapping, sampler: Mapping, where: str) -> float | None:
+    """FLOPs of sampling and learning in a phase; None for a source of the user's."""
+    source = phase["source"]
+    if source["name"] == "rollouts":
+        tokens = sampler["max_tokens"] if source.get("max_tokens") is None else source["max_tokens"]
+        rows = [(sampler["max_prompt_tokens"], tokens)] * (source["problems"] * source["group"])
+    elif source["name"] in ("corpus", "demonstrations"):
+        rows = [(0, source["length" if source["name"] == "corpus" else "max_tokens"])] * source["rows"]
+    else:
+        return None
+    passes = 3 * phase["updates_per_batch"] + (source["dynamic_sampling"] if source["name"] == "rollouts" else 0)
+    passes += call_with_section(objectives.make, phase["objective"], f"{where}.objective").needs_reference
+    adapters = adapter_flops(shape, sum(map(sum, rows)))
+    return phase["steps"] * passes * (forward_flops(shape, rows) + adapters)
+
+
+def evaluation_flops(shape, evaluate: Mapping, sampler: Mapping) -> float:
+    """FLOPs of attempts at one task of each suite, at all temperatures."""
+    total = 0.0
+    for suite in evaluate["suites"].values():
+        own = {name: suite.get(name) for name in ("samples", "temperatures", "max_tokens")}
+        tokens = sampler["max_tokens"] if own["max_tokens"] is None else own["max_tokens"]
+        temperatures = evaluate["temperatures"] if own["temperatures"] is None else own["temperatures"]
+        samples = 1 if own["samples"] is None else own["samples"]
+        attempts = sum(samples if temperature else 1 for temperature in temperatures)
+        total += attempts * forward_flops(shape, [(sampler["max_prompt_tokens"], tokens)])
     return total
 
 
 def needs(runs: Iterable[SweepRun]) -> dict[str, Need]:
     """Predict the needs of each run: measured if it is done, else the mean of the arm's
-    other runs, else that of all runs; FLOPs by formula where none is done.
+    other runs. Of an arm that has none the FLOPs are by formula, and time, joules and
+    disk the means of all runs that are done.
     """
     runs = list(runs)
     measured = {run.name: found for run in runs if run.stop_after is None and (found := measure(run))}
-    formula: dict[str, float | None] = {}
+    formula: dict[tuple[str, str | None], float | None] = {}
     found = {}
     for run in runs:
         if run.name in measured:
             found[run.name] = measured[run.name]
             continue
-        if run.arm not in formula:
-            formula[run.arm] = flops_at_most(run.config)
-        alike = [measured[other.name] for other in runs if other.name in measured and other.arm == run.arm]
-        alike = alike or list(measured.values())
-        means = (
-            {field: float(np.mean([getattr(n, field) for n in alike])) for field in ("wall_s", "joules", "bytes")}
-            if alike
-            else {}
-        )
-        found[run.name] = Need(alike[0].flops if alike and alike[0].flops else formula[run.arm], **means)
+        key = run.arm, run.stop_after
+        if key not in formula:
+            formula[key] = flops_at_most(run.config, run.stop_after)
+        if run.stop_after is not None:  # a part of a run: nothing that was measured is like it
+            found[run.name] = Need(formula[key])
+            continue
+        own = [measured[other.name] for other in runs if other.name in measured and other.arm == run.arm]
+        alike = own or list(measured.values())
+        fields = ("wall_s", "joules", "bytes") if alike else ()
+        means = {field: float(np.mean([getattr(need, field) for need in alike])) for field in fields}
+        flops = float(np.mean([need.flops for need in own])) if own else formula[key]
+        found[run.name] = Need(flops, **means, by_formula=not own)
     return found
 
 
@@ -86,7 +114,7 @@ def measure(run: SweepRun) -> Need | None:
     if not summary or summary.get("done") is not True:
         return None
     used = {unit: sum(kind[unit] for kind in summary["ledger"].values()) for unit in ("flops", "joules")}
-    return Need(used["flops"], summary["wall_s"], used["joules"], size_of(run.folder))
+    return Need(used["flops"], summary["wall_s"], used["joules"], size_of(run.folder), by_formula=False)
 
 
 def size_of(folder: Path) -> int:

@@ -194,8 +194,8 @@ def execute(
             for worker in workers:
                 if any(other.worker is worker for other in running):
                     continue
-                if not waiting:
-                    waiting += add_runs(more(), state, finished)
+                while not waiting and (found := more()):  # runs that are done already lead to others
+                    waiting += add_runs(found, state, finished)
                 if run := next_ready(waiting, running):
                     waiting.remove(run)
                     running += start(run, worker, state, folder, provenance, launch or start_process, say)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from jaxreason.sweep.results import (
     compare,
     corrected,
     field_effects,
+    is_grid,
     name_metric,
     noise_floor,
     pareto,
@@ -41,9 +43,10 @@ class Report:
     effects: list[Comparison]
     noise_floor: float | None
     pareto: list[str]
-    is_grid: bool  # all arms set the same fields, so that `effects` say all
+    is_grid: bool  # so that `effects` say all
     missing: dict[str, str]  # run -> what became of it
     across_commits: list[str]  # more than one commit: their names
+    asked_apart: list[str]  # why accuracies may be of different problems
 
 
 def make_report(
@@ -56,6 +59,9 @@ def make_report(
 ) -> Report:
     """Read the results of a sweep and compare its arms with the first one.
 
+    An arm is in no test if any of its runs was stopped early: those that it has were
+    chosen by their results.
+
     Raises:
       ValueError: runs of different commits, unless `across_commits`.
     """
@@ -63,11 +69,19 @@ def make_report(
     results: dict[str, dict[int, Result]] = {name: {} for name in arms}
     missing = {}
     for name in arms:
-        for seed in seeds:
-            run, state = f"{name}/seed{seed}", states.get(f"{name}/seed{seed}", {})
-            found = read_result(folder / "runs" / run, name, seed, suite, temperature, state.get("code", ""))
-            if found is not None and state.get("status") != "pruned":
+        of_seeds = {seed: states.get(f"{name}/seed{seed}", {}) for seed in seeds}
+        stopped = next((state for state in of_seeds.values() if state.get("status") == "pruned"), None)
+        for seed, state in of_seeds.items():
+            run = f"{name}/seed{seed}"
+            try:
+                found = read_result(folder / "runs" / run, name, seed, suite, temperature, state.get("code") or "unknown")
+            except ValueError as error:
+                missing[run] = f"done, but {error}"
+                continue
+            if found is not None and stopped is None:
                 results[name][seed] = found
+            elif found is not None and state is not stopped:
+                missing[run] = " ".join(filter(None, ("done, but its arm was stopped early:", stopped.get("reason", ""))))
             else:
                 missing[run] = " ".join(filter(None, (state.get("status", "waiting"), state.get("reason", ""))))
     commits = sorted({r.code for by_seed in results.values() for r in by_seed.values()})
@@ -87,31 +101,54 @@ def make_report(
         effects=field_effects(arms, results),
         noise_floor=noise_floor(list(first.values())),
         pareto=pareto(summaries),
-        is_grid=len({tuple(sorted(arm)) for arm in arms.values()}) == 1 and bool(next(iter(arms.values()))),
+        is_grid=is_grid(arms),
         missing=missing,
         across_commits=commits if len(commits) > 1 else [],
+        asked_apart=asked_apart(arms, results),
     )
+
+
+ASKED = re.compile(r"(evaluate|verifier)(\.|$)")  # fields that decide which problems are asked, and which answers are right
+
+
+def asked_apart(arms: Mapping[str, Arm], results: Mapping[str, Mapping[int, Result]]) -> list[str]:
+    """Say why the accuracies of arms may be of different problems, or judged
+    differently: they then differ without any difference of the models.
+    """
+    fields = sorted({field for arm in arms.values() for field in arm if ASKED.match(field)})
+    said = [f"arms set {', '.join(fields)}"] if fields else []
+    counts = sorted({r.n for by_seed in results.values() for r in by_seed.values()})
+    return said + ([f"runs were asked {', '.join(map(str, counts))} problems"] if len(counts) > 1 else [])
 
 
 # --- words ---
 
 
-def interval(low: float, high: float, digits: int = 3, sign: str = "") -> str:
+def plain(text: str) -> str:
+    """A text from outside in one line of Markdown, with no HTML and no cell of a
+    table in it.
+    """
+    return re.sub(r"[|`]", r"\\\g<0>", " ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
+
+
+def interval(low: float, high: float, digits: int = 3, sign: str = "", unbounded: str = "[one seed]") -> str:
     if math.isinf(low):
-        return "[one seed]"
+        return unbounded
     return f"[{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
 
 def table(report: Report) -> list[str]:
     """The table of arms, as Markdown."""
-    heads = ["arm", "seeds", report.metric, "over seeds", "over problems", "minus the baseline", "p (Holm)", "FLOPs", "minutes"]
-    lines = [f"| {' | '.join([*heads, 'joules'])} |", "|---" * (len(heads) + 1) + "|"]
+    heads = ["arm", "seeds", plain(report.metric), "over seeds", "over problems", "minus the baseline", "p (Holm)", "FLOPs"]
+    heads += ["minutes", "joules"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     by_name = {c.what: c for c in report.comparisons}
     for arm in report.arms:
         c = by_name.get(arm.name)
-        difference = f"{c.difference:+.3f} {interval(c.low, c.high, sign='+')}" if c else "-"
+        difference = f"{c.difference:+.3f} {interval(c.low, c.high, sign='+', unbounded='[no interval]')}" if c else "-"
         difference = "baseline" if arm.name == report.baseline else difference
-        cells = [arm.name, len(arm.seeds), f"{arm.mean:.3f}", interval(*arm.over_seeds), interval(*arm.over_problems), difference]
+        over_seeds = interval(*arm.over_seeds) if arm.over_seeds[0] < arm.over_seeds[1] else "[all seeds equal]"
+        cells = [plain(arm.name), len(arm.seeds), f"{arm.mean:.3f}", over_seeds, interval(*arm.over_problems), difference]
         cells += [f"{c.corrected:.3g}" if c else "-", f"{arm.flops:.3g}", f"{arm.wall_s / 60:.1f}"]
         cells += [f"{arm.joules:,.0f}" if arm.joules else "-"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -120,28 +157,40 @@ def table(report: Report) -> list[str]:
 
 def sentence(c: Comparison, floor: float | None, of_field: bool = False) -> str:
     """One plain sentence about a comparison, in points of accuracy."""
-    field, _, value = c.what.partition("=") if of_field else (c.what, "", "")
-    than = c.than.removeprefix(f"{field}=") if of_field else c.than
+    field, _, value = c.what.partition("=") if of_field else ("", "", c.what)
+    what, than = (plain(text or "''") for text in (value, c.than.removeprefix(f"{field}=") if of_field else c.than))
     points, low, high = (100 * x for x in (c.difference, c.low, c.high))
-    shown = c.corrected < 0.05 and not math.isinf(low)
+    shown = c.corrected < 0.05
     verb = ("above" if points > 0 else "below") if shown else "not shown to differ from"
-    what = f"{field}: {value}" if value else c.what
-    said = f"{what} is {verb} {than}" + (f" by {abs(points):.1f} points" if shown else f" ({points:+.1f} points)")
-    said += f", 95 % {low:+.1f} to {high:+.1f}" if not math.isinf(low) else ""
-    said += (
-        f", corrected p {c.corrected:.2g}, n = {len(c.seeds)} paired seeds" if len(c.seeds) > 1 else f", p {c.p:.2g} ({c.how})"
-    )
+    said = (f"{plain(field)}: " if of_field else "") + f"{what} is {verb} {than}"
+    said += f" by {abs(points):.1f} points" if shown else f" ({points:+.1f} points)"
+    if c.settings_range is not None:
+        lowest, highest = (100 * x for x in c.settings_range)
+        said += (
+            f" on average over {c.settings} settings of the other fields, in which it differs by {lowest:+.1f} to {highest:+.1f}"
+        )
+    said += f", 95 % {low:+.1f} to {high:+.1f}" if not math.isinf(low) else ", no interval"
+    said += f", corrected p {c.corrected:.2g}"
+    said += f", n = {len(c.seeds)} paired seeds" if len(c.seeds) > 1 else ""
+    said += f" ({c.how})" if c.how != USUAL_TEST else ""
     if floor is not None:
         said += f", noise floor {100 * floor:.1f}"
     if not shown and c.needed:
-        said += f"; {c.needed} seeds would show a difference of this size in 4 of 5 sweeps"
+        said += f"; {c.needed} seeds would show a difference of this size, if it is real, in 4 of 5 sweeps"
     return said + "."
+
+
+USUAL_TEST = "paired t over seeds"
 
 
 def caveats(report: Report) -> list[str]:
     """List how far intervals from these seeds can be trusted, and the missing runs."""
     said = []
     counts = sorted({len(c.seeds) for c in report.comparisons})
+    if report.arms and report.baseline not in [arm.name for arm in report.arms]:
+        said.append(f"No run of the baseline {plain(report.baseline)} is done, so no arm is compared with it.")
+    if report.asked_apart:
+        said.append(f"Accuracies may be of different problems: {plain('; '.join(report.asked_apart))}.")
     if counts and counts[0] == 1:
         said.append("One seed says nothing about other seeds: its intervals are over problems only.")
     if few := [n for n in counts if 1 < n <= 5]:
@@ -149,6 +198,13 @@ def caveats(report: Report) -> list[str]:
         said.append(
             f"From {n} seeds an interval rests on the assumption that differences are about normal. The exact sign-flip test "
             f"assumes less and cannot give a p below {2 / 2**n:.2g} with {n} seeds."
+        )
+    if max(len(report.comparisons), len(report.effects)) > 1:
+        of_arms, of_fields = len(report.comparisons), len(report.effects)
+        said.append(
+            f"P-values are corrected (Holm) for the {of_arms} comparisons with the baseline"
+            + (f", those of fields for the {of_fields} sentences on fields" if of_fields else "")
+            + "; intervals are not corrected."
         )
     if report.noise_floor is not None:
         said.append(
@@ -158,25 +214,43 @@ def caveats(report: Report) -> list[str]:
         said.append(
             f"Runs of {len(report.across_commits)} versions of the code are compared: {', '.join(report.across_commits)}."
         )
-    for run, what in report.missing.items():
-        said.append(f"Not in the table: {run} ({what}).")
-    return said
+    return said + missing_runs(report.missing)
+
+
+def missing_runs(missing: Mapping[str, str]) -> list[str]:
+    """A line per arm and cause of missing runs, or one for many arms that wait."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for run, what in missing.items():
+        arm, _, seed = run.rpartition("/seed")
+        alike.setdefault((arm, what), []).append(seed)
+    waiting = [arm for arm, what in alike if what == "waiting"]
+    many = len(waiting) > MOST_WAITING
+    said = [
+        f"Not in the table: {plain(arm)}/seed{', '.join(seeds)} ({plain(what)})."
+        for (arm, what), seeds in alike.items()
+        if not (many and what == "waiting")
+    ]
+    return said + ([f"Not in the table: runs of {len(waiting)} arms (waiting); report.json names them."] if many else [])
+
+
+MOST_WAITING = 10  # arms that are named: a search leaves most of a grid untried
 
 
 def markdown(report: Report, folder: Path) -> str:
     effects = [sentence(c, report.noise_floor, of_field=True) for c in report.effects]
     if not report.is_grid:
         effects = [sentence(c, report.noise_floor) for c in report.comparisons] + effects
-    exact = [f"- {c.what}: {c.sign_flip:.2g}" for c in report.comparisons if c.sign_flip is not None]
+    exact = [f"- {plain(c.what)}: {c.sign_flip:.2g}" for c in report.comparisons if c.sign_flip is not None]
     parts = [
-        f"# {folder.name}",
+        f"# {plain(folder.name)}",
         "\n".join(table(report)) if report.arms else "No run is done.",
         "\n".join(f"- {s}" for s in effects),
     ]
     parts += ["Exact sign-flip p-values, uncorrected:\n\n" + "\n".join(exact)] if exact else []
     parts += ["\n".join(f"- {line}" for line in caveats(report))]
     if report.arms:
-        parts.append(f"Accuracy against FLOPs: no arm beats {', '.join(report.pareto)} in both.")
+        best = plain(", ".join(report.pareto))
+        parts.append(f"Best accuracy for their FLOPs, by the means and whatever their noise: {best}.")
     figures = sorted((folder / "figures").glob("*.png"))
     parts += ["\n".join(f"![{path.stem}](figures/{path.name})" for path in figures)] if figures else []
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -187,7 +261,7 @@ def write_report(report: Report, folder: Path) -> str:
     text = markdown(report, folder)
     (folder / "report.md").write_text(text, encoding="utf-8")
     with replacing(folder / "report.json") as file:
-        json.dump(as_json(report), file, indent=2)
+        json.dump(as_json(report), file, indent=2, allow_nan=False)
     return text
 
 
@@ -201,16 +275,17 @@ def as_json(value: Any) -> Any:
         return {name: as_json(inside) for name, inside in value.items()}
     if isinstance(value, list | tuple):
         return [as_json(inside) for inside in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value.item() if hasattr(value, "item") else value
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --- figures ---
 
 
-def draw_figures(report: Report, folder: Path, last_phase: str) -> list[Path]:
-    """Draw the learning curves of the last phase, and accuracy against FLOPs.
+def draw_figures(report: Report, folder: Path, last_phase: str, say: Callable[[str], None]) -> list[Path]:
+    """Draw the learning curves of the last phase, and accuracy against FLOPs; return
+    the paths. An arm whose curves can't be read or have no common step is left out of
+    the curves, which is said.
 
     Raises:
       ModuleNotFoundError: matplotlib is not installed.
@@ -218,13 +293,28 @@ def draw_figures(report: Report, folder: Path, last_phase: str) -> list[Path]:
     from jaxreason.look import figures
 
     (folder / "figures").mkdir(exist_ok=True)
-    runs = {arm.name: [folder / "runs" / arm.name / f"seed{seed}" for seed in arm.seeds] for arm in report.arms}
-    groups = {name: [figures.read_curve(run, report.metric, last_phase) for run in found] for name, found in runs.items()}
-    paths = [folder / "figures" / "curves.png", folder / "figures" / "pareto.png"]
+    groups = {}
+    for arm in report.arms[:MOST_CURVES]:
+        try:
+            curves = [figures.read_curve(folder / "runs" / arm.name / f"seed{s}", report.metric, last_phase) for s in arm.seeds]
+            figures.join_curves(curves)
+        except (ValueError, KeyError, OSError) as error:  # another last phase, or a damaged file
+            say(f"{arm.name} is not in curves.png: {' '.join(str(error).split())}")
+        else:
+            groups[arm.name] = curves
+    paths = []
     if groups:
-        figures.draw(groups, report.metric, f"updates of phase {last_phase}", paths[0])
-        draw_pareto(report, paths[1])
-    return paths if groups else []
+        paths.append(folder / "figures" / "curves.png")
+        if left_out := len(report.arms) - MOST_CURVES:
+            say(f"curves.png has the first {MOST_CURVES} arms, without {left_out} others") if left_out > 0 else None
+        figures.draw(groups, report.metric, f"updates of phase {last_phase}", paths[-1])
+    if report.arms:
+        paths.append(folder / "figures" / "pareto.png")
+        draw_pareto(report, paths[-1])
+    return paths
+
+
+MOST_CURVES = 8  # in a figure: colours are for so many, and a legend takes the space of the curves
 
 
 def draw_pareto(report: Report, out: Path) -> None:
@@ -233,9 +323,12 @@ def draw_pareto(report: Report, out: Path) -> None:
 
     axes = new_axes()
     for i, arm in enumerate(report.arms):
-        low, high = arm.over_seeds if not math.isinf(arm.over_seeds[0]) else arm.over_problems
-        error = [[arm.mean - max(0.0, low)], [min(1.0, high) - arm.mean]]
-        axes.errorbar(arm.flops, arm.mean, yerr=error, fmt="o", color=COLORS[i % len(COLORS)], label=arm.name, capsize=2)
+        low, high = arm.over_seeds if arm.over_seeds[0] > -math.inf else arm.over_problems
+        error = [[max(0.0, arm.mean - max(0.0, low))], [max(0.0, min(1.0, high) - arm.mean)]]
+        few = len(report.arms) <= MOST_CURVES
+        label = arm.name if few or arm.name in report.pareto[-MOST_CURVES:] else None
+        color = COLORS[i % len(COLORS)] if label else "#bbbbbb"
+        axes.errorbar(arm.flops, arm.mean, yerr=error, fmt="o", color=color, label=label, capsize=2)
     front = sorted((arm for arm in report.arms if arm.name in report.pareto), key=lambda arm: arm.flops)
     axes.plot([arm.flops for arm in front], [arm.mean for arm in front], color="#999999", linewidth=1, zorder=0)
     axes.set(xlabel="FLOPs per run", ylabel=report.metric.removeprefix("eval/"), xscale="log")

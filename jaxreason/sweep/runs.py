@@ -104,8 +104,20 @@ def make_runs(sweep: Sweep, folder: Path, share: bool = True, machine: str = "")
                 raise ValueError(f"arm {name!r}: {error}") from None
             words = (f"--config={sweep.config}", *(f"--config.{field}={word}" for field, word in changes.items()))
             runs.append(SweepRun(f"{name}/seed{seed}", name, seed, words, folder / "runs" / name / f"seed{seed}", config))
+    check_arms([run for run in runs if run.seed == sweep.seeds[0]])
     check_folders(runs)
     return with_shared(runs, folder / "shared", machine) if share else runs
+
+
+def check_arms(runs: Sequence[SweepRun]) -> None:
+    """Raise ValueError if two arms have one config, as with a value that is the
+    config's own: runs of one seed would be equal, and a test of them says nothing.
+    """
+    found: dict[str, str] = {}
+    for run in runs:
+        text = json.dumps(run.config, sort_keys=True, default=list)
+        if found.setdefault(text, run.arm) != run.arm:
+            raise ValueError(f"the arms {found[text]!r} and {run.arm!r} are the same config; allowed: arms that differ")
 
 
 def check_folders(runs: Sequence[SweepRun]) -> None:
