@@ -50,6 +50,7 @@ class Journal:
     ):
         self.run, self.workdir, self.checkpoints, self.log, self.meter = run, workdir, checkpoints, log, meter
         self.peak: Peak | None = None  # peak rates of a device, if known
+        self.source_told = meter.source  # of joules, when last told
         self.mismatch: dict[str, float] = {}  # disagreement of sampler and learner when last logged
         self.progress, self.check_stays = progress, check_stays
         self.started_s = time.monotonic() - progress.wall_s  # unlike wall-clock time, this clock is never set back
@@ -72,7 +73,6 @@ class Journal:
             estimated = self.meter.source == "watts"
             how = "estimated from config.log.watts" if estimated else "not counted (config.log.watts estimates them)"
             self.log.say(f"joules are {how}; there is no counter: {self.meter.reason}")
-        self.source_told = self.meter.source
         if processes.writes():
             self.peak = peak.find(self.run.mesh.local_devices[0], self.run.model.config.dtype, self.run.measures_machine)
 
