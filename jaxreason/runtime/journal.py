@@ -21,6 +21,7 @@ from jaxreason.environment import VerifierFailed, count_failures, verifier_faile
 from jaxreason.learner import MISMATCH, MISMATCH_BY_DEPTH, name_metrics
 from jaxreason.runtime import compiling, energy, files, ledger, peak, processes, resume, terminal
 from jaxreason.runtime import log as run_log
+from jaxreason.runtime.alarms import Alarms
 from jaxreason.runtime.checkpoint import Checkpoints
 from jaxreason.runtime.energy import Meter
 from jaxreason.runtime.peak import Peak
@@ -50,6 +51,7 @@ class Journal:
     ):
         self.run, self.workdir, self.checkpoints, self.log, self.meter = run, workdir, checkpoints, log, meter
         self.peak: Peak | None = None  # peak rates of a device, if known
+        self.alarms = Alarms({warning["name"] for warning in progress.warnings})
         self.source_told = meter.source  # of joules, when last told
         self.mismatch: dict[str, float] = {}  # disagreement of sampler and learner when last logged
         self.progress, self.check_stays = progress, check_stays
@@ -141,6 +143,7 @@ class Journal:
         self.mismatch = {name: value for name, value in values.items() if name.startswith(MISMATCH)} or self.mismatch
         values["perf/tokens_per_s"] = values["train/tokens"] / values["time/step_s"]
         self.log.write(self.before + step, phase.name, values, phase_step=step, phase_steps=phase.steps)
+        self.warn(self.before + step, phase.name, values)
         progress.waiting = []
         for learned in steps:
             skipped, updates = learned["train/skipped"]
@@ -244,8 +247,15 @@ class Journal:
             measured = {"accuracy": e.accuracy} | {name: e.measures[name] for name in e.measures if name not in failures}
             values |= {f"eval/{e.suite}/{mode}/{name}": value for name, value in measured.items()}
         self.keep_evaluated(result, phase, step)
+        self.warn(step, phase, values)
         self.log.write(step, phase, values | ledger.named(progress.ledger))
         self.summarise(step, done=False)
+
+    def warn(self, step: int, phase: str, values: dict[str, float]) -> None:
+        """Give the warnings that a line of metrics is a reason for."""
+        for warning in self.alarms.hear(step, phase, values):
+            self.progress.warnings.append(warning._asdict())
+            self.log.say(f"warning: step {step}: {warning.text}")
 
     def keep_evaluated(self, result, phase: str, step: int) -> None:
         """Write the first rollouts of each evaluation to `rollouts.jsonl`."""
@@ -275,7 +285,7 @@ class Journal:
 
     def summarise(self, step: int, done: bool) -> dict:
         """Write `summary.json` and return it."""
-        told = ("evaluations", "losses", "wall_s", "saving_s", "ledger")
+        told = ("evaluations", "losses", "wall_s", "saving_s", "ledger", "warnings")
         found = {name: value for name, value in self.host().items() if name in told}
         summary = {"done": done, "steps": step, "saved": self.saved, **found, **self.costs(), **self.run.description}
         files.write_summary(self.workdir / "summary.json", summary, write=processes.writes())
