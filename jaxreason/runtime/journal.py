@@ -25,6 +25,7 @@ from jaxreason.runtime.alarms import Alarms
 from jaxreason.runtime.checkpoint import Checkpoints
 from jaxreason.runtime.energy import Meter
 from jaxreason.runtime.peak import Peak
+from jaxreason.runtime.profile import FOLDER, Trace
 from jaxreason.runtime.resume import Found, Progress
 from jaxreason.sources import NextBatch
 from jaxreason.types import Evaluation, Rollout
@@ -51,6 +52,7 @@ class Journal:
     ):
         self.run, self.workdir, self.checkpoints, self.log, self.meter = run, workdir, checkpoints, log, meter
         self.peak: Peak | None = None  # peak rates of a device, if known
+        self.trace = Trace(workdir / FOLDER, run.profile_steps)
         self.alarms = Alarms({warning["name"] for warning in progress.warnings})
         self.source_told = meter.source  # of joules, when last told
         self.mismatch: dict[str, float] = {}  # disagreement of sampler and learner when last logged
@@ -88,6 +90,7 @@ class Journal:
     def begin_step(self) -> None:
         """Start the clock of the next step."""
         self.step += 1
+        self.trace.begin_step(self.before + self.step)
         self.started = Clock()
         self.meter.lap()
         if self.step == self.start + 1:
@@ -101,6 +104,8 @@ class Journal:
         if self.step == self.start + 1:
             self.log.doing(f"{self.phase.name} {self.start}/{self.phase.steps}  compiling the train step, and making the first")
 
+        self.trace.enter("step")
+
     def write_if_due(self) -> None:
         """Log the metrics of the previous steps if enough have accumulated. Reading a
         metric waits for the device, so metrics are logged one step late.
@@ -111,6 +116,7 @@ class Journal:
 
     def learned(self, metrics: dict) -> None:
         """Record an update: its metrics, times, cost and rollouts."""
+        self.trace.leave()
         # Step times exclude compilation, so that rates and the remaining time are
         # right.
         step_s, compile_s = self.started.passed()
@@ -129,6 +135,9 @@ class Journal:
             decode=self.run.decode,
             write=processes.writes(),
         )
+
+        if self.trace.end_step(self.before + self.step, metrics):
+            self.log.say(f"trace of the steps {self.trace.steps[0]} to {self.trace.steps[1]}: {self.trace.folder}")
 
     def write_metrics(self, step: int) -> None:
         """Log the merged metrics of all unlogged steps, under the last of these steps.
@@ -306,6 +315,8 @@ class Journal:
         """Print the final report: accuracies before and after, the cost, and three
         rollouts in full.
         """
+        if not processes.writes():
+            return
         if self.progress.evaluations:
             terminal.print_evaluations([Evaluation(**e) for e in self.progress.evaluations])
         for loss in self.progress.losses:
