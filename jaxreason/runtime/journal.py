@@ -153,6 +153,9 @@ class Journal:
         values["perf/tokens_per_s"] = values["train/tokens"] / values["time/step_s"]
         self.log.write(self.before + step, phase.name, values, phase_step=step, phase_steps=phase.steps)
         self.warn(self.before + step, phase.name, values)
+        if self.drawn.rollouts:  # of the last step
+            lengths, rewards = zip(*((len(r.tokens), r.verdict.reward) for r in self.drawn.rollouts), strict=True)
+            self.log.write_more(self.before + step, histograms={"rollout/lengths": lengths, "rollout/rewards": rewards})
         progress.waiting = []
         for learned in steps:
             skipped, updates = learned["train/skipped"]
@@ -269,11 +272,14 @@ class Journal:
     def keep_evaluated(self, result, phase: str, step: int) -> None:
         """Write the first rollouts of each evaluation to `rollouts.jsonl`."""
         first = 0
+        texts: dict[str, str] = {}
         for e in result.evaluations:
             kept = result.rollouts[first : first + min(e.n * e.samples, self.run.rollouts_kept)]
             first += e.n * e.samples
             words = {"decode": self.run.decode, "write": processes.writes(), "suite": e.suite}
             files.write_rollouts(self.workdir / "rollouts.jsonl", kept, step, phase, **words)
+            texts |= {f"eval/{e.suite}/{i}": text_sample(r) for i, r in enumerate(kept[:SAMPLES]) if e is result.evaluations[-1]}
+        self.log.write_more(step, texts=texts)
 
     def warn_of_verifier(self, rollouts: Sequence[Rollout], when: str) -> None:
         """Warn about verifier failures, at most `VERIFIER_WARNINGS` times."""
@@ -398,6 +404,15 @@ class Clock:
         """
         compile_s = compiling.seconds() - self.compiling_s
         return time.perf_counter() - self.at_s - compile_s, compile_s
+
+
+SAMPLES = 3  # texts of an evaluation that trackers get
+
+
+def text_sample(r: Rollout) -> str:
+    """Return a question, its answer and the verdict, for a tracker."""
+    judged = f"{'correct' if r.verdict.correct else 'wrong'}: {r.verdict.parsed}, expected {r.task.answer}"
+    return f"{r.task.question}\n\n{r.text}\n\n{judged}"
 
 
 @contextlib.contextmanager
