@@ -39,7 +39,9 @@ PROGRESS_EVERY_S = 10.0
 def define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "RUN, RUN/checkpoints/STEP, a Hugging Face folder, a hub id or a named size.")
     flags.DEFINE_integer("step", None, "Step of the run's checkpoint. Default: the newest.", lower_bound=0)
-    flags.DEFINE_string("suites", None, "Names, NAME=FILE.jsonl or NAME={...}, with commas between. Default: those of the run.")
+    flags.DEFINE_string(
+        "suites", None, "Names, gym:DATASET, NAME=FILE.jsonl or NAME={...}, with commas between. Default: those of the run."
+    )
     flags.DEFINE_integer("n", None, "Tasks per suite, at most. Default: as at the end of the run, else 200.", lower_bound=1)
     flags.DEFINE_integer("samples", None, "Attempts at each task; at temperature 0 there is one. Default: 1.", lower_bound=1)
     flags.DEFINE_list("temperature", None, "One or more, with commas; 0 is greedy. Default: those of the run, else 0.")

@@ -52,6 +52,9 @@ ACCEPT_CONFIG_CHANGE = flags.DEFINE_bool(
 STOP_AFTER = flags.DEFINE_string(
     "stop_after", None, "Stop after this phase, with a checkpoint; the same command without this flag continues."
 )
+PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps", None, "FIRST:LAST, steps of the whole run to trace for xprof and Perfetto, into <workdir>/profile."
+)
 DESCRIBE = flags.DEFINE_string("describe", None, "Print the fields of the config or a section such as rl.optimizer, and exit.")
 LIST = flags.DEFINE_string("list", None, "Print the names of all families or one such as verifiers, and exit.")
 COORDINATOR_ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, if there are several processes.")
@@ -183,7 +186,7 @@ def main(argv) -> None:
 def run(config) -> None:
     """Build the run of a config and train it, together with all other processes."""
     from jaxreason.build.start import open_run
-    from jaxreason.runtime import memory
+    from jaxreason.runtime import memory, profile
     from jaxreason.runtime.files import Unwritable
 
     memory.give_back()
@@ -192,7 +195,11 @@ def run(config) -> None:
     keywords = {"resume": RESUME.value, "accept_config_change": ACCEPT_CONFIG_CHANGE.value, "say": tell}
     with contextlib.ExitStack() as stack:
         try:
+            traced = None
+            if PROFILE_STEPS.value is not None:
+                traced = profile.parse_steps(PROFILE_STEPS.value, sum(config[name].steps for name in config.phases))
             opened = stack.enter_context(open_run(config, folder, **keywords))
+            opened = opened._replace(run=opened.run._replace(profile_steps=traced))
         except (ValueError, OSError, Unwritable) as error:
             fail(error)
         tell(f"workdir: {opened.folder}")

@@ -33,7 +33,9 @@ CHUNK_TOKENS = 4  # between two looks at an answer
 def define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "RUN, RUN/checkpoints/STEP, a Hugging Face folder, a hub id or a named size.")
     flags.DEFINE_integer("step", None, "Step of the run's checkpoint. Default: the newest.", lower_bound=0)
-    flags.DEFINE_string("suite", None, "Suite of problems: a name, NAME=FILE.jsonl or NAME={...}. Default: the first of the run.")
+    flags.DEFINE_string(
+        "suite", None, "Suite of problems: a name, gym:DATASET, NAME=FILE.jsonl or NAME={...}. Default: the first of the run."
+    )
     flags.DEFINE_float("temperature", 0.7, "Temperature; 0 is greedy.", lower_bound=0.0)
     flags.DEFINE_integer("samples", 1, "Answers to each question.", lower_bound=1, upper_bound=MOST_SAMPLES)
     flags.DEFINE_integer("max_tokens", None, "Tokens of an answer, at most.", lower_bound=1)

@@ -300,6 +300,7 @@ class Collection:
 
     def __init__(self, completer, weights, requests, environment, threads, key, temperature, filter, judged=lambda rollout: None):
         self.completer, self.sampler, self.weights, self.environment = completer, completer.sampler, weights, environment
+        self.judge = jax.profiler.annotate_function(environment.step, name="verify")
         self.threads, self.temperature, self.filter, self.judged = threads, temperature, filter, judged
         self.key_R = keys_of(key, requests)
         self.queue = collections.deque(enumerate(requests))
@@ -334,7 +335,7 @@ class Collection:
         If the environment can only judge, the attempt leaves its slot at once.
         """
         attempt.waits, attempt.waited_s = True, 0.0
-        self.asked[self.threads.submit(self.environment.step, attempt.state, turn)] = attempt
+        self.asked[self.threads.submit(self.judge, attempt.state, turn)] = attempt
         if self.environment.one_turn:
             self.leave(attempt)
 

@@ -183,6 +183,7 @@ def rollouts(
     sampling = Sampling(tasks, environment, completer, problems, group, temperature, reward)
     draw = with_dynamic_sampling(one_round(sampling), sampling, dynamic_sampling)
 
+    @functools.partial(jax.profiler.annotate_function, name="batch")
     def drawn(sampled: SampledGroups) -> NextBatch:
         """Make the batch and the metrics of sampled groups."""
         learned = most_mixed(sampled.groups, problems)
@@ -219,6 +220,7 @@ def rollouts(
 def one_round(sampling: Sampling) -> Draw:
     """Make a `Draw` that samples only the wanted groups."""
 
+    @functools.partial(jax.profiler.annotate_function, name="sample")
     def collect(wanted, weights, key):
         keywords = {"key": key, "temperature": sampling.temperature}
         return collect_local(sampling.completer, weights, wanted, sampling.environment, **keywords)

@@ -25,7 +25,7 @@ from jaxreason.learner import compile_train_step, new_state, state_shapes
 from jaxreason.logp import compile_token_logp
 from jaxreason.model import Model
 from jaxreason.objectives import Objective
-from jaxreason.runtime import memory, processes, resume
+from jaxreason.runtime import memory, resume
 from jaxreason.runtime.checkpoint import Checkpoints
 from jaxreason.runtime.journal import Diverged, Journal, continues, open_journal, told_how_to_continue
 from jaxreason.runtime.ledger import Decoding
@@ -72,6 +72,7 @@ class Run(NamedTuple):
     rollouts_kept: int = 64  # rollouts written to rollouts.jsonl per step, at most
     log_options: Mapping[str, Any] = {}  # for `runtime.log.open_log`
     report: bool = True  # write report.html at the end
+    profile_steps: tuple[int, int] | None = None  # first and last step of a trace (see `runtime.profile`)
     open_checkpoints: Callable[..., Checkpoints] | None = None  # (folder)
 
 
@@ -121,8 +122,7 @@ def train(
             journal.finish(steps)
         journal.saved = checkpoints.latest()
         summary = journal.summarise(steps, done=True)
-    if processes.writes():
-        journal.report()
+    journal.report()
     return summary
 
 

@@ -197,6 +197,8 @@ def made(folder, verdicts, questions, **more):
     }
     entry |= {"questions": questions, "prompts": "p"} | more
     (folder / "evaluation.json").write_text(json.dumps({"done": True, "evaluations": [entry]}))
+    lines = [{"suite": "s", "temperature": 0.0, "thinking_tokens": None, "problem": i, "attempt": 0} for i in range(n)]
+    (folder / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"suite": "s", "tem')
     return folder
 
 
@@ -205,8 +207,10 @@ def test_a_comparison_pairs_tasks(tmp_path):
     b = made(tmp_path / "b", "0111" * 30, [f"q{i}" for i in range(120)])
     lines = "\n".join(compare_folders(a, b))
     assert "A 0.500, B 0.750, B - A +0.250" in lines
-    assert "McNemar p 1.9e-09" in lines  # 2 * 0.5 ** 30
-    assert "learned (solved more often in B): 30: problems 1, 5, 9" in lines
+    assert "p 1.9e-09" in lines  # McNemar's: 2 * 0.5 ** 30
+    assert "learned (solved more often in B): 30:" in lines
+    assert f"problem 5 of B: {a}/rollouts.jsonl:6, {b}/rollouts.jsonl:6" in lines
+    assert "and 22 more" in lines
     assert "lost (solved less often in B): 0" in lines
     # Other order, other number, other prompts: paired by question, and said.
     c = made(tmp_path / "c", "0101", ["q3", "q2", "q1", "new"], prompts="other")

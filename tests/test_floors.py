@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 # of the README).
 FLOORS = (
     "types options options.fields runtime",
-    "runtime.workdir runtime.files runtime.terminal runtime.log runtime.hub runtime.processes runtime.compiling runtime.memory"
-    " runtime.energy runtime.peak",
+    "runtime.workdir runtime.files runtime.terminal runtime.trackers runtime.log runtime.hub runtime.processes runtime.compiling"
+    " runtime.memory runtime.energy runtime.peak runtime.alarms runtime.profile",
     "platforms model text tasks verify tools objectives estimators sharding optimizer data draw metrics cost runtime.checkpoint",
     "learner sampler logp environment batching runtime.warm_start runtime.ledger",
     "rollout sources runtime.preemption",
@@ -122,6 +122,7 @@ def test_the_base_install_is_light():
 def test_extras_are_imported_where_they_are_used():
     rare = {
         "wandb",
+        "trackio",
         "matplotlib",
         "reasoning_gym",
         "math_verify",
@@ -158,4 +159,4 @@ def test_the_door_opens_without_jax():
 def test_the_whole_house_loads_nothing_heavy():
     loaded = loaded_by("import jaxreason.build, jaxreason.train")
     assert "jax" in loaded
-    assert not loaded & {"torch", "tensorflow", "transformers", "tensorflow_datasets", "wandb", "matplotlib", "grain"}
+    assert not loaded & {"torch", "tensorflow", "transformers", "tensorflow_datasets", "wandb", "trackio", "matplotlib", "grain"}

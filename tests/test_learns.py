@@ -99,9 +99,9 @@ def test_next_token_prediction_reaches_the_bigram_count_model(tiny):
     batches = [train_windows[rng.permutation(len(train_windows))[:32]] for _ in range(200)]
     params, _ = train(model, params, sources.corpus(batches, objective, rows=32), objective, steps=200)
 
-    from jaxreason import batching, evaluate
+    from jaxreason import batching, evaluation
 
-    text = evaluate.Text("held_out", [batching.from_windows(test, objective)])
-    nll = evaluate.score(compile_token_logp(model), params, [text])["held_out"]
+    text = evaluation.Text("held_out", [batching.from_windows(test, objective)])
+    nll = evaluation.score(compile_token_logp(model), params, [text])["held_out"]
     share = (unigram_nll - nll) / (unigram_nll - bigram_nll)
     assert 0.95 < share < 1.02, (unigram_nll, bigram_nll, nll)

@@ -205,7 +205,7 @@ def test_without_a_terminal_lines_are_plain_and_rare(monkeypatch):
     console, printed = on_paper()
     now = [0.0]
     monkeypatch.setattr(run_log.time, "monotonic", lambda: now[0])
-    log = run_log.RunLog(io.StringIO(), None, None, console, total_steps=100, start_s=0.0)
+    log = run_log.RunLog(io.StringIO(), (), console, total_steps=100, start_s=0.0)
     for step in range(1, 101):
         now[0] = 0.5 * step
         log.write(step, "rl", {"train/loss": float(step)} | ({"eval/x/accuracy": 0.5} if step == 50 else {}))
@@ -220,7 +220,7 @@ def test_without_a_terminal_lines_are_plain_and_rare(monkeypatch):
 
 def test_on_a_terminal_there_is_one_live_line():
     console, printed = on_paper(terminal=True)
-    log = run_log.RunLog(io.StringIO(), None, None, console, total_steps=100, start_s=0.0)
+    log = run_log.RunLog(io.StringIO(), (), console, total_steps=100, start_s=0.0)
     log.write(1, "rl", {"rollout/reward": 0.5, "time/step_s": 2.0}, phase_step=1, phase_steps=10)
     log.write(2, "rl", {"train/loss": 0.125, "time/step_s": 2.0}, phase_step=2, phase_steps=10)
     log.close()
@@ -234,7 +234,7 @@ def test_the_live_line_never_wraps_and_says_what_is_under_way(width, monkeypatch
     monkeypatch.setattr(run_log.Live, "start", lambda live: None)  # no thread
     monkeypatch.setattr(run_log.time, "monotonic", lambda: 7.0)
     console, _ = on_paper(terminal=True, width=width)
-    log = run_log.RunLog(io.StringIO(), None, None, console, total_steps=2000, start_s=0.0)
+    log = run_log.RunLog(io.StringIO(), (), console, total_steps=2000, start_s=0.0)
 
     def shown():
         lines = console.render_lines(log._line())
@@ -352,7 +352,7 @@ def test_a_run_that_fails_gives_the_terminal_back(tmp_path):
     code = (
         "import io\nfrom rich.console import Console\nfrom jaxreason.runtime import log as run_log\nimport sys\n"
         "console = Console(file=sys.stdout, force_terminal=True)\n"
-        "log = run_log.RunLog(io.StringIO(), None, None, console, total_steps=1, start_s=0.0)\n"
+        "log = run_log.RunLog(io.StringIO(), (), console, total_steps=1, start_s=0.0)\n"
         "log.write(1, 'rl', {})\nraise RuntimeError('stop')\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -369,3 +369,72 @@ def test_the_disagreement_of_sampler_and_learner_is_told_beside_what_is_usual():
     )
     assert by_depth == "  at positions 0 to 63: 0.0001, 4096 on: 0.5"
     assert len(terminal.mismatch({name: 2e-4})) == 1
+
+
+# --- trackers ---
+
+
+class Fake:
+    """A library with the functions of W&B and trackio that a run uses."""
+
+    def __init__(self, fails_at=None):
+        self.logged, self.fails_at, self.ended = [], fails_at, False
+        self.Histogram, self.Markdown = (lambda x: ("histogram", x)), (lambda x: ("markdown", x))
+
+    def init(self, **options):
+        self.options = options
+        return self
+
+    def log(self, values, step):
+        if step == self.fails_at:
+            raise ConnectionError("no network\nat all")
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
+def test_a_hosted_tracker_gets_metrics_histograms_and_texts(tmp_path, monkeypatch, library):
+    fake = Fake()
+    monkeypatch.setitem(sys.modules, library, fake)
+    options = {"total_steps": 2, "live": False, "tensorboard": False, library: {"project": "mine"}}
+    with run_log.open_log(tmp_path, **options) as log:
+        log.write(1, "rl", {"train/loss": 0.5, "train/bad": math.nan})
+        log.write_more(1, histograms={"rollout/lengths": [3, 4]}, texts={"eval/x": "# no heading\x1b[31m"})
+    assert fake.options["project"] == "mine"
+    assert fake.logged[0] == (1, {"train/loss": 0.5})
+    assert fake.logged[1] == (1, {"rollout/lengths": ("histogram", [3.0, 4.0])})
+    assert fake.logged[2] == (1, {"eval/x": ("markdown", "    # no heading\\x1b[31m")})
+    assert fake.ended
+
+
+def test_a_tracker_that_fails_is_given_up_and_the_run_goes_on(tmp_path, monkeypatch):
+    fake, said = Fake(fails_at=2), []
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    with run_log.open_log(tmp_path, total_steps=4, live=False, tensorboard=False, trackio={}) as log:
+        log.say = said.append
+        for step in range(1, 5):
+            log.write(step, "rl", {"train/loss": 0.5})
+    (line,) = said
+    assert line.startswith("warning: can't write to trackio: no network at all; ")
+    assert [step for step, _ in fake.logged] == [1]
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_tensorboard_gets_histograms_and_texts_as_text(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    with run_log.open_log(tmp_path, total_steps=2, live=False) as log:
+        log.write_more(3, histograms={"rollout/lengths": [1, 2, 30], "none": []}, texts={"eval/x": "<script>\n\x1b[31m"})
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data, at, found = path.read_bytes(), 0, {}
+    while at < len(data):  # length, its checksum, the event, its checksum
+        size = int.from_bytes(data[at : at + 8], "little")
+        event = Event.FromString(data[at + 12 : at + 12 + size])
+        found |= {value.tag: (event.step, value) for value in event.summary.value}
+        at += size + 16
+    step, histogram = found["rollout/lengths"]
+    assert (step, histogram.histo.num, histogram.histo.max) == (3, 3, 30)
+    (text,) = [value for tag, (_, value) in found.items() if tag.startswith("eval/x")]
+    assert text.tensor.string_val[0] == b"    <script>\n    \\x1b[31m"

@@ -28,6 +28,7 @@ from jaxreason.environment import (
 )
 from jaxreason.evaluation import Result
 from jaxreason.runtime import resume
+from jaxreason.runtime.energy import Meter
 from jaxreason.runtime.journal import VERIFIER_WARNINGS, Journal
 from jaxreason.runtime.resume import Progress
 from jaxreason.types import Task, Verdict
@@ -270,11 +271,11 @@ def test_an_evaluation_says_and_counts_what_failed(tmp_path):
     )
     drawn = attempts("wrong", "verifier error of 'mine': KeyError: 'x'", "verifier timeout: no verdict in 60 s", "bad key")
     result = Result([], drawn, {}, {"tokens": 0.0, "flops": 0.0})
-    run = types.SimpleNamespace(evaluate=lambda *_, **__: result, sample_devices=1, watts=None, description={})
+    run = types.SimpleNamespace(evaluate=lambda *_, **__: result, sample_devices=1, watts=None, description={}, decoding=None)
 
     def new_journal():
         checkpoints = types.SimpleNamespace(latest=lambda: None)
-        return Journal(run, tmp_path, checkpoints, log, Progress(), lambda: None)
+        return Journal(run, tmp_path, checkpoints, log, Progress(), lambda: None, Meter(None))
 
     written_down = new_journal()
     written_down.evaluate_at(None, "rl", 7, final=False)

@@ -189,6 +189,7 @@ def make_log(
     tensorboard: bool = True,  # write tensorboard/
     live: bool = True,  # show a live table if on a terminal
     wandb: dict | None = None,  # arguments of wandb.init; None: not used
+    trackio: dict | None = None,  # arguments of trackio.init, a local tracker; None: not used
     report: bool = True,  # write report.html at the end of the run
 ) -> dict:
     """Return the fields of a `Run` that configure its log."""
@@ -196,6 +197,6 @@ def make_log(
         raise ValueError(f"config.log.rollouts_kept got {rollouts_kept}; allowed: 0 (none) or more of each step")
     if watts is not None and not watts > 0:
         raise ValueError(f"config.log.watts got {watts}; allowed: None, or the watts of a busy device, above 0")
-    options = {"tensorboard": tensorboard, "live": live, "wandb": wandb}
+    options = {"tensorboard": tensorboard, "live": live, "wandb": wandb, "trackio": trackio}
     kept = {"rollouts_kept": rollouts_kept, "watts": watts, "measures_machine": measure_machine}
     return {**kept, "log_options": options, "report": report}

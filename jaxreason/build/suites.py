@@ -14,6 +14,7 @@ from jaxreason.options import unknown_name_message
 
 NUMBER = "{question}\n\nThink step by step. Write the final answer, a number, on the last line after ####."
 BOXED = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+TAGGED = "{question}\n\nThink step by step. Write the final answer, and nothing else, between <answer> and </answer>."
 
 
 def benchmark(name: str, instruction: str, verifier: str, **task) -> dict[str, Any]:
@@ -41,16 +42,32 @@ SUITES: dict[str, dict[str, Any]] = {
 }
 
 
+GYM = "gym:"  # and a dataset of reasoning-gym: one suite for each, not listed in SUITES
+
+
+def known_suite(name: str, own: dict[str, dict]) -> dict[str, Any] | None:
+    """Return the section of a name of `own` or of `SUITES`, or of `gym:DATASET`; None
+    for any other.
+    """
+    if name.startswith(GYM) and name != GYM and name not in own:
+        return benchmark("reasoning_gym", TAGGED, "reasoning_gym", dataset=name.removeprefix(GYM), split="test")
+    return own.get(name) or SUITES.get(name)
+
+
 # Fields of a file of a benchmark's authors, where they are not question and answer.
 FIELDS = {"svamp": {"question": "Body+Question", "answer": "Answer"}}
+
+
+OTHERS = "; or gym:DATASET of reasoning-gym, NAME=FILE.jsonl, or NAME={...}"
 
 
 def read_suites(text: str, own: dict[str, dict]) -> dict[str, dict[str, Any]]:
     """Read the suites that a command asks for, as sections of `config.evaluate.suites`.
 
     A part between commas is a name of `SUITES` or of the run's `own` suites, which come
-    first; NAME=FILE.jsonl, the problems of a file with the prompt and the verifier of
-    the suite NAME, if there is one; or NAME={...}, a section.
+    first; gym:DATASET, a dataset of reasoning-gym; NAME=FILE.jsonl, the problems of a
+    file with the prompt and the verifier of the suite NAME, if there is one; or
+    NAME={...}, a section.
 
     Raises:
       ValueError: an unknown name, or a section that can't be read.
@@ -58,9 +75,9 @@ def read_suites(text: str, own: dict[str, dict]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for part in split_outside(text):
         name, equals, value = (word.strip() for word in part.partition("="))
-        known = own.get(name) or SUITES.get(name)
+        known = known_suite(name, own)
         if not equals and known is None:
-            raise ValueError(unknown_name_message("suite", name, {*SUITES, *own}) + "; or NAME=FILE.jsonl, or NAME={...}")
+            raise ValueError(unknown_name_message("suite", name, {*SUITES, *own}) + OTHERS)
         section = dict(known or {}) if not equals else from_value(name, value, known or {})
         if name in found:
             raise ValueError(f"--suites has {name!r} twice; allowed: each name once")

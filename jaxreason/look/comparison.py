@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,10 +30,10 @@ class Comparison(NamedTuple):
     difference: float  # b - a
     low: float  # 95 %, over tasks
     high: float
-    p: float | None  # McNemar's exact test; None with several samples per task
+    p: float  # McNemar's exact test; of a paired t-test with several samples per task
     method: str
-    learned: list[int]  # tasks of b solved more often than in a
-    lost: list[int]
+    learned: list[tuple[int, int]]  # tasks solved more often in b: their positions in a and b
+    lost: list[tuple[int, int]]
     needed: int | None  # tasks that would show a difference of this size in 4 of 5 evaluations
     notes: list[str]  # what else differs
 
@@ -48,10 +50,15 @@ def compare_folders(a: Path, b: Path) -> list[str]:
         raise ValueError(
             f"nothing to compare: {a} has {listed(ours)}, {b} has {listed(theirs)}; needed: a suite at one temperature in both"
         )
-    found = [compare(ours[name], theirs[name]) for name in shared]
-    lines = [f"A: {a}", f"B: {b}", ""]
-    for one in found:
-        lines += [*described(one), *links("learned", one.learned, one, a, b), *links("lost", one.lost, one, a, b), ""]
+    lines, line_a, line_b = [f"A: {a}", f"B: {b}", ""], first_lines(a), first_lines(b)
+    for name in shared:
+        one = compare(ours[name], theirs[name])
+        lines += described(one)
+        for what, tasks, more in (("learned", one.learned, "more"), ("lost", one.lost, "less")):
+            lines.append(f"  {what} (solved {more} often in B): {len(tasks)}{':' if tasks else ''}")
+            lines += [f"    problem {j} of B: {line_a((*name, i))}, {line_b((*name, j))}" for i, j in tasks[:SHOWN]]
+            lines += [f"    and {len(tasks) - SHOWN} more"] if len(tasks) > SHOWN else []
+        lines.append("")
     for name in (ours.keys() | theirs.keys()) - set(shared):
         lines.append(f"only in {'A' if name in ours else 'B'}: {label(name)}")
     return lines
@@ -114,10 +121,10 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
     mean_N = {side: means(e) for side, e in (("a", a), ("b", b))}
     value_N, other_N = (np.array([mean_N[side][pair[i]] for pair in pairs]) for i, side in enumerate("ab"))
     single = a.get("samples", 1) == b.get("samples", 1) == 1
-    p = estimators.mcnemar(value_N, other_N) if single else None
+    p = estimators.mcnemar(value_N, other_N) if single else estimators.paired_t(other_N - value_N)
     difference = float((other_N - value_N).mean())
     low, high, method = paired_interval(value_N, other_N, single)
-    learned, lost = ([pair[1] for pair, x, y in zip(pairs, value_N, other_N) if sign * (y - x) > 0] for sign in (1, -1))
+    learned, lost = ([pair for pair, x, y in zip(pairs, value_N, other_N) if sign * (y - x) > 0] for sign in (1, -1))
     needed = estimators.problems_needed(difference, float(np.var(other_N - value_N)))
     accuracies = float(value_N.mean()), float(other_N.mean())
     return Comparison(
@@ -164,10 +171,9 @@ def means(evaluation: Mapping[str, Any]) -> np.ndarray:
 
 
 def described(one: Comparison) -> list[str]:
-    p = "" if one.p is None else f", McNemar p {one.p:.2g}"
     lines = [
         f"{one.suite}, T={one.temperature:g}, {one.n} tasks: A {one.accuracy_a:.3f}, B {one.accuracy_b:.3f}, "
-        f"B - A {one.difference:+.3f} [{one.low:+.3f}, {one.high:+.3f}] (95 %, {one.method}){p}"
+        f"B - A {one.difference:+.3f} [{one.low:+.3f}, {one.high:+.3f}] (95 %, {one.method}), p {one.p:.2g}"
     ]
     lines += [f"  note: {note}" for note in one.notes]
     if one.needed is not None and one.low <= 0 <= one.high:
@@ -175,8 +181,18 @@ def described(one: Comparison) -> list[str]:
     return lines
 
 
-def links(what: str, tasks: Sequence[int], one: Comparison, a: Path, b: Path) -> list[str]:
-    """Say how many tasks were learned or lost, and where the attempts at them are."""
-    verb = "more often in B" if what == "learned" else "less often in B"
-    named = f": problems {', '.join(map(str, tasks[:SHOWN]))}{', ...' if len(tasks) > SHOWN else ''}" if tasks else ""
-    return [f"  {what} (solved {verb}): {len(tasks)}{named}"]
+def first_lines(folder: Path) -> Callable[[tuple], str]:
+    """Return a function that says where the first attempt at a task is: FILE:LINE.
+
+    A task is (suite, temperature, thinking tokens, position). A run keeps only the
+    first rollouts of its evaluations.
+    """
+    file = (folder.parents[1] if folder.parent.name == "checkpoints" else folder) / "rollouts.jsonl"
+    found: dict[tuple, int] = {}
+    with contextlib.suppress(OSError), file.open(encoding="ascii", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # of another kind, or half-written
+                record = json.loads(line)
+                if record["attempt"] == 0:  # of a run, the last evaluation counts
+                    found[record["suite"], record["temperature"], record.get("thinking_tokens"), record["problem"]] = number
+    return lambda task: f"{file}:{found[task]}" if task in found else "not kept"

@@ -21,9 +21,11 @@ from jaxreason.environment import VerifierFailed, count_failures, verifier_faile
 from jaxreason.learner import MISMATCH, MISMATCH_BY_DEPTH, name_metrics
 from jaxreason.runtime import compiling, energy, files, ledger, peak, processes, resume, terminal
 from jaxreason.runtime import log as run_log
+from jaxreason.runtime.alarms import Alarms
 from jaxreason.runtime.checkpoint import Checkpoints
 from jaxreason.runtime.energy import Meter
 from jaxreason.runtime.peak import Peak
+from jaxreason.runtime.profile import FOLDER, Trace
 from jaxreason.runtime.resume import Found, Progress
 from jaxreason.sources import NextBatch
 from jaxreason.types import Evaluation, Rollout
@@ -50,6 +52,9 @@ class Journal:
     ):
         self.run, self.workdir, self.checkpoints, self.log, self.meter = run, workdir, checkpoints, log, meter
         self.peak: Peak | None = None  # peak rates of a device, if known
+        self.trace = Trace(workdir / FOLDER, run.profile_steps)
+        self.alarms = Alarms({warning["name"] for warning in progress.warnings})
+        self.source_told = meter.source  # of joules, when last told
         self.mismatch: dict[str, float] = {}  # disagreement of sampler and learner when last logged
         self.progress, self.check_stays = progress, check_stays
         self.started_s = time.monotonic() - progress.wall_s  # unlike wall-clock time, this clock is never set back
@@ -72,7 +77,6 @@ class Journal:
             estimated = self.meter.source == "watts"
             how = "estimated from config.log.watts" if estimated else "not counted (config.log.watts estimates them)"
             self.log.say(f"joules are {how}; there is no counter: {self.meter.reason}")
-        self.source_told = self.meter.source
         if processes.writes():
             self.peak = peak.find(self.run.mesh.local_devices[0], self.run.model.config.dtype, self.run.measures_machine)
 
@@ -86,6 +90,7 @@ class Journal:
     def begin_step(self) -> None:
         """Start the clock of the next step."""
         self.step += 1
+        self.trace.begin_step(self.before + self.step)
         self.started = Clock()
         self.meter.lap()
         if self.step == self.start + 1:
@@ -99,6 +104,8 @@ class Journal:
         if self.step == self.start + 1:
             self.log.doing(f"{self.phase.name} {self.start}/{self.phase.steps}  compiling the train step, and making the first")
 
+        self.trace.enter("step")
+
     def write_if_due(self) -> None:
         """Log the metrics of the previous steps if enough have accumulated. Reading a
         metric waits for the device, so metrics are logged one step late.
@@ -109,6 +116,7 @@ class Journal:
 
     def learned(self, metrics: dict) -> None:
         """Record an update: its metrics, times, cost and rollouts."""
+        self.trace.leave()
         # Step times exclude compilation, so that rates and the remaining time are
         # right.
         step_s, compile_s = self.started.passed()
@@ -128,6 +136,9 @@ class Journal:
             write=processes.writes(),
         )
 
+        if self.trace.end_step(self.before + self.step, metrics):
+            self.log.say(f"trace of the steps {self.trace.steps[0]} to {self.trace.steps[1]}: {self.trace.folder}")
+
     def write_metrics(self, step: int) -> None:
         """Log the merged metrics of all unlogged steps, under the last of these steps.
 
@@ -141,6 +152,10 @@ class Journal:
         self.mismatch = {name: value for name, value in values.items() if name.startswith(MISMATCH)} or self.mismatch
         values["perf/tokens_per_s"] = values["train/tokens"] / values["time/step_s"]
         self.log.write(self.before + step, phase.name, values, phase_step=step, phase_steps=phase.steps)
+        self.warn(self.before + step, phase.name, values)
+        if self.drawn.rollouts:  # of the last step
+            lengths, rewards = zip(*((len(r.tokens), r.verdict.reward) for r in self.drawn.rollouts), strict=True)
+            self.log.write_more(self.before + step, histograms={"rollout/lengths": lengths, "rollout/rewards": rewards})
         progress.waiting = []
         for learned in steps:
             skipped, updates = learned["train/skipped"]
@@ -244,17 +259,27 @@ class Journal:
             measured = {"accuracy": e.accuracy} | {name: e.measures[name] for name in e.measures if name not in failures}
             values |= {f"eval/{e.suite}/{mode}/{name}": value for name, value in measured.items()}
         self.keep_evaluated(result, phase, step)
+        self.warn(step, phase, values)
         self.log.write(step, phase, values | ledger.named(progress.ledger))
         self.summarise(step, done=False)
+
+    def warn(self, step: int, phase: str, values: dict[str, float]) -> None:
+        """Give the warnings that a line of metrics is a reason for."""
+        for warning in self.alarms.hear(step, phase, values):
+            self.progress.warnings.append(warning._asdict())
+            self.log.say(f"warning: step {step}: {warning.text}")
 
     def keep_evaluated(self, result, phase: str, step: int) -> None:
         """Write the first rollouts of each evaluation to `rollouts.jsonl`."""
         first = 0
+        texts: dict[str, str] = {}
         for e in result.evaluations:
             kept = result.rollouts[first : first + min(e.n * e.samples, self.run.rollouts_kept)]
             first += e.n * e.samples
             words = {"decode": self.run.decode, "write": processes.writes(), "suite": e.suite}
             files.write_rollouts(self.workdir / "rollouts.jsonl", kept, step, phase, **words)
+            texts |= {f"eval/{e.suite}/{i}": text_sample(r) for i, r in enumerate(kept[:SAMPLES]) if e is result.evaluations[-1]}
+        self.log.write_more(step, texts=texts)
 
     def warn_of_verifier(self, rollouts: Sequence[Rollout], when: str) -> None:
         """Warn about verifier failures, at most `VERIFIER_WARNINGS` times."""
@@ -275,7 +300,7 @@ class Journal:
 
     def summarise(self, step: int, done: bool) -> dict:
         """Write `summary.json` and return it."""
-        told = ("evaluations", "losses", "wall_s", "saving_s", "ledger")
+        told = ("evaluations", "losses", "wall_s", "saving_s", "ledger", "warnings")
         found = {name: value for name, value in self.host().items() if name in told}
         summary = {"done": done, "steps": step, "saved": self.saved, **found, **self.costs(), **self.run.description}
         files.write_summary(self.workdir / "summary.json", summary, write=processes.writes())
@@ -296,6 +321,8 @@ class Journal:
         """Print the final report: accuracies before and after, the cost, and three
         rollouts in full.
         """
+        if not processes.writes():
+            return
         if self.progress.evaluations:
             terminal.print_evaluations([Evaluation(**e) for e in self.progress.evaluations])
         for loss in self.progress.losses:
@@ -377,6 +404,15 @@ class Clock:
         """
         compile_s = compiling.seconds() - self.compiling_s
         return time.perf_counter() - self.at_s - compile_s, compile_s
+
+
+SAMPLES = 3  # texts of an evaluation that trackers get
+
+
+def text_sample(r: Rollout) -> str:
+    """Return a question, its answer and the verdict, for a tracker."""
+    judged = f"{'correct' if r.verdict.correct else 'wrong'}: {r.verdict.parsed}, expected {r.task.answer}"
+    return f"{r.task.question}\n\n{r.text}\n\n{judged}"
 
 
 @contextlib.contextmanager

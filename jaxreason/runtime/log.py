@@ -1,6 +1,5 @@
-"""The log of a run: `metrics.jsonl`, TensorBoard, W&B and the live line.
-
-A failure to write TensorBoard events is reported, and the run continues without them.
+"""The log of a run: `metrics.jsonl`, its trackers (see `trackers`) and the live
+line.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from rich.text import Text
 
 from jaxreason.runtime.files import Unwritable, json_line, truncate, writing
 from jaxreason.runtime.terminal import duration, fitted, progress, visible
+from jaxreason.runtime.trackers import Board, Hosted, Tracker, Trackers
 
 PLAIN_EVERY_S = 10.0  # shortest time between progress lines without a terminal
 
@@ -45,8 +45,8 @@ class RunLog:
     `close`.
     """
 
-    def __init__(self, file, board, wandb_run, console: Console | None, *, total_steps: int, start_s: float):
-        self._file, self._board, self._wandb_run, self._console = file, board, wandb_run, console
+    def __init__(self, file, trackers: Sequence[Tracker], console: Console | None, *, total_steps: int, start_s: float):
+        self._file, self._trackers, self._console = file, Trackers(trackers, lambda line: self.say(line)), console
         self._doing, self._doing_s, self._shown, self._size = "starting", time.monotonic(), "", 0
         self._total_steps, self._start_s = total_steps, start_s
         self._pace, self._latest, self._printed_s = Pace(), {}, -math.inf
@@ -83,21 +83,20 @@ class RunLog:
         self._reopen(step)
         self._write_line(json_line(record | values))
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        if self._board is not None:
-            try:
-                self._board.write(step, finite)
-            except OSError as error:
-                board, self._board = self._board, None
-                self.say(
-                    f"warning: can't write to {board.folder}: {error.strerror or error}; TensorBoard gets no more of this run "
-                    "until it is started again, and metrics.jsonl has all of it"
-                )
-        if self._wandb_run is not None:
-            self._wandb_run.log(values, step=step)
+        self._trackers.call("write", step, finite)
         if "time/step_s" in finite:
             self._pace = self._pace.after(phase, finite["time/step_s"])
         self._latest = (self._latest if self._latest.get("phase") == phase else {}) | {"phase": phase} | values
         self._show(step, phase_step, phase_steps, now=any(name.startswith("eval/") for name in values))
+
+    def write_more(
+        self, step: int, *, histograms: Mapping[str, Sequence[float]] | None = None, texts: Mapping[str, str] | None = None
+    ) -> None:
+        """Give histograms of values, and texts, to the trackers."""
+        if histograms:
+            self._trackers.call("histograms", step, histograms)
+        if texts:
+            self._trackers.call("texts", step, texts)
 
     def _reopen(self, step: int) -> None:
         """Detect that somebody has moved, removed or truncated the log file, and open a
@@ -162,53 +161,16 @@ class RunLog:
         atexit.unregister(self.close)
         if self._live is not None:
             self._live.stop()
-        if self._board is not None:
-            with suppress(OSError):
-                self._board.close()
-        if self._wandb_run is not None:
-            self._wandb_run.finish()
+        self._trackers.close()
         if self._file is not None:
             self._file.close()
-        self._file = self._board = self._wandb_run = self._console = self._live = None
+        self._file = self._console = self._live = None
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
-
-
-class Board:
-    """TensorBoard events, written by tensorboardX's `EventsWriter` in the calling
-    thread.
-
-    tensorboardX's `SummaryWriter` uses its own thread. A full disk ends that thread,
-    and every later call then blocks forever, also at exit.
-    """
-
-    def __init__(self, folder: str | os.PathLike, purge_step: int | None = None):
-        """Open a new event file. TensorBoard hides events of earlier files from
-        `purge_step` on.
-        """
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.summary import scalar
-
-        self.folder, self._event, self._scalar = os.fspath(folder), Event, scalar
-        os.makedirs(folder, exist_ok=True)
-        self._writer = EventsWriter(os.path.join(folder, "events"))
-        if purge_step is not None:
-            self._writer.write_event(Event(step=purge_step, file_version="brain.Event:2"))
-            self._writer.write_event(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
-        self._writer.flush()
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.write_event(self._event(step=step, wall_time=time.time(), summary=self._scalar(name, value)))
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 def open_log(
@@ -218,39 +180,39 @@ def open_log(
     resume_step: int | None = None,
     tensorboard: bool = True,
     wandb: Mapping[str, Any] | None = None,
+    trackio: Mapping[str, Any] | None = None,
     live: bool = True,
     write: bool = True,
 ) -> RunLog:
     """Open the log of a run in `workdir`: `metrics.jsonl`, and TensorBoard events in
     `tensorboard/`.
 
-    `wandb` is the keyword arguments of `wandb.init`, or None. `live` shows progress on
-    stderr: one live line on a terminal, else a plain line every ten seconds.
-    `resume_step` is the last logged step that the checkpoint expects: later lines are
-    dropped, and `time_s` continues from the last line kept. If `write` is False,
-    nothing is opened and every method does nothing.
+    `wandb` and `trackio` are the keyword arguments of their `init`, or None. `live`
+    shows progress on stderr: one live line on a terminal, else a plain line every ten
+    seconds. `resume_step` is the last logged step that the checkpoint expects: later
+    lines are dropped, and `time_s` continues from the last line kept. If `write` is
+    False, nothing is opened and every method does nothing.
 
     Raises:
-      ValueError: W&B is requested but not installed.
+      ValueError: a tracker is requested but not installed.
       Unwritable: the folder can't be written. `RunLog.write` raises it too.
     """
     if not write:
-        return RunLog(None, None, None, None, total_steps=total_steps, start_s=time.monotonic())
-    wandb_run = None if wandb is None else _import_wandb().init(**{"dir": os.fspath(workdir), **wandb})
+        return RunLog(None, (), None, total_steps=total_steps, start_s=time.monotonic())
+    trackers: list[Tracker] = [] if wandb is None else [Hosted("wandb", {"dir": os.fspath(workdir), **wandb})]
+    trackers += [] if trackio is None else [Hosted("trackio", {"project": "jaxreason", **trackio})]
     path = Path(workdir, "metrics.jsonl")
     last = None if resume_step is None else truncate(path, resume_step).last
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a", encoding="ascii")
-    board = None
     if tensorboard:
         folder = path.with_name("tensorboard")
         with writing(folder):
-            board = Board(folder, None if resume_step is None else resume_step + 1)
+            trackers.append(Board(folder, None if resume_step is None else resume_step + 1))
     return RunLog(
         file,
-        board,
-        wandb_run,
+        trackers,
         Console(stderr=True, highlight=False) if live else None,
         total_steps=total_steps,
         start_s=time.monotonic() - _time_s(last),  # unlike wall-clock time, this clock is never set back
@@ -260,11 +222,3 @@ def open_log(
 def _time_s(record: Mapping[str, Any] | None) -> float:
     time_s = (record or {}).get("time_s", 0.0)
     return time_s if isinstance(time_s, (int, float)) and math.isfinite(time_s) else 0.0
-
-
-def _import_wandb():
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError("logging to W&B is asked for but wandb is not installed; pip install 'jaxreason[wandb]'") from None
-    return wandb

@@ -38,6 +38,8 @@ class Progress:
     ledger: dict = field(default_factory=ledger.empty)
     joules_from: list[str | None] = field(default_factory=list)  # sources of the ledger's joules so far; None: not counted
 
+    warnings: list[dict] = field(default_factory=list)  # see `alarms`
+
     @staticmethod
     def names() -> set[str]:
         return {field.name for field in dataclasses.fields(Progress)}
@@ -45,7 +47,7 @@ class Progress:
     @staticmethod
     def needed() -> set[str]:
         """Return the fields that every checkpoint has."""
-        return Progress.names() - {"joules_from"}
+        return Progress.names() - {"joules_from", "warnings"}
 
     @staticmethod
     def read(host: Mapping[str, Any]) -> Progress:
@@ -54,7 +56,8 @@ class Progress:
         """
         found = {name: host[name] for name in Progress.needed()}
         joules_from = host.get("joules_from", ["watts" if any(used["joules"] for used in found["ledger"].values()) else None])
-        return Progress(**found | {"ledger": ledger.complete(found["ledger"]), "joules_from": joules_from})
+        more = {"ledger": ledger.complete(found["ledger"]), "joules_from": joules_from, "warnings": host.get("warnings", [])}
+        return Progress(**found | more)
 
 
 class Found(NamedTuple):

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxreason.options import call_with_section, find
-from jaxreason.tasks import corpus, gsm8k, hub, jsonl, procedural, splits
+from jaxreason.tasks import corpus, gsm8k, hub, jsonl, procedural, reasoning_gym, splits
 from jaxreason.types import Task
 
 TASKS = {
@@ -37,6 +37,7 @@ TASKS = {
     "dapo_math_17k": hub.dapo_math_17k,
     "big_math": hub.big_math,
     "countdown_3to4": hub.countdown_3to4,
+    "reasoning_gym": reasoning_gym.reasoning_gym,
     "corpus": corpus.corpus,
 }
 

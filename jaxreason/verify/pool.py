@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import functools
 import json
+import os
 import queue
 import signal
 import subprocess
@@ -95,6 +96,7 @@ class Pool:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONHASHSEED": "0"},  # the order of a set of strings, on which some items of datasets depend
             process_group=0,  # Ctrl-C must reach this process alone: a killed child would make a verdict wrong
         )
         theirs.close()
