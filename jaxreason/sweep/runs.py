@@ -183,6 +183,8 @@ def read_config(config: str, changes: Mapping[str, str], say: Callable[[str], No
       ValueError, FileNotFoundError: it is wrong.
     """
     found = build.settle(command.read(config, dict(changes), say).to_dict())
+    if found["model"].get("weights", "random") == "random":
+        build.read_shape(found["model"], found["text"])
     for name in found["phases"]:
         phase = found[name]
         call_with_section(objectives.make, phase["objective"], f"config.{name}.objective")
