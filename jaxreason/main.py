@@ -286,6 +286,8 @@ def what_next(workdir: Path, config_flag: str, changes: Mapping[str, str]) -> li
     same = "".join(f" --config.{name}={quoted(value)}" for name, value in changes.items() if name != "init_from")
     todo = {
         "see a rollout": f"tail -n 1 {shlex.quote(str(workdir / 'rollouts.jsonl'))} | python -m json.tool",
+        "talk to it": f"python -m jaxreason.play --checkpoint={run}",
+        "evaluate it with several samples": f"python -m jaxreason.evaluate --checkpoint={run} --samples=8 --temperature=1",
         "export the weights": f"python -m jaxreason.export {run} {export}",
         "begin another run with them": f"python -m jaxreason.main --config={shlex.quote(config_flag)}{same} "
         f"--config.init_from={run}",

@@ -195,6 +195,10 @@ def test_the_last_lines_of_a_run_are_a_path_or_a_command_each(tmp_path):
     assert lines == [
         "written:",
         f"  {folder}/summary.json",
+        "to talk to it:",
+        f"  python -m jaxreason.play --checkpoint='{folder}'",
+        "to evaluate it with several samples:",
+        f"  python -m jaxreason.evaluate --checkpoint='{folder}' --samples=8 --temperature=1",
         "to export the weights:",
         f"  python -m jaxreason.export '{folder}' '{folder}-export'",
         "to begin another run with them:",
