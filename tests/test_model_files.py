@@ -389,7 +389,8 @@ def test_weights_end_a_run_in_a_line(folder, tmp_path, monkeypatch, capsys):
     with config.unlocked():
         config.model = {"name": str(folder), "weights": "pretrained"}
         config.text = {"tokenizer": "characters"}
-    flags = {"WORKDIR": str(tmp_path / "run"), "RESUME": "auto", "ACCEPT_CONFIG_CHANGE": False, "STOP_AFTER": None}
+    flags = {"WORKDIR": str(tmp_path / "run"), "RESUME": "auto", "ACCEPT_CONFIG_CHANGE": False}
+    flags |= {"STOP_AFTER": None, "PROFILE_STEPS": None}
     for name, value in flags.items():
         monkeypatch.setattr(main, name, type("Flag", (), {"value": value}))
     with pytest.raises(SystemExit, match=r"error: tensor model.norm.weight in .* holds NaN"):

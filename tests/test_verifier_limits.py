@@ -267,11 +267,16 @@ def attempts(*reasons):
 def test_an_evaluation_says_and_counts_what_failed(tmp_path):
     said, written = [], []
     log = types.SimpleNamespace(
-        say=said.append, doing=lambda what: None, write=lambda step, phase, values: written.append(values)
+        say=said.append,
+        doing=lambda what: None,
+        write=lambda step, phase, values: written.append(values),
+        write_more=lambda step, **_: None,
     )
     drawn = attempts("wrong", "verifier error of 'mine': KeyError: 'x'", "verifier timeout: no verdict in 60 s", "bad key")
     result = Result([], drawn, {}, {"tokens": 0.0, "flops": 0.0})
-    run = types.SimpleNamespace(evaluate=lambda *_, **__: result, sample_devices=1, watts=None, description={}, decoding=None)
+    run = types.SimpleNamespace(
+        evaluate=lambda *_, **__: result, sample_devices=1, watts=None, description={}, decoding=None, profile_steps=None
+    )
 
     def new_journal():
         checkpoints = types.SimpleNamespace(latest=lambda: None)
