@@ -285,7 +285,7 @@ def what_next(workdir: Path, config_flag: str, changes: Mapping[str, str]) -> li
     run, export = shlex.quote(str(workdir)), shlex.quote(f"{workdir}-export")
     same = "".join(f" --config.{name}={quoted(value)}" for name, value in changes.items() if name != "init_from")
     todo = {
-        "see a rollout": f"tail -n 1 {shlex.quote(str(workdir / 'rollouts.jsonl'))} | python -m json.tool",
+        "read its rollouts": f"python -m jaxreason.view {run}",
         "talk to it": f"python -m jaxreason.play --checkpoint={run}",
         "evaluate it with several samples": f"python -m jaxreason.evaluate --checkpoint={run} --samples=8 --temperature=1",
         "export the weights": f"python -m jaxreason.export {run} {export}",
@@ -293,7 +293,7 @@ def what_next(workdir: Path, config_flag: str, changes: Mapping[str, str]) -> li
         f"--config.init_from={run}",
     }
     if workdir / "rollouts.jsonl" not in written:
-        del todo["see a rollout"]
+        del todo["read its rollouts"]
     lines = ["written:", *(f"  {path}" for path in written)]
     return lines + [line for what, command in todo.items() for line in (f"to {what}:", f"  {command}")]
 

@@ -70,6 +70,7 @@ class Run(NamedTuple):
     decoding: Decoding | None = None  # how the sampler reads memory, for the ledger
     samples_apart: bool = False  # sampling has devices of its own
     rollouts_kept: int = 64  # rollouts written to rollouts.jsonl per step, at most
+    token_pieces: Callable[[Any], list[str]] | None = None  # token ids -> texts, to write with rollouts; None: not written
     log_options: Mapping[str, Any] = {}  # for `runtime.log.open_log`
     report: bool = True  # write report.html at the end
     profile_steps: tuple[int, int] | None = None  # first and last step of a trace (see `runtime.profile`)
@@ -120,7 +121,6 @@ def train(
                     if run.phases[index].name == stop_after and index + 1 < len(run.phases):
                         end(journal, "stopped")
             journal.finish(steps)
-        journal.saved = checkpoints.latest()
         summary = journal.summarise(steps, done=True)
     journal.report()
     return summary

@@ -205,7 +205,7 @@ def test_the_last_lines_of_a_run_are_a_path_or_a_command_each(tmp_path):
         f"  python -m jaxreason.main --config=configs/tiny.py:smoke --config.model.width=32 --config.init_from='{folder}'",
     ]
     (folder / "rollouts.jsonl").touch()
-    assert f"  tail -n 1 '{folder}/rollouts.jsonl' | python -m json.tool" in what_next(folder, "configs/tiny.py", {})
+    assert f"  python -m jaxreason.view '{folder}'" in what_next(folder, "configs/tiny.py", {})
 
 
 @pytest.mark.process

@@ -183,7 +183,8 @@ def held_out_text(
 
 def make_log(
     *,
-    rollouts_kept: int = 64,  # rollouts written to rollouts.jsonl per step, at most
+    rollouts_kept: int = 64,  # rollouts written to rollouts.jsonl per step, and per evaluation of a suite, at most
+    rollout_tokens: bool = False,  # also write the text, log-prob and author of each of their tokens
     watts: float | None = None,  # power of a busy device, for the joules in the ledger where no counter can be read
     measure_machine: bool = False,  # measure the peak rates that utilisation is told against, instead of a table of chips
     tensorboard: bool = True,  # write tensorboard/
@@ -192,11 +193,11 @@ def make_log(
     trackio: dict | None = None,  # arguments of trackio.init, a local tracker; None: not used
     report: bool = True,  # write report.html at the end of the run
 ) -> dict:
-    """Return the fields of a `Run` that configure its log."""
+    """Return the fields of a `Run` that configure its log, and `rollout_tokens`."""
     if rollouts_kept < 0:
         raise ValueError(f"config.log.rollouts_kept got {rollouts_kept}; allowed: 0 (none) or more of each step")
     if watts is not None and not watts > 0:
         raise ValueError(f"config.log.watts got {watts}; allowed: None, or the watts of a busy device, above 0")
     options = {"tensorboard": tensorboard, "live": live, "wandb": wandb, "trackio": trackio}
     kept = {"rollouts_kept": rollouts_kept, "watts": watts, "measures_machine": measure_machine}
-    return {**kept, "log_options": options, "report": report}
+    return {**kept, "log_options": options, "report": report, "rollout_tokens": rollout_tokens}

@@ -87,6 +87,8 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
     evaluate, filter = call_with_section(make_evaluate, config["evaluate"], "config.evaluate", parts=parts)
     filters = [ALL] * any(phase.source.samples for phase in phases) + [filter] * (filter is not None)
 
+    logged = call_with_section(make_log, config["log"], "config.log")
+    with_tokens = logged.pop("rollout_tokens")
     return Run(
         model=model,
         init=functools.partial(init_params, model, load, config["seed"], meshes.learn),
@@ -99,7 +101,8 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
         sample_devices=meshes.sample.size * jax.process_count(),
         samples_apart=not set(meshes.sample.devices.flat) & set(meshes.learn.devices.flat),
         decoding=decoding_of(sampled, completer.sampler, config["sampler"].get("cache_dtype")),
-        **call_with_section(make_log, config["log"], "config.log"),
+        **logged,
+        token_pieces=functools.partial(text.pieces, tokenizer) if with_tokens else None,
         open_checkpoints=functools.partial(call_with_section, open_checkpoints, config["checkpoint"], "config.checkpoint"),
         provenance={"config": json.loads(json.dumps(config, default=list)), **made_with},
         description={

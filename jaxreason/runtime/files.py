@@ -117,17 +117,21 @@ def write_rollouts(
     phase: str,
     *,
     decode: Callable[[np.ndarray], str] | None = None,
+    pieces: Callable[[np.ndarray], list[str]] | None = None,
     write: bool = True,
     **more,
 ) -> None:
     """Append rollouts as JSONL. `decode` turns the prompt's token ids into text;
-    without it the ids are written. `more` are further fields of each record.
+    without it the ids are written. `pieces` returns the text of each token; with it
+    each token's text, log-prob and author are written. `more` are further fields of
+    each record.
     """
     if not write:
         return
     with writing(path), Path(path).open("a", encoding="ascii") as file:
         for rollout in rollouts:
-            file.write(json_line({"step": step, "phase": phase, **more, **rollout_record(rollout, decode)}))
+            tokens = {} if pieces is None else token_record(rollout, pieces)
+            file.write(json_line({"step": step, "phase": phase, **more, **rollout_record(rollout, decode), **tokens}))
 
 
 def rollout_record(rollout: Rollout, decode: Callable[[np.ndarray], str] | None = None) -> dict[str, Any]:
@@ -148,6 +152,14 @@ def rollout_record(rollout: Rollout, decode: Callable[[np.ndarray], str] | None 
         "length": len(rollout.tokens),
         "temperature": rollout.temperature,
     }
+
+
+def token_record(rollout: Rollout, pieces: Callable[[np.ndarray], list[str]]) -> dict[str, Any]:
+    """Return what a line of `rollouts.jsonl` may say of a rollout's tokens: the text of
+    each, its log-prob, and a letter for who wrote it (m: the model, f: forced).
+    """
+    logp = [round(float(x), 3) for x in rollout.logp]
+    return {"pieces": pieces(rollout.tokens), "logp": logp, "author": "".join("fm"[int(sampled)] for sampled in rollout.sampled)}
 
 
 def plain_json(value: Any) -> Any:

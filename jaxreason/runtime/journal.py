@@ -133,6 +133,7 @@ class Journal:
             self.before + self.step,
             self.phase.name,
             decode=self.run.decode,
+            pieces=self.run.token_pieces,
             write=processes.writes(),
         )
 
@@ -276,7 +277,7 @@ class Journal:
         for e in result.evaluations:
             kept = result.rollouts[first : first + min(e.n * e.samples, self.run.rollouts_kept)]
             first += e.n * e.samples
-            words = {"decode": self.run.decode, "write": processes.writes(), "suite": e.suite}
+            words = {"decode": self.run.decode, "pieces": self.run.token_pieces, "write": processes.writes(), "suite": e.suite}
             files.write_rollouts(self.workdir / "rollouts.jsonl", kept, step, phase, **words)
             texts |= {f"eval/{e.suite}/{i}": text_sample(r) for i, r in enumerate(kept[:SAMPLES]) if e is result.evaluations[-1]}
         self.log.write_more(step, texts=texts)
@@ -300,6 +301,8 @@ class Journal:
 
     def summarise(self, step: int, done: bool) -> dict:
         """Write `summary.json` and return it."""
+        if done:
+            self.saved = self.checkpoints.latest()
         told = ("evaluations", "losses", "wall_s", "saving_s", "ledger", "warnings")
         found = {name: value for name, value in self.host().items() if name in told}
         summary = {"done": done, "steps": step, "saved": self.saved, **found, **self.costs(), **self.run.description}

@@ -13,6 +13,7 @@ from jaxreason.text.tokenizer import (
     check_vocabulary,
     load,
     make,
+    pieces,
     with_eos,
 )
 
@@ -32,6 +33,7 @@ __all__ = [
     "load",
     "load_template",
     "make",
+    "pieces",
     "plain",
     "render",
     "template_path",

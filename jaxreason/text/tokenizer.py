@@ -525,3 +525,25 @@ def check_vocabulary(tokenizer: Tokenizer, config) -> None:
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model vocab_size={config.vocab_size}; they do not belong "
             f"together: set vocab_size to at least {tokenizer.vocab_size}, or load both from one folder"
         )
+
+
+LONGEST_CHARACTER = 8  # tokens that a character may be split into
+
+
+def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """Return the text of each token in a sequence that continues another.
+
+    Tokens that are parts of one character get its text at the first of them, and "" at
+    the others.
+    """
+    found, at, ids = [], 0, [int(i) for i in ids]
+    while at < len(ids):
+        for end in range(at + 1, min(len(ids), at + LONGEST_CHARACTER) + 1):
+            text = tokenizer.decode(ids[at:end], continues=True)
+            if "\ufffd" not in text:
+                break
+        else:  # no character at all
+            end, text = at + 1, tokenizer.decode(ids[at : at + 1], continues=True)
+        found += [text, *[""] * (end - at - 1)]
+        at = end
+    return found

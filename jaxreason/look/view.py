@@ -1,0 +1,150 @@
+"""A page of rollouts: filter them, read the attempts at a problem side by side, follow
+a problem over training, and see what was learned and lost between two evaluations.
+
+The page is one HTML file with the rollouts of `rollouts.jsonl` inside; its markup,
+style and script are the files `view.*` beside this one. Texts of models are only ever
+inserted as texts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxreason.look.page import escape, page
+from jaxreason.runtime.files import plain_json
+
+# Fields of a record, in the order of a row of the page; texts that repeat are numbers
+# of `strings`.
+NUMBERS = ("step", "problem", "attempt", "reward", "length", "logp_sum", "temperature", "thinking_tokens")
+STRINGS = ("phase", "suite", "question", "prompt", "answer", "text", "parsed", "reason", "stop")
+TOKENS = ("pieces", "logp", "author")
+
+
+class Read(NamedTuple):
+    """The rollouts of a folder, and what was wrong with its file."""
+
+    records: list[dict[str, Any]]
+    notes: list[str]
+
+
+def read_rollouts(folder: Path) -> Read:
+    """Read the rollouts of a run or an evaluation.
+
+    Raises:
+      ValueError: there are none.
+    """
+    path = folder / "rollouts.jsonl"
+    if not path.is_file():
+        what = "has no rollouts.jsonl" if folder.is_dir() else "is no folder"
+        raise ValueError(
+            f"{folder} {what}; allowed: the folder of a run with config.log.rollouts_kept above 0, or of an evaluation"
+        )
+    records, unread, whole = [], 0, True
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            record = record_of(line)
+            whole = line.endswith("\n")
+            if record is not None:
+                records.append(record)
+            elif whole:
+                unread += 1
+    if not records:
+        raise ValueError(f"{path} has no rollouts")
+    notes = [f"{unread} lines of {path.name} are no rollouts and are left out"] if unread else []
+    notes += [] if whole else [f"the last line of {path.name} is half-written and left out; the run was writing, or was killed"]
+    return Read(records, notes)
+
+
+def record_of(line: str) -> dict[str, Any] | None:
+    """Parse a line; None for anything but a rollout."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not all(isinstance(record.get(name), int) for name in ("step", "problem", "attempt")):
+        return None
+    if not all(isinstance(record.get(name), str) for name in ("text", "question")):
+        return None
+    return record
+
+
+def group_of(record: Mapping[str, Any]) -> tuple:
+    """Name the group of a rollout: the attempts at one problem at one time."""
+    names = ("step", "phase", "suite", "temperature", "thinking_tokens", "problem")
+    return tuple(str(record.get(name)) for name in names)
+
+
+def choose(records: Sequence[dict[str, Any]], most_bytes: int) -> tuple[list[dict[str, Any]], str]:
+    """Choose rollouts that fit a size, in whole groups; also say what is left out.
+
+    First come the first and the last evaluation, then every n-th step with as small an
+    n as fits, the last step among them.
+    """
+    size = {id(record): len(json.dumps(plain_json(record))) for record in records}
+    if sum(size.values()) <= most_bytes:
+        return list(records), ""
+    evaluated = sorted({r["step"] for r in records if r.get("suite")})
+    always = {("evaluation", step) for step in (evaluated[:1] + evaluated[-1:])}
+    steps = sorted({r["step"] for r in records}, reverse=True)
+
+    def kept(every: int) -> list[dict[str, Any]]:
+        chosen = set(steps[::every])
+        return [r for r in records if r["step"] in chosen or (r.get("suite") and ("evaluation", r["step"]) in always)]
+
+    for every in range(2, len(steps) + 1):
+        found = kept(every)
+        if sum(size[id(r)] for r in found) <= most_bytes:
+            return found, left_out(len(records), found, f"every {every}. step, and the first and last evaluation")
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for record in kept(len(steps)):
+        groups.setdefault(group_of(record), []).append(record)
+    found, used = [], 0
+    for group in groups.values():
+        used += sum(size[id(r)] for r in group)
+        if found and used > most_bytes:
+            break
+        found += group
+    return found, left_out(len(records), found, "the first problems of the last step and of two evaluations")
+
+
+def left_out(count: int, kept: Sequence, what: str) -> str:
+    missing = f"{count - len(kept):,} of {count:,} rollouts are left out, to keep the file small"
+    return f"{missing}; there are {what}; --max_mb raises the limit"
+
+
+def compact(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return records as rows of numbers, with each text once."""
+    position: dict[str, int] = {}
+
+    def number(value: Any) -> int | None:
+        return None if value is None else position.setdefault(str(value), len(position))
+
+    rows = []
+    for r in records:
+        row = [r.get(name) if isinstance(r.get(name), int | float) else None for name in NUMBERS]
+        row += [number(r.get(name)) for name in STRINGS]
+        row.append(int(bool(r.get("correct"))))
+        pieces, logp, author = (r.get(name) for name in TOKENS)
+        whole = isinstance(pieces, list) and isinstance(logp, list) and isinstance(author, str)
+        row.append([list(map(str, pieces)), logp, author] if whole and len(pieces) == len(logp) == len(author) else None)
+        rows.append(row)
+    return {"numbers": NUMBERS, "texts": STRINGS, "rows": rows, "strings": list(position)}
+
+
+def make_view(folder: Path, most_bytes: int) -> tuple[str, list[str]]:
+    """Return the page of a folder's rollouts, and notes about it.
+
+    Raises:
+      ValueError: there are no rollouts.
+    """
+    read = read_rollouts(folder)
+    records, missing = choose(read.records, most_bytes)
+    notes = [*read.notes, *([missing] if missing else [])]
+    title = f"Rollouts of {folder.resolve().name}"
+    said = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
+    markup, style, script = ((Path(__file__).parent / f"view.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
+    body = markup.replace("{title}", escape(title)).replace("{notes}", said)
+    return page(title, body, style=style, script=script, data=compact(records)), notes
