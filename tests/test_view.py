@@ -203,6 +203,7 @@ def test_filters_keys_and_deep_links(driver, tmp_path):
     assert count(driver) == "1 of 48 rollouts"
     driver.find_element("tag name", "body").send_keys("j")
     assert "problem 3" in driver.find_element("id", "detail").text
+    assert len(driver.find_elements("css selector", '.row[aria-selected="true"]')) == 1
     link = driver.current_url
     opened(driver, tmp_path, RECORDS, "#" + link.partition("#")[2])
     assert count(driver) == "1 of 48 rollouts"

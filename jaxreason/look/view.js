@@ -107,7 +107,7 @@ function draw() {
       : `${number(row, "step")} · ${text(row, "suite") ?? text(row, "phase")} · ${number(row, "problem")}.${number(row, "attempt")}`;
     const mark = entry.then ? {learned: "+", lost: "−", "": "="}[entry.kind] : right ? "✓" : "✗";
     const good = entry.then ? entry.kind === "learned" : right;
-    return element("div", {class: "row", role: "option", id: "row-" + (first + k), "aria-selected": state.selected === entry.row,
+    return element("div", {class: "row", role: "option", id: "row-" + (first + k), "aria-selected": String(state.selected === entry.row),
       onclick: () => select(entry.row)},
       element("span", {class: "mark " + (good ? "right" : "wrong"), "aria-label": entry.then ? entry.kind || "same" : right ? "correct" : "wrong"}, mark),
       element("span", {class: "where"}, visible(where)),
