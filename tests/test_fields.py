@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import re
+import sys
 
 import pytest
 from absl import flags
@@ -474,6 +475,9 @@ def test_wrong_words_of_a_command_are_one_line(words, said, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+NULL_BYTE = "SyntaxError" if sys.version_info >= (3, 11, 4) else "ValueError"
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [
@@ -483,7 +487,7 @@ def test_wrong_words_of_a_command_are_one_line(words, said, monkeypatch):
         ("x = 1\n", "FILE has no function get_config(arg='')"),
         ("def get_config(arg=''):\n    return 3\n", "get_config of FILE returned int; allowed: a ConfigDict"),
         ("def get_config():\n    return 3\n", "FILE: TypeError: get_config() takes 0 positional arguments"),
-        ("\0", "FILE: SyntaxError: source code string cannot contain null bytes"),
+        ("\0", f"FILE: {NULL_BYTE}: source code string cannot contain null bytes"),
     ],
 )
 def test_a_config_file_that_fails_is_one_line_with_its_place(tmp_path, source, said):

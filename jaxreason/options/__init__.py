@@ -208,7 +208,7 @@ def lines_of(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         place = line_of(error)
-        if isinstance(error, ValueError) and not place:
+        if isinstance(error, ValueError) and not place and not is_of_the_compiler(error):
             raise
         said = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(": ".join(filter(None, ("" if place.startswith(what) else what, place, said)))) from None
@@ -229,6 +229,16 @@ def line_of(error: BaseException) -> str:
         return ""
     library = (ours, *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), "<")
     return next((f"{file}:{line}" for file, line in reversed(lines) if not file.startswith(library)), "")
+
+
+def is_of_the_compiler(error: BaseException) -> bool:
+    """Tell whether an error arose while a file was compiled, as a ValueError does of a
+    null byte in early releases of Python 3.11.
+    """
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and "runpy" in traceback.tb_frame.f_code.co_filename
 
 
 def first_line(error: BaseException) -> str:

@@ -35,7 +35,16 @@ SAME_MATHS = re.compile(
 )
 FOLDERS = ("checkpoints", "tensorboard")
 # Left by a run.
-RECORDS = ("checkpoints", "config.json", "summary.json", "metrics.jsonl", "rollouts.jsonl", "report.html", "view.html", "tensorboard")
+RECORDS = (
+    "checkpoints",
+    "config.json",
+    "summary.json",
+    "metrics.jsonl",
+    "rollouts.jsonl",
+    "report.html",
+    "view.html",
+    "tensorboard",
+)
 WRITTEN_OVER = ("config.json", "lock", "tensorboard")  # existing files that must be writable when a run starts
 BEAT_S = 10.0  # interval at which a run touches its lock
 
