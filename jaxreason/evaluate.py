@@ -65,7 +65,9 @@ def define_flags() -> None:
 
 
 def main(argv) -> None:
-    # Local import: `--help` and mistyped flags should not wait for jax.
+    # Local imports: `--help` and mistyped flags should not wait for jax.
+    from jaxreason.environment import VerifierFailed
+    from jaxreason.model.weights import BadWeights
     from jaxreason.runtime.files import Unwritable
 
     logging.set_verbosity(logging.WARNING)
@@ -78,7 +80,10 @@ def main(argv) -> None:
         if FLAGS.checkpoint is None:
             raise ValueError("no --checkpoint given; allowed: a run, a Hugging Face folder, a hub id or a named size")
         evaluate_checkpoint()
-    except (ValueError, OSError, Unwritable) as error:
+    except VerifierFailed as error:
+        print(error.traceback, file=sys.stderr)
+        fail(error)
+    except (ValueError, OSError, Unwritable, BadWeights) as error:
         fail(error)
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
@@ -148,6 +153,7 @@ def read_settings(opened) -> tuple[dict[str, dict], dict[str, Any]]:
     """Return the sections of the suites, and everything that decides the numbers
     besides the params.
     """
+    from jaxreason.build.sampler import make_filter
     from jaxreason.build.suites import read_suites
 
     own = opened.config.get("evaluate", {})
@@ -156,7 +162,7 @@ def read_settings(opened) -> tuple[dict[str, dict], dict[str, Any]]:
     sections = own["suites"] if FLAGS.suites is None else read_suites(FLAGS.suites, own.get("suites", {}))
     asked = {"samples": FLAGS.samples, "verifier": None if FLAGS.verifier is None else {"name": FLAGS.verifier}}
     sections = {name: section | {k: v for k, v in asked.items() if v is not None} for name, section in sections.items()}
-    temperatures = [number("temperature", word, float) for word in FLAGS.temperature or ()]
+    temperatures = list(dict.fromkeys(number("temperature", word, float) for word in FLAGS.temperature or ()))
     if temperatures:
         sections = {name: section | {"temperatures": None} for name, section in sections.items()}
     settings = {
@@ -169,6 +175,7 @@ def read_settings(opened) -> tuple[dict[str, dict], dict[str, Any]]:
         "thinking_tokens": budgets() or [opened.sections["sampler"].get("thinking_tokens")],
         **{name: opened.sections[name] for name in ("model", "text", "sampler")},
     }
+    make_filter(**settings["filter"], where="evaluate")  # raises for wrong values
     # They change the speed alone.
     settings["sampler"] = {k: v for k, v in settings["sampler"].items() if k not in SPEED}
     return sections, settings
@@ -244,7 +251,7 @@ class Attempts:
     def read(self) -> Iterator[dict]:
         if self.path.exists():
             with self.path.open(encoding="ascii") as lines:
-                yield from map(json.loads, lines)
+                yield from (record for record in map(json.loads, lines) if record.keys() >= NEEDED)
 
     def of(self, one: Series) -> list[dict]:
         """The records of a series, by problem and attempt."""
@@ -272,8 +279,12 @@ class Attempts:
             file.writelines(map(json_line, records))
 
 
+KEYS = ("suite", "temperature", "thinking_tokens", "problem", "attempt")
+NEEDED = {*KEYS, "text", "correct", "parsed", "reason", "reward", "stop", "length", "logp_sum"}
+
+
 def key_of(record: Mapping) -> tuple:
-    return tuple(record[name] for name in ("suite", "temperature", "thinking_tokens", "problem", "attempt"))
+    return tuple(record[name] for name in KEYS)
 
 
 def run(opened, suites: list, settings: dict, folder: Path, about: dict) -> dict:

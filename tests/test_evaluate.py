@@ -74,7 +74,8 @@ def test_a_killed_evaluation_continues_to_the_same_end(trained, evaluated, tmp_p
     folder = tmp_path / "killed"
     shutil.copytree(evaluated, folder)
     lines = (evaluated / "rollouts.jsonl").read_text().splitlines(keepends=True)
-    (folder / "rollouts.jsonl").write_text("".join(lines[10:14] + lines[:5]) + lines[20][:40])
+    strange = '{"step": 0}\n'
+    (folder / "rollouts.jsonl").write_text("".join([*lines[10:14], strange, *lines[:5]]) + lines[20][:40])
     found = json.loads((evaluated / "evaluation.json").read_text())
     (folder / "evaluation.json").write_text(json.dumps({k: v for k, v in found.items() if k != "evaluations"} | {"done": False}))
     code, _, err = evaluate(f"--checkpoint={trained}", f"--workdir={folder}")
@@ -118,6 +119,7 @@ def test_budgets_of_thinking_share_attempts(trained, tmp_path):
         (["--checkpoint={run}", "--suites=mine=/nowhere.jsonl"], "no file '/nowhere.jsonl'"),
         (["--checkpoint={run}", "--temperature=hot"], "--temperature got 'hot'"),
         (["--checkpoint={run}", "--max_tokens=0"], "--max_tokens"),
+        (["--checkpoint={run}", "--top_p=2"], "evaluate got top_k=0, top_p=2.0"),
         (["--checkpoint={run}", "--verifier=exactly"], "unknown verifier 'exactly' (did you mean 'exact'?)"),
         (["--compare", "{run}"], "--compare got 1 folders"),
         (["--compare", "{run}", "/nowhere"], "/nowhere is no evaluation"),
@@ -218,6 +220,15 @@ def test_a_comparison_pairs_tasks(tmp_path):
     assert "3 tasks are in both, of 120 in A and 4 in B" in lines
     assert "the prompts differ" in lines
     assert "A 0.667, B 0.333" in lines  # q3, q2, q1: 1 1 0 against 0 1 0
+
+
+def test_a_question_that_comes_twice_is_paired_in_order(tmp_path):
+    a = made(tmp_path / "a", "0110", ["q0", "q1", "q1", "q2"])
+    b = made(tmp_path / "b", "0101", ["q0", "q1", "q1", "q2"])
+    lines = "\n".join(compare_folders(a, b))
+    assert "4 tasks: A 0.500, B 0.500" in lines
+    assert "learned (solved more often in B): 1:" in lines
+    assert "lost (solved less often in B): 1:" in lines
 
 
 def test_other_tasks_are_refused(tmp_path):

@@ -67,7 +67,7 @@ def open_checkpoint(
     placed = call_with_section(sharding.make_mesh, dict(mesh or {}), "mesh", devices=jax.local_devices())
     found, config = find(path, step)
     if found.step is None:
-        sections = pretrained_sections(found.folder, date)
+        sections = pretrained_sections(found.folder, date, sharding.row_devices(placed))
         described = read_model_and_text(sections["model"], sections["text"])
         load = described.load
     else:
@@ -116,8 +116,10 @@ def find(path: str | os.PathLike, step: int | None) -> tuple[warm_start.Origin, 
     return found, found.config if found.step is not None else {}
 
 
-def pretrained_sections(folder: Path, date: str | None) -> dict[str, dict]:
-    """Return the sections of a config for a model in Hugging Face format."""
+def pretrained_sections(folder: Path, date: str | None, devices: int) -> dict[str, dict]:
+    """Return the sections of a config for a model in Hugging Face format, on devices
+    that each have the same number of slots.
+    """
     dtype = platform_of().dtype
     words = {"tokenizer": "pretrained", "format": "chat", "date": date}
     try:
@@ -127,7 +129,7 @@ def pretrained_sections(folder: Path, date: str | None) -> dict[str, dict]:
     return {
         "model": {"name": str(folder), "weights": "pretrained", "dtype": dtype, "param_dtype": dtype},
         "text": words,
-        "sampler": SAMPLER | {"slots": SLOTS[jax.default_backend()]},
+        "sampler": SAMPLER | {"slots": -(-SLOTS[jax.default_backend()] // devices) * devices},
         "verifier": dict(VERIFIER),
     }
 

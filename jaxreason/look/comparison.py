@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,8 +148,8 @@ def paired_interval(value_N: np.ndarray, other_N: np.ndarray, single: bool, draw
 def paired_tasks(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Return the positions in a and b of the tasks that both have."""
     if "questions" in a and "questions" in b:
-        position = {question: i for i, question in enumerate(a["questions"])}
-        pairs = [(position[question], i) for i, question in enumerate(b["questions"]) if question in position]
+        position = {question: i for i, question in enumerate(numbered(a["questions"]))}
+        pairs = [(position[question], i) for i, question in enumerate(numbered(b["questions"])) if question in position]
     elif "section" in a and "section" in b and a["section"] == b["section"]:
         pairs = [(i, i) for i in range(min(a["n"], b["n"]))]
     elif "section" in a and "section" in b:
@@ -158,6 +159,16 @@ def paired_tasks(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[int, 
     if not pairs:
         raise ValueError(f"suite {b['suite']!r} has no task that is in both A and B; needed: evaluations of the same tasks")
     return pairs
+
+
+def numbered(questions: Sequence[str]) -> list[tuple[str, int]]:
+    """Return each question with how often it came before: some files repeat one."""
+    seen: collections.Counter[str] = collections.Counter()
+    found = []
+    for question in questions:
+        found.append((question, seen[question]))
+        seen[question] += 1
+    return found
 
 
 def means(evaluation: Mapping[str, Any]) -> np.ndarray:
