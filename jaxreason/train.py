@@ -109,6 +109,7 @@ def train(
       NotResumable: the checkpoints do not fit the run, or none of them is complete.
       VerifierFailed: a verifier fails all the time; see `verifier_error.txt`.
       Unwritable: a file or the last checkpoint can't be written.
+      NoTracker: a tracker of the log can't be had.
     """
     workdir, steps = Path(workdir), sum(phase.steps for phase in run.phases)
     with told_how_to_continue(workdir, checkpoints, check_stays):
