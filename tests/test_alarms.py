@@ -1,11 +1,13 @@
 """Warnings about runs that may not learn: each fires once, and not on a healthy run."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from runs import load_config, read_lines, run_config
 
 from jaxreason.runtime.alarms import FEWEST, IN_A_ROW, Alarms, conditions
+from jaxreason.runtime.journal import Journal
 
 HEALTHY = {
     "train/entropy": 0.3,
@@ -60,6 +62,16 @@ def test_held_out_accuracy_that_can_hardly_rise_is_no_reason_for_a_warning():
     for accuracy, found in ((0.5, ["reward"]), (0.995, [])):
         evaluation = {"eval/chain/greedy/accuracy": accuracy}
         assert [name for _, name in heard([evaluation, *rising, evaluation])] == found
+
+
+@pytest.mark.parametrize(("needs_group", "names"), [(True, ["groups"]), (False, [])])
+def test_groups_matter_to_objectives_that_compare_their_attempts(needs_group, names):
+    phase = SimpleNamespace(objective=SimpleNamespace(needs_group=needs_group))
+    progress, log = SimpleNamespace(warnings=[]), SimpleNamespace(say=lambda line: None)
+    journal = SimpleNamespace(phase=phase, alarms=Alarms(set()), progress=progress, log=log)
+    for step in range(IN_A_ROW):
+        Journal.warn(journal, step, "rl", HEALTHY | {"rollout/informative_groups": 0.0})
+    assert [warning["name"] for warning in progress.warnings] == names
 
 
 def test_low_entropy_of_a_solved_task_is_what_is_wanted():

@@ -48,6 +48,15 @@ def test_a_trace_that_fails_is_given_up(tmp_path, monkeypatch, fails):
     assert line == f"warning: can't write a trace to {tmp_path / 'profile'}: no room for it; the run continues without it"
 
 
+def test_a_run_that_continues_behind_the_steps_says_so(tmp_path):
+    said: list[str] = []
+    Trace(tmp_path, (2, 4), said.append).resume(3)
+    Trace(tmp_path, None, said.append).resume(3)
+    assert said == []
+    Trace(tmp_path, (2, 4), said.append).resume(4)
+    assert said == ["warning: nothing is traced: the run continues after step 4, and --profile_steps ends at 4"]
+
+
 def test_a_folder_that_cannot_be_made_is_no_end_of_a_run(tmp_path):
     said: list[str] = []
     (tmp_path / "profile").write_text("")

@@ -69,6 +69,7 @@ class Journal:
         """Say from where the run continues."""
         steps, phase = sum(phase.steps for phase in self.run.phases), self.run.phases[found.host["phase"]]
         self.log.say(f"going on from step {found.step} of {steps}, in phase {phase.name}; read in {found.read_s:.1f} s")
+        self.trace.resume(found.step)
         if differ := resume.changed_versions(found, self.run.provenance):
             self.log.say(f"warning: the checkpoint was made with {'; '.join(differ)}; what follows may differ in rounding")
 
@@ -267,6 +268,8 @@ class Journal:
 
     def warn(self, step: int, phase: str, values: dict[str, float]) -> None:
         """Give the warnings that a line of metrics is a reason for."""
+        if self.phase is not None and not self.phase.objective.needs_group:  # equal rewards in a group are no loss to it
+            values = {name: value for name, value in values.items() if name != "rollout/informative_groups"}
         for warning in self.alarms.hear(step, phase, values):
             self.progress.warnings.append(warning._asdict())
             self.log.say(f"warning: step {step}: {warning.text}")

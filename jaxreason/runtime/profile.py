@@ -40,6 +40,13 @@ class Trace:
         self.folder, self.steps, self.say, self.open = folder, steps, say, False
         self.region: jax.profiler.TraceAnnotation | None = None
 
+    def resume(self, step: int) -> None:
+        """Warn if the run continues from a step behind those to trace."""
+        if self.steps is not None and step >= self.steps[1]:
+            self.say(
+                f"warning: nothing is traced: the run continues after step {step}, and --profile_steps ends at {self.steps[1]}"
+            )
+
     def begin_step(self, step: int) -> None:
         if self.steps is not None and not self.open and self.steps[0] <= step <= self.steps[1]:
             # JAX converts a trace for Perfetto only where it is alone in its folder.
