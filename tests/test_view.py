@@ -241,6 +241,10 @@ def test_filters_keys_and_deep_links(driver, tmp_path):
     opened(driver, tmp_path, RECORDS, "#" + link.partition("#")[2])
     assert count(driver) == "1 of 48 rollouts"
     assert "problem 3" in driver.find_element("id", "detail").text
+    shown = driver.find_element("css selector", ".attempt.selected").text
+    opened(driver, tmp_path, RECORDS[4:], "#" + link.partition("#")[2])  # a page with fewer rollouts of the run
+    assert driver.find_element("css selector", ".attempt.selected").text == shown
+    opened(driver, tmp_path, RECORDS, "#" + link.partition("#")[2])
     driver.find_element("id", "clear").click()
     assert count(driver) == "48 of 48 rollouts"
     body = driver.find_element("tag name", "body")

@@ -10,6 +10,8 @@ const mode = t => t === 0 ? "greedy" : "T=" + t;
 const seriesOf = row => (text(row, "suite") ?? "training") + ", " + mode(number(row, "temperature"))
   + (number(row, "thinking_tokens") == null ? "" : ", " + number(row, "thinking_tokens") + " thinking tokens");
 const groupOf = row => [number(row, "step"), text(row, "phase"), seriesOf(row), number(row, "problem")].join("|");
+// In an address: positions differ between pages of one run, made with other limits.
+const keyOf = i => groupOf(rows[i]) + "|" + number(rows[i], "attempt");
 const groups = new Map(), byQuestion = new Map();
 rows.forEach((row, i) => {
   const key = groupOf(row), question = row[textAt.question];
@@ -237,7 +239,8 @@ function remember() {
   const kept = new URLSearchParams();
   for (const id of FIELDS) if ($(id).value !== "" && (state.view === "changes" || !["series", "before", "after", "change"].includes(id))) kept.set(id, $(id).value);
   for (const name of ["view", "colour"]) if (state[name] !== {view: "rollouts", colour: "none"}[name]) kept.set(name, state[name]);
-  for (const name of ["selected", "follow"]) if (state[name] != null) kept.set(name, state[name]);
+  if (state.selected != null) kept.set("selected", keyOf(state.selected));
+  if (state.follow != null) kept.set("follow", keyOf(byQuestion.get(state.follow)[0]));
   history.replaceState(null, "", "#" + kept);
 }
 
@@ -252,9 +255,10 @@ function restore() {
   steps(kept.get("series"));
   for (const id of FIELDS) if (!["series", "before", "after"].includes(id)) set(id, kept.get(id) ?? "");
   for (const id of ["before", "after"]) if (kept.has(id)) set(id, kept.get(id));
-  const index = name => /^\d+$/.test(kept.get(name) ?? "") ? Number(kept.get(name)) : null;
+  const index = name => kept.has(name) ? rows.findIndex((row, i) => keyOf(i) === kept.get(name)) : -1;
+  const selected = index("selected"), followed = index("follow");
   state = {view: kept.get("view") === "changes" ? "changes" : "rollouts", colour: COLOURS.includes(kept.get("colour")) ? kept.get("colour") : "none",
-    selected: index("selected") < rows.length ? index("selected") : null, follow: byQuestion.has(index("follow")) ? index("follow") : null};
+    selected: selected < 0 ? null : selected, follow: followed < 0 ? null : rows[followed][textAt.question]};
   redraw();
   restoring = false;
 }
