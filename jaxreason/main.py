@@ -222,6 +222,7 @@ def train_to_the_end(opened, stop_after: str | None = None) -> bool:
     from jaxreason.model.weights import BadWeights
     from jaxreason.runtime.files import Unwritable
     from jaxreason.runtime.processes import writes
+    from jaxreason.runtime.trackers import NoTracker
     from jaxreason.train import Diverged, Interrupted, NotResumable, Stopped, train
 
     run, folder, checkpoints, stop, check_stays = opened
@@ -239,7 +240,7 @@ def train_to_the_end(opened, stop_after: str | None = None) -> bool:
         return False
     except (Diverged, NotResumable, BadWeights) as error:
         fail(error)
-    except (Unwritable, VerifierFailed, folders.Moved) as error:
+    except (Unwritable, VerifierFailed, NoTracker, folders.Moved) as error:
         if jax.process_count() > 1:  # the other processes would wait forever: `processes.end` ends them too
             raise
         fail(error)

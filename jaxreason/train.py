@@ -108,7 +108,7 @@ def train(
       Diverged: gradients were not finite for too long.
       NotResumable: the checkpoints do not fit the run, or none of them is complete.
       VerifierFailed: a verifier fails all the time; see `verifier_error.txt`.
-      Unwritable: a file or the last checkpoint can't be written.
+      Unwritable, NoTracker: a file or the last checkpoint can't be written; no tracker.
     """
     workdir, steps = Path(workdir), sum(phase.steps for phase in run.phases)
     with told_how_to_continue(workdir, checkpoints, check_stays):

@@ -4,6 +4,7 @@ page of a run's rollouts, or of an evaluation's: one file that needs no network.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ def main(argv) -> None:
     try:
         if len(argv) != 2:
             raise ValueError(f"got {len(argv) - 1} folders; needed: python -m jaxreason.view RUN")
+        if not math.isfinite(MAX_MB.value):
+            raise ValueError(f"--max_mb got {MAX_MB.value}; allowed: a finite number of at least 0.001")
         folder = Path(os.path.expanduser(argv[1]))
         html, notes = make_view(folder, int(MAX_MB.value * 1e6))
         out = folder / "view.html" if OUT.value is None else Path(os.path.expanduser(OUT.value))

@@ -1,11 +1,13 @@
 """Warnings about runs that may not learn: each fires once, and not on a healthy run."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from runs import load_config, read_lines, run_config
 
 from jaxreason.runtime.alarms import FEWEST, IN_A_ROW, Alarms, conditions
+from jaxreason.runtime.journal import Journal
 
 HEALTHY = {
     "train/entropy": 0.3,
@@ -40,6 +42,36 @@ def test_a_condition_that_holds_is_told_once(name, changed):
     assert heard([HEALTHY, *[bad] * (IN_A_ROW - 1), HEALTHY, *[bad] * (IN_A_ROW - 1)]) == []  # never so often in a row
     assert heard([HEALTHY, *[bad] * 30, HEALTHY, *[bad] * 30]) == [(IN_A_ROW, name)]
     assert heard([bad] * 30, given=[name]) == []  # a run that goes on has had it
+
+
+def test_lines_of_evaluations_do_not_end_a_row():
+    bad, evaluation = HEALTHY | {"train/entropy": 0.001}, {"eval/chain/greedy/accuracy": 0.5, "cost/flops": 1.0}
+    assert heard([bad, bad, evaluation] * IN_A_ROW) == [(IN_A_ROW // 2 * 3, "entropy")]
+
+
+def test_numbers_that_are_not_finite_neither_hide_a_spike_nor_raise_the_reward():
+    nan = HEALTHY | {"train/grad_norm": float("nan"), "rollout/reward": float("nan")}
+    spike = HEALTHY | {"train/grad_norm": 3.1}
+    assert heard([*[HEALTHY, nan] * FEWEST, spike]) == [(2 * FEWEST, "gradient")]
+    accuracy = {"eval/chain/greedy/accuracy": 0.5}
+    assert heard([accuracy, *[HEALTHY] * 20, nan, accuracy]) == []
+
+
+def test_held_out_accuracy_that_can_hardly_rise_is_no_reason_for_a_warning():
+    rising = [HEALTHY | {"rollout/reward": 0.5 + i / 100} for i in range(40)]
+    for accuracy, found in ((0.5, ["reward"]), (0.995, [])):
+        evaluation = {"eval/chain/greedy/accuracy": accuracy}
+        assert [name for _, name in heard([evaluation, *rising, evaluation])] == found
+
+
+@pytest.mark.parametrize(("needs_group", "names"), [(True, ["groups"]), (False, [])])
+def test_groups_matter_to_objectives_that_compare_their_attempts(needs_group, names):
+    phase = SimpleNamespace(objective=SimpleNamespace(needs_group=needs_group))
+    progress, log = SimpleNamespace(warnings=[]), SimpleNamespace(say=lambda line: None)
+    journal = SimpleNamespace(phase=phase, alarms=Alarms(set()), progress=progress, log=log)
+    for step in range(IN_A_ROW):
+        Journal.warn(journal, step, "rl", HEALTHY | {"rollout/informative_groups": 0.0})
+    assert [warning["name"] for warning in progress.warnings] == names
 
 
 def test_low_entropy_of_a_solved_task_is_what_is_wanted():

@@ -13,10 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
+from runs import load_config
 
 from jaxreason import metrics
-from jaxreason.runtime import files, terminal
+from jaxreason.build import build
+from jaxreason.runtime import checkpoint, files, terminal
 from jaxreason.runtime import log as run_log
+from jaxreason.runtime.trackers import NoTracker
+from jaxreason.train import train
 from jaxreason.types import Evaluation, Rollout, Task, Verdict
 
 
@@ -401,7 +405,9 @@ def test_a_hosted_tracker_gets_metrics_histograms_and_texts(tmp_path, monkeypatc
     options = {"total_steps": 2, "live": False, "tensorboard": False, library: {"project": "mine"}}
     with run_log.open_log(tmp_path, **options) as log:
         log.write(1, "rl", {"train/loss": 0.5, "train/bad": math.nan})
-        log.write_more(1, histograms={"rollout/lengths": [3, 4]}, texts={"eval/x": "# no heading\x1b[31m"})
+        log.write_more(
+            1, histograms={"rollout/lengths": [3, math.nan, 4], "none": [math.inf]}, texts={"eval/x": "# no heading\x1b[31m"}
+        )
     assert fake.options["project"] == "mine"
     assert fake.logged[0] == (1, {"train/loss": 0.5})
     assert fake.logged[1] == (1, {"rollout/lengths": ("histogram", [3.0, 4.0])})
@@ -420,6 +426,31 @@ def test_a_tracker_that_fails_is_given_up_and_the_run_goes_on(tmp_path, monkeypa
     assert line.startswith("warning: can't write to trackio: no network at all; ")
     assert [step for step, _ in fake.logged] == [1]
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_histograms_are_of_the_rollouts_of_their_step(tmp_path, monkeypatch):
+    fake = Fake()
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    config = load_config("tiny", "smoke", **{"phases": ("rl",), "rl.steps": 3, "rl.log_every": 1})
+    config.evaluate.suites = {}
+    with config.unlocked():
+        config.log.rollouts_kept = 10**6
+    checkpoints = checkpoint.open_checkpoints(tmp_path / "checkpoints", **config.checkpoint.to_dict())
+    train(build(config), tmp_path, checkpoints, log_options={"live": False, "trackio": {}})
+    checkpoints.close()
+    written = {step: [] for step in (1, 2, 3)}
+    for record in lines(tmp_path / "rollouts.jsonl"):
+        written[record["step"]].append(float(record["length"]))
+    found = {step: values["rollout/lengths"][1] for step, values in fake.logged if "rollout/lengths" in values}
+    assert found == written
+
+
+def test_a_tracker_that_cannot_begin_is_one_line(tmp_path, monkeypatch):
+    fake = Fake()
+    fake.init = lambda **options: fake.log({}, fake.fails_at)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(NoTracker, match=r"^wandb can't begin a run: no network at all; .* config\.log\.wandb$"):
+        run_log.open_log(tmp_path, total_steps=1, live=False, wandb={})
 
 
 def test_tensorboard_gets_histograms_and_texts_as_text(tmp_path):

@@ -104,6 +104,39 @@ def test_a_large_file_is_cut_in_whole_groups_and_says_so(most):
     assert choose(records, LARGE) == (records, "")
 
 
+def test_a_small_page_has_problems_of_the_last_step_and_of_both_evaluations():
+    records = [rollout(0, problem, suite="chain") for problem in range(100)]
+    records += [rollout(step, problem, attempt) for step in range(1, 11) for problem in range(100) for attempt in range(4)]
+    records += [rollout(10, problem, suite="chain") for problem in range(100)]
+    kept, _ = choose(records, 12_000)
+    assert {(r["step"], r.get("suite")) for r in kept} == {(0, "chain"), (10, None), (10, "chain")}
+    assert [records.index(r) for r in kept] == sorted(records.index(r) for r in kept)
+
+
+def test_the_size_counts_what_the_page_escapes(tmp_path):
+    records = [rollout(step, 0, text="<" * 5000) for step in range(20)]
+    html, notes = make_view(write(tmp_path / "run", records), 200_000)
+    assert len(re.search(r'id="data">(.*?)</script>', html, re.S)[1]) < 200_000
+    assert "left out" in notes[0]
+
+
+def test_lists_and_whole_last_lines_are_read(tmp_path):
+    deep = json.dumps(rollout(1, 0))[:-1] + ', "more": ' + "[" * 900 + "]" * 900 + "}\n"
+    odd = rollout(1, 1, answer={"a": [1]}, pieces=[["a"]], logp=[0.0], author="m")
+    folder = write(tmp_path / "run", [odd], end=deep + json.dumps(rollout(2, 0)))
+    html, notes = make_view(folder, LARGE)
+    assert notes == []
+    assert [row[0] for row in data_of(html)["rows"]] == [1, 1, 2]
+    assert data_of(html)["rows"][0][-1] is None
+
+
+def test_a_size_that_is_no_number_is_one_line(tmp_path):
+    write(tmp_path, [rollout(1, 0)])
+    command = [sys.executable, "-m", "jaxreason.view", str(tmp_path), "--max_mb=inf"]
+    got = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert got.stderr == "error: --max_mb got inf; allowed: a finite number of at least 0.001\n"
+
+
 def test_hostile_texts_are_data(tmp_path):
     html, _ = make_view(write(tmp_path / "<b>run", [rollout(1, 0, question=HOSTILE, text=HOSTILE, reason=HOSTILE)]), LARGE)
     assert html.count("<script") == 2
@@ -208,6 +241,10 @@ def test_filters_keys_and_deep_links(driver, tmp_path):
     opened(driver, tmp_path, RECORDS, "#" + link.partition("#")[2])
     assert count(driver) == "1 of 48 rollouts"
     assert "problem 3" in driver.find_element("id", "detail").text
+    shown = driver.find_element("css selector", ".attempt.selected").text
+    opened(driver, tmp_path, RECORDS[4:], "#" + link.partition("#")[2])  # a page with fewer rollouts of the run
+    assert driver.find_element("css selector", ".attempt.selected").text == shown
+    opened(driver, tmp_path, RECORDS, "#" + link.partition("#")[2])
     driver.find_element("id", "clear").click()
     assert count(driver) == "48 of 48 rollouts"
     body = driver.find_element("tag name", "body")
@@ -220,7 +257,24 @@ def test_filters_keys_and_deep_links(driver, tmp_path):
     assert driver.switch_to.active_element.get_attribute("id") == "search"
     opened(driver, tmp_path, RECORDS, "#selected=999999&follow=x&colour=evil&view=%3Cscript%3E")
     assert count(driver) == "48 of 48 rollouts"
+    opened(driver, tmp_path, RECORDS, "#view=changes&series=evil&before=77&after=x&change=evil&suite=evil&sort=evil")
+    assert "2 learned, 0 lost" in count(driver)
+    assert all(driver.execute_script("return [...document.querySelectorAll('select')].map(s => s.selectedIndex >= 0)"))
     assert [line for line in driver.get_log("browser") if line["level"] == "SEVERE"] == []
+
+
+@pytest.mark.slow
+@in_browser
+def test_the_keyboard_alone_is_enough(driver, tmp_path):
+    opened(driver, tmp_path, RECORDS)
+    driver.find_element("tag name", "body").send_keys("j")
+    row = driver.find_element("id", driver.find_element("id", "list").get_attribute("aria-activedescendant"))
+    assert row.get_attribute("aria-selected") == "true"
+    assert row.get_attribute("aria-setsize") == "48"
+    driver.find_element("id", "colour").send_keys("l")
+    assert driver.switch_to.active_element.get_attribute("id") == "colour"  # though the panel was drawn again
+    driver.find_element("id", "follow").send_keys("\n")
+    assert driver.switch_to.active_element.get_attribute("id") == "follow"
 
 
 @pytest.mark.slow

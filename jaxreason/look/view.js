@@ -10,6 +10,8 @@ const mode = t => t === 0 ? "greedy" : "T=" + t;
 const seriesOf = row => (text(row, "suite") ?? "training") + ", " + mode(number(row, "temperature"))
   + (number(row, "thinking_tokens") == null ? "" : ", " + number(row, "thinking_tokens") + " thinking tokens");
 const groupOf = row => [number(row, "step"), text(row, "phase"), seriesOf(row), number(row, "problem")].join("|");
+// In an address: positions differ between pages of one run, made with other limits.
+const keyOf = i => groupOf(rows[i]) + "|" + number(rows[i], "attempt");
 const groups = new Map(), byQuestion = new Map();
 rows.forEach((row, i) => {
   const key = groupOf(row), question = row[textAt.question];
@@ -53,7 +55,7 @@ function filtered() {
     kept.push(i);
   }
   const by = {length: i => -number(rows[i], "length"), reward: i => -number(rows[i], "reward"),
-    logp: i => number(rows[i], "logp_sum") / Math.max(1, number(rows[i], "length"))}[value.sort];
+    logp: i => (number(rows[i], "logp_sum") ?? -1e300) / Math.max(1, number(rows[i], "length"))}[value.sort];  // null: not finite
   return by ? kept.sort((a, b) => by(a) - by(b)) : kept;
 }
 
@@ -84,11 +86,13 @@ function redraw() {
   $("tab-rollouts").setAttribute("aria-pressed", rollouts);
   $("tab-changes").setAttribute("aria-pressed", !rollouts);
   $("changes").hidden = rollouts;
+  $("filters").hidden = !rollouts;
   found = rollouts ? filtered().map(i => ({row: i})) : changes();
   const learned = found.filter(f => f.kind === "learned").length, lost = found.filter(f => f.kind === "lost").length;
   $("count").textContent = rollouts
     ? `${found.length.toLocaleString()} of ${rows.length.toLocaleString()} rollouts`
       + (state.follow == null ? "" : "; following one problem over the run")
+    : $("before").value === $("after").value ? "learned and lost need two evaluations of a suite: choose two steps"
     : `${found.length.toLocaleString()} problems in both evaluations shown: ${learned} learned, ${lost} lost`;
   $("last-column").textContent = rollouts ? "tokens" : "correct";
   $("space").style.height = found.length * HEIGHT + "px";
@@ -107,7 +111,7 @@ function draw() {
       : `${number(row, "step")} · ${text(row, "suite") ?? text(row, "phase")} · ${number(row, "problem")}.${number(row, "attempt")}`;
     const mark = entry.then ? {learned: "+", lost: "−", "": "="}[entry.kind] : right ? "✓" : "✗";
     const good = entry.then ? entry.kind === "learned" : right;
-    return element("div", {class: "row", role: "option", id: "row-" + (first + k), "aria-selected": String(state.selected === entry.row),
+    return element("div", {class: "row", role: "option", id: "row-" + (first + k), "aria-posinset": first + k + 1, "aria-setsize": found.length, "aria-selected": String(state.selected === entry.row),
       onclick: () => select(entry.row)},
       element("span", {class: "mark " + (good ? "right" : "wrong"), "aria-label": entry.then ? entry.kind || "same" : right ? "correct" : "wrong"}, mark),
       element("span", {class: "where"}, visible(where)),
@@ -115,6 +119,9 @@ function draw() {
       element("span", {class: "facts"}, entry.then ? `${entry.then.right}/${entry.then.count} → ${entry.now.right}/${entry.now.count}`
         : String(number(row, "length"))));
   }));
+  const active = found.findIndex(f => f.row === state.selected);
+  if (active >= first && active < last) $("list").setAttribute("aria-activedescendant", "row-" + active);
+  else $("list").removeAttribute("aria-activedescendant");
 }
 
 function select(i) { state.selected = i; draw(); detail(); remember(); }
@@ -129,7 +136,7 @@ function move(by) {
 
 function colourOf(row, kind, token) {
   if (kind === "log-prob") {
-    const depth = Math.min(1, -(token.logp ?? 0) / 4);
+    const depth = Math.min(1, -(token.logp ?? -4) / 4);  // null: not finite
     return `color-mix(in srgb, #D55E00 ${Math.round(depth * 70)}%, transparent)`;
   }
   return token.author === "m" ? "transparent" : "color-mix(in srgb, #0072B2 35%, transparent)";
@@ -192,7 +199,7 @@ function timeline(question) {
 }
 
 function detail() {
-  const row = rows[state.selected];
+  const row = rows[state.selected], focused = $("detail").contains(document.activeElement) ? document.activeElement.id : "";
   if (!row) {
     $("detail").replaceChildren(element("p", {class: "facts"}, "Select a rollout: click, or press j."));
     return;
@@ -216,6 +223,7 @@ function detail() {
     other ? attempts(groups.get(groupOf(rows[other.first]))) : null,
     timeline(row[textAt.question]),
   ].filter(child => child != null));
+  if (focused) $(focused)?.focus();  // what had the keyboard's focus was made again
 }
 
 function follow() {
@@ -231,19 +239,26 @@ function remember() {
   const kept = new URLSearchParams();
   for (const id of FIELDS) if ($(id).value !== "" && (state.view === "changes" || !["series", "before", "after", "change"].includes(id))) kept.set(id, $(id).value);
   for (const name of ["view", "colour"]) if (state[name] !== {view: "rollouts", colour: "none"}[name]) kept.set(name, state[name]);
-  for (const name of ["selected", "follow"]) if (state[name] != null) kept.set(name, state[name]);
+  if (state.selected != null) kept.set("selected", keyOf(state.selected));
+  if (state.follow != null) kept.set("follow", keyOf(byQuestion.get(state.follow)[0]));
   history.replaceState(null, "", "#" + kept);
+}
+
+function set(id, value) {
+  if ($(id).tagName !== "SELECT" || [...$(id).options].some(o => o.value === value)) $(id).value = value;
+  else if ([...$(id).options].some(o => o.value === "")) $(id).value = "";
 }
 
 function restore() {
   restoring = true;
   const kept = new URLSearchParams(location.hash.slice(1));
   steps(kept.get("series"));
-  for (const id of FIELDS) if (!["series", "before", "after"].includes(id)) $(id).value = kept.get(id) ?? "";
-  for (const id of ["before", "after"]) if (kept.has(id)) $(id).value = kept.get(id);
-  const index = name => /^\d+$/.test(kept.get(name) ?? "") ? Number(kept.get(name)) : null;
+  for (const id of FIELDS) if (!["series", "before", "after"].includes(id)) set(id, kept.get(id) ?? "");
+  for (const id of ["before", "after"]) if (kept.has(id)) set(id, kept.get(id));
+  const index = name => kept.has(name) ? rows.findIndex((row, i) => keyOf(i) === kept.get(name)) : -1;
+  const selected = index("selected"), followed = index("follow");
   state = {view: kept.get("view") === "changes" ? "changes" : "rollouts", colour: COLOURS.includes(kept.get("colour")) ? kept.get("colour") : "none",
-    selected: index("selected") < rows.length ? index("selected") : null, follow: byQuestion.has(index("follow")) ? index("follow") : null};
+    selected: selected < 0 ? null : selected, follow: followed < 0 ? null : rows[followed][textAt.question]};
   redraw();
   restoring = false;
 }
@@ -271,7 +286,7 @@ document.addEventListener("keydown", event => {
   if (event.key === "Escape") { document.activeElement.blur(); return; }
   if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT|TEXTAREA)$/.test(document.activeElement.tagName)) return;
   const key = {j: () => move(1), k: () => move(-1), ArrowDown: () => move(1), ArrowUp: () => move(-1), f: follow, "?": help,
-    "/": () => $("search").focus(), c: () => { state.colour = COLOURS[(COLOURS.indexOf(state.colour) + 1) % COLOURS.length]; detail(); remember(); }}[event.key];
+    "/": () => { if (state.view !== "rollouts") { state.view = "rollouts"; redraw(); } $("search").focus(); }, c: () => { state.colour = COLOURS[(COLOURS.indexOf(state.colour) + 1) % COLOURS.length]; detail(); remember(); }}[event.key];
   if (key) { event.preventDefault(); key(); }
 });
 restore();

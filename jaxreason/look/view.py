@@ -8,6 +8,7 @@ inserted as texts.
 
 from __future__ import annotations
 
+import collections
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from jaxreason.runtime.files import plain_json
 NUMBERS = ("step", "problem", "attempt", "reward", "length", "logp_sum", "temperature", "thinking_tokens")
 STRINGS = ("phase", "suite", "question", "prompt", "answer", "text", "parsed", "reason", "stop")
 TOKENS = ("pieces", "logp", "author")
+FIELDS = (*NUMBERS, *STRINGS, "correct", *TOKENS)
 
 
 class Read(NamedTuple):
@@ -49,6 +51,7 @@ def read_rollouts(folder: Path) -> Read:
             whole = line.endswith("\n")
             if record is not None:
                 records.append(record)
+                whole = True
             elif whole:
                 unread += 1
     if not records:
@@ -59,9 +62,10 @@ def read_rollouts(folder: Path) -> Read:
 
 
 def record_of(line: str) -> dict[str, Any] | None:
-    """Parse a line; None for anything but a rollout."""
+    """Parse a line, keeping what the page shows; None for anything but a rollout."""
     try:
-        record = json.loads(line)
+        found = json.loads(line)
+        record = {name: flat(name, found[name]) for name in FIELDS if name in found} if isinstance(found, dict) else None
     except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or not all(isinstance(record.get(name), int) for name in ("step", "problem", "attempt")):
@@ -69,6 +73,15 @@ def record_of(line: str) -> dict[str, Any] | None:
     if not all(isinstance(record.get(name), str) for name in ("text", "question")):
         return None
     return record
+
+
+def flat(name: str, value: Any) -> Any:
+    """Return a field without lists or dictionaries in it, except the list of a token's
+    field: a deep one can be read but not written.
+    """
+    if isinstance(value, list) and name in TOKENS:
+        return value if not any(isinstance(item, list | dict) for item in value) else None
+    return str(value) if isinstance(value, list | dict) else value
 
 
 def group_of(record: Mapping[str, Any]) -> tuple:
@@ -83,31 +96,54 @@ def choose(records: Sequence[dict[str, Any]], most_bytes: int) -> tuple[list[dic
     First come the first and the last evaluation, then every n-th step with as small an
     n as fits, the last step among them.
     """
-    size = {id(record): len(json.dumps(plain_json(record))) for record in records}
+    size = {id(record): bytes_of(record) for record in records}
     if sum(size.values()) <= most_bytes:
         return list(records), ""
-    evaluated = sorted({r["step"] for r in records if r.get("suite")})
-    always = {("evaluation", step) for step in (evaluated[:1] + evaluated[-1:])}
-    steps = sorted({r["step"] for r in records}, reverse=True)
-
-    def kept(every: int) -> list[dict[str, Any]]:
-        chosen = set(steps[::every])
-        return [r for r in records if r["step"] in chosen or (r.get("suite") and ("evaluation", r["step"]) in always)]
-
+    at_step: collections.Counter[int] = collections.Counter()
+    evaluated: collections.Counter[int] = collections.Counter()
+    for record in records:
+        at_step[record["step"]] += size[id(record)]
+        evaluated[record["step"]] += size[id(record)] if record.get("suite") else 0
+    steps = sorted(at_step, reverse=True)
+    ends = [step for step in steps if evaluated[step]]
+    always = {*ends[:1], *ends[-1:]}
     for every in range(2, len(steps) + 1):
-        found = kept(every)
-        if sum(size[id(r)] for r in found) <= most_bytes:
-            return found, left_out(len(records), found, f"every {every}. step, and the first and last evaluation")
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for record in kept(len(steps)):
+        chosen = set(steps[::every])
+        if sum(at_step[step] for step in chosen) + sum(evaluated[step] for step in always - chosen) <= most_bytes:
+            found = [r for r in records if r["step"] in chosen or (r.get("suite") and r["step"] in always)]
+            return found, left_out(len(records), found, f"one step in {every}, and the first and last evaluation")
+    some = [r for r in records if r["step"] == steps[0] or (r.get("suite") and r["step"] in always)]
+    fit = first_groups(some, size, most_bytes)
+    found = [r for r in some if id(r) in fit]
+    return found, left_out(len(records), found, "the first problems of the last step and of two evaluations, as far as they fit")
+
+
+def bytes_of(record: Mapping[str, Any]) -> int:
+    """Return the size of a record in a page at most: "<" is an escape there."""
+    text = json.dumps(plain_json(record))
+    return len(text) + 5 * text.count("<")
+
+
+def first_groups(records: Sequence[Mapping[str, Any]], size: Mapping[int, int], most_bytes: int) -> set[int]:
+    """Return the ids of the records of the first groups that fit, and of one at least,
+    taken in turn from the last step and each evaluation.
+    """
+    groups: dict[tuple, list[Mapping[str, Any]]] = {}
+    for record in records:
         groups.setdefault(group_of(record), []).append(record)
-    found, used = [], 0
-    for group in groups.values():
+    earlier: collections.Counter[tuple] = collections.Counter()  # groups of the same step and suite
+    turns = []
+    for key, group in groups.items():
+        turns.append((earlier[key[:-1]], -group[0]["step"], group))
+        earlier[key[:-1]] += 1
+    found: set[int] = set()
+    used = 0
+    for _, _, group in sorted(turns, key=lambda turn: turn[:2]):
         used += sum(size[id(r)] for r in group)
         if found and used > most_bytes:
             break
-        found += group
-    return found, left_out(len(records), found, "the first problems of the last step and of two evaluations")
+        found |= {id(r) for r in group}
+    return found
 
 
 def left_out(count: int, kept: Sequence, what: str) -> str:
@@ -146,5 +182,5 @@ def make_view(folder: Path, most_bytes: int) -> tuple[str, list[str]]:
     title = f"Rollouts of {folder.resolve().name}"
     said = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
     markup, style, script = ((Path(__file__).parent / f"view.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
-    body = markup.replace("{title}", escape(title)).replace("{notes}", said)
+    body = markup.replace("{notes}", said).replace("{title}", escape(title), 1)
     return page(title, body, style=style, script=script, data=compact(records)), notes

@@ -7,6 +7,7 @@ behind each; they were checked on runs of configs/tiny.py that learned.
 from __future__ import annotations
 
 import collections
+import math
 import statistics
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from jaxreason.runtime.terminal import STABLE_KL
 
 IN_A_ROW = 5  # lines for which a condition must hold: one batch may be unlucky
 LEAST_ENTROPY = 0.02  # nats per token; below it nearly all attempts at a problem are one text
-SOLVED = 0.9  # correct attempts, from which low entropy is what is wanted
+SOLVED = 0.9  # correct attempts, from which low entropy is what is wanted, and accuracy has little left to gain
 MOST_CUT = 0.5  # of the attempts: above it most of the learning signal is about length
 MOST_FAILED = 0.01  # of the verdicts: a verifier that fails more often distorts the reward
 SPIKE, WINDOW, FEWEST = 10.0, 50, 10  # times the median norm of the last WINDOW lines, of FEWEST at least
@@ -56,6 +57,8 @@ class Alarms:
 
     def of_conditions(self, values: Mapping[str, float]) -> list[tuple[str, str]]:
         found = []
+        if not any(name.startswith(("rollout/", "train/")) for name in values):
+            return found  # a line of an evaluation alone says nothing about the steps around it
         for name, (holds, text) in conditions(values).items():
             self.count[name] = self.count[name] + 1 if holds else 0
             if self.count[name] == (1 if name == "verifier" else IN_A_ROW):
@@ -67,7 +70,8 @@ class Alarms:
         if norm is None:
             return []
         usual = statistics.median(self.norms) if len(self.norms) >= FEWEST else 0.0
-        self.norms.append(norm)
+        if math.isfinite(norm):  # there is no median beside NaN
+            self.norms.append(norm)
         if not usual or not norm > SPIKE * usual:
             return []
         times = f"{norm / usual:.0f} times its median"
@@ -86,7 +90,7 @@ class Alarms:
             return []
         name, seen = next(iter(self.accuracies.items()))
         rise = statistics.fmean(self.rewards[-ENDS:]) - statistics.fmean(self.rewards[:ENDS])
-        if len(seen) < 2 or rise <= RISE or max(seen[1:]) - seen[0] > FLAT:
+        if len(seen) < 2 or seen[0] >= SOLVED or not rise > RISE or max(seen[1:]) - seen[0] > FLAT:
             return []
         return [
             (

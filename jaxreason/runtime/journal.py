@@ -52,7 +52,7 @@ class Journal:
     ):
         self.run, self.workdir, self.checkpoints, self.log, self.meter = run, workdir, checkpoints, log, meter
         self.peak: Peak | None = None  # peak rates of a device, if known
-        self.trace = Trace(workdir / FOLDER, run.profile_steps)
+        self.trace = Trace(workdir / FOLDER, run.profile_steps, log.say)
         self.alarms = Alarms({warning["name"] for warning in progress.warnings})
         self.source_told = meter.source  # of joules, when last told
         self.mismatch: dict[str, float] = {}  # disagreement of sampler and learner when last logged
@@ -61,6 +61,7 @@ class Journal:
         self.saved = checkpoints.latest()  # step of the newest checkpoint when last looked at
         self.failure: str | None = None  # message of the last failed save
         self.rollouts: list[Rollout] = []  # of the last evaluation, for `report`
+        self.trained: Sequence[Rollout] = ()  # of the last update: metrics are logged when the next batch is drawn
         self.verifier_warnings = 0  # shown so far
         self.phase = self.before = self.step = None  # current phase, steps of earlier phases, step in the phase
 
@@ -68,6 +69,7 @@ class Journal:
         """Say from where the run continues."""
         steps, phase = sum(phase.steps for phase in self.run.phases), self.run.phases[found.host["phase"]]
         self.log.say(f"going on from step {found.step} of {steps}, in phase {phase.name}; read in {found.read_s:.1f} s")
+        self.trace.resume(found.step)
         if differ := resume.changed_versions(found, self.run.provenance):
             self.log.say(f"warning: the checkpoint was made with {'; '.join(differ)}; what follows may differ in rounding")
 
@@ -125,7 +127,7 @@ class Journal:
         self.book_step(step_s, learn_s, draw_compile_s=compile_s - learn_compile_s, learn_compile_s=learn_compile_s)
         named = name_metrics(metrics, sampled=self.phase.source.samples)
         self.progress.waiting.append(named | self.drawn.metrics | times)
-        self.last_update = metrics
+        self.last_update, self.trained = metrics, self.drawn.rollouts
         self.check_stays()
         files.write_rollouts(
             self.workdir / "rollouts.jsonl",
@@ -154,8 +156,8 @@ class Journal:
         values["perf/tokens_per_s"] = values["train/tokens"] / values["time/step_s"]
         self.log.write(self.before + step, phase.name, values, phase_step=step, phase_steps=phase.steps)
         self.warn(self.before + step, phase.name, values)
-        if self.drawn.rollouts:  # of the last step
-            lengths, rewards = zip(*((len(r.tokens), r.verdict.reward) for r in self.drawn.rollouts), strict=True)
+        if self.trained:
+            lengths, rewards = zip(*((len(r.tokens), r.verdict.reward) for r in self.trained), strict=True)
             self.log.write_more(self.before + step, histograms={"rollout/lengths": lengths, "rollout/rewards": rewards})
         progress.waiting = []
         for learned in steps:
@@ -266,6 +268,8 @@ class Journal:
 
     def warn(self, step: int, phase: str, values: dict[str, float]) -> None:
         """Give the warnings that a line of metrics is a reason for."""
+        if self.phase is not None and not self.phase.objective.needs_group:  # equal rewards in a group are no loss to it
+            values = {name: value for name, value in values.items() if name != "rollout/informative_groups"}
         for warning in self.alarms.hear(step, phase, values):
             self.progress.warnings.append(warning._asdict())
             self.log.say(f"warning: step {step}: {warning.text}")
@@ -442,7 +446,8 @@ def open_journal(
     with log, contextlib.closing(energy.open_meter(run.watts)) as meter:
         journal = Journal(run, workdir, checkpoints, log, progress, check_stays, meter)
         journal.tell_sources()
-        yield journal
+        with contextlib.closing(journal.trace):
+            yield journal
 
 
 @contextlib.contextmanager

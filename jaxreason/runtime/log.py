@@ -93,8 +93,9 @@ class RunLog:
         self, step: int, *, histograms: Mapping[str, Sequence[float]] | None = None, texts: Mapping[str, str] | None = None
     ) -> None:
         """Give histograms of values, and texts, to the trackers."""
-        if histograms:
-            self._trackers.call("histograms", step, histograms)
+        if histograms:  # a library has no bins for NaN, and a tracker that raises is given up
+            finite = {name: [x for x in values if math.isfinite(x)] for name, values in histograms.items()}
+            self._trackers.call("histograms", step, {name: values for name, values in finite.items() if values})
         if texts:
             self._trackers.call("texts", step, texts)
 
@@ -194,7 +195,7 @@ def open_log(
     False, nothing is opened and every method does nothing.
 
     Raises:
-      ValueError: a tracker is requested but not installed.
+      NoTracker: a tracker is requested and is not installed, or can't begin a run.
       Unwritable: the folder can't be written. `RunLog.write` raises it too.
     """
     if not write:

@@ -18,6 +18,10 @@ from jaxreason.runtime.terminal import visible
 BINS = 30  # of a histogram
 
 
+class NoTracker(ValueError):
+    """A tracker that is asked for and can't be had."""
+
+
 class Tracker(Protocol):
     """One place that metrics go to."""
 
@@ -116,15 +120,20 @@ class Hosted:
         """Begin a run of `library`, wandb or trackio.
 
         Raises:
-          ValueError: it is not installed.
+          NoTracker: it is not installed, or can't begin a run.
         """
         try:
             self._library = __import__(library)
         except ImportError:
-            raise ValueError(
+            raise NoTracker(
                 f"logging to {library} is asked for but it is not installed; pip install 'jaxreason[{library}]'"
             ) from None
-        self.name, self._run = library, self._library.init(**options)
+        self.name = library
+        try:
+            self._run = self._library.init(**options)
+        except Exception as error:  # no key, no network, an option that it lacks: whatever the library raises
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise NoTracker(f"{library} can't begin a run: {why}; mend it, or leave out config.log.{library}") from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
