@@ -73,6 +73,8 @@ def open_checkpoint(
     else:
         config, _ = from_earlier(config)
         sections = {name: config[name] for name in ("model", "text", "sampler", "verifier")}
+        # The run may have had another number of devices; slots change the speed alone.
+        sections["sampler"] = sections["sampler"] | {"slots": fitting(sections["sampler"]["slots"], sharding.row_devices(placed))}
         with hub.noting(found.config.get("revisions")):
             described = read_model_and_text(sections["model"], sections["text"])
         warm_start.check(found, described.shape, described.shape)
@@ -129,9 +131,14 @@ def pretrained_sections(folder: Path, date: str | None, devices: int) -> dict[st
     return {
         "model": {"name": str(folder), "weights": "pretrained", "dtype": dtype, "param_dtype": dtype},
         "text": words,
-        "sampler": SAMPLER | {"slots": -(-SLOTS[jax.default_backend()] // devices) * devices},
+        "sampler": SAMPLER | {"slots": fitting(SLOTS[jax.default_backend()], devices)},
         "verifier": dict(VERIFIER),
     }
+
+
+def fitting(slots: int, devices: int) -> int:
+    """Return the lowest number from `slots` on that the devices share equally."""
+    return -(-slots // devices) * devices
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
