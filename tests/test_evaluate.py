@@ -7,12 +7,14 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from runs import ROOT, load_config, read_lines, run_config
 
 from jaxreason import estimators
+from jaxreason.build.checkpoint import fingerprint
 from jaxreason.build.suites import SUITES, read_suites, split_outside
 from jaxreason.evaluation import Outcome, curves, measure
 from jaxreason.look.comparison import compare, compare_folders, paired_interval, read_evaluations
@@ -175,6 +177,18 @@ def test_bad_input_is_one_line(trained, tmp_path, arguments, said):
     assert code == 1
     assert said in err.splitlines()[-1]
     assert "Traceback" not in err
+
+
+def test_a_pretrained_model_with_another_shape_or_tokenizer_is_another(tmp_path):
+    checkpoint = SimpleNamespace(folder=tmp_path, step=None)
+    seen = set()
+    for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        for text in ("{}", "[]"):
+            (tmp_path / name).write_text(text)
+            seen.add(fingerprint(checkpoint))
+    assert len(seen) == 10
+    (tmp_path / "README.md").write_text("words")
+    assert fingerprint(checkpoint) in seen
 
 
 # --- suites ---

@@ -141,14 +141,21 @@ def fitting(slots: int, devices: int) -> int:
     return -(-slots // devices) * devices
 
 
+OF_PRETRAINED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+
+
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Hash the files of the params, names and contents: 16 hexadecimal digits."""
+    """Hash the files of the params, names and contents: 16 hexadecimal digits.
+
+    Of a pretrained model also those of its shape, its tokenizer and the ends of its
+    turns.
+    """
     folder = checkpoint.folder
     if checkpoint.step is not None:
         folder = folder / "checkpoints" / str(checkpoint.step)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
     else:
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted(folder.glob("*.safetensors")) + [folder / name for name in OF_PRETRAINED if (folder / name).is_file()]
     made = hashlib.sha256()
     for path in files:
         made.update(str(path.relative_to(folder)).encode())
