@@ -22,6 +22,7 @@ import numpy as np
 
 from jaxreason import batching, build, learner, metrics, objectives, sharding, sources
 from jaxreason import optimizer as optimizers
+from jaxreason.draw import TEMPERATURES, is_temperature
 from jaxreason.environment import single_turn, verifier_failed
 from jaxreason.learner import name_metrics, new_state
 from jaxreason.model import Model, transformer
@@ -31,8 +32,6 @@ from jaxreason.rollout import Completer, Request, collect_groups
 from jaxreason.runtime import warm_start
 from jaxreason.text import Format, Tokenizer, check_vocabulary
 from jaxreason.types import Group, Task, TrainState, Verdict
-
-LOWEST_TEMPERATURE = 1e-4  # float32 log-probs overflow below it
 
 
 class Policy(NamedTuple):
@@ -177,8 +176,8 @@ def sample(
         raise ValueError(f"sample got prompts={prompts!r}, n={n}; allowed: a list of questions or tasks, and n of 1 or more")
     if not callable(verify):
         raise ValueError(f"sample got verify={verify!r}; allowed: a function, such as jr.verify.make('number')")
-    if not (temperature == 0 or temperature >= LOWEST_TEMPERATURE):
-        raise ValueError(f"sample got temperature={temperature}; allowed: 0 (greedy), or {LOWEST_TEMPERATURE:g} and more")
+    if not is_temperature(temperature):
+        raise ValueError(f"sample got temperature={temperature}; allowed: {TEMPERATURES}")
     tasks = [Task(prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
     ids = [policy.format.prompt(task) for task in tasks]
     wanted = [[Request(task, p, g, ids[p]) for g in range(n)] for p, task in enumerate(tasks)]

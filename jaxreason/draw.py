@@ -26,6 +26,14 @@ class Filter(NamedTuple):
 
 
 ALL = Filter()
+# Logits over a lower temperature are so large that subtracting the largest one, fused
+# with the division, leaves a rounding error above 0, whose exponential may overflow.
+LOWEST_TEMPERATURE = 1e-4
+TEMPERATURES = f"0 (greedy), or {LOWEST_TEMPERATURE:g} and more, finite"  # in messages
+
+
+def is_temperature(value: float) -> bool:
+    return value == 0 or LOWEST_TEMPERATURE <= value < float("inf")
 
 
 def uniforms(key_S, position_S):

@@ -110,16 +110,19 @@ def evaluate_checkpoint() -> None:
     words["verifier"] = None if FLAGS.verifier is None else {"name": FLAGS.verifier}
     words["date"] = (earlier or {}).get("date") or datetime.date.today().isoformat()  # a template may name the day
     opened = open_checkpoint(FLAGS.checkpoint, **words)
+    if FLAGS.end_of_thinking is not None and opened.parts.completer.thinking is None:
+        raise ValueError("--end_of_thinking without a budget of thinking; add --thinking_tokens")
     sections, settings = read_settings(opened)
     suites = load_suites(opened, sections, settings["n"])
     origin = {"path": str(opened.folder), "step": opened.step, "fingerprint": fingerprint(opened)}
     about = json.loads(json.dumps({"checkpoint": origin, "settings": settings, "seed": FLAGS.seed}, default=list))
+    tasks = {suite.name: digest_of(suite, settings["n"]) for suite in suites}
     folder = folder or default_folder(opened, about)
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.callback(workdir.lock(folder, say))
-        check_same(folder, about)
-        found = run(opened, suites, settings, folder, about | {"date": words["date"]})
+        check_same(folder, about, tasks)
+        found = run(opened, suites, settings, folder, about | {"date": words["date"], "tasks": tasks})
     print_results(found)
     say(f"written: {folder / 'evaluation.json'}, {folder / 'rollouts.jsonl'}")
 
@@ -140,12 +143,14 @@ def budgets() -> list[int]:
 
 
 def number(flag: str, word: str, type_: type) -> Any:
+    from jaxreason.draw import TEMPERATURES, is_temperature
+
     try:
         value = type_(word)
     except ValueError:
         value = None
-    if value is None or not (value > 0 if type_ is int else 0 <= value < float("inf")):
-        raise ValueError(f"--{flag} got {word!r}; allowed: {'whole numbers above 0' if type_ is int else 'numbers of 0 or more'}")
+    if value is None or not (value > 0 if type_ is int else is_temperature(value)):
+        raise ValueError(f"--{flag} got {word!r}; allowed: {'whole numbers above 0' if type_ is int else TEMPERATURES}")
     return value
 
 
@@ -167,7 +172,7 @@ def read_settings(opened) -> tuple[dict[str, dict], dict[str, Any]]:
         sections = {name: section | {"temperatures": None} for name, section in sections.items()}
     settings = {
         "suites": sections,
-        "temperatures": temperatures or list(own.get("temperatures", (0.0,))),
+        "temperatures": temperatures or list(own.get("temperatures", ())) or [0.0],
         "n": FLAGS.n or own.get("final_n") or own.get("n") or 200,
         "filter": {
             name: own.get(name, default) if FLAGS[name].value is None else FLAGS[name].value for name, default in FILTER.items()
@@ -199,18 +204,38 @@ def default_folder(opened, about: Mapping) -> Path:
     return Path("evaluations") / f"{name}-{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
-def check_same(folder: Path, about: Mapping) -> None:
-    """Raise ValueError if a folder holds another evaluation."""
+def digest_of(suite, n: int) -> str:
+    """Digest the tasks of a suite with their prompts: a file may change under its
+    path, and a template under its name.
+    """
+    from jaxreason.evaluation import requests
+
+    first = [group[0] for group in requests(suite, n, 0.0)]
+    return digest(*(f"{r.task.question}\0{r.task.answer}\0{' '.join(str(int(i)) for i in r.prompt)}" for r in first))
+
+
+def check_same(folder: Path, about: Mapping, tasks: Mapping[str, str]) -> None:
+    """Raise ValueError if a folder holds another evaluation.
+
+    `tasks` are the digests of the suites' tasks; earlier versions wrote none.
+    """
     from jaxreason.runtime import workdir
 
     there = workdir.json_object(folder / "evaluation.json")
     if there is None:
-        if (folder / "evaluation.json").exists() or (folder / "config.json").exists():
+        # Attempts are of unknown settings without their evaluation.json.
+        if any((folder / name).exists() for name in ("evaluation.json", "config.json", "rollouts.jsonl")):
             raise ValueError(f"{folder} holds something else; choose another --workdir")
         return
     differ = workdir.differences({k: there.get(k) for k in about}, dict(about))
     if differ:
         raise ValueError(f"{folder} holds another evaluation ({'; '.join(list(differ.values())[:3])}); choose another --workdir")
+    changed = [name for name, made in tasks.items() if (there.get("tasks") or tasks).get(name) != made]
+    if changed:
+        raise ValueError(
+            f"{folder} holds an evaluation of other tasks: those of {', '.join(changed)}, or their prompts, have changed since; "
+            "choose another --workdir"
+        )
 
 
 # --- attempts ---
@@ -297,7 +322,7 @@ def run(opened, suites: list, settings: dict, folder: Path, about: dict) -> dict
         for temperature in (settings["temperatures"] if suite.temperatures is None else suite.temperatures)
         for budget in settings["thinking_tokens"]
     ]
-    attempts = Attempts(folder / "rollouts.jsonl")
+    attempts, earlier = Attempts(folder / "rollouts.jsonl"), recovered_before(folder)
     about |= described()
     write_summary(folder / "evaluation.json", {"done": False} | about)
     weights = None
@@ -315,9 +340,21 @@ def run(opened, suites: list, settings: dict, folder: Path, about: dict) -> dict
         if FLAGS.recovery:
             weights = opened.parts.completer.sampler.prepare(opened.load()) if weights is None else weights
             evaluation["recovery"] = recover(opened, one, settings, attempts, weights)
+        elif tuple(one.fields.values()) in earlier:
+            evaluation["recovery"] = earlier[tuple(one.fields.values())]
     found = {"done": True} | about | {"evaluations": evaluations}
     write_summary(folder / "evaluation.json", found)
     return found
+
+
+def recovered_before(folder: Path) -> dict[tuple, dict]:
+    """Return the recovery that a finished evaluation measured, by series: the command
+    without --recovery keeps it.
+    """
+    from jaxreason.runtime.workdir import json_object
+
+    there = (json_object(folder / "evaluation.json") or {}).get("evaluations", ())
+    return {tuple(e[name] for name in KEYS[:3]): e["recovery"] for e in there if "recovery" in e}
 
 
 def described() -> dict[str, Any]:
@@ -382,7 +419,7 @@ def summarise(one: Series, settings: dict, attempts: Attempts, opened) -> dict[s
     found["measures"] |= behaviour.summarise(rollouts, one.suite.parser)
     found["thinking_tokens"] = one.thinking_tokens
     found["questions"] = [digest(group[0].task.question, group[0].task.answer) for group in wanted]
-    found["prompts"] = digest(*(opened.parts.tokenizer.decode([int(i) for i in group[0].prompt]) for group in wanted))
+    found["prompts"] = [digest(opened.parts.tokenizer.decode([int(i) for i in group[0].prompt])) for group in wanted]
     if found["samples"] > 1:
         found["curves"] = evaluation.curves(outcomes_NK, one.suite.same)
         share_N, right_N = evaluation.majorities(outcomes_NK, one.suite.same)

@@ -18,6 +18,7 @@ the question is of a suite. Commands:
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -82,9 +83,10 @@ class Talk:
         """
         if self.suite is None:
             raise ValueError("there is no suite; start with --suite=gsm8k, for example")
-        self.problem = self.problem + 1 if number is None else number
-        if not 0 <= self.problem < len(self.suite.tasks):
-            raise ValueError(f"no problem {self.problem}; {self.suite.name} has 0 to {len(self.suite.tasks) - 1}")
+        number = self.problem + 1 if number is None else number
+        if not 0 <= number < len(self.suite.tasks):
+            raise ValueError(f"no problem {number}; {self.suite.name} has 0 to {len(self.suite.tasks) - 1}")
+        self.problem = number
         task, prompt = self.suite.tasks[self.problem]
         tell(f"{self.suite.name}, problem {self.problem}: {task.question}")
         return self.sample(task, [int(i) for i in prompt], self.suite.environment, show)
@@ -215,6 +217,8 @@ def respond(talk: Talk, line: str) -> bool:
     Raises:
       ValueError: an unknown command or a wrong value.
     """
+    from jaxreason.draw import is_temperature
+
     word, _, value = line.partition(" ")
     if word == "/quit":
         return False
@@ -224,7 +228,7 @@ def respond(talk: Talk, line: str) -> bool:
         talk.messages.clear()
         print("the conversation is forgotten")
     elif word == "/temperature":
-        talk.temperature = read("temperature", value, float, lambda t: 0 <= t < float("inf"))
+        talk.temperature = read("temperature", value, float, is_temperature)
     elif word == "/samples":
         most = talk.parts.completer.sampler.slots
         talk.samples = read("samples", value, int, lambda n: 1 <= n <= most)
@@ -260,14 +264,19 @@ def open_talk() -> Talk:
     from jaxreason.build.checkpoint import open_checkpoint
     from jaxreason.build.evaluation import make_suite
     from jaxreason.build.suites import read_suites
+    from jaxreason.draw import TEMPERATURES, is_temperature
     from jaxreason.runtime import compiling
 
     if FLAGS.checkpoint is None:
         raise ValueError("no --checkpoint given; allowed: a run, a Hugging Face folder, a hub id or a named size")
+    if not is_temperature(FLAGS.temperature):  # nan passes the bound of the flag
+        raise ValueError(f"--temperature got {FLAGS.temperature}; allowed: {TEMPERATURES}")
     compiling.keep_compiled(None)
     sampler = {name: FLAGS[name].value for name in ("max_tokens", "max_prompt_tokens") if FLAGS[name].value is not None}
     sampler |= {"slots": max(4, FLAGS.samples), "chunk_tokens": CHUNK_TOKENS, "prompts_per_prefill": 1, "prompt_rows": 0}
     opened = open_checkpoint(FLAGS.checkpoint, step=FLAGS.step, sampler=sampler, mesh={"data": 1}, say=print)
+    if FLAGS.system and opened.parts.format.conversation is None:
+        raise ValueError(f"--system with {opened.folder}, whose prompt has no messages; allowed: with a chat model")
     own = opened.config.get("evaluate", {}).get("suites", {})
     sections = own if FLAGS.suite is None else read_suites(FLAGS.suite, own)
     suite = None
@@ -282,6 +291,8 @@ def open_talk() -> Talk:
 
 def lines(prompt: str):
     """Yield what the user writes, until the end of the input."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a pipe may hold any bytes
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (gives `input` a history)
     while True:
@@ -292,6 +303,8 @@ def lines(prompt: str):
 
 
 def main(argv) -> None:
+    from jaxreason.environment import VerifierFailed
+
     logging.set_verbosity(logging.WARNING)
     try:
         if len(argv) > 1:
@@ -306,7 +319,7 @@ def main(argv) -> None:
         try:
             if not respond(talk, line):
                 return
-        except ValueError as error:
+        except (ValueError, VerifierFailed) as error:
             print(f"error: {' '.join(str(error).split())}", flush=True)
         except KeyboardInterrupt:
             print("\nstopped", flush=True)

@@ -7,15 +7,17 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from runs import ROOT, load_config, read_lines, run_config
 
 from jaxreason import estimators
+from jaxreason.build.checkpoint import fingerprint
 from jaxreason.build.suites import SUITES, read_suites, split_outside
 from jaxreason.evaluation import Outcome, curves, measure
-from jaxreason.look.comparison import compare_folders
+from jaxreason.look.comparison import compare, compare_folders, paired_interval, read_evaluations
 
 pytestmark = pytest.mark.process
 
@@ -87,6 +89,17 @@ def test_a_killed_evaluation_continues_to_the_same_end(trained, evaluated, tmp_p
     for one, other in zip(read_lines(evaluated / "rollouts.jsonl"), read_lines(folder / "rollouts.jsonl"), strict=True):
         assert one.pop("logp_sum") == pytest.approx(other.pop("logp_sum"), abs=1e-4)
         assert one == other
+    # Tasks that changed under the same settings do not mix with it, nor attempts of
+    # unknown settings.
+    (folder / "evaluation.json").write_text(json.dumps(again | {"tasks": again["tasks"] | {"chain": "other"}}))
+    code, _, err = evaluate(f"--checkpoint={trained}", f"--workdir={folder}")
+    assert code == 1
+    assert "of other tasks: those of chain, or their prompts, have changed since" in err
+    (folder / "evaluation.json").unlink()
+    code, _, err = evaluate(f"--checkpoint={trained}", f"--workdir={folder}")
+    assert code == 1
+    assert "holds something else" in err
+    (folder / "evaluation.json").write_text(json.dumps(again))
     # Another evaluation does not mix with it.
     code, _, err = evaluate(f"--checkpoint={trained}", f"--workdir={folder}", "--n=4")
     assert code == 1
@@ -107,6 +120,28 @@ def test_budgets_of_thinking_share_attempts(trained, tmp_path):
     evaluations = json.loads((tmp_path / "both" / "evaluation.json").read_text())["evaluations"]
     assert [e["thinking_tokens"] for e in evaluations] == [9, 3]
     assert all(e["recovery"]["recovery_tried"] <= 2 for e in evaluations)
+    # The same command without --recovery keeps its result.
+    code, _, err = evaluate(*arguments, "--thinking_tokens=3,9", f"--workdir={tmp_path / 'both'}")
+    assert code == 0, err
+    assert json.loads((tmp_path / "both" / "evaluation.json").read_text())["evaluations"] == evaluations
+
+
+def test_slots_of_a_run_fit_other_devices(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
+    arguments = [f"--checkpoint={trained}", "--suites=chain", "--temperature=0", "--n=4"]
+    code, _, err = evaluate(*arguments, f"--workdir={tmp_path / 'three'}")
+    assert code == 0, err
+    code, _, err = evaluate(*arguments, "--slots=4", f"--workdir={tmp_path / 'asked'}")
+    assert code == 1
+    assert "4 slots, which do not divide over 3 devices" in err
+
+
+def unbounded(run, folder):
+    """Copy a run as one without a budget of thinking."""
+    shutil.copytree(run, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["sampler"]["thinking_tokens"] = None
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +153,16 @@ def test_budgets_of_thinking_share_attempts(trained, tmp_path):
         (["--checkpoint={run}", "--suites=chian"], "unknown suite 'chian' (did you mean 'chain'?)"),
         (["--checkpoint={run}", "--suites=mine=/nowhere.jsonl"], "no file '/nowhere.jsonl'"),
         (["--checkpoint={run}", "--temperature=hot"], "--temperature got 'hot'"),
+        (["--checkpoint={run}", "--temperature=1e-9"], "--temperature got '1e-9'; allowed: 0 (greedy), or 0.0001 and more"),
+        (["--checkpoint={plain}", "--end_of_thinking=;A"], "--end_of_thinking without a budget of thinking"),
         (["--checkpoint={run}", "--max_tokens=0"], "--max_tokens"),
+        (
+            ["--checkpoint={run}", "--suites=a={'name': 'chain', 'verifier': 'exact'}"],
+            "a.verifier got 'exact'; allowed: a section",
+        ),
+        (["--checkpoint={run}", "--suites=a={'name': 'chain', 'temperatures': 1}"], "a.temperatures got 1; allowed: a list"),
+        (["--checkpoint={run}", "--suites=a={'name': 'chain', 'temperatures': []}"], "a.temperatures is empty"),
+        (["--checkpoint={run}", "--suites=a={'name': 'chain', 'samples': '4'}"], "a.samples got '4'; allowed: a whole number"),
         (["--checkpoint={run}", "--top_p=2"], "evaluate got top_k=0, top_p=2.0"),
         (["--checkpoint={run}", "--verifier=exactly"], "unknown verifier 'exactly' (did you mean 'exact'?)"),
         (["--compare", "{run}"], "--compare got 1 folders"),
@@ -126,10 +170,25 @@ def test_budgets_of_thinking_share_attempts(trained, tmp_path):
     ],
 )
 def test_bad_input_is_one_line(trained, tmp_path, arguments, said):
-    code, _, err = evaluate(*(a.replace("{run}", str(trained)) for a in arguments), cwd=tmp_path)
+    if any("{plain}" in a for a in arguments):
+        unbounded(trained, tmp_path / "plain")
+    named = [a.replace("{run}", str(trained)).replace("{plain}", str(tmp_path / "plain")) for a in arguments]
+    code, _, err = evaluate(*named, cwd=tmp_path)
     assert code == 1
     assert said in err.splitlines()[-1]
     assert "Traceback" not in err
+
+
+def test_a_pretrained_model_with_another_shape_or_tokenizer_is_another(tmp_path):
+    checkpoint = SimpleNamespace(folder=tmp_path, step=None)
+    seen = set()
+    for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        for text in ("{}", "[]"):
+            (tmp_path / name).write_text(text)
+            seen.add(fingerprint(checkpoint))
+    assert len(seen) == 10
+    (tmp_path / "README.md").write_text("words")
+    assert fingerprint(checkpoint) in seen
 
 
 # --- suites ---
@@ -205,7 +264,7 @@ def made(folder, verdicts, questions, **more):
 
 
 def test_a_comparison_pairs_tasks(tmp_path):
-    a = made(tmp_path / "a", "0011" * 30, [f"q{i}" for i in range(120)])
+    a = made(tmp_path / "a", "0011" * 30, [f"q{i}" for i in range(120)], prompts=["p"] * 120)
     b = made(tmp_path / "b", "0111" * 30, [f"q{i}" for i in range(120)])
     lines = "\n".join(compare_folders(a, b))
     assert "A 0.500, B 0.750, B - A +0.250" in lines
@@ -215,7 +274,7 @@ def test_a_comparison_pairs_tasks(tmp_path):
     assert "and 22 more" in lines
     assert "lost (solved less often in B): 0" in lines
     # Other order, other number, other prompts: paired by question, and said.
-    c = made(tmp_path / "c", "0101", ["q3", "q2", "q1", "new"], prompts="other")
+    c = made(tmp_path / "c", "0101", ["q3", "q2", "q1", "new"], prompts=["other"] * 4)
     lines = "\n".join(compare_folders(a, c))
     assert "3 tasks are in both, of 120 in A and 4 in B" in lines
     assert "the prompts differ" in lines
@@ -238,6 +297,57 @@ def test_other_tasks_are_refused(tmp_path):
     c = made(tmp_path / "c", "01", ["q0", "q1"], temperature=1.0)
     with pytest.raises(ValueError, match="nothing to compare"):
         compare_folders(a, c)
+
+
+def test_a_smaller_evaluation_has_no_other_prompts(tmp_path):
+    a = made(tmp_path / "a", "0110", [f"q{i}" for i in range(4)], prompts=["p0", "p1", "p2", "p3"])
+    b = made(tmp_path / "b", "01", ["q0", "q2"], prompts=["p0", "p2"])
+    assert "prompts differ" not in "\n".join(compare_folders(a, b))
+    c = made(tmp_path / "c", "01", ["q0", "q2"], prompts=["p0", "other"])
+    assert "prompts differ" in "\n".join(compare_folders(a, c))
+    # Earlier versions wrote one digest, which also differs if the number does.
+    d = made(tmp_path / "d", "01", ["q0", "q1"], prompts="digest of two")
+    e = made(tmp_path / "e", "0111", [f"q{i}" for i in range(4)], prompts="digest of four")
+    assert "prompts differ" not in "\n".join([*compare_folders(d, e), *compare_folders(a, e)])
+
+
+def test_equal_differences_have_an_interval_with_a_width(tmp_path):
+    """Five tasks that both solve are no proof that the two are equal."""
+    questions = [f"q{i}" for i in range(5)]
+    a, b = made(tmp_path / "a", "11" * 5, questions), made(tmp_path / "b", "11" * 5, questions)
+    one = compare(*(read_evaluations(folder)["s", 0.0, None] for folder in (a, b)))
+    assert one.low == pytest.approx(-estimators.wilson(0, 5)[1]) == -one.high
+    for n, difference in ((1, 0.5), (5, 1.0), (5, -1.0), (1000, 0.5)):
+        low, high, _ = paired_interval(np.zeros(n), np.full(n, difference), single=False)
+        assert -1 <= low <= difference <= high <= 1
+        assert low < high
+    assert (low, high) == pytest.approx((0.5, 0.5), abs=0.01)
+
+
+def test_fewer_tasks_are_never_said_to_be_enough(tmp_path):
+    """Two tasks, both learned, have no spread: two tasks seem to show it, and don't."""
+    a, b = made(tmp_path / "a", "00", ["q0", "q1"]), made(tmp_path / "b", "11", ["q0", "q1"])
+    lines = "\n".join(compare_folders(a, b))
+    assert "B - A +1.000 [-" in lines
+    assert "would show" not in lines
+
+
+def test_settings_that_differ_are_named(tmp_path):
+    a, b = made(tmp_path / "a", "01", ["q0", "q1"]), made(tmp_path / "b", "01", ["q0", "q1"])
+    for folder, most, judge in ((a, 64, "exact"), (b, 512, "one\ntwo")):
+        settings = {
+            "n": most,
+            "model": {"name": str(folder)},
+            "sampler": {"max_tokens": most},
+            "suites": {"s": {"verifier": judge}, str(most): {"name": "chain"}},
+        }
+        there = json.loads((folder / "evaluation.json").read_text())
+        (folder / "evaluation.json").write_text(json.dumps(there | {"settings": settings}))
+    notes = [line for line in compare_folders(a, b) if line.startswith("note: ")]
+    assert notes == [
+        "note: sampler.max_tokens is 64 in A, 512 in B",
+        r"note: suites.s.verifier is 'exact' in A, 'one\ntwo' in B",
+    ]
 
 
 def test_a_run_compares_with_itself(trained):

@@ -52,6 +52,8 @@ BAD = [
     ([], "no --checkpoint given"),
     (["--checkpoint={run}", "--suite=chian"], "did you mean 'chain'"),
     (["--checkpoint=/no"], "/no"),
+    (["--checkpoint={run}", "--temperature=nan"], "--temperature got nan"),
+    (["--checkpoint={run}", "--system=be brief"], "whose prompt has no messages"),
 ]
 
 
@@ -81,3 +83,30 @@ def test_a_chat_keeps_the_conversation_until_it_is_told_to_forget():
     system = Message("system", "be brief")
     assert seen[1] == [system, Message("user", "what?"), Message("assistant", "forty-two"), Message("user", "why?")]
     assert seen[2] == [system, Message("user", "who?")]
+
+
+def test_a_problem_that_does_not_exist_leaves_the_place_in_the_suite():
+    from types import SimpleNamespace
+
+    from jaxreason.play import Talk
+
+    tasks = [(SimpleNamespace(question=f"q{i}"), [i]) for i in range(3)]
+    suite = SimpleNamespace(name="s", tasks=tasks, environment=None)
+    talk = Talk(None, None, suite, temperature=0, samples=1, system="", seed=0)
+    talk.sample = lambda task, *_: [task.question]
+    assert talk.give(1, print, print) == ["q1"]
+    with pytest.raises(ValueError, match="no problem 99"):
+        talk.give(99, print, print)
+    assert talk.give(None, print, print) == ["q2"]
+    with pytest.raises(ValueError, match="no problem 3"):
+        talk.give(None, print, print)
+    assert talk.problem == 2
+
+
+def test_lines_of_any_bytes_are_read(monkeypatch):
+    import io
+
+    from jaxreason.play import lines
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\nb\n"), encoding="utf-8"))
+    assert list(lines("> ")) == ["a\ufffd", "b"]

@@ -12,7 +12,7 @@ import tiny_completer as t
 from scipy import stats
 
 from jaxreason import sharding
-from jaxreason.draw import Filter, draw, invert, kept, sample
+from jaxreason.draw import LOWEST_TEMPERATURE, Filter, draw, invert, is_temperature, kept, sample
 from jaxreason.environment import single_turn
 from jaxreason.model import ModelConfig, transformer
 from jaxreason.model.config import Lora
@@ -88,6 +88,17 @@ LOGITS = np.array([0.0, 1.0, -1.0, 0.5, 2.0, -2.0, 0.3, 1.5, -0.5, 0.1], np.floa
 def tempered(logits, temperature):
     scaled = np.exp(np.asarray(logits, np.float64) / temperature)
     return scaled / scaled.sum()
+
+
+def test_the_lowest_temperature_is_all_but_greedy():
+    logits = 20 * jax.random.normal(jax.random.key(0), (256, 64))
+    uniforms = jax.random.uniform(jax.random.key(1), (256, 2))
+    tokens, logp = jax.jit(sample)(logits, uniforms, LOWEST_TEMPERATURE)
+    best_two = jnp.sort(logits, axis=-1)[:, -2:]
+    clear = best_two[:, 1] - best_two[:, 0] > 0.01  # hundred times the temperature
+    assert np.isfinite(logp).all()
+    assert (tokens == logits.argmax(axis=-1))[clear].all()
+    assert [t for t in (0, -0.0, 1e-9, 1e-4, 1, -1, float("nan"), float("inf")) if is_temperature(t)] == [0, -0.0, 1e-4, 1]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -73,6 +73,8 @@ def open_checkpoint(
     else:
         config, _ = from_earlier(config)
         sections = {name: config[name] for name in ("model", "text", "sampler", "verifier")}
+        # The run may have had another number of devices; slots change the speed alone.
+        sections["sampler"] = sections["sampler"] | {"slots": fitting(sections["sampler"]["slots"], sharding.row_devices(placed))}
         with hub.noting(found.config.get("revisions")):
             described = read_model_and_text(sections["model"], sections["text"])
         warm_start.check(found, described.shape, described.shape)
@@ -129,19 +131,31 @@ def pretrained_sections(folder: Path, date: str | None, devices: int) -> dict[st
     return {
         "model": {"name": str(folder), "weights": "pretrained", "dtype": dtype, "param_dtype": dtype},
         "text": words,
-        "sampler": SAMPLER | {"slots": -(-SLOTS[jax.default_backend()] // devices) * devices},
+        "sampler": SAMPLER | {"slots": fitting(SLOTS[jax.default_backend()], devices)},
         "verifier": dict(VERIFIER),
     }
 
 
+def fitting(slots: int, devices: int) -> int:
+    """Return the lowest number from `slots` on that the devices share equally."""
+    return -(-slots // devices) * devices
+
+
+OF_PRETRAINED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+
+
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Hash the files of the params, names and contents: 16 hexadecimal digits."""
+    """Hash the files of the params, names and contents: 16 hexadecimal digits.
+
+    Of a pretrained model also those of its shape, its tokenizer and the ends of its
+    turns.
+    """
     folder = checkpoint.folder
     if checkpoint.step is not None:
         folder = folder / "checkpoints" / str(checkpoint.step)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
     else:
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted(folder.glob("*.safetensors")) + [folder / name for name in OF_PRETRAINED if (folder / name).is_file()]
     made = hashlib.sha256()
     for path in files:
         made.update(str(path.relative_to(folder)).encode())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from jaxreason import batching, data, evaluation, sharding, verify
 from jaxreason import objectives as objectives_
@@ -18,7 +19,7 @@ from jaxreason.build.tasks import (
     judge,
     load_held_out,
 )
-from jaxreason.draw import Filter
+from jaxreason.draw import TEMPERATURES, Filter, is_temperature
 from jaxreason.logp import compile_token_logp
 from jaxreason.options import call_with_section
 from jaxreason.recovery import judge_with
@@ -114,6 +115,7 @@ def make_suite(name: str, section: dict, parts: Parts, n: int, allow_overlap: bo
     where, what = f"config.evaluate.suites.{name}", f"suite {name!r}"
     own = {field: section.get(field) for field in inspect.signature(attempted).parameters}
     task = {field: value for field, value in section.items() if field not in own}
+    check_types(where, own)
     completer, samples = parts.completer, 1 if own["samples"] is None else own["samples"]
     check_positive(where, samples=samples, max_tokens=1 if own["max_tokens"] is None else own["max_tokens"])
     if own["max_tokens"] is not None and own["max_tokens"] > completer.max_tokens:
@@ -122,7 +124,7 @@ def make_suite(name: str, section: dict, parts: Parts, n: int, allow_overlap: bo
         )
     if own["temperatures"] is not None:
         check_temperatures(f"{where}.temperatures", own["temperatures"])
-    if own["temperatures"] == ():
+    if own["temperatures"] is not None and not own["temperatures"]:
         raise ValueError(f"{where}.temperatures is empty; allowed: one or more, 0 is greedy, or None")
     items = load_held_out(task, parts, what, allow_overlap, size=n)
     format = parts.format if own["instruction"] is None else parts.reword(own["instruction"])
@@ -146,9 +148,33 @@ def make_suite(name: str, section: dict, parts: Parts, n: int, allow_overlap: bo
     )
 
 
+def check_types(where: str, own: Mapping[str, Any]) -> None:
+    """Raise ValueError for a field of `attempted` of a wrong type: a section on the
+    command line may hold any value.
+    """
+
+    def number(value: Any, *types: type) -> bool:
+        return isinstance(value, types) and not isinstance(value, bool)
+
+    allowed: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "verifier": (lambda v: isinstance(v, Mapping), "a section, such as {'name': 'exact'}"),
+        "samples": (lambda v: number(v, int), "a whole number, 1 or more"),
+        "temperatures": (
+            lambda v: isinstance(v, (list, tuple)) and all(number(t, int, float) for t in v),
+            "a list of numbers, such as (0.0, 1.0)",
+        ),
+        "max_tokens": (lambda v: number(v, int), "a whole number, 1 or more"),
+        "instruction": (lambda v: isinstance(v, str), "a text with {question}"),
+    }
+    for field, value in own.items():
+        fits, words = allowed[field]
+        if value is not None and not fits(value):
+            raise ValueError(f"{where}.{field} got {value!r}; allowed: {words}, or None")
+
+
 def check_temperatures(where: str, temperatures: Sequence[float]) -> None:
-    if wrong := [t for t in temperatures if not 0 <= t < float("inf")]:
-        raise ValueError(f"{where} got {wrong[0]}; allowed: 0 (greedy) or more, finite")
+    if wrong := [t for t in temperatures if not is_temperature(t)]:
+        raise ValueError(f"{where} got {wrong[0]}; allowed: {TEMPERATURES}")
     # Compare temperatures as the metrics print them, so that each has its own metric.
     if twice := [t for i, t in enumerate(temperatures) if f"{t:g}" in [f"{other:g}" for other in temperatures[:i]]]:
         raise ValueError(f"{where} has {twice[0]:g} twice; allowed: each once")

@@ -19,7 +19,7 @@ from jaxreason.build.tasks import (
     load_trained,
 )
 from jaxreason.cost import attempts_behind_a_prompt, shared_length
-from jaxreason.draw import ALL
+from jaxreason.draw import ALL, LOWEST_TEMPERATURE, is_temperature
 from jaxreason.model import ModelConfig
 from jaxreason.options import call_with_section, find
 from jaxreason.train import Phase
@@ -194,8 +194,11 @@ def rollouts(
             "Change the temperature instead, or set them in config.evaluate"
         )
     check_positive("source", problems=problems, group=group)
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"source.temperature got {temperature}; allowed: finite, above 0 (greedy attempts are all alike)")
+    if temperature == 0 or not is_temperature(temperature):
+        raise ValueError(
+            f"source.temperature got {temperature}; allowed: finite, above 0 (greedy attempts are all alike), at least "
+            f"{LOWEST_TEMPERATURE:g}"
+        )
     if lag and objective.on_policy:
         raise ValueError(
             f"source.lag got {lag}, but the objective has no importance ratio, so its gradient would be biased; allowed: 0, or "

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxreason import estimators
 from jaxreason.options import unknown_name_message
-from jaxreason.runtime.workdir import json_object
+from jaxreason.runtime.workdir import flat, json_object
 
 SHOWN = 8  # problems that are named, of those learned and lost
 
@@ -51,7 +51,7 @@ def compare_folders(a: Path, b: Path) -> list[str]:
         raise ValueError(
             f"nothing to compare: {a} has {listed(ours)}, {b} has {listed(theirs)}; needed: a suite at one temperature in both"
         )
-    lines, line_a, line_b = [f"A: {a}", f"B: {b}", ""], first_lines(a), first_lines(b)
+    lines, line_a, line_b = [f"A: {a}", f"B: {b}", *settings_that_differ(a, b), ""], first_lines(a), first_lines(b)
     for name in shared:
         one = compare(ours[name], theirs[name])
         lines += described(one)
@@ -91,6 +91,28 @@ def read_evaluations(folder: Path) -> dict[tuple, dict[str, Any]]:
     return {name_of(e): e | {"section": suites.get(e["suite"])} for e in summary["evaluations"] if e["step"] == step}
 
 
+def settings_that_differ(a: Path, b: Path) -> list[str]:
+    """Name the settings of two evaluations, besides the model's, that differ: a
+    difference of the accuracies may be due to them.
+    """
+    found = [(json_object(folder / "evaluation.json") or {}).get("settings") for folder in (a, b)]
+    if not all(isinstance(settings, dict) for settings in found):
+        return []
+    suites = set.intersection(*(set(settings.get("suites", ())) for settings in found))
+    ours, theirs = (
+        flat(
+            {k: v for k, v in settings.items() if k not in OF_MODEL}
+            | {"suites": {name: section for name, section in settings.get("suites", {}).items() if name in suites}}
+        )
+        for settings in found
+    )
+    names = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+    return [f"note: {name} is {ours.get(name)!r:.60} in A, {theirs.get(name)!r:.60} in B" for name in names]
+
+
+OF_MODEL = ("model", "text", "n", "temperatures", "thinking_tokens")  # or told of each comparison
+
+
 def name_of(evaluation: Mapping) -> tuple:
     return evaluation["suite"], evaluation["temperature"], evaluation.get("thinking_tokens")
 
@@ -117,7 +139,7 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
     notes, pairs = [], paired_tasks(a, b)
     if len(pairs) < max(a["n"], b["n"]):
         notes.append(f"{len(pairs)} tasks are in both, of {a['n']} in A and {b['n']} in B")
-    if a.get("prompts") != b.get("prompts"):
+    if prompts_differ(a, b, pairs):
         notes.append("the prompts differ, by template or instruction")
     mean_N = {side: means(e) for side, e in (("a", a), ("b", b))}
     value_N, other_N = (np.array([mean_N[side][pair[i]] for pair in pairs]) for i, side in enumerate("ab"))
@@ -137,9 +159,17 @@ def paired_interval(value_N: np.ndarray, other_N: np.ndarray, single: bool, draw
     """Return the 95 % interval of the mean of other - value over tasks, and its method.
 
     `single`: they are verdicts of one sample per task. `draws` are of the posterior.
+    The interval always has a width, also where all tasks differ by the same.
     """
+    difference_N = other_N - value_N
+    if not single and not estimators.varies(difference_N):
+        # Equal differences have no spread to judge by. New tasks may differ, anywhere
+        # from -1 to 1, but at most as many of them as 0 of N still allows.
+        difference, others = float(difference_N[0]), estimators.wilson(0, len(difference_N))[1]
+        low, high = difference - others * (1 + difference), difference + others * (1 - difference)
+        return low, high, "all tasks differ by the same"
     if not single:
-        _, low, high = estimators.mean_interval(other_N - value_N)
+        _, low, high = estimators.mean_interval(difference_N)
         return low, high, "paired t-interval over tasks"
     _, low, high, _ = estimators.paired_posterior(value_N, other_N, draws=draws)
     return low, high, "posterior over tasks"
@@ -159,6 +189,19 @@ def paired_tasks(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[int, 
     if not pairs:
         raise ValueError(f"suite {b['suite']!r} has no task that is in both A and B; needed: evaluations of the same tasks")
     return pairs
+
+
+def prompts_differ(a: Mapping[str, Any], b: Mapping[str, Any], pairs: Sequence[tuple[int, int]]) -> bool:
+    """Tell whether tasks that both have were asked in other words.
+
+    Earlier versions wrote one digest of all prompts, which only tells if the tasks are
+    the same.
+    """
+    ours, theirs = a.get("prompts"), b.get("prompts")
+    if isinstance(ours, list) and isinstance(theirs, list):
+        return any(ours[i] != theirs[j] for i, j in pairs)
+    same_tasks = a.get("questions") == b.get("questions")
+    return same_tasks and isinstance(ours, list) == isinstance(theirs, list) and ours != theirs
 
 
 def numbered(questions: Sequence[str]) -> list[tuple[str, int]]:
@@ -187,7 +230,8 @@ def described(one: Comparison) -> list[str]:
         f"B - A {one.difference:+.3f} [{one.low:+.3f}, {one.high:+.3f}] (95 %, {one.method}), p {one.p:.2g}"
     ]
     lines += [f"  note: {note}" for note in one.notes]
-    if one.needed is not None and one.low <= 0 <= one.high:
+    # With a few tasks their spread, and so `needed`, may be far too low.
+    if one.needed is not None and one.needed > one.n and one.low <= 0 <= one.high:
         lines.append(f"  not shown; about {one.needed:,} tasks would show a difference of this size in 4 of 5 evaluations")
     return lines
 
