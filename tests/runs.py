@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).parent.parent
 SMOKE = f"{ROOT}/configs/tiny.py:smoke"
@@ -243,3 +245,25 @@ def written(tmp_path, values, n=200, code="c"):
             (folder / "summary.json").write_text(json.dumps(summary))
             states[run] = {"status": "done", "code": code if isinstance(code, str) else code[arm]}
     return states
+
+
+# --- pages ---
+
+
+def open_browser():
+    """Start a headless Chromium; skip the test where there is none, or none that
+    starts.
+    """
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("needs chromium and chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1400,1000"):
+        options.add_argument(word)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    try:
+        return webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    except Exception as error:  # such as no memory, or no namespaces in a container
+        pytest.skip(f"the browser does not start: {error}")

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from runs import ROOT
+from runs import ROOT, open_browser
 
 from jaxreason import estimators
 from jaxreason.look import chart, paired, report, runs
@@ -494,18 +494,7 @@ def test_a_report_that_fails_only_warns(tmp_path, capsys):
 
 @pytest.fixture
 def browser():
-    webdriver = pytest.importorskip("selenium.webdriver")
-    import shutil
-
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("needs chromium and chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for word in ("--headless=new", "--no-sandbox", "--window-size=1400,1000"):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    made = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    made = open_browser()
     made.implicitly_wait(20)  # events such as `toggle` come later
     yield made
     made.quit()

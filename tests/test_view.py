@@ -2,16 +2,13 @@
 texts are texts; and, with a browser, what a reader does with it.
 """
 
-import importlib.util
 import json
 import re
-import shutil
 import subprocess
 import sys
-import time
 
 import pytest
-from runs import ROOT, load_config, read_lines, run_config
+from runs import ROOT, load_config, open_browser, read_lines, run_config
 
 from jaxreason import text
 from jaxreason.look.view import choose, make_view, read_rollouts
@@ -172,20 +169,10 @@ def test_pieces_join_to_the_text_where_tokens_are_bytes():
 
 # --- in a browser ---
 
-BROWSER = shutil.which("chromium") and shutil.which("chromedriver") and importlib.util.find_spec("selenium")
-in_browser = pytest.mark.skipif(not BROWSER, reason="needs chromium, chromedriver and selenium")
-
 
 @pytest.fixture(scope="module")
 def driver():
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1400,900"):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(shutil.which("chromedriver"))
-    made = webdriver.Chrome(options=options, service=service)
+    made = open_browser()
     yield made
     made.quit()
 
@@ -205,11 +192,10 @@ def count(driver):
 def set_field(driver, name, value):
     driver.execute_script(
         "const e = document.getElementById(arguments[0]); e.value = arguments[1];"
-        "e.dispatchEvent(new Event('input', {bubbles: true}));",
+        "e.dispatchEvent(new Event('input', {bubbles: true})); clearTimeout(waiting); $('list').scrollTop = 0; redraw();",
         name,
         value,
-    )
-    time.sleep(0.3)  # longer than the page waits for further keys
+    )  # without the time that the page waits for further keys
 
 
 RECORDS = [
@@ -224,7 +210,6 @@ RECORDS += [
 
 
 @pytest.mark.slow
-@in_browser
 def test_filters_keys_and_deep_links(driver, tmp_path):
     opened(driver, tmp_path, RECORDS)
     assert count(driver) == "48 of 48 rollouts"
@@ -264,7 +249,6 @@ def test_filters_keys_and_deep_links(driver, tmp_path):
 
 
 @pytest.mark.slow
-@in_browser
 def test_the_keyboard_alone_is_enough(driver, tmp_path):
     opened(driver, tmp_path, RECORDS)
     driver.find_element("tag name", "body").send_keys("j")
@@ -278,7 +262,6 @@ def test_the_keyboard_alone_is_enough(driver, tmp_path):
 
 
 @pytest.mark.slow
-@in_browser
 def test_learned_and_lost(driver, tmp_path):
     opened(driver, tmp_path, RECORDS)
     driver.find_element("id", "tab-changes").click()
@@ -292,7 +275,6 @@ def test_learned_and_lost(driver, tmp_path):
 
 
 @pytest.mark.slow
-@in_browser
 def test_tokens_are_coloured_and_hostile_texts_are_texts(driver, tmp_path):
     tokens = {"pieces": [HOSTILE, "b", "c"], "logp": [-0.1, -3.0, 0.0], "author": "mmf"}
     opened(
@@ -317,15 +299,13 @@ def test_tokens_are_coloured_and_hostile_texts_are_texts(driver, tmp_path):
 
 
 @pytest.mark.slow
-@in_browser
 def test_twenty_thousand_rollouts_stay_usable(driver, tmp_path):
     opened(
         driver, tmp_path, [rollout(step, problem, a, a == 0) for step in range(1, 101) for problem in range(50) for a in range(4)]
     )
     assert count(driver) == "20,000 of 20,000 rollouts"
     assert len(driver.find_elements("css selector", "#shown .row")) < 100  # only what is in sight is drawn
-    driver.execute_script("document.getElementById('list').scrollTop = 19990 * 28")
-    time.sleep(0.3)
+    driver.execute_script("document.getElementById('list').scrollTop = 19990 * 28; draw()")
     assert driver.find_element("css selector", "#shown .row:last-child .where").text.startswith("100 ")
     set_field(driver, "search", "text of 17.2 at 50")
     assert count(driver) == "1 of 20,000 rollouts"
