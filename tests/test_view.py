@@ -305,7 +305,9 @@ def test_twenty_thousand_rollouts_stay_usable(driver, tmp_path):
     )
     assert count(driver) == "20,000 of 20,000 rollouts"
     assert len(driver.find_elements("css selector", "#shown .row")) < 100  # only what is in sight is drawn
-    driver.execute_script("document.getElementById('list').scrollTop = 19990 * 28; draw()")
-    assert driver.find_element("css selector", "#shown .row:last-child .where").text.startswith("100 ")
+    # In one script: the page draws rows anew at every event, so an element would be stale.
+    last = "document.querySelector('#shown .row:last-child .where').textContent"
+    where = driver.execute_script(f"document.getElementById('list').scrollTop = 19990 * 28; draw(); return {last}")
+    assert where.startswith("100 ")
     set_field(driver, "search", "text of 17.2 at 50")
     assert count(driver) == "1 of 20,000 rollouts"
