@@ -214,7 +214,7 @@ def make_log(
     watts: float | None = None,  # power of a busy device, for the joules in the ledger where no counter can be read
     measure_machine: bool = False,  # measure the peak rates that utilisation is told against, instead of a table of chips
     tensorboard: bool = True,  # write tensorboard/
-    live: bool = True,  # show a live table if on a terminal
+    live: bool = True,  # show a live line if on a terminal
     wandb: dict | None = None,  # arguments of wandb.init; None: not used
     trackio: dict | None = None,  # arguments of trackio.init, a local tracker; None: not used
     report: bool = True,  # write report.html at the end of the run

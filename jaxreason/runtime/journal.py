@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -446,6 +447,8 @@ def open_journal(
     with log, contextlib.closing(energy.open_meter(run.watts)) as meter:
         journal = Journal(run, workdir, checkpoints, log, progress, check_stays, meter)
         journal.tell_sources()
+        if found is None:
+            log.write_more(0, texts={"config": json.dumps(run.provenance.get("config"), indent=2, default=str)})
         with contextlib.closing(journal.trace):
             yield journal
 
