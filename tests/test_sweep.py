@@ -2,6 +2,7 @@
 sweeps that are killed and continued.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -387,7 +388,11 @@ def test_a_sweep_that_is_killed_twice_ends_as_one_that_is_not(tmp_path):
     runs = [f"rl.objective.name={name}/seed{seed}" for name in ("rloo", "grpo") for seed in (0, 1)]
 
     def any_is_in(phase):
-        return any(f'"phase": "{phase}"' in path.read_text() for path in folder.glob("*/**/metrics.jsonl"))
+        # Not `**`: checkpoints come and go while it looks.
+        paths = [*folder.glob("shared/*/metrics.jsonl"), *folder.glob("runs/*/*/metrics.jsonl")]
+        with contextlib.suppress(FileNotFoundError):  # a copy that was renamed
+            return any(f'"phase": "{phase}"' in path.read_text() for path in paths)
+        return False
 
     code, out, _ = sweep(*words, f"--folder={folder}", cwd=tmp_path, kill_after=lambda: any_is_in("prior"))
     assert code == 130
