@@ -1,5 +1,5 @@
-r"""What do more samples and more thinking buy at test time, before RL and after it? Does
-the model before RL overtake the one after it when many samples are drawn?
+r"""Votes and budgets of thinking at test time: what do they buy, before RL and after
+it? Does the model before RL overtake the one after it when many samples are drawn?
 
     python -m jaxreason.sweep --experiment=experiments/test_time.py[:quick]
 

@@ -142,7 +142,7 @@ def attempt(
 
 
 class Outcome(NamedTuple):
-    """What the statistics of an evaluation need of a rollout."""
+    """The part of a rollout that the statistics of an evaluation need."""
 
     correct: bool
     parsed: str | None

@@ -216,7 +216,7 @@ METRIC = ("chain", 0.0)
 
 
 def result(arm, seed, value, n=200, verdicts=None, code="c", flops=1e9):
-    """What a run of a sweep measured; the first problems are the right ones."""
+    """Make the result of a run of a sweep; the first problems are the right ones."""
     from jaxreason.sweep import results
 
     right = round(value * n)

@@ -15,9 +15,10 @@ from runs import ROOT, load_config, read_lines, run_config
 
 from jaxreason import estimators
 from jaxreason.build.checkpoint import fingerprint
-from jaxreason.build.suites import SUITES, read_suites, split_outside
+from jaxreason.build.suites import SUITES, read_suites
 from jaxreason.evaluation import Outcome, curves, measure
 from jaxreason.look.comparison import compare, compare_folders, paired_interval, read_evaluations
+from jaxreason.options import split_outside
 
 pytestmark = pytest.mark.process
 
@@ -207,7 +208,7 @@ def test_suites_are_read_from_a_line():
     for wrong in ("", "chain,chain", "a={1: 2}", "a={", "a={'path': 'x'}"):
         with pytest.raises(ValueError):
             read_suites(wrong, {})
-    assert split_outside("a={'x': (1, 2)}, b,'c,d'") == ["a={'x': (1, 2)}", "b", "'c,d'"]
+    assert split_outside("a={'x': (1, 2)}, b,'c,d'", ",") == ["a={'x': (1, 2)}", "b", "'c,d'"]
 
 
 def test_every_named_suite_is_a_section_of_a_config():

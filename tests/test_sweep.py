@@ -478,7 +478,7 @@ def test_a_copy_of_shared_phases_appears_at_once_and_keeps_what_was_there(tmp_pa
 
 
 def test_runs_begin_by_themselves_if_their_shared_phases_fail(tmp_path, monkeypatch):
-    """What the first arm does after them may be the cause."""
+    """The cause may be a later phase of the first arm alone."""
     trunk = SweepRun(
         "shared/x", "fails", 0, (), tmp_path / "shared" / "x", {"phases": ["a", "b"], "a": {"steps": 1}}, stop_after="a"
     )

@@ -10,7 +10,7 @@ import ast
 from typing import Any
 
 from jaxreason import tasks
-from jaxreason.options import unknown_name_message
+from jaxreason.options import split_outside, unknown_name_message
 
 NUMBER = "{question}\n\nThink step by step. Write the final answer, a number, on the last line after ####."
 BOXED = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -73,7 +73,7 @@ def read_suites(text: str, own: dict[str, dict]) -> dict[str, dict[str, Any]]:
       ValueError: an unknown name, or a section that can't be read.
     """
     found: dict[str, dict[str, Any]] = {}
-    for part in split_outside(text):
+    for part in filter(None, split_outside(text, ",")):
         name, equals, value = (word.strip() for word in part.partition("="))
         known = known_suite(name, own)
         if not equals and known is None:
@@ -104,20 +104,3 @@ def from_value(name: str, value: str, known: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"--suites: {name} got a section without 'name'; allowed: a task, one of {', '.join(tasks.TASKS)}")
     whole = {"split": None} if tasks.splits_files(section) else {}  # as a suite of a config whose file no source reads
     return asked | whole | section
-
-
-def split_outside(text: str) -> list[str]:
-    """Split a text at commas that are outside quotes and brackets."""
-    parts, depth, quote = [""], 0, ""
-    for character in text:
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"":
-            quote = character
-        else:
-            depth += (character in "{[(") - (character in "}])")
-        if character == "," and not quote and depth <= 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part.strip() for part in parts if part.strip()]

@@ -45,7 +45,7 @@ class Line(NamedTuple):
 
 
 class Quantity(NamedTuple):
-    """What one chart of evaluations shows: lines, each for all groups."""
+    """Content of one chart of evaluations: lines, each for all groups."""
 
     title: str
     lines: list[Line]

@@ -26,7 +26,7 @@ SHOWN_STEPS = 3  # numbers named in a note, at most
 
 
 class Run(NamedTuple):
-    """What the folder of a run holds."""
+    """Content of the folder of a run."""
 
     folder: Path
     config: dict[str, Any]

@@ -97,6 +97,22 @@ def parse(arg: str, *, choices: dict[str, Iterable[Any]] | None = None, **defaul
 OFFERED: dict[str, tuple[Any, Iterable[Any] | None]] = {}
 
 
+def split_outside(text: str, separator: str) -> list[str]:
+    """Split a text where the separator is in no brackets and no quotes."""
+    parts, depth, quote, start = [], 0, "", 0
+    for i, char in enumerate(text):
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        else:
+            depth += (char in "([{") - (char in ")]}")
+        if char == separator and not depth and not quote:
+            parts.append(text[start:i])
+            start = i + 1
+    return [part.strip() for part in [*parts, text[start:]]]
+
+
 def call_with_section(function: Callable, section: Mapping[str, Any], where: str, /, **given):
     """Call `function(**section, **given)`. The user wrote `section`, and errors refer
     to it as `where`.

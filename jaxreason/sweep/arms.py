@@ -20,6 +20,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxreason.options import split_outside
+
 Arm = dict[str, Any]
 
 MOST_ARMS = 10_000  # of a grid: each has a config and, per seed, a folder
@@ -145,22 +147,6 @@ def balanced(text: str) -> bool:
     while bare != (bare := re.sub(r"\([^][(){}]*\)|\[[^][(){}]*\]|\{[^][(){}]*\}", "", bare)):
         pass
     return not re.search(r"[][(){}'\"]", bare)
-
-
-def split_outside(text: str, separator: str) -> list[str]:
-    """Split a text where the separator is in no brackets and no quotes."""
-    parts, depth, quote, start = [], 0, "", 0
-    for i, char in enumerate(text):
-        if quote:
-            quote = "" if char == quote else quote
-        elif char in "'\"":
-            quote = char
-        else:
-            depth += (char in "([{") - (char in ")]}")
-        if char == separator and not depth and not quote:
-            parts.append(text[start:i])
-            start = i + 1
-    return [part.strip() for part in [*parts, text[start:]]]
 
 
 def _unquoted(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What the runs of a sweep measured, read from their folders, and what follows from it:
+"""Results of the runs of a sweep, read from their folders, and what follows from them:
 arms, comparisons with the baseline, effects of fields.
 
 Two intervals of an arm answer two questions. The one over seeds says what another run

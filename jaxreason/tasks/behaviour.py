@@ -1,5 +1,5 @@
-"""What a rollout does on the way to its answer: steps, retries, self-checks, changes of
-mind. `make(name)` gives the parser of a task family, `summarise` the rates.
+"""Behaviour of rollouts on the way to their answers: steps, retries, self-checks,
+changes of mind. `make(name)` gives the parser of a task family, `summarise` the rates.
 
 The parsers of procedural tasks know the true result of each step. A step is judged by
 what it starts from, so one slip is one wrong step, and the steps that continue from the
