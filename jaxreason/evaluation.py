@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxreason import estimators
 from jaxreason.draw import ALL, Filter
-from jaxreason.environment import Environment, count_failures
+from jaxreason.environment import Environment, count_failures, measured
 from jaxreason.rollout import SAMPLING_LOCK, Completer, Request, collect_local, gather_groups
 from jaxreason.sampler import Weights
 from jaxreason.tasks import behaviour
@@ -150,6 +150,7 @@ class Outcome(NamedTuple):
     stop: str
     length: int  # tokens of the completion
     logp: float  # mean log-prob of its tokens
+    measures: Mapping[str, float] = {}  # of its verdict
 
 
 def outcome(r: Rollout) -> Outcome:
@@ -161,6 +162,7 @@ def outcome(r: Rollout) -> Outcome:
             "stop": r.stop,
             "length": len(r.tokens),
             "logp_sum": float(np.sum(r.logp, dtype=np.float64)),
+            "measures": r.verdict.measures,
         }
     )
 
@@ -171,7 +173,8 @@ def outcome_of(record: Mapping[str, Any]) -> Outcome:
     A log-prob that is not finite was written as null.
     """
     logp = -np.inf if record["logp_sum"] is None else record["logp_sum"] / max(1, record["length"])
-    return Outcome(bool(record["correct"]), record["parsed"], record["reason"], record["stop"], record["length"], float(logp))
+    found = (bool(record["correct"]), record["parsed"], record["reason"], record["stop"], record["length"], float(logp))
+    return Outcome(*found, record.get("measures", {}))
 
 
 def summarise(outcomes_NK: Sequence[Sequence[Outcome]], suite: Suite, temperature: float, *, phase: str, step: int) -> Evaluation:
@@ -195,6 +198,8 @@ def measure(outcomes_NK: Sequence[Sequence[Outcome]], same: Callable[[str, str],
         answered            fraction in which the verifier found an answer
         verifier_errors, verifier_timeouts, bad_keys
                             fractions that could not be judged
+        tool_calls, attempts, ...
+                            means of what the verdicts measure
 
     and, with several samples:
 
@@ -214,8 +219,9 @@ def measure(outcomes_NK: Sequence[Sequence[Outcome]], same: Callable[[str, str],
         "cut_off": float(np.mean([o.stop == "limit" for o in every])),
         "answered": float(np.mean([o.parsed is not None for o in every])),
     }
-    failures = count_failures(Verdict(0.0, o.correct, o.parsed, o.reason) for o in every)
-    found |= {name: count / len(every) for name, count in failures.items()}
+    verdicts = [Verdict(0.0, o.correct, o.parsed, o.reason, o.measures) for o in every]
+    found |= {name: count / len(every) for name, count in count_failures(verdicts).items()}
+    found |= {name: total / count for name, (total, count) in measured(verdicts).items()}
     if samples > 1:
         for use in USES:
             label = f"{use}{samples}" if use == "pass^" else f"{use}@{samples}"

@@ -173,6 +173,7 @@ def join(made: Rollout, original: Rollout) -> Rollout:
         sampled=np.concatenate([np.zeros(forced, bool), made.sampled]),
         text=made.task.prefix + made.text,
         logp_temperature_1=None if at_1 is None else np.concatenate([zeros, at_1]),
+        author="f" * forced + made.author,
     )
 
 

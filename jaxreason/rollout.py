@@ -22,10 +22,10 @@ import jax
 import numpy as np
 
 from jaxreason.draw import ALL, Filter
-from jaxreason.environment import Environment, Step, Threads, Turn, late
+from jaxreason.environment import Environment, Step, Stop, Threads, Turn, late
 from jaxreason.runtime import processes
 from jaxreason.sampler import MAX_SLOTS_PER_PROMPT, RUNNING, STOPS, Sampler, Weights, attempt_keys
-from jaxreason.types import Group, Rollout, Task
+from jaxreason.types import Group, Message, Rollout, Task
 
 THREADS = 8  # threads that run environments
 # Held while sampling: two programs on several devices, started from two threads, could
@@ -70,7 +70,7 @@ class Completer(NamedTuple):
     """Compiled sampler with its text handling; it turns requests into rollouts."""
 
     sampler: Sampler
-    encode: Callable[[str], list[int]]  # observations -> ids
+    observe: Callable[[str | Sequence[Message], bool], list[int]]  # (observation, whether eos ended the turn) -> ids
     decode: Callable[[Sequence[int]], str]
     eos_ids: tuple[int, ...]
     prompt_buckets: tuple[int, ...]  # prompts are padded to the smallest one that holds them
@@ -86,23 +86,28 @@ def text_of(completer: Completer, tokens: np.ndarray) -> str:
     return completer.decode(kept.tolist())
 
 
-def find_stop(completer: Completer, tokens_T, turn: int, before: int, length: int) -> int | None:
-    """Return the length at which the first stop string of a turn is complete.
+def find_stop(completer: Completer, stops: Sequence[Stop], tokens_T, turn: int, before: int, length: int) -> int | None:
+    """Return the length at which a turn's first stop is complete.
 
-    Return None if there is none after length `before`. A stop string may begin and end
-    inside tokens, so text is compared, not tokens.
+    Return None if there is none after length `before`. A stop may begin and end inside
+    tokens, so text is compared, not tokens.
     """
-    if not completer.stop_strings:
+    if not stops:
         return None
     # A token has at least one byte, which bounds how many tokens before `before` a stop
-    # string that ends after it can begin.
-    start = max(turn, before - max(len(s.encode()) for s in completer.stop_strings) - 1)
+    # that ends after it can begin; one that needs an opening may have it anywhere.
+    anywhere = any(stop.after for stop in stops)
+    start = turn if anywhere else max(turn, before - max(len(stop.text.encode()) for stop in stops) - 1)
 
     def stopped(end: int) -> bool:
         text = text_of(completer, tokens_T[start:end])
-        return any(s in text for s in completer.stop_strings)
+        return any(stop.ends(text) for stop in stops)
 
     return next((end for end in range(before + 1, length + 1) if stopped(end)), None) if stopped(length) else None
+
+
+def stops_of(completer: Completer, environment: Environment) -> tuple[Stop, ...]:
+    return (*environment.stops, *(Stop(text) for text in completer.stop_strings))
 
 
 @dataclasses.dataclass
@@ -122,6 +127,7 @@ class Attempt:
     waits: bool = False  # whether it waits for its environment
     waited_s: float = 0.0  # time that its environment's step has been running
     rollout: Rollout | None = None  # set at its end, without a verdict
+    appended: list[tuple[int, int, str]] = dataclasses.field(default_factory=list)  # (start, end, author) of tokens not sampled
 
     def cache_length(self, length: int) -> int:
         """Count the cache positions of its own slot that a sequence of this length
@@ -157,11 +163,12 @@ def collect(
     check(completer, requests)
     with SAMPLING_LOCK, contextlib.closing(Threads(THREADS)) as threads:
         collection = Collection(completer, weights, requests, environment, threads, key, temperature, filter, judged)
-        while collection.goes_on():
-            collection.hear()
-            collection.fill()
-            collection.compact()
-            collection.decode()
+        with contextlib.closing(collection):
+            while collection.goes_on():
+                collection.hear()
+                collection.fill()
+                collection.compact()
+                collection.decode()
     return collection.rollouts, collection.spent()
 
 
@@ -243,11 +250,18 @@ def keys_of(key, requests: Sequence[Request], at_once: int = 256) -> np.ndarray:
     return np.concatenate(made)[: len(requests)] if made else np.zeros((0, 0), np.uint32)
 
 
-def warm_up(completer: Completer, weights: Weights, filters: Iterable[Filter] = (ALL,), appends_tokens: bool = True) -> None:
+def warm_up(
+    completer: Completer,
+    weights: Weights,
+    filters: Iterable[Filter] = (ALL,),
+    appends_tokens: bool = True,
+    stops_slots: bool = False,
+) -> None:
     """Compile all programs that `collect` can need, by running them on empty slots.
 
     `appends_tokens` says whether tokens are ever forced: observations, or the end of
-    thinking.
+    thinking. `stops_slots` says whether an environment has stops; a completer's are
+    known.
     """
     sampler, T = completer.sampler, completer.sampler.length
 
@@ -263,7 +277,7 @@ def warm_up(completer: Completer, weights: Weights, filters: Iterable[Filter] = 
                 slots = sampler.decode(weights, slots, np.float32(1), filter)
             if appends_tokens:
                 slots = sampler.append_tokens(weights, slots, *nothing(S, T))
-        return sampler.stop_slots(slots, np.zeros(S, bool)) if completer.stop_strings else slots
+        return sampler.stop_slots(slots, np.zeros(S, bool)) if completer.stop_strings or stops_slots else slots
 
     def all_sizes(slots, sizes):
         """Decode with this many slots and fewer, compacting from every cache bucket."""
@@ -301,6 +315,7 @@ class Collection:
     def __init__(self, completer, weights, requests, environment, threads, key, temperature, filter, judged=lambda rollout: None):
         self.completer, self.sampler, self.weights, self.environment = completer, completer.sampler, weights, environment
         self.judge = jax.profiler.annotate_function(environment.step, name="verify")
+        self.stops = stops_of(completer, environment)
         self.threads, self.temperature, self.filter, self.judged = threads, temperature, filter, judged
         self.key_R = keys_of(key, requests)
         self.queue = collections.deque(enumerate(requests))
@@ -311,6 +326,12 @@ class Collection:
         self.slots, self.cache_length = self.sampler.empty(), self.sampler.buckets[0]
         self.started_s, self.verify_s, self.slot_steps = time.perf_counter(), 0.0, 0
         self.ticked_s = self.started_s
+
+    def close(self) -> None:
+        """Close the environments of attempts that have no verdict, as after Ctrl-C."""
+        unfinished = {a.index: a for a in [*self.asked.values(), *filter(None, self.attempt_by_slot)]}
+        for attempt in unfinished.values():
+            self.environment.close(attempt.state)
 
     def goes_on(self) -> bool:
         return bool(self.queue or self.asked or any(self.attempt_by_slot))
@@ -362,6 +383,8 @@ class Collection:
             attempt.waits = False
             if step is None:
                 attempt.state, step = future.result()
+            if step.verdict is not None:
+                self.environment.close(attempt.state)
             if self.environment.failures is not None:
                 self.environment.failures.hear(step)
             if step.verdict is not None:
@@ -370,11 +393,11 @@ class Collection:
                 self.leave(attempt)
             elif attempt.slot is None:
                 raise ValueError("an environment with one_turn=True gave an observation; it must give a verdict at every step")
-            elif ids := self.completer.encode(step.observation):
+            elif ids := self.completer.observe(step.observation, attempt.stop == "eos"):
                 said.append((attempt, ids))
             else:  # an empty observation: ask for the verdict
                 self.ask(attempt, Turn("", attempt.stop, final=True))
-        self.append_tokens(said)
+        self.append_tokens(said, author="o")
         for attempt, _ in said:
             attempt.turn = attempt.length
 
@@ -440,8 +463,11 @@ class Collection:
         budget = len(attempt.request.prompt) + self.completer.thinking.tokens if attempt.thinking else attempt.limit
         return min(budget, attempt.limit)
 
-    def append_tokens(self, said: list[tuple[Attempt, list[int]]]) -> None:
-        """Append tokens to attempts, which may have been cut back; continue them."""
+    def append_tokens(self, said: list[tuple[Attempt, list[int]]], author: str) -> None:
+        """Append tokens to attempts, which may have been cut back; continue them.
+
+        `author` is their letter in `Rollout.author`.
+        """
         if not said:
             return
         S, T = len(self.attempt_by_slot), self.sampler.length
@@ -450,6 +476,7 @@ class Collection:
         for attempt, ids in said:
             s, ids = attempt.slot, ids[: attempt.limit - attempt.length]
             start_S[s], count_S[s], tokens_ST[s, : len(ids)] = attempt.length, len(ids), ids
+            attempt.appended.append((attempt.length, attempt.length + len(ids), author))
             attempt.length += len(ids)
             limit_S[s] = max(self.next_limit(attempt), attempt.length)
         self.resize()
@@ -498,7 +525,7 @@ class Collection:
         self.slots = self.sampler.decode(self.weights, self.slots, np.float32(self.temperature), self.filter)
         stop_S, length_S = jax.device_get((self.slots.stop_S, self.slots.length_S))
         self.slot_steps += len(self.attempt_by_slot) * int(max(length_S[a.slot] - a.length for a in running))
-        if not self.completer.stop_strings and all(stop_S[a.slot] == RUNNING for a in running):
+        if not self.stops and all(stop_S[a.slot] == RUNNING for a in running):
             for a in running:
                 a.length = int(length_S[a.slot])
             return
@@ -507,7 +534,7 @@ class Collection:
         halted_S, said = np.zeros(len(self.attempt_by_slot), bool), []
         for a in running:
             tokens_T = written.tokens_ST[a.slot]
-            a.length, a.stop = ended(self.completer, a, tokens_T, int(length_S[a.slot]), int(stop_S[a.slot]))
+            a.length, a.stop = ended(self.completer, self.stops, a, tokens_T, int(length_S[a.slot]), int(stop_S[a.slot]))
             halted_S[a.slot] = a.stop == "stop"
             if not a.stop:
                 continue
@@ -520,7 +547,7 @@ class Collection:
             self.ask(a, Turn(text, a.stop, final=a.length >= a.limit))
         if halted_S.any():
             self.slots = self.sampler.stop_slots(self.slots, halted_S)
-        self.append_tokens(said)
+        self.append_tokens(said, author="f")
 
 
 class Written(NamedTuple):
@@ -532,12 +559,14 @@ class Written(NamedTuple):
     logp_temperature_1_ST: np.ndarray | None
 
 
-def ended(completer: Completer, attempt: Attempt, tokens_T: np.ndarray, length: int, stop: int) -> tuple[int, str]:
+def ended(
+    completer: Completer, stops: Sequence[Stop], attempt: Attempt, tokens_T: np.ndarray, length: int, stop: int
+) -> tuple[int, str]:
     """Return an attempt's length after a chunk, and why it stopped or "" if it runs.
 
-    A stop string cuts the attempt back.
+    A stop cuts the attempt back.
     """
-    end = find_stop(completer, tokens_T, attempt.turn, attempt.length, length)
+    end = find_stop(completer, stops, tokens_T, attempt.turn, attempt.length, length)
     if end is not None:
         return end, "stop"
     return length, "" if stop == RUNNING else STOPS[stop]
@@ -575,7 +604,16 @@ def to_rollout(completer: Completer, attempt: Attempt, written: Written, tempera
         text=text_of(completer, written.tokens_ST[s, completion]),
         verdict=None,
         temperature=temperature,
+        author=authors(len(request.prompt), attempt),
     )
+
+
+def authors(start: int, attempt: Attempt) -> str:
+    """Return a letter per token of a completion (see `Rollout.author`)."""
+    letters = ["m"] * (attempt.length - start)
+    for begin, end, author in attempt.appended:
+        letters[begin - start : end - start] = author * (end - begin)
+    return "".join(letters)
 
 
 class PromptRows:

@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 from jaxreason import batching
-from jaxreason.environment import Environment, count_failures
+from jaxreason.environment import Environment, count_failures, measured
 from jaxreason.objectives import EQUAL_REWARDS, Objective
 from jaxreason.options import unknown_name_message
 from jaxreason.rollout import Completer, LocalGroups, Request, SamplingStats, collect_local, gather_groups
@@ -439,4 +439,5 @@ def measure(groups: Sequence[Group]) -> dict:
         "rollout/length": (float(sum(len(r.tokens) for r in rollouts)), R),
         "rollout/cut": (float(sum(r.stop == "limit" for r in rollouts)), R),
         **{f"rollout/{name}": (float(n), R) for name, n in count_failures(r.verdict for r in rollouts).items()},
+        **{f"rollout/{name}": pair for name, pair in measured(r.verdict for r in rollouts).items()},
     }

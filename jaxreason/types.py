@@ -52,6 +52,9 @@ class Verdict:
     correct: bool
     parsed: str | None = None  # the answer as it was understood; None if none was found
     reason: str = ""
+    measures: Mapping[str, float] = field(
+        default_factory=dict
+    )  # further numbers, such as {"tool_calls": 2}; their means are logged
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Rollout:
     verdict: Verdict | None  # None until the rollout is judged
     temperature: float = 1.0
     logp_temperature_1: np.ndarray | None = None  # float32, like `logp` under the model's own softmax; None unless asked for
+    author: str = ""  # a letter per token: m the model, o an observation, f forced, such as the end of thinking; "": all m or f
 
 
 class Prompted(NamedTuple):

@@ -134,8 +134,8 @@ def test_numbers_out_of_range_are_one_line(fields, message):
 
 
 def test_a_verifier_with_a_limit_of_its_own_has_no_deadline():
-    assert build.make_environment(name="math").deadline_s is None
-    assert build.make_environment(name="number").deadline_s == 60.0
-    assert build.make_environment(name="number", deadline_s=5.0).deadline_s == 5.0
+    assert build.make_judge(name="math").deadline_s is None
+    assert build.make_judge(name="number").deadline_s == 60.0
+    assert build.make_judge(name="number", deadline_s=5.0).deadline_s == 5.0
     with pytest.raises(ValueError, match=r"verifier.deadline_s got 5.0, but 'math' has its own limit; set timeout_s instead"):
-        build.make_environment(name="math", deadline_s=5.0)
+        build.make_judge(name="math", deadline_s=5.0)

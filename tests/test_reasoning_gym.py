@@ -331,4 +331,4 @@ def test_a_dataset_is_a_suite():
     assert harder["verifier"] == section["verifier"]
     with pytest.raises(ValueError, match="or gym:DATASET of reasoning-gym"):
         read_suites("gym:", {})
-    assert build.make_environment(**section["verifier"]).deadline_s is None
+    assert build.make_judge(**section["verifier"]).deadline_s is None

@@ -63,7 +63,7 @@ def new_completer(
     more = {"prompt_rows": 2, "prompt_length": prompt_buckets[-1]} | more
     return Completer(
         sampler=compile_sampler(model, slots=slots, length=length, eos_ids=eos_ids, chunk_tokens=chunk_tokens, **more),
-        encode=encode,
+        observe=lambda observation, ended: encode(observation),
         decode=decode,
         eos_ids=eos_ids,
         prompt_buckets=prompt_buckets,

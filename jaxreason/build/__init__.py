@@ -7,7 +7,8 @@ before anything is compiled.
     layout       the fields of a config, their defaults, and those of earlier versions
     model        model, params, tokenizer and prompt format
     sampler      the compiled sampler and its text handling
-    tasks        tasks of sources and suites, and their environments
+    tasks        tasks of sources and suites, and their judges
+    environments tools and further attempts around a judge
     phases       sources, objectives, optimizers
     evaluation   held-out tasks and texts; the options of the log
     run          `build`: all of these together
@@ -46,7 +47,7 @@ from jaxreason.build.model import (
 from jaxreason.build.phases import SOURCES, choose_rollouts_per_prompt, corpus, demonstrations, rollouts
 from jaxreason.build.run import build
 from jaxreason.build.sampler import make_completer
-from jaxreason.build.tasks import check_keys, judge, make_environment
+from jaxreason.build.tasks import check_keys, judge, make_judge
 
 __all__ = [
     "OPTIONAL",
@@ -70,7 +71,7 @@ __all__ = [
     "judge",
     "layout",
     "make_completer",
-    "make_environment",
+    "make_judge",
     "make_log",
     "make_model",
     "make_text",

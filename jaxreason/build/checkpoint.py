@@ -102,6 +102,8 @@ def open_checkpoint(
         say=say,
         reword=functools.partial(reword, sections["text"], described.folder),
         loaded=[],
+        environments=[],
+        environment=None if config is None else config.get("environment"),
     )
     load_params = functools.partial(init_params, model, load, 0, placed)
     return Checkpoint(parts, load_params, found.folder, found.step, config, sections)

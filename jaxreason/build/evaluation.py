@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxreason import batching, data, evaluation, sharding, verify
 from jaxreason import objectives as objectives_
+from jaxreason.build.environments import make_environment
 from jaxreason.build.sampler import make_filter
 from jaxreason.build.tasks import (
     OF_ENVIRONMENT,
@@ -97,6 +98,7 @@ def make_evaluate(
 def attempted(
     *,
     verifier: dict | None = None,  # verifier of this suite; None: that of the config
+    environment: dict | None = None,  # environment of this suite, such as {"name": "single_turn"}; None: that of the config
     samples: int = 1,  # attempts at each task; temperature 0 makes one
     temperatures: Sequence[float] | None = None,  # of this suite; None: those of `evaluate`
     max_tokens: int | None = None,  # tokens of a completion, at most; None: sampler.max_tokens
@@ -127,15 +129,16 @@ def make_suite(name: str, section: dict, parts: Parts, n: int, allow_overlap: bo
     if own["temperatures"] is not None and not own["temperatures"]:
         raise ValueError(f"{where}.temperatures is empty; allowed: one or more, 0 is greedy, or None")
     items = load_held_out(task, parts, what, allow_overlap, size=n)
-    format = parts.format if own["instruction"] is None else parts.reword(own["instruction"])
+    verifier = parts.verifier if own["verifier"] is None else own["verifier"]
+    words = {} if own["instruction"] is None else {"instruction": own["instruction"]}
+    section = parts.environment if own["environment"] is None else own["environment"]
+    environment, format = make_environment(section, verifier, items, parts, **words)
     longest_prompt = completer.sampler.length - completer.max_tokens
     prompted = drop_long_prompts(items, format.prompt, longest_prompt, what, parts.say)
     items = [task for task, _ in prompted]
-    verifier = parts.verifier if own["verifier"] is None else own["verifier"]
     check_keys(items, verifier, what, parts.say)
-    environment = judge(verifier, items)
     # Answers within a text are judged one by one, unless each takes a child process.
-    correct = None if verifier["name"] in verify.BOUNDED else judge_with(environment)
+    correct = None if verifier["name"] in verify.BOUNDED else judge_with(judge(verifier, items))
     return evaluation.Suite(
         name,
         prompted,
@@ -158,6 +161,7 @@ def check_types(where: str, own: Mapping[str, Any]) -> None:
 
     allowed: dict[str, tuple[Callable[[Any], bool], str]] = {
         "verifier": (lambda v: isinstance(v, Mapping), "a section, such as {'name': 'exact'}"),
+        "environment": (lambda v: isinstance(v, Mapping), "a section, such as {'name': 'single_turn'}"),
         "samples": (lambda v: number(v, int), "a whole number, 1 or more"),
         "temperatures": (
             lambda v: isinstance(v, (list, tuple)) and all(number(t, int, float) for t in v),

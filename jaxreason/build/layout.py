@@ -16,22 +16,24 @@ from typing import NamedTuple
 
 from jaxreason import objectives as objectives_
 from jaxreason import optimizer as optimizer_
-from jaxreason import sharding, tasks, text, verify
+from jaxreason import sharding, tasks, text, tools, verify
+from jaxreason.build import environments
+from jaxreason.build.environments import SECTIONS as ENVIRONMENTS
 from jaxreason.build.evaluation import attempted, held_out_text, make_evaluate, make_log
 from jaxreason.build.model import make_model, make_text
 from jaxreason.build.phases import SOURCES, make_phase, make_source
 from jaxreason.build.sampler import make_completer
-from jaxreason.build.tasks import held_out_sections, make_environment, named, shares_files, trained_sections
-from jaxreason.environment import single_turn
+from jaxreason.build.tasks import held_out_sections, make_judge, named, shares_files, trained_sections
 from jaxreason.model import ModelConfig
 from jaxreason.model import config as model_config
 from jaxreason.options import fields, unknown_name_message
 from jaxreason.runtime.checkpoint import open_checkpoints
+from jaxreason.tools.calls import DIALECTS
 
 SECTIONS = ("seed", "model", "text", "sampler", "verifier", "phases", "evaluate", "sharding", "checkpoint", "log")
 
 
-OPTIONAL = ("init_from", "version")
+OPTIONAL = ("init_from", "version", "environment")
 
 
 # Increased when the meaning of a field, or of its absence, changes: see `CHANGED`.
@@ -118,6 +120,7 @@ class Config(NamedTuple):
     sharding: dict  # meshes of devices
     checkpoint: dict  # when to save, and which checkpoints to keep
     log: dict  # logs to write and show
+    environment: dict | None = None  # tools, further attempts; None: the model writes once and is judged
     init_from: str | None = None  # start from the params of a run, of RUN/checkpoints/STEP or of a Hugging Face folder
     version: int = VERSION  # version of the fields' meaning, recorded in config.json
 
@@ -136,9 +139,10 @@ def layout(config: dict) -> fields.Section:
         sections=phases
         | {
             "model": section_of_model,
-            "text": section(make_text, "folder"),
+            "text": section(make_text, "folder", "tools", "described"),
             "sampler": section(make_completer, "model", "tokenizer", "format", "mesh", "processes"),
             "verifier": section_of_verifier,
+            "environment": section_of_environment,
             "evaluate": section(make_evaluate, "parts", suites=each(section_of_suite), texts=each(section_of_text)),
             "sharding": section(sharding.make_meshes, "devices", "process", mesh=section(sharding.make_mesh, "devices")),
             "checkpoint": section(open_checkpoints, "folder", "read_only"),
@@ -178,11 +182,18 @@ def section_of_model(values: dict) -> fields.Section:
 
 
 def section_of_verifier(values: dict) -> fields.Section:
-    return fields.Section((make_environment, *named("verifier", verify.VERIFIERS, values)))
+    return fields.Section((make_judge, *named("verifier", verify.VERIFIERS, values)))
+
+
+def section_of_environment(values: dict) -> fields.Section:
+    makers = named("environment", ENVIRONMENTS, values) or (environments.single_turn,)
+    if ":" in str(values.get("name")):
+        return fields.Section((environments.single_turn, *makers), ("environment",))
+    return fields.Section(makers, ("judged", "parts", "words"), {"inside": section_of_environment})
 
 
 def section_of_task(values: dict, more: tuple[Callable, ...] = ()) -> fields.Section:
-    below = {"verifier": section_of_verifier} if more else {}
+    below = {"verifier": section_of_verifier, "environment": section_of_environment} if more else {}
     decided = {
         "seed": "that of the run",
         "split": "train in a source, test in a suite; a file that only one of them names is read whole",
@@ -227,7 +238,9 @@ def families() -> dict[str, dict[str, str]]:
         "weightings": objectives_.WEIGHTINGS,
         "kl_estimators": objectives_.KL_ESTIMATORS,
         "sources": SOURCES,
-        "environments": {"single_turn": single_turn},
+        "environments": ENVIRONMENTS,
+        "tools": tools.TOOLS,
+        "dialects": DIALECTS,
         "tokenizers": text.TOKENIZERS,
         "formats": text.FORMATS,
     }

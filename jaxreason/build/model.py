@@ -209,8 +209,13 @@ def make_text(
     eos: Sequence[str | int] = (),  # further tokens that end a completion, as texts or ids
     template: dict | None = None,  # arguments of the chat template, such as {"enable_thinking": False}
     date: str | None = None,  # today's date in the chat template, YYYY-MM-DD; None: the day on which the run began
+    tools: Sequence[dict] = (),
+    described: str = "",
 ) -> tuple[text.Tokenizer, text.Format]:
-    """Make the tokenizer and the format that turns tasks into prompts."""
+    """Make the tokenizer and the format that turns tasks into prompts.
+
+    `tools` and `described` are those of `text.chat`; the plain format has none.
+    """
     if tokenizer == "pretrained":
         if folder is None:
             raise ValueError("text.tokenizer is 'pretrained' but model.weights is 'random'; choose characters or byte_level")
@@ -229,13 +234,18 @@ def make_text(
     if folder is None:
         raise ValueError("text.format is 'chat' but model.weights is 'random', so there is no chat template; choose plain")
     source, path = text.load_template(folder), text.template_path(folder)
-    keywords = {"system": system, "instruction": instruction, "arguments": template or {}}
+    keywords = {"system": system, "instruction": instruction, "arguments": template or {}, "tools": tools, "described": described}
     return made, text.chat(made, source, **keywords, date=today, path=path)
 
 
-def reword(section: dict, folder: Path | None, instruction: str) -> text.Format:
-    """Make the format of a `text` section with another instruction."""
-    return call_with_section(make_text, section | {"instruction": instruction}, "config.text", folder=folder)[1]
+def reword(
+    section: dict, folder: Path | None, *, instruction: str | None = None, tools: Sequence[dict] = (), described: str = ""
+) -> text.Format:
+    """Make the format of a `text` section with another instruction, or with tools: see
+    `text.chat`.
+    """
+    section = section if instruction is None else section | {"instruction": instruction}
+    return call_with_section(make_text, section, "config.text", folder=folder, tools=tools, described=described)[1]
 
 
 def to_date(date: str | None) -> datetime.date | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from jaxreason import batching, data, sources
 from jaxreason import objectives as objectives_
 from jaxreason import optimizer as optimizer_
+from jaxreason.build.environments import make_environment
 from jaxreason.build.sampler import make_filter
 from jaxreason.build.tasks import (
     Parts,
@@ -15,7 +16,6 @@ from jaxreason.build.tasks import (
     check_solutions,
     drop_long_prompts,
     encode_documents,
-    judge,
     load_trained,
 )
 from jaxreason.cost import attempts_behind_a_prompt, shared_length
@@ -221,12 +221,13 @@ def rollouts(
     )
     loaded = load_trained(task, parts)
     what = f"task {task['name']!r}"
-    prompted = drop_long_prompts(loaded, parts.format.prompt, longest_prompt, what, parts.say)
+    environment, format = make_environment(parts.environment, parts.verifier, loaded, parts)
+    prompted = drop_long_prompts(loaded, format.prompt, longest_prompt, what, parts.say)
     items = [task for task, _ in prompted]
     check_keys(items, parts.verifier, what, parts.say)
     return sources.rollouts(
         data.shuffled(prompted, seed=parts.seed),
-        judge(parts.verifier, items),
+        environment,
         completer,
         objective,
         problems=problems,

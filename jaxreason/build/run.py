@@ -82,6 +82,8 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
         say=say,
         reword=functools.partial(reword, config["text"], folder),
         loaded=list(trained_before(config.get("init_from"), say)),
+        environments=[],
+        environment=config.get("environment"),
     )
     phases = [call_with_section(make_phase, config[name], f"config.{name}", name=name, parts=parts) for name in phase_names]
     evaluate, filter = call_with_section(make_evaluate, config["evaluate"], "config.evaluate", parts=parts)
@@ -94,7 +96,7 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
         init=functools.partial(init_params, model, load, config["seed"], meshes.learn),
         phases=phases,
         evaluate=evaluate,
-        warm_up=functools.partial(warm_up, completer, filters) if filters else None,
+        warm_up=functools.partial(warm_up, completer, filters, parts.environments) if filters else None,
         mesh=meshes.learn,
         seed=config["seed"],
         decode=lambda ids: tokenizer.decode([int(i) for i in ids]),

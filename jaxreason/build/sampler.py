@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxreason import batching, rollout, sharding, text
 from jaxreason.cost import layer_weights
 from jaxreason.draw import Filter
+from jaxreason.environment import Environment
 from jaxreason.model import Model, ModelConfig
 from jaxreason.model.config import count_parameters
 from jaxreason.options import unknown_name_message
@@ -81,7 +82,7 @@ def make_completer(
     )
     return Completer(
         sampler=sampler,
-        encode=format.forced,
+        observe=format.observe,
         decode=functools.partial(tokenizer.decode, continues=True),
         eos_ids=tokenizer.eos_ids,
         prompt_buckets=batching.length_buckets(max_prompt_tokens, count=2 if max_prompt_tokens > 64 else 1),
@@ -157,10 +158,11 @@ def decoding_of(model: Model, sampler: Sampler, cache_dtype: str | None) -> Deco
     )
 
 
-def warm_up(completer: Completer, filters: Sequence[Filter], params) -> None:
-    """Compile the sampler for all lengths."""
-    # Verifiers give no observations, so only the end of thinking is ever forced.
-    rollout.warm_up(completer, completer.sampler.prepare(params), filters, appends_tokens=completer.thinking is not None)
+def warm_up(completer: Completer, filters: Sequence[Filter], environments: Sequence[Environment], params) -> None:
+    """Compile the sampler for all lengths, and for what the environments do."""
+    appends = completer.thinking is not None or not all(environment.one_turn for environment in environments)
+    stops = any(environment.stops for environment in environments)
+    rollout.warm_up(completer, completer.sampler.prepare(params), filters, appends_tokens=appends, stops_slots=stops)
 
 
 def make_filter(top_k: int, top_p: float, min_p: float, where: str) -> Filter:

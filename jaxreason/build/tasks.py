@@ -31,8 +31,10 @@ class Parts(NamedTuple):
     meshes: sharding.Meshes
     devices: int  # number of devices that rows are split over
     say: Callable[[str], None]
-    reword: Callable[[str], text.Format]  # instruction -> the format with this instruction
-    loaded: list[tuple[str, Sequence]] | None = None  # (description, items) of all training data
+    reword: Callable[..., text.Format]  # the format with another instruction, or with tools: see `model.reword`
+    loaded: list[tuple[str, Sequence]]  # (description, items) of all training data
+    environments: list[Environment]  # those that were made
+    environment: dict | None = None  # section of the environment of sources and suites
 
 
 def named(what: str, family: dict, values: dict) -> tuple[Callable, ...]:
@@ -151,14 +153,14 @@ def check_solutions(items: Sequence, task: dict) -> Sequence:
 OF_ENVIRONMENT = ("must_finish", "deadline_s")  # fields of a verifier section that configure the environment, not the verifier
 
 
-def make_environment(
+def make_judge(
     *,
     name: str,  # a verifier, or module:maker of your own
     must_finish: bool = False,  # whether an attempt that is cut off at its limit is wrong, whatever it says
     deadline_s: float | None = None,  # seconds per verdict; None: 60, or none for a verifier with a timeout_s
     **section,
 ) -> Environment:
-    """Make the environment of a `verifier` section (see `single_turn`)."""
+    """Make the single-turn environment of a `verifier` section."""
     if name in verify.BOUNDED and deadline_s is not None:
         raise ValueError(f"verifier.deadline_s got {deadline_s}, but {name!r} has its own limit; set timeout_s instead")
     own = {"deadline_s": None} if name in verify.BOUNDED else {"deadline_s": deadline_s} if deadline_s is not None else {}
@@ -208,4 +210,4 @@ def judge(section: dict, items: Sequence[Task]) -> Environment:
                 verdict = judge_one(answer, items[0])
             if not isinstance(verdict, Verdict):
                 raise ValueError(f"verifier {name!r} gave {verdict!r} of the first task; allowed: a types.Verdict")
-    return call_with_section(make_environment, section, "config.verifier")
+    return call_with_section(make_judge, section, "config.verifier")

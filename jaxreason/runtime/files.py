@@ -7,6 +7,7 @@ process of a run writes: the one with `write` true.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -151,15 +152,25 @@ def rollout_record(rollout: Rollout, decode: Callable[[np.ndarray], str] | None 
         "logp_sum": float(np.sum(rollout.logp, dtype=np.float64)),
         "length": len(rollout.tokens),
         "temperature": rollout.temperature,
+        **({"measures": dict(rollout.verdict.measures)} if rollout.verdict.measures else {}),
+        **({"spans": spans(rollout.author)} if {*rollout.author} - {"m"} else {}),
     }
+
+
+def spans(author: str) -> list[list]:
+    """Return who wrote a completion, as [letter, number of tokens] in order: see
+    `types.Rollout.author`.
+    """
+    return [[letter, len([*run])] for letter, run in itertools.groupby(author)]
 
 
 def token_record(rollout: Rollout, pieces: Callable[[np.ndarray], list[str]]) -> dict[str, Any]:
     """Return what a line of `rollouts.jsonl` may say of a rollout's tokens: the text of
-    each, its log-prob, and a letter for who wrote it (m: the model, f: forced).
+    each, its log-prob, and a letter for who wrote it: see `types.Rollout.author`.
     """
     logp = [round(float(x), 3) for x in rollout.logp]
-    return {"pieces": pieces(rollout.tokens), "logp": logp, "author": "".join("fm"[int(sampled)] for sampled in rollout.sampled)}
+    author = rollout.author or "".join("fm"[int(sampled)] for sampled in rollout.sampled)
+    return {"pieces": pieces(rollout.tokens), "logp": logp, "author": author}
 
 
 def plain_json(value: Any) -> Any:

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from jaxreason.text.template import check_arguments, clock, render
+from jaxreason.text.template import check_arguments, clock, reads, render
 from jaxreason.text.tokenizer import Tokenizer
 from jaxreason.types import Message, Task
 
@@ -41,6 +41,22 @@ class Format(NamedTuple):
     """The chat template, if there is one."""
     conversation: Callable[[Sequence[Message]], list[int]] | None = None
     """Ids of a conversation up to where the model starts to write; None without a chat template."""
+    reply: Callable[[Sequence[Message], bool], list[int]] | None = None
+    """Ids of messages that answer the assistant, up to where it writes again, given whether it has written the token that ends
+    its turn; None without a chat template."""
+
+    def observe(self, observation: str | Sequence[Message], ended: bool) -> list[int]:
+        """Return the ids of an environment's observation: a text that continues the
+        model's own, or messages.
+
+        Raises:
+          ValueError: messages, in a format without a chat template.
+        """
+        if isinstance(observation, str):
+            return self.forced(observation)
+        if self.reply is None:
+            raise ValueError("the plain format has no messages; the environment must continue the model's text: role=''")
+        return self.reply(observation, ended)
 
 
 # --- formats ---
@@ -83,6 +99,8 @@ def chat(
     instruction: str = QUESTION,
     *,
     arguments: Mapping[str, Any] = MappingProxyType({}),
+    tools: Sequence[Mapping[str, Any]] = (),
+    described: str = "",
     date: datetime.date | None = None,
     path: Path | None = None,
 ) -> Format:
@@ -101,6 +119,10 @@ def chat(
       instruction: the user's message; `{question}` in it stands for the question.
       arguments: further variables of the template, such as `{"enable_thinking":
         False}`.
+      tools: JSON schemas of the tools that the model may call, for templates that
+        describe them.
+      described: description of the tools in words, added to the system message if the
+        template reads no `tools`.
       date: the day that the template sees as today; None: the day of this call.
       path: the file of the template, named in errors.
 
@@ -112,6 +134,10 @@ def chat(
     with naming(path):
         check_arguments(template, arguments)
     arguments = {**arguments, "strftime_now": clock(date or datetime.date.today())}
+    if tools and reads(template, "tools"):
+        arguments["tools"] = list(tools)
+    elif described:
+        system = f"{system}\n\n{described}" if system else described
 
     def messages(question):
         # Not str.format: questions and instructions contain braces.
@@ -132,10 +158,14 @@ def chat(
         end = max(i for i, is_trained in enumerate(trainable) if is_trained) + 1  # drop the text after the turn
         return ids[:end], trainable[:end]
 
+    def reply(said, ended):
+        with naming(path):
+            return encode_reply(tokenizer, template, messages(PROBE), said, ended, **arguments)
+
     with naming(path):
         check_template(tokenizer, template, messages(PROBE), **arguments)
     forced = functools.partial(tokenizer.encode, added=False, continues=True)
-    return Format(prompt, demonstration, forced, template, conversation)
+    return Format(prompt, demonstration, forced, template, conversation, reply)
 
 
 def check_instruction(instruction: str) -> None:
@@ -162,6 +192,59 @@ def check_template(tokenizer: Tokenizer, template: str, messages: Sequence[Messa
     if answered.count(PROBE) <= asked.count(PROBE):
         raise ValueError("the chat template leaves out what the assistant wrote; does it belong to this model?")
     first_end(tokenizer, tokenizer.encode(answered.rpartition(PROBE)[2], continues=True))
+
+
+def encode_reply(
+    tokenizer: Tokenizer, template: str, asked: Sequence[Message], said: Sequence[Message], ended: bool, **arguments
+) -> list[int]:
+    """Encode messages that answer an assistant's turn, up to where the assistant writes
+    again.
+
+    They begin with the token that ends the turn, unless the model has written it
+    (`ended`). `asked` are the messages before that turn.
+
+    Raises:
+      ValueError: the template leaves a message out, or renders the turns before it
+        differently than without it. A rollout only appends tokens, so the model would
+        have read something else than the conversation.
+    """
+    said = [Message(m.role, m.content.replace(PROBE, "")) for m in said]
+    names = special_names(tokenizer) | arguments
+    before = render(template, [*asked], True, **names)
+    ids = []
+    for answer in answers(template, before):
+        guarded = [_guarded(_plain(m), tokenizer) for m in (*asked, Message("assistant", answer), *said)]
+        whole = render(template, guarded, True, **names)
+        if not whole.startswith(before + answer):
+            raise ValueError(
+                f"the chat template renders a turn of the assistant differently once a message of the {said[0].role} follows, so "
+                "it can't be used for rollouts of several turns; choose a dialect within the text (tags), or another template"
+            )
+        ids, _ = _encode_guarded(tokenizer, whole[len(before) + len(answer) :], continues=True)
+    return ids[first_end(tokenizer, ids) + 1 :] if ended else ids
+
+
+def answers(template: str, before: str) -> list[str]:
+    """Return turns of an assistant that a template must keep as they are: also one that
+    thinks, if the template knows about thinking.
+    """
+    thinks = before.rstrip().endswith("<think>")  # the prompt begins the thought
+    thought = ("" if thinks else "<think>\n") + f"{PROBE}\n</think>\n\n{PROBE}"
+    return [thought] if thinks else [PROBE, thought] if "</think>" in template else [PROBE]
+
+
+def check_reply(format: Format, tokenizer: Tokenizer, role: str) -> None:
+    """Check that a chat template can continue a conversation after a message of a role.
+
+    Raises:
+      ValueError: it leaves the message out, refuses its role, or changes earlier turns.
+    """
+    probe = "a result"
+    if probe not in tokenizer.decode(format.reply([Message(role, probe)], False)):
+        raise ValueError(
+            f"the chat template leaves out a message of the role {role!r}, so the model would never read a result; choose a "
+            "dialect within the text (tags), or another role"
+        )
 
 
 @contextlib.contextmanager

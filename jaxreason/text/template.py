@@ -75,12 +75,21 @@ def check_arguments(template: str, arguments: Mapping[str, Any]) -> None:
       ValueError: names the first argument that the template does not read, or that a
         config may not set.
     """
-    with _failures():
-        read = jinja2.meta.find_undeclared_variables(_environment().parse(template))
-    read -= {*GIVEN, *_environment().globals}
+    read = variables_of(template) - {*GIVEN, *_environment().globals}
     for name in arguments:
         if name not in read:
             raise ValueError(unknown_name_message("argument of the chat template", name, read))
+
+
+def variables_of(template: str) -> set[str]:
+    """Return the names of the variables that a template reads."""
+    with _failures():
+        return jinja2.meta.find_undeclared_variables(_environment().parse(template))
+
+
+def reads(template: str, name: str) -> bool:
+    """Tell whether a template reads a variable."""
+    return name in variables_of(template)
 
 
 def render(

@@ -1,0 +1,208 @@
+"""Build environments: the judge of a task family, alone or within tools and retries.
+
+The `environment` section names one, with its fields; `inside` is the section of the
+environment that it wraps, a single turn if absent. Fields that depend on the text format
+(dialect, role) are decided here.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxreason import text, tools
+from jaxreason.build.tasks import Parts, judge
+from jaxreason.environment import Environment, retry, with_tools
+from jaxreason.environment.retry import TOLD
+from jaxreason.options import call_with_section, find, unknown_name_message
+from jaxreason.text.chat import check_reply
+from jaxreason.tools.calls import DIALECTS, Dialect, described, schema
+from jaxreason.types import Task
+
+WHERE = "config.environment"
+
+
+class Made(NamedTuple):
+    """An environment, and the format of its prompts."""
+
+    environment: Environment
+    format: text.Format
+
+
+def make_environment(section: Mapping[str, Any] | None, verifier: dict, items: Sequence[Task], parts: Parts, **words) -> Made:
+    """Make the environment of a section around the judge of a `verifier` section, and
+    the format that tells of its tools.
+
+    `words` are those of `Parts.reword`, such as an instruction.
+
+    Raises:
+      ValueError: an unknown name, a wrong field, or something that does not fit the
+        text format.
+    """
+    made = Made(judge(verifier, items), parts.reword(**words) if words else parts.format)
+    if section is not None and section.get("name") != "single_turn":
+        made = make_wrapped({"name": None} | dict(section), made, parts, words)
+    elif section is not None:
+        call_with_section(single_turn, section, WHERE)
+    parts.environments.append(made.environment)
+    return made
+
+
+def make_wrapped(section: dict, judged: Made, parts: Parts, words: dict) -> Made:
+    """Make the environment of a section around another one, with those inside it."""
+    name = section["name"]
+    maker = find("environment", name, SECTIONS)
+    if ":" in name:
+        return judged._replace(environment=make_own(name, maker, section, judged.environment))
+    inside = section.get("inside")
+    if inside is not None and inside.get("name") != "single_turn":
+        judged = make_wrapped({"name": None} | dict(inside), judged, parts, words)
+    return call_with_section(maker, section, WHERE, judged=judged, parts=parts, words=words)
+
+
+def make_own(name: str, maker: Callable, section: dict, environment: Environment) -> Environment:
+    """Make a user's environment. Its maker gets the judge of the config's verifier as
+    `environment`, if it has such an argument.
+    """
+    fields = {key: value for key, value in section.items() if key != "name"}
+    given = {"environment": environment} if "environment" in inspect.signature(maker).parameters else {}
+    made = call_with_section(maker, fields, f"environment {name!r}", **given)
+    if not isinstance(made, Environment):
+        raise ValueError(f"environment {name!r} made a {type(made).__name__}; allowed: a jaxreason.environment.Environment")
+    return made
+
+
+# --- sections by name ---
+
+
+def single_turn(
+    *,
+    name: str,  # single_turn, with_tools, retry, or module:maker of your own
+) -> None:
+    """The model writes once and is judged."""
+
+
+def tools_section(
+    *,
+    judged: Made,
+    parts: Parts,
+    words: dict,
+    name: str,  # single_turn, with_tools, retry, or module:maker of your own
+    tools: Sequence,  # names, or sections such as {"name": "search", "folder": "notes"}; module:maker for your own
+    dialect: str = "auto",  # how calls are written: brackets, angles, tags, hermes, llama3; auto: by the chat template
+    max_calls: int = 8,  # calls per rollout, at most
+    max_tool_tokens: int = 256,  # tokens of a result, at most; a longer one is cut in its middle
+    inside: dict | None = None,  # environment that judges turns without calls; None: a single turn
+) -> Made:
+    """Answer the tool calls that the model writes."""
+    made_tools = make_tools(tools)
+    chosen = dialect_of(dialect, parts.format)
+    if max_tool_tokens < 1:
+        raise ValueError(f"{WHERE}.max_tool_tokens got {max_tool_tokens}; allowed: 1 or more")
+    fit = functools.partial(fitted, parts.tokenizer, max_tool_tokens)
+    try:
+        made = with_tools(judged.environment, made_tools, chosen, max_calls=max_calls, fit=fit)
+    except ValueError as error:
+        raise ValueError(f"{WHERE}: {error}") from None
+    if not chosen.role:
+        check_encodes(parts.tokenizer, chosen.write("1", False), chosen.write("", True))
+        return judged._replace(environment=made)
+    format = parts.reword(**words, tools=[schema(tool) for tool in made_tools], described=described(made_tools, chosen))
+    check_reply(format, parts.tokenizer, chosen.role)
+    return Made(made, format)
+
+
+make_tools = tools.make_all
+
+
+def retry_section(
+    *,
+    judged: Made,
+    parts: Parts,
+    words: dict,
+    name: str,  # single_turn, with_tools, retry, or module:maker of your own
+    attempts: int = 2,  # attempts per rollout, at most
+    tell: str = "wrong",  # wrong: say that an attempt was wrong, and end at a right one; check: only ask to check the work
+    message: str | None = None,  # text that the model reads before it writes again; None: a sentence for `tell`
+    discount: float = 1.0,  # factor of the reward per further attempt
+    inside: dict | None = None,  # environment that judges each attempt; None: a single turn
+) -> Made:
+    """Let the model attempt a task again after it was wrong, or check its work."""
+    chats = parts.format.reply is not None
+    words = {"tell": tell, "message": message, "discount": discount, "role": "user" if chats else ""}
+    try:
+        made = retry(judged.environment, attempts, **words)
+    except ValueError as error:
+        raise ValueError(f"{WHERE}: {error}") from None
+    if chats:
+        check_reply(judged.format, parts.tokenizer, "user")
+    else:
+        check_encodes(parts.tokenizer, TOLD[tell] if message is None else message)
+    return judged._replace(environment=made)
+
+
+SECTIONS: dict[str, Callable] = {"single_turn": single_turn, "with_tools": tools_section, "retry": retry_section}
+
+
+def dialect_of(name: str, format: text.Format) -> Dialect:
+    """Return the dialect of a name; "auto" is that of the chat template, or tags.
+
+    Raises:
+      ValueError: an unknown name, or a dialect of messages in a format without any.
+    """
+    if name == "auto":
+        template = format.template or ""
+        name = "tags" if format.reply is None else "llama3" if "ipython" in template else "hermes"
+    if name not in DIALECTS:
+        raise ValueError(unknown_name_message(f"{WHERE}.dialect", name, ["auto", *DIALECTS]))
+    found = DIALECTS[name]()
+    if found.role and format.reply is None:
+        raise ValueError(f"{WHERE}.dialect got {name!r}, which needs text.format='chat'; allowed here: brackets, angles, tags")
+    return found
+
+
+def check_encodes(tokenizer: text.Tokenizer, *texts: str) -> None:
+    """Raise ValueError for a text of the environment that the tokenizer can't encode."""
+    for one in texts:
+        try:
+            tokenizer.encode(one, added=False, continues=True)
+        except ValueError as error:
+            raise ValueError(f"{WHERE}: the model would read {one!r}, but {error}") from None
+
+
+def fitted(tokenizer: text.Tokenizer, most: int, result: str) -> str:
+    """Cut a tool's result to `most` tokens in its middle, and drop the characters that
+    the tokenizer lacks.
+    """
+    result = encodable(tokenizer, result)
+    encode = functools.partial(tokenizer.encode, added=False, continues=True)
+    ids = encode(result)
+    kept = most
+    while len(ids) > most and kept > 0:
+        # Decoding and encoding again may give other tokens, so more are cut until it fits.
+        head, tail = ids[: kept - kept // 2], ids[len(ids) - kept // 2 :]
+        cut = encodable(tokenizer, tools.interface.CUT)
+        shorter = tokenizer.decode(head, continues=True) + cut + (tokenizer.decode(tail, continues=True) if tail else "")
+        if len(encode(shorter)) <= most:
+            return shorter
+        kept -= max(1, len(encode(shorter)) - most)
+    return result if len(ids) <= most else tokenizer.decode(ids[:most], continues=True)
+
+
+def encodable(tokenizer: text.Tokenizer, result: str) -> str:
+    """Drop the characters of a text that a tokenizer of characters lacks."""
+    try:
+        tokenizer.encode(result, added=False, continues=True)
+        return result
+    except ValueError:
+        return "".join(char for char in result if fits(tokenizer, char))
+
+
+def fits(tokenizer: text.Tokenizer, char: str) -> bool:
+    try:
+        tokenizer.encode(char, added=False, continues=True)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,101 @@
+"""Further attempts within one rollout: the model hears that it was wrong, or only that
+it should check its work, and writes again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from jaxreason.environment.interface import Environment, Step, Turn
+from jaxreason.environment.verdicts import verifier_failed
+from jaxreason.types import Message, Task, Verdict
+
+WRONG = "That is not right. Try again."
+CHECK = "Check your work, then give your final answer."
+TOLD = {"wrong": WRONG, "check": CHECK}
+
+
+class Retries(NamedTuple):
+    """State of a rollout with several attempts."""
+
+    task: Task
+    inner: Any  # state of the environment inside, new for each attempt
+    verdicts: tuple[Verdict, ...] = ()  # of the attempts so far
+
+
+def retry(
+    environment: Environment,
+    attempts: int = 2,
+    tell: str = "wrong",
+    message: str | None = None,
+    discount: float = 1.0,
+    role: str = "user",
+) -> Environment:
+    """Let the model attempt a task up to `attempts` times in one rollout.
+
+    The last attempt counts: its reward, times `discount` for each attempt before it.
+    The verdict's measures are attempts; first_correct and last_correct;
+    wrong_then_right and right_then_wrong, each 1 or 0.
+
+    Args:
+      environment: judges each attempt; it sees the attempt's text alone.
+      attempts: at most.
+      tell: "wrong" tells of a wrong attempt, and ends the rollout at a right one, so
+        the answer's correctness reaches the model. "check" asks after every attempt
+        but the last to check the work, so nothing does.
+      message: what the model reads; None: a sentence for `tell`.
+      discount: factor per further attempt, above 0 and at most 1.
+      role: of the message in a chat; empty: the message continues the model's text.
+
+    Raises:
+      ValueError: a number or name that is not allowed.
+    """
+    if attempts < 1:
+        raise ValueError(f"attempts got {attempts}; allowed: 1 or more")
+    if tell not in TOLD:
+        raise ValueError(f"tell got {tell!r}; allowed: {', '.join(TOLD)}")
+    if not 0 < discount <= 1:
+        raise ValueError(f"discount got {discount}; allowed: above 0, at most 1")
+    text = TOLD[tell] if message is None else message
+    if not text:
+        raise ValueError("message is empty; allowed: a text that the model reads before it writes again")
+    said = [Message(role, text)] if role else text
+
+    def ended(state: Retries, turn: Turn) -> bool:
+        last = state.verdicts[-1]
+        return turn.final or len(state.verdicts) >= attempts or verifier_failed(last) or (tell == "wrong" and last.correct)
+
+    def step(state: Retries, turn: Turn) -> tuple[Retries, Step]:
+        if state.verdicts and turn.final and not turn.text:  # the message left no room for another attempt
+            return state, Step(verdict=summary(state.verdicts, discount))
+        inner, made = environment.step(state.inner, turn)
+        state = state._replace(inner=inner)
+        if made.verdict is None:
+            return state, made
+        state = state._replace(verdicts=(*state.verdicts, made.verdict))
+        if ended(state, turn):
+            return state, made._replace(verdict=summary(state.verdicts, discount))
+        environment.close(state.inner)
+        return state._replace(inner=environment.reset(state.task)), Step(observation=said)
+
+    return environment._replace(
+        reset=lambda task: Retries(task, environment.reset(task)),
+        step=step,
+        one_turn=False,
+        close=lambda state: environment.close(state.inner),
+    )
+
+
+def summary(verdicts: tuple[Verdict, ...], discount: float) -> Verdict:
+    """Return the last verdict, discounted, with the measures of all attempts."""
+    first, last = verdicts[0], verdicts[-1]
+    measures = {
+        "attempts": float(len(verdicts)),
+        "first_correct": float(first.correct),
+        "last_correct": float(last.correct),
+        "wrong_then_right": float(last.correct and not first.correct),
+        "right_then_wrong": float(first.correct and not last.correct),
+    }
+    reward = last.reward * discount ** (len(verdicts) - 1) if last.reward > 0 else last.reward
+    return dataclasses.replace(last, reward=reward, measures={**last.measures, **measures})
