@@ -180,8 +180,8 @@ def test_more_hang_than_there_are_threads(made, monkeypatch):
     forever.
     """
     monkeypatch.setattr(rollout, "TICK_S", 0.01)
-    monkeypatch.setattr(environment, "IN_A_ROW", 100)
-    monkeypatch.setattr(environment, "STUCK", 20)
+    monkeypatch.setattr(environment.interface, "IN_A_ROW", 100)
+    monkeypatch.setattr(environment.interface, "STUCK", 20)
     released = threading.Event()
     judge = single_turn(lambda text, task: released.wait(120) and RIGHT, deadline_s=0.02)
     try:

@@ -11,7 +11,7 @@ A verifier that fails costs its attempt the reward and is counted. It stops the 
 if it fails all the time: see `Failures`.
 """
 
-from jaxreason.environment.interface import Environment, Failures, Step, Stop, Turn, VerifierFailed, stack
+from jaxreason.environment.interface import IN_A_ROW, STUCK, Environment, Failures, Step, Stop, Turn, VerifierFailed, stack
 from jaxreason.environment.retry import retry
 from jaxreason.environment.single_turn import single_turn
 from jaxreason.environment.threads import Threads, late
@@ -35,6 +35,8 @@ ENVIRONMENTS = {"single_turn": single_turn, **WRAPPERS}
 __all__ = [
     "COUNTED",
     "ENVIRONMENTS",
+    "IN_A_ROW",
+    "STUCK",
     "VERIFIER_ERROR",
     "VERIFIER_TIMEOUT",
     "WRAPPERS",

@@ -70,18 +70,16 @@ class Failures:
     """
 
     def __init__(self, name: str):
-        self.name, self.in_a_row, self.first = f"verifier {name!r}" if name else "the verifier", 0, ""
+        self.name = f"verifier {name!r}" if name else "the verifier"
+        self.in_a_row: dict[str, list[str]] = {}  # who failed -> tracebacks of its failures in a row
         self.stuck: list[threading.Thread] = []
 
     def hear(self, step: Step) -> None:
-        self.in_a_row = self.in_a_row + 1 if step.failure else 0
-        if self.in_a_row == 1:
-            self.first = step.failure
-        if self.in_a_row >= IN_A_ROW:
-            who, last = ("a tool", step.failure.strip().rpartition("\n")[2])
-            if step.verdict is not None:
-                who, last = self.name, step.verdict.reason
-            raise VerifierFailed(f"{who} failed {self.in_a_row} times in a row, last with {last!r}", self.first)
+        who = self.name if step.verdict is not None else "a tool"
+        failed = self.in_a_row[who] = [*self.in_a_row.get(who, []), step.failure] if step.failure else []
+        if len(failed) >= IN_A_ROW:
+            last = step.verdict.reason if step.verdict is not None else step.failure.strip().rpartition("\n")[2]
+            raise VerifierFailed(f"{who} failed {len(failed)} times in a row, last with {last!r}", failed[0])
 
     def give_up(self, thread: threading.Thread) -> None:
         self.stuck = [other for other in self.stuck if other.is_alive()] + [thread]

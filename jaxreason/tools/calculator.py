@@ -21,8 +21,12 @@ _REPLACED = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "
 _BINDS = {"+": 1, "-": 1, "*": 2, "/": 2, "%": 2, "minus": 3, "^": 4}
 
 
+class TooLarge(ToolError):
+    """A value has too many digits."""
+
+
 def calculator(
-    name: str = "calculator",  # as the model calls it
+    as_name: str = "calculator",  # as the model calls it
 ) -> Tool:
     """Compute an expression of + - * / % ^ and parentheses exactly."""
 
@@ -30,7 +34,7 @@ def calculator(
         return written(evaluate(expression))
 
     parameters = {"expression": "for example 3*(2+4)/5"}
-    return Tool(name, "Compute an arithmetic expression.", stateless(call), parameters, keeps_time=True)
+    return Tool(as_name, "Compute an arithmetic expression.", stateless(call), parameters, keeps_time=True)
 
 
 def evaluate(expression: str) -> Fraction:
@@ -114,7 +118,7 @@ def power(left: Fraction, right: Fraction) -> Fraction:
         return Fraction(not right)
     size = max(abs(left.numerator).bit_length(), left.denominator.bit_length())
     if size > 1 and abs(right) * (size - 1) > LARGEST_BITS:  # before it is computed
-        raise ToolError("the value is too large")
+        raise TooLarge("the value is too large")
     return left ** (int(right) if size > 1 else int(right) % 2)  # 1 or -1: its power may be huge
 
 
@@ -130,7 +134,7 @@ OPERATORS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
 
 def bounded(value: Fraction) -> Fraction:
     if max(abs(value.numerator).bit_length(), value.denominator.bit_length()) > LARGEST_BITS:
-        raise ToolError("the value is too large")
+        raise TooLarge("the value is too large")
     return value
 
 

@@ -26,7 +26,7 @@ NOBODY = "nobody answered"
 def human(
     folder: str | None = None,  # folder of questions and answers, for runs without a terminal; None: ask at the terminal
     timeout_s: float = 300.0,  # seconds to wait for an answer
-    name: str = "human",  # as the model calls it
+    as_name: str = "human",  # as the model calls it
 ) -> Tool:
     """Ask a person, at the terminal or through files in a folder.
 
@@ -39,7 +39,7 @@ def human(
     if folder is None and not sys.stdin.isatty():
         raise ValueError("tool 'human': there is no terminal to ask at; set folder=..., for questions and answers in files")
     call = through_files(Path(folder).expanduser(), timeout_s) if folder is not None else at_terminal(timeout_s)
-    return Tool(name, "Ask a person.", stateless(call), {"question": "what you want to know"}, timeout_s, keeps_time=True)
+    return Tool(as_name, "Ask a person.", stateless(call), {"question": "what you want to know"}, timeout_s, keeps_time=True)
 
 
 def through_files(folder: Path, timeout_s: float):

@@ -28,7 +28,7 @@ def search(
     folder: str,  # text files to search: .txt, .md and .rst, also in folders within
     results: int = 3,  # passages per result
     words: int = 80,  # words per passage, about
-    name: str = "search",  # as the model calls it
+    as_name: str = "search",  # as the model calls it
 ) -> Tool:
     """Search a folder of text files by BM25; a result names the file of each passage.
 
@@ -57,7 +57,7 @@ def search(
         best = sorted(range(len(passages)), key=lambda i: (-scores[i], i))[:results]
         return "\n".join(f"[{passages[i].source}] {passages[i].text}" for i in best if scores[i] > 0)
 
-    return Tool(name, "Search the notes; the result names its sources.", stateless(call), {"query": "words to look for"})
+    return Tool(as_name, "Search the notes; the result names its sources.", stateless(call), {"query": "words to look for"})
 
 
 def read_folder(folder: Path, words: int) -> list[Passage]:
