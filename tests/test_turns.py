@@ -33,13 +33,16 @@ PLAIN_ROLES = """{% for m in messages %}<|start|>{{ m.role }}
 # question.
 MERGED = """{% if tools %}<|start|>system
 Tools:{% for t in tools %} {{ t.function.name }}{% endfor %}<|end|>
-{% endif %}{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}
-{%- set ns.last = loop.index0 %}{% endif %}{%- endfor %}{% for m in messages %}{% if m.role == 'tool' %}{% if loop.previtem.role != 'tool' %}<|start|>user{% endif %}
+{% endif %}{% set ns = namespace(last=0) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}{% if m.role == 'tool' %}
+{%- if loop.previtem.role != 'tool' %}<|start|>user{% endif %}
 
 <tool_response>
 {{ m.content }}
 </tool_response>{% if loop.last or loop.nextitem.role != 'tool' %}<|end|>
-{% endif %}{% elif m.role == 'assistant' and '</think>' in m.content and loop.index0 < ns.last %}<|start|>assistant
+{% endif %}
+{%- elif m.role == 'assistant' and '</think>' in m.content and loop.index0 < ns.last %}<|start|>assistant
 {{ m.content.split('</think>')[-1].lstrip('\n') }}<|end|>
 {% else %}<|start|>{{ m.role }}
 {{ m.content }}<|end|>
