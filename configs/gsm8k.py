@@ -2,14 +2,17 @@ r"""RL on GSM8K from a pretrained checkpoint: the model's own attempts, rewarded
 for right answers.
 
     python -m jaxreason.main \
-        --config=configs/gsm8k.py[:size=SIZE][,model=NAME][,sft=STEPS][,smoke]
+        --config=configs/gsm8k.py\
+            [:size=SIZE][,model=NAME][,sft=STEPS][,tool=calculator][,smoke]
 
 Nothing needs to be prepared: model and data come from the Hugging Face hub; a prepared
 TFDS folder is used if there is one. GSM8K: Cobbe et al. 2021, arXiv 2110.14168. An
 attempt that is cut off at its limit gets no reward (`must_finish`). `model` replaces
 the model of `size` by a named size (smollm2_135m, qwen2.5_7b, ...), a Hugging Face id
-or a folder. `sft=STEPS` imitates the worked solutions for so many steps before RL. Not
-yet run on an accelerator.
+or a folder. `sft=STEPS` imitates the worked solutions for so many steps before RL.
+`tool=calculator` answers `<<3*4=` in the model's text by `12>>`, as in the worked
+solutions of the data set; with `sft` the model learns from them to write such calls.
+Not yet run on an accelerator.
 
 `size` chooses the model and its mesh, for TPU v5e chips of 16 GB (one GPU: add
 `--config.sharding.mesh.fsdp=1`, `tensor=1`). `python -m jaxreason.plan
@@ -58,7 +61,9 @@ SIZES = {
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    options = parse(arg, size="0.5b", model="", sft=0, smoke=False, choices={"size": SIZES})
+    options = parse(
+        arg, size="0.5b", model="", sft=0, tool="none", smoke=False, choices={"size": SIZES, "tool": ("none", "calculator")}
+    )
     model, mesh, lora = SIZES[options.size]
     config = ConfigDict()
     config.seed = 0
@@ -86,13 +91,15 @@ def get_config(arg: str = "") -> ConfigDict:
         "thinking_tokens": config_dict.placeholder(int),
     }
     config.verifier = {"name": "number", "must_finish": True}
+    if options.tool == "calculator":
+        config.environment = {"name": "with_tools", "tools": ("calculator",), "dialect": "angles", "max_calls": 12}
     config.sharding = {"mesh": {"data": -1, **mesh}, "sampling_devices": 0}
     config.phases = ("sft", "rl") if options.sft else ("rl",)
     if options.sft:
         config.sft = {
             "source": {
                 "name": "demonstrations",
-                "task": {"name": "gsm8k", "split": "train"},
+                "task": {"name": "gsm8k", "split": "train", "annotations": options.tool == "calculator"},
                 "rows": 64,
                 "max_tokens": 512,
             },

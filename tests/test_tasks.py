@@ -228,7 +228,9 @@ def test_gsm8k(tmp_path, monkeypatch):
     assert [t.answer for t in train] == ["17", "1234"]
     assert train[0].solution == "He has 3*5=15.\nIt is $17.\n#### 17"
     assert train[1].solution.endswith("#### 1234")
-    assert tasks.load("gsm8k", split="test", annotations=True)[0].solution == "2-1=<<2-1=1>>1\n#### -1"
+    annotated = tasks.load("gsm8k", split="test", annotations=True)[0]
+    assert annotated.solution == "2-1=<<2-1=1>>1\n#### -1"
+    assert [annotated.solution[start:end] for start, end in annotated.data["forced"]] == ["1>>"]
     assert len(tasks.load("gsm8k", limit=1)) == 1
     with pytest.raises(ValueError, match="split of task 'gsm8k' 'validation'; one of: test, train"):
         tasks.load("gsm8k", split="validation")

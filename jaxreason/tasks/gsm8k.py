@@ -22,6 +22,7 @@ from jaxreason.types import Task
 HUB_ID = "openai/gsm8k"
 PREPARE = "pip install tensorflow && tfds build gsm8k --file_format=array_record"
 ANNOTATION = re.compile(r"<<[^<>]*>>")  # the data set's calculator calls: $<<3*5=15>>15
+RESULT = re.compile(r"(?<==)[^<>=]*>>")  # the part of a call that the calculator writes
 
 
 def gsm8k(
@@ -32,7 +33,8 @@ def gsm8k(
     revision: str | None = None,  # a commit of openai/gsm8k to read from the hub
 ) -> Sequence[Task]:
     """Load GSM8K. The solution ends in `#### answer`; `annotations` keeps its
-    calculator calls.
+    calculator calls, and lists their results in `data["forced"]`, so that imitation
+    does not train on what the calculator writes (dialect `angles`).
 
     `data_dir` is the folder that holds `gsm8k/1.0.0`; by default the environment's
     TFDS_DATA_DIR, else `~/tensorflow_datasets`, else the hub. `revision`, a commit of
@@ -97,4 +99,6 @@ def _task(question: str, answer: str, id: str, annotations: bool) -> Task:
     if not annotations:
         worked = ANNOTATION.sub("", worked)
     answer = answer.strip().replace(",", "")
-    return Task(question.strip(), answer, f"{worked.strip()}\n#### {answer}", id)
+    solution = f"{worked.strip()}\n#### {answer}"
+    data = {"forced": tuple(match.span() for match in RESULT.finditer(solution))} if annotations else {}
+    return Task(question.strip(), answer, solution, id, data)
