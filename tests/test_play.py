@@ -54,6 +54,9 @@ BAD = [
     (["--checkpoint=/no"], "/no"),
     (["--checkpoint={run}", "--temperature=nan"], "--temperature got nan"),
     (["--checkpoint={run}", "--system=be brief"], "whose prompt has no messages"),
+    (["--config=configs/tools.py", "--checkpoint={run}"], "got --checkpoint and --config"),
+    (["--config=configs/tools.py", "--suite=no_tol"], "did you mean 'no_tool'"),
+    (["--config=configs/tools.py", "--config.environment.tools=('calculater',)"], "did you mean 'calculator'"),
 ]
 
 
@@ -69,7 +72,7 @@ def test_a_chat_keeps_the_conversation_until_it_is_told_to_forget():
     """The prompt of the second question has the first one and its answer."""
     from types import SimpleNamespace
 
-    from jaxreason.play import Talk
+    from jaxreason.play.talk import Talk
     from jaxreason.types import Message
 
     seen = []
@@ -88,7 +91,7 @@ def test_a_chat_keeps_the_conversation_until_it_is_told_to_forget():
 def test_a_problem_that_does_not_exist_leaves_the_place_in_the_suite():
     from types import SimpleNamespace
 
-    from jaxreason.play import Talk
+    from jaxreason.play.talk import Talk
 
     tasks = [(SimpleNamespace(question=f"q{i}"), [i]) for i in range(3)]
     suite = SimpleNamespace(name="s", tasks=tasks, environment=None)
@@ -106,7 +109,37 @@ def test_a_problem_that_does_not_exist_leaves_the_place_in_the_suite():
 def test_lines_of_any_bytes_are_read(monkeypatch):
     import io
 
-    from jaxreason.play import lines
+    from jaxreason.play.talk import lines
 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\nb\n"), encoding="utf-8"))
     assert list(lines("> ")) == ["a\ufffd", "b"]
+
+
+# ------------------------------------------------------------------------------------------------------- being the model
+
+
+def test_a_person_plays_the_model_with_a_tool():
+    """`told` are the lines behind each turn, from the first problem's prompt on."""
+    lines = ["[2*3=", "[6+1=tail that is not read", "A0", "/problem 5", "A1\\", "2", "A12", "/what", "/problem 99999", "/quit", "A"]
+    code, out, err = play(lines, "--config=configs/tools.py")
+    assert (code, "Traceback" in err) == (0, False)
+    assert "it reads: 6]\nit reads: 7]\nwrong: answered 0, expected " in out
+    assert ", tool_calls 2, tool_errors 0\n--- problem 1;" in out
+    assert "--- problem 5; the model reads:\n<bos>" in out
+    assert "error: the model can't write this: character '\\n' in 'A1\\n2'" in out
+    assert "wrong: answered 12, expected" in out
+    assert out.count("error: got '/") == 2
+
+
+def test_a_suite_without_the_tool_answers_no_call():
+    code, out, _ = play(["[2*3=6]A1"], "--config=configs/tools.py", "--suite=no_tool")
+    assert (code, "it reads" in out) == (0, False)
+    assert "wrong: answered 1, expected " in out
+
+
+def test_a_person_reads_what_a_retry_says():
+    retry = "--config.environment={'name': 'retry', 'attempts': 2, 'message': '?'}"
+    code, out, _ = play(["A1", "A1"], "--config=configs/tools.py", retry)
+    assert code == 0
+    assert "it reads: ?\nwrong: answered 1" in out
+    assert "attempts 2, first_correct 0" in out

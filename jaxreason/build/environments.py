@@ -1,8 +1,8 @@
 """Build environments: the judge of a task family, alone or within tools and retries.
 
 The `environment` section names one, with its fields; `inside` is the section of the
-environment that it wraps, a single turn if absent. Fields that depend on the text format
-(dialect, role) are decided here.
+environment that it wraps, a single turn if absent. Fields that depend on the text
+format (dialect, role) are decided here.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def dialect_of(name: str, format: text.Format) -> Dialect:
 
 
 def check_encodes(tokenizer: text.Tokenizer, *texts: str) -> None:
-    """Raise ValueError for a text of the environment that the tokenizer can't encode."""
+    """Raise ValueError for a text of the environment that the tokenizer lacks."""
     for one in texts:
         try:
             tokenizer.encode(one, added=False, continues=True)
@@ -181,7 +181,7 @@ def fitted(tokenizer: text.Tokenizer, most: int, result: str) -> str:
     ids = encode(result)
     kept = most
     while len(ids) > most and kept > 0:
-        # Decoding and encoding again may give other tokens, so more are cut until it fits.
+        # Encoding the decoded tokens may give more of them; cut until they fit.
         head, tail = ids[: kept - kept // 2], ids[len(ids) - kept // 2 :]
         cut = encodable(tokenizer, tools.interface.CUT)
         shorter = tokenizer.decode(head, continues=True) + cut + (tokenizer.decode(tail, continues=True) if tail else "")

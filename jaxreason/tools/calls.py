@@ -3,8 +3,8 @@
 A `Dialect` is one such convention. Dialects of the text itself (`brackets`, `angles`,
 `tags`) end the model's turn in the middle of its text by a stop string, and the result
 continues the text: any model can learn them. Dialects of chat templates (`hermes` of
-Qwen and Hermes, `llama3`) have calls in JSON; the turn ends as any other, and the result
-is a message of the role that the template knows.
+Qwen and Hermes, `llama3`) have calls in JSON; the turn ends as any other, and the
+result is a message of the role that the template knows.
 
 Everything here is total in the model's text: a malformed call becomes a `Malformed`.
 """
