@@ -160,16 +160,22 @@ def test_the_deadline_of_a_step_has_room_for_its_calls():
 def test_a_wrong_attempt_may_be_repeated():
     steps = play(retry(JUDGE, attempts=3, role=""), ["5", "6", "7"])
     assert [step.observation for step in steps[:2]] == ["That is not right. Try again."] * 2
-    measures = {"attempts": 3.0, "first_correct": 0.0, "last_correct": 1.0, "wrong_then_right": 1.0, "right_then_wrong": 0.0}
+    measures = {
+        "tries": 3.0,
+        "first_try_correct": 0.0,
+        "last_try_correct": 1.0,
+        "tries_wrong_then_right": 1.0,
+        "tries_right_then_wrong": 0.0,
+    }
     assert (steps[2].verdict.reward, dict(steps[2].verdict.measures)) == (1.0, measures)
 
 
 def test_a_right_attempt_ends_the_rollout():
     (step,) = play(retry(JUDGE, attempts=3, discount=0.5), ["7"])
-    assert (step.verdict.reward, step.verdict.measures["attempts"]) == (1.0, 1.0)
+    assert (step.verdict.reward, step.verdict.measures["tries"]) == (1.0, 1.0)
 
 
-@pytest.mark.parametrize(("second", "correct", "name"), [("6", False, "right_then_wrong"), ("7", True, "last_correct")])
+@pytest.mark.parametrize(("second", "correct", "name"), [("6", False, "tries_right_then_wrong"), ("7", True, "last_try_correct")])
 def test_checking_does_not_say_whether_it_was_right(second, correct, name):
     ask, step = play(retry(JUDGE, attempts=2, tell="check"), ["7", second])
     assert ask.observation == [Message("user", "Check your work, then give your final answer.")]
@@ -187,7 +193,7 @@ def test_later_attempts_earn_less():
 def test_the_last_attempt_counts_where_the_message_leaves_no_room():
     _, step = play(retry(JUDGE, attempts=2, tell="check"), ["7", Turn("", "limit", True)])
     assert step.verdict.correct
-    assert step.verdict.measures["attempts"] == 1.0
+    assert step.verdict.measures["tries"] == 1.0
 
 
 def test_a_failed_verifier_is_not_asked_again():
@@ -228,7 +234,7 @@ def test_tools_and_retries_combine():
     stateful = Tool("upper", "Does it.", opened, keeps_time=True)
     outside = play(with_tools(retry(JUDGE, attempts=2), [stateful], CALLS), ["upper(a)", "5", "upper(b)", "7"])
     assert outside[3].verdict.measures["tool_calls"] == 2.0
-    assert outside[3].verdict.measures["wrong_then_right"] == 1.0
+    assert outside[3].verdict.measures["tries_wrong_then_right"] == 1.0
     assert log == ["open", "close"]
     log.clear()
     inside = play(retry(with_tools(JUDGE, [stateful], CALLS), attempts=2), ["upper(a)", "5", "upper(b)", "7"])
@@ -303,7 +309,7 @@ def test_the_calls_of_rollouts_are_answered_in_place(rollouts):
                 calls += 1
                 assert f"i{turn[turn.rindex('j') + 1 : -1][::-1]}i".startswith(said) or said.startswith("i")
     assert calls > 5
-    assert {r.verdict.measures["attempts"] for r in made_ if "attempts" in r.verdict.measures} >= {1.0, 2.0, 3.0}
+    assert {r.verdict.measures["tries"] for r in made_ if "tries" in r.verdict.measures} >= {1.0, 2.0, 3.0}
 
 
 @pytest.mark.parametrize("slots", [5, 12])
