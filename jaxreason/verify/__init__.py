@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from jaxreason.options import call_with_section, find
 from jaxreason.types import Task, Verdict
-from jaxreason.verify import countdown, exact, expression, form, number, reasoning_gym
+from jaxreason.verify import countdown, exact, expression, form, number, reasoning_gym, taskset
 from jaxreason.verify.exact import BAD_KEY
 
 VERIFIERS = {
@@ -26,6 +26,7 @@ VERIFIERS = {
     "math": expression.math,
     "reasoning_gym": reasoning_gym.reasoning_gym,
     "format": form.format,
+    "taskset": taskset.taskset,
 }
 
 BOUNDED = ("math", "reasoning_gym", "format")  # these enforce their own time limit, and wait for busy children
