@@ -70,13 +70,16 @@ class Sum:
 
     async def score(self, trace, runtime=None):
         await asyncio.sleep(0)
-        trace.rewards["right"] = float(trace.last_reply.strip() == self.data.answer)
-        trace.rewards["short"] = 0.5 if len(trace.last_reply) < 4 else 0.0
+        trace.rewards["right"] = None
+        trace.record_metric("length", len(trace.last_reply))
+        trace.record_metrics({"words": 1})
+        trace.record_reward("right", trace.last_reply == self.data.answer, 1.0)
+        trace.record_reward("short", trace.metrics["length"] < 4, 0.5)
 
 
 class Plain(Sum):
     def score(self, trace):
-        trace.rewards["right"] = 1.0
+        trace.rewards["right"] = SimpleNamespace(score=2.0, weight=0.5)
 
 
 def sums(split="train"):

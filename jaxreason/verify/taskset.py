@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +24,7 @@ def taskset(
     Raises:
       ValueError: a task of another family.
     """
-    make_trace = bare_trace if trace is None else own("function", trace)
+    make_trace = Trace if trace is None else own("function", trace)
 
     def verify(text: str, task: Task) -> Verdict:
         if "of_taskset" not in task.data:
@@ -34,11 +34,9 @@ def taskset(
         scored = one.score(made)
         if inspect.isawaitable(scored):
             asyncio.run(awaited(scored))
-        rewards = {name: value for name, value in made.rewards.items() if value is not None}
-        reward = float(sum(rewards.values()))
-        return Verdict(
-            reward, reward >= right, None, "scored", {f"reward_{name}": float(value) for name, value in rewards.items()}
-        )
+        rewards = {name: weighted(value) for name, value in made.rewards.items() if value is not None}
+        reward = sum(rewards.values())
+        return Verdict(reward, reward >= right, None, "scored", {f"reward_{name}": value for name, value in rewards.items()})
 
     return verify
 
@@ -47,8 +45,27 @@ async def awaited(value: Any) -> Any:
     return await value
 
 
-def bare_trace(one: Any, text: str) -> SimpleNamespace:
-    """Make what most scores read of a trace: the last reply, rewards and metrics."""
-    message = SimpleNamespace(role="assistant", content=text)
-    task = SimpleNamespace(data=getattr(one, "data", one))
-    return SimpleNamespace(last_reply=text, task=task, rewards={}, metrics={}, messages=[message], assistant_messages=[message])
+def weighted(value: Any) -> float:
+    """Return a reward as a number: itself, or its score times its weight."""
+    return float(value.score) * float(value.weight) if hasattr(value, "score") else float(value)
+
+
+class Trace:
+    """What most scores read and write of a trace in `verifiers`: the last reply, and
+    rewards and metrics by name.
+    """
+
+    def __init__(self, task: Any, text: str):
+        self.task, self.last_reply = task, text.strip()
+        self.messages = self.assistant_messages = [SimpleNamespace(role="assistant", content=text)]
+        self.rewards: dict[str, Any] = {}
+        self.metrics: dict[str, float] = {}
+
+    def record_metric(self, name: str, value: float) -> None:
+        self.metrics[name] = float(value)
+
+    def record_metrics(self, values: Mapping[str, float]) -> None:
+        self.metrics |= {name: float(value) for name, value in values.items()}
+
+    def record_reward(self, name: str, value: float, weight: float = 1.0) -> None:
+        self.rewards[name] = float(value) * float(weight)
