@@ -300,9 +300,9 @@ def test_the_calls_of_rollouts_are_answered_in_place(rollouts):
     for r in made_:
         assert len(r.author) == len(r.tokens)
         assert [letter == "m" for letter in r.author] == r.sampled.tolist()
-        assert set(r.author) <= {"m", "o"}
+        assert set(r.author) <= {"m", "t"}
         text = t.decode(r.tokens)
-        for found in re.finditer("[^o]o+", r.author):
+        for found in re.finditer("[^t]t+", r.author):
             before, said = text[: found.start() + 1], text[found.start() + 1 : found.end()]
             turn = re.split("hh|i[a-h_]*i", before)[-1]
             if before.endswith("k") and "j" in turn:
@@ -363,11 +363,11 @@ def test_every_environment_is_closed_once_even_after_an_error(made):
 
 
 def test_the_record_of_a_rollout_says_who_wrote_it(rollouts):
-    r = next(r for r in rollouts[1] if "o" in r.author)
+    r = next(r for r in rollouts[1] if "t" in r.author)
     record = rollout_record(r)
     assert record["measures"] == dict(r.verdict.measures)
     assert sum(count for _, count in record["spans"]) == len(r.tokens)
-    assert spans("mmoom") == [["m", 2], ["o", 2], ["m", 1]]
+    assert spans("mmttm") == [["m", 2], ["t", 2], ["m", 1]]
     plain = rollout_record(dataclasses.replace(r, author="mm", verdict=Verdict(0.0, False)))
     assert not {"spans", "measures"} & plain.keys()
 

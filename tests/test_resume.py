@@ -135,7 +135,7 @@ def assert_same_run(workdir: Path, whole: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     assert read_lines(workdir / "rollouts.jsonl") == read_lines(whole / "rollouts.jsonl")
     if "environment = {" in (whole.parent / "config.py").read_text():
-        assert any(letter == "o" for r in read_lines(whole / "rollouts.jsonl") for letter, _ in r.get("spans", ()))
+        assert any(letter == "t" for r in read_lines(whole / "rollouts.jsonl") for letter, _ in r.get("spans", ()))
     assert maths(workdir) == maths(whole)
     found, wanted = (json.loads((folder / "summary.json").read_text()) for folder in (workdir, whole))
     assert found["evaluations"] == wanted["evaluations"]
