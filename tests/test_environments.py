@@ -6,6 +6,7 @@ import dataclasses
 import re
 import threading
 
+import jax
 import numpy as np
 import pytest
 import tiny_completer as t
@@ -13,6 +14,7 @@ import tiny_completer as t
 from jaxreason.environment import Environment, Step, Stop, Turn, VerifierFailed, retry, single_turn, with_tools
 from jaxreason.environment.verdicts import checked, measured
 from jaxreason.runtime.files import rollout_record, spans
+from jaxreason.sharding import make_mesh, row_devices, shardings
 from jaxreason.tools import Session, Tool, ToolError
 from jaxreason.tools.calls import Call, Dialect, Malformed
 from jaxreason.tools.interface import stateless
@@ -321,6 +323,16 @@ def test_rollouts_with_tools_do_not_depend_on_the_sampler(made, rollouts, slots,
     t.assert_same(got, expected)
     by_name = {(r.problem, r.attempt): r.author for r in got}
     assert all(by_name[r.problem, r.attempt] == r.author for r in expected)
+
+
+@pytest.mark.parametrize("axes", [{"data": 4}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["data", "all"])
+def test_rollouts_with_tools_do_not_depend_on_the_mesh(rollouts, axes):
+    params, expected = rollouts
+    mesh = make_mesh(**{"data": 1, **axes})
+    model = t.make_model()[0]
+    completer = t.new_completer(model, slots=8, length=44, max_tokens=36, mesh=mesh, prompt_rows=row_devices(mesh))
+    placed = jax.device_put(params, shardings(params, mesh))
+    t.assert_same(t.roll(completer, placed, t.make_requests(8, 3), lettered()), expected)
 
 
 def test_sampler_and_learner_agree_behind_results(made, rollouts):
