@@ -204,6 +204,9 @@ class Clustered(NamedTuple):
     sampling_share: float  # part of the accuracy's variance that more samples per problem would remove; 0..1
 
 
+ADDED = 0.25  # problems added at each end to the spread of an interval
+
+
 def clustered(correct_NK: np.ndarray, confidence: float = 0.95) -> Clustered:
     """Return the accuracy of N problems with K samples each, with an interval clustered
     by problem.
@@ -211,16 +214,30 @@ def clustered(correct_NK: np.ndarray, confidence: float = 0.95) -> Clustered:
     Samples of one problem are not independent, so the error of the accuracy is that of
     the problems' means (Miller, 2024, arXiv 2411.00640, sec. 2.2; equal cluster sizes).
     The interval is the Wilson interval of as many independent samples as would have
-    this error, with the quantile of Student's t (Korn and Graubard, 1998, do the same
-    for the Clopper-Pearson interval): a t-interval is too narrow near 0 and 1. If all
+    this error. Their number follows from the spread of the problems' means (Korn and
+    Graubard, 1998), to which a quarter of a problem that is always right and a quarter
+    of one that is never right are added: near 0 and 1 a few problems make the whole
+    spread, which is too low whenever there are fewer of them than usual. If all
     problems have one mean, or K is 1, it is the Wilson interval of N problems.
+
+    Coverage of 2,000 evaluations each, on a grid of N in (8, 20, 50, 128, 400), K in
+    (2, 4, 8, 16), accuracy in (0.01, 0.03, 0.1, 0.3, 0.5) and correlation within a
+    problem in (0.02, 0.2, 0.5, 0.8, 0.98), with Beta-distributed problems: lowest,
+    median, fraction of the grid below 0.93 and above 0.97, and mean width:
+
+        this interval                                   0.909 0.956 0.02 0.22 1.05
+        without the added problems, Student's quantile  0.853 0.955 0.09 0.18 1
+        Clopper-Pearson in the place of Wilson          0.884 0.967 0.04 0.46 1.08
+        Wilson interval of N problems                   0.909 0.983 0.02 0.69 1.43
+
+    (2026-11-28). The cells below 0.93 are those in which nearly all samples of a
+    problem agree, so that it is Wilson's interval of few problems. With at least ten
+    problems expected on the rarer side it covers 0.94 to 0.98.
 
     `sampling_share` is within / K over the variance of a problem's mean. A share near 1
     says that more samples would narrow the interval, one near 0 that only more problems
     would; it is 0 for K = 1, which can't tell.
     """
-    from scipy.stats import t
-
     _check_confidence(confidence)
     correct_NK = np.asarray(correct_NK, np.float64)
     if correct_NK.ndim != 2 or 0 in correct_NK.shape:
@@ -235,8 +252,10 @@ def clustered(correct_NK: np.ndarray, confidence: float = 0.95) -> Clustered:
     if K == 1 or np.ptp(mean_N) == 0:
         low, high = wilson(mean * N, N, confidence)
     else:
-        alike = min(N * K, mean * (1 - mean) / (spread / N))  # independent samples with the same error
-        low, high = _score_interval(mean, alike, float(t.ppf(0.5 + confidence / 2, N - 1)))
+        total, centre = N + 2 * ADDED, (mean_N.sum() + ADDED) / (N + 2 * ADDED)
+        variance = float((np.square(mean_N).sum() + ADDED) / total - centre**2) * total / (total - 1)
+        alike = min(N * K, N * float(centre * (1 - centre)) / variance)  # independent samples with the same error
+        low, high = _score_interval(mean, alike, NormalDist().inv_cdf(0.5 + confidence / 2))
     return Clustered(mean, low, high, between, within, share)
 
 

@@ -114,6 +114,13 @@ def requests(suite: Suite, n: int, temperature: float) -> list[list[Request]]:
     return [[Request(task, i, attempt, prompt) for attempt in range(samples)] for i, (task, prompt) in enumerate(tasks)]
 
 
+def completer_for(suite: Suite, completer: Completer) -> Completer:
+    """Return the completer with the limit of a suite."""
+    if suite.max_tokens is None:
+        return completer
+    return completer._replace(max_tokens=min(suite.max_tokens, completer.max_tokens))
+
+
 def attempt(
     completer: Completer,
     weights: Weights,
@@ -132,9 +139,8 @@ def attempt(
     alone, in parts and beside other suites. `options` are those of `rollout.collect`.
     """
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), EVALUATION), zlib.crc32(suite.name.encode()))
-    if suite.max_tokens is not None:
-        completer = completer._replace(max_tokens=min(suite.max_tokens, completer.max_tokens))
     options |= {"key": key, "temperature": temperature, "filter": filter}
+    completer = completer_for(suite, completer)
     return gather_groups(collect_local(completer, weights, wanted, suite.environment, **options), wanted)[0]
 
 

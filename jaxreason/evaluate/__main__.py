@@ -100,15 +100,18 @@ def evaluate_checkpoint() -> None:
 
     compiling.keep_compiled(None)
     asked = Asked(**{name: value for name in Asked._fields if (value := FLAGS[name].value) is not None})
-    folder = None if asked.workdir is None else Path(os.path.expanduser(asked.workdir))
-    earlier = None if folder is None else workdir.json_object(folder / "evaluation.json")
-    date = (earlier or {}).get("date") or datetime.date.today().isoformat()  # a template may name the day
-    opened = open_asked(asked, date, say)
+    today = datetime.date.today().isoformat()  # a chat template may name the day
+    opened = open_asked(asked, today, say)
     settings = read_settings(asked, opened)
-    suites = load_suites(asked, opened, settings, say)
     about = identity.identity(opened, settings, asked.seed)
+    folder = identity.default_folder(opened, about) if asked.workdir is None else Path(os.path.expanduser(asked.workdir))
+    date = (workdir.json_object(folder / "evaluation.json") or {}).get("date", today)
+    if date != today and (settings["text"].get("date") == today):
+        say(f"the date in prompts is {date}, the day on which this evaluation began")
+        opened = open_asked(asked, date, say)
+        about["settings"]["text"]["date"] = date
+    suites = load_suites(asked, opened, settings, say)
     tasks = identity.digest_tasks(suites, settings["n"])
-    folder = folder or identity.default_folder(opened, about)
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.callback(workdir.lock(folder, say))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,6 @@ class Attempts:
             with self.path.open(encoding="ascii") as lines:
                 yield from (record for record in map(json.loads, lines) if record.keys() >= NEEDED)
 
-    def of(self, series: tuple) -> list[dict]:
-        """The records of a series, by problem and attempt."""
-        found = [record for record in self.read() if key_of(record)[: len(SERIES)] == series]
-        return sorted(found, key=lambda record: (record["problem"], record["attempt"]))
-
     def remember(self, record: dict) -> None:
         self.outcomes[key_of(record)] = outcome_of(record)
 
@@ -49,11 +44,24 @@ class Attempts:
             file.write(json_line(record))
         self.remember(record)
 
-    def sort(self, order: dict[tuple, int]) -> None:
-        """Write all attempts again, by series, problem and attempt."""
-        records = sorted(self.read(), key=lambda r: (order.get(key_of(r)[:3], len(order)), r["problem"], r["attempt"]))
-        with writing(self.path), replacing(self.path) as file:
-            file.writelines(map(json_line, records))
+    def sort(self, order: Sequence[tuple]) -> dict[tuple, list[dict]]:
+        """Write all attempts in the order of their series, problem and attempt, unless
+        they are; return the records of each series.
+        """
+        rank = {series: i for i, series in enumerate(order)}
+        there = list(self.read())
+        records = sorted(there, key=lambda r: (rank.get(series_of(r), len(rank)), r["problem"], r["attempt"]))
+        if records != there:
+            with writing(self.path), replacing(self.path) as file:
+                file.writelines(map(json_line, records))
+        found: dict[tuple, list[dict]] = {series: [] for series in order}
+        for record in records:
+            found.setdefault(series_of(record), []).append(record)
+        return found
+
+
+def series_of(record: Mapping) -> tuple:
+    return tuple(record[name] for name in SERIES)
 
 
 def key_of(record: Mapping) -> tuple:

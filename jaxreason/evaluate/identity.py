@@ -4,10 +4,12 @@ attempts of the same evaluation are in one folder.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.metadata
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +17,37 @@ import jax
 
 from jaxreason.build.checkpoint import Checkpoint, fingerprint
 from jaxreason.build.run import versions
+from jaxreason.evaluate.own_code import PACKAGE, digest_sources, own_names
 from jaxreason.evaluation import Suite, requests
 from jaxreason.runtime import workdir
 
 
 def identity(opened: Checkpoint, settings: Mapping, seed: int) -> dict[str, Any]:
-    """Return the checkpoint, the settings and the seed, as JSON types."""
+    """Return the checkpoint, the settings and the seed, and the digests of the user's
+    own code if there is any, as JSON types.
+    """
     origin = {"path": str(opened.folder), "step": opened.step, "fingerprint": fingerprint(opened)}
-    return json.loads(json.dumps({"checkpoint": origin, "settings": settings, "seed": seed}, default=list))
+    found = {"checkpoint": origin, "settings": settings, "seed": seed}
+    if names := own_names(settings["suites"].values(), opened.sections["verifier"]):
+        found["own_code"] = digest_sources(names)
+    return json.loads(json.dumps(found, default=list))
+
+
+def compared(about: Mapping) -> dict[str, Any]:
+    """Return the part of an identity that a continuation must repeat.
+
+    The date in a chat template is not part of it: a continuation keeps the first one's.
+    Nor is `recovery`, which adds to an evaluation and changes none of its attempts.
+    """
+    settings = {name: value for name, value in about["settings"].items() if name != "recovery"}
+    settings["text"] = {name: value for name, value in settings["text"].items() if name != "date"}
+    return {**about, "settings": settings}
 
 
 def default_folder(opened: Checkpoint, about: Mapping) -> Path:
     name = re.sub(r"[^\w.=-]+", "_", opened.folder.name)[-60:] + (f"-{opened.step}" if opened.step is not None else "")
-    return Path("evaluations") / f"{name}-{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]}"
+    made = hashlib.sha256(json.dumps(compared(about), sort_keys=True).encode()).hexdigest()
+    return Path("evaluations") / f"{name}-{made[:8]}"
 
 
 def digest_tasks(suites: Sequence[Suite], n: int) -> dict[str, str]:
@@ -58,7 +78,16 @@ def check_same(folder: Path, about: Mapping, tasks: Mapping[str, str]) -> None:
         if any((folder / name).exists() for name in ("evaluation.json", "config.json", "rollouts.jsonl")):
             raise ValueError(f"{folder} holds something else; choose another --workdir")
         return
-    differ = workdir.differences({k: there.get(k) for k in about}, dict(about))
+    began = {name: there.get(name) for name in about}
+    if not isinstance(began["settings"], dict) or not isinstance(began["settings"].get("text"), dict):
+        raise ValueError(f"{folder / 'evaluation.json'} is damaged: it has no settings; choose another --workdir")
+    differ = workdir.differences(compared(began), compared(about))
+    own = [name.partition(".")[2] for name in differ if name.partition(".")[0] == "own_code"]
+    if own and len(own) == len(differ):
+        raise ValueError(
+            f"{folder} holds an evaluation by another version of your code: {', '.join(own)} changed since, and verdicts of two "
+            "versions do not mix; choose another --workdir"
+        )
     if differ:
         raise ValueError(f"{folder} holds another evaluation ({'; '.join(list(differ.values())[:3])}); choose another --workdir")
     changed = [name for name, made in tasks.items() if (there.get("tasks") or tasks).get(name) != made]
@@ -69,7 +98,32 @@ def check_same(folder: Path, about: Mapping, tasks: Mapping[str, str]) -> None:
         )
 
 
+# Libraries besides those of a run that decide verdicts and token ids.
+JUDGES = ("math-verify", "sympy", "reasoning-gym", "numpy", "tokenizers", "jinja2")
+
+
 def made_with() -> dict[str, Any]:
     """Return the versions of this code and its libraries, and the devices."""
-    devices = jax.devices()
-    return versions() | {"device": f"{len(devices)} x {devices[0].device_kind}"}
+    found, devices = versions(), jax.devices()
+    for name in JUDGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found["versions"][name] = importlib.metadata.version(name)
+    found["code"] = digest(*(path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))))
+    return found | {"device": f"{len(devices)} x {devices[0].device_kind}"}
+
+
+def also_made_with(there: Mapping, now: Mapping, say: Callable[[str], None]) -> dict[str, Any]:
+    """Return what `evaluation.json` says of the versions, where attempts are added to
+    those of an earlier process.
+
+    Other versions may give other numbers, but an evaluation is worth continuing on a
+    machine that was updated: they are not refused, but said, and recorded under
+    `continued_with`.
+    """
+    first = {name: there[name] for name in now if name in there}
+    every = [first, *there.get("continued_with", ())]
+    differ = workdir.differences(every[-1], {name: now[name] for name in every[-1]})
+    if differ:
+        say(f"warning: earlier attempts were made with other versions ({'; '.join(differ.values())}); both are recorded")
+        every.append(dict(now))
+    return first | ({"continued_with": every[1:]} if every[1:] else {})

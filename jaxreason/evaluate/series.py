@@ -15,7 +15,7 @@ from jaxreason import estimators, evaluation
 from jaxreason.build.checkpoint import Checkpoint
 from jaxreason.build.sampler import make_filter
 from jaxreason.evaluate.attempts import SERIES, Attempts, rollout_of
-from jaxreason.evaluate.identity import digest, made_with
+from jaxreason.evaluate.identity import also_made_with, digest, made_with
 from jaxreason.evaluate.table import Progress, series_name
 from jaxreason.recovery import recovery
 from jaxreason.rollout import Completer, Request
@@ -69,7 +69,7 @@ def run(
     """Make all attempts that are missing, and write and return `evaluation.json`.
 
     `about` begins it. `recoveries` is the number of attempts per series in which a step
-    is corrupted.
+    is corrupted; 0 keeps what an earlier command measured.
     """
     every = [
         Series(suite, temperature, budget)
@@ -78,37 +78,56 @@ def run(
         for budget in settings["thinking_tokens"]
     ]
     of = Evaluated(opened, settings, Attempts(folder / "rollouts.jsonl"), seed, say)
-    earlier = recovered_before(folder)
-    about |= made_with()
-    write_summary(folder / "evaluation.json", {"done": False} | about)
-    weights = None
+    there = json_object(folder / "evaluation.json") or {}
+    missing = any(unrecorded(of, one) for one in every)
+    about = about | versions_of(there, of, missing)
+    recoveries = recoveries or (there.get("settings") or {}).get("recovery") or 0
+    about["settings"] = about["settings"] | {"recovery": recoveries}
+    if missing:
+        unfinished = {"evaluations": there["evaluations"]} if "evaluations" in there else {}
+        write_summary(folder / "evaluation.json", {"done": False} | about | unfinished)
+
+    @functools.cache
+    def weights():
+        say(f"loading {opened.folder}")
+        return opened.parts.completer.sampler.prepare(opened.load())
+
     for one in every:
-        wanted = requests_left(of, one)
-        if wanted and weights is None:
-            say(f"loading {opened.folder}")
-            weights = opened.parts.completer.sampler.prepare(opened.load())
-            say("compiling the sampler")
-        if wanted:
-            make_attempts(of, one, wanted, weights)
-    of.attempts.sort({one.key: i for i, one in enumerate(every)})
-    evaluations = [summarise(of, one) for one in every]
+        if wanted := requests_left(of, one):
+            make_attempts(of, one, wanted, weights())
+    records = of.attempts.sort([one.key for one in every])
+    evaluations = [summarise(of, one, records[one.key]) for one in every]
+    before = {} if missing else recovered_before(there)
     for one, found in zip(every, evaluations, strict=True):
         if recoveries:
-            weights = opened.parts.completer.sampler.prepare(opened.load()) if weights is None else weights
-            found["recovery"] = recover(of, one, recoveries, weights)
-        elif one.key in earlier:
-            found["recovery"] = earlier[one.key]
+            kept = before.get(one.key)
+            same = kept is not None and kept.get("most") == recoveries
+            found["recovery"] = kept if same else recover(of, one, records[one.key], recoveries, weights())
+        elif one.key in before:  # of an earlier version, which did not record its setting
+            found["recovery"] = before[one.key]
     whole = {"done": True} | about | {"evaluations": evaluations}
     write_summary(folder / "evaluation.json", whole)
     return whole
 
 
-def recovered_before(folder: Path) -> dict[tuple, dict]:
-    """Return the recovery that a finished evaluation measured, by series: the command
-    without --recovery keeps it.
-    """
-    there = (json_object(folder / "evaluation.json") or {}).get("evaluations", ())
-    return {tuple(e[name] for name in SERIES): e["recovery"] for e in there if "recovery" in e}
+def versions_of(there: dict, of: Evaluated, missing: bool) -> dict[str, Any]:
+    """Return the versions that made the attempts of this and of earlier processes."""
+    now = made_with()
+    if not there or not of.attempts.outcomes:
+        return now
+    if not missing:  # this process adds nothing
+        return {name: there[name] for name in (*now, "continued_with") if name in there}
+    return also_made_with(there, now, of.say)
+
+
+def recovered_before(there: dict) -> dict[tuple, dict]:
+    """Return the recovery that a finished evaluation measured, by series."""
+    return {tuple(e[name] for name in SERIES): e["recovery"] for e in there.get("evaluations", ()) if "recovery" in e}
+
+
+def unrecorded(of: Evaluated, one: Series) -> list[Request]:
+    every = [r for group in evaluation.requests(one.suite, of.settings["n"], one.temperature) for r in group]
+    return [r for r in every if (*one.key, r.problem, r.attempt) not in of.attempts.outcomes]
 
 
 def requests_left(of: Evaluated, one: Series) -> list[Request]:
@@ -117,18 +136,16 @@ def requests_left(of: Evaluated, one: Series) -> list[Request]:
     An attempt under a larger budget that ended within this one is the same under this
     one, so it is copied.
     """
-    every = [r for group in evaluation.requests(one.suite, of.settings["n"], one.temperature) for r in group]
-    every = [r for r in every if (*one.key, r.problem, r.attempt) not in of.attempts.outcomes]
-    same = set()
-    for record in of.attempts.read() if every and one.thinking_tokens is not None else ():
+    left = unrecorded(of, one)
+    wanted = {(r.problem, r.attempt) for r in left}
+    for record in list(of.attempts.read()) if left and one.thinking_tokens is not None else ():
         larger = record["thinking_tokens"] is not None and record["thinking_tokens"] > one.thinking_tokens
         alike = record["suite"] == one.suite.name and record["temperature"] == one.temperature
         name = (record["problem"], record["attempt"])
-        if larger and alike and record["length"] <= one.thinking_tokens and name not in same:
-            same.add(name)
-            if (*one.key, *name) not in of.attempts.outcomes:
-                of.attempts.add(record | one.fields)
-    return [r for r in every if (r.problem, r.attempt) not in same]
+        if larger and alike and record["length"] <= one.thinking_tokens and name in wanted:
+            wanted.remove(name)
+            of.attempts.add(record | one.fields)
+    return [r for r in left if (r.problem, r.attempt) in wanted]
 
 
 def make_attempts(of: Evaluated, one: Series, wanted: list[Request], weights) -> None:
@@ -155,13 +172,15 @@ def completer_of(opened: Checkpoint, one: Series) -> Completer:
     return completer._replace(thinking=completer.thinking._replace(tokens=one.thinking_tokens))
 
 
-def summarise(of: Evaluated, one: Series) -> dict[str, Any]:
-    """Return the entry of a series in `evaluation.json`."""
+def summarise(of: Evaluated, one: Series, records: Sequence[dict]) -> dict[str, Any]:
+    """Return the entry of a series in `evaluation.json`; `records` are its
+    attempts.
+    """
     wanted = evaluation.requests(one.suite, of.settings["n"], one.temperature)
     outcomes_NK = [[of.attempts.outcomes[(*one.key, r.problem, r.attempt)] for r in group] for group in wanted]
     step = of.opened.step or 0
     found = evaluation.summarise(outcomes_NK, one.suite, one.temperature, phase="evaluate", step=step)._asdict()
-    rollouts = [rollout_of(r, one.suite.tasks[r["problem"]].task, ()) for r in of.attempts.of(one.key)]
+    rollouts = [rollout_of(r, one.suite.tasks[r["problem"]].task, ()) for r in records]
     found["measures"] |= behaviour.summarise(rollouts, one.suite.parser)
     found["thinking_tokens"] = one.thinking_tokens
     decode = of.opened.parts.tokenizer.decode
@@ -174,17 +193,18 @@ def summarise(of: Evaluated, one: Series) -> dict[str, Any]:
     return found
 
 
-def recover(of: Evaluated, one: Series, most: int, weights) -> dict[str, float]:
-    """Corrupt a step of correct attempts and let the model continue: see
+def recover(of: Evaluated, one: Series, records: Sequence[dict], most: int, weights) -> dict[str, float]:
+    """Corrupt a step of at most `most` correct attempts and let the model continue: see
     `recovery`.
     """
     rollouts = []
-    for record in of.attempts.of(one.key):
+    for record in records:
         task, prompt = one.suite.tasks[record["problem"]]
         rollouts.append(rollout_of(record, task, prompt))
     of.say(f"{one.name}: corrupting steps")
     words = {"key": jax.random.key(of.seed), "temperature": one.temperature, "most": most}
     words["filter"] = make_filter(**of.settings["filter"], where="evaluate")
     encode = functools.partial(of.opened.parts.tokenizer.encode, continues=True)
-    completer = completer_of(of.opened, one)
-    return recovery(completer, weights, rollouts, one.suite.environment, encode, one.suite.parser, **words).measures()
+    completer = evaluation.completer_for(one.suite, completer_of(of.opened, one))
+    found = recovery(completer, weights, rollouts, one.suite.environment, encode, one.suite.parser, **words)
+    return {"most": most} | found.measures()
