@@ -230,9 +230,9 @@ def clustered(correct_NK: np.ndarray, confidence: float = 0.95) -> Clustered:
         Clopper-Pearson in the place of Wilson          0.884 0.967 0.04 0.46 1.08
         Wilson interval of N problems                   0.909 0.983 0.02 0.69 1.43
 
-    (2026-11-28). The cells below 0.93 are those in which nearly all samples of a
-    problem agree, so that it is Wilson's interval of few problems. With at least ten
-    problems expected on the rarer side it covers 0.94 to 0.98.
+    (2026-11-28). In nine of its ten cells below 0.93 nearly all samples of a problem
+    agree, and Wilson's interval of N problems covers as little. Where N times the
+    accuracy is at least 10 it covers 0.936 to 0.973.
 
     `sampling_share` is within / K over the variance of a problem's mean. A share near 1
     says that more samples would narrow the interval, one near 0 that only more problems

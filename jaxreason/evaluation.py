@@ -155,7 +155,7 @@ class Outcome(NamedTuple):
     reason: str
     stop: str
     length: int  # tokens of the completion
-    logp: float  # mean log-prob of its tokens
+    logp: float  # mean log-prob of its sampled tokens
 
 
 def outcome(r: Rollout) -> Outcome:
@@ -166,6 +166,7 @@ def outcome(r: Rollout) -> Outcome:
             "reason": r.verdict.reason,
             "stop": r.stop,
             "length": len(r.tokens),
+            "sampled": int(np.count_nonzero(r.sampled)),
             "logp_sum": float(np.sum(r.logp, dtype=np.float64)),
         }
     )
@@ -174,9 +175,11 @@ def outcome(r: Rollout) -> Outcome:
 def outcome_of(record: Mapping[str, Any]) -> Outcome:
     """Return the outcome of a rollout from its record in `rollouts.jsonl`.
 
-    A log-prob that is not finite was written as null.
+    A log-prob that is not finite was written as null. Earlier versions did not write
+    the number of sampled tokens, and the mean is over all tokens then.
     """
-    logp = -np.inf if record["logp_sum"] is None else record["logp_sum"] / max(1, record["length"])
+    sampled = record.get("sampled", record["length"])
+    logp = -np.inf if record["logp_sum"] is None else record["logp_sum"] / max(1, sampled)
     return Outcome(bool(record["correct"]), record["parsed"], record["reason"], record["stop"], record["length"], float(logp))
 
 
@@ -206,7 +209,8 @@ def measure(outcomes_NK: Sequence[Sequence[Outcome]], same: Callable[[str, str],
 
         pass@K, pass^K      chance that at least one, or all, of K samples are correct
         majority@K          chance that the most frequent answer of K is correct
-        best_logp@K         chance that the likeliest sample of K is (by mean log-prob)
+        best_logp@K         chance that the likeliest sample of K is (by mean log-prob
+                            of its sampled tokens)
         sampling_share      see `estimators.clustered`
         majority_share      mean share of the samples that agree with the majority
         calibration_error   see `estimators.calibration`

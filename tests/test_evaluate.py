@@ -2,6 +2,7 @@
 budgets of thinking, and comparisons.
 """
 
+import inspect
 import itertools
 import json
 import shutil
@@ -15,10 +16,15 @@ from runs import ROOT, load_config, read_lines, run_config
 
 from jaxreason import estimators
 from jaxreason.build.checkpoint import fingerprint
+from jaxreason.build.evaluation import attempted
 from jaxreason.build.suites import SUITES, read_suites
-from jaxreason.evaluation import Outcome, curves, measure
+from jaxreason.evaluate import identity
+from jaxreason.evaluate.own_code import digest_sources, own_names
+from jaxreason.evaluation import Outcome, curves, measure, outcome, outcome_of
+from jaxreason.look import comparison
 from jaxreason.look.comparison import compare, compare_folders, paired_interval, read_evaluations
 from jaxreason.options import split_outside
+from jaxreason.types import Rollout, Task, Verdict
 
 pytestmark = pytest.mark.process
 
@@ -121,10 +127,99 @@ def test_budgets_of_thinking_share_attempts(trained, tmp_path):
     evaluations = json.loads((tmp_path / "both" / "evaluation.json").read_text())["evaluations"]
     assert [e["thinking_tokens"] for e in evaluations] == [9, 3]
     assert all(e["recovery"]["recovery_tried"] <= 2 for e in evaluations)
-    # The same command without --recovery keeps its result.
-    code, _, err = evaluate(*arguments, "--thinking_tokens=3,9", f"--workdir={tmp_path / 'both'}")
+    assert all(e["recovery"]["most"] == 2 for e in evaluations)
+    # The same command keeps its result, with --recovery and without.
+    for more in ("--recovery=2", "--recovery=0"):
+        code, out, err = evaluate(*arguments, "--thinking_tokens=3,9", more, f"--workdir={tmp_path / 'both'}")
+        assert code == 0, err
+        assert "loading" not in out
+        again = json.loads((tmp_path / "both" / "evaluation.json").read_text())
+        assert again["evaluations"] == evaluations
+        assert again["settings"]["recovery"] == 2
+
+
+JUDGE = """
+from my_words import LETTER
+from jaxreason.types import Verdict
+
+def judge(letter=LETTER):
+    def verify(text, task):
+        return Verdict(1.0, letter in text, text[:4])
+    return verify
+"""
+
+
+def test_verdicts_of_two_versions_of_a_users_code_do_not_mix(trained, tmp_path):
+    (tmp_path / "my_judge.py").write_text(JUDGE)
+    (tmp_path / "my_words.py").write_text("LETTER = 'A'\n")
+    arguments = [f"--checkpoint={trained}", "--suites=chain", "--temperature=0", "--verifier=my_judge:judge", "--n=4"]
+    code, out, err = evaluate(*arguments, cwd=tmp_path)
     assert code == 0, err
-    assert json.loads((tmp_path / "both" / "evaluation.json").read_text())["evaluations"] == evaluations
+    folder = tmp_path / out.split("written: ")[1].partition("/evaluation.json")[0]
+    assert json.loads((folder / "evaluation.json").read_text())["own_code"].keys() == {"my_judge", "my_words"}
+    code, out, err = evaluate(*arguments, f"--workdir={folder}", cwd=tmp_path)
+    assert code == 0, err
+    assert "loading" not in out
+    # A file that the verifier imports changes: another folder, or refused.
+    (tmp_path / "my_words.py").write_text("LETTER = 'B'\n")
+    code, out, err = evaluate(*arguments, cwd=tmp_path)
+    assert code == 0, err
+    assert str(folder.name) not in out
+    code, out, err = evaluate(*arguments, f"--workdir={folder}", cwd=tmp_path)
+    assert code == 1
+    assert "holds an evaluation by another version of your code: my_words changed since" in err
+
+
+def test_sources_of_a_users_code(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "their_rewards"
+    (package / "parts").mkdir(parents=True)
+    (tmp_path / "their_table.py").write_text("A = 1\n")
+    (package / "__init__.py").write_text("from . import parts\n")
+    (package / "judge.py").write_text(
+        "import numpy as np, json, os.path, nowhere_at_all\nfrom .parts.words import A\nfrom jaxreason.types import Task\n"
+        "def maker():\n    import their_table, their_rewards.judge\n"
+    )
+    (package / "parts" / "__init__.py").write_text("")
+    (package / "parts" / "words.py").write_text("A = (\n")  # whoever imports it gets the error
+    names = {"their_rewards", "their_rewards.judge", "their_rewards.parts", "their_rewards.parts.words", "their_table"}
+    found = digest_sources(["their_rewards.judge:maker"])
+    assert found.keys() == names
+    (package / "parts" / "words.py").write_text("A = 2\n")
+    again = digest_sources(["their_rewards.judge:maker"])
+    assert {name for name in names if found[name] != again[name]} == {"their_rewards.parts.words"}
+    assert digest_sources(["nowhere.at:all", ":f", "..x:f", "json:loads"]).keys() == {
+        name for name in digest_sources(["json:loads"]) if name.partition(".")[0] == "json"
+    }
+    suites = [{"name": "their:tasks"}, {"name": "chain", "verifier": {"name": "exact"}}, {"name": "chain", "verifier": "wrong"}]
+    assert own_names(suites, {"name": "my:default"}) == {"their:tasks", "my:default"}
+    assert own_names(suites[1:], {"name": "my:default"}) == set()
+
+
+def test_other_versions_are_said_and_recorded():
+    first = {"versions": {"jax": "1", "numpy": "1"}, "revision": "a", "device": "cpu"}
+    now = first | {"versions": {"jax": "2", "numpy": "1"}, "code": "c"}  # an earlier version did not record `code`
+    said = []
+    assert identity.also_made_with(first | {"done": False}, first | {"code": "c"}, said.append) == first
+    assert not said
+    made = identity.also_made_with(first | {"done": False}, now, said.append)
+    assert made == first | {"continued_with": [now]}
+    assert said == ["warning: earlier attempts were made with other versions (versions.jax: 1 there, 2 here); both are recorded"]
+    # The third process is compared with the second.
+    assert identity.also_made_with(made, now, said.append) == made
+    assert len(said) == 1
+    assert identity.also_made_with(made, first | {"code": "c"}, said.append)["continued_with"] == [now, first | {"code": "c"}]
+
+
+def test_a_continuation_keeps_the_date_of_the_first_day():
+    """The date in a chat template does not change the default folder."""
+    settings = {"text": {"format": "chat", "date": "2026-01-01"}, "n": 3, "recovery": 5}
+    about = {"settings": settings, "seed": 0}
+    later = {"settings": settings | {"text": {"format": "chat", "date": "2026-01-02"}, "recovery": 0}, "seed": 0}
+    opened = SimpleNamespace(folder=ROOT, step=None)
+    assert identity.default_folder(opened, about) == identity.default_folder(opened, later)
+    other = {"settings": settings | {"text": {"format": "plain"}}, "seed": 0}
+    assert identity.default_folder(opened, about) != identity.default_folder(opened, other)
 
 
 def test_slots_of_a_run_fit_other_devices(trained, tmp_path, monkeypatch):
@@ -168,6 +263,12 @@ def unbounded(run, folder):
         (["--checkpoint={run}", "--verifier=exactly"], "unknown verifier 'exactly' (did you mean 'exact'?)"),
         (["--compare", "{run}"], "--compare got 1 folders"),
         (["--compare", "{run}", "/nowhere"], "/nowhere is no evaluation"),
+        (["--compare", "{run}", "{run}", "--n=3", "--suites=chain"], "--compare got --suites, --n too"),
+        (["--checkpoint={run}", "--thinking_tokens=3,31"], "leave none of 32 tokens for an answer; give fewer --thinking_tokens"),
+        (
+            ["--checkpoint={run}", "--suites=a={'name': 'chain', 'max_tokens': 5}", "--thinking_tokens=4"],
+            "leave none of 5 tokens for an answer",
+        ),
     ],
 )
 def test_bad_input_is_one_line(trained, tmp_path, arguments, said):
@@ -205,9 +306,14 @@ def test_suites_are_read_from_a_line():
     assert file["svamp"]["verifier"] == SUITES["svamp"]["verifier"]
     made = read_suites("a={'name': 'jsonl', 'path': 'x,y.jsonl'},chain", {})
     assert made["a"] == {"name": "jsonl", "path": "x,y.jsonl", "split": None}
-    for wrong in ("", "chain,chain", "a={1: 2}", "a={", "a={'path': 'x'}"):
+    for wrong in ("", "chain,chain", "a={1: 2}", "a={'path': 'x'}"):
         with pytest.raises(ValueError):
             read_suites(wrong, {})
+    # A quote without a partner would take what follows with it.
+    for wrong in ("a={", "a=it's.jsonl,chain", "a={'name': 'chain',chain", "a=x.jsonl),chain", "a={'name': 'chain]'}}"):
+        with pytest.raises(ValueError, match=r"--suites has .* with a quote or bracket that has no partner"):
+            read_suites(wrong, {})
+    assert read_suites(r"a={'name': 'chain', 'instruction': 'Don\'t, {question}'},chain", {}).keys() == {"a", "chain"}
     assert split_outside("a={'x': (1, 2)}, b,'c,d'", ",") == ["a={'x': (1, 2)}", "b", "'c,d'"]
 
 
@@ -223,6 +329,27 @@ def test_every_named_suite_is_a_section_of_a_config():
 
 
 # --- statistics ---
+
+
+def test_forced_tokens_do_not_count_in_the_likelihood():
+    """A budget's forced end has log-probs of 0: counted, it would win every vote."""
+    record = {"correct": True, "parsed": None, "reason": "", "stop": "eos", "length": 8, "logp_sum": -4.0}
+    assert outcome_of(record | {"sampled": 4}).logp == -1.0
+    assert outcome_of(record).logp == -0.5  # of an earlier version
+    assert outcome_of(record | {"sampled": 0, "logp_sum": 0.0}).logp == 0.0
+    made = Rollout(
+        Task("q", "a"),
+        0,
+        0,
+        np.ones(1),
+        np.ones(3),
+        np.array([-2, 0, 0]),
+        np.array([True, False, False]),
+        "",
+        "eos",
+        Verdict(1, True),
+    )
+    assert outcome(made).logp == -2.0
 
 
 def test_curves_are_means_over_all_subsets():
@@ -349,6 +476,28 @@ def test_settings_that_differ_are_named(tmp_path):
         "note: sampler.max_tokens is 64 in A, 512 in B",
         r"note: suites.s.verifier is 'exact' in A, 'one\ntwo' in B",
     ]
+
+
+def test_runs_with_other_settings_are_compared_with_notes(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "other", ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
+    summary = json.loads((trained / "summary.json").read_text())
+    config = summary["config"]
+    config["evaluate"]["top_p"] = 0.9
+    config["evaluate"]["suites"]["chain"]["instruction"] = "Now: {question}"
+    config["sampler"] |= {"slots": 3, "max_tokens": 77}
+    config["text"]["instruction"] = "x{question}"
+    (tmp_path / "other" / "summary.json").write_text(json.dumps(summary))
+    notes = [line.partition(" is ")[0] for line in compare_folders(trained, tmp_path / "other") if line.startswith("note: ")]
+    names = ["filter.top_p", "sampler.max_tokens", "suites.chain.instruction", "text.instruction"]
+    assert notes == [f"note: {name}" for name in names]
+    config["evaluate"]["suites"]["chain"]["ops"] = 2
+    (tmp_path / "other" / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(ValueError, match="suite 'chain' has other tasks in A and B"):
+        compare_folders(trained, tmp_path / "other")
+
+
+def test_a_comparison_knows_which_fields_of_a_suite_decide_its_tasks():
+    assert set(comparison.ATTEMPTED) == set(inspect.signature(attempted).parameters)
 
 
 def test_a_run_compares_with_itself(trained):

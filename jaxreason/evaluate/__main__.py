@@ -72,6 +72,8 @@ def main(argv) -> None:
         if FLAGS.checkpoint is None:
             raise ValueError("no --checkpoint given; allowed: a run, a Hugging Face folder, a hub id or a named size")
         evaluate_checkpoint()
+    except BrokenPipeError:  # the reader of the output has ended, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except VerifierFailed as error:
         print(error.traceback, file=sys.stderr)
         fail(error)
@@ -83,8 +85,13 @@ def main(argv) -> None:
 
 
 def compare(folders: list[str]) -> None:
+    from jaxreason.evaluate.asked import Asked
     from jaxreason.look.comparison import compare_folders
 
+    if given := [f"--{name}" for name in Asked._fields if FLAGS[name].present]:
+        raise ValueError(
+            f"--compare got {', '.join(given)} too; allowed: two folders alone, whose evaluations have their settings"
+        )
     if len(folders) != 2:
         raise ValueError(f"--compare got {len(folders)} folders; needed: python -m jaxreason.evaluate --compare A B")
     print("\n".join(compare_folders(*(Path(os.path.expanduser(folder)) for folder in folders))))

@@ -102,7 +102,7 @@ def read_settings(asked: Asked, opened: Checkpoint) -> dict[str, Any]:
         "n": asked.n or own.get("final_n") or own.get("n") or 200,
         "filter": {name: own.get(name, default) if given[name] is None else given[name] for name, default in FILTER.items()},
         "thinking_tokens": budgets(asked) or [opened.sections["sampler"].get("thinking_tokens")],
-        **{name: opened.sections[name] for name in ("model", "text", "sampler")},
+        **{name: opened.sections[name] for name in ("model", "text", "sampler", "verifier")},
     }
     make_filter(**settings["filter"], where="evaluate")  # raises for wrong values
     settings["sampler"] = {k: v for k, v in settings["sampler"].items() if k not in SPEED}
@@ -124,4 +124,26 @@ def load_suites(asked: Asked, opened: Checkpoint, settings: dict, say: Callable[
     """Load the suites, none of which may have questions that the run was trained on."""
     loaded = list(trained_before(str(opened.folder), say)) if opened.step is not None else []
     parts = opened.parts._replace(loaded=loaded)
-    return [make_suite(name, section, parts, settings["n"], asked.allow_overlap) for name, section in settings["suites"].items()]
+    made = [make_suite(name, section, parts, settings["n"], asked.allow_overlap) for name, section in settings["suites"].items()]
+    for suite in made:
+        check_budget(suite, opened, asked, say)
+    return made
+
+
+def check_budget(suite: evaluation.Suite, opened: Checkpoint, asked: Asked, say: Callable[[str], None]) -> None:
+    """Raise ValueError for a budget of thinking that leaves no token for an answer. A
+    run was trained with its own, of which only a warning is printed.
+    """
+    completer = evaluation.completer_for(suite, opened.parts.completer)
+    if completer.thinking is None:
+        return
+    budget, end, limit = completer.thinking.tokens, len(completer.thinking.ids), completer.max_tokens
+    if budget + end < limit:
+        return
+    message = (
+        f"suite {suite.name!r}: a budget of {budget} thinking tokens and {end} for their forced end leave none of {limit} tokens "
+        "for an answer"
+    )
+    if asked.thinking_tokens:
+        raise ValueError(f"{message}; give fewer --thinking_tokens, or more --max_tokens")
+    say(f"warning: {message}")

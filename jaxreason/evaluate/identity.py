@@ -81,7 +81,9 @@ def check_same(folder: Path, about: Mapping, tasks: Mapping[str, str]) -> None:
     began = {name: there.get(name) for name in about}
     if not isinstance(began["settings"], dict) or not isinstance(began["settings"].get("text"), dict):
         raise ValueError(f"{folder / 'evaluation.json'} is damaged: it has no settings; choose another --workdir")
-    differ = workdir.differences(compared(began), compared(about))
+    here = compared(about)  # without settings that an earlier version did not record
+    here["settings"] = {name: value for name, value in here["settings"].items() if name in began["settings"]}
+    differ = workdir.differences(compared(began), here)
     own = [name.partition(".")[2] for name in differ if name.partition(".")[0] == "own_code"]
     if own and len(own) == len(differ):
         raise ValueError(

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxreason import estimators
 from jaxreason.options import unknown_name_message
-from jaxreason.runtime.workdir import flat, json_object
+from jaxreason.runtime.workdir import SAME_MATHS, flat, json_object
 
 SHOWN = 8  # problems that are named, of those learned and lost
 
@@ -95,22 +95,50 @@ def settings_that_differ(a: Path, b: Path) -> list[str]:
     """Name the settings of two evaluations, besides the model's, that differ: a
     difference of the accuracies may be due to them.
     """
-    found = [(json_object(folder / "evaluation.json") or {}).get("settings") for folder in (a, b)]
+    if a.resolve() == b.resolve():
+        return ["note: A and B are the same folder"]
+    found = [settings_of(folder) for folder in (a, b)]
     if not all(isinstance(settings, dict) for settings in found):
         return []
     suites = set.intersection(*(set(settings.get("suites", ())) for settings in found))
     ours, theirs = (
-        flat(
-            {k: v for k, v in settings.items() if k not in OF_MODEL}
-            | {"suites": {name: section for name, section in settings.get("suites", {}).items() if name in suites}}
-        )
+        flat(settings | {"suites": {name: section for name, section in settings.get("suites", {}).items() if name in suites}})
         for settings in found
     )
+    if not all("verifier.name" in settings for settings in (ours, theirs)):  # earlier versions did not record it
+        ours, theirs = ({k: v for k, v in settings.items() if not k.startswith("verifier.")} for settings in (ours, theirs))
     names = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+    names = [name for name in names if not SAME_MATHS.match(name)]
     return [f"note: {name} is {ours.get(name)!r:.60} in A, {theirs.get(name)!r:.60} in B" for name in names]
 
 
-OF_MODEL = ("model", "text", "n", "temperatures", "thinking_tokens")  # or told of each comparison
+# Of the model, told of each comparison, or without effect on attempts.
+OF_MODEL = ("model", "text", "n", "temperatures", "thinking_tokens", "recovery")
+FILTER = ("top_k", "top_p", "min_p")
+
+
+def settings_of(folder: Path) -> dict[str, Any] | None:
+    """Return the settings that decide accuracies, besides the model's. Those of an
+    evaluation leave out `text`, since its prompts are compared one by one.
+    """
+    if (found := json_object(folder / "evaluation.json")) is not None:
+        if not isinstance(settings := found.get("settings"), dict):
+            return None
+        settings = {name: value for name, value in settings.items() if name not in OF_MODEL}
+        return settings | {name: found[name] for name in ("own_code", "versions") if name in found}
+    config = (json_object(run_of(folder) / "summary.json") or {}).get("config")
+    if not isinstance(config, dict):
+        return None
+    evaluate, sampler = config["evaluate"], dict(config["sampler"])
+    sampler.pop("logp_temperature_1", None)
+    sections = {name: config[name] for name in ("text", "verifier")}
+    filter = {name: evaluate[name] for name in FILTER if name in evaluate}
+    return sections | {"sampler": sampler, "filter": filter, "suites": evaluate["suites"]}
+
+
+def run_of(folder: Path) -> Path:
+    """Return the folder of a run, given it or RUN/checkpoints/STEP."""
+    return folder.parents[1] if folder.parent.name == "checkpoints" else folder
 
 
 def name_of(evaluation: Mapping) -> tuple:
@@ -180,7 +208,7 @@ def paired_tasks(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[int, 
     if "questions" in a and "questions" in b:
         position = {question: i for i, question in enumerate(numbered(a["questions"]))}
         pairs = [(position[question], i) for i, question in enumerate(numbered(b["questions"])) if question in position]
-    elif "section" in a and "section" in b and a["section"] == b["section"]:
+    elif "section" in a and "section" in b and tasks_of(a["section"]) == tasks_of(b["section"]):
         pairs = [(i, i) for i in range(min(a["n"], b["n"]))]
     elif "section" in a and "section" in b:
         raise ValueError(f"suite {b['suite']!r} has other tasks in A and B ({a['section']}; {b['section']}); needed: the same")
@@ -189,6 +217,14 @@ def paired_tasks(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[int, 
     if not pairs:
         raise ValueError(f"suite {b['suite']!r} has no task that is in both A and B; needed: evaluations of the same tasks")
     return pairs
+
+
+ATTEMPTED = ("verifier", "samples", "temperatures", "max_tokens", "instruction")  # fields of a suite besides its tasks
+
+
+def tasks_of(section: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the fields of a suite that decide its tasks."""
+    return None if section is None else {name: value for name, value in section.items() if name not in ATTEMPTED}
 
 
 def prompts_differ(a: Mapping[str, Any], b: Mapping[str, Any], pairs: Sequence[tuple[int, int]]) -> bool:
@@ -242,7 +278,7 @@ def first_lines(folder: Path) -> Callable[[tuple], str]:
     A task is (suite, temperature, thinking tokens, position). A run keeps only the
     first rollouts of its evaluations.
     """
-    file = (folder.parents[1] if folder.parent.name == "checkpoints" else folder) / "rollouts.jsonl"
+    file = run_of(folder) / "rollouts.jsonl"
     found: dict[tuple, int] = {}
     with contextlib.suppress(OSError), file.open(encoding="ascii", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
