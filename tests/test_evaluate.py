@@ -264,6 +264,7 @@ def unbounded(run, folder):
         (["--compare", "{run}"], "--compare got 1 folders"),
         (["--compare", "{run}", "/nowhere"], "/nowhere is no evaluation"),
         (["--compare", "{run}", "{run}", "--n=3", "--suites=chain"], "--compare got --suites, --n too"),
+        (["--checkpoint={run}", "--workdir={run}/config.json"], "config.json', which is a file; allowed: a folder"),
         (["--checkpoint={run}", "--thinking_tokens=3,31"], "leave none of 32 tokens for an answer; give fewer --thinking_tokens"),
         (
             ["--checkpoint={run}", "--suites=a={'name': 'chain', 'max_tokens': 5}", "--thinking_tokens=4"],

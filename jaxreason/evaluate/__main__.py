@@ -118,7 +118,13 @@ def evaluate_checkpoint() -> None:
         opened = open_asked(asked, date, say)
         about["settings"]["text"]["date"] = date
     suites = load_suites(asked, opened, settings, say)
+    if (asked.samples or 1) > 1 and not any(
+        any(settings["temperatures"] if s.temperatures is None else s.temperatures) for s in suites
+    ):
+        say(f"note: --samples={asked.samples} makes one attempt per task at temperature 0; for several, add --temperature=1")
     tasks = identity.digest_tasks(suites, settings["n"])
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--workdir got {str(folder)!r}, which is a file; allowed: a folder, new or of the same evaluation")
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.callback(workdir.lock(folder, say))

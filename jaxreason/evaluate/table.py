@@ -42,8 +42,9 @@ class Progress:
             return
         self.printed_s, took_s = now_s, max(1e-9, now_s - self.begun_s)
         left = duration(took_s / (self.made - self.first) * (self.total - self.made))
-        line = f"{self.name}: {self.made} of {self.total} attempts, {self.correct / self.made:.3f} correct, "
-        line += f"{self.tokens / took_s:,.0f} tokens/s, about {left} left"
+        line = f"{visible(self.name)}: {self.made} of {self.total} attempts, {self.correct / self.made:.3f} correct, "
+        # Attempts that end in one chunk of tokens tell no rate.
+        line += f"{self.tokens / took_s:,.0f} tokens/s, about {left} left" if took_s >= 1 else f"{left} left"
         print(f"\r\x1b[K{line}" if self.live else line, end="" if self.live else "\n", file=sys.stderr, flush=True)
 
     def end(self) -> None:
@@ -59,7 +60,7 @@ def print_results(found: Mapping) -> None:
     for e in found["evaluations"]:
         m, k = e["measures"], e["samples"]
         name = series_name(e["suite"], e["temperature"], e["thinking_tokens"])
-        say(visible(f"{name}: {e['accuracy']:.3f} [{e['low']:.3f}, {e['high']:.3f}] of {e['n']} tasks"))
+        say(visible(f"{name}: {e['accuracy']:.3f} [{e['low']:.3f}, {e['high']:.3f}] of {e['n']} task{'s' * (e['n'] != 1)}"))
         if k > 1:
             uses = ", ".join(f"{name} {m[name]:.3f}" for name in (f"pass@{k}", f"pass^{k}", f"majority@{k}", f"best_logp@{k}"))
             say(f"  {k} samples each: {uses}; {m['sampling_share']:.0%} of the variance of the accuracy is from sampling,")
@@ -69,8 +70,13 @@ def print_results(found: Mapping) -> None:
         counted = [name for name in SHOWN if name in m]
         if counted:
             say("  " + ", ".join(f"{name.replace('_', ' ')} {m[name]:.3g}" for name in counted))
-        if e.get("recovery", {}).get("recovery_tried"):
-            r = {name.removeprefix("recovery_"): value for name, value in e["recovery"].items()}
+        r = {name.removeprefix("recovery_"): value for name, value in e.get("recovery", {}).items()}
+        if r and not r["tried"]:
+            say(
+                f"  no step was corrupted: {r['without_step']:.0f} tasks have a correct attempt without a step, "
+                f"{r['too_long']:.0f} one that is too long to continue, the others none"
+            )
+        elif r:
             say(
                 f"  after a corrupted step {r['recovered']:.3f} [{r['recovered_low']:.3f}, {r['recovered_high']:.3f}] of "
                 f"{r['tried']:.0f} end right, uncorrupted {r['control']:.3f}; {r['noticed']:.3f} notice it"
