@@ -138,6 +138,31 @@ def test_budgets_of_thinking_share_attempts(trained, tmp_path):
         assert again["settings"]["recovery"] == 2
 
 
+def test_lines_that_are_no_attempt_are_made_again(trained, evaluated, tmp_path):
+    """Wrong types, twice the same attempt, attempts at other problems."""
+    folder = tmp_path / "odd"
+    shutil.copytree(evaluated, folder)
+    lines = read_lines(evaluated / "rollouts.jsonl")
+    wrong = [{"length": "3"}, {"problem": [1]}, {"logp_sum": "low"}, {"correct": None}, {"text": None}]
+    odd = [line | change for line, change in zip(lines, wrong)]
+    odd += [*lines[5:], lines[7], lines[8] | {"problem": 4000}]
+    (folder / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in odd))
+    code, _, err = evaluate(f"--checkpoint={trained}", f"--workdir={folder}")
+    assert code == 0, err
+    found, expected = (json.loads((path / "evaluation.json").read_text())["evaluations"] for path in (folder, evaluated))
+    for one, other in zip(found, expected, strict=True):
+        assert one["verdicts"] == other["verdicts"]
+        assert one["measures"] == pytest.approx(other["measures"])
+    assert [r["problem"] for r in read_lines(folder / "rollouts.jsonl")] == [r["problem"] for r in lines] + [4000]
+
+
+def test_a_damaged_evaluation_is_named(evaluated, tmp_path):
+    for text in ('{"done": true}', '{"done": true, "evaluations": [3]}', '{"done": true, "evaluations": [{"suite": "s"}]}'):
+        (tmp_path / "evaluation.json").write_text(text)
+        with pytest.raises(ValueError, match=r"evaluation.json is damaged: it lacks results"):
+            compare_folders(tmp_path, evaluated)
+
+
 JUDGE = """
 from my_words import LETTER
 from jaxreason.types import Verdict

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,23 @@ from jaxreason.types import Rollout, Verdict
 
 SERIES = ("suite", "temperature", "thinking_tokens")  # fields that tell the records of a series from those of others
 KEYS = (*SERIES, "problem", "attempt")
-NEEDED = {*KEYS, "text", "correct", "parsed", "reason", "reward", "stop", "length", "logp_sum"}
+NUMBER = (int, float, NoneType)  # a number that is not finite was written as null
+# Fields that a record needs, and their types.
+NEEDED: dict[str, type | tuple[type, ...]] = {
+    "suite": str,
+    "temperature": (int, float),
+    "thinking_tokens": (int, NoneType),
+    "problem": int,
+    "attempt": int,
+    "text": str,
+    "correct": (bool, int),
+    "parsed": (str, NoneType),
+    "reason": str,
+    "reward": NUMBER,
+    "stop": str,
+    "length": int,
+    "logp_sum": NUMBER,
+}
 
 
 class Attempts:
@@ -32,9 +49,10 @@ class Attempts:
             self.remember(record)
 
     def read(self) -> Iterator[dict]:
+        """Yield the records, without lines that are no attempt."""
         if self.path.exists():
             with self.path.open(encoding="ascii") as lines:
-                yield from (record for record in map(json.loads, lines) if record.keys() >= NEEDED)
+                yield from filter(is_attempt, map(json.loads, lines))
 
     def remember(self, record: dict) -> None:
         self.outcomes[key_of(record)] = outcome_of(record)
@@ -44,24 +62,26 @@ class Attempts:
             file.write(json_line(record))
         self.remember(record)
 
-    def sort(self, order: Sequence[tuple]) -> dict[tuple, list[dict]]:
-        """Write all attempts in the order of their series, problem and attempt, unless
-        they are; return the records of each series.
+    def sort(self, keys: Sequence[tuple]) -> dict[tuple, list[dict]]:
+        """Write the attempts in the order of `keys`, unless they are, and return the
+        records of each series. Attempts with other keys come last, and are not
+        returned.
         """
-        rank = {series: i for i, series in enumerate(order)}
         there = list(self.read())
-        records = sorted(there, key=lambda r: (rank.get(series_of(r), len(rank)), r["problem"], r["attempt"]))
+        by_key = {key_of(record): record for record in there}  # the last one counts, as in `outcomes`
+        records = [by_key.pop(key) for key in keys]
+        found: dict[tuple, list[dict]] = {}
+        for key, record in zip(keys, records, strict=True):
+            found.setdefault(key[: len(SERIES)], []).append(record)
+        records += by_key.values()
         if records != there:
             with writing(self.path), replacing(self.path) as file:
                 file.writelines(map(json_line, records))
-        found: dict[tuple, list[dict]] = {series: [] for series in order}
-        for record in records:
-            found.setdefault(series_of(record), []).append(record)
         return found
 
 
-def series_of(record: Mapping) -> tuple:
-    return tuple(record[name] for name in SERIES)
+def is_attempt(record: Mapping) -> bool:
+    return all(name in record and isinstance(record[name], types) for name, types in NEEDED.items())
 
 
 def key_of(record: Mapping) -> tuple:

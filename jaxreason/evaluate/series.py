@@ -95,7 +95,7 @@ def run(
     for one in every:
         if wanted := requests_left(of, one):
             make_attempts(of, one, wanted, weights())
-    records = of.attempts.sort([one.key for one in every])
+    records = of.attempts.sort([(*one.key, r.problem, r.attempt) for one in every for r in requests_of(of, one)])
     evaluations = [summarise(of, one, records[one.key]) for one in every]
     before = {} if missing else recovered_before(there)
     for one, found in zip(every, evaluations, strict=True):
@@ -125,9 +125,12 @@ def recovered_before(there: dict) -> dict[tuple, dict]:
     return {tuple(e[name] for name in SERIES): e["recovery"] for e in there.get("evaluations", ()) if "recovery" in e}
 
 
+def requests_of(of: Evaluated, one: Series) -> list[Request]:
+    return [r for group in evaluation.requests(one.suite, of.settings["n"], one.temperature) for r in group]
+
+
 def unrecorded(of: Evaluated, one: Series) -> list[Request]:
-    every = [r for group in evaluation.requests(one.suite, of.settings["n"], one.temperature) for r in group]
-    return [r for r in every if (*one.key, r.problem, r.attempt) not in of.attempts.outcomes]
+    return [r for r in requests_of(of, one) if (*one.key, r.problem, r.attempt) not in of.attempts.outcomes]
 
 
 def requests_left(of: Evaluated, one: Series) -> list[Request]:

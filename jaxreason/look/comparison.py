@@ -15,6 +15,7 @@ from jaxreason import estimators
 from jaxreason.options import unknown_name_message
 from jaxreason.runtime.workdir import SAME_MATHS, flat, json_object
 
+NEEDED = {"suite", "temperature", "n", "verdicts"}  # fields of an evaluation
 SHOWN = 8  # problems that are named, of those learned and lost
 
 
@@ -73,7 +74,10 @@ def read_evaluations(folder: Path) -> dict[tuple, dict[str, Any]]:
     if found is not None:
         if found.get("done") is not True:
             raise ValueError(f"{folder} is not done; give its command again, which continues")
-        return {name_of(e): e for e in found["evaluations"]}
+        made = found.get("evaluations")
+        if not isinstance(made, list) or not all(isinstance(e, dict) and e.keys() >= NEEDED for e in made):
+            raise ValueError(f"{folder / 'evaluation.json'} is damaged: it lacks results; evaluate again in another folder")
+        return {name_of(e): e for e in made}
     step = None
     run = folder
     if folder.parent.name == "checkpoints" and folder.name.isdecimal():
@@ -129,11 +133,11 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
     config = (json_object(run_of(folder) / "summary.json") or {}).get("config")
     if not isinstance(config, dict):
         return None
-    evaluate, sampler = config["evaluate"], dict(config["sampler"])
-    sampler.pop("logp_temperature_1", None)
-    sections = {name: config[name] for name in ("text", "verifier")}
+    found = {name: dict(config.get(name) or {}) for name in ("text", "verifier", "sampler", "evaluate")}
+    evaluate = found.pop("evaluate")
+    found["sampler"].pop("logp_temperature_1", None)
     filter = {name: evaluate[name] for name in FILTER if name in evaluate}
-    return sections | {"sampler": sampler, "filter": filter, "suites": evaluate["suites"]}
+    return found | {"filter": filter, "suites": evaluate.get("suites") or {}}
 
 
 def run_of(folder: Path) -> Path:
