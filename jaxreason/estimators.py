@@ -252,11 +252,50 @@ def clustered(correct_NK: np.ndarray, confidence: float = 0.95) -> Clustered:
     if K == 1 or np.ptp(mean_N) == 0:
         low, high = wilson(mean * N, N, confidence)
     else:
-        total, centre = N + 2 * ADDED, (mean_N.sum() + ADDED) / (N + 2 * ADDED)
-        variance = float((np.square(mean_N).sum() + ADDED) / total - centre**2) * total / (total - 1)
-        alike = min(N * K, N * float(centre * (1 - centre)) / variance)  # independent samples with the same error
+        centre, variance = _widened(mean_N, 0.0, 1.0)
+        alike = min(N * K, N * centre * (1 - centre) / variance)  # independent samples with the same error
         low, high = _score_interval(mean, alike, NormalDist().inv_cdf(0.5 + confidence / 2))
     return Clustered(mean, low, high, between, within, share)
+
+
+def difference_interval(difference_N: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Return the interval of the mean difference of two runs over N problems, from the
+    differences of the problems' accuracies, of several samples each.
+
+    The normal interval, with a quarter of a problem added at -1 and one at 1 to the
+    spread, as in `clustered`: where few problems differ, a t-interval is too narrow.
+    Coverage of 2,000 pairs each, on the grid of `clustered` with accuracies of 0.01,
+    0.03, 0.1 and 0.5 and correlations of 0.2 and 0.8, where half of the problems are
+    drawn anew, all become easier, or one in 50 becomes easy: lowest, median, fraction
+    below 0.93 and above 0.97, and mean width:
+
+        this interval       0.898 0.969 0.03 0.48 1.14
+        the t-interval      0.594 0.948 0.24 0.20 1
+
+    (2026-11-28). If all differences are equal they have no spread to judge by. New
+    problems may then differ, anywhere from -1 to 1, but at most as many of them as 0 of
+    N still allows.
+    """
+    _check_confidence(confidence)
+    difference_N = np.asarray(difference_N, np.float64)
+    if difference_N.ndim != 1 or not len(difference_N):
+        raise ValueError(f"difference_interval got an array of shape {difference_N.shape}; allowed: one value per problem")
+    N, mean = len(difference_N), float(difference_N.mean())
+    if not varies(difference_N):
+        others = wilson(0, N, confidence)[1]
+        return mean - others * (1 + mean), mean + others * (1 - mean)
+    half = NormalDist().inv_cdf(0.5 + confidence / 2) * math.sqrt(_widened(difference_N, -1.0, 1.0)[1] / N)
+    return max(-1.0, mean - half), min(1.0, mean + half)
+
+
+def _widened(values_N: np.ndarray, lowest: float, highest: float) -> tuple[float, float]:
+    """Mean and variance of values, with `ADDED` of the lowest and of the highest one
+    there can be.
+    """
+    total = len(values_N) + 2 * ADDED
+    mean = float(values_N.sum() + ADDED * (lowest + highest)) / total
+    square = float(np.square(values_N).sum() + ADDED * (lowest**2 + highest**2)) / total
+    return mean, (square - mean**2) * total / (total - 1)
 
 
 class Calibration(NamedTuple):

@@ -194,6 +194,34 @@ def test_the_clustered_interval_covers_near_its_ends(problems, samples, accuracy
     assert np.mean(covered) > 0.94  # two standard errors below 0.95
 
 
+@pytest.mark.parametrize(("problems", "samples"), [(50, 8), (50, 16), (200, 4)])
+def test_the_interval_of_a_difference_covers_where_few_problems_differ(problems, samples):
+    """One problem in 50 becomes easy; a t-interval covers 0.69 to 0.91 of these."""
+    draw, covered = np.random.default_rng(0), []
+    for _ in range(1500):
+        a = draw.beta(0.0075, 0.2425, problems)
+        b = np.where(draw.random(problems) < 0.02, 1.0, a)
+        difference = (draw.binomial(samples, b) - draw.binomial(samples, a)) / samples
+        low, high = estimators.difference_interval(difference)
+        assert -1 <= low <= difference.mean() <= high <= 1
+        covered.append(low <= 0.02 * (1 - 0.03) <= high)
+    assert np.mean(covered) > 0.92
+
+
+def test_the_interval_of_a_difference_by_hand():
+    values = [1.0, 0.0, 0.5, -0.5]
+    added = np.array([*values, *[1.0] * 4, *[-1.0] * 4])
+    weights = [1.0] * 4 + [1 / 16] * 8  # a quarter of a problem at each end
+    mean = np.average(added, weights=weights)
+    variance = np.average((added - mean) ** 2, weights=weights) * 4.5 / 3.5
+    low, high = estimators.difference_interval(values)
+    half = 1.959964 * np.sqrt(variance / 4)
+    assert (low, high) == pytest.approx((0.25 - half, 0.25 + half))
+    assert estimators.difference_interval([1.0, 1.0, 0.0])[1] == 1.0
+    with pytest.raises(ValueError, match="allowed: one value per problem"):
+        estimators.difference_interval([])
+
+
 def test_the_interval_of_few_problems_that_differ_has_a_width():
     """A bootstrap of the same problems covers 0.72."""
     draw, covered = np.random.default_rng(0), []

@@ -162,8 +162,9 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
     """Compare two evaluations of one suite at one temperature.
 
     With one sample per task the interval is that of a posterior, as a bootstrap is too
-    narrow where few verdicts differ; p is exact. With several samples it is the
-    t-interval of the tasks' mean differences.
+    narrow where few verdicts differ; p is exact. With several samples it is that of
+    the tasks' mean differences (see `estimators.difference_interval`), and p is that of
+    a t-test.
 
     Raises:
       ValueError: they have no task in common.
@@ -193,16 +194,12 @@ def paired_interval(value_N: np.ndarray, other_N: np.ndarray, single: bool, draw
     `single`: they are verdicts of one sample per task. `draws` are of the posterior.
     The interval always has a width, also where all tasks differ by the same.
     """
-    difference_N = other_N - value_N
-    if not single and not estimators.varies(difference_N):
-        # Equal differences have no spread to judge by. New tasks may differ, anywhere
-        # from -1 to 1, but at most as many of them as 0 of N still allows.
-        difference, others = float(difference_N[0]), estimators.wilson(0, len(difference_N))[1]
-        low, high = difference - others * (1 + difference), difference + others * (1 - difference)
-        return low, high, "all tasks differ by the same"
     if not single:
-        _, low, high = estimators.mean_interval(difference_N)
-        return low, high, "paired t-interval over tasks"
+        difference_N = other_N - value_N
+        same = "all tasks differ by the same"
+        return *estimators.difference_interval(difference_N), "paired interval over tasks" if estimators.varies(
+            difference_N
+        ) else same
     _, low, high, _ = estimators.paired_posterior(value_N, other_N, draws=draws)
     return low, high, "posterior over tasks"
 
