@@ -4,9 +4,9 @@ two runs on the same problems.
 Everything runs on the host, in NumPy and exact integers; nothing is traced. An interval
 is a pair `(low, high)`. Accuracy over problems has a Wilson interval, or one clustered
 by problem if each problem has several samples; a mean over seeds has a t-interval. A
-difference of two runs has a posterior, or a paired bootstrap if problems have several
-samples. They answer different questions (new problems, new seeds, new problems for both
-runs) and can't replace each other.
+difference of two runs has a posterior, or the interval of the problems' differences if
+they have several samples. They answer different questions (new problems, new seeds, new
+problems for both runs) and can't replace each other.
 """
 
 from __future__ import annotations
@@ -331,7 +331,7 @@ def mcnemar(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> float:
     It tests whether one run is right more often on the problems where the two differ.
     Problems that both or neither solved carry no information; under equality the rest
     are fair coins (McNemar, 1947). Use one sample per problem; with several, use
-    `paired_bootstrap` on each problem's mean.
+    `difference_interval` and `paired_t` on the differences of each problem's mean.
     """
     from scipy.stats import binomtest
 
@@ -355,31 +355,6 @@ def paired_posterior(
     difference = fractions[:, 1] - fractions[:, 0]
     low, high = np.quantile(difference, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return float(difference.mean()), float(low), float(high), float((difference > 0).mean())
-
-
-def paired_bootstrap(
-    a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95, draws: int = 10_000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Return the mean of b - a over problems and its percentile bootstrap interval.
-
-    The result is (difference, low, high). Entry i of `a` and `b` is the accuracy on
-    problem i. Problems are resampled with both runs' values, so the difficulty of a
-    problem cancels. Average the samples of a problem first; they don't count as
-    problems.
-    """
-    from scipy.stats import bootstrap
-
-    _check_confidence(confidence)
-    a, b = _paired(a, b)
-    if len(a) == 0:
-        raise ValueError("paired_bootstrap got no problems; allowed: at least 1")
-    difference = b - a
-    mean = float(difference.mean())
-    if np.ptp(difference) == 0:  # of which scipy would warn
-        return mean, mean, mean
-    options = {"confidence_level": confidence, "n_resamples": draws, "method": "percentile", "batch": 1000}
-    found = bootstrap((difference,), np.mean, rng=np.random.default_rng(seed), **options).confidence_interval
-    return mean, float(found.low), float(found.high)
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
@@ -509,7 +484,7 @@ def _discordant(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> tuple[i
     """The number of problems that only a solved, that only b solved, and of others."""
     a, b = _paired(correct_a, correct_b)
     if not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
-        raise ValueError("a paired test got values other than 0 and 1; for a mean over samples use paired_bootstrap")
+        raise ValueError("a paired test got values other than 0 and 1; for a mean over samples use difference_interval")
     only_a, only_b = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
     return only_a, only_b, len(a) - only_a - only_b
 

@@ -471,6 +471,8 @@ def test_equal_differences_have_an_interval_with_a_width(tmp_path):
     a, b = made(tmp_path / "a", "11" * 5, questions), made(tmp_path / "b", "11" * 5, questions)
     one = compare(*(read_evaluations(folder)["s", 0.0, None] for folder in (a, b)))
     assert one.low == pytest.approx(-estimators.wilson(0, 5)[1]) == -one.high
+    low, high, _ = paired_interval(np.zeros(2), np.ones(2), single=True)
+    assert low < high == 1.0  # the posterior of two tasks alone ends below
     for n, difference in ((1, 0.5), (5, 1.0), (5, -1.0), (1000, 0.5)):
         low, high, _ = paired_interval(np.zeros(n), np.full(n, difference), single=False)
         assert -1 <= low <= difference <= high <= 1
