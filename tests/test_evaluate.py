@@ -18,12 +18,14 @@ from jaxreason import estimators
 from jaxreason.build.checkpoint import fingerprint
 from jaxreason.build.evaluation import attempted
 from jaxreason.build.suites import SUITES, read_suites
-from jaxreason.evaluate import identity
+from jaxreason.evaluate import identity, series
 from jaxreason.evaluate.own_code import digest_sources, own_names
-from jaxreason.evaluation import Outcome, curves, measure, outcome, outcome_of
+from jaxreason.evaluation import Outcome, Suite, curves, measure, outcome, outcome_of
 from jaxreason.look import comparison
 from jaxreason.look.comparison import compare, compare_folders, paired_interval, read_evaluations
 from jaxreason.options import split_outside
+from jaxreason.recovery import Recovery
+from jaxreason.rollout import Completer
 from jaxreason.types import Rollout, Task, Verdict
 
 pytestmark = pytest.mark.process
@@ -247,11 +249,67 @@ def test_a_continuation_keeps_the_date_of_the_first_day():
     assert identity.default_folder(opened, about) != identity.default_folder(opened, other)
 
 
+LATER = """
+import datetime, runpy, sys
+
+class Date(datetime.date):
+    @classmethod
+    def today(cls):
+        return cls(2020, 2, 13)
+
+datetime.date = Date
+runpy.run_module("jaxreason.evaluate", run_name="__main__", alter_sys=True)
+"""
+TEMPLATE = (
+    "{{ strftime_now('%m') }}{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+)
+
+
+def test_the_same_command_on_the_next_day_continues(trained, tmp_path):
+    """A chat template that names the day does not begin another evaluation."""
+    command = [sys.executable, "-m", "jaxreason.export", str(trained), str(tmp_path / "chat")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (tmp_path / "chat" / "chat_template.jinja").write_text(TEMPLATE)
+    arguments = [f"--checkpoint={tmp_path / 'chat'}", "--suites=chain", "--n=3", "--max_tokens=8", "--max_prompt_tokens=64"]
+    got = subprocess.run([sys.executable, "-c", LATER, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert got.returncode == 0, got.stderr
+    (folder,) = (tmp_path / "evaluations").iterdir()
+    lines = (folder / "rollouts.jsonl").read_text().splitlines(keepends=True)
+    assert all(json.loads(line)["prompt"].startswith("02") for line in lines)
+    (folder / "rollouts.jsonl").write_text(lines[0] + lines[1][:30])
+    code, out, err = evaluate(*arguments, cwd=tmp_path)
+    assert code == 0, err
+    assert "the date in prompts is 2020-02-13, the day on which this evaluation began" in out
+    assert [path.name for path in (tmp_path / "evaluations").iterdir()] == [folder.name]
+    found = json.loads((folder / "evaluation.json").read_text())
+    assert (found["date"], found["settings"]["text"]["date"]) == ("2020-02-13", "2020-02-13")
+    assert (folder / "rollouts.jsonl").read_text().splitlines(keepends=True)[0] == lines[0]
+    assert all(r["prompt"].startswith("02") for r in read_lines(folder / "rollouts.jsonl"))
+
+
+def test_recovery_keeps_the_limit_of_a_suite(monkeypatch):
+    limits = []
+
+    def recovery(completer, *_, **options):
+        limits.append((completer.max_tokens, options["most"]))
+        return Recovery(0, 0, 0, 0, 0, 0)
+
+    monkeypatch.setattr(series, "recovery", recovery)
+    completer = Completer(None, None, None, eos_ids=(), prompt_buckets=(8,), rows=1, max_tokens=32)
+    opened = SimpleNamespace(parts=SimpleNamespace(completer=completer, tokenizer=SimpleNamespace(encode=list)))
+    of = series.Evaluated(opened, {"filter": {"top_k": 0, "top_p": 1.0, "min_p": 0.0}}, None, 0, print)
+    for most, limit in ((5, 5), (None, 32)):
+        suite = Suite("s", [], None, max_tokens=most)
+        assert series.recover(of, series.Series(suite, 0.0, None), [], 3, None)["most"] == 3
+        assert limits.pop() == (limit, 3)
+
+
 def test_slots_of_a_run_fit_other_devices(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
-    arguments = [f"--checkpoint={trained}", "--suites=chain", "--temperature=0", "--n=4"]
-    code, _, err = evaluate(*arguments, f"--workdir={tmp_path / 'three'}")
+    arguments = [f"--checkpoint={trained}", "--suites=chain", "--temperature=0", "--n=4", "--samples=2"]
+    code, out, err = evaluate(*arguments, f"--workdir={tmp_path / 'three'}")
     assert code == 0, err
+    assert "note: --samples=2 makes one attempt per task at temperature 0" in out
     code, _, err = evaluate(*arguments, "--slots=4", f"--workdir={tmp_path / 'asked'}")
     assert code == 1
     assert "4 slots, which do not divide over 3 devices" in err
