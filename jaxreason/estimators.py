@@ -4,9 +4,9 @@ two runs on the same problems.
 Everything runs on the host, in NumPy and exact integers; nothing is traced. An interval
 is a pair `(low, high)`. Accuracy over problems has a Wilson interval, or one clustered
 by problem if each problem has several samples; a mean over seeds has a t-interval. A
-difference of two runs has a posterior, or a paired bootstrap if problems have several
-samples. They answer different questions (new problems, new seeds, new problems for both
-runs) and can't replace each other.
+difference of two runs has a posterior, or the interval of the problems' differences if
+they have several samples. They answer different questions (new problems, new seeds, new
+problems for both runs) and can't replace each other.
 """
 
 from __future__ import annotations
@@ -204,6 +204,9 @@ class Clustered(NamedTuple):
     sampling_share: float  # part of the accuracy's variance that more samples per problem would remove; 0..1
 
 
+ADDED = 0.25  # problems added at each end to the spread of an interval
+
+
 def clustered(correct_NK: np.ndarray, confidence: float = 0.95) -> Clustered:
     """Return the accuracy of N problems with K samples each, with an interval clustered
     by problem.
@@ -211,16 +214,30 @@ def clustered(correct_NK: np.ndarray, confidence: float = 0.95) -> Clustered:
     Samples of one problem are not independent, so the error of the accuracy is that of
     the problems' means (Miller, 2024, arXiv 2411.00640, sec. 2.2; equal cluster sizes).
     The interval is the Wilson interval of as many independent samples as would have
-    this error, with the quantile of Student's t (Korn and Graubard, 1998, do the same
-    for the Clopper-Pearson interval): a t-interval is too narrow near 0 and 1. If all
+    this error. Their number follows from the spread of the problems' means (Korn and
+    Graubard, 1998), to which a quarter of a problem that is always right and a quarter
+    of one that is never right are added: near 0 and 1 a few problems make the whole
+    spread, which is too low whenever there are fewer of them than usual. If all
     problems have one mean, or K is 1, it is the Wilson interval of N problems.
+
+    Coverage of 2,000 evaluations each, on a grid of N in (8, 20, 50, 128, 400), K in
+    (2, 4, 8, 16), accuracy in (0.01, 0.03, 0.1, 0.3, 0.5) and correlation within a
+    problem in (0.02, 0.2, 0.5, 0.8, 0.98), with Beta-distributed problems: lowest,
+    median, fraction of the grid below 0.93 and above 0.97, and mean width:
+
+        this interval                                   0.909 0.956 0.02 0.22 1.05
+        without the added problems, Student's quantile  0.853 0.955 0.09 0.18 1
+        Clopper-Pearson in the place of Wilson          0.884 0.967 0.04 0.46 1.08
+        Wilson interval of N problems                   0.909 0.983 0.02 0.69 1.43
+
+    (2026-11-28). In nine of its ten cells below 0.93 nearly all samples of a problem
+    agree, and Wilson's interval of N problems covers as little. Where N times the
+    accuracy is at least 10 it covers 0.936 to 0.973.
 
     `sampling_share` is within / K over the variance of a problem's mean. A share near 1
     says that more samples would narrow the interval, one near 0 that only more problems
     would; it is 0 for K = 1, which can't tell.
     """
-    from scipy.stats import t
-
     _check_confidence(confidence)
     correct_NK = np.asarray(correct_NK, np.float64)
     if correct_NK.ndim != 2 or 0 in correct_NK.shape:
@@ -235,9 +252,50 @@ def clustered(correct_NK: np.ndarray, confidence: float = 0.95) -> Clustered:
     if K == 1 or np.ptp(mean_N) == 0:
         low, high = wilson(mean * N, N, confidence)
     else:
-        alike = min(N * K, mean * (1 - mean) / (spread / N))  # independent samples with the same error
-        low, high = _score_interval(mean, alike, float(t.ppf(0.5 + confidence / 2, N - 1)))
+        centre, variance = _widened(mean_N, 0.0, 1.0)
+        alike = min(N * K, N * centre * (1 - centre) / variance)  # independent samples with the same error
+        low, high = _score_interval(mean, alike, NormalDist().inv_cdf(0.5 + confidence / 2))
     return Clustered(mean, low, high, between, within, share)
+
+
+def difference_interval(difference_N: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Return the interval of the mean difference of two runs over N problems, from the
+    differences of the problems' accuracies, of several samples each.
+
+    The normal interval, with a quarter of a problem added at -1 and one at 1 to the
+    spread, as in `clustered`: where few problems differ, a t-interval is too narrow.
+    Coverage of 2,000 pairs each, on the grid of `clustered` with accuracies of 0.01,
+    0.03, 0.1 and 0.5 and correlations of 0.2 and 0.8, where half of the problems are
+    drawn anew, all become easier, or one in 50 becomes easy: lowest, median, fraction
+    below 0.93 and above 0.97, and mean width:
+
+        this interval       0.898 0.969 0.03 0.48 1.14
+        the t-interval      0.594 0.948 0.24 0.20 1
+
+    (2026-11-28). If all differences are equal they have no spread to judge by. New
+    problems may then differ, anywhere from -1 to 1, but at most as many of them as 0 of
+    N still allows.
+    """
+    _check_confidence(confidence)
+    difference_N = np.asarray(difference_N, np.float64)
+    if difference_N.ndim != 1 or not len(difference_N):
+        raise ValueError(f"difference_interval got an array of shape {difference_N.shape}; allowed: one value per problem")
+    N, mean = len(difference_N), float(difference_N.mean())
+    if not varies(difference_N):
+        others = wilson(0, N, confidence)[1]
+        return mean - others * (1 + mean), mean + others * (1 - mean)
+    half = NormalDist().inv_cdf(0.5 + confidence / 2) * math.sqrt(_widened(difference_N, -1.0, 1.0)[1] / N)
+    return max(-1.0, mean - half), min(1.0, mean + half)
+
+
+def _widened(values_N: np.ndarray, lowest: float, highest: float) -> tuple[float, float]:
+    """Mean and variance of values, with `ADDED` of the lowest and of the highest one
+    there can be.
+    """
+    total = len(values_N) + 2 * ADDED
+    mean = float(values_N.sum() + ADDED * (lowest + highest)) / total
+    square = float(np.square(values_N).sum() + ADDED * (lowest**2 + highest**2)) / total
+    return mean, (square - mean**2) * total / (total - 1)
 
 
 class Calibration(NamedTuple):
@@ -273,7 +331,7 @@ def mcnemar(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> float:
     It tests whether one run is right more often on the problems where the two differ.
     Problems that both or neither solved carry no information; under equality the rest
     are fair coins (McNemar, 1947). Use one sample per problem; with several, use
-    `paired_bootstrap` on each problem's mean.
+    `difference_interval` and `paired_t` on the differences of each problem's mean.
     """
     from scipy.stats import binomtest
 
@@ -297,31 +355,6 @@ def paired_posterior(
     difference = fractions[:, 1] - fractions[:, 0]
     low, high = np.quantile(difference, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return float(difference.mean()), float(low), float(high), float((difference > 0).mean())
-
-
-def paired_bootstrap(
-    a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95, draws: int = 10_000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Return the mean of b - a over problems and its percentile bootstrap interval.
-
-    The result is (difference, low, high). Entry i of `a` and `b` is the accuracy on
-    problem i. Problems are resampled with both runs' values, so the difficulty of a
-    problem cancels. Average the samples of a problem first; they don't count as
-    problems.
-    """
-    from scipy.stats import bootstrap
-
-    _check_confidence(confidence)
-    a, b = _paired(a, b)
-    if len(a) == 0:
-        raise ValueError("paired_bootstrap got no problems; allowed: at least 1")
-    difference = b - a
-    mean = float(difference.mean())
-    if np.ptp(difference) == 0:  # of which scipy would warn
-        return mean, mean, mean
-    options = {"confidence_level": confidence, "n_resamples": draws, "method": "percentile", "batch": 1000}
-    found = bootstrap((difference,), np.mean, rng=np.random.default_rng(seed), **options).confidence_interval
-    return mean, float(found.low), float(found.high)
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
@@ -451,7 +484,7 @@ def _discordant(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> tuple[i
     """The number of problems that only a solved, that only b solved, and of others."""
     a, b = _paired(correct_a, correct_b)
     if not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
-        raise ValueError("a paired test got values other than 0 and 1; for a mean over samples use paired_bootstrap")
+        raise ValueError("a paired test got values other than 0 and 1; for a mean over samples use difference_interval")
     only_a, only_b = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
     return only_a, only_b, len(a) - only_a - only_b
 

@@ -114,6 +114,13 @@ def requests(suite: Suite, n: int, temperature: float) -> list[list[Request]]:
     return [[Request(task, i, attempt, prompt) for attempt in range(samples)] for i, (task, prompt) in enumerate(tasks)]
 
 
+def completer_for(suite: Suite, completer: Completer) -> Completer:
+    """Return the completer with the limit of a suite."""
+    if suite.max_tokens is None:
+        return completer
+    return completer._replace(max_tokens=min(suite.max_tokens, completer.max_tokens))
+
+
 def attempt(
     completer: Completer,
     weights: Weights,
@@ -132,9 +139,8 @@ def attempt(
     alone, in parts and beside other suites. `options` are those of `rollout.collect`.
     """
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), EVALUATION), zlib.crc32(suite.name.encode()))
-    if suite.max_tokens is not None:
-        completer = completer._replace(max_tokens=min(suite.max_tokens, completer.max_tokens))
     options |= {"key": key, "temperature": temperature, "filter": filter}
+    completer = completer_for(suite, completer)
     return gather_groups(collect_local(completer, weights, wanted, suite.environment, **options), wanted)[0]
 
 
@@ -149,7 +155,7 @@ class Outcome(NamedTuple):
     reason: str
     stop: str
     length: int  # tokens of the completion
-    logp: float  # mean log-prob of its tokens
+    logp: float  # mean log-prob of its sampled tokens
     measures: Mapping[str, float] = {}  # of its verdict
 
 
@@ -161,6 +167,7 @@ def outcome(r: Rollout) -> Outcome:
             "reason": r.verdict.reason,
             "stop": r.stop,
             "length": len(r.tokens),
+            "sampled": int(np.count_nonzero(r.sampled)),
             "logp_sum": float(np.sum(r.logp, dtype=np.float64)),
             "measures": r.verdict.measures,
         }
@@ -170,9 +177,11 @@ def outcome(r: Rollout) -> Outcome:
 def outcome_of(record: Mapping[str, Any]) -> Outcome:
     """Return the outcome of a rollout from its record in `rollouts.jsonl`.
 
-    A log-prob that is not finite was written as null.
+    A log-prob that is not finite was written as null. Earlier versions did not write
+    the number of sampled tokens, and the mean is over all tokens then.
     """
-    logp = -np.inf if record["logp_sum"] is None else record["logp_sum"] / max(1, record["length"])
+    sampled = record.get("sampled", record["length"])
+    logp = -np.inf if record["logp_sum"] is None else record["logp_sum"] / max(1, sampled)
     found = (bool(record["correct"]), record["parsed"], record["reason"], record["stop"], record["length"], float(logp))
     return Outcome(*found, record.get("measures", {}))
 
@@ -205,7 +214,8 @@ def measure(outcomes_NK: Sequence[Sequence[Outcome]], same: Callable[[str, str],
 
         pass@K, pass^K      chance that at least one, or all, of K samples are correct
         majority@K          chance that the most frequent answer of K is correct
-        best_logp@K         chance that the likeliest sample of K is (by mean log-prob)
+        best_logp@K         chance that the likeliest sample of K is (by mean log-prob
+                            of its sampled tokens)
         sampling_share      see `estimators.clustered`
         majority_share      mean share of the samples that agree with the majority
         calibration_error   see `estimators.calibration`

@@ -118,23 +118,18 @@ def test_mcnemar_against_all_coin_flips():
         n, seen = only_a + only_b, abs(only_a - only_b)
         flips = [abs(2 * sum(f) - n) >= seen for f in itertools.product((0, 1), repeat=n)]
         assert estimators.mcnemar(a, b) == pytest.approx(sum(flips) / len(flips), abs=1e-12)
-    with pytest.raises(ValueError, match="paired_bootstrap"):
+    with pytest.raises(ValueError, match="difference_interval"):
         estimators.mcnemar([0.5, 1], [1, 1])
     with pytest.raises(ValueError, match="can't be paired"):
         estimators.mcnemar([1, 1], [1, 1, 0])
 
 
-def test_paired_bootstrap_is_about_the_difference():
+def test_the_interval_of_a_difference_is_normal_for_many_problems():
     rng = np.random.default_rng(0)
-    a = rng.random(400)  # problems differ widely in difficulty
-    difference, low, high = estimators.paired_bootstrap(a, a + 0.05)
-    assert (difference, low, high) == pytest.approx((0.05, 0.05, 0.05))  # variation common to both cancels
-    b = a + 0.05 + 0.1 * rng.standard_normal(400)
-    difference, low, high = estimators.paired_bootstrap(a, b, draws=4000)
-    half = special.ndtri(0.975) * np.std(b - a) / math.sqrt(400)
-    assert difference == pytest.approx(np.mean(b - a))
-    assert (low, high) == pytest.approx((difference - half, difference + half), abs=1.5e-3)
-    assert estimators.paired_bootstrap(a, b, draws=100, seed=1) == estimators.paired_bootstrap(a, b, draws=100, seed=1)
+    difference = 0.05 + 0.1 * rng.standard_normal(4000)
+    half = special.ndtri(0.975) * np.std(difference) / math.sqrt(4000)
+    mean = np.mean(difference)
+    assert estimators.difference_interval(difference) == pytest.approx((mean - half, mean + half), abs=1e-4)
 
 
 def test_mean_interval_is_students():
@@ -177,15 +172,49 @@ def test_sums_that_are_equal_up_to_rounding_are_ties_of_sign_flips(values):
     assert estimators.sign_flip(values) == 1
 
 
-def test_the_clustered_interval_covers_near_its_ends():
-    """A t-interval of the problems' means covers 0.90 of these."""
+@pytest.mark.parametrize(
+    ("problems", "samples", "accuracy", "correlation"),
+    [(128, 5, 0.99, 0.16), (50, 16, 0.01, 0.5), (20, 16, 0.97, 0.5), (50, 16, 0.03, 0.8), (128, 16, 0.01, 0.5), (8, 4, 0.3, 0.5)],
+)
+def test_the_clustered_interval_covers_near_its_ends(problems, samples, accuracy, correlation):
+    """A t-interval of the problems' means covers 0.64 to 0.93 of these, and the interval
+    without added problems 0.855 to 0.97.
+    """
+    draw, covered, total = np.random.default_rng(0), [], 1 / correlation - 1
+    a, b = accuracy * total, (1 - accuracy) * total
+    for _ in range(1500):
+        found = estimators.clustered(draw.random((problems, samples)) < draw.beta(a, b, (problems, 1)))
+        assert 0 <= found.low <= found.mean <= found.high <= 1
+        covered.append(found.low <= accuracy <= found.high)
+    assert np.mean(covered) > 0.94  # two standard errors below 0.95
+
+
+@pytest.mark.parametrize(("problems", "samples"), [(50, 8), (50, 16), (200, 4)])
+def test_the_interval_of_a_difference_covers_where_few_problems_differ(problems, samples):
+    """One problem in 50 becomes easy; a t-interval covers 0.69 to 0.91 of these."""
     draw, covered = np.random.default_rng(0), []
     for _ in range(1500):
-        correct_NK = draw.random((128, 5)) < draw.beta(5, 0.05, (128, 1))
-        found = estimators.clustered(correct_NK)
-        assert 0 <= found.low <= found.mean <= found.high <= 1
-        covered.append(found.low <= 5 / 5.05 <= found.high)
+        a = draw.beta(0.0075, 0.2425, problems)
+        b = np.where(draw.random(problems) < 0.02, 1.0, a)
+        difference = (draw.binomial(samples, b) - draw.binomial(samples, a)) / samples
+        low, high = estimators.difference_interval(difference)
+        assert -1 <= low <= difference.mean() <= high <= 1
+        covered.append(low <= 0.02 * (1 - 0.03) <= high)
     assert np.mean(covered) > 0.92
+
+
+def test_the_interval_of_a_difference_by_hand():
+    values = [1.0, 0.0, 0.5, -0.5]
+    added = np.array([*values, *[1.0] * 4, *[-1.0] * 4])
+    weights = [1.0] * 4 + [1 / 16] * 8  # a quarter of a problem at each end
+    mean = np.average(added, weights=weights)
+    variance = np.average((added - mean) ** 2, weights=weights) * 4.5 / 3.5
+    low, high = estimators.difference_interval(values)
+    half = 1.959964 * np.sqrt(variance / 4)
+    assert (low, high) == pytest.approx((0.25 - half, 0.25 + half))
+    assert estimators.difference_interval([1.0, 1.0, 0.0])[1] == 1.0
+    with pytest.raises(ValueError, match="allowed: one value per problem"):
+        estimators.difference_interval([])
 
 
 def test_the_interval_of_few_problems_that_differ_has_a_width():

@@ -2,23 +2,15 @@
 budgets of thinking, and comparisons.
 """
 
-import itertools
 import json
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from runs import ROOT, load_config, read_lines, run_config
 
-from jaxreason import estimators
-from jaxreason.build.checkpoint import fingerprint
-from jaxreason.build.suites import SUITES, read_suites
-from jaxreason.evaluation import Outcome, curves, measure
-from jaxreason.look.comparison import compare, compare_folders, paired_interval, read_evaluations
-from jaxreason.options import split_outside
+from jaxreason.look.comparison import compare_folders
 
 pytestmark = pytest.mark.process
 
@@ -121,17 +113,118 @@ def test_budgets_of_thinking_share_attempts(trained, tmp_path):
     evaluations = json.loads((tmp_path / "both" / "evaluation.json").read_text())["evaluations"]
     assert [e["thinking_tokens"] for e in evaluations] == [9, 3]
     assert all(e["recovery"]["recovery_tried"] <= 2 for e in evaluations)
-    # The same command without --recovery keeps its result.
-    code, _, err = evaluate(*arguments, "--thinking_tokens=3,9", f"--workdir={tmp_path / 'both'}")
+    assert all(e["recovery"]["most"] == 2 for e in evaluations)
+    # The same command keeps its result, with --recovery and without.
+    for more in ("--recovery=2", "--recovery=0"):
+        code, out, err = evaluate(*arguments, "--thinking_tokens=3,9", more, f"--workdir={tmp_path / 'both'}")
+        assert code == 0, err
+        assert "loading" not in out
+        again = json.loads((tmp_path / "both" / "evaluation.json").read_text())
+        assert again["evaluations"] == evaluations
+        assert again["settings"]["recovery"] == 2
+
+
+def test_lines_that_are_no_attempt_are_made_again(trained, evaluated, tmp_path):
+    """Wrong types, twice the same attempt, attempts at other problems."""
+    folder = tmp_path / "odd"
+    shutil.copytree(evaluated, folder)
+    lines = read_lines(evaluated / "rollouts.jsonl")
+    wrong = [{"length": "3"}, {"problem": [1]}, {"logp_sum": "low"}, {"correct": None}, {"text": None}]
+    odd = [line | change for line, change in zip(lines, wrong)]
+    odd += [*lines[5:], lines[7], lines[8] | {"problem": 4000}]
+    (folder / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in odd))
+    code, _, err = evaluate(f"--checkpoint={trained}", f"--workdir={folder}")
     assert code == 0, err
-    assert json.loads((tmp_path / "both" / "evaluation.json").read_text())["evaluations"] == evaluations
+    found, expected = (json.loads((path / "evaluation.json").read_text())["evaluations"] for path in (folder, evaluated))
+    for one, other in zip(found, expected, strict=True):
+        assert one["verdicts"] == other["verdicts"]
+        assert one["measures"] == pytest.approx(other["measures"])
+    assert [r["problem"] for r in read_lines(folder / "rollouts.jsonl")] == [r["problem"] for r in lines] + [4000]
+
+
+def test_a_damaged_evaluation_is_named(evaluated, tmp_path):
+    for text in ('{"done": true}', '{"done": true, "evaluations": [3]}', '{"done": true, "evaluations": [{"suite": "s"}]}'):
+        (tmp_path / "evaluation.json").write_text(text)
+        with pytest.raises(ValueError, match=r"evaluation.json is damaged: it lacks results"):
+            compare_folders(tmp_path, evaluated)
+
+
+JUDGE = """
+from my_words import LETTER
+from jaxreason.types import Verdict
+
+def judge(letter=LETTER):
+    def verify(text, task):
+        return Verdict(1.0, letter in text, text[:4])
+    return verify
+"""
+
+
+def test_verdicts_of_two_versions_of_a_users_code_do_not_mix(trained, tmp_path):
+    (tmp_path / "my_judge.py").write_text(JUDGE)
+    (tmp_path / "my_words.py").write_text("LETTER = 'A'\n")
+    arguments = [f"--checkpoint={trained}", "--suites=chain", "--temperature=0", "--verifier=my_judge:judge", "--n=4"]
+    code, out, err = evaluate(*arguments, cwd=tmp_path)
+    assert code == 0, err
+    folder = tmp_path / out.split("written: ")[1].partition("/evaluation.json")[0]
+    assert json.loads((folder / "evaluation.json").read_text())["own_code"].keys() == {"my_judge", "my_words"}
+    code, out, err = evaluate(*arguments, f"--workdir={folder}", cwd=tmp_path)
+    assert code == 0, err
+    assert "loading" not in out
+    # A file that the verifier imports changes: another folder, or refused.
+    (tmp_path / "my_words.py").write_text("LETTER = 'B'\n")
+    code, out, err = evaluate(*arguments, cwd=tmp_path)
+    assert code == 0, err
+    assert str(folder.name) not in out
+    code, out, err = evaluate(*arguments, f"--workdir={folder}", cwd=tmp_path)
+    assert code == 1
+    assert "holds an evaluation by another version of your code: my_words changed since" in err
+
+
+LATER = """
+import datetime, runpy, sys
+
+class Date(datetime.date):
+    @classmethod
+    def today(cls):
+        return cls(2020, 2, 13)
+
+datetime.date = Date
+runpy.run_module("jaxreason.evaluate", run_name="__main__", alter_sys=True)
+"""
+TEMPLATE = (
+    "{{ strftime_now('%m') }}{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+)
+
+
+def test_the_same_command_on_the_next_day_continues(trained, tmp_path):
+    """A chat template that names the day does not begin another evaluation."""
+    command = [sys.executable, "-m", "jaxreason.export", str(trained), str(tmp_path / "chat")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (tmp_path / "chat" / "chat_template.jinja").write_text(TEMPLATE)
+    arguments = [f"--checkpoint={tmp_path / 'chat'}", "--suites=chain", "--n=3", "--max_tokens=8", "--max_prompt_tokens=64"]
+    got = subprocess.run([sys.executable, "-c", LATER, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert got.returncode == 0, got.stderr
+    (folder,) = (tmp_path / "evaluations").iterdir()
+    lines = (folder / "rollouts.jsonl").read_text().splitlines(keepends=True)
+    assert all(json.loads(line)["prompt"].startswith("02") for line in lines)
+    (folder / "rollouts.jsonl").write_text(lines[0] + lines[1][:30])
+    code, out, err = evaluate(*arguments, cwd=tmp_path)
+    assert code == 0, err
+    assert "the date in prompts is 2020-02-13, the day on which this evaluation began" in out
+    assert [path.name for path in (tmp_path / "evaluations").iterdir()] == [folder.name]
+    found = json.loads((folder / "evaluation.json").read_text())
+    assert (found["date"], found["settings"]["text"]["date"]) == ("2020-02-13", "2020-02-13")
+    assert (folder / "rollouts.jsonl").read_text().splitlines(keepends=True)[0] == lines[0]
+    assert all(r["prompt"].startswith("02") for r in read_lines(folder / "rollouts.jsonl"))
 
 
 def test_slots_of_a_run_fit_other_devices(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
-    arguments = [f"--checkpoint={trained}", "--suites=chain", "--temperature=0", "--n=4"]
-    code, _, err = evaluate(*arguments, f"--workdir={tmp_path / 'three'}")
+    arguments = [f"--checkpoint={trained}", "--suites=chain", "--temperature=0", "--n=4", "--samples=2"]
+    code, out, err = evaluate(*arguments, f"--workdir={tmp_path / 'three'}")
     assert code == 0, err
+    assert "note: --samples=2 makes one attempt per task at temperature 0" in out
     code, _, err = evaluate(*arguments, "--slots=4", f"--workdir={tmp_path / 'asked'}")
     assert code == 1
     assert "4 slots, which do not divide over 3 devices" in err
@@ -168,6 +261,13 @@ def unbounded(run, folder):
         (["--checkpoint={run}", "--verifier=exactly"], "unknown verifier 'exactly' (did you mean 'exact'?)"),
         (["--compare", "{run}"], "--compare got 1 folders"),
         (["--compare", "{run}", "/nowhere"], "/nowhere is no evaluation"),
+        (["--compare", "{run}", "{run}", "--n=3", "--suites=chain"], "--compare got --suites, --n too"),
+        (["--checkpoint={run}", "--workdir={run}/config.json"], "config.json', which is a file; allowed: a folder"),
+        (["--checkpoint={run}", "--thinking_tokens=3,31"], "leave none of 32 tokens for an answer; give fewer --thinking_tokens"),
+        (
+            ["--checkpoint={run}", "--suites=a={'name': 'chain', 'max_tokens': 5}", "--thinking_tokens=4"],
+            "leave none of 5 tokens for an answer",
+        ),
     ],
 )
 def test_bad_input_is_one_line(trained, tmp_path, arguments, said):
@@ -180,175 +280,25 @@ def test_bad_input_is_one_line(trained, tmp_path, arguments, said):
     assert "Traceback" not in err
 
 
-def test_a_pretrained_model_with_another_shape_or_tokenizer_is_another(tmp_path):
-    checkpoint = SimpleNamespace(folder=tmp_path, step=None)
-    seen = set()
-    for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-        for text in ("{}", "[]"):
-            (tmp_path / name).write_text(text)
-            seen.add(fingerprint(checkpoint))
-    assert len(seen) == 10
-    (tmp_path / "README.md").write_text("words")
-    assert fingerprint(checkpoint) in seen
-
-
-# --- suites ---
-
-
-def test_suites_are_read_from_a_line():
-    own = {"chain": {"name": "chain", "ops": 3}}
-    assert read_suites("chain, gsm8k", own) == {"chain": own["chain"], "gsm8k": SUITES["gsm8k"]}
-    file = read_suites("svamp=my.jsonl", {})
-    assert file["svamp"]["path"] == "my.jsonl"
-    assert file["svamp"]["question"] == "Body+Question"
-    assert file["svamp"]["split"] is None  # the whole file
-    assert file["svamp"]["verifier"] == SUITES["svamp"]["verifier"]
-    made = read_suites("a={'name': 'jsonl', 'path': 'x,y.jsonl'},chain", {})
-    assert made["a"] == {"name": "jsonl", "path": "x,y.jsonl", "split": None}
-    for wrong in ("", "chain,chain", "a={1: 2}", "a={", "a={'path': 'x'}"):
-        with pytest.raises(ValueError):
-            read_suites(wrong, {})
-    assert split_outside("a={'x': (1, 2)}, b,'c,d'", ",") == ["a={'x': (1, 2)}", "b", "'c,d'"]
-
-
-def test_every_named_suite_is_a_section_of_a_config():
-    from jaxreason.build import SECTIONS
-    from jaxreason.build.layout import section_of_suite
-    from jaxreason.options import fields
-
-    assert SECTIONS
-    for name, section in SUITES.items():
-        assert not fields.unknown_fields(section_of_suite(section), section), name
-        fields.check(section_of_suite(section), section, name)
-
-
-# --- statistics ---
-
-
-def test_curves_are_means_over_all_subsets():
-    rng = np.random.default_rng(0)
-
-    def draw():
-        return Outcome(bool(rng.random() < 0.5), str(rng.integers(3)), "", "eos", 5, float(rng.normal()))
-
-    outcomes = [[draw() for _ in range(4)] for _ in range(3)]
-    found = curves(outcomes)
-    for k in range(1, 5):
-        any_right = [[any(o[i].correct for i in s) for s in itertools.combinations(range(4), k)] for o in outcomes]
-        assert found["pass"][k] == pytest.approx(np.mean(any_right))
-        votes = [estimators.majority_at_k([x.parsed for x in o], [x.correct for x in o], k) for o in outcomes]
-        assert found["majority"][k] == pytest.approx(np.mean(votes))
-    found = measure(outcomes)
-    assert found["pass@4"] == pytest.approx(np.mean([any(x.correct for x in o) for o in outcomes]))
-    assert found["pass^4"] == pytest.approx(np.mean([all(x.correct for x in o) for o in outcomes]))
-
-
 # --- comparisons ---
 
 
-def made(folder, verdicts, questions, **more):
-    folder.mkdir()
-    n = len(questions)
-    entry = {
-        "suite": "s",
-        "temperature": 0.0,
-        "thinking_tokens": None,
-        "n": n,
-        "samples": len(verdicts) // n,
-        "verdicts": verdicts,
-    }
-    entry |= {"questions": questions, "prompts": "p"} | more
-    (folder / "evaluation.json").write_text(json.dumps({"done": True, "evaluations": [entry]}))
-    lines = [{"suite": "s", "temperature": 0.0, "thinking_tokens": None, "problem": i, "attempt": 0} for i in range(n)]
-    (folder / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"suite": "s", "tem')
-    return folder
-
-
-def test_a_comparison_pairs_tasks(tmp_path):
-    a = made(tmp_path / "a", "0011" * 30, [f"q{i}" for i in range(120)], prompts=["p"] * 120)
-    b = made(tmp_path / "b", "0111" * 30, [f"q{i}" for i in range(120)])
-    lines = "\n".join(compare_folders(a, b))
-    assert "A 0.500, B 0.750, B - A +0.250" in lines
-    assert "p 1.9e-09" in lines  # McNemar's: 2 * 0.5 ** 30
-    assert "learned (solved more often in B): 30:" in lines
-    assert f"problem 5 of B: {a}/rollouts.jsonl:6, {b}/rollouts.jsonl:6" in lines
-    assert "and 22 more" in lines
-    assert "lost (solved less often in B): 0" in lines
-    # Other order, other number, other prompts: paired by question, and said.
-    c = made(tmp_path / "c", "0101", ["q3", "q2", "q1", "new"], prompts=["other"] * 4)
-    lines = "\n".join(compare_folders(a, c))
-    assert "3 tasks are in both, of 120 in A and 4 in B" in lines
-    assert "the prompts differ" in lines
-    assert "A 0.667, B 0.333" in lines  # q3, q2, q1: 1 1 0 against 0 1 0
-
-
-def test_a_question_that_comes_twice_is_paired_in_order(tmp_path):
-    a = made(tmp_path / "a", "0110", ["q0", "q1", "q1", "q2"])
-    b = made(tmp_path / "b", "0101", ["q0", "q1", "q1", "q2"])
-    lines = "\n".join(compare_folders(a, b))
-    assert "4 tasks: A 0.500, B 0.500" in lines
-    assert "learned (solved more often in B): 1:" in lines
-    assert "lost (solved less often in B): 1:" in lines
-
-
-def test_other_tasks_are_refused(tmp_path):
-    a, b = made(tmp_path / "a", "01", ["q0", "q1"]), made(tmp_path / "b", "01", ["r0", "r1"])
-    with pytest.raises(ValueError, match="no task that is in both"):
-        compare_folders(a, b)
-    c = made(tmp_path / "c", "01", ["q0", "q1"], temperature=1.0)
-    with pytest.raises(ValueError, match="nothing to compare"):
-        compare_folders(a, c)
-
-
-def test_a_smaller_evaluation_has_no_other_prompts(tmp_path):
-    a = made(tmp_path / "a", "0110", [f"q{i}" for i in range(4)], prompts=["p0", "p1", "p2", "p3"])
-    b = made(tmp_path / "b", "01", ["q0", "q2"], prompts=["p0", "p2"])
-    assert "prompts differ" not in "\n".join(compare_folders(a, b))
-    c = made(tmp_path / "c", "01", ["q0", "q2"], prompts=["p0", "other"])
-    assert "prompts differ" in "\n".join(compare_folders(a, c))
-    # Earlier versions wrote one digest, which also differs if the number does.
-    d = made(tmp_path / "d", "01", ["q0", "q1"], prompts="digest of two")
-    e = made(tmp_path / "e", "0111", [f"q{i}" for i in range(4)], prompts="digest of four")
-    assert "prompts differ" not in "\n".join([*compare_folders(d, e), *compare_folders(a, e)])
-
-
-def test_equal_differences_have_an_interval_with_a_width(tmp_path):
-    """Five tasks that both solve are no proof that the two are equal."""
-    questions = [f"q{i}" for i in range(5)]
-    a, b = made(tmp_path / "a", "11" * 5, questions), made(tmp_path / "b", "11" * 5, questions)
-    one = compare(*(read_evaluations(folder)["s", 0.0, None] for folder in (a, b)))
-    assert one.low == pytest.approx(-estimators.wilson(0, 5)[1]) == -one.high
-    for n, difference in ((1, 0.5), (5, 1.0), (5, -1.0), (1000, 0.5)):
-        low, high, _ = paired_interval(np.zeros(n), np.full(n, difference), single=False)
-        assert -1 <= low <= difference <= high <= 1
-        assert low < high
-    assert (low, high) == pytest.approx((0.5, 0.5), abs=0.01)
-
-
-def test_fewer_tasks_are_never_said_to_be_enough(tmp_path):
-    """Two tasks, both learned, have no spread: two tasks seem to show it, and don't."""
-    a, b = made(tmp_path / "a", "00", ["q0", "q1"]), made(tmp_path / "b", "11", ["q0", "q1"])
-    lines = "\n".join(compare_folders(a, b))
-    assert "B - A +1.000 [-" in lines
-    assert "would show" not in lines
-
-
-def test_settings_that_differ_are_named(tmp_path):
-    a, b = made(tmp_path / "a", "01", ["q0", "q1"]), made(tmp_path / "b", "01", ["q0", "q1"])
-    for folder, most, judge in ((a, 64, "exact"), (b, 512, "one\ntwo")):
-        settings = {
-            "n": most,
-            "model": {"name": str(folder)},
-            "sampler": {"max_tokens": most},
-            "suites": {"s": {"verifier": judge}, str(most): {"name": "chain"}},
-        }
-        there = json.loads((folder / "evaluation.json").read_text())
-        (folder / "evaluation.json").write_text(json.dumps(there | {"settings": settings}))
-    notes = [line for line in compare_folders(a, b) if line.startswith("note: ")]
-    assert notes == [
-        "note: sampler.max_tokens is 64 in A, 512 in B",
-        r"note: suites.s.verifier is 'exact' in A, 'one\ntwo' in B",
-    ]
+def test_runs_with_other_settings_are_compared_with_notes(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "other", ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
+    summary = json.loads((trained / "summary.json").read_text())
+    config = summary["config"]
+    config["evaluate"]["top_p"] = 0.9
+    config["evaluate"]["suites"]["chain"]["instruction"] = "Now: {question}"
+    config["sampler"] |= {"slots": 3, "max_tokens": 77}
+    config["text"]["instruction"] = "x{question}"
+    (tmp_path / "other" / "summary.json").write_text(json.dumps(summary))
+    notes = [line.partition(" is ")[0] for line in compare_folders(trained, tmp_path / "other") if line.startswith("note: ")]
+    names = ["filter.top_p", "sampler.max_tokens", "suites.chain.instruction", "text.instruction"]
+    assert notes == [f"note: {name}" for name in names]
+    config["evaluate"]["suites"]["chain"]["ops"] = 2
+    (tmp_path / "other" / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(ValueError, match="suite 'chain' has other tasks in A and B"):
+        compare_folders(trained, tmp_path / "other")
 
 
 def test_a_run_compares_with_itself(trained):

@@ -332,6 +332,7 @@ def test_write_rollouts(tmp_path):
         "stop": "eos",
         "logp_sum": -1.75,
         "length": 3,
+        "sampled": 3,
         "temperature": 0.7,
     }
     assert second["text"] == second["parsed"] == NASTY

@@ -189,7 +189,7 @@ def test_the_change_of_a_run_is_paired_by_problem(tmp_path):
     assert made.how == "McNemar, posterior over 40 problems"
     several = [e | {"samples": 2, "n": 20} for e in few]
     made = paired.by_problem(*map(runs.to_evaluation, several), ("a", "b"))
-    assert made.how == "paired t-interval over 20 problems"
+    assert made.how == "paired interval over 20 problems"
     assert made.difference == 0.5
 
 

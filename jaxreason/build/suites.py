@@ -10,7 +10,7 @@ import ast
 from typing import Any
 
 from jaxreason import tasks
-from jaxreason.options import split_outside, unknown_name_message
+from jaxreason.options import balanced, split_outside, unknown_name_message
 
 NUMBER = "{question}\n\nThink step by step. Write the final answer, a number, on the last line after ####."
 BOXED = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -75,6 +75,11 @@ def read_suites(text: str, own: dict[str, dict]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for part in filter(None, split_outside(text, ",")):
         name, equals, value = (word.strip() for word in part.partition("="))
+        if not balanced(part):
+            raise ValueError(
+                f"--suites has {part!r:.80}, with a quote or bracket that has no partner; a file of such a name is "
+                f"NAME={{'name': 'jsonl', 'path': \"FILE\"}}"
+            )
         known = known_suite(name, own)
         if not equals and known is None:
             raise ValueError(unknown_name_message("suite", name, {*SUITES, *own}) + OTHERS)

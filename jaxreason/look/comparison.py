@@ -13,8 +13,9 @@ import numpy as np
 
 from jaxreason import estimators
 from jaxreason.options import unknown_name_message
-from jaxreason.runtime.workdir import flat, json_object
+from jaxreason.runtime.workdir import SAME_MATHS, flat, json_object
 
+NEEDED = {"suite", "temperature", "n", "verdicts"}  # fields of an evaluation
 SHOWN = 8  # problems that are named, of those learned and lost
 
 
@@ -73,7 +74,10 @@ def read_evaluations(folder: Path) -> dict[tuple, dict[str, Any]]:
     if found is not None:
         if found.get("done") is not True:
             raise ValueError(f"{folder} is not done; give its command again, which continues")
-        return {name_of(e): e for e in found["evaluations"]}
+        made = found.get("evaluations")
+        if not isinstance(made, list) or not all(isinstance(e, dict) and e.keys() >= NEEDED for e in made):
+            raise ValueError(f"{folder / 'evaluation.json'} is damaged: it lacks results; evaluate again in another folder")
+        return {name_of(e): e for e in made}
     step = None
     run = folder
     if folder.parent.name == "checkpoints" and folder.name.isdecimal():
@@ -95,22 +99,50 @@ def settings_that_differ(a: Path, b: Path) -> list[str]:
     """Name the settings of two evaluations, besides the model's, that differ: a
     difference of the accuracies may be due to them.
     """
-    found = [(json_object(folder / "evaluation.json") or {}).get("settings") for folder in (a, b)]
+    if a.resolve() == b.resolve():
+        return ["note: A and B are the same folder"]
+    found = [settings_of(folder) for folder in (a, b)]
     if not all(isinstance(settings, dict) for settings in found):
         return []
     suites = set.intersection(*(set(settings.get("suites", ())) for settings in found))
     ours, theirs = (
-        flat(
-            {k: v for k, v in settings.items() if k not in OF_MODEL}
-            | {"suites": {name: section for name, section in settings.get("suites", {}).items() if name in suites}}
-        )
+        flat(settings | {"suites": {name: section for name, section in settings.get("suites", {}).items() if name in suites}})
         for settings in found
     )
+    if not all("verifier.name" in settings for settings in (ours, theirs)):  # earlier versions did not record it
+        ours, theirs = ({k: v for k, v in settings.items() if not k.startswith("verifier.")} for settings in (ours, theirs))
     names = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+    names = [name for name in names if not SAME_MATHS.match(name)]
     return [f"note: {name} is {ours.get(name)!r:.60} in A, {theirs.get(name)!r:.60} in B" for name in names]
 
 
-OF_MODEL = ("model", "text", "n", "temperatures", "thinking_tokens")  # or told of each comparison
+# Of the model, told of each comparison, or without effect on attempts.
+OF_MODEL = ("model", "text", "n", "temperatures", "thinking_tokens", "recovery")
+FILTER = ("top_k", "top_p", "min_p")
+
+
+def settings_of(folder: Path) -> dict[str, Any] | None:
+    """Return the settings that decide accuracies, besides the model's. Those of an
+    evaluation leave out `text`, since its prompts are compared one by one.
+    """
+    if (found := json_object(folder / "evaluation.json")) is not None:
+        if not isinstance(settings := found.get("settings"), dict):
+            return None
+        settings = {name: value for name, value in settings.items() if name not in OF_MODEL}
+        return settings | {name: found[name] for name in ("own_code", "versions") if name in found}
+    config = (json_object(run_of(folder) / "summary.json") or {}).get("config")
+    if not isinstance(config, dict):
+        return None
+    found = {name: dict(config.get(name) or {}) for name in ("text", "verifier", "sampler", "evaluate")}
+    evaluate = found.pop("evaluate")
+    found["sampler"].pop("logp_temperature_1", None)
+    filter = {name: evaluate[name] for name in FILTER if name in evaluate}
+    return found | {"filter": filter, "suites": evaluate.get("suites") or {}}
+
+
+def run_of(folder: Path) -> Path:
+    """Return the folder of a run, given it or RUN/checkpoints/STEP."""
+    return folder.parents[1] if folder.parent.name == "checkpoints" else folder
 
 
 def name_of(evaluation: Mapping) -> tuple:
@@ -130,8 +162,9 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
     """Compare two evaluations of one suite at one temperature.
 
     With one sample per task the interval is that of a posterior, as a bootstrap is too
-    narrow where few verdicts differ; p is exact. With several samples it is the
-    t-interval of the tasks' mean differences.
+    narrow where few verdicts differ; p is exact. With several samples it is that of
+    the tasks' mean differences (see `estimators.difference_interval`), and p is that of
+    a t-test.
 
     Raises:
       ValueError: they have no task in common.
@@ -161,18 +194,16 @@ def paired_interval(value_N: np.ndarray, other_N: np.ndarray, single: bool, draw
     `single`: they are verdicts of one sample per task. `draws` are of the posterior.
     The interval always has a width, also where all tasks differ by the same.
     """
-    difference_N = other_N - value_N
-    if not single and not estimators.varies(difference_N):
-        # Equal differences have no spread to judge by. New tasks may differ, anywhere
-        # from -1 to 1, but at most as many of them as 0 of N still allows.
-        difference, others = float(difference_N[0]), estimators.wilson(0, len(difference_N))[1]
-        low, high = difference - others * (1 + difference), difference + others * (1 - difference)
-        return low, high, "all tasks differ by the same"
     if not single:
-        _, low, high = estimators.mean_interval(difference_N)
-        return low, high, "paired t-interval over tasks"
+        difference_N = other_N - value_N
+        same = "all tasks differ by the same"
+        return *estimators.difference_interval(difference_N), "paired interval over tasks" if estimators.varies(
+            difference_N
+        ) else same
     _, low, high, _ = estimators.paired_posterior(value_N, other_N, draws=draws)
-    return low, high, "posterior over tasks"
+    difference = float((other_N - value_N).mean())
+    # The prior moves the posterior of few tasks towards 0.
+    return min(low, difference), max(high, difference), "posterior over tasks"
 
 
 def paired_tasks(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[int, int]]:
@@ -180,7 +211,7 @@ def paired_tasks(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[int, 
     if "questions" in a and "questions" in b:
         position = {question: i for i, question in enumerate(numbered(a["questions"]))}
         pairs = [(position[question], i) for i, question in enumerate(numbered(b["questions"])) if question in position]
-    elif "section" in a and "section" in b and a["section"] == b["section"]:
+    elif "section" in a and "section" in b and tasks_of(a["section"]) == tasks_of(b["section"]):
         pairs = [(i, i) for i in range(min(a["n"], b["n"]))]
     elif "section" in a and "section" in b:
         raise ValueError(f"suite {b['suite']!r} has other tasks in A and B ({a['section']}; {b['section']}); needed: the same")
@@ -189,6 +220,14 @@ def paired_tasks(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[int, 
     if not pairs:
         raise ValueError(f"suite {b['suite']!r} has no task that is in both A and B; needed: evaluations of the same tasks")
     return pairs
+
+
+ATTEMPTED = ("verifier", "samples", "temperatures", "max_tokens", "instruction")  # fields of a suite besides its tasks
+
+
+def tasks_of(section: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the fields of a suite that decide its tasks."""
+    return None if section is None else {name: value for name, value in section.items() if name not in ATTEMPTED}
 
 
 def prompts_differ(a: Mapping[str, Any], b: Mapping[str, Any], pairs: Sequence[tuple[int, int]]) -> bool:
@@ -242,7 +281,7 @@ def first_lines(folder: Path) -> Callable[[tuple], str]:
     A task is (suite, temperature, thinking tokens, position). A run keeps only the
     first rollouts of its evaluations.
     """
-    file = (folder.parents[1] if folder.parent.name == "checkpoints" else folder) / "rollouts.jsonl"
+    file = run_of(folder) / "rollouts.jsonl"
     found: dict[tuple, int] = {}
     with contextlib.suppress(OSError), file.open(encoding="ascii", errors="replace") as lines:
         for number, line in enumerate(lines, 1):

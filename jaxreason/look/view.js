@@ -3,6 +3,7 @@ const textAt = Object.fromEntries(data.texts.map((name, i) => [name, data.number
 const CORRECT = data.numbers.length + data.texts.length, TOKENS = CORRECT + 1, HEIGHT = 28;
 const rows = data.rows, strings = data.strings;
 const number = (row, name) => row[at[name]];
+const sampled = row => Math.max(1, number(row, "sampled") ?? number(row, "length"));  // tokens; earlier versions wrote only all
 const text = (row, name) => row[textAt[name]] == null ? null : strings[row[textAt[name]]];
 const $ = id => document.getElementById(id);
 const lower = strings.map(s => s.toLowerCase());
@@ -55,7 +56,7 @@ function filtered() {
     kept.push(i);
   }
   const by = {length: i => -number(rows[i], "length"), reward: i => -number(rows[i], "reward"),
-    logp: i => (number(rows[i], "logp_sum") ?? -1e300) / Math.max(1, number(rows[i], "length"))}[value.sort];  // null: not finite
+    logp: i => (number(rows[i], "logp_sum") ?? -1e300) / sampled(rows[i])}[value.sort];  // null: not finite
   return by ? kept.sort((a, b) => by(a) - by(b)) : kept;
 }
 
@@ -183,7 +184,7 @@ function attempts(indices) {
         ` reward ${number(row, "reward")}, `, parsed == null ? "no answer found" : "answered " + visible(parsed),
         text(row, "reason") ? ` (${visible(text(row, "reason"))})` : ""),
       element("div", {class: "facts"}, `attempt ${number(row, "attempt")}, ${number(row, "length")} tokens, stop: ${visible(text(row, "stop") ?? "")}, `
-        + `mean log-prob ${number(row, "logp_sum") == null ? "none" : (number(row, "logp_sum") / Math.max(1, number(row, "length"))).toFixed(3)}`),
+        + `mean log-prob ${number(row, "logp_sum") == null ? "none" : (number(row, "logp_sum") / sampled(row)).toFixed(3)}`),
       written(row, mean));
   }));
 }

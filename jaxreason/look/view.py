@@ -19,7 +19,7 @@ from jaxreason.runtime.files import plain_json
 
 # Fields of a record, in the order of a row of the page; texts that repeat are numbers
 # of `strings`.
-NUMBERS = ("step", "problem", "attempt", "reward", "length", "logp_sum", "temperature", "thinking_tokens")
+NUMBERS = ("step", "problem", "attempt", "reward", "length", "sampled", "logp_sum", "temperature", "thinking_tokens")
 STRINGS = ("phase", "suite", "question", "prompt", "answer", "text", "parsed", "reason", "stop")
 TOKENS = ("pieces", "logp", "author")
 FIELDS = (*NUMBERS, *STRINGS, "correct", *TOKENS)

@@ -15,6 +15,7 @@ import functools
 import importlib
 import inspect
 import json
+import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -99,10 +100,11 @@ OFFERED: dict[str, tuple[Any, Iterable[Any] | None]] = {}
 
 def split_outside(text: str, separator: str) -> list[str]:
     """Split a text where the separator is in no brackets and no quotes."""
-    parts, depth, quote, start = [], 0, "", 0
+    parts, depth, quote, start, escaped = [], 0, "", 0, False
     for i, char in enumerate(text):
         if quote:
-            quote = "" if char == quote else quote
+            quote = "" if char == quote and not escaped else quote
+            escaped = char == "\\" and not escaped
         elif char in "'\"":
             quote = char
         else:
@@ -111,6 +113,14 @@ def split_outside(text: str, separator: str) -> list[str]:
             parts.append(text[start:i])
             start = i + 1
     return [part.strip() for part in [*parts, text[start:]]]
+
+
+def balanced(text: str) -> bool:
+    """Return whether every quote and bracket of a text has its partner."""
+    bare = re.sub(r"'(?:\\[\s\S]|[^'\\])*'|\"(?:\\[\s\S]|[^\"\\])*\"", "", text)
+    while bare != (bare := re.sub(r"\([^][(){}]*\)|\[[^][(){}]*\]|\{[^][(){}]*\}", "", bare)):
+        pass
+    return not re.search(r"[][(){}'\"]", bare)
 
 
 def call_with_section(function: Callable, section: Mapping[str, Any], where: str, /, **given):

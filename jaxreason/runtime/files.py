@@ -151,6 +151,7 @@ def rollout_record(rollout: Rollout, decode: Callable[[np.ndarray], str] | None 
         "stop": rollout.stop,
         "logp_sum": float(np.sum(rollout.logp, dtype=np.float64)),
         "length": len(rollout.tokens),
+        "sampled": int(np.count_nonzero(rollout.sampled)),  # tokens that were not forced
         "temperature": rollout.temperature,
         **({"measures": dict(rollout.verdict.measures)} if rollout.verdict.measures else {}),
         **({"spans": spans(rollout.author)} if {*rollout.author} - {"m"} else {}),

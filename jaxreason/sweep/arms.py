@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxreason.options import split_outside
+from jaxreason.options import balanced, split_outside
 
 Arm = dict[str, Any]
 
@@ -139,14 +139,6 @@ def _range(text: str) -> list[str]:
     if last - first >= MOST_ARMS:
         raise ValueError(f"--grid has the range {text}, {last - first + 1:,} values; allowed: {MOST_ARMS:,}")
     return [str(value) for value in range(first, last + 1)]
-
-
-def balanced(text: str) -> bool:
-    """Return whether every quote and bracket of a text has its partner."""
-    bare = re.sub(r"'[^']*'|\"[^\"]*\"", "", text)
-    while bare != (bare := re.sub(r"\([^][(){}]*\)|\[[^][(){}]*\]|\{[^][(){}]*\}", "", bare)):
-        pass
-    return not re.search(r"[][(){}'\"]", bare)
 
 
 def _unquoted(text: str) -> str:

@@ -167,7 +167,7 @@ def compare(arm: Mapping[int, Result], base: Mapping[int, Result], what: str, th
 
     With one seed the problems are paired: by McNemar's test and a posterior, which has
     a width even if few verdicts differ; or, with several samples per problem, by a
-    t-test and a bootstrap of the problems' means.
+    t-test and the interval of the problems' differences.
     """
     seeds = tuple(sorted(arm.keys() & base.keys()))
     if not seeds:
@@ -187,8 +187,8 @@ def compare(arm: Mapping[int, Result], base: Mapping[int, Result], what: str, th
         return Comparison(what, than, seeds, difference, low, high, p, "one seed: McNemar, posterior over problems")
     mean_a, mean_b = a_NK.mean(axis=1), b_NK.mean(axis=1)
     p = estimators.paired_t(mean_b - mean_a)
-    _, low, high = estimators.paired_bootstrap(mean_a, mean_b)
-    return Comparison(what, than, seeds, difference, low, high, p, "one seed: paired t and bootstrap over problems")
+    low, high = estimators.difference_interval(mean_b - mean_a)
+    return Comparison(what, than, seeds, difference, low, high, p, "one seed: paired t and interval over problems")
 
 
 def over_seeds(what: str, than: str, differences: Mapping[int, float]) -> Comparison:
