@@ -259,7 +259,7 @@ class Journal:
         if result.rollouts:
             values |= {f"eval/{name}": count / len(result.rollouts) for name, count in failures.items()}
         for e in result.evaluations:
-            mode = "greedy" if e.temperature == 0 else f"t{e.temperature:g}"
+            mode = mode_of(e)
             measured = {"accuracy": e.accuracy} | {name: e.measures[name] for name in e.measures if name not in failures}
             values |= {f"eval/{e.suite}/{mode}/{name}": value for name, value in measured.items()}
         self.keep_evaluated(result, phase, step)
@@ -284,7 +284,7 @@ class Journal:
             first += e.n * e.samples
             words = {"decode": self.run.decode, "pieces": self.run.token_pieces, "write": processes.writes(), "suite": e.suite}
             files.write_rollouts(self.workdir / "rollouts.jsonl", kept, step, phase, **words)
-            texts |= {f"eval/{e.suite}/{i}": text_sample(r) for i, r in enumerate(kept[:SAMPLES]) if e is result.evaluations[-1]}
+            texts |= {f"eval/{e.suite}/{mode_of(e)}/{i}": text_sample(r) for i, r in enumerate(kept[:SAMPLES])}
         self.log.write_more(step, texts=texts)
 
     def warn_of_verifier(self, rollouts: Sequence[Rollout], when: str) -> None:
@@ -414,7 +414,12 @@ class Clock:
         return time.perf_counter() - self.at_s - compile_s, compile_s
 
 
-SAMPLES = 3  # texts of an evaluation that trackers get
+SAMPLES = 3  # texts of a suite at a temperature, per evaluation, that trackers get
+
+
+def mode_of(e: Evaluation) -> str:
+    """Name the temperature of an evaluation, as metrics do."""
+    return "greedy" if e.temperature == 0 else f"t{e.temperature:g}"
 
 
 def text_sample(r: Rollout) -> str:
@@ -443,6 +448,7 @@ def open_journal(
     total_steps = sum(phase.steps for phase in run.phases)
     logged = -1 if found is None else found.logged
     progress = Progress() if found is None else Progress.read(found.host)
+    log_options = {"config": run.provenance.get("config"), **log_options}
     log = run_log.open_log(workdir, total_steps=total_steps, write=writes, resume_step=logged, **log_options)
     with log, contextlib.closing(energy.open_meter(run.watts)) as meter:
         journal = Journal(run, workdir, checkpoints, log, progress, check_stays, meter)

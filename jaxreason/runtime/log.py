@@ -20,7 +20,7 @@ from rich.text import Text
 
 from jaxreason.runtime.files import Unwritable, json_line, truncate, writing
 from jaxreason.runtime.terminal import duration, fitted, progress, visible
-from jaxreason.runtime.trackers import Board, Hosted, Tracker, Trackers
+from jaxreason.runtime.trackers import Tracker, Trackers, check_installed, open_trackers, read_names
 
 PLAIN_EVERY_S = 10.0  # shortest time between progress lines without a terminal
 
@@ -179,41 +179,37 @@ def open_log(
     *,
     total_steps: int,
     resume_step: int | None = None,
-    tensorboard: bool = True,
-    wandb: Mapping[str, Any] | None = None,
-    trackio: Mapping[str, Any] | None = None,
+    tracker: str | Sequence[str] = "tensorboard",
+    config: Mapping[str, Any] | None = None,
     live: bool = True,
     write: bool = True,
 ) -> RunLog:
-    """Open the log of a run in `workdir`: `metrics.jsonl`, and TensorBoard events in
-    `tensorboard/`.
+    """Open the log of a run in `workdir`: `metrics.jsonl`, and the trackers that
+    `tracker` names, such as TensorBoard with its events in `tensorboard/`.
 
-    `wandb` and `trackio` are the keyword arguments of their `init`, or None. `live`
-    shows progress on stderr: one live line on a terminal, else a plain line every ten
-    seconds. `resume_step` is the last logged step that the checkpoint expects: later
-    lines are dropped, and `time_s` continues from the last line kept. If `write` is
-    False, nothing is opened and every method does nothing.
+    A run that resumes continues its run in W&B or trackio; a new run gives them
+    `config`. `live` shows progress on stderr: one live line on a terminal, else a plain
+    line every ten seconds. `resume_step` is the last logged step that the checkpoint
+    expects, or -1 for a new run in a folder with files of an earlier one: later lines
+    are dropped, and `time_s` continues from the last line kept. If `write` is False,
+    nothing is opened and every method does nothing.
 
     Raises:
+      ValueError: an unknown tracker.
       NoTracker: a tracker is requested and is not installed, or can't begin a run.
       Unwritable: the folder can't be written. `RunLog.write` raises it too.
     """
     if not write:
         return RunLog(None, (), None, total_steps=total_steps, start_s=time.monotonic())
-    trackers: list[Tracker] = [] if wandb is None else [Hosted("wandb", {"dir": os.fspath(workdir), **wandb})]
-    trackers += [] if trackio is None else [Hosted("trackio", {"project": "jaxreason", **trackio})]
-    path = Path(workdir, "metrics.jsonl")
+    names, path = read_names(tracker), Path(workdir, "metrics.jsonl")
+    check_installed(names)
     last = None if resume_step is None else truncate(path, resume_step).last
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a", encoding="ascii")
-    if tensorboard:
-        folder = path.with_name("tensorboard")
-        with writing(folder):
-            trackers.append(Board(folder, None if resume_step is None else resume_step + 1))
     return RunLog(
         file,
-        trackers,
+        open_trackers(names, path.parent, resume_step, config),
         Console(stderr=True, highlight=False) if live else None,
         total_steps=total_steps,
         start_s=time.monotonic() - _time_s(last),  # unlike wall-clock time, this clock is never set back
