@@ -101,7 +101,7 @@ def open_trackers(names: Sequence[str], folder: Path, resume_step: int | None, c
             with writing(folder / name):
                 opened.append(Board(folder / name, None if resume_step is None else resume_step + 1))
             continue
-        # A run that continues has its config there; W&B refuses another value of a field.
+        # A run that continues has its config there, and W&B refuses a changed field.
         options = {"resume": "allow", "config": None if continues else config}
         id = run_id(folder, continues or any(isinstance(tracker, Hosted) for tracker in opened))
         if name == "wandb":
