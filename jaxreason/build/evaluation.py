@@ -16,6 +16,7 @@ from jaxreason.build.tasks import (
     check_positive,
     drop_long_prompts,
     encode_documents,
+    in_distribution,
     judge,
     load_held_out,
 )
@@ -89,7 +90,9 @@ def make_evaluate(
         )
         work = ledger.sampling(config, rollouts)
         work["flops"] += reading_flops
-        return evaluation.Result(evaluations, rollouts, nll, work)
+        source = parts.trained.get(phase)
+        trained = [name for name, section in suites.items() if source is not None and in_distribution(section, source)]
+        return evaluation.Result(evaluations, rollouts, nll, work, trained)
 
     return evaluate, filter if suites else None
 

@@ -22,7 +22,7 @@ from jaxreason.environment import VerifierFailed, count_failures, verifier_faile
 from jaxreason.learner import MISMATCH, MISMATCH_BY_DEPTH, name_metrics
 from jaxreason.runtime import compiling, energy, files, ledger, peak, processes, resume, terminal
 from jaxreason.runtime import log as run_log
-from jaxreason.runtime.alarms import Alarms
+from jaxreason.runtime.alarms import Alarms, Traits
 from jaxreason.runtime.checkpoint import Checkpoints
 from jaxreason.runtime.energy import Meter
 from jaxreason.runtime.peak import Peak
@@ -54,7 +54,7 @@ class Journal:
         self.run, self.workdir, self.checkpoints, self.log, self.meter = run, workdir, checkpoints, log, meter
         self.peak: Peak | None = None  # peak rates of a device, if known
         self.trace = Trace(workdir / FOLDER, run.profile_steps, log.say)
-        self.alarms = Alarms({warning["name"] for warning in progress.warnings})
+        self.alarms = Alarms(**progress.alarms)
         self.source_told = meter.source  # of joules, when last told
         self.mismatch: dict[str, float] = {}  # disagreement of sampler and learner when last logged
         self.progress, self.check_stays = progress, check_stays
@@ -63,7 +63,6 @@ class Journal:
         self.failure: str | None = None  # message of the last failed save
         self.rollouts: list[Rollout] = []  # of the last evaluation, for `report`
         self.trained: Sequence[Rollout] = ()  # of the last update: metrics are logged when the next batch is drawn
-        self.verifier_warnings = 0  # shown so far
         self.phase = self.before = self.step = None  # current phase, steps of earlier phases, step in the phase
 
     def tell_found(self, found: Found) -> None:
@@ -263,15 +262,19 @@ class Journal:
             measured = {"accuracy": e.accuracy} | {name: e.measures[name] for name in e.measures if name not in failures}
             values |= {f"eval/{e.suite}/{mode}/{name}": value for name, value in measured.items()}
         self.keep_evaluated(result, phase, step)
-        self.warn(step, phase, values)
+        self.warn(step, phase, values, result.trained)
         self.log.write(step, phase, values | ledger.named(progress.ledger))
         self.summarise(step, done=False)
 
-    def warn(self, step: int, phase: str, values: dict[str, float]) -> None:
-        """Give the warnings that a line of metrics is a reason for."""
-        if self.phase is not None and not self.phase.objective.needs_group:  # equal rewards in a group are no loss to it
-            values = {name: value for name, value in values.items() if name != "rollout/informative_groups"}
-        for warning in self.alarms.hear(step, phase, values):
+    def warn(self, step: int, phase: str, values: dict[str, float], trained: Sequence[str] = ()) -> None:
+        """Give the warnings that a line of metrics is a reason for. `trained` are the
+        suites whose tasks are like those that the phase trains on.
+        """
+        traits = Traits(trained=trained)
+        if self.phase is not None:
+            stale = self.phase.source.lag > 0 or self.phase.updates_per_batch > 1
+            traits = traits._replace(needs_group=self.phase.objective.needs_group, stale=stale)
+        for warning in self.alarms.hear(step, phase, values, traits):
             self.progress.warnings.append(warning._asdict())
             self.log.say(f"warning: step {step}: {warning.text}")
 
@@ -290,11 +293,11 @@ class Journal:
     def warn_of_verifier(self, rollouts: Sequence[Rollout], when: str) -> None:
         """Warn about verifier failures, at most `VERIFIER_WARNINGS` times."""
         failed = [r for r in rollouts if verifier_failed(r.verdict)]
-        if not failed or self.verifier_warnings >= VERIFIER_WARNINGS:
+        if not failed or self.progress.verifier_warnings >= VERIFIER_WARNINGS:
             return
-        self.verifier_warnings += 1
+        self.progress.verifier_warnings += 1
         first = f"the first at task {failed[0].task.id!r}: {failed[0].verdict.reason}"
-        last = "; from now on such failures are only counted" if self.verifier_warnings == VERIFIER_WARNINGS else ""
+        last = "; from now on such failures are only counted" if self.progress.verifier_warnings == VERIFIER_WARNINGS else ""
         self.log.say(
             f"warning: {when}: {len(failed)} of {len(rollouts)} attempts earn 0 because their verifier failed; {first}{last}"
         )
@@ -302,6 +305,7 @@ class Journal:
     def host(self) -> dict:
         """Return the progress so far, in the form that a checkpoint stores."""
         self.progress.wall_s = time.monotonic() - self.started_s
+        self.progress.alarms = dataclasses.asdict(self.alarms)
         return {name: getattr(self.progress, name) for name in Progress.names()}
 
     def summarise(self, step: int, done: bool) -> dict:
