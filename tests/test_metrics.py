@@ -1,4 +1,4 @@
-"""Metrics: sums and counts, the files of a run, its live line and tables."""
+"""Metrics: sums and counts, the files of a run, its progress and tables."""
 
 import dataclasses
 import io
@@ -245,13 +245,13 @@ def test_progress_shows_what_is_there():
         "time/learn_s": 3.0,
         "eval/countdown/accuracy": 0.125,
     }
-    assert terminal.progress(values, 40, 200, 10, 50, step_s=2.0) == (
+    assert terminal.progress(terminal.At(values, 40, 200, 10, 50, step_s=2.0)) == (
         "rl 10/50  step 40/200  eta 1m20s  run 5m20s at this pace  reward 0.500  accuracy 0.250  length 88  entropy 0.700  "
         "tokens/s 12,345  countdown 0.125  sampling 60% verifying 10% learning 30%"
     )
-    assert terminal.progress({"phase": "prior"}, 40, 200) == "prior  step 40/200"
+    assert terminal.progress(terminal.At({"phase": "prior"}, 40, 200)) == "prior  step 40/200"
     assert (
-        terminal.progress({"phase": "rl"}, 150, 200, 0, 50, step_s=144.0) == "rl 0/50  step 150/200  eta 2h00m"
+        terminal.progress(terminal.At({"phase": "rl"}, 150, 200, 0, 50, step_s=144.0)) == "rl 0/50  step 150/200  eta 2h00m"
     )  # the last phase
 
 
@@ -278,50 +278,6 @@ def test_without_a_terminal_lines_are_plain_and_rare(monkeypatch):
     assert printed().endswith("done \\x1b[2J\n")
     assert "\r" not in printed()
     assert "\x1b" not in printed()
-
-
-def test_on_a_terminal_there_is_one_live_line():
-    console, printed = on_paper(terminal=True)
-    log = run_log.RunLog(io.StringIO(), (), console, total_steps=100, start_s=0.0)
-    log.write(1, "rl", {"rollout/reward": 0.5, "time/step_s": 2.0}, phase_step=1, phase_steps=10)
-    log.write(2, "rl", {"train/loss": 0.125, "time/step_s": 2.0}, phase_step=2, phase_steps=10)
-    log.close()
-    log.close()
-    assert "rl 2/10  step 2/100  eta 16s  run 3m16s at this pace  reward 0.500  loss 0.1250" in printed()
-    assert printed().rstrip("\n").endswith("\x1b[?25h")  # the cursor is back
-
-
-@pytest.mark.parametrize("width", [20, 60, 110])
-def test_the_live_line_never_wraps_and_says_what_is_under_way(width, monkeypatch):
-    monkeypatch.setattr(run_log.Live, "start", lambda live: None)  # no thread
-    monkeypatch.setattr(run_log.time, "monotonic", lambda: 7.0)
-    console, _ = on_paper(terminal=True, width=width)
-    log = run_log.RunLog(io.StringIO(), (), console, total_steps=2000, start_s=0.0)
-
-    def shown():
-        lines = console.render_lines(log._line())
-        assert len(lines) == 1
-        return "".join(segment.text for segment in lines[0]).rstrip()
-
-    assert shown() == "starting 0s"
-    log.doing("compiling the sampler")
-    assert shown() == ("compiling the sampler 0s" if width > 20 else "compiling the sampl…")
-    values = {
-        "rollout/reward": 0.5,
-        "rollout/correct": 0.25,
-        "perf/tokens_per_s": 12345.0,
-        "time/sample_s": 2.0,
-        "time/step_s": 4.0,
-    }
-    for step in (1, 2):
-        log.write(step, "rl", values, phase_step=step, phase_steps=160)
-        assert shown().startswith(f"rl {step}/160")
-    whole = (
-        "rl 2/160  step 2/2000  eta 10m32s  run 2h13m at this pace  reward 0.500  accuracy 0.250  tokens/s 12,345  sampling 100%"
-    )
-    assert whole.startswith(shown())
-    assert shown().endswith({20: "rl 2/160", 60: "run 2h13m at this pace", 110: "tokens/s 12,345"}[width])
-    log.close()
 
 
 def test_evaluations_before_and_after():
@@ -408,18 +364,6 @@ def test_summary_is_replaced_whole_or_not_at_all(tmp_path):
         files.write_summary(path, {"bad": object()})
     assert path.read_text() == before
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
-
-
-def test_a_run_that_fails_gives_the_terminal_back(tmp_path):
-    code = (
-        "import io\nfrom rich.console import Console\nfrom jaxreason.runtime import log as run_log\nimport sys\n"
-        "console = Console(file=sys.stdout, force_terminal=True)\n"
-        "log = run_log.RunLog(io.StringIO(), (), console, total_steps=1, start_s=0.0)\n"
-        "log.write(1, 'rl', {})\nraise RuntimeError('stop')\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert "RuntimeError: stop" in run.stderr + run.stdout
-    assert run.stdout.count("\x1b[?25l") == run.stdout.count("\x1b[?25h") == 1
 
 
 def test_the_disagreement_of_sampler_and_learner_is_told_beside_what_is_usual():
