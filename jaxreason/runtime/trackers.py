@@ -196,7 +196,10 @@ class Board:
     def _add(self, step: int, summaries: list) -> None:
         for summary in summaries:
             self._writer.write_event(self._event(step=step, wall_time=time.time(), summary=summary))
-        self._writer.flush()
+        # The writer's own flush waits for the disk, which takes longer than all else of
+        # a line of metrics: milliseconds on an SSD, more on a disk in the network.
+        file = getattr(getattr(self._writer, "_py_recordio_writer", None), "_writer", self._writer)
+        file.flush()
 
     def close(self) -> None:
         self._writer.close()
