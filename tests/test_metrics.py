@@ -454,6 +454,7 @@ def test_a_damaged_or_missing_id_begins_a_new_run_of_the_tracker(tmp_path):
         assert run_id(tmp_path, continues=True) == made
 
 
+@pytest.mark.process
 def test_a_killed_run_that_resumes_is_one_run_of_the_real_trackio(tmp_path):
     """A killed process says no word to the library, and the next one continues."""
     pytest.importorskip("trackio")
