@@ -54,5 +54,5 @@ def sweep(arg: str = "") -> Sweep:
         "direct_2x_layers": DIRECT | {"prior.steps": 500, "model.layers": 6},
         "thinking_4x_steps": {"prior.source.task.demonstrations": "expert", "prior.steps": 2000},
     }
-    common = {"phases": ("prior",), "prior.evaluate_every": 125, "log.tensorboard": False}
+    common = {"phases": ("prior",), "prior.evaluate_every": 125, "log.tracker": "none"}
     return Sweep("configs/tiny.py", list(arms.values()), names=list(arms), common=common, metric="eval/chain/greedy/accuracy")

@@ -60,7 +60,7 @@ def sweep(arg: str = "") -> Sweep:
     arms = product(over("rl.optimizer.lr", [3e-4, 3e-5, 1e-4, 1e-3]), groups)
     names = [f"lr_{arm['rl.optimizer.lr']:g}_group_{arm['rl.source.group']}" for arm in arms]
     suite = {"evaluate.suites": {"chain": {"name": "chain", "ops": 5}}, "evaluate.temperatures": (1.0,), "evaluate.n": 512}
-    common = {"rl.steps": 80, "rl.evaluate_every": 10, "log.tensorboard": False} | suite
+    common = {"rl.steps": 80, "rl.evaluate_every": 10, "log.tracker": "none"} | suite
     return Sweep("configs/tiny.py", arms, names=names, common=common, metric=METRIC)
 
 

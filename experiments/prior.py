@@ -70,7 +70,7 @@ def sweep(arg: str = "") -> Sweep:
     arms["more_slips"] = {"prior.source.task.slip": 0.3}
     arms["no_prior"] = {"phases": ("rl",)}
     arms["random_reward"] = {"rl.source.reward": "random"}
-    common = {"rl.steps": 80 if options.quick else 160, "rl.evaluate_every": 20, "log.tensorboard": False}
+    common = {"rl.steps": 80 if options.quick else 160, "rl.evaluate_every": 20, "log.tracker": "none"}
     return Sweep("configs/tiny.py", list(arms.values()), names=list(arms), common=common, metric=METRIC)
 
 

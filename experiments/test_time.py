@@ -78,7 +78,7 @@ def sweep(arg: str = "") -> Sweep:
         "evaluate.suites": {name: {"name": "reversal", "length": digits} for name, digits in SUITES.items()},
         "evaluate.temperatures": (1.0,),
         "sampler.max_tokens": 96,
-        "log.tensorboard": False,
+        "log.tracker": "none",
     }
     return Sweep("configs/tiny.py", [{}], names=["reversal"], common=common, metric="eval/seven/t1/accuracy")
 

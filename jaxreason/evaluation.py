@@ -52,13 +52,15 @@ class Result(NamedTuple):
     """Outcome of an evaluation.
 
     `evaluations` are of suites; `nll` is the mean negative log-likelihood of each text,
-    in nats per token.
+    in nats per token. `trained` are the suites whose tasks are like those that the
+    phase trains on.
     """
 
     evaluations: list[Evaluation]
     rollouts: list[Rollout]  # in the order of the evaluations, n x samples of each
     nll: dict[str, float]
     work: dict[str, float]  # tokens sampled and FLOPs, for the ledger
+    trained: Sequence[str] = ()
 
 
 def score(token_logp: Callable, params, texts: Sequence[Text]) -> dict[str, float]:

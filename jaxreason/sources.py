@@ -51,6 +51,7 @@ class Source(NamedTuple):
     rows: int  # rows per batch
     samples: bool = False  # whether it samples from the params that it is given
     save: Callable[[dict], dict] = dict
+    lag: int = 0  # updates between the params that sample and those that learn
 
 
 def corpus(batches: Sequence, objective: Objective, *, rows: int) -> Source:
@@ -339,7 +340,7 @@ def with_lag(
     def save(state):
         return state | {"ahead": [pack_groups(batch()) for batch in state["ahead"]]}
 
-    return source._replace(init=lambda: {"position": 0, "begun": 0, "ahead": []}, next=next, save=save)
+    return source._replace(init=lambda: {"position": 0, "begun": 0, "ahead": []}, next=next, save=save, lag=lag)
 
 
 def has_mixed_rewards(group: Group) -> bool:

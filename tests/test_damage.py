@@ -294,7 +294,7 @@ def test_the_loop_looks_before_it_writes(tmp_path):
 
 def test_a_log_that_is_removed_or_cut_meanwhile_is_said(tmp_path):
     said, path = [], tmp_path / "metrics.jsonl"
-    with run_log.open_log(tmp_path, total_steps=4, tensorboard=False, live=False) as log:
+    with run_log.open_log(tmp_path, total_steps=4, tracker="none", live=False) as log:
         log.say = said.append
         log.write(1, "rl", {})
         path.rename(tmp_path / "aside")
@@ -367,7 +367,7 @@ def test_a_line_that_is_none_is_left_out_and_kept_aside(tmp_path, text):
     assert (kept.steps, kept.dropped, kept.aside) == ([1, 2], 2, tmp_path / "metrics.jsonl.1")
     assert kept.aside.read_text() == whole
     assert path.read_text() == '{"step": 1, "time_s": 5}\n{"step": 2, "time_s": "soon"}\n'
-    with run_log.open_log(tmp_path, total_steps=4, resume_step=2, tensorboard=False, live=False) as log:
+    with run_log.open_log(tmp_path, total_steps=4, resume_step=2, tracker="none", live=False) as log:
         log.write(3, "rl", {})
 
 

@@ -120,7 +120,7 @@ VALUES = {
     "evaluate.suites.more.length": ("4", 4),
     "sampler.stop_strings": ("('a', ';')", ("a", ";")),
     "log.watts": ("65", 65.0),
-    "log.wandb.project": ("mine", "mine"),
+    "log.tracker": ("tensorboard,wandb", "tensorboard,wandb"),
     "init_from": ("runs/other", "runs/other"),
     "seed": ("-0", 0),
     "text.system": ("None", "None"),

@@ -1,4 +1,4 @@
-"""Metrics: sums and counts, the files of a run, its live line and tables."""
+"""Metrics: sums and counts, the files of a run, its progress and tables."""
 
 import dataclasses
 import io
@@ -16,10 +16,11 @@ from rich.console import Console
 from runs import load_config
 
 from jaxreason import metrics
-from jaxreason.build import build
+from jaxreason.build import build, from_earlier, make_log
+from jaxreason.options import command
 from jaxreason.runtime import checkpoint, files, terminal
 from jaxreason.runtime import log as run_log
-from jaxreason.runtime.trackers import NoTracker
+from jaxreason.runtime.trackers import STORED, NoTracker, read_names, run_id
 from jaxreason.train import train
 from jaxreason.types import Evaluation, Rollout, Task, Verdict
 
@@ -84,7 +85,7 @@ def test_means_weigh_by_count_and_divide_once():
 
 
 def test_lines_are_flat_strict_and_flushed(tmp_path):
-    with run_log.open_log(tmp_path / "run", total_steps=2, tensorboard=False, live=False) as log:
+    with run_log.open_log(tmp_path / "run", total_steps=2, tracker="none", live=False) as log:
         log.write(0, "prior", {"train/loss": np.float32(0.5), "train/grad_norm": math.nan}, phase_step=0, phase_steps=2)
         log.write(1, "rl", {"train/loss": jnp.float32(-math.inf)})
         first, second = lines(tmp_path / "run" / "metrics.jsonl")  # before it is closed
@@ -137,7 +138,7 @@ def test_resume_cuts_what_came_after_and_time_goes_on(tmp_path):
     path = tmp_path / "metrics.jsonl"
     records = [{"step": step, "phase": "rl", "time_s": 100.0 * step} for step in (1, 2, 3)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 2, "pha')
-    with run_log.open_log(tmp_path, total_steps=9, resume_step=2, tensorboard=False, live=False) as log:
+    with run_log.open_log(tmp_path, total_steps=9, resume_step=2, tracker="none", live=False) as log:
         log.write(3, "rl", {"train/loss": 1.0})
     seen = lines(path)
     assert [line["step"] for line in seen] == [1, 2, 3]
@@ -160,7 +161,7 @@ def test_truncate(tmp_path):
 
 
 def test_a_process_that_does_not_write_leaves_no_trace(tmp_path):
-    with run_log.open_log(tmp_path / "run", total_steps=2, wandb={"project": "x"}, write=False) as log:
+    with run_log.open_log(tmp_path / "run", total_steps=2, tracker="wandb", write=False) as log:
         log.write(1, "rl", {"train/loss": 1.0})
         log.say("hello")
     files.write_summary(tmp_path / "summary.json", {}, write=False)
@@ -168,10 +169,67 @@ def test_a_process_that_does_not_write_leaves_no_trace(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wandb_missing_names_the_install_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"pip install 'jaxreason\[wandb\]'"):
-        run_log.open_log(tmp_path, total_steps=1, wandb={})
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
+def test_a_tracker_that_is_not_installed_is_one_line_before_the_folder_is_touched(tmp_path, monkeypatch, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    line = rf"^config\.log\.tracker names {library}, which is not installed; pip install 'jaxreason\[{library}\]'$"
+    with pytest.raises(NoTracker, match=line):
+        run_log.open_log(tmp_path / "run", total_steps=1, tracker=f"tensorboard,{library}")
+    with pytest.raises(NoTracker, match=line):
+        make_log(tracker=library)  # of `build`, before any compilation
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("tracker", "names"),
+    [
+        ("tensorboard", ("tensorboard",)),
+        (" WandB, tensorboard,wandb", ("wandb", "tensorboard")),
+        (("trackio", "tensorboard"), ("trackio", "tensorboard")),
+        ("", ()),
+        ("none", ()),
+        ((), ()),
+    ],
+)
+def test_trackers_are_named_by_one_field(tracker, names):
+    assert read_names(tracker) == names
+
+
+def test_a_tracker_that_does_not_exist_is_one_line():
+    assert make_log()["log_options"]["tracker"] == ("tensorboard",)
+    with pytest.raises(
+        ValueError, match=r"^unknown tracker in config\.log\.tracker 'wandbb' \(did you mean 'wandb'\?\); one of: n"
+    ):
+        make_log(tracker="tensorboard,wandbb")
+    with pytest.raises(
+        ValueError, match=r"^config\.log\.tracker got 'none,wandb'; allowed: none alone, or names of: tensorboard, t"
+    ):
+        make_log(tracker="none,wandb")
+
+
+@pytest.mark.parametrize(("field", "value"), [("tensorboard", "False"), ("wandb", "{}"), ("trackio.project", "x")])
+def test_the_fields_of_earlier_versions_name_the_new_one(field, value):
+    name = field.partition(".")[0]
+    with pytest.raises(ValueError, match=rf"^field '{name}' of config\.log is gone; write config\.log\.tracker={name}\b"):
+        command.read("configs/tiny.py:smoke", {f"log.{field}": value})
+
+
+@pytest.mark.parametrize(
+    ("log", "tracker"),
+    [
+        ({"tensorboard": True, "wandb": None, "trackio": None}, "tensorboard"),
+        ({"tensorboard": False, "wandb": None}, ""),
+        ({"tensorboard": True, "wandb": {"project": "mine"}, "trackio": {}}, "tensorboard,wandb,trackio"),
+        ({"wandb": {}}, "tensorboard,wandb"),
+        ({}, "tensorboard"),
+    ],
+)
+def test_runs_of_earlier_versions_keep_their_trackers(log, tracker):
+    config = load_config("tiny", "smoke").to_dict()
+    there, _ = from_earlier({**config, "log": {"rollouts_kept": 16, **log}})
+    assert there["log"]["tracker"] == tracker
+    assert there["log"]["rollouts_kept"] == 16
+    assert not {"tensorboard", "wandb", "trackio"} & there["log"].keys()
 
 
 def test_progress_shows_what_is_there():
@@ -187,13 +245,13 @@ def test_progress_shows_what_is_there():
         "time/learn_s": 3.0,
         "eval/countdown/accuracy": 0.125,
     }
-    assert terminal.progress(values, 40, 200, 10, 50, step_s=2.0) == (
+    assert terminal.progress(terminal.At(values, 40, 200, 10, 50, step_s=2.0)) == (
         "rl 10/50  step 40/200  eta 1m20s  run 5m20s at this pace  reward 0.500  accuracy 0.250  length 88  entropy 0.700  "
         "tokens/s 12,345  countdown 0.125  sampling 60% verifying 10% learning 30%"
     )
-    assert terminal.progress({"phase": "prior"}, 40, 200) == "prior  step 40/200"
+    assert terminal.progress(terminal.At({"phase": "prior"}, 40, 200)) == "prior  step 40/200"
     assert (
-        terminal.progress({"phase": "rl"}, 150, 200, 0, 50, step_s=144.0) == "rl 0/50  step 150/200  eta 2h00m"
+        terminal.progress(terminal.At({"phase": "rl"}, 150, 200, 0, 50, step_s=144.0)) == "rl 0/50  step 150/200  eta 2h00m"
     )  # the last phase
 
 
@@ -220,50 +278,6 @@ def test_without_a_terminal_lines_are_plain_and_rare(monkeypatch):
     assert printed().endswith("done \\x1b[2J\n")
     assert "\r" not in printed()
     assert "\x1b" not in printed()
-
-
-def test_on_a_terminal_there_is_one_live_line():
-    console, printed = on_paper(terminal=True)
-    log = run_log.RunLog(io.StringIO(), (), console, total_steps=100, start_s=0.0)
-    log.write(1, "rl", {"rollout/reward": 0.5, "time/step_s": 2.0}, phase_step=1, phase_steps=10)
-    log.write(2, "rl", {"train/loss": 0.125, "time/step_s": 2.0}, phase_step=2, phase_steps=10)
-    log.close()
-    log.close()
-    assert "rl 2/10  step 2/100  eta 16s  run 3m16s at this pace  reward 0.500  loss 0.1250" in printed()
-    assert printed().rstrip("\n").endswith("\x1b[?25h")  # the cursor is back
-
-
-@pytest.mark.parametrize("width", [20, 60, 110])
-def test_the_live_line_never_wraps_and_says_what_is_under_way(width, monkeypatch):
-    monkeypatch.setattr(run_log.Live, "start", lambda live: None)  # no thread
-    monkeypatch.setattr(run_log.time, "monotonic", lambda: 7.0)
-    console, _ = on_paper(terminal=True, width=width)
-    log = run_log.RunLog(io.StringIO(), (), console, total_steps=2000, start_s=0.0)
-
-    def shown():
-        lines = console.render_lines(log._line())
-        assert len(lines) == 1
-        return "".join(segment.text for segment in lines[0]).rstrip()
-
-    assert shown() == "starting 0s"
-    log.doing("compiling the sampler")
-    assert shown() == ("compiling the sampler 0s" if width > 20 else "compiling the sampl…")
-    values = {
-        "rollout/reward": 0.5,
-        "rollout/correct": 0.25,
-        "perf/tokens_per_s": 12345.0,
-        "time/sample_s": 2.0,
-        "time/step_s": 4.0,
-    }
-    for step in (1, 2):
-        log.write(step, "rl", values, phase_step=step, phase_steps=160)
-        assert shown().startswith(f"rl {step}/160")
-    whole = (
-        "rl 2/160  step 2/2000  eta 10m32s  run 2h13m at this pace  reward 0.500  accuracy 0.250  tokens/s 12,345  sampling 100%"
-    )
-    assert whole.startswith(shown())
-    assert shown().endswith({20: "rl 2/160", 60: "run 2h13m at this pace", 110: "tokens/s 12,345"}[width])
-    log.close()
 
 
 def test_evaluations_before_and_after():
@@ -353,18 +367,6 @@ def test_summary_is_replaced_whole_or_not_at_all(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
 
 
-def test_a_run_that_fails_gives_the_terminal_back(tmp_path):
-    code = (
-        "import io\nfrom rich.console import Console\nfrom jaxreason.runtime import log as run_log\nimport sys\n"
-        "console = Console(file=sys.stdout, force_terminal=True)\n"
-        "log = run_log.RunLog(io.StringIO(), (), console, total_steps=1, start_s=0.0)\n"
-        "log.write(1, 'rl', {})\nraise RuntimeError('stop')\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert "RuntimeError: stop" in run.stderr + run.stdout
-    assert run.stdout.count("\x1b[?25l") == run.stdout.count("\x1b[?25h") == 1
-
-
 def test_the_disagreement_of_sampler_and_learner_is_told_beside_what_is_usual():
     assert terminal.mismatch({"train/nll": 1.0}) == []
     name = "rollout/kl_sampler_learner"
@@ -380,14 +382,17 @@ def test_the_disagreement_of_sampler_and_learner_is_told_beside_what_is_usual():
 
 
 class Fake:
-    """A library with the functions of W&B and trackio that a run uses."""
+    """A library with the functions of W&B and trackio that a run uses. Runs stay."""
 
-    def __init__(self, fails_at=None):
-        self.logged, self.fails_at, self.ended = [], fails_at, False
-        self.Histogram, self.Markdown = (lambda x: ("histogram", x)), (lambda x: ("markdown", x))
+    def __init__(self, library="trackio", fails_at=None):
+        self.library, self.logged, self.fails_at, self.ended, self.begun = library, [], fails_at, 0, []
+        self.Histogram = lambda x: ("histogram", x)
+        setattr(self, {"trackio": "Markdown", "wandb": "Html"}[library], lambda x: ("text", x))
 
     def init(self, **options):
-        self.options = options
+        self.begun.append(options)
+        if self.library == "wandb":  # W&B continues after the last step
+            self.step = max((step for step, _ in self.logged), default=-1) + 1
         return self
 
     def log(self, values, step):
@@ -396,30 +401,109 @@ class Fake:
         self.logged.append((step, values))
 
     def finish(self):
-        self.ended = True
+        self.ended += 1
 
 
 @pytest.mark.parametrize("library", ["wandb", "trackio"])
 def test_a_hosted_tracker_gets_metrics_histograms_and_texts(tmp_path, monkeypatch, library):
-    fake = Fake()
+    fake = Fake(library)
     monkeypatch.setitem(sys.modules, library, fake)
-    options = {"total_steps": 2, "live": False, "tensorboard": False, library: {"project": "mine"}}
-    with run_log.open_log(tmp_path, **options) as log:
+    with run_log.open_log(tmp_path, total_steps=2, live=False, tracker=library, config={"seed": 3}) as log:
         log.write(1, "rl", {"train/loss": 0.5, "train/bad": math.nan})
         log.write_more(
-            1, histograms={"rollout/lengths": [3, math.nan, 4], "none": [math.inf]}, texts={"eval/x": "# no heading\x1b[31m"}
+            1, histograms={"rollout/lengths": [3, math.nan, 4], "none": [math.inf]}, texts={"eval/x": "# no <b>\nheading\x1b[31m"}
         )
-    assert fake.options["project"] == "mine"
+    assert (fake.begun[0]["project"], fake.begun[0]["config"]) == ("jaxreason", {"seed": 3})
     assert fake.logged[0] == (1, {"train/loss": 0.5})
     assert fake.logged[1] == (1, {"rollout/lengths": ("histogram", [3.0, 4.0])})
-    assert fake.logged[2] == (1, {"eval/x": ("markdown", "    # no heading\\x1b[31m")})
-    assert fake.ended
+    shown = {
+        "trackio": "    # no <b>\n    heading\\x1b[31m",
+        "wandb": '<pre style="white-space: pre-wrap"># no &lt;b&gt;\nheading\\x1b[31m</pre>',
+    }
+    assert fake.logged[2] == (1, {"eval/x": ("text", shown[library])})
+    assert fake.ended == 1
+
+
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
+def test_a_run_that_resumes_continues_its_run_in_a_hosted_tracker(tmp_path, monkeypatch, library):
+    fake = Fake(library)
+    monkeypatch.setitem(sys.modules, library, fake)
+    options = {"total_steps": 9, "live": False, "tracker": library, "config": {}}
+    for resume_step, steps in ((-1, (1, 2, 3, 4)), (2, (3, 4, 5)), (5, (6,)), (-1, (1,))):
+        with run_log.open_log(tmp_path, resume_step=resume_step, **options) as log:
+            for step in steps:
+                log.write(step, "rl", {"train/loss": 0.5})
+    name = {"wandb": "id", "trackio": "name"}[library]
+    first, second, third, anew = (begun[name] for begun in fake.begun)
+    assert first == second == third != anew
+    assert all(begun["resume"] == "allow" for begun in fake.begun)
+    assert [begun["config"] for begun in fake.begun] == [{}, None, None, {}]
+    got = [step for step, _ in fake.logged]
+    if library == "wandb":  # steps that are repeated are in the run already, and W&B refuses them
+        assert got == [1, 2, 3, 4, 5, 6]
+    else:
+        assert got == [1, 2, 3, 4, 3, 4, 5, 6, 1]
+
+
+def test_a_damaged_or_missing_id_begins_a_new_run_of_the_tracker(tmp_path):
+    first = run_id(tmp_path, continues=False)
+    assert run_id(tmp_path, continues=True) == first
+    for damaged in ("", "[]", '{"id": "../x"}', '{"id": 3}', "\xff"):
+        (tmp_path / STORED).write_text(damaged, encoding="latin-1")
+        made = run_id(tmp_path, continues=True)
+        assert made != first
+        assert run_id(tmp_path, continues=True) == made
+
+
+@pytest.mark.process
+def test_a_killed_run_that_resumes_is_one_run_of_the_real_trackio(tmp_path):
+    """A killed process says no word to the library, and the next one continues."""
+    pytest.importorskip("trackio")
+    code = (
+        "import os, sys, time\nfrom jaxreason.runtime import log as run_log\n"
+        "resume, first, last, killed = map(int, sys.argv[2:])\n"
+        "options = {'tracker': 'trackio', 'live': False, 'config': {'seed': 3}}\n"
+        "log = run_log.open_log(sys.argv[1], total_steps=9, resume_step=resume, **options)\n"
+        "for step in range(first, last + 1):\n"
+        "    log.write(step, 'rl', {'train/loss': 1.0 / step})\n"
+        "    log.write_more(step, histograms={'rollout/lengths': [1, 2]}, texts={'eval/x/0': f'text {step}'})\n"
+        "    log._trackers.trackers[0]._run._flush_queues_inline() if killed else None\n"
+        "os._exit(9) if killed else log.close()\n"
+    )
+    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "db"), "JAX_PLATFORMS": "cpu"}
+    for arguments in ((-1, 1, 4, 1), (2, 3, 6, 0)):
+        words = [sys.executable, "-c", code, str(tmp_path / "run"), *map(str, arguments)]
+        ended = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment)
+        assert ended.returncode == (9 if arguments[-1] else 0), ended.stderr
+    read = (
+        "from trackio.sqlite_storage import SQLiteStorage as s\nimport json\n"
+        "(run,) = s.get_run_records('jaxreason')\n"
+        "print(json.dumps([run['name'], s.get_logs('jaxreason', run['name'], run_id=run['id'])], default=str))\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True, timeout=60, env=environment)
+    assert shown.returncode == 0, shown.stderr
+    name, logs = json.loads(shown.stdout.splitlines()[-1])
+    assert name == f"run-{json.loads((tmp_path / 'run' / STORED).read_text())['id']}"
+    assert {log["step"] for log in logs if "train/loss" in log} == set(range(1, 7))
+    assert {log["eval/x/0"]["_value"] for log in logs if "eval/x/0" in log} == {f"    text {step}" for step in range(1, 7)}
+
+
+def test_trackers_get_texts_of_every_evaluation(tmp_path, monkeypatch):
+    fake = Fake()
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    config = load_config("tiny", "smoke", **{"phases": ("rl",), "rl.steps": 2, "rl.evaluate_every": 1})
+    checkpoints = checkpoint.open_checkpoints(tmp_path / "checkpoints", **config.checkpoint.to_dict())
+    train(build(config), tmp_path, checkpoints, log_options={"live": False, "tracker": "trackio"})
+    checkpoints.close()
+    texts = {(step, name) for step, values in fake.logged for name in values if isinstance(values[name], tuple)}
+    modes = [f"eval/{suite}/{mode}/{i}" for suite in ("chain", "chain_ood") for mode in ("greedy", "t1") for i in range(3)]
+    assert {(step, name) for step, name in texts if name.startswith("eval/")} == {(s, name) for s in (0, 1, 2) for name in modes}
 
 
 def test_a_tracker_that_fails_is_given_up_and_the_run_goes_on(tmp_path, monkeypatch):
     fake, said = Fake(fails_at=2), []
     monkeypatch.setitem(sys.modules, "trackio", fake)
-    with run_log.open_log(tmp_path, total_steps=4, live=False, tensorboard=False, trackio={}) as log:
+    with run_log.open_log(tmp_path, total_steps=4, live=False, tracker="trackio") as log:
         log.say = said.append
         for step in range(1, 5):
             log.write(step, "rl", {"train/loss": 0.5})
@@ -437,7 +521,7 @@ def test_histograms_are_of_the_rollouts_of_their_step(tmp_path, monkeypatch):
     with config.unlocked():
         config.log.rollouts_kept = 10**6
     checkpoints = checkpoint.open_checkpoints(tmp_path / "checkpoints", **config.checkpoint.to_dict())
-    train(build(config), tmp_path, checkpoints, log_options={"live": False, "trackio": {}})
+    train(build(config), tmp_path, checkpoints, log_options={"live": False, "tracker": "trackio"})
     checkpoints.close()
     written = {step: [] for step in (1, 2, 3)}
     for record in lines(tmp_path / "rollouts.jsonl"):
@@ -450,8 +534,8 @@ def test_a_tracker_that_cannot_begin_is_one_line(tmp_path, monkeypatch):
     fake = Fake()
     fake.init = lambda **options: fake.log({}, fake.fails_at)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    with pytest.raises(NoTracker, match=r"^wandb can't begin a run: no network at all; .* config\.log\.wandb$"):
-        run_log.open_log(tmp_path, total_steps=1, live=False, wandb={})
+    with pytest.raises(NoTracker, match=r"^wandb can't begin a run: no network at all; .* out of config\.log\.tracker$"):
+        run_log.open_log(tmp_path, total_steps=1, live=False, tracker="wandb")
 
 
 def test_tensorboard_gets_histograms_and_texts_as_text(tmp_path):

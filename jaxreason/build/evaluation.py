@@ -17,6 +17,7 @@ from jaxreason.build.tasks import (
     check_positive,
     drop_long_prompts,
     encode_documents,
+    in_distribution,
     judge,
     load_held_out,
 )
@@ -24,7 +25,7 @@ from jaxreason.draw import TEMPERATURES, Filter, is_temperature
 from jaxreason.logp import compile_token_logp
 from jaxreason.options import call_with_section
 from jaxreason.recovery import judge_with
-from jaxreason.runtime import ledger
+from jaxreason.runtime import ledger, trackers
 from jaxreason.tasks import behaviour
 
 
@@ -90,7 +91,9 @@ def make_evaluate(
         )
         work = ledger.sampling(config, rollouts)
         work["flops"] += reading_flops
-        return evaluation.Result(evaluations, rollouts, nll, work)
+        source = parts.trained.get(phase)
+        trained = [name for name, section in suites.items() if source is not None and in_distribution(section, source)]
+        return evaluation.Result(evaluations, rollouts, nll, work, trained)
 
     return evaluate, filter if suites else None
 
@@ -217,17 +220,21 @@ def make_log(
     rollout_tokens: bool = False,  # also write the text, log-prob and author of each of their tokens
     watts: float | None = None,  # power of a busy device, for the joules in the ledger where no counter can be read
     measure_machine: bool = False,  # measure the peak rates that utilisation is told against, instead of a table of chips
-    tensorboard: bool = True,  # write tensorboard/
-    live: bool = True,  # show a live line if on a terminal
-    wandb: dict | None = None,  # arguments of wandb.init; None: not used
-    trackio: dict | None = None,  # arguments of trackio.init, a local tracker; None: not used
+    tracker: str | Sequence[str] = "tensorboard",  # tensorboard, wandb, trackio, several joined by commas, or none
+    live: bool = True,  # show progress: a table on a terminal, else plain lines
     report: bool = True,  # write report.html at the end of the run
 ) -> dict:
-    """Return the fields of a `Run` that configure its log, and `rollout_tokens`."""
+    """Return the fields of a `Run` that configure its log, and `rollout_tokens`.
+
+    Raises:
+      ValueError: a value that is not allowed, or a tracker that is not installed.
+    """
     if rollouts_kept < 0:
         raise ValueError(f"config.log.rollouts_kept got {rollouts_kept}; allowed: 0 (none) or more of each step")
     if watts is not None and not watts > 0:
         raise ValueError(f"config.log.watts got {watts}; allowed: None, or the watts of a busy device, above 0")
-    options = {"tensorboard": tensorboard, "live": live, "wandb": wandb, "trackio": trackio}
+    names = trackers.read_names(tracker)
+    trackers.check_installed(names)
+    options = {"tracker": names, "live": live}
     kept = {"rollouts_kept": rollouts_kept, "watts": watts, "measures_machine": measure_machine}
     return {**kept, "log_options": options, "report": report, "rollout_tokens": rollout_tokens}

@@ -27,6 +27,7 @@ from jaxreason.build.tasks import held_out_sections, make_judge, named, shares_f
 from jaxreason.model import ModelConfig
 from jaxreason.model import config as model_config
 from jaxreason.options import fields, unknown_name_message
+from jaxreason.runtime import trackers
 from jaxreason.runtime.checkpoint import open_checkpoints
 from jaxreason.tools.calls import DIALECTS
 
@@ -291,6 +292,7 @@ def from_earlier(config: dict) -> tuple[dict, list[str]]:
       ValueError: a field that this version does not have, or that has been renamed.
     """
     config = {name: value for name, value in config.items() if name != "revisions"}  # the commits of the hub that it read
+    config = with_one_tracker(config)
     version = config.get("version", 0)
     if not isinstance(version, int) or version > VERSION:
         raise ValueError(f"config.json is of version {version}, made by a later jaxreason; update this one (version {VERSION})")
@@ -306,6 +308,16 @@ def from_earlier(config: dict) -> tuple[dict, list[str]]:
     before = {f"{where}.{name}" for where, _, values in fields.sections_of(layout(config), config) for name in values}
     after = [f"{where}.{name}" for where, _, values in fields.sections_of(layout(whole), whole) for name in values]
     return whole, [name.removeprefix("config.") for name in after if name not in before and name != "config.version"]
+
+
+def with_one_tracker(config: dict) -> dict:
+    """Convert the fields that earlier versions had for each tracker."""
+    log = config.get("log")
+    if not isinstance(log, dict) or not (had := {name: log[name] for name in trackers.NAMES if name in log}):
+        return config
+    used = [name for name, value in {"tensorboard": True, **had}.items() if value not in (None, False)]
+    kept = {name: value for name, value in log.items() if name not in had}
+    return config | {"log": {"tracker": ",".join(used), **kept}}
 
 
 def check_changes(config: dict, changes: Mapping[str, str]) -> None:

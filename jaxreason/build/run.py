@@ -84,6 +84,7 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
         loaded=list(trained_before(config.get("init_from"), say)),
         environments=[],
         environment=config.get("environment"),
+        trained={name: task for name in phase_names if isinstance(task := config[name]["source"].get("task"), dict)},
     )
     phases = [call_with_section(make_phase, config[name], f"config.{name}", name=name, parts=parts) for name in phase_names]
     evaluate, filter = call_with_section(make_evaluate, config["evaluate"], "config.evaluate", parts=parts)

@@ -5,7 +5,7 @@ judge their keys.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +35,7 @@ class Parts(NamedTuple):
     loaded: list[tuple[str, Sequence]]  # (description, items) of all training data
     environments: list[Environment]  # those that were made
     environment: dict | None = None  # section of the environment of sources and suites
+    trained: Mapping[str, dict] = {}  # phase -> the section of its source's tasks
 
 
 def named(what: str, family: dict, values: dict) -> tuple[Callable, ...]:
@@ -102,6 +103,41 @@ def held_out_sections(suites: dict | None = None, texts: dict | None = None, **_
     """Return the task sections of all suites and texts."""
     sections = [*(suites or {}).values(), *(text.get("task") for text in (texts or {}).values())]
     return [section for section in sections if isinstance(section, dict)]
+
+
+# Fields of a task that choose some of its questions, or their worked solutions, but not
+# the kind of question.
+OF_THE_CHOICE = (
+    *("split", "size", "seed", "limit", "held_out", "revision", "path", "ops_weights"),
+    *("demonstrations", "slip", "guess", "stop_early", "guess_right", "solution"),
+)
+
+
+def in_distribution(suite: dict, source: dict) -> bool:
+    """Tell whether a suite asks questions of the kind that a source trains on: the same
+    task, with each number or range inside that of the source, and all other fields
+    equal. Files of one family count as one kind.
+    """
+    if suite.get("name") != source.get("name"):
+        return False
+    for maker in named("task", tasks.TASKS, source):
+        for name, parameter in inspect.signature(maker).parameters.items():
+            here, there = (section.get(name, parameter.default) for section in (suite, source))
+            if name not in OF_THE_CHOICE and here != there and not is_inside(here, there):
+                return False
+    return True
+
+
+def is_inside(value: object, other: object) -> bool:
+    """Tell whether a number or range (lowest, highest) is inside another."""
+    ranges = []
+    for one in (value, other):
+        low_high = tuple(one) if isinstance(one, (tuple, list)) and len(one) == 2 else (one, one)
+        if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in low_high):
+            return False
+        ranges.append(low_high)
+    (low, high), (lowest, highest) = ranges
+    return lowest <= low and high <= highest
 
 
 def shares_files(section: dict, others: Sequence[dict]) -> bool:

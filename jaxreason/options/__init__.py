@@ -22,8 +22,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-# Renamed fields: `"config.*.source.old": "new"`. Old names are refused, in configs and
-# in run folders.
+# Renamed fields: `"config.*.source.old": "new"`, or `"new=value"` where a value of the
+# new field replaces the old one. Old names are refused, in configs and in run folders.
 RENAMED: dict[str, str] = {
     "config.*.objective.clip": "clip_low and clip_high",
     "config.*.objective.lo": "clip_low",
@@ -32,6 +32,9 @@ RENAMED: dict[str, str] = {
     "config.*.optimizer.warmup_share": "warmup_fraction",
     "config.*.source.share_prompts": "rollouts_per_prompt",
     "config.sampler.untempered_logp": "logp_temperature_1",
+    "config.log.tensorboard": "tracker=tensorboard, or tracker=none for no tracker",
+    "config.log.wandb": "tracker=wandb",
+    "config.log.trackio": "tracker=trackio",
 }
 
 
@@ -55,6 +58,8 @@ def renamed(where: str, name: str) -> str:
     """Say that a field was renamed; "" if it was not."""
     if not (new := new_name(where, name)):
         return ""
+    if "=" in new:
+        return f"field {name!r} of {where} is gone; write {where}.{new}"
     written = " and ".join(f"{where}.{field}" for field in new.split(" and "))
     return f"field {name!r} of {where} is called {new!r} now; write {written}"
 

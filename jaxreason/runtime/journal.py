@@ -22,7 +22,7 @@ from jaxreason.environment import VerifierFailed, count_failures, verifier_faile
 from jaxreason.learner import MISMATCH, MISMATCH_BY_DEPTH, name_metrics
 from jaxreason.runtime import compiling, energy, files, ledger, peak, processes, resume, terminal
 from jaxreason.runtime import log as run_log
-from jaxreason.runtime.alarms import Alarms
+from jaxreason.runtime.alarms import Alarms, Traits
 from jaxreason.runtime.checkpoint import Checkpoints
 from jaxreason.runtime.energy import Meter
 from jaxreason.runtime.peak import Peak
@@ -54,7 +54,7 @@ class Journal:
         self.run, self.workdir, self.checkpoints, self.log, self.meter = run, workdir, checkpoints, log, meter
         self.peak: Peak | None = None  # peak rates of a device, if known
         self.trace = Trace(workdir / FOLDER, run.profile_steps, log.say)
-        self.alarms = Alarms({warning["name"] for warning in progress.warnings})
+        self.alarms = Alarms(**progress.alarms)
         self.source_told = meter.source  # of joules, when last told
         self.mismatch: dict[str, float] = {}  # disagreement of sampler and learner when last logged
         self.progress, self.check_stays = progress, check_stays
@@ -63,7 +63,6 @@ class Journal:
         self.failure: str | None = None  # message of the last failed save
         self.rollouts: list[Rollout] = []  # of the last evaluation, for `report`
         self.trained: Sequence[Rollout] = ()  # of the last update: metrics are logged when the next batch is drawn
-        self.verifier_warnings = 0  # shown so far
         self.phase = self.before = self.step = None  # current phase, steps of earlier phases, step in the phase
 
     def tell_found(self, found: Found) -> None:
@@ -259,19 +258,23 @@ class Journal:
         if result.rollouts:
             values |= {f"eval/{name}": count / len(result.rollouts) for name, count in failures.items()}
         for e in result.evaluations:
-            mode = "greedy" if e.temperature == 0 else f"t{e.temperature:g}"
+            mode = mode_of(e)
             measured = {"accuracy": e.accuracy} | {name: e.measures[name] for name in e.measures if name not in failures}
             values |= {f"eval/{e.suite}/{mode}/{name}": value for name, value in measured.items()}
         self.keep_evaluated(result, phase, step)
-        self.warn(step, phase, values)
+        self.warn(step, phase, values, result.trained)
         self.log.write(step, phase, values | ledger.named(progress.ledger))
         self.summarise(step, done=False)
 
-    def warn(self, step: int, phase: str, values: dict[str, float]) -> None:
-        """Give the warnings that a line of metrics is a reason for."""
-        if self.phase is not None and not self.phase.objective.needs_group:  # equal rewards in a group are no loss to it
-            values = {name: value for name, value in values.items() if name != "rollout/informative_groups"}
-        for warning in self.alarms.hear(step, phase, values):
+    def warn(self, step: int, phase: str, values: dict[str, float], trained: Sequence[str] = ()) -> None:
+        """Give the warnings that a line of metrics is a reason for. `trained` are the
+        suites whose tasks are like those that the phase trains on.
+        """
+        traits = Traits(trained=trained)
+        if self.phase is not None:
+            stale = self.phase.source.lag > 0 or self.phase.updates_per_batch > 1
+            traits = traits._replace(needs_group=self.phase.objective.needs_group, stale=stale)
+        for warning in self.alarms.hear(step, phase, values, traits):
             self.progress.warnings.append(warning._asdict())
             self.log.say(f"warning: step {step}: {warning.text}")
 
@@ -284,17 +287,17 @@ class Journal:
             first += e.n * e.samples
             words = {"decode": self.run.decode, "pieces": self.run.token_pieces, "write": processes.writes(), "suite": e.suite}
             files.write_rollouts(self.workdir / "rollouts.jsonl", kept, step, phase, **words)
-            texts |= {f"eval/{e.suite}/{i}": text_sample(r) for i, r in enumerate(kept[:SAMPLES]) if e is result.evaluations[-1]}
+            texts |= {f"eval/{e.suite}/{mode_of(e)}/{i}": text_sample(r) for i, r in enumerate(kept[:SAMPLES])}
         self.log.write_more(step, texts=texts)
 
     def warn_of_verifier(self, rollouts: Sequence[Rollout], when: str) -> None:
         """Warn about verifier failures, at most `VERIFIER_WARNINGS` times."""
         failed = [r for r in rollouts if verifier_failed(r.verdict)]
-        if not failed or self.verifier_warnings >= VERIFIER_WARNINGS:
+        if not failed or self.progress.verifier_warnings >= VERIFIER_WARNINGS:
             return
-        self.verifier_warnings += 1
+        self.progress.verifier_warnings += 1
         first = f"the first at task {failed[0].task.id!r}: {failed[0].verdict.reason}"
-        last = "; from now on such failures are only counted" if self.verifier_warnings == VERIFIER_WARNINGS else ""
+        last = "; from now on such failures are only counted" if self.progress.verifier_warnings == VERIFIER_WARNINGS else ""
         self.log.say(
             f"warning: {when}: {len(failed)} of {len(rollouts)} attempts earn 0 because their verifier failed; {first}{last}"
         )
@@ -302,6 +305,7 @@ class Journal:
     def host(self) -> dict:
         """Return the progress so far, in the form that a checkpoint stores."""
         self.progress.wall_s = time.monotonic() - self.started_s
+        self.progress.alarms = dataclasses.asdict(self.alarms)
         return {name: getattr(self.progress, name) for name in Progress.names()}
 
     def summarise(self, step: int, done: bool) -> dict:
@@ -414,7 +418,12 @@ class Clock:
         return time.perf_counter() - self.at_s - compile_s, compile_s
 
 
-SAMPLES = 3  # texts of an evaluation that trackers get
+SAMPLES = 3  # texts of a suite at a temperature, per evaluation, that trackers get
+
+
+def mode_of(e: Evaluation) -> str:
+    """Name the temperature of an evaluation, as metrics do."""
+    return "greedy" if e.temperature == 0 else f"t{e.temperature:g}"
 
 
 def text_sample(r: Rollout) -> str:
@@ -443,6 +452,7 @@ def open_journal(
     total_steps = sum(phase.steps for phase in run.phases)
     logged = -1 if found is None else found.logged
     progress = Progress() if found is None else Progress.read(found.host)
+    log_options = {"config": run.provenance.get("config"), **log_options}
     log = run_log.open_log(workdir, total_steps=total_steps, write=writes, resume_step=logged, **log_options)
     with log, contextlib.closing(energy.open_meter(run.watts)) as meter:
         journal = Journal(run, workdir, checkpoints, log, progress, check_stays, meter)

@@ -1,5 +1,5 @@
-"""The log of a run: `metrics.jsonl`, its trackers (see `trackers`) and the live
-line.
+"""The log of a run: `metrics.jsonl`, its trackers (see `trackers`) and its
+progress.
 """
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ from __future__ import annotations
 import atexit
 import math
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,14 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.live import Live
 from rich.text import Text
 
 from jaxreason.runtime.files import Unwritable, json_line, truncate, writing
-from jaxreason.runtime.terminal import duration, fitted, progress, visible
-from jaxreason.runtime.trackers import Board, Hosted, Tracker, Trackers
+from jaxreason.runtime.live import Live
+from jaxreason.runtime.terminal import At, cut, duration, progress, table, visible
+from jaxreason.runtime.trackers import Tracker, Trackers, check_installed, open_trackers, read_names
 
 PLAIN_EVERY_S = 10.0  # shortest time between progress lines without a terminal
+HIGHEST = 8  # lines of the live table, at most
 
 
 class Pace(NamedTuple):
@@ -47,17 +47,14 @@ class RunLog:
 
     def __init__(self, file, trackers: Sequence[Tracker], console: Console | None, *, total_steps: int, start_s: float):
         self._file, self._trackers, self._console = file, Trackers(trackers, lambda line: self.say(line)), console
-        self._doing, self._doing_s, self._shown, self._size = "starting", time.monotonic(), "", 0
+        self._doing, self._doing_s, self._shown, self._size = "starting", time.monotonic(), None, 0
         self._total_steps, self._start_s = total_steps, start_s
         self._pace, self._latest, self._printed_s = Pace(), {}, -math.inf
         self._live = None
-        if console is not None and console.is_terminal:
-            # If stdout is not a terminal, redirecting it would print to the terminal
-            # what belongs in a file.
-            redirect = {"redirect_stdout": sys.stdout.isatty()}
-            self._live = Live(get_renderable=self._line, console=console, refresh_per_second=4, **redirect)
+        if console is not None and console.is_terminal and not console.is_dumb_terminal:
+            self._live = Live(console.file, self._lines)
             self._live.start()
-        atexit.register(self.close)  # a run that ends in an error must restore the cursor
+        atexit.register(self.close)  # also of a run that ends in an error
 
     def write(
         self,
@@ -130,31 +127,33 @@ class RunLog:
         if self._console is None:
             return
         step_s = self._pace.step_s if self._pace.phase == self._latest["phase"] else math.nan
-        line = progress(self._latest, step, self._total_steps, phase_step, phase_steps, step_s)
-        self._doing, self._shown = "", line
+        self._doing, self._shown = "", At(self._latest, step, self._total_steps, phase_step, phase_steps, step_s)
         if self._live is not None:
-            self._live.refresh()
-        elif now or step >= self._total_steps or time.monotonic() - self._printed_s >= PLAIN_EVERY_S:
+            return  # its thread draws it
+        if now or step >= self._total_steps or time.monotonic() - self._printed_s >= PLAIN_EVERY_S:
             self._printed_s = time.monotonic()
-            self._console.print(Text(line), soft_wrap=True)
+            self._console.print(Text(progress(self._shown)), soft_wrap=True)
 
-    def _line(self) -> Text:
-        """Return the live line: the latest metrics, or the activity that began after
-        them. It is never longer than one line.
+    def _lines(self) -> list[str]:
+        """Return the lines of the table: the latest metrics, and the activity that
+        began after them.
         """
-        took = f" {duration(time.monotonic() - self._doing_s)}"
-        line = visible(self._doing + took) if self._doing else self._shown
-        return Text(fitted(line, self._console.width), no_wrap=True, overflow="ellipsis")
+        width, height = self._console.size
+        shown, doing = self._shown, self._doing
+        lines = [] if shown is None else table(shown, width, min(HIGHEST, height - 2))
+        return lines + ([cut(visible(f"{doing} {duration(time.monotonic() - self._doing_s)}"), width)] if doing else [])
 
     def doing(self, what: str) -> None:
-        """Show on the live line the current activity and its duration, until the next
-        metrics.
+        """Show below the live table the current activity and its duration, until the
+        next metrics.
         """
         self._doing, self._doing_s = what, time.monotonic()
 
     def say(self, text: str) -> None:
-        """Print a line above the live line."""
-        if self._console is not None:
+        """Print a line above the live table."""
+        if self._live is not None:
+            self._live.say(visible(text, self._console.encoding))
+        elif self._console is not None:
             self._console.print(Text(visible(text)), soft_wrap=True)
 
     def close(self) -> None:
@@ -179,41 +178,37 @@ def open_log(
     *,
     total_steps: int,
     resume_step: int | None = None,
-    tensorboard: bool = True,
-    wandb: Mapping[str, Any] | None = None,
-    trackio: Mapping[str, Any] | None = None,
+    tracker: str | Sequence[str] = "tensorboard",
+    config: Mapping[str, Any] | None = None,
     live: bool = True,
     write: bool = True,
 ) -> RunLog:
-    """Open the log of a run in `workdir`: `metrics.jsonl`, and TensorBoard events in
-    `tensorboard/`.
+    """Open the log of a run in `workdir`: `metrics.jsonl`, and the trackers that
+    `tracker` names, such as TensorBoard with its events in `tensorboard/`.
 
-    `wandb` and `trackio` are the keyword arguments of their `init`, or None. `live`
-    shows progress on stderr: one live line on a terminal, else a plain line every ten
-    seconds. `resume_step` is the last logged step that the checkpoint expects: later
-    lines are dropped, and `time_s` continues from the last line kept. If `write` is
-    False, nothing is opened and every method does nothing.
+    A run that resumes continues its run in W&B or trackio; a new run gives them
+    `config`. `live` shows progress on stderr: a live table on a terminal, else a plain
+    line every ten seconds. `resume_step` is the last logged step that the checkpoint
+    expects, or -1 for a new run in a folder with files of an earlier one: later lines
+    are dropped, and `time_s` continues from the last line kept. If `write` is False,
+    nothing is opened and every method does nothing.
 
     Raises:
+      ValueError: an unknown tracker.
       NoTracker: a tracker is requested and is not installed, or can't begin a run.
       Unwritable: the folder can't be written. `RunLog.write` raises it too.
     """
     if not write:
         return RunLog(None, (), None, total_steps=total_steps, start_s=time.monotonic())
-    trackers: list[Tracker] = [] if wandb is None else [Hosted("wandb", {"dir": os.fspath(workdir), **wandb})]
-    trackers += [] if trackio is None else [Hosted("trackio", {"project": "jaxreason", **trackio})]
-    path = Path(workdir, "metrics.jsonl")
+    names, path = read_names(tracker), Path(workdir, "metrics.jsonl")
+    check_installed(names)
     last = None if resume_step is None else truncate(path, resume_step).last
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a", encoding="ascii")
-    if tensorboard:
-        folder = path.with_name("tensorboard")
-        with writing(folder):
-            trackers.append(Board(folder, None if resume_step is None else resume_step + 1))
     return RunLog(
         file,
-        trackers,
+        open_trackers(names, path.parent, resume_step, config),
         Console(stderr=True, highlight=False) if live else None,
         total_steps=total_steps,
         start_s=time.monotonic() - _time_s(last),  # unlike wall-clock time, this clock is never set back

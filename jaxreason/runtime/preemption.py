@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from jaxreason.runtime import processes
+from jaxreason.runtime import live, processes
 
 QUIET = ("NONE", "")  # answers of the metadata server when no maintenance is planned
 HOWS = ("", "stopped", "interrupted")  # return values of `stop()`
@@ -61,11 +61,11 @@ def watch(ending: Callable[[], str] = lambda: "the run ends") -> Iterator[Callab
 
     def end(signum: int) -> None:
         line = ending()
-        if processes.writes():
-            tell(line)
         flush = threading.Thread(target=lambda: [file.flush() for file in (sys.stdout, sys.stderr)], daemon=True)
         flush.start()
         flush.join(1.0)  # a stalled reader of these must not block the end
+        if processes.writes():
+            tell(line)  # last, so that the live table is not drawn again
         os._exit(128 + signum)
 
     def stop() -> str:
@@ -109,10 +109,10 @@ def hearing(calls: dict[int, Callable[[int], None]]) -> Iterator[None]:
 
 
 def tell(line: str) -> None:
-    """Write a line directly to stderr. The live line and the cursor may be anywhere,
-    and locks may be held, so `print` is not safe here.
+    """Write a line directly to stderr, over the live table. Locks may be held, so
+    `print` is not safe here.
     """
-    clear = "\r\x1b[2K\x1b[?25h" if os.isatty(2) else ""
+    clear = f"\r{live.ERASE}" if os.isatty(2) else ""
     with contextlib.suppress(OSError):
         os.write(2, f"{clear}{line}\n".encode())
 

@@ -39,6 +39,8 @@ class Progress:
     joules_from: list[str | None] = field(default_factory=list)  # sources of the ledger's joules so far; None: not counted
 
     warnings: list[dict] = field(default_factory=list)  # see `alarms`
+    alarms: dict = field(default_factory=dict)  # fields of `alarms.Alarms`
+    verifier_warnings: int = 0  # shown so far
 
     @staticmethod
     def names() -> set[str]:
@@ -47,7 +49,7 @@ class Progress:
     @staticmethod
     def needed() -> set[str]:
         """Return the fields that every checkpoint has."""
-        return Progress.names() - {"joules_from", "warnings"}
+        return Progress.names() - {"joules_from", "warnings", "alarms", "verifier_warnings"}
 
     @staticmethod
     def read(host: Mapping[str, Any]) -> Progress:
@@ -56,8 +58,8 @@ class Progress:
         """
         found = {name: host[name] for name in Progress.needed()}
         joules_from = host.get("joules_from", ["watts" if any(used["joules"] for used in found["ledger"].values()) else None])
-        more = {"ledger": ledger.complete(found["ledger"]), "joules_from": joules_from, "warnings": host.get("warnings", [])}
-        return Progress(**found | more)
+        more = {name: host[name] for name in ("warnings", "alarms", "verifier_warnings") if name in host}
+        return Progress(**found | more | {"ledger": ledger.complete(found["ledger"]), "joules_from": joules_from})
 
 
 class Found(NamedTuple):

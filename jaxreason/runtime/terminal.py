@@ -1,4 +1,4 @@
-"""Output for a person at the terminal: the live line, accuracies, rollouts.
+"""Output for a person at the terminal: the live table, accuracies, rollouts.
 
 Text from a model is untrusted: its control characters and markup are printed as text
 and have no effect.
@@ -9,17 +9,18 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich import box
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from jaxreason.types import Evaluation, Rollout
 
-SHOWN = (  # (metric, label, format): the live line, in this order
+SHOWN = (  # (metric, label, format): of the progress, in this order
     ("rollout/reward", "reward", "{:.3f}"),
     ("rollout/correct", "accuracy", "{:.3f}"),
     ("rollout/length", "length", "{:.0f}"),
@@ -40,35 +41,93 @@ STABLE_KL = 0.01
 SHARES = (("time/sample_s", "sampling"), ("time/verify_s", "verifying"), ("time/learn_s", "learning"))
 
 
-def progress(
-    values: Mapping[str, Any],
-    step: int,
-    total_steps: int,
-    phase_step: int | None = None,
-    phase_steps: int | None = None,
-    step_s: float = math.nan,
-) -> str:
-    """Format a progress line from the metrics present in `values`.
+class At(NamedTuple):
+    """Where a run is: its latest metrics, and its steps."""
 
-    The `eta` is for the phase's own steps. The time left of the run assumes that later
-    phases keep this pace, and says so.
+    values: Mapping[str, Any]  # with `phase`
+    step: int
+    total_steps: int
+    phase_step: int | None = None
+    phase_steps: int | None = None
+    step_s: float = math.nan  # duration of a step; NaN: not known yet
+
+    @property
+    def steps_left(self) -> int:
+        """Return the steps left of the phase, or of the run if those are not known."""
+        return self.phase_steps - self.phase_step if self.phase_steps and self.phase_step is not None else self.run_steps_left
+
+    @property
+    def run_steps_left(self) -> int:
+        return self.total_steps - self.step
+
+    @property
+    def phase(self) -> str:
+        name = visible(str(self.values["phase"]))
+        return f"{name} {self.phase_step}/{self.phase_steps}" if self.phase_steps else name
+
+
+def cells(at: At) -> list[tuple[str, str]]:
+    """Return what is known of a run as (label, text): place, time left, metrics, shares
+    of time, accuracies of the last evaluation.
+
+    The `eta` is for the phase's own steps; `run eta` assumes that later phases keep
+    this pace.
     """
-    phase = f"{values['phase']} {phase_step}/{phase_steps}" if phase_steps else str(values["phase"])
-    parts = [phase, f"step {step}/{total_steps}"]
-    left = phase_steps - phase_step if phase_steps and phase_step is not None else total_steps - step
-    if math.isfinite(step_s):
-        parts.append(f"eta {duration(left * step_s)}")
-        if total_steps - step > left:
-            parts.append(f"run {duration((total_steps - step) * step_s)} at this pace")
-    parts += [f"{label} {form.format(values[name])}" for name, label, form in SHOWN if name in values]
-    parts += [
-        f"{name.removeprefix('eval/').removesuffix('/accuracy')} {value:.3f}"
-        for name, value in values.items()
-        if name.startswith("eval/") and name.endswith("/accuracy")
-    ]
+    found = [("phase", at.phase), ("step", f"{at.step}/{at.total_steps}")]
+    if math.isfinite(at.step_s):
+        found.append(("eta", duration(at.steps_left * at.step_s)))
+        if at.run_steps_left > at.steps_left:
+            found.append(("run eta", duration(at.run_steps_left * at.step_s)))
+    found += [(label, form.format(at.values[name])) for name, label, form in SHOWN if name in at.values]
+    found += [(label, f"{share:.0%}") for label, share in shares(at.values).items()]
+    return found + [(label, f"{value:.3f}") for label, value in accuracies(at.values).items()]
+
+
+def shares(values: Mapping[str, Any]) -> dict[str, float]:
     times = {label: values[name] for name, label in SHARES if name in values}
-    if (total_s := sum(times.values())) > 0:
-        parts.append(" ".join(f"{label} {value / total_s:.0%}" for label, value in times.items()))
+    total_s = sum(times.values())
+    return {label: value / total_s for label, value in times.items()} if total_s > 0 else {}
+
+
+def accuracies(values: Mapping[str, Any]) -> dict[str, float]:
+    found = {name: value for name, value in values.items() if name.startswith("eval/") and name.endswith("/accuracy")}
+    return {visible(name.removeprefix("eval/").removesuffix("/accuracy")): value for name, value in found.items()}
+
+
+def table(at: At, width: int, height: int) -> list[str]:
+    """Lay out the cells of a run for a terminal: labels with the texts under them, in
+    as many rows as are needed, up to `height` lines. No line is wider than `width`.
+    """
+    rows: list[list[tuple[str, str]]] = [[]]
+    for pair in cells(at):
+        pair = [" ".join(text.split()) for text in pair]
+        size = max(map(cell_len, pair))
+        if rows[-1] and sum(cell_len(text) + 2 for _, text in rows[-1]) + size > width:
+            rows.append([])
+        rows[-1].append(tuple(" " * (size - cell_len(text)) + text for text in pair))
+    lines = []
+    for row in rows[: max(1, height // 2)]:
+        labels, texts = (cut("  ".join(parts), width) for parts in zip(*row, strict=True))
+        lines += [f"\x1b[2m{labels}\x1b[0m", texts]
+    return lines
+
+
+def cut(line: str, width: int) -> str:
+    """Cut a line to the columns of a terminal; some characters take two."""
+    return line if cell_len(line) <= width else set_cell_size(line, width)
+
+
+def progress(at: At) -> str:
+    """Format a progress line of the metrics that are known."""
+    parts = [at.phase, f"step {at.step}/{at.total_steps}"]
+    if math.isfinite(at.step_s):
+        parts.append(f"eta {duration(at.steps_left * at.step_s)}")
+        if at.run_steps_left > at.steps_left:
+            parts.append(f"run {duration(at.run_steps_left * at.step_s)} at this pace")
+    parts += [f"{label} {form.format(at.values[name])}" for name, label, form in SHOWN if name in at.values]
+    parts += [f"{label} {value:.3f}" for label, value in accuracies(at.values).items()]
+    if times := shares(at.values):
+        parts.append(" ".join(f"{label} {share:.0%}" for label, share in times.items()))
     return "  ".join(parts)
 
 
@@ -86,14 +145,6 @@ def mismatch(values: Mapping[str, float]) -> list[str]:
     by_depth = ", ".join(f"{depth.replace('_on', ' on').replace('_', ' to ')}: {value:.2g}" for depth, value in depths.items())
     lines = [f"KL of sampler and learner per token, when last logged: {values[name]:.2g}{k1}; {usual}"]
     return lines + ([f"  at positions {by_depth}"] if depths else [])
-
-
-def fitted(line: str, width: int) -> str:
-    """Drop the last parts of a progress line until it fits `width`."""
-    parts = line.split("  ")
-    while len(parts) > 1 and len("  ".join(parts)) > width:
-        parts.pop()
-    return "  ".join(parts)
 
 
 def print_rollouts(

@@ -44,6 +44,8 @@ RECORDS = (
     "report.html",
     "view.html",
     "tensorboard",
+    "tracker.json",
+    "wandb",
 )
 WRITTEN_OVER = ("config.json", "lock", "tensorboard")  # existing files that must be writable when a run starts
 BEAT_S = 10.0  # interval at which a run touches its lock
