@@ -75,7 +75,7 @@ def sweep(arg: str = "") -> Sweep:
         "sampler.max_tokens": 96,
         "evaluate.suites": {SUITE: {"name": SUITE}, ALONE: alone},
         "evaluate.temperatures": (1.0,),
-        "log.tensorboard": False,
+        "log.tracker": "none",
     }
     return Sweep("configs/tiny.py:task=inverse_chain", list(arms.values()), names=list(arms), common=common, metric=METRIC)
 

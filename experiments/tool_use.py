@@ -63,7 +63,7 @@ def sweep(arg: str = "") -> Sweep:
         "no_tool": {"environment": {"name": "single_turn"}},
         "random_reward": {"rl.source.reward": "random"},
     }
-    common = {"log.tensorboard": False}
+    common = {"log.tracker": "none"}
     return Sweep("configs/tools.py", list(arms.values()), names=list(arms), common=common, metric=METRIC)
 
 
