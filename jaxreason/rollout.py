@@ -122,6 +122,7 @@ class Attempt:
     waits: bool = False  # whether it waits for its environment
     waited_s: float = 0.0  # time that its environment's step has been running
     rollout: Rollout | None = None  # set at its end, without a verdict
+    observed: tuple[tuple[int, int], ...] = ()  # lengths before and after each observation
 
     def cache_length(self, length: int) -> int:
         """Count the cache positions of its own slot that a sequence of this length
@@ -374,8 +375,10 @@ class Collection:
                 said.append((attempt, ids))
             else:  # an empty observation: ask for the verdict
                 self.ask(attempt, Turn("", attempt.stop, final=True))
+        ended_at = [attempt.length for attempt, _ in said]
         self.append_tokens(said)
-        for attempt, _ in said:
+        for (attempt, _), before in zip(said, ended_at, strict=True):
+            attempt.observed += ((before, attempt.length),)
             attempt.turn = attempt.length
 
     def overdue(self, answered: Iterable[Future]) -> list[tuple[Future, Step]]:
@@ -575,6 +578,7 @@ def to_rollout(completer: Completer, attempt: Attempt, written: Written, tempera
         text=text_of(completer, written.tokens_ST[s, completion]),
         verdict=None,
         temperature=temperature,
+        observed=tuple((start - completion.start, stop - completion.start) for start, stop in attempt.observed),
     )
 
 

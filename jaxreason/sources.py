@@ -41,6 +41,7 @@ class NextBatch(NamedTuple):
     batch: Batch
     metrics: dict  # name -> (sum, count)
     rollouts: Sequence[Rollout] = ()
+    advantages: Sequence[float | None] = ()  # the objective's, of each rollout; None for one that is not in the batch
 
 
 class Source(NamedTuple):
@@ -206,7 +207,9 @@ def rollouts(
             "perf/sample_tokens_per_s": (float(spent.tokens), spent.sample_s),
             "rollout/slot_occupancy": (float(spent.tokens), float(spent.slot_steps)),
         }
-        return NextBatch(batch, metrics, [r for group in sampled.groups for r in group.attempts])
+        found = dict(zip(map(id, (r for group in learned for r in group.attempts)), batching.advantages(batch), strict=True))
+        sampled_R = [r for group in sampled.groups for r in group.attempts]
+        return NextBatch(batch, metrics, sampled_R, [found.get(id(r)) for r in sampled_R])
 
     def next(state, params, key):
         start, weights = state["position"], completer.sampler.prepare(params)
@@ -379,6 +382,7 @@ def pack_groups(sampled: SampledGroups) -> dict:
         "text": [r.text for r in rollouts],
         "verdict": [dataclasses.astuple(r.verdict) for r in rollouts],
         "temperature": [r.temperature for r in rollouts],
+        "observed": [r.observed for r in rollouts],
         "spent": list(sampled.spent),
     }
 
@@ -406,6 +410,7 @@ def unpack(packed: dict, wanted: Sequence[Sequence[Request]]) -> SampledGroups:
             text=packed["text"][i],
             verdict=Verdict(*packed["verdict"][i]),
             temperature=packed["temperature"][i],
+            observed=tuple(map(tuple, packed["observed"][i])) if "observed" in packed else (),  # older checkpoints lack it
         )
 
     groups = [Group(tuple(rollout(next(number), request) for request in requests)) for requests in wanted]

@@ -72,6 +72,7 @@ class Rollout:
     verdict: Verdict | None  # None until the rollout is judged
     temperature: float = 1.0
     logp_temperature_1: np.ndarray | None = None  # float32, like `logp` under the model's own softmax; None unless asked for
+    observed: Sequence[tuple[int, int]] = ()  # (first token, end) of each observation of the environment in the completion
 
 
 class Prompted(NamedTuple):

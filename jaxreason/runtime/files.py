@@ -7,6 +7,7 @@ process of a run writes: the one with `write` true.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -118,26 +119,38 @@ def write_rollouts(
     *,
     decode: Callable[[np.ndarray], str] | None = None,
     pieces: Callable[[np.ndarray], list[str]] | None = None,
+    advantages: Iterable[float | None] = (),
     write: bool = True,
     **more,
 ) -> None:
     """Append rollouts as JSONL. `decode` turns the prompt's token ids into text;
     without it the ids are written. `pieces` returns the text of each token; with it
-    each token's text, log-prob and author are written. `more` are further fields of
-    each record.
+    each token's text, log-prob and author are written. `advantages` has one for each
+    rollout, or for none. `more` are further fields of each record.
     """
     if not write:
         return
     with writing(path), Path(path).open("a", encoding="ascii") as file:
-        for rollout in rollouts:
+        for rollout, advantage in itertools.zip_longest(rollouts, advantages):
             tokens = {} if pieces is None else token_record(rollout, pieces)
-            file.write(json_line({"step": step, "phase": phase, **more, **rollout_record(rollout, decode), **tokens}))
+            learned = {} if advantage is None else {"advantage": advantage}
+            file.write(json_line({"step": step, "phase": phase, **more, **rollout_record(rollout, decode), **learned, **tokens}))
+
+
+def whole_groups(rollouts: Sequence[Rollout], most: int) -> Sequence[Rollout]:
+    """Return the first groups of attempts with at most `most` rollouts together, or
+    one group if even that is larger; none if `most` is 0.
+    """
+    starts = [i for i, r in enumerate(rollouts) if i == 0 or r.problem != rollouts[i - 1].problem] + [len(rollouts)]
+    fit = [start for start in starts if start <= most]
+    return rollouts[: max(fit[-1], starts[1] if most and rollouts else 0)]
 
 
 def rollout_record(rollout: Rollout, decode: Callable[[np.ndarray], str] | None = None) -> dict[str, Any]:
     """Return what a line of `rollouts.jsonl` says of a rollout."""
     return {
         "problem": rollout.problem,
+        "task": rollout.task.id,
         "attempt": rollout.attempt,
         "question": rollout.task.question,
         "prompt": rollout.prompt if decode is None else decode(rollout.prompt),
@@ -156,10 +169,14 @@ def rollout_record(rollout: Rollout, decode: Callable[[np.ndarray], str] | None 
 
 def token_record(rollout: Rollout, pieces: Callable[[np.ndarray], list[str]]) -> dict[str, Any]:
     """Return what a line of `rollouts.jsonl` may say of a rollout's tokens: the text of
-    each, its log-prob, and a letter for who wrote it (m: the model, f: forced).
+    each, its log-prob, and a letter for its author (m: the model, t: a tool, that is
+    an observation of the environment, f: forced, such as the end of thinking).
     """
     logp = [round(float(x), 3) for x in rollout.logp]
-    return {"pieces": pieces(rollout.tokens), "logp": logp, "author": "".join("fm"[int(sampled)] for sampled in rollout.sampled)}
+    author = np.where(rollout.sampled, "m", "f")
+    for start, stop in rollout.observed:
+        author[start:stop] = "t"
+    return {"pieces": pieces(rollout.tokens), "logp": logp, "author": "".join(author)}
 
 
 def plain_json(value: Any) -> Any:
