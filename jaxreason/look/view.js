@@ -39,7 +39,7 @@ let state = {view: "rollouts", selected: null, changed: null, colour: "none", fo
 
 function options(select, values, any) {
   select.replaceChildren(...(any ? [element("option", {value: ""}, any)] : []),
-    ...values.map(v => element("option", {value: v}, visible(String(v)))));
+    ...values.map(v => element("option", {value: v}, visible(start(String(v), 100)))));
 }
 const distinct = values => [...new Set(values)];
 options($("suite"), distinct(rows.map(seriesOf)), "all");
@@ -106,6 +106,7 @@ function changes() {
 function said() {
   if (state.view === "rollouts") return `${found.length.toLocaleString()} of ${rows.length.toLocaleString()} rollouts`
     + (state.follow == null ? "" : "; following one problem over the run");
+  if ($("series").value === "") return "learned and lost need two evaluations of a suite; this folder has none";
   if ($("before").value === $("after").value) return "learned and lost need two evaluations of a suite: choose two steps";
   const learned = found.filter(f => f.kind === "learned").length, lost = found.filter(f => f.kind === "lost").length;
   const lacking = found.filter(f => f.now.first == null || f.then.first == null).length;
@@ -121,7 +122,7 @@ function redraw() {
   $("filters").hidden = !rollouts;
   found = rollouts ? filtered().map(i => ({row: i})) : changes();
   $("count").textContent = said();
-  $("first-column").textContent = rollouts ? "step · suite · problem.attempt" : "problem";
+  $("first-column").textContent = rollouts ? "step · suite · problem" : "problem";
   $("last-column").textContent = rollouts ? "tokens" : "correct";
   $("space").style.height = found.length * HEIGHT + "px";
   draw();

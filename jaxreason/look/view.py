@@ -140,7 +140,8 @@ def evaluations_of(folder: Path) -> list[dict[str, Any]]:
         found = (json_object(folder / name) or {}).get("evaluations")
         every += found if isinstance(found, list) else []
     names = ("step", "suite", "temperature", "thinking_tokens", "samples", "verdicts")
-    return [{name: e.get(name) for name in names} for e in every if isinstance(e, dict) and is_evaluation(e)]
+    readable = [{"samples": 1} | e for e in every if isinstance(e, dict)]  # older runs lack `samples`
+    return [{name: e.get(name) for name in names} for e in readable if is_evaluation(e)]
 
 
 def is_evaluation(e: Mapping[str, Any]) -> bool:

@@ -60,7 +60,7 @@ function coloured(i, indices) {
       "aria-label": "tokens; left and right arrow read their values"}, made),
     made.length < pieces.length || whole > CHARACTERS && !state.whole.has(key)
       ? unfold(key, `show all ${whole.toLocaleString()} characters`) : null,
-    element("p", {class: "read", id: "read-" + i, "aria-live": "polite"}, "point at a token, or press t and → to read its values"),
+    element("p", {class: "read", id: "read-" + i, "aria-live": "polite"}),
   ];
 }
 
@@ -124,7 +124,7 @@ function legend(indices) {
 
 function attempt(i, indices) {
   const row = rows[i], right = row[CORRECT], parsed = text(row, "parsed"), reason = text(row, "reason");
-  const mean = number(row, "logp_sum") == null ? "none" : (number(row, "logp_sum") / Math.max(1, number(row, "length"))).toFixed(3);
+  const mean = number(row, "logp_sum") == null ? "none" : signed(number(row, "logp_sum") / Math.max(1, number(row, "length")));
   const advantage = number(row, "advantage") == null ? "" : `, advantage ${signed(number(row, "advantage"))}`;
   return element("section", {class: "attempt" + (i === state.selected ? " selected" : ""), "data-row": i, "aria-label": `attempt ${number(row, "attempt")}`},
     element("div", {class: "verdict"}, element("strong", {class: right ? "right" : "wrong"}, right ? "✓ correct" : "✗ wrong"),
@@ -170,7 +170,7 @@ function timeline(problem) {
   }
   if ([...lines.values()].reduce((sum, entries) => sum + entries.length, 0) < 2) return null;
   return element("div", {}, element("h2", {}, "This problem over the run"), [...lines].map(([series, entries]) =>
-    element("div", {class: "timeline"}, element("span", {class: "facts"}, visible(series)),
+    element("div", {class: "timeline"}, element("span", {class: "facts"}, visible(series + " ")),
       entries.sort((a, b) => a.step - b.step).map(e => element("button", {class: e.right ? "right" : "wrong", disabled: e.first == null,
         "aria-current": e.first != null && state.selected != null && groupOf(rows[e.first]) === groupOf(rows[state.selected]) ? "step" : false,
         title: `step ${e.step}: ${e.right} of ${e.count} correct${e.first == null ? "; not in the file" : ""}`,
@@ -192,6 +192,7 @@ function bar(row, indices) {
   const lacks = !row[TOKENS] && ["log-prob", "author"].includes(state.colour) ? "No data per token in this rollout; --config.log.rollout_tokens=True writes them."
     : state.colour === "advantage" && number(row, "advantage") == null ? "No advantage in this rollout: evaluations have none; older runs did not write it." : "";
   return [element("div", {class: "bar"}, element("label", {}, "colour by ", colour), element("span", {class: "legend"}, legend(indices)),
+    indices.some(i => rows[i][TOKENS]) && state.colour !== "none" ? element("span", {class: "facts"}, "point at a token for its values, or press t and ←, →") : null,
     element("button", {id: "follow", onclick: follow}, state.follow === problemOf(row) ? "stop following" : "follow this problem ( f )")),
   lacks ? element("p", {class: "note"}, lacks) : null];
 }
@@ -199,7 +200,7 @@ function bar(row, indices) {
 // One of the two evaluations of a problem in the view of what was learned and lost.
 function side(label, step, outcome) {
   const heading = element("h2", {}, `${label}, at step ${step}: ${outcome.right} of ${outcome.count} correct`);
-  if (outcome.first == null) return [heading, element("p", {class: "note"}, "Its attempts are not in the file, which has the first config.log.rollouts_kept rollouts of an evaluation.")];
+  if (outcome.first == null) return [heading, element("p", {class: "note"}, "Its attempts are not in the file: config.log.rollouts_kept limits the rollouts that a run writes, --max_mb those of this page.")];
   return [heading, attempts(groups.get(groupOf(rows[outcome.first])))];
 }
 
@@ -210,7 +211,7 @@ function detail() {
   if (entry && !row) {
     made = [element("h2", {}, `Problem ${entry.problem}`), side("After", $("after").value, entry.now), side("Before", $("before").value, entry.then)];
   } else if (!row) {
-    made = [element("p", {class: "facts"}, "Select a rollout: click, or press j.")];
+    made = [element("p", {class: "facts"}, state.view === "changes" ? "Select a problem: click, or press j." : "Select a rollout: click, or press j.")];
   } else {
     const indices = groups.get(groupOf(row));
     const title = `Step ${number(row, "step")}, ${text(row, "phase")}, ${seriesOf(row)}, problem ${number(row, "problem")}`;
