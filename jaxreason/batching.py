@@ -78,6 +78,16 @@ def from_groups(
     return batch
 
 
+def advantages(batch: Batch) -> list[float]:
+    """Return the advantage of each rollout of a batch, in the order of their
+    numbers.
+    """
+    inside_BT = batch.rollout_BT > 0
+    advantage_R = np.zeros(batch.rollout_BT.max(), np.float32)
+    advantage_R[batch.rollout_BT[inside_BT] - 1] = batch.advantage_BT[inside_BT]
+    return advantage_R.tolist()
+
+
 def from_demonstrations(
     demonstrations: Sequence[tuple], objective: Objective, *, buckets: Sequence[int], pack: bool = False, microbatches: int = 1
 ) -> Batch:

@@ -41,6 +41,7 @@ class NextBatch(NamedTuple):
     batch: Batch
     metrics: dict  # name -> (sum, count)
     rollouts: Sequence[Rollout] = ()
+    advantages: Sequence[float | None] = ()  # the objective's, of each rollout; None for one that is not in the batch
 
 
 class Source(NamedTuple):
@@ -207,7 +208,9 @@ def rollouts(
             "perf/sample_tokens_per_s": (float(spent.tokens), spent.sample_s),
             "perf/slot_occupancy": (float(spent.tokens), float(spent.slot_steps)),
         }
-        return NextBatch(batch, metrics, [r for group in sampled.groups for r in group.attempts])
+        found = dict(zip(map(id, (r for group in learned for r in group.attempts)), batching.advantages(batch), strict=True))
+        sampled_R = [r for group in sampled.groups for r in group.attempts]
+        return NextBatch(batch, metrics, sampled_R, [found.get(id(r)) for r in sampled_R])
 
     def next(state, params, key):
         start, weights = state["position"], completer.sampler.prepare(params)

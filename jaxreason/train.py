@@ -69,7 +69,7 @@ class Run(NamedTuple):
     measures_machine: bool = False  # measure the peak rates that utilisation is told against
     decoding: Decoding | None = None  # how the sampler reads memory, for the ledger
     samples_apart: bool = False  # sampling has devices of its own
-    rollouts_kept: int = 64  # rollouts written to rollouts.jsonl per step, at most
+    rollouts_kept: int = 64  # rollouts written to rollouts.jsonl per step, at most; whole groups, one at least
     token_pieces: Callable[[Any], list[str]] | None = None  # token ids -> texts, to write with rollouts; None: not written
     log_options: Mapping[str, Any] = {}  # for `runtime.log.open_log`
     report: bool = True  # write report.html at the end

@@ -7,7 +7,15 @@ import pytest
 from runs import grouped
 
 from jaxreason import objectives
-from jaxreason.batching import computed_tokens, from_demonstrations, from_groups, from_windows, lay_out, length_buckets
+from jaxreason.batching import (
+    advantages,
+    computed_tokens,
+    from_demonstrations,
+    from_groups,
+    from_windows,
+    lay_out,
+    length_buckets,
+)
 from jaxreason.types import Rollout, Task, Verdict
 
 EOS = 0  # and padding
@@ -45,6 +53,7 @@ def test_a_batch_by_hand():
         rollout([9], [3, 8, 8, 2, EOS], 0.0, logp=[-5, 0, 0, -6, -7], sampled=[1, 0, 0, 1, 1]),  # a tool spoke
     ]
     batch = batch_of(rollouts)
+    assert advantages(batch) == [0.5, -0.5, 0.5, -0.5]
     assert batch.tokens_BT.tolist() == [
         [5, 6, 7, 1, 2, EOS, 0, 0],
         [5, 6, 7, EOS, 0, 0, 0, 0],

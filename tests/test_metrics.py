@@ -54,7 +54,7 @@ def on_paper(terminal=False, encoding="utf-8", width=200):
 
 
 ROLLOUT = Rollout(
-    task=Task("1 + 1?", "2"),
+    task=Task("1 + 1?", "2", id="set/7"),
     problem=4,
     attempt=1,
     prompt=np.array([5, 6], np.int32),
@@ -334,6 +334,7 @@ def test_write_rollouts(tmp_path):
         "step": 3,
         "phase": "rl",
         "problem": 4,
+        "task": "set/7",
         "attempt": 1,
         "question": "1 + 1?",
         "prompt": "5 6",
@@ -351,6 +352,23 @@ def test_write_rollouts(tmp_path):
     }
     assert second["text"] == second["parsed"] == NASTY
     assert (second["prompt"], second["reward"], second["logp_sum"], second["correct"]) == ([5, 6], None, None, False)
+
+
+def test_each_token_has_an_author_and_each_rollout_an_advantage(tmp_path):
+    path, sampled = tmp_path / "rollouts.jsonl", np.array([True, False, False, True, False])
+    spoken = dataclasses.replace(ROLLOUT, tokens=np.arange(5), logp=np.zeros(5, np.float32), sampled=sampled, author="mtfmt")
+    files.write_rollouts(path, [spoken, ROLLOUT], 1, "rl", pieces=lambda ids: list(map(str, ids)), advantages=[0.5, None])
+    first, second = lines(path)
+    assert (first["author"], second["author"]) == ("mtfmt", "mmm")
+    assert first["advantage"] == 0.5
+    assert "advantage" not in second
+
+
+def test_rollouts_are_kept_in_whole_groups():
+    rollouts = [dataclasses.replace(ROLLOUT, problem=problem, attempt=i) for problem in range(3) for i in range(4)]
+    kept = {most: len(files.whole_groups(rollouts, most)) for most in (0, 1, 4, 7, 8, 11, 12, 100)}
+    assert kept == {0: 0, 1: 4, 4: 4, 7: 4, 8: 8, 11: 8, 12: 12, 100: 12}
+    assert files.whole_groups([], 5) == []
 
 
 def test_summary_is_replaced_whole_or_not_at_all(tmp_path):

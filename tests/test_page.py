@@ -15,6 +15,8 @@ def test_a_hostile_text_is_escaped_and_its_control_characters_are_visible():
     assert "&lt;U+001B&gt;[31mred&lt;U+0007&gt;" in text
     assert "&lt;U+202E&gt;gnp.exe&lt;U+2066&gt;" in text
     assert text.endswith("\n\tkept")
+    for code in (0xAD, 0x2061, 0x200D, 0xFE0F, 0xE0041, 0x3164, 0x180E, 0xE000):
+        assert escape(chr(code)) == f"&lt;U+{code:04X}&gt;"
     assert escape("a \ud800 b \U0001f600") == "a &lt;U+D800&gt; b \U0001f600"  # no encoding has a lone surrogate
 
 

@@ -415,6 +415,7 @@ def test_forced_tokens_are_appended_and_not_sampled(conversations):
     for r in complete:
         forced = t.decode(r.tokens[~r.sampled])
         assert forced == "".join(several(r.task))
+        assert "".join(t.decode([token]) for token, author in zip(r.tokens, r.author, strict=True) if author == "t") == forced
         assert (r.logp[~r.sampled] == 0).all()
         assert (r.logp[r.sampled] < 0).all()
         starts = [i for i in range(1, len(r.tokens)) if r.sampled[i - 1] and not r.sampled[i]]
@@ -456,6 +457,7 @@ def test_forced_tokens_are_cut_at_the_limit_and_the_rollout_judged(made, request
     for r in rollouts:
         assert (t.decode(r.tokens), r.stop) == ("_bcdefghijkb", "limit")
         assert r.sampled.tolist() == [True] + [False] * 11
+        assert r.author == "m" + "t" * 11
         assert heard[r.task.id] == [("", False), ("", True)]
         assert r.verdict.correct  # here: the value of `final` that it received
         assert r.verdict.parsed == ""

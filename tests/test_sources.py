@@ -310,6 +310,10 @@ def test_problems_are_drawn_until_enough_teach_something(completer, params, most
         rows = [(*r.prompt, *r.tokens) for p in chosen for r in drawn.rollouts[p * GROUP : (p + 1) * GROUP]]
         lengths = (drawn.batch.segment_BT > 0).sum(axis=1)
         assert [tuple(row[:n]) for row, n in zip(drawn.batch.tokens_BT, lengths, strict=True)] == rows
+        told = np.array([np.nan if a is None else a for a in drawn.advantages]).reshape(count, GROUP)
+        assert np.flatnonzero(~np.isnan(told[:, 0])).tolist() == chosen
+        first_column = [drawn.batch.advantage_BT[i][drawn.batch.rollout_BT[i] > 0][0] for i in range(PROBLEMS * GROUP)]
+        assert told[chosen].ravel().tolist() == first_column
         assert drawn.metrics["rollout/oversampling"] == (count * GROUP, PROBLEMS * GROUP)
         assert drawn.metrics["rollout/informative_groups"] == (differ.sum(), count)
         # The first round equals the draw without dynamic sampling.

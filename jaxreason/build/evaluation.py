@@ -216,7 +216,7 @@ def held_out_text(
 
 def make_log(
     *,
-    rollouts_kept: int = 64,  # rollouts written to rollouts.jsonl per step, and per evaluation of a suite, at most
+    rollouts_kept: int = 64,  # rollouts written per step, and per evaluation of a suite, at most: in whole groups, one at least
     rollout_tokens: bool = False,  # also write the text, log-prob and author of each of their tokens
     watts: float | None = None,  # power of a busy device, for the joules in the ledger where no counter can be read
     measure_machine: bool = False,  # measure the peak rates that utilisation is told against, instead of a table of chips

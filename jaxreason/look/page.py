@@ -10,6 +10,7 @@ import base64
 import hashlib
 import html
 import json
+import unicodedata
 from typing import Any
 
 from jaxreason.runtime.files import plain_json
@@ -31,29 +32,34 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 
 
 def escape(text: Any) -> str:
-    """Return text as it can stand in HTML, with all control characters visible.
+    """Return text as it can stand in HTML, with all invisible characters visible.
 
-    Overrides of the writing direction and terminal escapes are shown as their code
-    points, since they could make a text look like another.
+    Overrides of the writing direction, terminal escapes and characters that draw
+    nothing are shown as their code points, since they could make a text look like
+    another.
     """
     return html.escape("".join(c if shown(c) else f"<U+{ord(c):04X}>" for c in str(text)))
 
 
 def shown(character: str) -> bool:
     """Tell whether a character may stand as it is: `visible` in page scripts."""
-    code = ord(character)
-    hidden = code < 32 or 127 <= code < 160 or 0xD800 <= code < 0xE000 or character in HIDDEN  # a surrogate is in no file
+    hidden = unicodedata.category(character).startswith(HIDDEN) or any(a <= ord(character) <= b for a, b in IGNORABLE)
     return character in "\n\t" or not hidden
 
 
-# Marks and overrides of the writing direction, zero-width characters, line separators.
-HIDDEN = frozenset(
-    "\u061c\u200b\u200c\u200d\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff"
+# Categories of Unicode that draw nothing, or no known thing: control, format,
+# surrogate, private and unassigned characters; line and paragraph separators.
+HIDDEN = ("C", "Zl", "Zp")
+# The other characters that draw nothing, Default_Ignorable_Code_Point of Unicode, which
+# `unicodedata` lacks: joiners, fillers, variation selectors.
+IGNORABLE = (
+    *((0x034F, 0x034F), (0x115F, 0x1160), (0x17B4, 0x17B5), (0x180B, 0x180F), (0x3164, 0x3164), (0xFE00, 0xFE0F)),
+    *((0xFFA0, 0xFFA0), (0xE0000, 0xE0FFF)),
 )
 
 SCRIPT = r"""
 function visible(text) {
-  return text.replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff]/g,
+  return text.replace(/(?![\n\t])[\p{C}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}]/gu,
     c => "<U+" + c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0") + ">");
 }
 function element(tag, attributes = {}, ...children) {

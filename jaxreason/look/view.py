@@ -2,8 +2,10 @@
 a problem over training, and see what was learned and lost between two evaluations.
 
 The page is one HTML file with the rollouts of `rollouts.jsonl` inside; its markup,
-style and script are the files `view.*` beside this one. Texts of models are only ever
-inserted as texts.
+style and scripts are the files `view*` beside this one. Texts of models are only ever
+inserted as texts. Since `rollouts.jsonl` may lack attempts (`log.rollouts_kept`), what
+was learned and lost is counted from the verdicts in `summary.json` or
+`evaluation.json`, which are complete.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ from typing import Any, NamedTuple
 
 from jaxreason.look.page import escape, page
 from jaxreason.runtime.files import plain_json
+from jaxreason.runtime.workdir import json_object
 
 # Fields of a record, in the order of a row of the page; texts that repeat are numbers
 # of `strings`.
-NUMBERS = ("step", "problem", "attempt", "reward", "length", "sampled", "logp_sum", "temperature", "thinking_tokens")
-STRINGS = ("phase", "suite", "question", "prompt", "answer", "text", "parsed", "reason", "stop")
+NUMBERS = ("step", "problem", "attempt", "reward", "advantage", "length", "sampled", "logp_sum", "temperature", "thinking_tokens")
+STRINGS = ("phase", "suite", "task", "question", "prompt", "answer", "text", "parsed", "reason", "stop")
 TOKENS = ("pieces", "logp", "author")
 FIELDS = (*NUMBERS, *STRINGS, "correct", *TOKENS)
 
@@ -118,6 +121,43 @@ def choose(records: Sequence[dict[str, Any]], most_bytes: int) -> tuple[list[dic
     return found, left_out(len(records), found, "the first problems of the last step and of two evaluations, as far as they fit")
 
 
+def in_order(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Sort rollouts by step, series in the order of their first one, problem and
+    attempt; an evaluation that was killed has them as they finished.
+    """
+    first: dict[tuple, int] = {}
+    for record in records:
+        first.setdefault(group_of(record)[:-1], len(first))
+    return sorted(records, key=lambda r: (r["step"], first[group_of(r)[:-1]], r["problem"], r["attempt"]))
+
+
+def evaluations_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the evaluations of a run, or of an evaluation, with every verdict; those
+    that can't be read are left out.
+    """
+    every: list[Any] = []
+    for name in ("summary.json", "evaluation.json"):
+        found = (json_object(folder / name) or {}).get("evaluations")
+        every += found if isinstance(found, list) else []
+    names = ("step", "suite", "temperature", "thinking_tokens", "samples", "verdicts")
+    readable = [{"samples": 1} | e for e in every if isinstance(e, dict)]  # older runs lack `samples`
+    return [{name: e.get(name) for name in names} for e in readable if is_evaluation(e)]
+
+
+def is_evaluation(e: Mapping[str, Any]) -> bool:
+    whole = all(isinstance(e.get(name), int) for name in ("step", "samples", "n")) and e["samples"] > 0
+    texts = all(isinstance(e.get(name), str) for name in ("suite", "verdicts"))
+    return whole and texts and len(e["verdicts"]) == e["n"] * e["samples"] and isinstance(e.get("temperature"), int | float)
+
+
+def group_sizes(folder: Path) -> dict[str, int]:
+    """Return the number of attempts at a problem in each phase of a run's config."""
+    config = json_object(folder / "config.json") or {}
+    sources = {phase: fields.get("source") for phase, fields in config.items() if isinstance(fields, dict)}
+    sizes = {phase: source.get("group") for phase, source in sources.items() if isinstance(source, dict)}
+    return {phase: size for phase, size in sizes.items() if isinstance(size, int)}
+
+
 def bytes_of(record: Mapping[str, Any]) -> int:
     """Return the size of a record in a page at most: "<" is an escape there."""
     text = json.dumps(plain_json(record))
@@ -181,6 +221,8 @@ def make_view(folder: Path, most_bytes: int) -> tuple[str, list[str]]:
     notes = [*read.notes, *([missing] if missing else [])]
     title = f"Rollouts of {folder.resolve().name}"
     said = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
-    markup, style, script = ((Path(__file__).parent / f"view.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
+    names = ("view.html", "view.css", "view_detail.js", "view.js")
+    markup, style, *scripts = ((Path(__file__).parent / name).read_text("utf-8") for name in names)
     body = markup.replace("{notes}", said).replace("{title}", escape(title), 1)
-    return page(title, body, style=style, script=script, data=compact(records)), notes
+    data = compact(in_order(records)) | {"evaluations": evaluations_of(folder), "sizes": group_sizes(folder)}
+    return page(title, body, style=style, script="".join(scripts), data=data), notes

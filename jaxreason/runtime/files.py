@@ -119,26 +119,38 @@ def write_rollouts(
     *,
     decode: Callable[[np.ndarray], str] | None = None,
     pieces: Callable[[np.ndarray], list[str]] | None = None,
+    advantages: Iterable[float | None] = (),
     write: bool = True,
     **more,
 ) -> None:
     """Append rollouts as JSONL. `decode` turns the prompt's token ids into text;
     without it the ids are written. `pieces` returns the text of each token; with it
-    each token's text, log-prob and author are written. `more` are further fields of
-    each record.
+    each token's text, log-prob and author are written. `advantages` has one for each
+    rollout, or for none. `more` are further fields of each record.
     """
     if not write:
         return
     with writing(path), Path(path).open("a", encoding="ascii") as file:
-        for rollout in rollouts:
+        for rollout, advantage in itertools.zip_longest(rollouts, advantages):
             tokens = {} if pieces is None else token_record(rollout, pieces)
-            file.write(json_line({"step": step, "phase": phase, **more, **rollout_record(rollout, decode), **tokens}))
+            learned = {} if advantage is None else {"advantage": advantage}
+            file.write(json_line({"step": step, "phase": phase, **more, **rollout_record(rollout, decode), **learned, **tokens}))
+
+
+def whole_groups(rollouts: Sequence[Rollout], most: int) -> Sequence[Rollout]:
+    """Return the first groups of attempts with at most `most` rollouts together, or
+    one group if even that is larger; none if `most` is 0.
+    """
+    starts = [i for i, r in enumerate(rollouts) if i == 0 or r.problem != rollouts[i - 1].problem] + [len(rollouts)]
+    fit = [start for start in starts if start <= most]
+    return rollouts[: max(fit[-1], starts[1] if most and rollouts else 0)]
 
 
 def rollout_record(rollout: Rollout, decode: Callable[[np.ndarray], str] | None = None) -> dict[str, Any]:
     """Return what a line of `rollouts.jsonl` says of a rollout."""
     return {
         "problem": rollout.problem,
+        "task": rollout.task.id,
         "attempt": rollout.attempt,
         "question": rollout.task.question,
         "prompt": rollout.prompt if decode is None else decode(rollout.prompt),

@@ -129,13 +129,15 @@ class Journal:
         self.progress.waiting.append(named | self.drawn.metrics | times)
         self.last_update, self.trained = metrics, self.drawn.rollouts
         self.check_stays()
+        kept = files.whole_groups(self.drawn.rollouts, self.run.rollouts_kept)
         files.write_rollouts(
             self.workdir / "rollouts.jsonl",
-            self.drawn.rollouts[: self.run.rollouts_kept],
+            kept,
             self.before + self.step,
             self.phase.name,
             decode=self.run.decode,
             pieces=self.run.token_pieces,
+            advantages=self.drawn.advantages[: len(kept)],
             write=processes.writes(),
         )
 
@@ -283,7 +285,7 @@ class Journal:
         first = 0
         texts: dict[str, str] = {}
         for e in result.evaluations:
-            kept = result.rollouts[first : first + min(e.n * e.samples, self.run.rollouts_kept)]
+            kept = files.whole_groups(result.rollouts[first : first + e.n * e.samples], self.run.rollouts_kept)
             first += e.n * e.samples
             words = {"decode": self.run.decode, "pieces": self.run.token_pieces, "write": processes.writes(), "suite": e.suite}
             files.write_rollouts(self.workdir / "rollouts.jsonl", kept, step, phase, **words)
