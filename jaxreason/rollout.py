@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from jaxreason.draw import ALL, Filter
-from jaxreason.environment import Environment, Step, Stop, Threads, Turn, late
+from jaxreason.environment import Environment, Failures, Playing, Step, Stop, Threads, Turn, end_of_turn, late
 from jaxreason.runtime import processes
 from jaxreason.sampler import MAX_SLOTS_PER_PROMPT, RUNNING, STOPS, Sampler, Weights, attempt_keys
 from jaxreason.types import Group, Message, Rollout, Task
@@ -101,7 +101,7 @@ def find_stop(completer: Completer, stops: Sequence[Stop], tokens_T, turn: int, 
 
     def stopped(end: int) -> bool:
         text = text_of(completer, tokens_T[start:end])
-        return any(stop.ends(text) for stop in stops)
+        return end_of_turn(stops, text) is not None
 
     return next((end for end in range(before + 1, length + 1) if stopped(end)), None) if stopped(length) else None
 
@@ -116,7 +116,7 @@ class Attempt:
 
     index: int  # of the request
     request: Request
-    state: Any  # of its environment
+    playing: Playing  # its environment
     limit: int  # final length, at most; every length includes the prompt
     length: int
     turn: int  # length at the start of the model's turn
@@ -313,8 +313,9 @@ class Collection:
     """State of one `collect`."""
 
     def __init__(self, completer, weights, requests, environment, threads, key, temperature, filter, judged=lambda rollout: None):
-        self.completer, self.sampler, self.weights, self.environment = completer, completer.sampler, weights, environment
-        self.judge = jax.profiler.annotate_function(environment.step, name="verify")
+        self.completer, self.sampler, self.weights = completer, completer.sampler, weights
+        self.environment = environment._replace(failures=environment.failures or Failures(environment.name))
+        self.judge = jax.profiler.annotate_function(Playing.answer, name="verify")
         self.stops = stops_of(completer, environment)
         self.threads, self.temperature, self.filter, self.judged = threads, temperature, filter, judged
         self.key_R = keys_of(key, requests)
@@ -329,9 +330,8 @@ class Collection:
 
     def close(self) -> None:
         """Close the environments of attempts that have no verdict, as after Ctrl-C."""
-        unfinished = {a.index: a for a in [*self.asked.values(), *filter(None, self.attempt_by_slot)]}
-        for attempt in unfinished.values():
-            self.environment.close(attempt.state)
+        for attempt in [*self.asked.values(), *filter(None, self.attempt_by_slot)]:
+            attempt.playing.close()
 
     def goes_on(self) -> bool:
         return bool(self.queue or self.asked or any(self.attempt_by_slot))
@@ -356,7 +356,7 @@ class Collection:
         If the environment can only judge, the attempt leaves its slot at once.
         """
         attempt.waits, attempt.waited_s = True, 0.0
-        self.asked[self.threads.submit(self.judge, attempt.state, turn)] = attempt
+        self.asked[self.threads.submit(self.judge, attempt.playing, turn)] = attempt
         if self.environment.one_turn:
             self.leave(attempt)
 
@@ -382,18 +382,17 @@ class Collection:
             attempt = self.asked.pop(future)
             attempt.waits = False
             if step is None:
-                attempt.state, step = future.result()
-            if step.verdict is not None:
-                self.environment.close(attempt.state)
-            if self.environment.failures is not None:
-                self.environment.failures.hear(step)
+                step, ids = future.result()
+            else:
+                attempt.playing.close()
+            self.environment.failures.hear(step)
             if step.verdict is not None:
                 self.rollouts[attempt.index] = dataclasses.replace(attempt.rollout, verdict=step.verdict)
                 self.judged(self.rollouts[attempt.index])
                 self.leave(attempt)
             elif attempt.slot is None:
                 raise ValueError("an environment with one_turn=True gave an observation; it must give a verdict at every step")
-            elif ids := self.completer.observe(step.observation, attempt.stop == "eos"):
+            elif ids:
                 said.append((attempt, ids))
             else:  # an empty observation: ask for the verdict
                 self.ask(attempt, Turn("", attempt.stop, final=True))
@@ -428,7 +427,7 @@ class Collection:
             self.attempt_by_slot[s] = Attempt(
                 index=index,
                 request=request,
-                state=self.environment.reset(request.task),
+                playing=Playing(self.environment, request.task, self.completer.observe),
                 limit=min(start + self.completer.max_tokens, self.sampler.length),
                 length=start,
                 turn=start,

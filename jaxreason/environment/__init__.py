@@ -11,8 +11,20 @@ A verifier that fails costs its attempt the reward and is counted. It stops the 
 if it fails all the time: see `Failures`.
 """
 
-from jaxreason.environment.interface import IN_A_ROW, STUCK, Environment, Failures, Step, Stop, Turn, VerifierFailed, stack
+from jaxreason.environment.interface import (
+    IN_A_ROW,
+    STUCK,
+    Environment,
+    Failures,
+    Step,
+    Stop,
+    Turn,
+    VerifierFailed,
+    end_of_turn,
+    stack,
+)
 from jaxreason.environment.openenv import openenv
+from jaxreason.environment.playing import Playing
 from jaxreason.environment.retry import retry
 from jaxreason.environment.single_turn import single_turn
 from jaxreason.environment.threads import Threads, late
@@ -43,6 +55,7 @@ __all__ = [
     "WRAPPERS",
     "Environment",
     "Failures",
+    "Playing",
     "Step",
     "Stop",
     "Threads",
@@ -50,6 +63,7 @@ __all__ = [
     "VerifierFailed",
     "checked",
     "count_failures",
+    "end_of_turn",
     "failed",
     "late",
     "measured",

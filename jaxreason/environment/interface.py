@@ -4,12 +4,15 @@ a verdict or an observation comes out.
 
 from __future__ import annotations
 
+import functools
+import re
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from jaxreason.environment.verdicts import verifier_failed
 from jaxreason.types import Message, Task, Verdict
 
 IN_A_ROW = 10  # consecutive failures of a verifier or a tool that stop the run
@@ -41,14 +44,28 @@ class Stop(NamedTuple):
     """A text that ends the model's turn and remains in it."""
 
     text: str
-    after: str = ""  # if given, only where `after` has been opened since the last `text`: "=" after "["
+    after: str = ""  # if given, only behind this text: "=" after "["
+    barred: str = ""  # characters that may not be between them: a "]" closes the "["
 
-    def ends(self, turn: str) -> bool:
-        """Tell whether it has ended a turn, given the turn's text."""
-        if not self.after:
-            return self.text in turn
-        start = turn.find(self.after)
-        return start >= 0 and self.text in turn[start + len(self.after) :]
+    def end(self, turn: str) -> int | None:
+        """Return where it is first complete in the text of a turn, None if nowhere."""
+        found = pattern_of(self).search(turn)
+        return None if found is None else found.end()
+
+
+@functools.cache
+def pattern_of(stop: Stop) -> re.Pattern:
+    """Compile a stop. Each character is read once or twice, whatever the text."""
+    if not stop.after:
+        return re.compile(re.escape(stop.text))
+    between = f"[^{re.escape(stop.barred)}]" if stop.barred else "."
+    after = re.escape(stop.after)
+    return re.compile(f"{after}(?:(?!{after}){between})*?{re.escape(stop.text)}", re.DOTALL)
+
+
+def end_of_turn(stops: Iterable[Stop], turn: str) -> int | None:
+    """Return where the first of some stops is complete in the text of a turn."""
+    return min((end for stop in stops if (end := stop.end(turn)) is not None), default=None)
 
 
 class VerifierFailed(Exception):
@@ -78,7 +95,8 @@ class Failures:
         who = self.name if step.verdict is not None else "a tool"
         failed = self.in_a_row[who] = [*self.in_a_row.get(who, []), step.failure] if step.failure else []
         if len(failed) >= IN_A_ROW:
-            last = step.verdict.reason if step.verdict is not None else step.failure.strip().rpartition("\n")[2]
+            told = step.verdict is not None and verifier_failed(step.verdict)
+            last = step.verdict.reason if told else step.failure.strip().rpartition("\n")[2]
             raise VerifierFailed(f"{who} failed {len(failed)} times in a row, last with {last!r}", failed[0])
 
     def give_up(self, thread: threading.Thread) -> None:
@@ -98,13 +116,17 @@ def nothing_to_close(state: Any) -> None:
 
 
 class Environment(NamedTuple):
-    """`step` is called from several threads at once, each with its own rollout."""
+    """`reset`, `step` and `close` are called from several threads at once, each with
+    its own rollout. An error in them costs the rollout its reward: see `Playing`.
+    """
 
     reset: Callable[[Task], Any]
     step: Callable[[Any, Turn], tuple[Any, Step]]
     one_turn: bool = False  # every step gives a verdict, so a slot is free once its text is handed over
-    deadline_s: float | None = None  # seconds per step; a later attempt is given up with reward 0
+    deadline_s: float | None = None  # seconds per step, the first with its reset; a later attempt is given up with reward 0
     failures: Failures | None = None
     name: str = ""  # of its verifier
     stops: tuple[Stop, ...] = ()  # what ends a turn besides the end-of-sequence token
-    close: Callable[[Any], None] = nothing_to_close  # called once per rollout with the last state, at its end or at the run's
+    # Called with the last state at the rollout's end or the run's: once, and again with
+    # a newer state if a step or reset that was given up makes one later.
+    close: Callable[[Any], None] = nothing_to_close

@@ -57,7 +57,11 @@ def openenv(
 
     def reset(task: Task) -> Episode:
         environment = make()
-        observation_of(environment.reset(seed=task.data["seed"]))
+        try:
+            observation_of(environment.reset(seed=task.data["seed"]))
+        except BaseException:
+            close(environment)
+            raise
         return Episode(environment)
 
     def act(state: Episode, turn: Turn) -> tuple[Episode, Step]:

@@ -15,7 +15,7 @@ from jaxreason.build.evaluation import attempted
 from jaxreason.build.layout import settle
 from jaxreason.build.model import read_model_and_text, reword
 from jaxreason.build.tasks import Parts, load_tasks
-from jaxreason.environment import Environment, Step, Turn
+from jaxreason.environment import Environment, Playing, Step, Turn, end_of_turn
 from jaxreason.options import unknown_name_message
 from jaxreason.runtime.terminal import visible
 from jaxreason.text import Format, Tokenizer
@@ -113,7 +113,7 @@ def attempt(game: Game, task: Task, lines: Iterator[str], say: Callable[[str], N
 
     A generator that is not resumed closes the environment, as a verdict does.
     """
-    state, used = game.environment.reset(task), 0
+    playing, used = Playing(game.environment, task, game.format.observe), 0
     try:
         while (text := read_turn(lines)) is not None:
             if text.startswith("/"):
@@ -126,16 +126,15 @@ def attempt(game: Game, task: Task, lines: Iterator[str], say: Callable[[str], N
                 say(f"error: the model can't write this: {error}")
                 continue
             used += len(written) + (stop == "eos")
-            state, step = game.environment.step(state, Turn(text, stop, used >= game.max_tokens))
+            step, ids = playing.answer(Turn(text, stop, used >= game.max_tokens))
             if step.verdict is not None:
                 say(told(step.verdict, task, step))
                 return
-            ids = game.format.observe(step.observation, stop == "eos")
             used += len(ids)
             say(f"it reads: {shown(game, ids)}")
         yield "/quit"
     finally:
-        game.environment.close(state)
+        playing.close()
 
 
 def read_turn(lines: Iterator[str]) -> str | None:
@@ -150,10 +149,8 @@ def read_turn(lines: Iterator[str]) -> str | None:
 
 def cut(environment: Environment, text: str) -> tuple[str, str]:
     """Cut a text at the first stop of an environment; return it and why it ended."""
-    for end in range(1, len(text) + 1) if environment.stops else ():
-        if any(stop.ends(text[:end]) for stop in environment.stops):
-            return text[:end], "stop"
-    return text, "eos"
+    end = end_of_turn(environment.stops, text)
+    return (text, "eos") if end is None else (text[:end], "stop")
 
 
 def shown(game: Game, ids: Sequence[int]) -> str:

@@ -78,11 +78,12 @@ class Talk:
         self.asked += 1
         with SAMPLING_LOCK, contextlib.closing(Threads(THREADS)) as threads:
             made = Collection(completer, self.weights, requests, environment, threads, key, self.temperature, ALL)
-            while made.goes_on():
-                made.hear()
-                made.fill()
-                made.decode()
-                show(texts_so_far(made))
+            with contextlib.closing(made):
+                while made.goes_on():
+                    made.hear()
+                    made.fill()
+                    made.decode()
+                    show(texts_so_far(made))
         return made.rollouts
 
 
