@@ -256,10 +256,15 @@ def test_tools_and_retries_combine():
         (Stop("=", "["), "1=[1+1=", True),
         (Stop("=", "["), "=[", False),
         (Stop("</tool>", "<tool>"), "</tool><tool>x</tool>", True),
+        (Stop("=", "[", "[]"), "see [1]: x=", False),
+        (Stop("=", "[", "[]"), "see [1]: [x=", True),
+        (Stop("=", "[", "[]"), "[[x=", True),
+        (Stop("=", "<<", "<>"), "<<3<4=", False),
+        (Stop("=", "<<", "<>"), "<<<3=", True),
     ],
 )
 def test_a_stop_may_need_an_opening(stop, text, expected):
-    assert stop.ends(text) == expected
+    assert (stop.end(text) is not None) == expected
 
 
 # ------------------------------------------------------------------------------------------------------------- rollouts

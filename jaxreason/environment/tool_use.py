@@ -4,13 +4,14 @@ is judged by the environment inside.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from jaxreason.environment.interface import Environment, Failures, Step, Stop, Turn
+from jaxreason.environment.interface import Environment, Failures, Step, Stop, Turn, end_of_turn
 from jaxreason.tools import Result, Session, Tool, run
 from jaxreason.tools.calls import Call, Dialect, Malformed
 from jaxreason.types import Message, Task
@@ -32,15 +33,23 @@ class Sessions:
         with self.lock:
             if self.closed:
                 raise RuntimeError("the rollout has ended")
-            if tool.name not in self.opened:
-                self.opened[tool.name] = tool.open(self.task)
-            return self.opened[tool.name]
+            if tool.name in self.opened:
+                return self.opened[tool.name]
+        session = tool.open(self.task)  # without the lock: it may hang, and then `close` must not
+        with self.lock:
+            if not self.closed:
+                self.opened[tool.name] = session
+                return session
+        session.close()
+        raise RuntimeError("the rollout has ended")
 
     def close(self) -> None:
+        """Close all sessions, also if one fails to close; raise the first error."""
         with self.lock:
             opened, self.opened, self.closed = self.opened, {}, True
-        for session in opened.values():
-            session.close()
+        with contextlib.ExitStack() as closing:
+            for session in opened.values():
+                closing.callback(session.close)
 
 
 class ToolUse(NamedTuple):
@@ -90,6 +99,7 @@ def with_tools(
         raise ValueError(f"this dialect names no tool, so it can't tell {' and '.join(names)} apart; choose tags, or one tool")
     by_name = {tool.name: tool for tool in tools}
     failures = environment.failures or Failures(environment.name)
+    stops = tuple(Stop(*stop) for stop in dialect.stops)
 
     def answer(state: ToolUse, call: Call | Malformed) -> Result:
         if isinstance(call, Malformed):
@@ -113,7 +123,8 @@ def with_tools(
         return state, Step(observation=said, failure=next((r.failure for r in results if r.failure), ""))
 
     def step(state: ToolUse, turn: Turn) -> tuple[ToolUse, Step]:
-        calls = [] if turn.final or state.calls >= max_calls else dialect.read(turn.text, tools)
+        said = turn.text[: end_of_turn(stops, turn.text)]  # without the rest of the token in which the call ends
+        calls = [] if turn.final or state.calls >= max_calls else dialect.read(said, tools)
         if calls:
             return answers(state, calls)
         inner, made = environment.step(state.inner, turn)
@@ -124,8 +135,10 @@ def with_tools(
         return state._replace(inner=inner), made
 
     def close(state: ToolUse) -> None:
-        state.sessions.close()
-        environment.close(state.inner)
+        try:
+            state.sessions.close()
+        finally:
+            environment.close(state.inner)
 
     deadline_s = environment.deadline_s
     return environment._replace(
@@ -134,6 +147,6 @@ def with_tools(
         one_turn=False,
         deadline_s=None if deadline_s is None else deadline_s + max_calls * max(tool.timeout_s for tool in tools),
         failures=failures,
-        stops=environment.stops + tuple(Stop(text, after) for text, after in dialect.stops),
+        stops=environment.stops + stops,
         close=close,
     )

@@ -39,7 +39,7 @@ class Dialect(NamedTuple):
 
     read: Callable[[str, Sequence[Tool]], list[Call | Malformed]]  # calls that a turn ends with; empty: none
     write: Callable[[str, bool], str]  # (result, is_error) -> text that the model reads
-    stops: tuple[tuple[str, str], ...] = ()  # (text, after): see `environment.Stop`
+    stops: tuple[tuple[str, ...], ...] = ()  # (text, after, barred): see `environment.Stop`; each ends a call
     role: str = ""  # role of the message that a result is; empty: the result continues the model's text
     example: Callable[[Tool], str] | None = None  # a call, for a prompt that describes the tools
     one_tool: bool = False  # whether a call names no tool, so that there can be only one
@@ -64,16 +64,17 @@ def angles() -> Dialect:
 
 def inline(opening: str, closing: str) -> Dialect:
     """Make a dialect in which `=` after an opening bracket ends the model's turn."""
-    call = re.compile(f"{re.escape(opening)}([^{re.escape(opening[0] + closing[0])}=]*)=$")
+    barred = opening[0] + closing[0]
+    call = re.compile(f"{re.escape(opening)}([^{re.escape(barred)}=]*)=$")
 
     def read(text: str, tools: Sequence[Tool]) -> list[Call | Malformed]:
         found = call.search(text[-LONGEST:])
         return [Call(tools[0].name, first_argument(tools[0], found[1]))] if found else []
 
     def write(result: str, is_error: bool) -> str:
-        return f"{'?' if is_error else result}{closing}"
+        return f"{'?' if is_error else without(result, closing)}{closing}"
 
-    return Dialect(read, write, (("=", opening),), example=lambda tool: f"{opening}{example_of(tool)}=", one_tool=True)
+    return Dialect(read, write, (("=", opening, barred),), example=lambda tool: f"{opening}{example_of(tool)}=", one_tool=True)
 
 
 def tags() -> Dialect:
@@ -93,11 +94,18 @@ def tags() -> Dialect:
         return [Call(name.strip(), {} if tool is None else first_argument(tool, argument.strip()))]
 
     def write(result: str, is_error: bool) -> str:
-        return f"<result>{'error: ' * is_error}{result.replace('</result>', '')}</result>"
+        return f"<result>{'error: ' * is_error}{without(result, '</result>')}</result>"
 
     return Dialect(
         read, write, stops=(("</tool>", "<tool>"),), example=lambda tool: f"<tool>{tool.name}: {example_of(tool)}</tool>"
     )
+
+
+def without(text: str, mark: str) -> str:
+    """Drop a mark from a text, also where dropping it makes another one."""
+    while mark in text:
+        text = text.replace(mark, "")
+    return text
 
 
 def first_argument(tool: Tool, text: str) -> dict[str, str]:

@@ -1,0 +1,104 @@
+"""Where a call in the model's text ends, and sessions of tools that misbehave."""
+
+import random
+import threading
+
+import pytest
+
+from jaxreason import tools
+from jaxreason.environment import Turn, end_of_turn, single_turn, with_tools
+from jaxreason.tools import Session, Tool
+from jaxreason.tools.calls import DIALECTS
+from jaxreason.types import Task, Verdict
+
+TASK = Task("question", "7")
+JUDGE = single_turn(lambda text, task: Verdict(1.0, True, text, "judged"))
+INLINE = ["brackets", "angles", "tags"]
+
+
+def with_calculator(dialect):
+    return with_tools(JUDGE, [tools.make("calculator")], DIALECTS[dialect]())
+
+
+@pytest.mark.parametrize("behind", ["", "\n", "\n\n", " ", '"', "-", "]", ">"])
+@pytest.mark.parametrize(
+    ("dialect", "call", "result"),
+    [
+        ("brackets", "so [3*4=", "12]"),
+        ("angles", "so <<3*4=", "12>>"),
+        ("tags", "so <tool>calculator: 3*4</tool>", "<result>12</result>"),
+    ],
+)
+def test_a_call_may_end_inside_a_token(dialect, call, result, behind):
+    """The turn ends with a token, which may have more than the end of the call."""
+    environment = with_calculator(dialect)
+    assert end_of_turn(environment.stops, call + behind) == len(call)
+    _, step = environment.step(environment.reset(TASK), Turn(call + behind, "stop", False))
+    assert step.observation == result
+
+
+@pytest.mark.parametrize("dialect", INLINE)
+def test_a_turn_ends_only_where_there_is_a_call(dialect):
+    """Else a text such as `[1]: x=` would be judged before its end."""
+    made, rng, ended = with_calculator(dialect), random.Random(0), 0
+    pieces = ["[", "]", "=", "<", "<<", ">>", "<tool>", "</tool>", "calculator:", "1", " ", "\n"]
+    for _ in range(3000):
+        text = "".join(rng.choices(pieces, k=rng.randrange(12)))
+        if (end := end_of_turn(made.stops, text)) is not None:
+            ended += 1
+            assert DIALECTS[dialect]().read(text[:end], [tools.make("calculator")]), text
+            assert end_of_turn(made.stops, text[: end - 1]) is None
+    assert ended > 100
+
+
+@pytest.mark.parametrize("dialect", INLINE)
+def test_a_result_does_not_close_itself(dialect):
+    write = DIALECTS[dialect]().write
+    close = write("", False)[-len("</result>") if dialect == "tags" else -2 if dialect == "angles" else -1 :]
+    for result in (f"a{close}b", f"a{close[:1]}{close}{close[1:]}b", close * 3):
+        assert write(result, False).count(close) == 1
+
+
+def test_a_session_that_opens_late_is_closed_and_does_not_hold_up_the_end():
+    opening, go, closed = threading.Event(), threading.Event(), []
+
+    def opens(task):
+        opening.set()
+        go.wait(60)
+        return Session(lambda text: text, lambda: closed.append("late"))
+
+    environment = with_tools(JUDGE, [Tool("slow", "Is slow.", opens)], DIALECTS["tags"]())
+    state, steps = environment.reset(TASK), []
+    turn = Turn("<tool>slow: x</tool>", "stop", False)
+    thread = threading.Thread(target=lambda: steps.append(environment.step(state, turn)[1]), daemon=True)
+    thread.start()
+    opening.wait(60)
+    ends = threading.Thread(target=environment.close, args=(state,), daemon=True)
+    ends.start()
+    ends.join(20)
+    assert not ends.is_alive()
+    go.set()
+    thread.join(20)
+    assert closed == ["late"]
+    assert "does not start" in steps[0].observation
+
+
+def test_all_sessions_are_closed_even_if_one_fails():
+    closed = []
+
+    def one(name, close):
+        return Tool(name, "Does it.", lambda task: Session(lambda text: text, close), keeps_time=True)
+
+    def breaks():
+        closed.append("broken")
+        raise OSError("no such container")
+
+    judge = JUDGE._replace(close=lambda state: closed.append("inner"))
+    made = [one("first", lambda: closed.append("first")), one("broken", breaks), one("last", lambda: closed.append("last"))]
+    environment = with_tools(judge, made, DIALECTS["tags"]())
+    state = environment.reset(TASK)
+    for name in ("first", "broken", "last"):
+        state, _ = environment.step(state, Turn(f"<tool>{name}: x</tool>", "stop", False))
+    with pytest.raises(OSError, match="no such container"):
+        environment.close(state)
+    assert sorted(closed) == ["broken", "first", "inner", "last"]
