@@ -12,7 +12,7 @@ import pytest
 from jaxreason import tasks, verify
 from jaxreason.build import environments
 from jaxreason.build.model import make_text, reword
-from jaxreason.environment import Turn, openenv
+from jaxreason.environment import Turn, checked, openenv
 from jaxreason.tasks.openenv import text_of
 from jaxreason.types import Task
 
@@ -79,7 +79,7 @@ class Sum:
 
 class Plain(Sum):
     def score(self, trace):
-        trace.rewards["right"] = SimpleNamespace(score=2.0, weight=0.5)
+        trace.rewards["is it right?"] = SimpleNamespace(score=2.0, weight=0.5)
 
 
 def sums(split="train"):
@@ -192,7 +192,8 @@ def test_a_taskset_is_loaded_and_scored(fakes):
     assert (found.reward, found.correct, dict(found.measures)) == (1.5, True, {"reward_right": 1.0, "reward_short": 0.5})
     assert (judge("5", loaded[2]).reward, judge("5", loaded[2]).correct) == (0.5, False)
     assert tasks.load("taskset", maker="fakes:sums", size=1, split="test")[0].question == "100+0="
-    assert verify.make("taskset")("", tasks.load("taskset", maker="fakes:plain")[0]).correct
+    found = checked(verify.make("taskset")("", tasks.load("taskset", maker="fakes:plain")[0]))
+    assert (found.correct, dict(found.measures)) == (True, {"reward_is_it_right_": 1.0})
 
 
 def test_wrong_fields_of_a_taskset(fakes):

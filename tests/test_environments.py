@@ -198,6 +198,14 @@ def test_the_last_attempt_counts_where_the_message_leaves_no_room():
     assert step.verdict.measures["tries"] == 1.0
 
 
+def test_an_attempt_that_ends_in_a_call_is_judged():
+    """Else a model that was right could call until its limit instead of checking."""
+    environment = retry(with_tools(JUDGE, [tool()], CALLS), attempts=2, tell="check")
+    *_, step = play(environment, ["7", "upper(a)", Turn("", "limit", True)])
+    assert not step.verdict.correct
+    assert (step.verdict.measures["tries"], step.verdict.measures["tool_calls"]) == (2.0, 1.0)
+
+
 def test_a_failed_verifier_is_not_asked_again():
     def broken(text, task):
         raise KeyError("x")

@@ -1,6 +1,7 @@
 """Tools: exact and bounded whatever the model asks, and calls in every dialect."""
 
 import contextlib
+import json
 import os
 import random
 import sys
@@ -240,6 +241,23 @@ def test_a_person_answers_at_the_terminal(monkeypatch, capsys):
     os.close(writer)
 
 
+def test_a_question_that_waits_for_its_turn_has_the_same_time(monkeypatch):
+    """A person answers one question at a time; eight rollouts may ask at once."""
+    reader, writer = os.pipe()
+    with os.fdopen(reader) as stdin:
+        stdin.isatty = lambda: True
+        monkeypatch.setattr(sys, "stdin", stdin)
+        tool, results, started_s = tools.make("human", timeout_s=1.0), [], time.monotonic()
+        threads = [threading.Thread(target=lambda: results.append(call(tool, question="?").text)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert results == [human_.NOBODY] * 8
+        assert time.monotonic() - started_s < 7
+    os.close(writer)
+
+
 def test_a_human_needs_a_way_to_answer(monkeypatch):
     with open(os.devnull) as nothing:
         monkeypatch.setattr(sys, "stdin", nothing)
@@ -247,6 +265,8 @@ def test_a_human_needs_a_way_to_answer(monkeypatch):
             tools.make("human")
     with pytest.raises(ValueError, match="timeout_s got 0"):
         tools.make("human", folder="x", timeout_s=0.0)
+    with pytest.raises(ValueError, match="timeout_s got inf"):
+        tools.make("human", folder="x", timeout_s=float("inf"))
 
 
 # ------------------------------------------------------------------------------------------------------------- limits
@@ -288,6 +308,8 @@ def test_wrong_arguments_are_explained():
     assert call(tool, text="x", colour="red").text == "unknown argument colour; own takes: text"
     assert call(tool).text == "missing argument text; own takes: text"
     assert call(tool, text=12).text == "12"
+    for value in ("true", "null", "1.5", "NaN", '{"a": [1, "é"]}', "9" * 4300):
+        assert call(tool, text=json.loads(value)).text == value
 
 
 def test_tools_of_a_config(tmp_path):

@@ -276,6 +276,22 @@ def test_a_long_result_is_cut_to_its_tokens(bpe):
             assert short.endswith(f"word{length - 1}")
 
 
+LONG = ["🙂" * 50, "é" * 40, "a🙂b" * 30, "\ud800x" * 40, "\0" * 90, "<|end|>" * 30, " " * 500]
+
+
+@pytest.mark.parametrize("result", LONG, ids=range(len(LONG)))
+def test_a_long_result_is_cut_between_characters(bpe, result):
+    """Half a character would be written as a mark of several tokens."""
+    for tokenizer in (bpe, text.make("byte_level")):
+        for most in range(1, 20):
+            short = environments.fitted(tokenizer, most, result)
+            assert len(tokenizer.encode(short, added=False, continues=True)) <= most
+            assert "\ufffd" not in short
+            head, _, tail = short.partition(" ... ")
+            assert result.startswith(head)
+            assert result.endswith(tail)
+
+
 def test_characters_that_a_tokenizer_lacks_are_dropped():
     tokenizer = text.make("characters", alphabet="0123456789.")
     assert environments.fitted(tokenizer, 8, "7 apples, 8.5 pears\ud800") == "78.5"

@@ -206,21 +206,28 @@ def check_encodes(tokenizer: text.Tokenizer, *texts: str) -> None:
 
 def fitted(tokenizer: text.Tokenizer, most: int, result: str) -> str:
     """Cut a tool's result to `most` tokens in its middle, and drop the characters that
-    the tokenizer lacks.
+    the tokenizer lacks. It is cut between characters, never inside one.
     """
-    result = encodable(tokenizer, result)
-    encode = functools.partial(tokenizer.encode, added=False, continues=True)
-    ids = encode(result)
-    kept = most
-    while len(ids) > most and kept > 0:
-        # Encoding the decoded tokens may give more of them; cut until they fit.
-        head, tail = ids[: kept - kept // 2], ids[len(ids) - kept // 2 :]
-        cut = encodable(tokenizer, tools.interface.CUT)
-        shorter = tokenizer.decode(head, continues=True) + cut + (tokenizer.decode(tail, continues=True) if tail else "")
-        if len(encode(shorter)) <= most:
-            return shorter
-        kept -= max(1, len(encode(shorter)) - most)
-    return result if len(ids) <= most else tokenizer.decode(ids[:most], continues=True)
+
+    def count(text: str) -> int:
+        return len(tokenizer.encode(text, added=False, continues=True))
+
+    def shorter(kept: int) -> str:
+        """Keep so many characters: of both ends, or of the start if the mark of a cut
+        does not fit.
+        """
+        head = kept - kept // 2 if marked else kept
+        return result[:head] + mark * marked + result[len(result) - (kept - head) :]
+
+    result, mark = encodable(tokenizer, result), encodable(tokenizer, tools.interface.CUT)
+    marked = count(mark) <= most
+    if count(result) <= most:
+        return result
+    fits, too_many = 0, len(result)
+    while too_many - fits > 1:
+        kept = (fits + too_many) // 2
+        fits, too_many = (kept, too_many) if count(shorter(kept)) <= most else (fits, kept)
+    return shorter(fits)
 
 
 def encodable(tokenizer: text.Tokenizer, result: str) -> str:

@@ -22,6 +22,7 @@ class Retries(NamedTuple):
     task: Task
     inner: Any  # state of the environment inside, new for each attempt
     verdicts: tuple[Verdict, ...] = ()  # of the attempts so far
+    begun: bool = False  # whether the model has written in this attempt
 
 
 def retry(
@@ -68,17 +69,17 @@ def retry(
         return turn.final or len(state.verdicts) >= attempts or verifier_failed(last) or (tell == "wrong" and last.correct)
 
     def step(state: Retries, turn: Turn) -> tuple[Retries, Step]:
-        if state.verdicts and turn.final and not turn.text:  # the message left no room for another attempt
+        if state.verdicts and turn.final and not turn.text and not state.begun:  # the message left no room for another attempt
             return state, Step(verdict=summary(state.verdicts, discount))
         inner, made = environment.step(state.inner, turn)
-        state = state._replace(inner=inner)
+        state = state._replace(inner=inner, begun=True)
         if made.verdict is None:
             return state, made
         state = state._replace(verdicts=(*state.verdicts, made.verdict))
         if ended(state, turn):
             return state, made._replace(verdict=summary(state.verdicts, discount))
         environment.close(state.inner)
-        return state._replace(inner=environment.reset(state.task)), Step(observation=said)
+        return state._replace(inner=environment.reset(state.task), begun=False), Step(observation=said)
 
     return environment._replace(
         reset=lambda task: Retries(task, environment.reset(task)),

@@ -21,6 +21,7 @@ from jaxreason.tools.interface import Tool, ToolError, stateless
 
 POLL_S = 0.2  # between two looks for an answer
 NOBODY = "nobody answered"
+LONGEST_S = 1e6  # to wait for an answer
 
 
 def human(
@@ -34,8 +35,8 @@ def human(
       ValueError: a time-out that is not above 0, a folder that can't be written, or no
         folder and no terminal.
     """
-    if not timeout_s > 0:
-        raise ValueError(f"tool 'human': timeout_s got {timeout_s}; allowed: seconds above 0")
+    if not 0 < timeout_s <= LONGEST_S:
+        raise ValueError(f"tool 'human': timeout_s got {timeout_s}; allowed: seconds above 0, at most {LONGEST_S:g}")
     if folder is None and not sys.stdin.isatty():
         raise ValueError("tool 'human': there is no terminal to ask at; set folder=..., for questions and answers in files")
     call = through_files(Path(folder).expanduser(), timeout_s) if folder is not None else at_terminal(timeout_s)
@@ -82,10 +83,16 @@ def at_terminal(timeout_s: float):
     lock = threading.Lock()  # one question at a time
 
     def call(question: str) -> str:
-        with lock:
-            print(f"\nthe model asks: {visible(question)}\nyour answer ({timeout_s:g} s): ", end="", flush=True)
-            ready, _, _ = select.select([sys.stdin], [], [], timeout_s)
+        end_s = time.monotonic() + timeout_s
+        if not lock.acquire(timeout=timeout_s):  # the person is busy with another rollout's question
+            raise ToolError(NOBODY)
+        try:
+            left_s = max(0.0, end_s - time.monotonic())
+            print(f"\nthe model asks: {visible(question)}\nyour answer ({left_s:.0f} s): ", end="", flush=True)
+            ready, _, _ = select.select([sys.stdin], [], [], left_s)
             line = sys.stdin.readline() if ready else ""
+        finally:
+            lock.release()
         if not line.strip():
             print("", flush=True)
             raise ToolError(NOBODY)

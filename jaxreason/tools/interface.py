@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import traceback
 from collections.abc import Callable, Mapping
@@ -63,7 +64,7 @@ def run(tool: Tool, session: Session, arguments: Mapping[str, Any], stuck: Calla
     if unknown or missing:
         what = f"unknown argument {unknown[0][:40]}" if unknown else f"missing argument {missing[0]}"
         return Result(f"{what}; {tool.name} takes: {', '.join(tool.parameters)}", is_error=True)
-    words = {name: value if isinstance(value, str) else str(value) for name, value in arguments.items()}
+    words = {name: value if isinstance(value, str) else as_json(value) for name, value in arguments.items()}
     if tool.keeps_time:
         return outcome(tool, session, words)
     results: list[Result] = []
@@ -74,6 +75,11 @@ def run(tool: Tool, session: Session, arguments: Mapping[str, Any], stuck: Calla
         stuck(thread)
         return Result(f"no answer in {tool.timeout_s:g} s", is_error=True)
     return results[0]
+
+
+def as_json(value: Any) -> str:
+    """Write an argument that is no text as the model wrote it, true and not True."""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def outcome(tool: Tool, session: Session, arguments: Mapping[str, str]) -> Result:

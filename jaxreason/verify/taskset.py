@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +37,8 @@ def taskset(
             asyncio.run(awaited(scored))
         rewards = {name: weighted(value) for name, value in made.rewards.items() if value is not None}
         reward = sum(rewards.values())
-        return Verdict(reward, reward >= right, None, "scored", {f"reward_{name}": value for name, value in rewards.items()})
+        measures = {re.sub(r"\W", "_", f"reward_{name}", flags=re.ASCII)[:60]: value for name, value in rewards.items()}
+        return Verdict(reward, reward >= right, None, "scored", measures)
 
     return verify
 
