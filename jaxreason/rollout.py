@@ -95,9 +95,13 @@ def find_stop(completer: Completer, stops: Sequence[Stop], tokens_T, turn: int, 
     if not stops:
         return None
     # A token has at least one byte, which bounds how many tokens before `before` a stop
-    # that ends after it can begin; one that needs an opening may have it anywhere.
-    anywhere = any(stop.after for stop in stops)
-    start = turn if anywhere else max(turn, before - max(len(stop.text.encode()) for stop in stops) - 1)
+    # that ends after it can begin. One that needs an opening may have it anywhere, but
+    # a whole turn is decoded only where the stop itself is new.
+    start = max(turn, before - max(len(stop.text.encode()) for stop in stops) - 1)
+    new = text_of(completer, tokens_T[start:length])
+    if not any(stop.text in new for stop in stops):
+        return None
+    start = turn if any(stop.after for stop in stops) else start
 
     def stopped(end: int) -> bool:
         text = text_of(completer, tokens_T[start:end])

@@ -54,7 +54,7 @@ class Verdict:
     reason: str = ""
     measures: Mapping[str, float] = field(
         default_factory=dict
-    )  # further numbers, such as {"tool_calls": 2}; their means are logged
+    )  # further numbers, such as {"tool_calls": 2}; their means are logged, so a name may not be that of another metric
 
 
 @dataclass(frozen=True)

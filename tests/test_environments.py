@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import tiny_completer as t
 
+from jaxreason import evaluation, sources
 from jaxreason.environment import Environment, Step, Stop, Turn, VerifierFailed, retry, single_turn, with_tools
 from jaxreason.environment.verdicts import checked, measured
+from jaxreason.evaluation import Outcome
 from jaxreason.runtime.files import rollout_record, spans
 from jaxreason.sharding import make_mesh, row_devices, shardings
 from jaxreason.tools import Session, Tool, ToolError
 from jaxreason.tools.calls import Call, Dialect, Malformed
 from jaxreason.tools.interface import stateless
-from jaxreason.types import Message, Task, Verdict
+from jaxreason.types import Group, Message, Task, Verdict
 
 TASK = Task("question", "7")
 
@@ -407,6 +409,18 @@ def test_measures_are_checked():
             checked(Verdict(1.0, True, measures=wrong))
     with pytest.raises(TypeError, match="measures are a list"):
         checked(Verdict(1.0, True, measures=[1]))
+
+
+def test_a_measure_can_not_replace_a_metric(rollouts):
+    groups = [Group(tuple(rollouts[1][:3]))]
+    outcomes = [[Outcome(True, "7", "", "eos", 3, 0.0)] * 2] * 2
+    metrics = [name.removeprefix("rollout/") for name in sources.measure(groups)] + [*evaluation.measure(outcomes), "accuracy"]
+    own = {name for r in rollouts[1] for name in r.verdict.measures}
+    names = {name for name in metrics if re.fullmatch(r"\w+", name)} - own
+    assert names >= {"reward", "length", "answered", "majority_share"}
+    for name in names:
+        with pytest.raises(ValueError, match="which is a metric of every run; choose another name"):
+            checked(Verdict(1.0, True, measures={name: 1.0}))
 
 
 def test_measures_are_averaged_over_the_verdicts_that_have_them():

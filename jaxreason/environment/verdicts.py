@@ -63,12 +63,20 @@ def checked_measures(measures: Any) -> dict[str, float]:
     for name, value in measures.items():
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ValueError(f"returned a Verdict with the measure {name!r:.60}; allowed: letters, digits and _")
+        if name in TAKEN:
+            raise ValueError(f"returned a Verdict with the measure {name!r}, which is a metric of every run; choose another name")
         if not isinstance(value, (int, float, np.number, np.bool_)) or not math.isfinite(value):
             raise ValueError(f"returned a Verdict whose measure {name} is {value!r:.60}; allowed: a finite number")
         found[name] = float(value)
     return found
 
 
+# Metrics of rollouts and of suites, which a measure of the same name would replace.
+TAKEN = {
+    *("reward", "correct", "solved", "informative_groups", "cut", "oversampling"),
+    *("accuracy", "answered", "cut_off", "length", "length_p50", "length_p90", "length_p99"),
+    *("sampling_share", "majority_share", "calibration_error", *COUNTED),
+}
 NAME = re.compile(r"\w{1,60}", re.ASCII)
 LARGEST = 1e9  # largest reward; its square is far below the largest float32
 
