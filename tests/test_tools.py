@@ -196,6 +196,12 @@ def test_a_folder_without_text_is_refused(tmp_path):
     with pytest.raises(ValueError, match="results=0"):
         tools.make("search", folder=str(tmp_path), results=0)
 
+    (tmp_path / "common.txt").write_text("the of a")
+    with pytest.raises(ValueError, match="has no word to search for"):
+        tools.make("search", folder=str(tmp_path))
+    with pytest.raises(ValueError, match="no folder"):
+        tools.make("search", folder="~nobody_of_this_name/x")
+
 
 def test_long_files_are_split(tmp_path):
     (tmp_path / "long.txt").write_text(" ".join(f"word{i}" for i in range(1000)))
@@ -326,6 +332,45 @@ def test_tools_of_a_config(tmp_path):
         tools.make_all("calculator")
     with pytest.raises(ValueError, match="field of tool 'calculator'"):
         tools.make_all([{"name": "calculator", "digits": 3}])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", ""),
+        ("name", 3),
+        ("name", "a: b"),
+        ("name", "</tool>"),
+        ("help", None),
+        ("help", ""),
+        ("help", "two\nlines"),
+        ("open", "open"),
+        ("parameters", {}),
+        ("parameters", ["text"]),
+        ("parameters", {"text": 3}),
+        ("timeout_s", 0),
+        ("timeout_s", float("inf")),
+        ("timeout_s", float("nan")),
+        ("timeout_s", "3"),
+        ("timeout_s", True),
+        ("max_chars", 0),
+        ("max_chars", 2.5),
+    ],
+)
+def test_a_wrong_tool_of_a_user_is_refused(tmp_path, monkeypatch, field, value):
+    (tmp_path / "my_tool.py").write_text(
+        "from jaxreason.tools import Session, Tool\n"
+        "def make(**more):\n"
+        "    return Tool('own', 'Does it.', lambda task: Session(str))._replace(**more)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_tool", raising=False)
+    import my_tool
+
+    monkeypatch.setattr(my_tool, "broken", lambda: my_tool.make(**{field: value}), raising=False)
+    assert tools.make("my_tool:make").name == "own"
+    with pytest.raises(ValueError, match=f"tool 'my_tool:broken': {field} got "):
+        tools.make("my_tool:broken")
 
 
 def test_every_tool_is_documented():

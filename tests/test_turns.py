@@ -16,7 +16,7 @@ import pytest
 from jaxreason import text
 from jaxreason.build import environments
 from jaxreason.build.model import make_text, reword
-from jaxreason.environment import Environment, Step, Turn
+from jaxreason.environment import Environment, Step, Stop, Turn
 from jaxreason.text.chat import chat, check_reply, encode_chat
 from jaxreason.tools.calls import DIALECTS, described, schema
 from jaxreason.types import Message, Task, Verdict
@@ -208,6 +208,16 @@ def test_a_whole_rollout_in_a_chat(folder):
         ({"name": "single_turn", "attempts": 2}, "field of config.environment 'attempts'"),
         (TOOLS | {"inside": {"name": "retri"}}, "unknown environment 'retri'"),
         ({"name": "nowhere:maker"}, "no module 'nowhere'"),
+        ({"name": ["retry"]}, r"unknown environment \['retry'\]"),
+        (TOOLS | {"tools": 3}, "config.environment.tools got 3"),
+        (TOOLS | {"max_calls": "3"}, "config.environment.max_calls got '3'"),
+        (TOOLS | {"max_calls": 2.5}, "config.environment.max_calls got 2.5"),
+        (TOOLS | {"inside": "retry"}, "config.environment.inside got 'retry'"),
+        (TOOLS | {"inside": {"name": "retry", "attempts": None}}, "config.environment.attempts got None"),
+        ({"name": "retry", "message": 3}, "config.environment.message got 3"),
+        ({"name": "openenv", "maker": 3}, "config.environment.maker got 3"),
+        ({"name": "openenv", "maker": "os:getcwd", "deadline_s": 0.0}, "deadline_s got 0"),
+        ({"name": "openenv", "maker": "os:getcwd", "right": float("nan")}, "right got nan"),
     ],
 )
 def test_a_wrong_section_gets_one_line(folder, section, message):
@@ -246,6 +256,12 @@ def test_an_environment_of_a_user(folder, monkeypatch):
         "            return state, Step(observation='say it: ')\n"
         "        return environment.step(state, turn)\n"
         "    return environment._replace(step=step, one_turn=False)\n"
+        "def without_step():\n"
+        "    return Environment(lambda task: task, None)\n"
+        "def with_stops(stops):\n"
+        "    return Environment(lambda task: task, print, stops=stops)\n"
+        "def with_deadline(deadline_s):\n"
+        "    return Environment(lambda task: task, print, deadline_s=deadline_s)\n"
         "def wrong(environment):\n"
         "    return 3\n"
     )
@@ -256,6 +272,15 @@ def test_an_environment_of_a_user(folder, monkeypatch):
     assert isinstance(environment.step(environment.reset(TASK), Turn("now 7", "eos", False))[1].verdict, Verdict)
     with pytest.raises(ValueError, match="made a int"):
         made(folder, PLAIN_ROLES, {"name": "my_environment:wrong"})
+    for name, fields, message in (
+        ("without_step", {}, "'my_environment:without_step': step got None; allowed: a function"),
+        ("with_stops", {"stops": ("=",)}, "stops got"),
+        ("with_stops", {"stops": (Stop(""),)}, "stops got"),
+        ("with_deadline", {"deadline_s": "3"}, "deadline_s got '3'"),
+        ("with_deadline", {"deadline_s": -1}, "deadline_s got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made(folder, PLAIN_ROLES, {"name": f"my_environment:{name}", **fields})
     with pytest.raises(ValueError, match="field of environment 'my_environment:polite'"):
         made(folder, PLAIN_ROLES, {"name": "my_environment:polite", "words": "now"})
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from jaxreason import text, tools
 from jaxreason.build.tasks import Parts, judge
-from jaxreason.environment import Environment, openenv, retry, with_tools
+from jaxreason.environment import Environment, check_environment, openenv, retry, with_tools
 from jaxreason.environment.retry import TOLD
-from jaxreason.options import call_with_section, find, unknown_name_message
+from jaxreason.options import call_with_section, fields, find, unknown_name_message
 from jaxreason.text.chat import check_reply
 from jaxreason.tools.calls import DIALECTS, Dialect, described, schema
 from jaxreason.types import Task
@@ -53,7 +53,10 @@ def make_environment(section: Mapping[str, Any] | None, verifier: dict, items: S
 def make_wrapped(section: dict, judged: Made, parts: Parts, words: dict) -> Made:
     """Make the environment of a section around another one, with those inside it."""
     name = section["name"]
+    if not isinstance(name, str):
+        raise ValueError(unknown_name_message("environment", name, SECTIONS))
     maker = find("environment", name, SECTIONS)
+    check_types(maker, section)
     if ":" in name:
         return judged._replace(environment=make_own(name, maker, section, judged.environment))
     inside = section.get("inside")
@@ -62,16 +65,30 @@ def make_wrapped(section: dict, judged: Made, parts: Parts, words: dict) -> Made
     return call_with_section(maker, section, WHERE, judged=judged, parts=parts, words=words)
 
 
+def check_types(maker: Callable, section: dict) -> None:
+    """Check the types of a section's fields: one of a suite on the command line may
+    hold any value.
+
+    Raises:
+      ValueError: a value does not have the type of its field.
+    """
+    given = ("judged", "parts", "words", "environment")
+    fields.check(fields.Section((single_turn, maker), given), section, WHERE)
+
+
 def make_own(name: str, maker: Callable, section: dict, environment: Environment) -> Environment:
     """Make a user's environment. Its maker gets the judge of the config's verifier as
     `environment`, if it has such an argument.
     """
-    fields = {key: value for key, value in section.items() if key != "name"}
+    own = {key: value for key, value in section.items() if key != "name"}
     given = {"environment": environment} if "environment" in inspect.signature(maker).parameters else {}
-    made = call_with_section(maker, fields, f"environment {name!r}", **given)
+    made = call_with_section(maker, own, f"environment {name!r}", **given)
     if not isinstance(made, Environment):
         raise ValueError(f"environment {name!r} made a {type(made).__name__}; allowed: a jaxreason.environment.Environment")
-    return made
+    try:
+        return check_environment(made)
+    except ValueError as error:
+        raise ValueError(f"environment {name!r}: {error}") from None
 
 
 # --- sections by name ---

@@ -135,7 +135,10 @@ def make_suite(name: str, section: dict, parts: Parts, n: int, allow_overlap: bo
     verifier = parts.verifier if own["verifier"] is None else own["verifier"]
     words = {} if own["instruction"] is None else {"instruction": own["instruction"]}
     section = parts.environment if own["environment"] is None else own["environment"]
-    environment, format = make_environment(section, verifier, items, parts, **words)
+    try:
+        environment, format = make_environment(section, verifier, items, parts, **words)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
     longest_prompt = completer.sampler.length - completer.max_tokens
     prompted = drop_long_prompts(items, format.prompt, longest_prompt, what, parts.say)
     items = [task for task, _ in prompted]

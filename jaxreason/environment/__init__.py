@@ -20,6 +20,7 @@ from jaxreason.environment.interface import (
     Stop,
     Turn,
     VerifierFailed,
+    check_environment,
     end_of_turn,
     stack,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "Threads",
     "Turn",
     "VerifierFailed",
+    "check_environment",
     "checked",
     "count_failures",
     "end_of_turn",

@@ -130,3 +130,25 @@ class Environment(NamedTuple):
     # Called with the last state at the rollout's end or the run's: once, and again with
     # a newer state if a step or reset that was given up makes one later.
     close: Callable[[Any], None] = nothing_to_close
+
+
+def check_environment(made: Environment) -> Environment:
+    """Return an environment whose fields have the right types.
+
+    Raises:
+      ValueError: one has not.
+    """
+    for field in ("reset", "step", "close"):
+        if not callable(value := getattr(made, field)):
+            raise ValueError(f"{field} got {value!r:.80}; allowed: a function")
+    if not isinstance(made.stops, tuple) or not all(isinstance(stop, Stop) and stop.text for stop in made.stops):
+        raise ValueError(f"stops got {made.stops!r:.80}; allowed: a tuple of Stop(text), none of them empty")
+    check_deadline("deadline_s", made.deadline_s)
+    return made
+
+
+def check_deadline(where: str, seconds: Any) -> None:
+    """Raise ValueError for seconds that are not above 0; None is no deadline."""
+    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if seconds is not None and not (number and seconds > 0):
+        raise ValueError(f"{where} got {seconds!r}; allowed: seconds above 0, or None for no deadline")

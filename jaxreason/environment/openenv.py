@@ -4,10 +4,11 @@ their rewards are the verdict. The problems are those of `tasks.openenv`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxreason.environment.interface import Environment, Failures, Step, Turn
+from jaxreason.environment.interface import Environment, Failures, Step, Turn, check_deadline
 from jaxreason.environment.verdicts import VERIFIER_ERROR, failed, told, traceback_of
 from jaxreason.options import own
 from jaxreason.tasks.openenv import close, observation_of, shower
@@ -52,6 +53,9 @@ def openenv(
     """
     if max_steps < 1:
         raise ValueError(f"max_steps got {max_steps}; allowed: 1 or more")
+    if math.isnan(right):
+        raise ValueError(f"right got {right}; allowed: a number")
+    check_deadline("deadline_s", deadline_s)
     make, to_text = own("environment", maker), shower(show)
     to_action: Callable[[str], Any] = (lambda text: text) if action is None else own("function", action)
 

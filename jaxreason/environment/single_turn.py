@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jaxreason.environment.interface import Environment, Failures, Step
+from jaxreason.environment.interface import Environment, Failures, Step, check_deadline
 from jaxreason.environment.verdicts import VERIFIER_ERROR, checked, failed, told, traceback_of
 from jaxreason.types import Task, Verdict
 
@@ -32,8 +32,7 @@ def single_turn(
     Raises:
       ValueError: the deadline is not above 0.
     """
-    if deadline_s is not None and not deadline_s > 0:
-        raise ValueError(f"verifier.deadline_s got {deadline_s}; allowed: seconds above 0, or None for no deadline")
+    check_deadline("verifier.deadline_s", deadline_s)
 
     def step(task, turn):
         if must_finish and turn.stop == "limit":

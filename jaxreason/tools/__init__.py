@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxreason.options import call_with_section, find, unknown_name_message
 from jaxreason.tools import calculator, human, search
-from jaxreason.tools.interface import Result, Session, Tool, ToolError, run
+from jaxreason.tools.interface import Result, Session, Tool, ToolError, check, run
 
 TOOLS: dict[str, Callable[..., Tool]] = {
     "calculator": calculator.calculator,
@@ -40,7 +40,10 @@ def make(
     made = call_with_section(find("tool", name, TOOLS), kwargs, f"tool {name!r}")
     if not isinstance(made, Tool):
         raise ValueError(f"tool {name!r} made a {type(made).__name__}; allowed: a jaxreason.tools.Tool")
-    return made
+    try:
+        return check(made)
+    except ValueError as error:
+        raise ValueError(f"tool {name!r}: {error}") from None
 
 
 def make_all(wanted: Sequence[str | Mapping[str, Any]]) -> tuple[Tool, ...]:

@@ -17,11 +17,10 @@ import time
 import uuid
 from pathlib import Path
 
-from jaxreason.tools.interface import Tool, ToolError, stateless
+from jaxreason.tools.interface import LONGEST_S, Tool, ToolError, stateless
 
 POLL_S = 0.2  # between two looks for an answer
 NOBODY = "nobody answered"
-LONGEST_S = 1e6  # to wait for an answer
 
 
 def human(
@@ -39,7 +38,7 @@ def human(
         raise ValueError(f"tool 'human': timeout_s got {timeout_s}; allowed: seconds above 0, at most {LONGEST_S:g}")
     if folder is None and not sys.stdin.isatty():
         raise ValueError("tool 'human': there is no terminal to ask at; set folder=..., for questions and answers in files")
-    call = through_files(Path(folder).expanduser(), timeout_s) if folder is not None else at_terminal(timeout_s)
+    call = through_files(Path(os.path.expanduser(folder)), timeout_s) if folder is not None else at_terminal(timeout_s)
     return Tool(as_name, "Ask a person.", stateless(call), {"question": "what you want to know"}, timeout_s, keeps_time=True)
 
 

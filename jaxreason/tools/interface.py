@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import traceback
 from collections.abc import Callable, Mapping
@@ -38,6 +39,35 @@ class Tool(NamedTuple):
     timeout_s: float = 10.0  # seconds per call
     keeps_time: bool = False  # whether the tool ends its calls itself by then; else they run in a thread that is given up
     max_chars: int = 10_000  # of a result; a longer one is cut in its middle
+
+
+NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
+LONGEST_S = 1e6  # largest time-out
+
+
+def check(tool: Tool) -> Tool:
+    """Return a tool whose fields have the right types and values.
+
+    Raises:
+      ValueError: one has not.
+    """
+    if not isinstance(tool.name, str) or not NAME.fullmatch(tool.name):
+        raise ValueError(f"name got {tool.name!r:.80}; allowed: up to 64 letters, digits and . _ -")
+    if not isinstance(tool.help, str) or not tool.help or len(tool.help.splitlines()) != 1:
+        raise ValueError(f"help got {tool.help!r:.80}; allowed: one line")
+    if not callable(tool.open):
+        raise ValueError(f"open got {tool.open!r:.80}; allowed: a function from a task to a Session")
+    words = tool.parameters if isinstance(tool.parameters, Mapping) else {}
+    if not words or not all(isinstance(word, str) for pair in words.items() for word in pair):
+        raise ValueError(f"parameters got {tool.parameters!r:.80}; allowed: one or more, name -> description")
+    check_number("timeout_s", tool.timeout_s, (int, float), LONGEST_S)
+    check_number("max_chars", tool.max_chars, (int,), 10**9)
+    return tool
+
+
+def check_number(field: str, value: Any, types: tuple[type, ...], most: float) -> None:
+    if not isinstance(value, types) or isinstance(value, bool) or not 0 < value <= most:
+        raise ValueError(f"{field} got {value!r:.80}; allowed: a number above 0, at most {most:g}")
 
 
 class Result(NamedTuple):

@@ -6,6 +6,7 @@ It uses `bm25s`, which needs NumPy alone. The index is made once, when the tool 
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -42,9 +43,11 @@ def search(
         raise ValueError("tool 'search' needs bm25s; pip install 'jaxreason[search]'") from None
     if results < 1 or words < 1:
         raise ValueError(f"tool 'search' got results={results}, words={words}; allowed: 1 or more")
-    passages = read_folder(Path(folder).expanduser(), words)
-    index = bm25s.BM25()
-    index.index(bm25s.tokenize([passage.text for passage in passages], show_progress=False), show_progress=False)
+    passages = read_folder(Path(os.path.expanduser(folder)), words)
+    index, tokenized = bm25s.BM25(), bm25s.tokenize([passage.text for passage in passages], show_progress=False)
+    if not any(tokenized.ids):
+        raise ValueError(f"tool 'search': the text in {folder} has no word to search for; allowed: more than short common words")
+    index.index(tokenized, show_progress=False)
     lock = threading.Lock()  # the library does not promise that threads may share an index
 
     def call(query: str) -> str:
