@@ -586,7 +586,11 @@ def end_of_thinking(completer: Completer, attempt: Attempt, tokens_T: np.ndarray
     attempt.thinking = False
     if attempt.length >= attempt.limit:
         return None
-    has_ended = completer.thinking.end.strip() in text_of(completer, tokens_T[len(attempt.request.prompt) : attempt.length])
+    start, tokens = len(attempt.request.prompt), tokens_T[: attempt.length]
+    own = np.ones(len(tokens), bool)
+    for begin, end, author in attempt.appended:
+        own[begin:end] = author != "t"  # a result may say anything
+    has_ended = completer.thinking.end.strip() in text_of(completer, tokens[start:][own[start:]])
     return [] if has_ended else completer.thinking.ids
 
 

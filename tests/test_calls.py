@@ -2,13 +2,16 @@
 
 import random
 import threading
+from types import SimpleNamespace
 
 import pytest
+import tiny_completer as t
 
 from jaxreason import tools
 from jaxreason.environment import Turn, end_of_turn, single_turn, with_tools
+from jaxreason.rollout import Budget
 from jaxreason.tools import Session, Tool
-from jaxreason.tools.calls import DIALECTS
+from jaxreason.tools.calls import DIALECTS, Call, Dialect
 from jaxreason.types import Task, Verdict
 
 TASK = Task("question", "7")
@@ -59,6 +62,23 @@ def test_a_result_does_not_close_itself(dialect):
         assert write(result, False).count(close) == 1
 
 
+def test_a_result_can_not_end_the_thinking():
+    """Only the model's own text spares it the forced end."""
+    model, params = t.make_model()
+    said = [Call("say", {"text": "x"})]
+    dialect = Dialect(
+        lambda text, tools: said if text.endswith("k") else [],
+        lambda text, is_error: text,
+        stops=(("k",),),
+    )
+    environment = with_tools(JUDGE, [Tool("say", "Says it.", lambda task: Session(lambda text: "ggg"), keeps_time=True)], dialect)
+    completer = t.new_completer(model, slots=5, length=44, max_tokens=36)
+    completer = completer._replace(thinking=Budget(12, "gg", t.encode("gg")))
+    rollouts = t.roll(completer, t.biased(params, k=1.0, g=-1e9, _=-1e9), t.make_requests(4, 3), environment)
+    assert any("t" in r.author[:12] for r in rollouts)
+    assert all("ff" in r.author for r in rollouts if len(r.tokens) > 16)
+
+
 def test_a_session_that_opens_late_is_closed_and_does_not_hold_up_the_end():
     opening, go, closed = threading.Event(), threading.Event(), []
 
@@ -81,6 +101,28 @@ def test_a_session_that_opens_late_is_closed_and_does_not_hold_up_the_end():
     thread.join(20)
     assert closed == ["late"]
     assert "does not start" in steps[0].observation
+
+
+def test_a_session_whose_call_hangs_is_closed_and_another_is_opened():
+    opened = []
+
+    def opens(task):
+        opened.append(ended := threading.Event())
+        return Session(lambda text: f"{len(opened)}" if text == "quick" else f"{ended.wait(60)}", ended.set)
+
+    given_up = []
+    judge = JUDGE._replace(failures=SimpleNamespace(give_up=given_up.append))
+    environment = with_tools(judge, [Tool("own", "Does it.", opens, timeout_s=0.2)], DIALECTS["tags"]())
+    state, said = environment.reset(TASK), []
+    for text in ("quick", "hangs", "quick"):
+        state, step = environment.step(state, Turn(f"<tool>own: {text}</tool>", "stop", False))
+        said.append(step.observation)
+    assert said == ["<result>1</result>", "<result>error: no answer in 0.2 s</result>", "<result>2</result>"]
+    assert [event.is_set() for event in opened] == [True, False]
+    given_up[0].join(20)
+    assert not given_up[0].is_alive()
+    environment.close(state)
+    assert opened[1].is_set()
 
 
 def test_all_sessions_are_closed_even_if_one_fails():

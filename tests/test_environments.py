@@ -106,6 +106,15 @@ def test_calls_are_limited():
     assert steps[2].verdict.measures["tool_calls"] == 3.0
 
 
+@pytest.mark.parametrize(("turn", "calls"), [(Turn("upper(7)", "stop", True), 1), (Turn("upper(7)", "stop", False), 2)])
+def test_a_call_without_an_answer_is_cut_off(turn, calls):
+    """Else `must_finish` would reward a number in the call, at which the text ends."""
+    for must_finish, reason in ((True, "cut off"), (False, "judged")):
+        environment = with_tools(single_turn(judge, must_finish=must_finish), [tool()], CALLS, max_calls=1)
+        *_, step = play(environment, [turn] if calls == 1 else ["upper(a)", turn])
+        assert step.verdict.reason == reason
+
+
 def test_a_final_turn_is_judged_even_with_a_call():
     (step,) = play(with_tools(JUDGE, [tool()], CALLS), [Turn("upper(a)", "limit", True)])
     assert step.verdict is not None
@@ -317,6 +326,7 @@ def test_the_calls_of_rollouts_are_answered_in_place(rollouts):
     for r in made_:
         assert len(r.author) == len(r.tokens)
         assert [letter == "m" for letter in r.author] == r.sampled.tolist()
+        assert len(r.tokens) <= 36
         assert set(r.author) <= {"m", "t"}
         text = t.decode(r.tokens)
         for found in re.finditer("[^t]t+", r.author):

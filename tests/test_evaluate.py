@@ -257,6 +257,10 @@ def unbounded(run, folder):
         (["--checkpoint={run}", "--suites=a={'name': 'chain', 'temperatures': 1}"], "a.temperatures got 1; allowed: a list"),
         (["--checkpoint={run}", "--suites=a={'name': 'chain', 'temperatures': []}"], "a.temperatures is empty"),
         (["--checkpoint={run}", "--suites=a={'name': 'chain', 'samples': '4'}"], "a.samples got '4'; allowed: a whole number"),
+        (
+            ["--checkpoint={run}", "--suites=a={'name': 'chain', 'environment': {'name': 'retry', 'attempts': '4'}}"],
+            "suite 'a': config.environment.attempts got '4' (str); allowed: int",
+        ),
         (["--checkpoint={run}", "--top_p=2"], "evaluate got top_k=0, top_p=2.0"),
         (["--checkpoint={run}", "--verifier=exactly"], "unknown verifier 'exactly' (did you mean 'exact'?)"),
         (["--compare", "{run}"], "--compare got 1 folders"),

@@ -43,6 +43,13 @@ class Sessions:
         session.close()
         raise RuntimeError("the rollout has ended")
 
+    def drop(self, tool: Tool) -> None:
+        """Close the session with a tool; the next call opens another."""
+        with self.lock:
+            session = self.opened.pop(tool.name, None)
+        if session is not None:
+            session.close()
+
     def close(self) -> None:
         """Close all sessions, also if one fails to close; raise the first error."""
         with self.lock:
@@ -73,8 +80,10 @@ def with_tools(
     turns.
 
     A malformed call, an unknown tool, a time-out or a crash is answered by a short
-    error text, and counts as a call. A turn with a call after `max_calls` of them is
-    judged as it is. The verdict's measures are tool_calls and tool_errors (calls that
+    error text, and counts as a call. A turn with a call that has no answer, because of
+    `max_calls` or the limit of tokens, is judged as one that was cut off. After a
+    time-out a tool's session is closed, and the next call opens another: two calls
+    never share one at the same time. The verdict's measures are tool_calls and tool_errors (calls that
     were answered by an error).
 
     Args:
@@ -111,7 +120,12 @@ def with_tools(
             session = state.sessions.of(tool)
         except Exception:
             return Result(f"{tool.name} does not start", is_error=True, failure=traceback.format_exc())
-        return run(tool, session, call.arguments, failures.give_up)
+
+        def stuck(thread: threading.Thread) -> None:
+            state.sessions.drop(tool)
+            failures.give_up(thread)
+
+        return run(tool, session, call.arguments, stuck)
 
     def answers(state: ToolUse, calls: Sequence[Call | Malformed]) -> tuple[ToolUse, Step]:
         left = max_calls - state.calls
@@ -124,9 +138,10 @@ def with_tools(
 
     def step(state: ToolUse, turn: Turn) -> tuple[ToolUse, Step]:
         said = turn.text[: end_of_turn(stops, turn.text)]  # without the rest of the token in which the call ends
-        calls = [] if turn.final or state.calls >= max_calls else dialect.read(said, tools)
-        if calls:
-            return answers(state, calls)
+        if calls := dialect.read(said, tools):
+            if not turn.final and state.calls < max_calls:
+                return answers(state, calls)
+            turn = turn._replace(stop="limit")  # a limit cut it off: `must_finish` rewards no number in a call
         inner, made = environment.step(state.inner, turn)
         if made.verdict is not None:
             counts = {"tool_calls": float(state.calls), "tool_errors": float(state.errors)}
