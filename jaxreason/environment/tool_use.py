@@ -68,6 +68,17 @@ class ToolUse(NamedTuple):
     errors: int = 0  # calls that were answered by an error
 
 
+def check(tools: Sequence[Tool], dialect: Dialect, max_calls: int) -> None:
+    """Raise ValueError for arguments of `with_tools` that are not allowed."""
+    if max_calls < 1:
+        raise ValueError(f"max_calls got {max_calls}; allowed: 1 or more")
+    names = [tool.name for tool in tools]
+    if not names or len({*names}) < len(names):
+        raise ValueError(f"tools got {names}; allowed: one or more, each with its own name")
+    if dialect.one_tool and len(names) > 1:
+        raise ValueError(f"this dialect names no tool, so it can't tell {' and '.join(names)} apart; choose tags, or one tool")
+
+
 def with_tools(
     environment: Environment,
     tools: Sequence[Tool],
@@ -83,8 +94,8 @@ def with_tools(
     error text, and counts as a call. A turn with a call that has no answer, because of
     `max_calls` or the limit of tokens, is judged as one that was cut off. After a
     time-out a tool's session is closed, and the next call opens another: two calls
-    never share one at the same time. The verdict's measures are tool_calls and tool_errors (calls that
-    were answered by an error).
+    never share one at the same time. The verdict's measures are tool_calls and
+    tool_errors (calls that were answered by an error).
 
     Args:
       environment: judges the turns without calls; it sees only that turn's text, so a
@@ -99,13 +110,7 @@ def with_tools(
       ValueError: `max_calls` below 1, no tool, two of one name, or several in a dialect
         of one.
     """
-    if max_calls < 1:
-        raise ValueError(f"max_calls got {max_calls}; allowed: 1 or more")
-    names = [tool.name for tool in tools]
-    if not names or len({*names}) < len(names):
-        raise ValueError(f"tools got {names}; allowed: one or more, each with its own name")
-    if dialect.one_tool and len(names) > 1:
-        raise ValueError(f"this dialect names no tool, so it can't tell {' and '.join(names)} apart; choose tags, or one tool")
+    check(tools, dialect, max_calls)
     by_name = {tool.name: tool for tool in tools}
     failures = environment.failures or Failures(environment.name)
     stops = tuple(Stop(*stop) for stop in dialect.stops)
