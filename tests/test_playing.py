@@ -185,6 +185,26 @@ def test_a_callback_that_raises_leaves_nothing_open(made):
     # A step that still runs in its thread closes what it has opened soon after.
 
 
+@pytest.mark.parametrize("said", ["abcabcabc", "a"])
+def test_observations_fill_the_limit_and_the_last_turn_says_so(made, said):
+    turns = []
+
+    def step(state, turn):
+        turns.append(turn)
+        return state, RIGHT if turn.final or len(turns) > 500 else Step(observation=said)
+
+    counted = Counted(step)
+    completer = t.make_completer(made[0])
+    rollouts = t.roll(completer, t.biased(made[1], _=2.0), t.make_requests(4, 3), counted.environment)
+    assert {(len(r.tokens), len(r.author)) for r in rollouts} == {(completer.max_tokens, completer.max_tokens)}
+    assert sum(turn.final for turn in turns) == len(rollouts)
+    assert all(turn.final == (turn.stop == "limit") or len(turn.text) > 0 for turn in turns)
+    if len(said) > 1:
+        assert any(r.author.endswith("t") and not t.decode(r.tokens).endswith(said) for r in rollouts)
+        assert any(turn.final and not turn.text for turn in turns)
+    counted.check()
+
+
 def test_an_interrupted_answer_is_closed(made):
     completer = t.make_completer(made[0])
     counted = Counted(lambda state, turn: (state, RIGHT if turn.final else Step(observation="a")))

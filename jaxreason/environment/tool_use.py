@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxreason.environment.interface import Environment, Failures, Step, Stop, Turn, end_of_turn
@@ -79,6 +79,25 @@ def check(tools: Sequence[Tool], dialect: Dialect, max_calls: int) -> None:
         raise ValueError(f"this dialect names no tool, so it can't tell {' and '.join(names)} apart; choose tags, or one tool")
 
 
+def answer(call: Call | Malformed, by_name: Mapping[str, Tool], sessions: Sessions, failures: Failures) -> Result:
+    """Answer one call, whatever it is."""
+    if isinstance(call, Malformed):
+        return Result(call.why, is_error=True)
+    tool = by_name.get(call.name)
+    if tool is None:
+        return Result(f"no tool {call.name[:40]!r}; there are: {', '.join(by_name)}", is_error=True)
+    try:
+        session = sessions.of(tool)
+    except Exception:
+        return Result(f"{tool.name} does not start", is_error=True, failure=traceback.format_exc())
+
+    def stuck(thread: threading.Thread) -> None:
+        sessions.drop(tool)
+        failures.give_up(thread)
+
+    return run(tool, session, call.arguments, stuck)
+
+
 def with_tools(
     environment: Environment,
     tools: Sequence[Tool],
@@ -115,27 +134,10 @@ def with_tools(
     failures = environment.failures or Failures(environment.name)
     stops = tuple(Stop(*stop) for stop in dialect.stops)
 
-    def answer(state: ToolUse, call: Call | Malformed) -> Result:
-        if isinstance(call, Malformed):
-            return Result(call.why, is_error=True)
-        tool = by_name.get(call.name)
-        if tool is None:
-            return Result(f"no tool {call.name[:40]!r}; there are: {', '.join(by_name)}", is_error=True)
-        try:
-            session = state.sessions.of(tool)
-        except Exception:
-            return Result(f"{tool.name} does not start", is_error=True, failure=traceback.format_exc())
-
-        def stuck(thread: threading.Thread) -> None:
-            state.sessions.drop(tool)
-            failures.give_up(thread)
-
-        return run(tool, session, call.arguments, stuck)
-
     def answers(state: ToolUse, calls: Sequence[Call | Malformed]) -> tuple[ToolUse, Step]:
         left = max_calls - state.calls
         none_left = Result(f"no calls left after {max_calls}", is_error=True)
-        results = [answer(state, call) if i < left else none_left for i, call in enumerate(calls)]
+        results = [answer(call, by_name, state.sessions, failures) if i < left else none_left for i, call in enumerate(calls)]
         texts = [dialect.write(fit(result.text), result.is_error) for result in results]
         said = [Message(dialect.role, text) for text in texts] if dialect.role else "".join(texts)
         state = state._replace(calls=state.calls + len(calls), errors=state.errors + sum(r.is_error for r in results))
