@@ -8,9 +8,10 @@ asynchronous `score(trace)`).
 from types import SimpleNamespace
 
 import pytest
+from runs import load_config
 
 from jaxreason import tasks, verify
-from jaxreason.build import environments
+from jaxreason.build import build, environments
 from jaxreason.build.model import make_text, reword
 from jaxreason.environment import Turn, checked, openenv
 from jaxreason.tasks.openenv import text_of
@@ -62,6 +63,10 @@ def to_action(text):
 
 def show(observation):
     return f"<{observation.text}>"
+
+
+def digits(observation):
+    return "0" + "".join(c for c in observation.text if c.isdigit())
 
 
 class Sum:
@@ -179,6 +184,20 @@ def test_an_environment_of_a_config(fakes):
     assert made.environment.step(state, TURN._replace(text="5"))[1].observation == "lower"
     with pytest.raises(ValueError, match=r"config.environment needs maker="):
         environments.make_environment({"name": "openenv"}, {"name": "exact"}, [Task("", "")], parts)
+
+
+def test_problems_of_an_environment_need_no_key_for_the_verifier(fakes):
+    """The shipped verifiers refuse tasks without answers, and none of them is asked."""
+    names = {"maker": "fakes:make", "show": "fakes:digits"}
+    config = load_config("tools", "smoke")
+    with config.unlocked():
+        config.environment = {"name": "openenv", **names}
+        config.rl.source.task = {"name": "openenv", "size": 4, **names}
+        config.evaluate.suites = {"guess": {"name": "openenv", "size": 4, **names}}
+    assert len(build(config).phases) == 2
+    config.environment = {"name": "single_turn"}
+    with pytest.raises(ValueError, match="verifier 'exact' can't judge 4 of 4 keys"):
+        build(config)
 
 
 # ------------------------------------------------------------------------------------------------------------- verifiers

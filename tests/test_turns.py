@@ -180,7 +180,7 @@ def test_a_template_lists_the_tools_or_the_system_message_does(folder):
 
 
 def test_a_whole_rollout_in_a_chat(folder):
-    tokenizer, (environment, form) = made(folder, MERGED, TOOLS)
+    tokenizer, (environment, form, _) = made(folder, MERGED, TOOLS)
     state = environment.reset(TASK)
     state, step = environment.step(
         state, Turn('<tool_call>{"name": "calculator", "arguments": {"expression": "3+4"}}</tool_call>', "eos", False)
@@ -240,7 +240,7 @@ def test_a_tokenizer_without_the_characters_of_a_dialect_is_refused():
 
 
 def test_environments_nest(folder):
-    _, (environment, _) = made(folder, PLAIN_ROLES, TOOLS | {"inside": {"name": "retry", "attempts": 2}})
+    _, (environment, _, _) = made(folder, PLAIN_ROLES, TOOLS | {"inside": {"name": "retry", "attempts": 2}})
     state = environment.reset(TASK)
     state, step = environment.step(state, Turn("8", "eos", False))
     assert step.observation == [Message("user", "That is not right. Try again.")]
@@ -266,7 +266,7 @@ def test_an_environment_of_a_user(folder, monkeypatch):
         "    return 3\n"
     )
     monkeypatch.syspath_prepend(folder)
-    _, (environment, _) = made(folder, PLAIN_ROLES, {"name": "my_environment:polite", "word": "now"})
+    _, (environment, _, _) = made(folder, PLAIN_ROLES, {"name": "my_environment:polite", "word": "now"})
     assert isinstance(environment, Environment)
     assert environment.step(environment.reset(TASK), Turn("7", "eos", False))[1] == Step(observation="say it: ")
     assert isinstance(environment.step(environment.reset(TASK), Turn("now 7", "eos", False))[1].verdict, Verdict)

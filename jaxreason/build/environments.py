@@ -29,6 +29,7 @@ class Made(NamedTuple):
 
     environment: Environment
     format: text.Format
+    asks_verifier: bool = True  # whether the config's verifier judges; else its tasks need no key
 
 
 def make_environment(section: Mapping[str, Any] | None, verifier: dict, items: Sequence[Task], parts: Parts, **words) -> Made:
@@ -58,7 +59,9 @@ def make_wrapped(section: dict, judged: Made, parts: Parts, words: dict) -> Made
     maker = find("environment", name, SECTIONS)
     check_types(maker, section)
     if ":" in name:
-        return judged._replace(environment=make_own(name, maker, section, judged.environment))
+        asks = "environment" in inspect.signature(maker).parameters
+        made = make_own(name, maker, section, judged.environment if asks else None)
+        return judged._replace(environment=made, asks_verifier=asks and judged.asks_verifier)
     inside = section.get("inside")
     if inside is not None and inside.get("name") != "single_turn":
         judged = make_wrapped({"name": None} | dict(inside), judged, parts, words)
@@ -76,12 +79,12 @@ def check_types(maker: Callable, section: dict) -> None:
     fields.check(fields.Section((single_turn, maker), given), section, WHERE)
 
 
-def make_own(name: str, maker: Callable, section: dict, environment: Environment) -> Environment:
+def make_own(name: str, maker: Callable, section: dict, environment: Environment | None) -> Environment:
     """Make a user's environment. Its maker gets the judge of the config's verifier as
-    `environment`, if it has such an argument.
+    `environment`, if it has such an argument; else None is given here.
     """
     own = {key: value for key, value in section.items() if key != "name"}
-    given = {"environment": environment} if "environment" in inspect.signature(maker).parameters else {}
+    given = {} if environment is None else {"environment": environment}
     made = call_with_section(maker, own, f"environment {name!r}", **given)
     if not isinstance(made, Environment):
         raise ValueError(f"environment {name!r} made a {type(made).__name__}; allowed: a jaxreason.environment.Environment")
@@ -128,7 +131,7 @@ def tools_section(
         return judged._replace(environment=made)
     format = parts.reword(**words, tools=[schema(tool) for tool in made_tools], described=described(made_tools, chosen))
     check_reply(format, parts.tokenizer, chosen.role)
-    return Made(made, format)
+    return judged._replace(environment=made, format=format)
 
 
 make_tools = tools.make_all
@@ -184,7 +187,7 @@ def openenv_section(
         raise ValueError(f"{WHERE}: {error}") from None
     if role:
         check_reply(judged.format, parts.tokenizer, role)
-    return judged._replace(environment=made)
+    return judged._replace(environment=made, asks_verifier=False)
 
 
 SECTIONS: dict[str, Callable] = {

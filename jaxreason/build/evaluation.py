@@ -136,19 +136,21 @@ def make_suite(name: str, section: dict, parts: Parts, n: int, allow_overlap: bo
     words = {} if own["instruction"] is None else {"instruction": own["instruction"]}
     section = parts.environment if own["environment"] is None else own["environment"]
     try:
-        environment, format = make_environment(section, verifier, items, parts, **words)
+        made = make_environment(section, verifier, items, parts, **words)
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None
     longest_prompt = completer.sampler.length - completer.max_tokens
-    prompted = drop_long_prompts(items, format.prompt, longest_prompt, what, parts.say)
+    prompted = drop_long_prompts(items, made.format.prompt, longest_prompt, what, parts.say)
     items = [task for task, _ in prompted]
-    check_keys(items, verifier, what, parts.say)
+    if made.asks_verifier:
+        check_keys(items, verifier, what, parts.say)
     # Answers within a text are judged one by one, unless each takes a child process.
-    correct = None if verifier["name"] in verify.BOUNDED else judge_with(judge(verifier, items))
+    judges_parts = made.asks_verifier and verifier["name"] not in verify.BOUNDED
+    correct = judge_with(judge(verifier, items)) if judges_parts else None
     return evaluation.Suite(
         name,
         prompted,
-        environment,
+        made.environment,
         samples=samples,
         temperatures=own["temperatures"],
         max_tokens=own["max_tokens"],

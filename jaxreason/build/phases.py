@@ -221,13 +221,13 @@ def rollouts(
     )
     loaded = load_trained(task, parts)
     what = f"task {task['name']!r}"
-    environment, format = make_environment(parts.environment, parts.verifier, loaded, parts)
-    prompted = drop_long_prompts(loaded, format.prompt, longest_prompt, what, parts.say)
-    items = [task for task, _ in prompted]
-    check_keys(items, parts.verifier, what, parts.say)
+    made = make_environment(parts.environment, parts.verifier, loaded, parts)
+    prompted = drop_long_prompts(loaded, made.format.prompt, longest_prompt, what, parts.say)
+    if made.asks_verifier:
+        check_keys([task for task, _ in prompted], parts.verifier, what, parts.say)
     return sources.rollouts(
         data.shuffled(prompted, seed=parts.seed),
-        environment,
+        made.environment,
         completer,
         objective,
         problems=problems,
