@@ -54,6 +54,14 @@ def test_a_turn_ends_only_where_there_is_a_call(dialect):
     assert ended > 100
 
 
+def test_results_are_fitted():
+    environment = with_tools(JUDGE, [tools.make("calculator")], DIALECTS["brackets"](), fit=lambda result: result[:3])
+    assert environment.step(environment.reset(TASK), Turn("[111*1001=", "stop", False))[1].observation == "111]"
+    environment = with_tools(JUDGE, [tools.make("calculator")], DIALECTS["tags"](), fit=lambda result: result[:3])
+    turn = Turn("<tool>calculator: 1/0</tool>", "stop", False)
+    assert environment.step(environment.reset(TASK), turn)[1].observation == "<result>error: div</result>"
+
+
 @pytest.mark.parametrize("dialect", INLINE)
 def test_a_result_does_not_close_itself(dialect):
     write = DIALECTS[dialect]().write

@@ -8,7 +8,8 @@ import pytest
 import tiny_completer as t
 
 from jaxreason import text
-from jaxreason.environment import Environment, Failures, Playing, Step, Turn, VerifierFailed
+from jaxreason.build import sampler
+from jaxreason.environment import Environment, Failures, Playing, Step, Stop, Turn, VerifierFailed
 from jaxreason.play import policy
 from jaxreason.play.talk import Talk
 from jaxreason.types import Message, Task, Verdict
@@ -218,6 +219,36 @@ def test_an_interrupted_answer_is_closed(made):
     with pytest.raises(KeyboardInterrupt):
         talk.sample(Task("q", "a"), [1, 2], counted.environment, show)
     assert len(counted.closed) == len(counted.opened) > 0
+
+
+def test_what_environments_need_is_compiled_before_the_run(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        sampler.rollout, "warm_up", lambda *_, **more: asked.append((more["appends_tokens"], more["stops_slots"]))
+    )
+    completer = SimpleNamespace(thinking=None, sampler=SimpleNamespace(prepare=lambda params: params))
+    one_turn = Environment(object, raises, one_turn=True)
+    turns, stops = one_turn._replace(one_turn=False), one_turn._replace(one_turn=False, stops=(Stop("="),))
+    for environments in ([one_turn], [one_turn, turns], [stops, one_turn]):
+        sampler.warm_up(completer, [], environments, {})
+    assert asked == [(False, False), (True, False), (True, True)]
+
+
+def test_a_person_has_the_tokens_of_a_model():
+    """What the person writes, its ends and what they read count."""
+    finals = []
+
+    def step(state, turn):
+        finals.append(turn.final)
+        return state, RIGHT if turn.final else Step(observation="12345")
+
+    tokenizer = text.make("byte_level")
+    game = policy.Game([Task("q", "a")], Environment(lambda task: None, step), text.plain(tokenizer), tokenizer, 14)
+    policy.play(game, iter(["abc", "abc", "abc"]), [].append)
+    assert finals == [False, False, True]
+    game = game._replace(max_tokens=13)
+    policy.play(game, iter(["abc", "abc"]), [].append)
+    assert finals[3:] == [False, True]
 
 
 def test_a_person_who_stops_closes_the_environment():

@@ -48,7 +48,7 @@ class WithPrompts:
 def judge(text, task):
     if task.id == "2":
         raise RuntimeError("a bug in a verifier")
-    return t.verify(text, task)
+    return dataclasses.replace(t.verify(text, task), measures={"letters": float(len(text))})
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Tools: exact and bounded whatever the model asks, and calls in every dialect."""
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 
@@ -227,6 +229,19 @@ def test_a_person_answers_through_files(tmp_path):
     assert call(tool, question="What is it?") == ("a heron", False, "")
     thread.join()
     assert not list(tmp_path.glob("*.question"))
+
+
+def test_an_answer_that_is_still_being_written_is_waited_for(tmp_path, monkeypatch):
+    path, written = tmp_path / "x.answer", iter(["", "4", "42", "42"])
+    now, seen = itertools.count(), []
+
+    def sleep(seconds):
+        seen.append(next(written))
+        path.write_text(seen[-1])
+
+    monkeypatch.setattr(human_, "time", SimpleNamespace(monotonic=lambda: next(now), sleep=sleep))
+    assert human_.wait_for(path, 100.0) == "42"
+    assert len(seen) == 4
 
 
 def test_nobody_answers(tmp_path):

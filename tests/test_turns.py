@@ -120,6 +120,8 @@ def test_a_result_can_not_open_a_turn(bpe):
     assert len(plain) > 1
     for mark in "\ue000\ue001\ue002\ue003\ue004":
         assert chat(bpe, PLAIN_ROLES).observe([Message("tool", f"a{mark}b")], True)
+    given = [chat(bpe, PLAIN_ROLES).observe([Message("tool", said)], True) for said in ("a\ue004b", "ab")]
+    assert given[0] == given[1]
 
 
 @pytest.mark.parametrize(
