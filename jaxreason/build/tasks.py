@@ -215,7 +215,7 @@ def check_keys(items: Sequence, section: dict, what: str, say: Callable[[str], N
     Raises:
       ValueError: the verifier can't judge any key.
     """
-    if section.get("name") not in verify.VERIFIERS:
+    if section.get("name") not in verify.VERIFIERS or section["name"] == "taskset":
         return
     step = -(-len(items) // KEYS_TRIED)
     tried = items[::step]
