@@ -28,12 +28,12 @@ import importlib.util
 import itertools
 import json
 import os
-import sys
-import tempfile
+import socket
 import threading
 from pathlib import Path
 
 from jaxreason.sandbox import bwrap
+from jaxreason.sandbox.processes import Processes, start_group, start_namespace
 from jaxreason.sandbox.session import Lost, Result, Session, start
 
 __all__ = ["Lost", "Result", "Sandbox", "Session", "shared"]
@@ -143,20 +143,16 @@ class Sandbox:
         path = [bwrap.PACKAGES] if held else sorted({str(folder.parent) for folder in folders})
         options = {**self._options, "path": path if folders else [], "uid": bwrap.uid(next(NUMBERS)) if held else 0}
 
-        def arguments(socket: int) -> list[str]:
-            return ["-I", "-S", "-c", INSIDE.read_text(), str(socket), json.dumps(options)]
-
-        if not held:
-            folder = tempfile.mkdtemp(prefix="jaxreason-")
-            python = os.path.realpath(sys.executable)
-            return start(lambda socket: [python, *arguments(socket)], [], self.timeout_s, self.max_output, folder)
         binds = {str(folder): f"{bwrap.PACKAGES}/{folder.name}" for folder in folders}
-        filter_fd = bwrap.filter_file()
-        try:
-            command = lambda socket: bwrap.argv(arguments(socket), filter_fd, self._files_mb, binds)  # noqa: E731
-            return start(command, [filter_fd], self.timeout_s, self.max_output)
-        finally:
-            os.close(filter_fd)
+
+        def begin(theirs: socket.socket, output: int) -> Processes:
+            fd = theirs.fileno()
+            arguments = ["-I", "-S", "-c", INSIDE.read_text(), str(fd), json.dumps(options)]
+            if held:
+                return start_namespace(arguments, [fd], output, files_mb=self._files_mb, binds=binds)
+            return start_group(arguments, [fd], output)
+
+        return start(begin, self.timeout_s, self.max_output)
 
 
 def package_folders(name: str) -> list[Path]:

@@ -96,12 +96,19 @@ def uid(number: int) -> int:
     return FIRST_UID + (os.getpid() % 2**20) * 2**10 + number % 2**10
 
 
+def variables() -> dict[str, str]:
+    """Return the whole environment of a program."""
+    threads = {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "OMP", "MKL")}  # of numpy; they count as processes
+    return {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", **threads}
+
+
 def argv(
     arguments: Sequence[str],
     filter_fd: int,
     files_mb: int,
     binds: Mapping[str, str] | None = None,  # path here -> path in the sandbox, read-only
     environment: Mapping[str, str] | None = None,
+    info_fd: int | None = None,  # where bwrap writes the number of its first process
 ) -> list[str]:
     """Return the command that runs Python with these arguments in a sandbox.
 
@@ -111,17 +118,18 @@ def argv(
     prefix, executable = Path(sys.base_prefix), Path(os.path.realpath(sys.executable))
     elsewhere = not prefix.is_relative_to("/usr")
     seen = f"{PYTHON}/{executable.relative_to(prefix)}" if elsewhere and executable.is_relative_to(prefix) else str(executable)
-    variables = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    variables |= ({"LD_LIBRARY_PATH": f"{PYTHON}/lib"} if elsewhere else {}) | dict(environment or {})
+    shown = variables() | ({"LD_LIBRARY_PATH": f"{PYTHON}/lib"} if elsewhere else {}) | dict(environment or {})
     command = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
-    command += ["--die-with-parent", "--new-session", "--hostname", "sandbox", "--clearenv", "--cap-drop", "ALL"]
+    command += ["--as-pid-1", "--die-with-parent", "--new-session", "--hostname", "sandbox", "--clearenv", "--cap-drop", "ALL"]
     if is_root():
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
         command += ["--disable-userns"] if new_option("--disable-userns") else []
-    for name, value in variables.items():
+    for name, value in shown.items():
         command += ["--setenv", name, value]
+    for folder in ("/etc", "/dev", PACKAGES):  # made for a bind alone, they would be root's only
+        command += ["--perms", "0755", "--dir", folder]
     command += ["--ro-bind", "/usr", "/usr"]
     for name in MERGED:
         if os.path.islink(f"/{name}"):
@@ -139,4 +147,5 @@ def argv(
     for name in DEVICES:
         command += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
     command += ["--perms", "1777", "--size", str(files_mb << 20), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]
+    command += ["--info-fd", str(info_fd)] if info_fd is not None else []
     return [*command, "--seccomp", str(filter_fd), "--", seen, *arguments]

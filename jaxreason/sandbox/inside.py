@@ -22,7 +22,6 @@ import signal
 import socket
 import sys
 from contextlib import suppress
-from traceback import extract_tb
 
 LONGEST_ERROR = 2000  # characters
 MOST = 1_000_000  # items that are taken from an iterator
@@ -55,9 +54,14 @@ class Channel:
 # --- running ---
 
 
-def main(fd, options):
+def main(fd, options, *command):
+    """Serve requests; or become the Python of a command line, within the limits."""
     options = json.loads(options)
     limit(options)
+    if options["alone"]:
+        be_first()
+    if command:
+        os.execv(sys.executable, [sys.executable, *command])
     sys.path += options["path"]
     sys.set_int_max_str_digits(0)
     for stream in (sys.stdout, sys.stderr):
@@ -84,6 +88,21 @@ def main(fd, options):
         if alone:
             end_others()
         channel.send(reply)
+
+
+def be_first():
+    """Stay behind as the first process of the namespace, which nothing inside can kill,
+    and end with the forked one that returns from here; the kernel then ends the others.
+    """
+    pid = os.fork()
+    if pid == 0:
+        return
+    os.closerange(3, 64)
+    while True:
+        ended_pid, status = os.wait()
+        if ended_pid == pid:
+            code = os.waitstatus_to_exitcode(status)
+            os._exit(code if code >= 0 else 128 - code)
 
 
 def limit(options):
@@ -143,18 +162,22 @@ def said(error):
     if isinstance(error, SystemExit) and error.code in (None, 0):
         return {"error": "", "reason": ""}
     try:
-        lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == "<program>"]
-        lines += [error.lineno] if isinstance(error, SyntaxError) and error.lineno else []
-        where = f" (line {lines[-1]})" if lines else ""
+        line, trace = 0, error.__traceback__
+        while trace:  # there may be a million frames
+            if trace.tb_frame.f_code.co_filename == "<program>":
+                line = trace.tb_lineno
+            trace = trace.tb_next
+        line = error.lineno if isinstance(error, SyntaxError) and error.lineno else line
+        where = f" (line {line})" if line else ""
         words = " ".join((error.msg if isinstance(error, SyntaxError) else str(error))[:LONGEST_ERROR].split())
     except BaseException:
         where, words = "", ""
     name = type(error).__name__
-    line = (f"{name}: {words}" if words else name) + where
-    return {"error": line, "reason": "out of memory" if isinstance(error, MemoryError) else "error"}
+    told = (f"{name}: {words}" if words else name) + where
+    return {"error": told, "reason": "out of memory" if isinstance(error, MemoryError) else "error"}
 
 
-def forked(request, channel, alone):
+def forked(request, channel, alone, say=os.write, leave=os._exit):
     """Answer a request in a forked process, which may end as it likes."""
     if alone:
         empty(os.getcwd())
@@ -171,9 +194,12 @@ def forked(request, channel, alone):
                 give_stdin(request["stdin"])
                 reply = run(request["code"], fresh())
         finally:
-            flush()
-            os.write(write, json.dumps(reply).encode())
-            os._exit(0)
+            try:
+                flush()
+                say(write, json.dumps(reply).encode())
+                leave(0)
+            finally:
+                leave(1)
     os.close(write)
     _, status = os.waitpid(pid, 0)
     os.set_blocking(read, False)

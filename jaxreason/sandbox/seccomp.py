@@ -2,7 +2,8 @@
 
 It refuses what Python has no need of and what faults of kernels have been in: new
 namespaces and mounts, tracing, kernel modules, keys, BPF, io_uring; sockets other than
-of Unix; and memory that no limit of a process counts (memfd, System V and POSIX queues).
+those of Unix; and memory that no limit of a process counts (memfd, queues of System V
+and POSIX).
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""A living interpreter in a sandbox, seen from outside.
-
-One thread starts all sandboxes: bwrap ends with the thread that started it, and a
-caller's thread may end before the run does.
+"""A living interpreter in a sandbox, seen from outside: requests and answers over a
+socket, output over a pipe. Both are read with a bound and a deadline, and nothing that
+comes out of them is trusted.
 """
 
 from __future__ import annotations
@@ -9,22 +8,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import queue
 import select
-import shutil
-import signal
 import socket
-import subprocess
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from typing import Any, NamedTuple
 
-START_S = 60.0  # for the first sign of life; on an idle machine it takes 50 ms
+from jaxreason.sandbox.processes import START_S, Processes
+
 LONGEST_FRAME = 64 << 20  # bytes of one answer of a program
 FLOOD = 1000  # a program that prints this many times what is kept is ended
-GONE_S = 10.0  # for the kernel to end all processes of a sandbox
+REASONS = ("", "error", "timeout", "out of memory", "crashed")  # that may come from inside
 
 
 class Result(NamedTuple):
@@ -46,10 +40,8 @@ class Session:
     `Sandbox.session`; used by one thread at a time.
     """
 
-    def __init__(
-        self, process: subprocess.Popen, control: socket.socket, output: int, timeout_s: float, max_output: int, folder: str
-    ):
-        self._process, self._control, self._output, self._folder = process, control, output, folder
+    def __init__(self, processes: Processes, control: socket.socket, output: int, timeout_s: float, max_output: int):
+        self._processes, self._control, self._output = processes, control, output
         self.timeout_s, self.max_output = timeout_s, max_output
         self._heard, self._kept, self._printed, self.alive = bytearray(), bytearray(), 0, True
         control.setblocking(False)
@@ -68,7 +60,7 @@ class Session:
         try:
             reply = self.ask(request, timeout_s, answer=answer)
             error, reason = reply.get("error"), reply.get("reason")
-            if not (isinstance(error, str) and isinstance(reason, str)):
+            if not isinstance(error, str) or reason not in REASONS:
                 raise self._lost("crashed")
         except Lost as lost:
             error, reason = "", str(lost)
@@ -113,16 +105,9 @@ class Session:
         if not self.alive:
             return
         self.alive = False
-        _kill(self._process, group=bool(self._folder))
-        self._process.wait()
+        self._processes.end()
         self._control.close()
-        with contextlib.suppress(OSError):  # the first process of the namespace holds the output, and ends last
-            deadline = time.monotonic() + (0.0 if self._folder else GONE_S)
-            while time.monotonic() < deadline and self._hear_output():
-                _wait([(self._output, select.POLLIN)], deadline)
         os.close(self._output)
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _text(self) -> str:
         text = self._kept.decode(errors="replace")
@@ -131,10 +116,8 @@ class Session:
     def _lost(self, reason: str) -> Lost:
         """Close the sandbox and make the exception that says so."""
         if reason == "crashed" and self.alive:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # it may have closed its socket and live on
-                code = self._process.wait(0.5)
-                reason = "timeout" if code in (128 + signal.SIGXCPU, -signal.SIGXCPU) else reason
-            with contextlib.suppress(OSError):
+            reason = "timeout" if self._processes.ran_out(0.5) else reason  # it may have closed its socket and live on
+            with contextlib.suppress(OSError, Lost):
                 self._hear_output()
         self.close()
         return Lost(reason)
@@ -211,52 +194,8 @@ def _wait(watched: Sequence[tuple[int, int]], deadline: float) -> list[int]:
     return [fd for fd, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)]
 
 
-def _kill(process: subprocess.Popen, group: bool) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL) if group else process.kill()
-
-
-# --- the thread that starts sandboxes ---
-
-
-class _Starter:
-    """One thread that lives as long as this process."""
-
-    def __init__(self):
-        self._lock = threading.Lock()
-        self.reset()
-
-    def reset(self) -> None:
-        self._calls: queue.SimpleQueue | None = None
-
-    def popen(self, command: Sequence[str], **options) -> subprocess.Popen:
-        with self._lock:
-            if self._calls is None:
-                self._calls = queue.SimpleQueue()
-                threading.Thread(target=self._work, args=(self._calls,), daemon=True, name="sandbox").start()
-        future: Future = Future()
-        self._calls.put((future, command, options))
-        return future.result()
-
-    @staticmethod
-    def _work(calls: queue.SimpleQueue) -> None:
-        while True:
-            future, command, options = calls.get()
-            try:
-                future.set_result(subprocess.Popen(command, **options))
-            except BaseException as error:
-                future.set_exception(error)
-
-
-STARTER = _Starter()
-os.register_at_fork(after_in_child=STARTER.__init__)  # a fork has no thread of its parent's
-
-
-def start(
-    command: Callable[[int], list[str]], pass_fds: Sequence[int], timeout_s: float, max_output: int, folder: str = ""
-) -> Session:
-    """Start a session; `command` makes the command line of the number of its socket.
-    With a `folder` the session is a process group, and removes the folder at its end.
+def start(begin: Callable[[socket.socket, int], Processes], timeout_s: float, max_output: int) -> Session:
+    """Start a session; `begin` starts its processes with their socket and output.
 
     Raises:
       RuntimeError: it does not start.
@@ -264,15 +203,7 @@ def start(
     ours, theirs = socket.socketpair()
     read, write = os.pipe()
     try:
-        process = STARTER.popen(
-            command(theirs.fileno()),
-            pass_fds=[theirs.fileno(), *pass_fds],
-            stdin=subprocess.DEVNULL,
-            stdout=write,
-            stderr=write,
-            start_new_session=True,
-            **({"cwd": folder, "env": {"PATH": "/usr/bin:/bin", "HOME": folder, "TMPDIR": folder}} if folder else {}),
-        )
+        processes = begin(theirs, write)
     except OSError as error:
         ours.close()
         os.close(read)
@@ -280,15 +211,13 @@ def start(
     finally:
         theirs.close()
         os.close(write)
-    session = Session(process, ours, read, timeout_s, max_output, folder)
+    session = Session(processes, ours, read, timeout_s, max_output)
     try:
-        ready = session._receive(time.monotonic() + START_S)
+        session._receive(time.monotonic() + START_S)
     except (Lost, OSError, ValueError) as error:
-        session._kept += b""
-        with contextlib.suppress(OSError, Lost):
-            session._hear_output() if session.alive else None
-        session.close()
+        if session.alive:
+            session._hear_output()
+            session.close()
         said = " ".join(session._kept.decode(errors="replace").split())[-300:]
         raise RuntimeError(f"a sandbox did not start: {said or error}; are its limits too small?") from None
-    assert ready == {"kind": "ready"}
     return session
