@@ -192,6 +192,8 @@ def forked(request, channel, alone, say=os.write, leave=os._exit):
             else:
                 channel.socket.close()
                 give_stdin(request["stdin"])
+                if request.get("quiet"):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
                 reply = run(request["code"], fresh())
         finally:
             try:
@@ -295,6 +297,10 @@ def encode(value, number):
             return plain(value, kind(0))
     if isinstance(value, str):
         return str.__str__(value)
+    if type(value) is range:
+        return ["range", [value.start, value.stop, value.step]]
+    if type(value).__module__ in ("decimal", "fractions"):
+        return [type(value).__name__, str(value)]
     if type(value).__module__ == "numpy":
         return encode(value.tolist(), number)
     return ["object", [number(value), type(value).__name__]]
@@ -314,7 +320,9 @@ def decode(data, thing):
         return {decode(key, thing): decode(item, thing) for key, item in body}
     if tag in ("bytes", "bytearray"):
         return getattr(builtins, tag).fromhex(body)
-    return complex(*body) if tag == "complex" else thing(*body)
+    if tag in ("Decimal", "Fraction"):
+        return getattr(__import__("decimal" if tag == "Decimal" else "fractions"), tag)(body)
+    return {"complex": complex, "range": range}.get(tag, thing)(*body)
 
 
 def call(request, names, objects):
@@ -326,7 +334,7 @@ def call(request, names, objects):
         for position, name in enumerate(path):
             value = value[name] if position == 0 and of is None else getattr(value, name)
         before = json.dumps([encode(item, lambda _: -1) for item in arguments])
-        found = list_of(value) if path == ["__iter__"] else value(*arguments, **keywords)
+        found = list_of(value) if path[-1:] == ["__iter__"] else value(*arguments, **keywords)
         after = [encode(item, lambda _: -1) for item in arguments]
         answer = {"value": encode(found, objects.number), "after": after if json.dumps(after) != before else None}
     except BaseException as error:
@@ -335,7 +343,7 @@ def call(request, names, objects):
 
 
 def list_of(value):
-    return [item for item, _ in zip(value, range(MOST))]
+    return [item for item, _ in zip(value(), range(MOST))]
 
 
 class ProgramError(Exception):
@@ -361,6 +369,21 @@ def check(request, channel):
 
         def __iter__(self):
             return iter(ask(self._of, [*self._path, "__iter__"], (), {}))
+
+        def __next__(self):
+            return ask(self._of, [*self._path, "__next__"], (), {})
+
+        def __len__(self):
+            try:
+                return ask(self._of, [*self._path, "__len__"], (), {})
+            except AttributeError:
+                raise TypeError("it has no length") from None  # as list() expects of an iterator
+
+        def __getitem__(self, key):
+            return ask(self._of, [*self._path, "__getitem__"], (key,), {})
+
+        def __bool__(self):
+            return True
 
         def __repr__(self):
             return f"<{self._shown} of the program>"

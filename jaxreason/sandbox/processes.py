@@ -33,20 +33,26 @@ class Processes:
 
     def __init__(self, popen: subprocess.Popen, first: int | None = None, folder: str = ""):
         self.popen, self.folder = popen, folder
+        self._lock = threading.Lock()
         self._first = first  # descriptor of the namespace's first process, which ends after all the others
+
+    def kill(self) -> None:
+        """Send the signal that ends all; from any thread, and more than once."""
+        with self._lock, contextlib.suppress(OSError):
+            if self._first is not None:
+                signal.pidfd_send_signal(self._first, signal.SIGKILL)
+            elif self.folder and self.popen.returncode is None:
+                os.killpg(self.popen.pid, signal.SIGKILL)
 
     def end(self) -> int:
         """End all, wait until they are gone, and return the exit status."""
-        if self._first is not None:
-            with contextlib.suppress(OSError):
-                signal.pidfd_send_signal(self._first, signal.SIGKILL)
-            os.close(self._first)
-            self._first = None
+        self.kill()
+        with self._lock:
+            first, self._first = self._first, None
+        if first is not None:
+            os.close(first)
             with contextlib.suppress(subprocess.TimeoutExpired):  # bwrap ends once it has reaped the first process
                 return self.popen.wait(GONE_S)
-        elif self.folder:
-            with contextlib.suppress(OSError):
-                os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.kill()
         status = self.popen.wait()
         if self.folder:

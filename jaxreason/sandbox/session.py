@@ -10,6 +10,7 @@ import json
 import os
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -37,13 +38,14 @@ class Lost(Exception):
 
 class Session:
     """An interpreter in a sandbox, whose names are kept between calls. Made by
-    `Sandbox.session`; used by one thread at a time.
+    `Sandbox.session`. One call runs at a time; `close` ends it from any thread.
     """
 
     def __init__(self, processes: Processes, control: socket.socket, output: int, timeout_s: float, max_output: int):
         self._processes, self._control, self._output = processes, control, output
         self.timeout_s, self.max_output = timeout_s, max_output
         self._heard, self._kept, self._printed, self.alive = bytearray(), bytearray(), 0, True
+        self._lock = threading.RLock()
         control.setblocking(False)
         os.set_blocking(output, False)
 
@@ -70,23 +72,25 @@ class Session:
         self,
         request: dict[str, Any],
         timeout_s: float | None = None,
-        cpu_s: float | None = None,
         answer: Callable[[dict], dict] | None = None,
     ) -> dict[str, Any]:
         """Send a request and return the reply; `answer` answers questions of `kind`
-        "call" in between. `timeout_s` is wall time; `cpu_s` is CPU time, by default the
-        same.
+        "call" in between. `timeout_s` is wall time; a request may hold `cpu_s`, CPU
+        time, by default the same.
 
         Raises:
           Lost: no answer; the sandbox is closed.
         """
+        with self._lock:
+            return self._ask(request, self.timeout_s if timeout_s is None else timeout_s, answer)
+
+    def _ask(self, request: dict[str, Any], timeout_s: float, answer: Callable[[dict], dict] | None) -> dict[str, Any]:
         if not self.alive:
             raise Lost("crashed")
-        timeout_s = self.timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + timeout_s
         self._kept, self._printed = bytearray(), 0
         try:
-            self._send({"cpu_s": timeout_s if cpu_s is None else cpu_s, **request}, deadline)
+            self._send({"cpu_s": timeout_s, **request}, deadline)
             reply = self._receive(deadline)
             while answer is not None and reply.get("kind") == "call":
                 self._send(answer(reply), deadline)
@@ -102,12 +106,13 @@ class Session:
 
     def close(self) -> None:
         """End every process of the sandbox, and wait until they are gone."""
-        if not self.alive:
-            return
-        self.alive = False
-        self._processes.end()
-        self._control.close()
-        os.close(self._output)
+        self._processes.kill()  # ends a call in another thread
+        with self._lock:
+            if self.alive:
+                self.alive = False
+                self._processes.end()
+                self._control.close()
+                os.close(self._output)
 
     def _text(self) -> str:
         text = self._kept.decode(errors="replace")
