@@ -29,14 +29,16 @@ import itertools
 import json
 import os
 import socket
+import sys
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxreason.sandbox import bwrap
 from jaxreason.sandbox.processes import Processes, start_group, start_namespace
 from jaxreason.sandbox.session import Lost, Result, Session, start
 
-__all__ = ["Lost", "Result", "Sandbox", "Session", "shared"]
+__all__ = ["Lost", "Result", "Sandbox", "Session", "shared", "start_script"]
 
 INSIDE = Path(__file__).with_name("inside.py")
 NUMBERS = itertools.count()
@@ -153,6 +155,32 @@ class Sandbox:
             return start_group(arguments, [fd], output)
 
         return start(begin, self.timeout_s, self.max_output)
+
+
+def start_script(
+    script: Path,
+    arguments: Sequence[str],
+    pass_fds: Sequence[int],
+    memory_mb: int,
+    environment: Mapping[str, str],
+) -> Processes:
+    """Start a program of ours, which reads what a model wrote, in bwrap: with the
+    packages of this Python, read-only, and no limit of CPU time.
+
+    Raises:
+      OSError: it does not start.
+    """
+    folders = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages") and os.path.isdir(path)]
+    binds = {path: f"{bwrap.PACKAGES}/{number}" for number, path in enumerate(folders)}
+    there = f"{bwrap.PACKAGES}/{script.name}"
+    options = {"memory_mb": memory_mb, "processes": 8, "files_mb": 16, "session_cpu_s": None}
+    options |= {"alone": True, "uid": bwrap.uid(next(NUMBERS))}
+    command = ["-I", "-S", "-c", INSIDE.read_text(), "-1", json.dumps(options), "-P", there, *arguments]
+    shown = {"PYTHONPATH": ":".join(binds.values()), "PYTHONDONTWRITEBYTECODE": "1", **environment}
+    with open(os.devnull, "w") as output:
+        return start_namespace(
+            command, pass_fds, output.fileno(), files_mb=16, binds={**binds, str(script): there}, environment=shown
+        )
 
 
 def package_folders(name: str) -> list[Path]:

@@ -118,6 +118,8 @@ def limit(options):
         (resource.RLIMIT_MSGQUEUE, 0),
         (resource.RLIMIT_CPU, options["session_cpu_s"]),
     ):
+        if most is None:
+            continue
         _, hard = resource.getrlimit(what)
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(what, (most, most))
