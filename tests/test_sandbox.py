@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -362,24 +363,29 @@ def test_an_unknown_machine_has_no_filter():
 # --- any user ---
 
 
+@pytest.fixture
+def open_folder():
+    """A folder that every user may read; pytest closes its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
 @held
 @pytest.mark.process
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user; another user runs all tests so")
 @pytest.mark.skipif(not os.path.exists("/usr/bin/python3"), reason="no Python that every user may run")
-def test_a_plain_user_is_held_too(tmp_path, outside):
+def test_a_plain_user_is_held_too(outside, open_folder):
     """bwrap then makes a user namespace, in which the program owns its own file system.
     The package is copied, as ours may be in a home folder.
     """
-    shutil.copytree(ROOT / "jaxreason/sandbox", tmp_path / "jaxreason/sandbox")
-    shutil.copy(ROOT / "tests/programs.py", tmp_path)
-    (tmp_path / "jaxreason/__init__.py").write_text("")
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.is_relative_to("/tmp") and folder != Path("/tmp"):
-            folder.chmod(0o755)
+    shutil.copytree(ROOT / "jaxreason/sandbox", open_folder / "jaxreason/sandbox")
+    shutil.copy(ROOT / "tests/programs.py", open_folder)
+    (open_folder / "jaxreason/__init__.py").write_text("")
     code = f"""
 import sys
 sys.dont_write_bytecode = True
-sys.path.insert(0, {str(tmp_path)!r})
+sys.path.insert(0, {str(open_folder)!r})
 from jaxreason.sandbox import Sandbox, bwrap
 from programs import ESCAPES, PRELUDE
 if why := bwrap.refusal():
@@ -400,6 +406,7 @@ print(held, "held", box.run("import os; print(os.getuid())").stdout)
     done = subprocess.run(["/usr/bin/python3", "-c", code], **user, capture_output=True, text=True, cwd="/", check=False)
     if "does not start here" in done.stderr:
         pytest.skip(done.stderr)
+    assert not done.stderr
     assert done.stdout.strip() == f"{len(ESCAPES)} held 65534", done
 
 

@@ -40,7 +40,7 @@ from jaxreason.sandbox.session import Lost, Result, Session, start
 
 __all__ = ["Lost", "Result", "Sandbox", "Session", "shared", "start_script"]
 
-INSIDE = Path(__file__).with_name("inside.py")
+INSIDE = Path(__file__).with_name("inside.py").read_text()
 NUMBERS = itertools.count()
 
 
@@ -149,7 +149,7 @@ class Sandbox:
 
         def begin(theirs: socket.socket, output: int) -> Processes:
             fd = theirs.fileno()
-            arguments = ["-I", "-S", "-c", INSIDE.read_text(), str(fd), json.dumps(options)]
+            arguments = ["-I", "-S", "-c", INSIDE, str(fd), json.dumps(options)]
             if held:
                 return start_namespace(arguments, [fd], output, files_mb=self._files_mb, binds=binds)
             return start_group(arguments, [fd], output)
@@ -175,7 +175,7 @@ def start_script(
     there = f"{bwrap.PACKAGES}/{script.name}"
     options = {"memory_mb": memory_mb, "processes": 8, "files_mb": 16, "session_cpu_s": None}
     options |= {"alone": True, "uid": bwrap.uid(next(NUMBERS))}
-    command = ["-I", "-S", "-c", INSIDE.read_text(), "-1", json.dumps(options), "-P", there, *arguments]
+    command = ["-I", "-S", "-c", INSIDE, "-1", json.dumps(options), "-P", there, *arguments]
     shown = {"PYTHONPATH": ":".join(binds.values()), "PYTHONDONTWRITEBYTECODE": "1", **environment}
     with open(os.devnull, "w") as output:
         return start_namespace(
