@@ -291,6 +291,55 @@ def test_a_session_outlives_the_thread_that_made_it(box):
 
 
 @held
+def test_a_warm_session_that_died_is_not_used():
+    made = Sandbox(timeout_s=60.0, warm=1)
+    deadline = time.monotonic() + 60
+    while not made._ready and time.monotonic() < deadline:
+        time.sleep(0.01)
+    made._ready[0]._processes.popen.kill()
+    made._ready[0]._processes.popen.wait()
+    assert made.run("print(1)").stdout == "1\n"
+    made.close()
+
+
+@held
+@pytest.mark.process
+def test_a_fork_has_sessions_of_its_own():
+    """Run in a process without jax, which may not be forked."""
+    code = """
+import os, time
+from jaxreason.sandbox import Sandbox
+box = Sandbox(timeout_s=60.0, warm=2)
+while len(box._ready) < 2: time.sleep(0.01)
+ours = {id(session) for session in box._ready}
+pid = os.fork()
+session = box.session()
+print(pid == 0, session.run("x = 1").reason == "", id(session) in ours, flush=True)
+if pid == 0: os._exit(0)
+os.waitpid(pid, 0)
+print(box.session().run("1 + 1").stdout)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert sorted(done.stdout.split("\n")) == ["", "", "2", "False True True", "True True False"], done
+
+
+@held
+def test_a_program_has_no_descriptor_but_its_own(box):
+    code = """
+import os, stat
+found = []
+for fd in range(64):
+    try: found.append((fd, stat.S_IFMT(os.fstat(fd).st_mode)))
+    except OSError: pass
+print(found)
+"""
+    said = box.run(code).stdout
+    found = eval(said)
+    assert [fd for fd, _ in found[:3]] == [0, 1, 2]
+    assert len(found) == 4, said  # and the pipe over which it tells how it ended
+
+
+@held
 @pytest.mark.process
 def test_nothing_outlives_this_process():
     code = """

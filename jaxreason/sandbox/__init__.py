@@ -89,7 +89,7 @@ class Sandbox:
             "imports": list(packages),
             "alone": backend == "bwrap",
         }
-        self._warm, self._ready, self._filling, self._lock = warm, [], 0, threading.Lock()
+        self._warm, self._ready, self._filling, self._lock, self._pid = warm, [], 0, threading.Lock(), os.getpid()
         self._fill()
 
     def run(self, code: str, stdin: str = "", timeout_s: float | None = None, max_output: int | None = None) -> Result:
@@ -107,9 +107,14 @@ class Sandbox:
         Raises:
           RuntimeError: it does not start.
         """
+        if os.getpid() != self._pid:  # a fork must not use its parent's sessions
+            self._ready, self._filling, self._lock, self._pid = [], 0, threading.Lock(), os.getpid()
         with self._lock:
             session = self._ready.pop() if self._ready else None
         self._fill()
+        if session is not None and not session.ready:  # ended by someone else, as by the kernel when memory is short
+            session.close()
+            session = None
         return session if session is not None else self._start()
 
     def close(self) -> None:

@@ -174,7 +174,7 @@ def said(error):
         words = " ".join((error.msg if isinstance(error, SyntaxError) else str(error))[:LONGEST_ERROR].split())
     except BaseException:
         where, words = "", ""
-    name = type(error).__name__
+    name = type(error).__name__[:200]
     told = (f"{name}: {words}" if words else name) + where
     return {"error": told, "reason": "out of memory" if isinstance(error, MemoryError) else "error"}
 

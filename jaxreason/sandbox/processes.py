@@ -100,7 +100,7 @@ def _first(info: int) -> int | None:
         said += part
     try:
         return os.pidfd_open(json.loads(said)["child-pid"])
-    except (ValueError, KeyError, OSError):
+    except (ValueError, KeyError, OSError, AttributeError):  # before Linux 5.3 there is no such descriptor
         return None
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from jaxreason.sandbox.processes import START_S, Processes
 
-LONGEST_FRAME = 64 << 20  # bytes of one answer of a program
+LONGEST_FRAME = 8 << 20  # bytes of one answer; as hostile JSON it takes 20 times that in memory
 FLOOD = 1000  # a program that prints this many times what is kept is ended
 REASONS = ("", "error", "timeout", "out of memory", "crashed")  # that may come from inside
 
@@ -48,6 +48,11 @@ class Session:
         self._lock = threading.RLock()
         control.setblocking(False)
         os.set_blocking(output, False)
+
+    @property
+    def ready(self) -> bool:
+        """Whether its first process still runs."""
+        return self.alive and self._processes.popen.poll() is None
 
     def run(self, code: str, timeout_s: float | None = None) -> Result:
         """Run code in the interpreter and print the value of a last expression, as a
