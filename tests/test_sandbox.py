@@ -360,6 +360,38 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert not processes_of(space)
 
 
+@held
+@pytest.mark.process
+def test_nothing_stays_of_a_start_that_is_cut_off():
+    """The limit of files marks the command lines of these sandboxes."""
+    size_mb = 100 + os.getpid() % 1000
+    code = f"""
+from jaxreason.sandbox import Sandbox
+box = Sandbox(files_mb={size_mb})
+print(flush=True)
+while True: box.session()
+"""
+    for delay_s in [0.005 * i for i in range(20)]:
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(delay_s)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+    def left():
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                found += [path] if f"--size\0{size_mb << 20}\0".encode() in path.read_bytes() else []
+        return found
+
+    deadline = time.monotonic() + 60
+    while left() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left()
+
+
 # --- refusals ---
 
 

@@ -170,7 +170,8 @@ def start_script(
     environment: Mapping[str, str],
 ) -> Processes:
     """Start a program of ours, which reads what a model wrote, in bwrap: with the
-    packages of this Python, read-only, and no limit of CPU time.
+    packages of this Python, read-only, and no limit of CPU time. It ends when the other
+    side of the first of `pass_fds`, a socket, is closed.
 
     Raises:
       OSError: it does not start.
@@ -180,7 +181,7 @@ def start_script(
     there = f"{bwrap.PACKAGES}/{script.name}"
     options = {"memory_mb": memory_mb, "processes": 8, "files_mb": 16, "session_cpu_s": None}
     options |= {"alone": True, "uid": bwrap.uid(next(NUMBERS))}
-    command = ["-I", "-S", "-c", INSIDE, "-1", json.dumps(options), "-P", there, *arguments]
+    command = ["-I", "-S", "-c", INSIDE, str(pass_fds[0]), json.dumps(options), "-P", there, *arguments]
     shown = {"PYTHONPATH": ":".join(binds.values()), "PYTHONDONTWRITEBYTECODE": "1", **environment}
     with open(os.devnull, "w") as output:
         return start_namespace(

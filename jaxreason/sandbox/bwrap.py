@@ -120,7 +120,7 @@ def argv(
     seen = f"{PYTHON}/{executable.relative_to(prefix)}" if elsewhere and executable.is_relative_to(prefix) else str(executable)
     shown = variables() | ({"LD_LIBRARY_PATH": f"{PYTHON}/lib"} if elsewhere else {}) | dict(environment or {})
     command = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
-    command += ["--as-pid-1", "--die-with-parent", "--new-session", "--hostname", "sandbox", "--clearenv", "--cap-drop", "ALL"]
+    command += ["--as-pid-1", "--new-session", "--hostname", "sandbox", "--clearenv", "--cap-drop", "ALL"]
     if is_root():
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:

@@ -18,6 +18,7 @@ import builtins
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import sys
@@ -59,7 +60,7 @@ def main(fd, options, *command):
     options = json.loads(options)
     limit(options)
     if options["alone"]:
-        be_first()
+        be_first(int(fd))
     if command:
         os.execv(sys.executable, [sys.executable, *command])
     sys.path += options["path"]
@@ -90,19 +91,33 @@ def main(fd, options, *command):
         channel.send(reply)
 
 
-def be_first():
-    """Stay behind as the first process of the namespace, which nothing inside can kill,
-    and end with the forked one that returns from here; the kernel then ends the others.
+def be_first(fd):
+    """Stay behind as the first process of the namespace, which nothing inside can kill.
+    End with the forked one that returns from here, or when the other side of the socket
+    is gone; the kernel then ends all others.
     """
     pid = os.fork()
     if pid == 0:
         return
-    os.closerange(3, 64)
+    os.closerange(3, fd)
+    os.closerange(fd + 1, 64)
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    poll = select.poll()
+    poll.register(woken, select.POLLIN)
+    poll.register(fd, 0)  # of the end alone
     while True:
-        ended_pid, status = os.wait()
-        if ended_pid == pid:
+        done, status = os.waitpid(-1, os.WNOHANG)
+        if done == pid:
             code = os.waitstatus_to_exitcode(status)
             os._exit(code if code >= 0 else 128 - code)
+        if done == 0:
+            ready = [number for number, _ in poll.poll()]
+            if fd in ready:
+                os._exit(1)
+            os.read(woken, 4096)
 
 
 def limit(options):

@@ -1,7 +1,9 @@
 """The processes of one sandbox: started, and ended to the last one.
 
-One thread starts all of them: bwrap ends with the thread that started it
-(`--die-with-parent`), and a caller's thread may end before the run does.
+If this process dies, the first process of the namespace sees that its socket is closed
+and ends (`inside.be_first`). bwrap's `--die-with-parent` is not used: it ends a sandbox
+with the thread that started it, and leaves a process if the parent dies while bwrap
+starts.
 """
 
 from __future__ import annotations
@@ -9,16 +11,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import queue
-import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 
 from jaxreason.sandbox import bwrap
 
@@ -73,35 +73,35 @@ def start_namespace(arguments: Sequence[str], pass_fds: Sequence[int], output: i
     Raises:
       OSError: it does not start.
     """
-    filter_fd, (read, write) = bwrap.filter_file(), os.pipe()
+    filter_fd, info = bwrap.filter_file(), os.memfd_create("info")  # of a pipe bwrap could die while it starts, if we do
     try:
-        command = bwrap.argv(arguments, filter_fd, info_fd=write, **options)
-        fds = [*pass_fds, filter_fd, write]
-        popen = STARTER.popen(
+        command = bwrap.argv(arguments, filter_fd, info_fd=info, **options)
+        fds = [*pass_fds, filter_fd, info]
+        popen = subprocess.Popen(
             command, pass_fds=fds, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
-        os.close(write)
-        write = -1
-        return Processes(popen, _first(read))
+        return Processes(popen, _first(info, popen))
     finally:
-        for fd in (filter_fd, read, write):
-            if fd >= 0:
-                os.close(fd)
+        os.close(filter_fd)
+        os.close(info)
 
 
-def _first(info: int) -> int | None:
+def _first(info: int, popen: subprocess.Popen) -> int | None:
     """Return a descriptor of the process that bwrap says is the first; None if bwrap
     ends before it says so.
     """
-    said = b""
-    poll = select.poll()
-    poll.register(info, select.POLLIN)
-    while poll.poll(START_S * 1000) and (part := os.read(info, 4096)):
-        said += part
-    try:
-        return os.pidfd_open(json.loads(said)["child-pid"])
-    except (ValueError, KeyError, OSError, AttributeError):  # before Linux 5.3 there is no such descriptor
-        return None
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        ended = popen.poll() is not None
+        with contextlib.suppress(ValueError, KeyError):  # nothing or not all is written
+            try:
+                return os.pidfd_open(json.loads(os.pread(info, 4096, 0))["child-pid"])
+            except (OSError, AttributeError):  # it has ended; before Linux 5.3 there is no such descriptor
+                return None
+        if ended:
+            return None
+        time.sleep(0.001)
+    return None
 
 
 def start_group(arguments: Sequence[str], pass_fds: Sequence[int], output: int) -> Processes:
@@ -112,7 +112,7 @@ def start_group(arguments: Sequence[str], pass_fds: Sequence[int], output: int) 
     """
     folder = tempfile.mkdtemp(prefix="jaxreason-")
     try:
-        popen = STARTER.popen(
+        popen = subprocess.Popen(
             [os.path.realpath(sys.executable), *arguments],
             pass_fds=pass_fds,
             stdin=subprocess.DEVNULL,
@@ -126,32 +126,3 @@ def start_group(arguments: Sequence[str], pass_fds: Sequence[int], output: int) 
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return Processes(popen, folder=folder)
-
-
-class Starter:
-    """One thread that lives as long as this process."""
-
-    def __init__(self):
-        self._lock, self._calls = threading.Lock(), None
-
-    def popen(self, command: Sequence[str], **options) -> subprocess.Popen:
-        with self._lock:
-            if self._calls is None:
-                self._calls = queue.SimpleQueue()
-                threading.Thread(target=self._work, args=(self._calls,), daemon=True, name="sandbox").start()
-        future: Future = Future()
-        self._calls.put((future, command, options))
-        return future.result()
-
-    @staticmethod
-    def _work(calls: queue.SimpleQueue) -> None:
-        while True:
-            future, command, options = calls.get()
-            try:
-                future.set_result(subprocess.Popen(command, **options))
-            except BaseException as error:
-                future.set_exception(error)
-
-
-STARTER = Starter()
-os.register_at_fork(after_in_child=STARTER.__init__)  # a fork has none of its parent's threads
