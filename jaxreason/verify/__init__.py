@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from jaxreason.options import call_with_section, find
 from jaxreason.types import Task, Verdict
-from jaxreason.verify import countdown, exact, expression, form, number, reasoning_gym, taskset
+from jaxreason.verify import code, countdown, exact, expression, form, number, reasoning_gym, taskset
 from jaxreason.verify.exact import BAD_KEY
 
 VERIFIERS = {
@@ -25,11 +25,12 @@ VERIFIERS = {
     "countdown": countdown.countdown,
     "math": expression.math,
     "reasoning_gym": reasoning_gym.reasoning_gym,
+    "code": code.code,
     "format": form.format,
     "taskset": taskset.taskset,
 }
 
-BOUNDED = ("math", "reasoning_gym", "format")  # these enforce their own time limit, and wait for busy children
+BOUNDED = ("math", "reasoning_gym", "format", "code")  # these enforce their own time limit, and wait for busy children
 
 
 def make(
