@@ -343,7 +343,7 @@ class Collection:
         return SamplingStats(
             sample_s=time.perf_counter() - self.started_s - self.verify_s,
             verify_s=self.verify_s,
-            tokens=sum(int(r.sampled.sum()) for r in self.rollouts),
+            tokens=sum(map(sampled, self.rollouts)),
             slot_steps=self.slot_steps,
             prompt_tokens=self.prompts.tokens,
         )
@@ -396,7 +396,7 @@ class Collection:
             elif ids := self.completer.observe(step.observation, attempt.stop == "eos"):
                 said.append((attempt, ids))
             else:  # an empty observation: ask for the verdict
-                self.ask(attempt, Turn("", attempt.stop, final=True))
+                self.ask(attempt, Turn("", attempt.stop, final=True, tokens=sampled(attempt.rollout)))
         self.append_tokens(said, author="o")
         for attempt, _ in said:
             attempt.turn = attempt.length
@@ -544,7 +544,7 @@ class Collection:
             a.rollout = to_rollout(self.completer, a, written, self.temperature)
             begun = len(a.request.prompt)
             text = a.rollout.text if a.turn == begun else text_of(self.completer, tokens_T[a.turn : a.length])
-            self.ask(a, Turn(text, a.stop, final=a.length >= a.limit))
+            self.ask(a, Turn(text, a.stop, final=a.length >= a.limit, tokens=sampled(a.rollout)))
         if halted_S.any():
             self.slots = self.sampler.stop_slots(self.slots, halted_S)
         self.append_tokens(said, author="f")
@@ -585,6 +585,11 @@ def end_of_thinking(completer: Completer, attempt: Attempt, tokens_T: np.ndarray
         return None
     has_ended = completer.thinking.end.strip() in text_of(completer, tokens_T[len(attempt.request.prompt) : attempt.length])
     return [] if has_ended else completer.thinking.ids
+
+
+def sampled(rollout: Rollout) -> int:
+    """Count the tokens that the model sampled, without the forced ones."""
+    return int(rollout.sampled.sum())
 
 
 def to_rollout(completer: Completer, attempt: Attempt, written: Written, temperature: float) -> Rollout:

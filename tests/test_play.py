@@ -120,7 +120,19 @@ def test_lines_of_any_bytes_are_read(monkeypatch):
 
 def test_a_person_plays_the_model_with_a_tool():
     """`told` are the lines behind each turn, from the first problem's prompt on."""
-    lines = ["[2*3=", "[6+1=tail that is not read", "A0", "/problem 5", "A1\\", "2", "A12", "/what", "/problem 99999", "/quit", "A"]
+    lines = [
+        "[2*3=",
+        "[6+1=tail that is not read",
+        "A0",
+        "/problem 5",
+        "A1\\",
+        "2",
+        "A12",
+        "/what",
+        "/problem 99999",
+        "/quit",
+        "A",
+    ]
     code, out, err = play(lines, "--config=configs/tools.py")
     assert (code, "Traceback" in err) == (0, False)
     assert "it reads: 6]\nit reads: 7]\nwrong: answered 0, expected " in out

@@ -182,7 +182,12 @@ def section_of_model(values: dict) -> fields.Section:
 
 
 def section_of_verifier(values: dict) -> fields.Section:
-    return fields.Section((make_judge, *named("verifier", verify.VERIFIERS, values)))
+    return fields.Section((make_judge, *named("verifier", verify.VERIFIERS, values)), sections={"of": section_of_part})
+
+
+def section_of_part(values: dict) -> fields.Section:
+    """Describe a verifier inside another one: the environment's fields are outside."""
+    return fields.Section((verify.make, *named("verifier", verify.VERIFIERS, values)), sections={"of": section_of_part})
 
 
 def section_of_environment(values: dict) -> fields.Section:
