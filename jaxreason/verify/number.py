@@ -21,7 +21,7 @@ from math import prod
 from typing import NamedTuple
 
 from jaxreason.types import Task, Verdict
-from jaxreason.verify.exact import verdict
+from jaxreason.verify.exact import UNSEEN, verdict
 
 READ = 20_000  # characters from the end of the text
 LONGEST = 64  # characters of a number
@@ -95,9 +95,7 @@ _CALCULATOR = re.compile(r"<<[^<>\n]*>>")  # calculator call of GSM8K: <<3*4=12>
 _GROUP_SPACE = re.compile(r"(?<=[0-9])(?:\\[,;:! ]|\{,\}|[\u00a0\u2009\u202f'’])(?=[0-9]{3}(?![0-9]))")
 _SUPERSCRIPT = str.maketrans({c: f"^{i}" for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")})
 _VULGAR = str.maketrans({c: f" {unicodedata.normalize('NFKC', c).replace('⁄', '/')} " for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"})
-# Characters that take no width, and the fraction slash, and the styled digits of
-# U+1D7CE.
-UNSEEN = dict.fromkeys([0xAD, *range(0x200B, 0x2010), *range(0x2060, 0x2065), 0xFEFF], "")
+# The bold and other styled digits of mathematics, and the fraction slash.
 _STYLED = {0x1D7CE + i: str(i % 10) for i in range(50)} | {0x2044: "/"}
 _CHARACTERS = _SUPERSCRIPT | _VULGAR | _WIDE | _STYLED | UNSEEN
 _SCRIPTS = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # written without spaces around numbers
@@ -308,14 +306,14 @@ _SCALES = {
 _SCALE = re.compile("|".join(_SCALES), re.IGNORECASE)
 
 
-def _token_pattern(whole: str, comma: str, joins: str) -> re.Pattern:
+def _token_pattern(whole: str, comma: str, joins: str, first: str = "") -> re.Pattern:
     """Build the pattern of a token: `whole` and `comma` add alternatives for whole and
-    decimal digits, `joins` lists signs that make digits unreadable when more digits
-    follow.
+    decimal digits, `first` some that are tried before all others, `joins` lists signs
+    that make digits unreadable when more digits follow.
     """
     return re.compile(
         rf"(?P<sign>(?<![\w)\]}}])-[ ]?)?"
-        rf"(?P<digits>(?:{_GROUPED}{whole}|[0-9]+)(?![0-9])(?:\.[0-9]+)?|(?<![0-9A-Za-z])\.[0-9]+{comma})(?![0-9]|[{joins}][0-9]|\.\([0-9])"
+        rf"(?P<digits>{first}(?:{_GROUPED}{whole}|[0-9]+)(?![0-9])(?:\.[0-9]+)?|(?<![0-9A-Za-z])\.[0-9]+{comma})(?![0-9]|[{joins}][0-9]|\.\([0-9])"
         r"(?:[eE](?P<exponent>[+-]?[0-9]{1,3})(?!\.?[0-9]))?"
         rf"(?:{_MIXED}|[ ]?/[ ]?{_BELOW})?"
         r"(?P<power>\^\{?(?P<to>-?[0-9]{1,3})\}?)?"
@@ -331,7 +329,7 @@ def _token_pattern(whole: str, comma: str, joins: str) -> re.Pattern:
 # A space between thousands and a decimal comma are accepted in an answer's region, not
 # in running text.
 _ANSWER = _token_pattern(
-    r"|[0-9]{1,3}(?: [0-9]{3})+", r"|[0-9]{1,3}(?: [0-9]{3})+,[0-9]{1,2}(?![0-9,])|[0-9]+,[0-9]{1,2}(?![0-9,])", ",.:'_"
+    "|[0-9]{1,3}(?: [0-9]{3})+", "|[0-9]+,[0-9]{1,2}(?![0-9,])", ",.:'_", "[0-9]{1,3}(?: [0-9]{3})+,[0-9]{1,2}(?![0-9,])|"
 )
 _RUNNING = _token_pattern("|[0-9]{1,3}(?: [0-9]{3}){2,}", "", ".:_")
 _UNITS = frozenset("mghslLNJWVACF")  # units of one letter that may follow a number without a space: 5m, but not 2x
