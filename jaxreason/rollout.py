@@ -52,6 +52,7 @@ class SamplingStats(NamedTuple):
     tokens: int  # sampled
     slot_steps: int  # tokens that could have been sampled: decode steps times slots
     prompt_tokens: int  # prefilled, each prompt once
+    verdict_s: Sequence[float] = ()  # time that each verdict took in its thread
 
 
 class Budget(NamedTuple):
@@ -217,6 +218,7 @@ def gather_groups(share: LocalGroups, wanted: Sequence[Sequence[Request]]) -> tu
         tokens=sum(s.tokens for s in spents),
         slot_steps=sum(s.slot_steps for s in spents),
         prompt_tokens=sum(s.prompt_tokens for s in spents),
+        verdict_s=list(itertools.chain(*(s.verdict_s for s in spents))),
     )
 
 
@@ -314,7 +316,8 @@ class Collection:
 
     def __init__(self, completer, weights, requests, environment, threads, key, temperature, filter, judged=lambda rollout: None):
         self.completer, self.sampler, self.weights, self.environment = completer, completer.sampler, weights, environment
-        self.judge = jax.profiler.annotate_function(environment.step, name="verify")
+        self.verdict_s: list[float] = []
+        self.judge = jax.profiler.annotate_function(timed(environment.step, self.verdict_s), name="verify")
         self.stops = stops_of(completer, environment)
         self.threads, self.temperature, self.filter, self.judged = threads, temperature, filter, judged
         self.key_R = keys_of(key, requests)
@@ -346,6 +349,7 @@ class Collection:
             tokens=sum(map(sampled, self.rollouts)),
             slot_steps=self.slot_steps,
             prompt_tokens=self.prompts.tokens,
+            verdict_s=list(self.verdict_s),
         )
 
     # --- environments ---
@@ -548,6 +552,21 @@ class Collection:
         if halted_S.any():
             self.slots = self.sampler.stop_slots(self.slots, halted_S)
         self.append_tokens(said, author="f")
+
+
+def timed(step: Callable, verdict_s: list[float]) -> Callable:
+    """Return an environment's step that also appends the seconds of each verdict to
+    `verdict_s`. A thread may do so while others do.
+    """
+
+    def call(state, turn):
+        started_s = time.perf_counter()
+        state, made = step(state, turn)
+        if made.verdict is not None:
+            verdict_s.append(time.perf_counter() - started_s)
+        return state, made
+
+    return call
 
 
 class Written(NamedTuple):
