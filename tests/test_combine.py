@@ -220,4 +220,7 @@ def test_a_run_logs_the_reward_of_each_part(tmp_path):
     assert trained["rollout/reward_format"] == 0.0
     shaped = trained["rollout/reward_weighted"] + trained["rollout/length_penalty"]
     assert trained["rollout/reward"] == pytest.approx(shaped)
+    shares = [line["time/verify_share"] for line in lines if "time/verify_share" in line]
+    assert min(shares) < 0.05  # of a step of a tiny model; one step may be disturbed
+    assert all(line["time/verify_p50_ms"] <= line["time/verify_p99_ms"] for line in lines if "time/verify_share" in line)
     assert json.loads((tmp_path / "config.json").read_text())["verifier"]["of"]["of"][1]["name"] == "format"

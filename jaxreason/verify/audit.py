@@ -4,12 +4,12 @@
     python -m jaxreason.verify.audit FILE --verifier=number
 
 A line of FILE is a JSON object: `text` (what a model wrote), `answer` (the reference)
-and `label` (true if a careful person would accept the text, else false); optional are
-`verifier` (a name or a section, as `--verifier`, which replaces it), `kind` (a name for a row of the table) and `data` (of
-the task). It prints the rates of false negatives (of the cases labelled true) and of
-false positives (of those labelled false) with 95 % Wilson intervals, the cases in which
-verifier and label disagree, and the time per verdict. `format` looks at no answer: its
-label says whether the form is right.
+and `label` (true if a careful person would accept the text, else false). Optional are
+`verifier` (a name or a section; `--verifier` replaces it), `kind` (a name for a row of
+the table) and `data` (of the task). It prints the rates of false negatives (of the
+cases labelled true) and of false positives (of those labelled false) with 95 % Wilson
+intervals, the cases in which verifier and label disagree, and the time per verdict.
+`format` looks at no answer: its label says whether the form is right.
 """
 
 from __future__ import annotations

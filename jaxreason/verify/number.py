@@ -216,7 +216,7 @@ _DIGIT = re.compile("[0-9]")
 
 
 def boxes(text: str) -> Iterator[tuple[int, int, str]]:
-    """Yield the closed `\\boxed{...}` that are not empty, the last one first: start, end
+    """Yield the closed `\\boxed{...}` that are not empty, the last first: start, end
     and content, with balanced braces.
     """
     stop = len(text)
