@@ -8,7 +8,10 @@ the model goes on. Its prior imitates people who call the calculator in a quarte
 their solutions and mostly guess. `tool=off` trains without the calculator: the model
 itself writes what follows `=`. The suite `no_tool` takes it away at test time.
 
-Not yet measured.
+Result, 2026-11-28, one of two cores of an AMD EPYC per run, float32, 1,000 + 60 steps,
+seeds 0 to 4, 512 held-out problems, temperature 1: accuracy 0.018 to 0.104 after the
+prior, 0.89 to 0.96 after RL on four seeds and 0.225 on the fifth, with 1.93 to 1.99 of
+2 calls; 0.000 without the calculator (experiments/tool_use.py). A run takes 98 s alone.
 """
 
 from ml_collections import ConfigDict, config_dict

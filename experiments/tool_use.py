@@ -25,6 +25,25 @@ t-intervals.
    seed.
 4. "The reward matters" is shown if `random_reward` ends below `tool` with a corrected p
    below 0.05.
+
+**Findings** (2026-11-28, commit 3c21ec3, 2-core AMD EPYC with AVX-512, two runs at a
+time beside other work, jax 0.10.2; 1,000 + 60 steps; means over seeds 0 to 4 with 95 %
+t-intervals; 13 minutes; experiments/figures/tool_use.png). All four are **shown**:
+
+| arm | accuracy, T = 1 | calls per solution | without the calculator at test time |
+|---|---|---|---|
+| tool | 0.795 [0.398, 1] | 1.97 | 0.000 on every seed |
+| no_tool | 0.008 [0, 0.017] | - | 0.004 |
+| random_reward | 0.030 [0, 0.076] | 0.39 | 0.000 on every seed |
+
+1. The gain of `tool` over its prior is 0.716 [0.362, 1.070], with 1.97 of 2 calls. Four
+   seeds end between 0.89 and 0.96. **Seed 1 ends at 0.225**: it learned to call (1.93
+   calls per solution), but copies digits wrongly into the second call, as its prior
+   did. RL taught the habit of calling in 20 steps; it did not teach copying in 60.
+2. and 3. No run can do the sums itself: at most 0.000 with the calculator taken away,
+   and at most 0.018 where it never was there.
+4. Random rewards end 0.766 [0.378, 1.153] below, corrected p 0.011. Their calls per
+   solution stay low: 0.32 to 0.41 after the prior, 0.15 to 0.56 at the end.
 """
 
 from __future__ import annotations

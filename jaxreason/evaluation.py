@@ -198,7 +198,7 @@ def measure(outcomes_NK: Sequence[Sequence[Outcome]], same: Callable[[str, str],
         answered            fraction in which the verifier found an answer
         verifier_errors, verifier_timeouts, bad_keys
                             fractions that could not be judged
-        tool_calls, attempts, ...
+        tool_calls, tries, ...
                             means of what the verdicts measure
 
     and, with several samples:

@@ -401,7 +401,7 @@ class Collection:
                 said.append((attempt, ids))
             else:  # an empty observation: ask for the verdict
                 self.ask(attempt, Turn("", attempt.stop, final=True, tokens=sampled(attempt.rollout)))
-        self.append_tokens(said, author="o")
+        self.append_tokens(said, author="t")
         for attempt, _ in said:
             attempt.turn = attempt.length
 

@@ -205,7 +205,7 @@ def rollouts(
             "train/tokens": (tokens, 1.0),
             "train/packing_efficiency": (tokens, float(batching.computed_tokens(batch, microbatches))),
             "perf/sample_tokens_per_s": (float(spent.tokens), spent.sample_s),
-            "rollout/slot_occupancy": (float(spent.tokens), float(spent.slot_steps)),
+            "perf/slot_occupancy": (float(spent.tokens), float(spent.slot_steps)),
         }
         return NextBatch(batch, metrics, [r for group in sampled.groups for r in group.attempts])
 
@@ -378,6 +378,7 @@ def pack_groups(sampled: SampledGroups) -> dict:
         **{name: text_of(name, dtype) for name, dtype in PER_TOKEN.items()},
         "stop": [r.stop for r in rollouts],
         "text": [r.text for r in rollouts],
+        "author": [r.author for r in rollouts],
         "verdict": [dataclasses.astuple(r.verdict) for r in rollouts],
         "temperature": [r.temperature for r in rollouts],
         "spent": list(sampled.spent),
@@ -407,6 +408,7 @@ def unpack(packed: dict, wanted: Sequence[Sequence[Request]]) -> SampledGroups:
             text=packed["text"][i],
             verdict=Verdict(*packed["verdict"][i]),
             temperature=packed["temperature"][i],
+            author=packed["author"][i] if "author" in packed else "",  # checkpoints of earlier versions lack it
         )
 
     groups = [Group(tuple(rollout(next(number), request) for request in requests)) for requests in wanted]

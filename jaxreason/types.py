@@ -75,7 +75,7 @@ class Rollout:
     verdict: Verdict | None  # None until the rollout is judged
     temperature: float = 1.0
     logp_temperature_1: np.ndarray | None = None  # float32, like `logp` under the model's own softmax; None unless asked for
-    author: str = ""  # a letter per token: m the model, o an observation, f forced, such as the end of thinking; "": all m or f
+    author: str = ""  # a letter per token: m the model, t an observation (a tool), f forced (the end of thinking); "": all m or f
 
 
 class Prompted(NamedTuple):

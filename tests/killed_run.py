@@ -99,6 +99,7 @@ def set_up(point: str, count: int) -> None:
         "prefill": lambda: before(rollout.Prompts, "prefill", call),
         "sampling": lambda: before(rollout.Collection, "decode", call),
         "verifying": lambda: before(rollout.Collection, "hear", call),
+        "answering": lambda: before(rollout.Collection, "append_tokens", lambda _, said, *__, **___: said and call()),
         "batching": lambda: before(sources.batching, "from_groups", call),
         "reference": lambda: before_result(train, "compile_token_logp", call),
         "update": lambda: before_result(train, "compile_train_step", call),

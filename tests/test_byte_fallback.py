@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from jaxreason import text
+from jaxreason.environment import Stop
 from jaxreason.rollout import find_stop, text_of
 from jaxreason.text.chat import chat, plain
 from jaxreason.text.tokenizer import UNKNOWN
@@ -154,9 +155,8 @@ def test_a_stop_string_is_found_behind_whatever_stands_before_it(tokenizer):
     """
     rng = random.Random(0)
     stops = ("\n\n", " END", "\nQ:", f"{EMOJI}.", "日")
-    completer = SimpleNamespace(
-        stop_strings=stops, eos_ids=tokenizer.eos_ids, decode=lambda ids: tokenizer.decode(ids, continues=True)
-    )
+    completer = SimpleNamespace(eos_ids=tokenizer.eos_ids, decode=lambda ids: tokenizer.decode(ids, continues=True))
+    made = [Stop(text) for text in stops]
     found = 0
     for _ in range(600):
         pieces = [rng.choice([EMOJI, "\n", " the", "é", "日", "7", " END", "\n\n", "Q:", ".", " ", "   "]) for _ in range(8)]
@@ -169,17 +169,15 @@ def test_a_stop_string_is_found_behind_whatever_stands_before_it(tokenizer):
         for chunk in (1, 3, 8):
             got = None
             for before in range(0, len(ids), chunk):
-                got = got or find_stop(completer, ids, 0, before, min(before + chunk, len(ids)))
+                got = got or find_stop(completer, made, ids, 0, before, min(before + chunk, len(ids)))
             assert got == expected, (pieces, chunk)
     assert 300 < found < 600
 
 
 def test_a_stop_string_that_begins_a_turn_is_found(tokenizer):
-    completer = SimpleNamespace(
-        stop_strings=(" END",), eos_ids=tokenizer.eos_ids, decode=lambda ids: tokenizer.decode(ids, continues=True)
-    )
+    completer = SimpleNamespace(eos_ids=tokenizer.eos_ids, decode=lambda ids: tokenizer.decode(ids, continues=True))
     ids = np.array(tokenizer.encode(" END 7", continues=True))
-    assert find_stop(completer, ids, 0, 0, len(ids)) == 1
+    assert find_stop(completer, [Stop(" END")], ids, 0, 0, len(ids)) == 1
 
 
 # ------------------------------------------------------------------------- tokens that mean something and are not special

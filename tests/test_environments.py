@@ -6,6 +6,7 @@ import dataclasses
 import re
 import threading
 
+import jax
 import numpy as np
 import pytest
 import tiny_completer as t
@@ -13,6 +14,7 @@ import tiny_completer as t
 from jaxreason.environment import Environment, Step, Stop, Turn, VerifierFailed, retry, single_turn, with_tools
 from jaxreason.environment.verdicts import checked, measured
 from jaxreason.runtime.files import rollout_record, spans
+from jaxreason.sharding import make_mesh, row_devices, shardings
 from jaxreason.tools import Session, Tool, ToolError
 from jaxreason.tools.calls import Call, Dialect, Malformed
 from jaxreason.tools.interface import stateless
@@ -160,16 +162,22 @@ def test_the_deadline_of_a_step_has_room_for_its_calls():
 def test_a_wrong_attempt_may_be_repeated():
     steps = play(retry(JUDGE, attempts=3, role=""), ["5", "6", "7"])
     assert [step.observation for step in steps[:2]] == ["That is not right. Try again."] * 2
-    measures = {"attempts": 3.0, "first_correct": 0.0, "last_correct": 1.0, "wrong_then_right": 1.0, "right_then_wrong": 0.0}
+    measures = {
+        "tries": 3.0,
+        "first_try_correct": 0.0,
+        "last_try_correct": 1.0,
+        "tries_wrong_then_right": 1.0,
+        "tries_right_then_wrong": 0.0,
+    }
     assert (steps[2].verdict.reward, dict(steps[2].verdict.measures)) == (1.0, measures)
 
 
 def test_a_right_attempt_ends_the_rollout():
     (step,) = play(retry(JUDGE, attempts=3, discount=0.5), ["7"])
-    assert (step.verdict.reward, step.verdict.measures["attempts"]) == (1.0, 1.0)
+    assert (step.verdict.reward, step.verdict.measures["tries"]) == (1.0, 1.0)
 
 
-@pytest.mark.parametrize(("second", "correct", "name"), [("6", False, "right_then_wrong"), ("7", True, "last_correct")])
+@pytest.mark.parametrize(("second", "correct", "name"), [("6", False, "tries_right_then_wrong"), ("7", True, "last_try_correct")])
 def test_checking_does_not_say_whether_it_was_right(second, correct, name):
     ask, step = play(retry(JUDGE, attempts=2, tell="check"), ["7", second])
     assert ask.observation == [Message("user", "Check your work, then give your final answer.")]
@@ -187,7 +195,7 @@ def test_later_attempts_earn_less():
 def test_the_last_attempt_counts_where_the_message_leaves_no_room():
     _, step = play(retry(JUDGE, attempts=2, tell="check"), ["7", Turn("", "limit", True)])
     assert step.verdict.correct
-    assert step.verdict.measures["attempts"] == 1.0
+    assert step.verdict.measures["tries"] == 1.0
 
 
 def test_a_failed_verifier_is_not_asked_again():
@@ -228,7 +236,7 @@ def test_tools_and_retries_combine():
     stateful = Tool("upper", "Does it.", opened, keeps_time=True)
     outside = play(with_tools(retry(JUDGE, attempts=2), [stateful], CALLS), ["upper(a)", "5", "upper(b)", "7"])
     assert outside[3].verdict.measures["tool_calls"] == 2.0
-    assert outside[3].verdict.measures["wrong_then_right"] == 1.0
+    assert outside[3].verdict.measures["tries_wrong_then_right"] == 1.0
     assert log == ["open", "close"]
     log.clear()
     inside = play(retry(with_tools(JUDGE, [stateful], CALLS), attempts=2), ["upper(a)", "5", "upper(b)", "7"])
@@ -294,16 +302,16 @@ def test_the_calls_of_rollouts_are_answered_in_place(rollouts):
     for r in made_:
         assert len(r.author) == len(r.tokens)
         assert [letter == "m" for letter in r.author] == r.sampled.tolist()
-        assert set(r.author) <= {"m", "o"}
+        assert set(r.author) <= {"m", "t"}
         text = t.decode(r.tokens)
-        for found in re.finditer("[^o]o+", r.author):
+        for found in re.finditer("[^t]t+", r.author):
             before, said = text[: found.start() + 1], text[found.start() + 1 : found.end()]
             turn = re.split("hh|i[a-h_]*i", before)[-1]
             if before.endswith("k") and "j" in turn:
                 calls += 1
                 assert f"i{turn[turn.rindex('j') + 1 : -1][::-1]}i".startswith(said) or said.startswith("i")
     assert calls > 5
-    assert {r.verdict.measures["attempts"] for r in made_ if "attempts" in r.verdict.measures} >= {1.0, 2.0, 3.0}
+    assert {r.verdict.measures["tries"] for r in made_ if "tries" in r.verdict.measures} >= {1.0, 2.0, 3.0}
 
 
 @pytest.mark.parametrize("slots", [5, 12])
@@ -315,6 +323,16 @@ def test_rollouts_with_tools_do_not_depend_on_the_sampler(made, rollouts, slots,
     t.assert_same(got, expected)
     by_name = {(r.problem, r.attempt): r.author for r in got}
     assert all(by_name[r.problem, r.attempt] == r.author for r in expected)
+
+
+@pytest.mark.parametrize("axes", [{"data": 4}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["data", "all"])
+def test_rollouts_with_tools_do_not_depend_on_the_mesh(rollouts, axes):
+    params, expected = rollouts
+    mesh = make_mesh(**{"data": 1, **axes})
+    model = t.make_model()[0]
+    completer = t.new_completer(model, slots=8, length=44, max_tokens=36, mesh=mesh, prompt_rows=row_devices(mesh))
+    placed = jax.device_put(params, shardings(params, mesh))
+    t.assert_same(t.roll(completer, placed, t.make_requests(8, 3), lettered()), expected)
 
 
 def test_sampler_and_learner_agree_behind_results(made, rollouts):
@@ -357,11 +375,11 @@ def test_every_environment_is_closed_once_even_after_an_error(made):
 
 
 def test_the_record_of_a_rollout_says_who_wrote_it(rollouts):
-    r = next(r for r in rollouts[1] if "o" in r.author)
+    r = next(r for r in rollouts[1] if "t" in r.author)
     record = rollout_record(r)
     assert record["measures"] == dict(r.verdict.measures)
     assert sum(count for _, count in record["spans"]) == len(r.tokens)
-    assert spans("mmoom") == [["m", 2], ["o", 2], ["m", 1]]
+    assert spans("mmttm") == [["m", 2], ["t", 2], ["m", 1]]
     plain = rollout_record(dataclasses.replace(r, author="mm", verdict=Verdict(0.0, False)))
     assert not {"spans", "measures"} & plain.keys()
 

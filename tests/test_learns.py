@@ -34,7 +34,7 @@ def train(model, params, source, objective, steps, lr=1e-2):
 def completer(tiny):
     return Completer(
         sampler=compile_sampler(tiny(layers=1)[0], slots=64, length=8, eos_ids=(EOS_ID,), chunk_tokens=4),
-        encode=lambda text: [],
+        observe=lambda observation, ended: [],
         decode=lambda ids: " ".join(map(str, ids)),
         eos_ids=(EOS_ID,),
         prompt_buckets=(4,),

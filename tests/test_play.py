@@ -154,4 +154,4 @@ def test_a_person_reads_what_a_retry_says():
     code, out, _ = play(["A1", "A1"], "--config=configs/tools.py", retry)
     assert code == 0
     assert "it reads: ?\nwrong: answered 1" in out
-    assert "attempts 2, first_correct 0" in out
+    assert "tries 2, first_try_correct 0" in out

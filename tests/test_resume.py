@@ -7,6 +7,7 @@ fourth step, and 30 steps. A process of its own is killed with SIGKILL at each o
 points:
 
     prefill, sampling, verifying, batching   while rollouts are made, judged, and put into a batch
+    answering                                between two turns of a rollout, before it reads an observation
     reference, update                        before its log-probs are taken, before an update
     logging, line                            before metrics are written, and in the middle of a line of rollouts
     saving, renaming                         before a save, and while it is written, before it gets its name
@@ -69,13 +70,21 @@ def get_config(arg=""):
     config.rl.objective = {{"name": "dapo", "kl_coefficient": 0.1, "entropy_coefficient": 0.01}}
     config.evaluate.suites = {{"chain": config.evaluate.suites.chain.to_dict()}}
     config.checkpoint.every_steps = 4
+    config.environment = {environment}
     return config
 """
 STEPS = 30
-KINDS = {"lag 0": {"lag": 0, "sampling_devices": 0}, "lag 1": {"lag": 1, "sampling_devices": 1}}
+AGAIN = {"name": "retry", "attempts": 3, "message": "?"}
+TURNS = {"name": "with_tools", "tools": ("calculator",), "dialect": "brackets", "inside": AGAIN}
+KINDS = {
+    "lag 0": {"lag": 0, "sampling_devices": 0, "environment": None},
+    "lag 1": {"lag": 1, "sampling_devices": 1, "environment": None},
+    "turns, lag 1": {"lag": 1, "sampling_devices": 1, "environment": TURNS},
+}
 # In the order in which a run comes to them; each process gets further than the one
 # before.
 SOME = [("logging", 3), ("reference", 2), ("line", 5), ("renaming", 2), ("summary", 2)]
+BETWEEN_TURNS = [("answering", 7), ("answering", 60), ("verifying", 40), ("answering", 90), ("line", 5)]
 ALL = [
     ("evaluation", 1),
     ("logging", 3),
@@ -125,6 +134,8 @@ def assert_same_run(workdir: Path, whole: Path) -> None:
     assert step == STEPS
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     assert read_lines(workdir / "rollouts.jsonl") == read_lines(whole / "rollouts.jsonl")
+    if "environment = {" in (whole.parent / "config.py").read_text():
+        assert any(letter == "t" for r in read_lines(whole / "rollouts.jsonl") for letter, _ in r.get("spans", ()))
     assert maths(workdir) == maths(whole)
     found, wanted = (json.loads((folder / "summary.json").read_text()) for folder in (workdir, whole))
     assert found["evaluations"] == wanted["evaluations"]
@@ -139,6 +150,7 @@ def assert_same_run(workdir: Path, whole: Path) -> None:
     ("whole", "points"),
     [
         pytest.param("lag 1", SOME, id="lag 1, some"),
+        pytest.param("turns, lag 1", BETWEEN_TURNS, id="turns"),
         pytest.param("lag 0", ALL, id="lag 0, all", marks=pytest.mark.slow),
         pytest.param("lag 1", ALL, id="lag 1, all", marks=pytest.mark.slow),
     ],

@@ -197,7 +197,7 @@ def test_metrics_of_rollouts(completer, params):
     assert 0 < expected["rollout/correct"][0] < R
     assert expected["rollout/informative_groups"][0] < PROBLEMS
     assert drawn.metrics["perf/sample_tokens_per_s"][0] == sum(r.sampled.sum() for r in r_R)
-    used, steps = drawn.metrics["rollout/slot_occupancy"]
+    used, steps = drawn.metrics["perf/slot_occupancy"]
     assert used == drawn.metrics["perf/sample_tokens_per_s"][0]
     assert used <= steps
     for name in ("time/sample_s", "time/verify_s"):

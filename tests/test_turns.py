@@ -234,7 +234,7 @@ def test_environments_nest(folder):
     state = environment.reset(TASK)
     state, step = environment.step(state, Turn("8", "eos", False))
     assert step.observation == [Message("user", "That is not right. Try again.")]
-    assert environment.step(state, Turn("7", "eos", False))[1].verdict.measures["wrong_then_right"] == 1.0
+    assert environment.step(state, Turn("7", "eos", False))[1].verdict.measures["tries_wrong_then_right"] == 1.0
 
 
 def test_an_environment_of_a_user(folder, monkeypatch):

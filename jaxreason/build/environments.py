@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from jaxreason import text, tools
 from jaxreason.build.tasks import Parts, judge
-from jaxreason.environment import Environment, retry, with_tools
+from jaxreason.environment import Environment, openenv, retry, with_tools
 from jaxreason.environment.retry import TOLD
 from jaxreason.options import call_with_section, find, unknown_name_message
 from jaxreason.text.chat import check_reply
@@ -79,7 +79,7 @@ def make_own(name: str, maker: Callable, section: dict, environment: Environment
 
 def single_turn(
     *,
-    name: str,  # single_turn, with_tools, retry, or module:maker of your own
+    name: str,  # single_turn, with_tools, retry, openenv, or module:maker of your own
 ) -> None:
     """The model writes once and is judged."""
 
@@ -89,7 +89,7 @@ def tools_section(
     judged: Made,
     parts: Parts,
     words: dict,
-    name: str,  # single_turn, with_tools, retry, or module:maker of your own
+    name: str,  # single_turn, with_tools, retry, openenv, or module:maker of your own
     tools: Sequence,  # names, or sections such as {"name": "search", "folder": "notes"}; module:maker for your own
     dialect: str = "auto",  # how calls are written: brackets, angles, tags, hermes, llama3; auto: by the chat template
     max_calls: int = 8,  # calls per rollout, at most
@@ -122,7 +122,7 @@ def retry_section(
     judged: Made,
     parts: Parts,
     words: dict,
-    name: str,  # single_turn, with_tools, retry, or module:maker of your own
+    name: str,  # single_turn, with_tools, retry, openenv, or module:maker of your own
     attempts: int = 2,  # attempts per rollout, at most
     tell: str = "wrong",  # wrong: say that an attempt was wrong, and end at a right one; check: only ask to check the work
     message: str | None = None,  # text that the model reads before it writes again; None: a sentence for `tell`
@@ -143,7 +143,39 @@ def retry_section(
     return judged._replace(environment=made)
 
 
-SECTIONS: dict[str, Callable] = {"single_turn": single_turn, "with_tools": tools_section, "retry": retry_section}
+def openenv_section(
+    *,
+    judged: Made,
+    parts: Parts,
+    words: dict,
+    name: str,  # single_turn, with_tools, retry, openenv, or module:maker of your own
+    maker: str,  # module:function that returns a new environment, without arguments
+    action: str | None = None,  # module:function from the model's text to an action; None: the text itself
+    show: str | None = None,  # module:function from an observation to text; None: its text, or its fields as JSON
+    max_steps: int = 16,  # steps of an episode, at most
+    right: float = 1.0,  # sum of rewards from which on an answer is correct
+    deadline_s: float | None = 60.0,  # seconds per step; None: no limit
+) -> Made:
+    """Play an environment with reset, step and state, such as those of OpenEnv; use it
+    with the task family `openenv`. The verifier of the config is not asked.
+    """
+    role = "user" if parts.format.reply is not None else ""
+    keywords = {"action": action, "show": show, "max_steps": max_steps, "right": right, "deadline_s": deadline_s}
+    try:
+        made = openenv(maker, role=role, **keywords)
+    except ValueError as error:
+        raise ValueError(f"{WHERE}: {error}") from None
+    if role:
+        check_reply(judged.format, parts.tokenizer, role)
+    return judged._replace(environment=made)
+
+
+SECTIONS: dict[str, Callable] = {
+    "single_turn": single_turn,
+    "with_tools": tools_section,
+    "retry": retry_section,
+    "openenv": openenv_section,
+}
 
 
 def dialect_of(name: str, format: text.Format) -> Dialect:

@@ -12,6 +12,7 @@ if it fails all the time: see `Failures`.
 """
 
 from jaxreason.environment.interface import IN_A_ROW, STUCK, Environment, Failures, Step, Stop, Turn, VerifierFailed, stack
+from jaxreason.environment.openenv import openenv
 from jaxreason.environment.retry import retry
 from jaxreason.environment.single_turn import single_turn
 from jaxreason.environment.threads import Threads, late
@@ -30,7 +31,7 @@ from jaxreason.environment.verdicts import (
 )
 
 WRAPPERS = {"with_tools": with_tools, "retry": retry}  # make an environment from another one
-ENVIRONMENTS = {"single_turn": single_turn, **WRAPPERS}
+ENVIRONMENTS = {"single_turn": single_turn, "openenv": openenv, **WRAPPERS}
 
 __all__ = [
     "COUNTED",
@@ -52,6 +53,7 @@ __all__ = [
     "failed",
     "late",
     "measured",
+    "openenv",
     "retry",
     "single_turn",
     "stack",

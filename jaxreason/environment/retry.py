@@ -35,8 +35,9 @@ def retry(
     """Let the model attempt a task up to `attempts` times in one rollout.
 
     The last attempt counts: its reward, times `discount` for each attempt before it.
-    The verdict's measures are attempts; first_correct and last_correct;
-    wrong_then_right and right_then_wrong, each 1 or 0.
+    The verdict's measures are tries; first_try_correct and last_try_correct;
+    tries_wrong_then_right and tries_right_then_wrong, each 1 or 0. (What the model
+    tries again by itself within one turn is in `tasks.behaviour`.)
 
     Args:
       environment: judges each attempt; it sees the attempt's text alone.
@@ -91,11 +92,11 @@ def summary(verdicts: tuple[Verdict, ...], discount: float) -> Verdict:
     """Return the last verdict, discounted, with the measures of all attempts."""
     first, last = verdicts[0], verdicts[-1]
     measures = {
-        "attempts": float(len(verdicts)),
-        "first_correct": float(first.correct),
-        "last_correct": float(last.correct),
-        "wrong_then_right": float(last.correct and not first.correct),
-        "right_then_wrong": float(first.correct and not last.correct),
+        "tries": float(len(verdicts)),
+        "first_try_correct": float(first.correct),
+        "last_try_correct": float(last.correct),
+        "tries_wrong_then_right": float(last.correct and not first.correct),
+        "tries_right_then_wrong": float(first.correct and not last.correct),
     }
     reward = last.reward * discount ** (len(verdicts) - 1) if last.reward > 0 else last.reward
     return dataclasses.replace(last, reward=reward, measures={**last.measures, **measures})

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxreason.options import call_with_section, find
-from jaxreason.tasks import corpus, gsm8k, hub, jsonl, procedural, reasoning_gym, splits
+from jaxreason.tasks import corpus, gsm8k, hub, jsonl, openenv, procedural, reasoning_gym, splits, taskset
 from jaxreason.types import Task
 
 TASKS = {
@@ -38,6 +38,8 @@ TASKS = {
     "big_math": hub.big_math,
     "countdown_3to4": hub.countdown_3to4,
     "reasoning_gym": reasoning_gym.reasoning_gym,
+    "openenv": openenv.openenv,
+    "taskset": taskset.taskset,
     "corpus": corpus.corpus,
 }
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from jaxreason.options import call_with_section, find
 from jaxreason.types import Task, Verdict
-from jaxreason.verify import combine, countdown, exact, expression, form, number, reasoning_gym
+from jaxreason.verify import combine, countdown, exact, expression, form, number, reasoning_gym, taskset
 from jaxreason.verify.exact import BAD_KEY
 
 VERIFIERS = {
@@ -27,6 +27,7 @@ VERIFIERS = {
     "math": expression.math,
     "reasoning_gym": reasoning_gym.reasoning_gym,
     "format": form.format,
+    "taskset": taskset.taskset,
     **combine.COMBINATORS,
 }
 
