@@ -198,7 +198,8 @@ def section_of_environment(values: dict) -> fields.Section:
 
 
 def section_of_task(values: dict, more: tuple[Callable, ...] = ()) -> fields.Section:
-    below = {"verifier": section_of_verifier, "environment": section_of_environment} if more else {}
+    below: dict = {"verifier": section_of_verifier, "environment": section_of_environment} if more else {}
+    below["of"] = section_of_task
     decided = {
         "seed": "that of the run",
         "split": "train in a source, test in a suite; a file that only one of them names is read whole",
