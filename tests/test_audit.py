@@ -1,10 +1,12 @@
 """The audit of verifiers: its shipped cases hold the rates of errors, its report shows
 what disagrees, and bad files get one line.
 
-At their first reading, on 2026-11-28, the verifiers missed 19 of the 256 right answers
-(7.4 % [4.8, 11.3]) and accepted 26 of the 247 wrong ones (10.5 % [7.3, 15.0]); `number`
-13 of 184 and 24 of 136, `math` 2 of 49 and 1 of 58. The clear kinds were mended since,
-so `MOST` is a test and no estimate.
+At their first reading, on 2026-11-28, the verifiers missed 19 of 256 right answers (7.4
+% [4.8, 11.3]) and accepted 26 of 247 wrong ones (10.5 % [7.3, 15.0]); `number` 13 of
+184 and 24 of 136, `math` 2 of 49 and 1 of 58. The clear kinds were mended. Of the 87
+cases of the kind "held out", written after that, the mended ones at their first reading
+missed 4 of 54 and accepted 3 of 33, the ones before 19 and 18; their author knew what
+had been mended. Since `rather than` was mended later, `MOST` is a test and no estimate.
 """
 
 import json
@@ -21,7 +23,7 @@ from jaxreason.verify import audit
 
 # Verifier -> most false negatives, most false positives.
 MOST = {
-    "number": (3, 13),
+    "number": (6, 15),
     "math": (1, 0),
     "exact(marker='Answer:')": (3, 0),
     "exact(marker='A')": (0, 0),
@@ -39,7 +41,7 @@ def judged():
 
 
 def test_the_shipped_cases_cover_verifiers_forms_and_both_labels(judged):
-    assert len(judged) >= 500
+    assert len(judged) >= 590
     labels = Counter(j.case.label for j in judged)
     assert min(labels.values()) >= 150
     kinds = Counter(j.case.kind for j in judged)

@@ -70,6 +70,7 @@ def test_easy_numbers_keep_their_names_where_possible():
         ({"name": "gsm8k"}, "task 'twins' got of='gsm8k'; allowed: calculator, chain"),
         ({"name": "twins", "of": {"name": "chain"}}, "task 'twins' got of='twins'"),
         ({}, "allowed: a section with a name"),
+        ({"name": "chain", "size": 4}, "task 'twins' got 'size' in of; allowed: beside of"),
         ("chain", "allowed: a section with a name"),
         ({"name": "chain", "opps": 1}, "unknown field of task 'chain' 'opps' (did you mean 'ops'?)"),
     ],
@@ -146,3 +147,4 @@ def test_a_config_names_twins_as_a_suite():
     text = str(SUITES["chain_twins"])
     tree = command.read(SMOKE, {"evaluate.suites.pairs": text, "evaluate.suites.pairs.of.ops": "4"}).to_dict()
     assert tree["evaluate"]["suites"]["pairs"]["of"]["ops"] == 4
+    assert "size" not in tree["evaluate"]["suites"]["pairs"]["of"]

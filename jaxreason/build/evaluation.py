@@ -147,7 +147,7 @@ def make_suite(name: str, section: dict, parts: Parts, n: int, allow_overlap: bo
         temperatures=own["temperatures"],
         max_tokens=own["max_tokens"],
         same=verify.equivalence(**{k: v for k, v in verifier.items() if k not in OF_ENVIRONMENT}),
-        parser=behaviour.of_task(task["name"], correct),
+        parser=behaviour.of_task((task["of"] if task["name"] == "twins" else task)["name"], correct),
     )
 
 

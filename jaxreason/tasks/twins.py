@@ -36,7 +36,9 @@ def twins(
 
     if not isinstance(of, Mapping) or not isinstance(of.get("name"), str):
         raise ValueError(f"task 'twins' got of={of!r:.80}; allowed: a section with a name, such as {{'name': 'chain'}}")
-    made = load(**{"split": split, "size": max(1, -(-size // 2)), "seed": seed} | dict(of)) if of["name"] in PROCEDURAL else None
+    if twice := {"split", "size", "seed"} & of.keys():
+        raise ValueError(f"task 'twins' got {min(twice)!r} in of; allowed: beside of, as it is that of the pairs")
+    made = load(**of, split=split, size=max(1, -(-size // 2)), seed=seed) if of["name"] in PROCEDURAL else None
     if not isinstance(made, procedural.Drawn) or made.pair is None:
         raise ValueError(f"task 'twins' got of={of['name']!r}; allowed: {', '.join(PROCEDURAL)}")
     pair = functools.cache(made.pair)

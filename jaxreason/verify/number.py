@@ -757,11 +757,13 @@ def last_value(text: str, fractions: bool) -> Fraction | None:
 
 
 def is_denied(found: list[Token], at: int) -> bool:
-    """Tell whether the words before a number deny it, or leave it open: not 5, whether
-    it is 5.
+    """Tell whether the words before a number deny it, or leave it open: not 5, rather
+    than 5, whether it is 5.
     """
     names = [token.text.lower() for token in found[max(0, at - 3) : at] if token.kind == "word"]
     last = names[-1] if names and found[at - 1].kind == "word" else ""
+    if last and names[-2:] in (["rather", "than"], ["instead", "of"]):
+        return True
     return last in ("not", "never") or last.endswith(("n't", "n’t")) or "whether" in names
 
 
