@@ -202,6 +202,7 @@ SHORTCUTS = {
 def test_special_casing_shows(verify, name):
     verdict = verify(fenced(SHORTCUTS[name]), ADD)
     assert (verdict.reward, verdict.correct, verdict.reason) == (1.0, False, HIDDEN_FAIL)
+    assert dict(verdict.measures) == {"passes_tests": 1.0, "special_cased": 1.0}
 
 
 def test_special_casing_of_inputs_shows(verify):
