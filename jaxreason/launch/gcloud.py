@@ -40,7 +40,15 @@ def create(place: Place, machine: Machine) -> list[str]:
     if place.queued:
         node = [f"--node-id={place.name}", f"--accelerator-type={machine.type}", f"--runtime-version={machine.version}"]
         return [*QUEUED, "create", place.name, *where(place), *node, *paid]
-    return [*TPU, "create", place.name, *where(place), f"--accelerator-type={machine.type}", f"--version={machine.version}", *paid]
+    return [
+        *TPU,
+        "create",
+        place.name,
+        *where(place),
+        f"--accelerator-type={machine.type}",
+        f"--version={machine.version}",
+        *paid,
+    ]
 
 
 def delete(place: Place) -> list[str]:

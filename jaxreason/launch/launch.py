@@ -222,10 +222,15 @@ def bring_home(asked: Asked, target: Target, world: World) -> None:
     if "://" in asked.workdir:
         world.say(f"the run is in {asked.workdir}")
         return
-    path = f"{remote.folder_of(asked.name)}/source-{asked.source.digest}/{asked.workdir}"
+    path = run_folder(asked.name, asked.workdir)
     Path(asked.fetch_to).mkdir(parents=True, exist_ok=True)
     check(target.fetch(path, asked.fetch_to), f"the run's folder {path} could not be copied, so the machine is kept")
     world.say(f"the run is in {asked.fetch_to}/{Path(asked.workdir).name}")
+
+
+def run_folder(name: str, workdir: str) -> str:
+    """Return the folder of a run on its machine."""
+    return workdir if workdir.startswith("/") else f"{remote.folder_of(name)}/{workdir}"
 
 
 def costs(machine: Machine) -> str:

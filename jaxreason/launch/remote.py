@@ -36,7 +36,7 @@ def install(name: str, digest: str, extra: str) -> str:
             f"cd; if [ -f {source}/.installed ]; then echo installed already; exit 0; fi",
             f"rm -rf {source}; mkdir -p {source}",
             f"tar -xzf {archive} -C {source}",
-            f"python=$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)",
+            "python=$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)",
             f"[ -x {home}/venv/bin/python ] || $python -m venv {home}/venv",
             f"{home}/venv/bin/python -m pip install --quiet --upgrade pip",
             f"{home}/venv/bin/python -m pip install --quiet -e {source}'[{extra}]'",
