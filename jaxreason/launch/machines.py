@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from jaxreason.chips import CHIPS, chips_of
 from jaxreason.options import unknown_name_message
-from jaxreason.plan.chips import CHIPS, chips_of
 
 
 class Machine(NamedTuple):
