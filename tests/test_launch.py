@@ -274,12 +274,13 @@ ASK = ("tpu", "--name=mine", "--type=v5litepod-16", "--zone=us-west4-a", "--conf
 
 
 def test_a_dry_run_prints_every_command_and_runs_none(cloud):
-    done = command(*ASK, "--dry_run")
+    done = command(*ASK, "--dry_run", "--fetch_to=here")
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("gcloud ")]
     assert [line.split()[4] for line in lines] == ["create", "scp", "ssh", "ssh", "scp", "delete"]
     assert not (cloud / "calls.jsonl").exists()
     assert not state.names()
+    assert not (ROOT / "here").exists()
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,8 @@ def bring_home(asked: Asked, target: Target, world: World) -> None:
       LaunchFailed: it could not be copied; the machine that has it is then kept.
     """
     path = run_folder(asked.name, asked.workdir)
-    Path(asked.fetch_to).mkdir(parents=True, exist_ok=True)
+    if not world.shell.dry:
+        Path(asked.fetch_to).mkdir(parents=True, exist_ok=True)
     check(target.fetch(path, asked.fetch_to), f"the run's folder {path} could not be copied, so the machine is kept")
     world.say(f"the run is in {asked.fetch_to}/{Path(asked.workdir).name}")
 
