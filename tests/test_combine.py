@@ -209,6 +209,25 @@ def test_keys_and_own_verifiers_inside_are_tried(own):
         judge({"name": "all_of", "of": (NUMBER, broken)}, [TASK])
 
 
+def test_a_length_that_no_attempt_reaches_is_told():
+    def idle(max_tokens, most):
+        shaped = {"name": "length_shaped", "of": NUMBER, "max_tokens": max_tokens, "buffer_tokens": 10}
+        return verify.never_penalised({"name": "all_of", "of": (FORM, shaped)}, most) is not None
+
+    assert [idle(max_tokens, 32) for max_tokens in (32, 41, 42, 90)] == [False, False, True, True]
+    said = []
+    config = load_config("tiny", "smoke")
+    with config.unlocked():
+        config.verifier = {
+            "name": "length_shaped",
+            "of": {"name": "exact", "marker": ";A"},
+            "max_tokens": 4000,
+            "buffer_tokens": 10,
+        }
+    build.build(config, say=said.append)
+    assert any("penalises no attempt, as sampler.max_tokens is" in line for line in said)
+
+
 @pytest.mark.process
 def test_a_run_logs_the_reward_of_each_part(tmp_path):
     inner = {"name": "weighted", "weights": (1.0, 0.1), "of": ({"name": "exact", "marker": ";A"}, FORM)}
