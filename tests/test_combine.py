@@ -14,7 +14,7 @@ from runs import SMOKE, load_config, main
 
 from jaxreason import build, verify
 from jaxreason.build.tasks import check_keys, judge, make_judge
-from jaxreason.environment import Turn, single_turn
+from jaxreason.environment import Turn, retry, single_turn
 from jaxreason.main import describe
 from jaxreason.options import command, fields
 from jaxreason.types import Task, Verdict
@@ -115,6 +115,10 @@ def test_a_verifier_gets_the_tokens_that_the_model_sampled():
     assert [r.verdict.reward for r in rollouts] == [float(r.sampled.sum()) for r in rollouts]
     assert len({*seen}) > 2
     assert any(r.stop == "eos" and len(r.tokens) == r.verdict.reward for r in rollouts)
+    twice = retry(single_turn(verifier), tell="check", message="bcd", role="")
+    rollouts = t.roll(t.make_completer(model), t.biased(params, _=0.8), t.make_requests(5, 2), twice)
+    assert [r.verdict.reward for r in rollouts] == [float(r.sampled.sum()) for r in rollouts]
+    assert any(len(r.tokens) > r.verdict.reward for r in rollouts)
 
 
 def test_a_part_that_can_not_judge_gives_the_reason(own):
