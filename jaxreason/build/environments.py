@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxreason import text, tools
+from jaxreason import text, tools, verify
 from jaxreason.build.tasks import Parts, judge
 from jaxreason.environment import Environment, check_environment, openenv, retry, with_tools
 from jaxreason.environment.retry import TOLD
@@ -48,7 +48,18 @@ def make_environment(section: Mapping[str, Any] | None, verifier: dict, items: S
     elif section is not None:
         call_with_section(single_turn, section, WHERE)
     parts.environments.append(made.environment)
+    if parts.completer is not None:  # None where nothing is sampled: a person writes
+        warn_of_idle_penalty(verifier, parts.completer.max_tokens, parts.say)
     return made
+
+
+def warn_of_idle_penalty(verifier: Mapping[str, Any], most: int, say: Callable[[str], None]) -> None:
+    """Warn of a penalty for the length that no attempt of `most` tokens can earn."""
+    if idle := verify.never_penalised(verifier, most):
+        say(
+            f"warning: verifier 'length_shaped' with max_tokens={idle['max_tokens']}, buffer_tokens={idle['buffer_tokens']} "
+            f"penalises no attempt, as sampler.max_tokens is {most}; lower verifier.max_tokens"
+        )
 
 
 def make_wrapped(section: dict, judged: Made, parts: Parts, words: dict) -> Made:

@@ -145,7 +145,7 @@ def make_suite(name: str, section: dict, parts: Parts, n: int, allow_overlap: bo
     if made.asks_verifier:
         check_keys(items, verifier, what, parts.say)
     # Answers within a text are judged one by one, unless each takes a child process.
-    judges_parts = made.asks_verifier and verifier["name"] not in verify.BOUNDED
+    judges_parts = made.asks_verifier and not verify.uses_children(verifier)
     correct = judge_with(judge(verifier, items)) if judges_parts else None
     return evaluation.Suite(
         name,
@@ -155,7 +155,7 @@ def make_suite(name: str, section: dict, parts: Parts, n: int, allow_overlap: bo
         temperatures=own["temperatures"],
         max_tokens=own["max_tokens"],
         same=verify.equivalence(**{k: v for k, v in verifier.items() if k not in OF_ENVIRONMENT}),
-        parser=behaviour.of_task(task["name"], correct),
+        parser=behaviour.of_task((task["of"] if task["name"] == "twins" else task)["name"], correct),
     )
 
 
