@@ -10,6 +10,7 @@ import tiny_completer as t
 from jaxreason import tools
 from jaxreason.environment import Turn, end_of_turn, single_turn, with_tools
 from jaxreason.rollout import Budget
+from jaxreason.tasks import gsm8k
 from jaxreason.tools import Session, Tool
 from jaxreason.tools.calls import DIALECTS, Call, Dialect
 from jaxreason.types import Task, Verdict
@@ -152,3 +153,13 @@ def test_all_sessions_are_closed_even_if_one_fails():
     with pytest.raises(OSError, match="no such container"):
         environment.close(state)
     assert sorted(closed) == ["broken", "first", "inner", "last"]
+
+
+def test_the_worked_solutions_of_gsm8k_write_all_but_the_results():
+    """Of each call the model writes up to `=`, as when the calculator answers it."""
+    task = gsm8k._task("How many?", "He has 3*5=<<3*5=15>>15, then <<15/2=7.5>>7.5.\n#### 7.5", "id", True)
+    assert [task.solution[start:end] for start, end in task.data["forced"]] == ["15>>", "7.5>>"]
+    environment, before = with_calculator("angles"), 0
+    for start, end in task.data["forced"]:
+        turn, before = Turn(task.solution[before:start], "stop", False), end
+        assert environment.step(environment.reset(TASK), turn)[1].observation == task.solution[start:end]
