@@ -3,6 +3,7 @@ budgets of thinking, and comparisons.
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -73,8 +74,9 @@ def test_a_killed_evaluation_continues_to_the_same_end(trained, evaluated, tmp_p
     (folder / "rollouts.jsonl").write_text("".join([*lines[10:14], strange, *lines[:5]]) + lines[20][:40])
     found = json.loads((evaluated / "evaluation.json").read_text())
     (folder / "evaluation.json").write_text(json.dumps({k: v for k, v in found.items() if k != "evaluations"} | {"done": False}))
-    code, _, err = evaluate(f"--checkpoint={trained}", f"--workdir={folder}")
+    code, out, err = evaluate(f"--checkpoint={trained}", f"--workdir={folder}")
     assert code == 0, err
+    assert re.search(r"\d+ attempts are recorded already; the other \d+ follow", out)
     again = json.loads((folder / "evaluation.json").read_text())
     assert [(e["verdicts"], e["accuracy"]) for e in again["evaluations"]] == [
         (e["verdicts"], e["accuracy"]) for e in found["evaluations"]
