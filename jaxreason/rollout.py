@@ -52,6 +52,7 @@ class SamplingStats(NamedTuple):
     tokens: int  # sampled
     slot_steps: int  # tokens that could have been sampled: decode steps times slots
     prompt_tokens: int  # prefilled, each prompt once
+    verdict_s: Sequence[float] = ()  # time that each verdict took in its thread
 
 
 class Budget(NamedTuple):
@@ -217,6 +218,7 @@ def gather_groups(share: LocalGroups, wanted: Sequence[Sequence[Request]]) -> tu
         tokens=sum(s.tokens for s in spents),
         slot_steps=sum(s.slot_steps for s in spents),
         prompt_tokens=sum(s.prompt_tokens for s in spents),
+        verdict_s=list(itertools.chain(*(s.verdict_s for s in spents))),
     )
 
 
@@ -314,7 +316,8 @@ class Collection:
 
     def __init__(self, completer, weights, requests, environment, threads, key, temperature, filter, judged=lambda rollout: None):
         self.completer, self.sampler, self.weights, self.environment = completer, completer.sampler, weights, environment
-        self.judge = jax.profiler.annotate_function(environment.step, name="verify")
+        self.verdict_s: list[float] = []
+        self.judge = jax.profiler.annotate_function(timed(environment.step, self.verdict_s), name="verify")
         self.stops = stops_of(completer, environment)
         self.threads, self.temperature, self.filter, self.judged = threads, temperature, filter, judged
         self.key_R = keys_of(key, requests)
@@ -343,9 +346,10 @@ class Collection:
         return SamplingStats(
             sample_s=time.perf_counter() - self.started_s - self.verify_s,
             verify_s=self.verify_s,
-            tokens=sum(int(r.sampled.sum()) for r in self.rollouts),
+            tokens=sum(map(sampled, self.rollouts)),
             slot_steps=self.slot_steps,
             prompt_tokens=self.prompts.tokens,
+            verdict_s=list(self.verdict_s),
         )
 
     # --- environments ---
@@ -396,7 +400,7 @@ class Collection:
             elif ids := self.completer.observe(step.observation, attempt.stop == "eos"):
                 said.append((attempt, ids))
             else:  # an empty observation: ask for the verdict
-                self.ask(attempt, Turn("", attempt.stop, final=True))
+                self.ask(attempt, Turn("", attempt.stop, final=True, tokens=sampled(attempt.rollout)))
         self.append_tokens(said, author="t")
         for attempt, _ in said:
             attempt.turn = attempt.length
@@ -544,10 +548,25 @@ class Collection:
             a.rollout = to_rollout(self.completer, a, written, self.temperature)
             begun = len(a.request.prompt)
             text = a.rollout.text if a.turn == begun else text_of(self.completer, tokens_T[a.turn : a.length])
-            self.ask(a, Turn(text, a.stop, final=a.length >= a.limit))
+            self.ask(a, Turn(text, a.stop, final=a.length >= a.limit, tokens=sampled(a.rollout)))
         if halted_S.any():
             self.slots = self.sampler.stop_slots(self.slots, halted_S)
         self.append_tokens(said, author="f")
+
+
+def timed(step: Callable, verdict_s: list[float]) -> Callable:
+    """Return an environment's step that also appends the seconds of each verdict to
+    `verdict_s`. A thread may do so while others do.
+    """
+
+    def call(state, turn):
+        started_s = time.perf_counter()
+        state, made = step(state, turn)
+        if made.verdict is not None:
+            verdict_s.append(time.perf_counter() - started_s)
+        return state, made
+
+    return call
 
 
 class Written(NamedTuple):
@@ -585,6 +604,11 @@ def end_of_thinking(completer: Completer, attempt: Attempt, tokens_T: np.ndarray
         return None
     has_ended = completer.thinking.end.strip() in text_of(completer, tokens_T[len(attempt.request.prompt) : attempt.length])
     return [] if has_ended else completer.thinking.ids
+
+
+def sampled(rollout: Rollout) -> int:
+    """Count the tokens that the model sampled, without the forced ones."""
+    return int(rollout.sampled.sum())
 
 
 def to_rollout(completer: Completer, attempt: Attempt, written: Written, temperature: float) -> Rollout:

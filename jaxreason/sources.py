@@ -203,6 +203,7 @@ def rollouts(
             "rollout/oversampling": (float(len(sampled.groups) * group), float(len(learned) * group)),
             "time/sample_s": (spent.sample_s, 1.0),
             "time/verify_s": (spent.verify_s, 1.0),
+            **{name: (value, 1.0) for name, value in latency(spent.verdict_s).items()},
             "train/tokens": (tokens, 1.0),
             "train/packing_efficiency": (tokens, float(batching.computed_tokens(batch, microbatches))),
             "perf/sample_tokens_per_s": (float(spent.tokens), spent.sample_s),
@@ -264,7 +265,7 @@ def with_dynamic_sampling(draw: Draw, sampling: Sampling, most: int) -> Draw:
         while count := missing(sampled.groups, sampling.problems, most):
             wanted = wanted_groups(sampling, sampled.end, count)
             more = draw.finish(draw.collect(wanted, weights, key), wanted, weights, key)
-            spent = SamplingStats(*map(operator.add, sampled.spent, more.spent))
+            spent = SamplingStats(*map(operator.add, sampled.spent, more.spent))  # lists are joined
             sampled = SampledGroups(sampled.start, sampled.groups + more.groups, spent)
         return sampled
 
@@ -431,6 +432,16 @@ def shuffle_rewards(groups: Sequence[Group], key) -> list[Group]:
         return dataclasses.replace(r, verdict=dataclasses.replace(r.verdict, reward=next(dealt)))
 
     return [Group(tuple(map(paid, group.attempts))) for group in groups]
+
+
+def latency(verdict_s: Sequence[float]) -> dict[str, float]:
+    """Return quantiles of the time per verdict, in ms; a verdict that was given up has
+    none.
+    """
+    if not len(verdict_s):
+        return {}
+    p50_s, p99_s = np.quantile(verdict_s, (0.5, 0.99))
+    return {"time/verify_p50_ms": 1e3 * float(p50_s), "time/verify_p99_ms": 1e3 * float(p99_s)}
 
 
 def measure(groups: Sequence[Group]) -> dict:

@@ -213,6 +213,14 @@ def test_lookup_is_measured(tmp_path):
 
 
 @pytest.mark.process
+def test_the_sandbox_is_measured():
+    code, lines, err = bench("sandbox", "--backend=rlimits", "--repeats=2")
+    assert code == 0, err
+    assert len(lines) == 6
+    assert {line["backend"] for line in lines} == {"rlimits"}
+
+
+@pytest.mark.process
 def test_choices_of_the_cache_are_measured():
     small = ["--layers=1", "--heads=2", "--kv_heads=1", "--head_size=4", "--slots=4", "--columns=16", "--prompts=8", "--group=2"]
     code, lines, err = bench("cache", *small)

@@ -45,6 +45,9 @@ def test_sources_of_a_users_code(tmp_path, monkeypatch):
     suites = [{"name": "their:tasks"}, {"name": "chain", "verifier": {"name": "exact"}}, {"name": "chain", "verifier": "wrong"}]
     assert own_names(suites, {"name": "my:default"}) == {"their:tasks", "my:default"}
     assert own_names(suites[1:], {"name": "my:default"}) == set()
+    inside = {"name": "retry", "inside": {"name": "with_tools", "tools": ("calculator", "my:tool", {"name": "my:other"})}}
+    assert own_names([{"environment": inside, "instruction": "Q: {question}"}], {"name": "number"}) == {"my:tool", "my:other"}
+    assert own_names([{"name": "chain"}], {"name": "number"}, {"name": "openenv", "maker": "my:env"}) == {"my:env"}
 
 
 def test_other_versions_are_said_and_recorded():

@@ -4,6 +4,7 @@ process, keys that are right, and no text that runs code, hangs or raises.
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -12,8 +13,9 @@ import pytest
 from nasty import NASTY
 from runs import ROOT
 
-from jaxreason import build, tasks
+from jaxreason import build, sandbox, tasks
 from jaxreason.build.suites import read_suites
+from jaxreason.sandbox import bwrap
 from jaxreason.types import Task
 from jaxreason.verify import child, make, pool, reasoning_gym
 
@@ -302,6 +304,78 @@ for bad in (lambda: open(sys.argv[2], "w"), lambda: os.system("true"), socket.so
     ]
     assert not file.exists()
     assert script.exists()
+
+
+HELD = pytest.mark.skipif(bool(bwrap.refusal()), reason=bwrap.refusal())
+
+
+@HELD
+@pytest.mark.skipif(not os.path.exists("/proc/self/ns/pid"), reason="reads /proc")
+def test_scores_are_computed_in_the_sandbox():
+    judge = make("reasoning_gym", processes=1, timeout_s=7.0)
+    assert judge("<answer>x</answer>", load(size=1)[0]).reason == "wrong"
+    (living,) = [one for one in pool.shared("gym", 1, 7.0, 2048, True)._children.queue if one is not None]
+    first = f"/proc/{living.process.pid}/task/{living.process.pid}/children"
+    for kind in ("pid", "net", "mnt", "ipc"):
+        with open(first) as file:
+            inside = os.readlink(f"/proc/{file.read().split()[0]}/ns/{kind}")
+        assert inside != os.readlink(f"/proc/self/ns/{kind}")
+    living.processes.end()
+    assert judge("<answer>x</answer>", load(size=1)[0]).reason == "wrong"
+
+
+@HELD
+def test_a_third_guard_holds_when_the_others_fail(tmp_path):
+    """The program of the child is one without guards here."""
+    secret, script = tmp_path / "secret", tmp_path / "bare.py"
+    secret.write_text("x")
+    script.write_text("""
+import json, os, sys
+from multiprocessing.connection import Connection
+pipe = Connection(int(sys.argv[1]))
+pipe.send_bytes(b"")
+while True:
+    try:
+        answer = repr(eval(json.loads(pipe.recv_bytes())[0]))
+    except EOFError:
+        break
+    except BaseException as error:
+        answer = type(error).__name__
+    pipe.send_bytes(json.dumps(["", answer]).encode())
+""")
+    ours, theirs = multiprocessing.Pipe()
+    processes = sandbox.start_script(script, [str(theirs.fileno())], [theirs.fileno()], 1024, {})
+    theirs.close()
+    assert ours.poll(60)
+    assert ours.recv_bytes() == b""
+
+    def ask(text):
+        ours.send_bytes(json.dumps([text]).encode())
+        assert ours.poll(60)
+        return json.loads(ours.recv_bytes())[1]
+
+    assert ask("__import__('reasoning_gym').__name__") == "'reasoning_gym'"
+    assert ask(f"open({str(secret)!r}).read()") == "FileNotFoundError"
+    assert ask(f"open({str(tmp_path / 'new')!r}, 'w')") == "FileNotFoundError"
+    assert ask("open(__import__('sympy').__file__, 'a')") in ("OSError", "PermissionError")
+    assert ask("__import__('socket').create_connection(('127.0.0.1', 1))") == "PermissionError"
+    assert ask(f"os.kill({os.getpid()}, 0)") == "ProcessLookupError"
+    assert ask("[name for name in os.environ if 'SECRET' in name]") == "[]"
+    processes.end()
+    ours.close()
+
+
+def test_without_the_sandbox_it_says_so_once(monkeypatch, capsys):
+    monkeypatch.setattr(bwrap, "refusal", lambda: "sandbox 'bwrap' needs bubblewrap; apt-get install bubblewrap")
+    reasoning_gym._say.cache_clear()
+    for _ in range(2):
+        assert not reasoning_gym.is_held("auto")
+    assert capsys.readouterr().err == "reasoning-gym evaluates answers outside the sandbox: sandbox 'bwrap' needs bubblewrap\n"
+    assert not reasoning_gym.is_held("none")
+    with pytest.raises(ValueError, match="apt-get install bubblewrap"):
+        reasoning_gym.is_held("bwrap")
+    with pytest.raises(ValueError, match="got sandbox='docker'; allowed: auto, bwrap, none"):
+        make("reasoning_gym", sandbox="docker")
 
 
 def test_elementary_expressions_are_evaluated():

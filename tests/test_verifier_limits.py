@@ -9,6 +9,7 @@ import sys
 import threading
 import types
 
+import jax
 import numpy as np
 import pytest
 import tiny_completer as t
@@ -161,6 +162,26 @@ def hung(monkeypatch):
     monkeypatch.setattr(rollout, "TICK_S", 0.01)  # of real waiting, and of the time that counts
     yield verify
     released.set()
+
+
+def test_the_time_of_each_verdict_is_measured(made):
+    """A step that observes is none."""
+
+    def step(state, turn):
+        return state + 1, Step(verdict=RIGHT) if state or turn.final else Step(observation="a")
+
+    _, spent = rollout.collect(
+        made[0],
+        made[0].sampler.prepare(made[1]),
+        t.make_requests(3, 2),
+        Environment(lambda task: 0, step),
+        key=jax.random.key(0),
+        temperature=1.0,
+    )
+    assert len(spent.verdict_s) == 6
+    assert min(spent.verdict_s) >= 0
+    assert sources.latency([0.001] * 99 + [1.0]) == {"time/verify_p50_ms": 1.0, "time/verify_p99_ms": pytest.approx(10.99)}
+    assert sources.latency([]) == {}
 
 
 def test_a_verifier_that_hangs_is_given_up_and_the_run_goes_on(made, hung):

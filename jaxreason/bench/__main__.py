@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jaxreason.options import unknown_name_message
 
-BENCHMARKS = {name: f"jaxreason.bench.{name}" for name in ("sampler", "learner", "step", "lookup", "cache")}
+BENCHMARKS = {name: f"jaxreason.bench.{name}" for name in ("sampler", "learner", "step", "lookup", "cache", "sandbox")}
 
 
 def help() -> str:

@@ -33,7 +33,7 @@ class Checkpoint(NamedTuple):
     folder: Path
     step: int | None  # of a run; None: a pretrained model
     config: dict  # of the run; {}: a pretrained model
-    sections: dict[str, dict]  # model, text, sampler and verifier, as they are used
+    sections: dict[str, dict | None]  # model, text, sampler, verifier and environment, as they are used
 
 
 # Fields of a sampler where there is no run to take them from.
@@ -81,6 +81,7 @@ def open_checkpoint(
         load = functools.partial(warm_start.load, found, described.shape, described.shape)
     sections["sampler"] = sections["sampler"] | dict(sampler or {})
     sections["verifier"] = sections["verifier"] if verifier is None else dict(verifier)
+    sections["environment"] = config.get("environment")
     text.check_vocabulary(described.tokenizer, described.shape)
     if found.step is None:
         weights_.check(described.folder, described.shape)
@@ -103,7 +104,7 @@ def open_checkpoint(
         reword=functools.partial(reword, sections["text"], described.folder),
         loaded=[],
         environments=[],
-        environment=None if config is None else config.get("environment"),
+        environment=sections["environment"],
     )
     load_params = functools.partial(init_params, model, load, 0, placed)
     return Checkpoint(parts, load_params, found.folder, found.step, config, sections)

@@ -141,7 +141,7 @@ def make_suite(name: str, section: dict, parts: Parts, n: int, allow_overlap: bo
     items = [task for task, _ in prompted]
     check_keys(items, verifier, what, parts.say)
     # Answers within a text are judged one by one, unless each takes a child process.
-    correct = None if verifier["name"] in verify.BOUNDED else judge_with(judge(verifier, items))
+    correct = None if verify.uses_children(verifier) else judge_with(judge(verifier, items))
     return evaluation.Suite(
         name,
         prompted,
@@ -150,7 +150,7 @@ def make_suite(name: str, section: dict, parts: Parts, n: int, allow_overlap: bo
         temperatures=own["temperatures"],
         max_tokens=own["max_tokens"],
         same=verify.equivalence(**{k: v for k, v in verifier.items() if k not in OF_ENVIRONMENT}),
-        parser=behaviour.of_task(task["name"], correct),
+        parser=behaviour.of_task((task["of"] if task["name"] == "twins" else task)["name"], correct),
     )
 
 

@@ -183,7 +183,12 @@ def section_of_model(values: dict) -> fields.Section:
 
 
 def section_of_verifier(values: dict) -> fields.Section:
-    return fields.Section((make_judge, *named("verifier", verify.VERIFIERS, values)))
+    return fields.Section((make_judge, *named("verifier", verify.VERIFIERS, values)), sections={"of": section_of_part})
+
+
+def section_of_part(values: dict) -> fields.Section:
+    """Describe a verifier inside another one: the environment's fields are outside."""
+    return fields.Section((verify.make, *named("verifier", verify.VERIFIERS, values)), sections={"of": section_of_part})
 
 
 def section_of_environment(values: dict) -> fields.Section:
@@ -194,12 +199,18 @@ def section_of_environment(values: dict) -> fields.Section:
 
 
 def section_of_task(values: dict, more: tuple[Callable, ...] = ()) -> fields.Section:
-    below = {"verifier": section_of_verifier, "environment": section_of_environment} if more else {}
+    below: dict = {"verifier": section_of_verifier, "environment": section_of_environment} if more else {}
+    below["of"] = section_of_twins
     decided = {
         "seed": "that of the run",
         "split": "train in a source, test in a suite; a file that only one of them names is read whole",
     } | ({"size": "as many as n"} if more else {})
     return fields.Section((tasks.load, *named("task", tasks.TASKS, values), *more), sections=below, decided=decided)
+
+
+def section_of_twins(values: dict) -> fields.Section:
+    """Describe the task of which `twins` makes pairs."""
+    return fields.Section((tasks.load, *named("task", tasks.TASKS, values)), given=("split", "size", "seed"))
 
 
 def section_of_suite(values: dict) -> fields.Section:

@@ -32,6 +32,7 @@ SUITES: dict[str, dict[str, Any]] = {
     # In distribution as configs/tiny.py trains on them, and out of it (longer, larger).
     "chain": {"name": "chain", "ops": 5, "verifier": {"name": "exact", "marker": ";A"}},
     "chain_ood": {"name": "chain", "ops": 8, "verifier": {"name": "exact", "marker": ";A"}},
+    "chain_twins": {"name": "twins", "of": {"name": "chain", "ops": 5}, "verifier": {"name": "exact", "marker": ";A"}},
     "inverse_chain": {"name": "inverse_chain", "verifier": {"name": "exact", "marker": "A"}},
     "inverse_chain_ood": {"name": "inverse_chain", "ops": 3, "verifier": {"name": "exact", "marker": "A"}},
     "calculator": {"name": "calculator", "verifier": {"name": "exact", "marker": "A"}},

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -197,9 +197,10 @@ def make_judge(
     **section,
 ) -> Environment:
     """Make the single-turn environment of a `verifier` section."""
-    if name in verify.BOUNDED and deadline_s is not None:
+    bounded = verify.is_bounded({"name": name, **section})
+    if bounded and deadline_s is not None:
         raise ValueError(f"verifier.deadline_s got {deadline_s}, but {name!r} has its own limit; set timeout_s instead")
-    own = {"deadline_s": None} if name in verify.BOUNDED else {"deadline_s": deadline_s} if deadline_s is not None else {}
+    own = {"deadline_s": None} if bounded else {"deadline_s": deadline_s} if deadline_s is not None else {}
     return single_turn(verify.make(name, **section), must_finish, name=name, **own)
 
 
@@ -215,11 +216,16 @@ def check_keys(items: Sequence, section: dict, what: str, say: Callable[[str], N
     Raises:
       ValueError: the verifier can't judge any key.
     """
-    if section.get("name") not in verify.VERIFIERS:
-        return
+    for part in verify.leaves({k: v for k, v in section.items() if k not in OF_ENVIRONMENT}):
+        if part.get("name") in verify.VERIFIERS.keys() - {"taskset"}:  # which scores with the user's code
+            check_keys_of(items, part, what, say)
+
+
+def check_keys_of(items: Sequence, section: Mapping[str, Any], what: str, say: Callable[[str], None]) -> None:
+    """Warn of tasks whose keys one verifier can't judge."""
     step = -(-len(items) // KEYS_TRIED)
     tried = items[::step]
-    bad = verify.bad_keys(verify.make(**{k: v for k, v in section.items() if k not in OF_ENVIRONMENT}), tried)
+    bad = verify.bad_keys(verify.make(**section), tried)
     if not bad:
         return
     of = f"{len(tried)} keys" if step == 1 else f"{len(tried)} keys that were tried (of {len(items)})"
@@ -239,8 +245,10 @@ def judge(section: dict, items: Sequence[Task]) -> Environment:
         no Verdict.
     """
     section = {"name": None} | section
-    if isinstance(name := section["name"], str) and ":" in name and len(items):
-        judge_one = verify.make(**{key: value for key, value in section.items() if key not in OF_ENVIRONMENT})
+    for part in verify.leaves({key: value for key, value in section.items() if key not in OF_ENVIRONMENT}):
+        if not (isinstance(name := part.get("name"), str) and ":" in name and len(items)):
+            continue
+        judge_one = verify.make(**part)
         for answer in (items[0].answer, ""):
             with lines_of(f"verifier {name!r} on the first task"):
                 verdict = judge_one(answer, items[0])

@@ -22,6 +22,7 @@ class Turn(NamedTuple):
     text: str
     stop: str  # why it stopped, one of sampler.STOPS
     final: bool  # no room is left for an observation: the step must give a verdict
+    tokens: int | None = None  # tokens that the model has sampled in the rollout so far; None: unknown
 
 
 class Step(NamedTuple):

@@ -102,7 +102,7 @@ def read_settings(asked: Asked, opened: Checkpoint) -> dict[str, Any]:
         "n": asked.n or own.get("final_n") or own.get("n") or 200,
         "filter": {name: own.get(name, default) if given[name] is None else given[name] for name, default in FILTER.items()},
         "thinking_tokens": budgets(asked) or [opened.sections["sampler"].get("thinking_tokens")],
-        **{name: opened.sections[name] for name in ("model", "text", "sampler", "verifier")},
+        **{name: opened.sections[name] for name in ("model", "text", "sampler", "verifier", "environment")},
     }
     make_filter(**settings["filter"], where="evaluate")  # raises for wrong values
     settings["sampler"] = {k: v for k, v in settings["sampler"].items() if k not in SPEED}

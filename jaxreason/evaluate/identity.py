@@ -28,7 +28,7 @@ def identity(opened: Checkpoint, settings: Mapping, seed: int) -> dict[str, Any]
     """
     origin = {"path": str(opened.folder), "step": opened.step, "fingerprint": fingerprint(opened)}
     found = {"checkpoint": origin, "settings": settings, "seed": seed}
-    if names := own_names(settings["suites"].values(), opened.sections["verifier"]):
+    if names := own_names(settings["suites"].values(), opened.sections["verifier"], opened.sections["environment"]):
         found["own_code"] = digest_sources(names)
     return json.loads(json.dumps(found, default=list))
 

@@ -20,14 +20,30 @@ PACKAGE = Path(jaxreason.__file__).parent
 LIBRARIES = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
-def own_names(suites: Iterable[Mapping], verifier: Mapping) -> set[str]:
+NAMING = ("name", "maker", "action", "show", "trace", "tools")  # fields that may name a user's function
+
+
+def own_names(suites: Iterable[Mapping], verifier: Mapping, environment: Mapping | None = None) -> set[str]:
     """Return the names in sections of suites that refer to the user's own code;
-    `verifier` is the section for suites without one.
+    `verifier` and `environment` are the sections for suites without one.
     """
-    sections = [section for suite in suites for section in (suite, suite.get("verifier") or verifier)]
-    # Sections are checked later, when suites are loaded.
-    names = [section.get("name") for section in sections if isinstance(section, Mapping)]
-    return {name for name in names if isinstance(name, str) and ":" in name}
+    defaults = {"verifier": verifier, "environment": environment}
+    return {name for suite in suites for name in names_in({**defaults, **{k: v for k, v in suite.items() if v is not None}})}
+
+
+def names_in(value: object) -> Iterator[str]:
+    """Yield the names `module:function` in a section and in those within it."""
+    # Sections are checked later, when suites are loaded, so a value may be anything.
+    if isinstance(value, Mapping):
+        for field, inner in value.items():
+            if field in NAMING:
+                yield from (
+                    one for one in (inner if isinstance(inner, list | tuple) else (inner,)) if isinstance(one, str) and ":" in one
+                )
+            yield from names_in(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from names_in(inner)
 
 
 def digest_sources(names: Iterable[str]) -> dict[str, str]:

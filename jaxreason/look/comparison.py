@@ -146,7 +146,7 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
     config = (json_object(run_of(folder) / "summary.json") or {}).get("config")
     if not isinstance(config, dict):
         return None
-    found = {name: dict(config.get(name) or {}) for name in ("text", "verifier", "sampler", "evaluate")}
+    found = {name: dict(config.get(name) or {}) for name in ("text", "verifier", "environment", "sampler", "evaluate")}
     evaluate = found.pop("evaluate")
     found["sampler"].pop("logp_temperature_1", None)
     filter = {name: evaluate[name] for name in FILTER if name in evaluate}
@@ -235,7 +235,8 @@ def paired_tasks(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[int, 
     return pairs
 
 
-ATTEMPTED = ("verifier", "samples", "temperatures", "max_tokens", "instruction")  # fields of a suite besides its tasks
+# Fields of a suite besides its tasks.
+ATTEMPTED = ("verifier", "environment", "samples", "temperatures", "max_tokens", "instruction")
 
 
 def tasks_of(section: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -50,7 +50,7 @@ class Section(NamedTuple):
 
     functions: tuple[Callable, ...] = ()  # the fields are all their keyword arguments
     given: tuple[str, ...] = ()  # keyword arguments that the caller passes, so they are not fields
-    sections: Mapping[str, Callable[[dict], Section]] = {}  # field -> function from its value to its Section
+    sections: Mapping[str, Callable[[dict], Section]] = {}  # field -> function from its value, or from each item, to its Section
     decided: Mapping[str, str] = {}  # field that other fields decide if it is absent -> how
     each: Callable[[dict], Section] | None = None  # Section of each entry, if the user names the entries
     replaces: tuple[str, ...] = ()  # fields that replace a part of what the section's name selects
@@ -273,13 +273,16 @@ def bare(text: str) -> Any:
 
 def sections_of(section: Section, tree: dict, where: str = "config") -> Iterator[tuple[str, Section, dict]]:
     """Yield every section of a config, parents first: its name, its Section, and its
-    values.
+    values. The sections of a tuple are named by their positions: `verifier.of.0`.
     """
     yield where, section, tree
     for name, value in tree.items():
         below = section.each or section.sections.get(name)
         if below is not None and isinstance(value, Mapping):
             yield from sections_of(below(value), value, f"{where}.{name}")
+        for i, item in enumerate(value) if below is not None and isinstance(value, tuple | list) else ():
+            if isinstance(item, Mapping):
+                yield from sections_of(below(item), item, f"{where}.{name}.{i}")
 
 
 def complete(section: Section, tree: dict) -> dict:
@@ -293,6 +296,8 @@ def complete(section: Section, tree: dict) -> dict:
         below = section.each or section.sections.get(name)
         if below is not None and isinstance(value, Mapping):
             tree[name] = complete(below(value), dict(value))
+        elif below is not None and isinstance(value, tuple | list):
+            tree[name] = type(value)(complete(below(v), dict(v)) if isinstance(v, Mapping) else v for v in value)
     return tree
 
 
@@ -411,11 +416,30 @@ def assigned(section: Section, tree: dict, path: list[str], text: str, where: st
     if below is None and not (any(map(is_section, members(type_))) or not section.functions):
         raise ValueError(f"{where} got the field {'.'.join(rest)!r}; it has none: it is {shown(type_)}")
     inside = tree.get(name)
+    if below and isinstance(inside, tuple | list):
+        return tree | {name: assigned_item(below, inside, rest, text, where, dropped)}
+    return tree | {name: assigned_below(below, inside, rest, text, where, dropped)}
+
+
+def assigned_item(below, items: tuple | list, path: list[str], text: str, where: str, dropped: list[Dropped]) -> tuple | list:
+    """Return a tuple of sections with one field of one of them set: `of.0.strict`."""
+    at, *rest = path
+    if not at.isdecimal() or int(at) >= len(items):
+        raise ValueError(unknown_name_message(f"item of {where}", at, map(str, range(len(items)))))
+    if not rest:
+        raise ValueError(f"{where}.{at} is a section; set a field of it, such as --{where}.{at}.name=..., or all of {where}")
+    i = int(at)
+    changed = assigned_below(below, items[i], rest, text, f"{where}.{at}", dropped)
+    return type(items)(changed if j == i else item for j, item in enumerate(items))
+
+
+def assigned_below(below, inside: Any, path: list[str], text: str, where: str, dropped: list[Dropped]) -> dict:
+    """Return a section inside another one, or a new one, with one field set."""
     inside = dict(inside) if isinstance(inside, Mapping) else {}
-    changed = assigned(below(inside) if below else Section(), inside, rest, text, where, dropped)
-    if below and rest == ["name"]:
+    changed = assigned(below(inside) if below else Section(), inside, path, text, where, dropped)
+    if below and path == ["name"]:
         changed = with_new_name(below(inside), below(changed), inside, changed, where, dropped)
-    return tree | {name: changed}
+    return changed
 
 
 # --- describe ---

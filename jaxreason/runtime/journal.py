@@ -156,6 +156,8 @@ class Journal:
         values = m.divide({name: pair for name, pair in merged.items() if name not in unreached})
         self.mismatch = {name: value for name, value in values.items() if name.startswith(MISMATCH)} or self.mismatch
         values["perf/tokens_per_s"] = values["train/tokens"] / values["time/step_s"]
+        if "time/verify_s" in values:  # the time that a step waited for verdicts, which other slots' decoding hides
+            values["time/verify_share"] = values["time/verify_s"] / values["time/step_s"]
         self.log.write(self.before + step, phase.name, values, phase_step=step, phase_steps=phase.steps)
         self.warn(self.before + step, phase.name, values)
         if self.trained:

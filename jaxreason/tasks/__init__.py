@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxreason.options import call_with_section, find
-from jaxreason.tasks import corpus, gsm8k, hub, jsonl, openenv, procedural, reasoning_gym, splits, taskset
+from jaxreason.tasks import corpus, gsm8k, hub, jsonl, openenv, procedural, reasoning_gym, splits, taskset, twins
 from jaxreason.types import Task
 
 TASKS = {
@@ -23,6 +23,7 @@ TASKS = {
     "countdown": procedural.countdown,
     "reversal": procedural.reversal,
     "sorting": procedural.sorting,
+    "twins": twins.twins,
     "gsm8k": gsm8k.gsm8k,
     "jsonl": jsonl.jsonl,
     "hub": hub.hub,

@@ -32,6 +32,7 @@ from jaxreason.types import Task
 ALPHABET = "0123456789+-*/=:;,?()[]<>Any "  # 29 characters: with BOS, EOS and PAD a vocabulary of 32
 DEMONSTRATIONS = ("none", "human", "verified", "expert")
 HELD_OUT = 1 / 8  # fraction of the questions that are test
+RENAMINGS = 100  # most choices of other numbers for a question
 DRAWS = 1000  # most draws for a question of a split; with 1 in 8, all fail with probability 1e-58
 
 
@@ -102,10 +103,19 @@ LARGEST = 10**8  # most tasks in a set, which keeps a list of them in memory
 
 
 class Drawn(Sequence):
-    """Tasks of one family and split, each made on first use and kept."""
+    """Tasks of one family and split, each made on first use and kept. `pair(index)` is
+    a task and its twin: see `twins`.
+    """
 
-    def __init__(self, make: Callable[[int], Task], size: int, family: str, split: str):
-        self._make, self.family, self.split = make, family, split
+    def __init__(
+        self,
+        make: Callable[[int], Task],
+        size: int,
+        family: str,
+        split: str,
+        pair: Callable[[int], tuple[Task, Task]] | None = None,
+    ):
+        self._make, self.family, self.split, self.pair = make, family, split, pair
         self._tasks: list[Task | None] = [None] * size
         self[0]  # an impossible difficulty fails here, not in the middle of a run
 
@@ -152,9 +162,15 @@ def chain(
     draw_ops = _difficulty("ops", ops, ops_weights)
 
     def draw(dice: Dice) -> Question:
-        first, steps = dice.below(10), _steps(dice, draw_ops(dice))
+        return question_of(dice.below(10), _steps(dice, draw_ops(dice)))
+
+    def question_of(first: int, steps: list[tuple[str, int]]) -> Question:
         text = f"{first}{_join(steps)}"
         return Question(text + ":", text, str(_run(first, steps)), (first, steps))
+
+    def rename(names: Mapping[int, int], question: Question) -> Question:
+        first, steps = question.parts
+        return question_of(names[first], [(op, names[digit]) for op, digit in steps])
 
     def work(dice: Dice, question: Question, slip: float, stop: int | None = None) -> Demonstration:
         first, steps = question.parts
@@ -175,7 +191,7 @@ def chain(
     def expert(dice: Dice, question: Question) -> Demonstration:
         return work(dice, question, 0)
 
-    return _tasks("chain", split, size, seed, demonstrations, draw, human, expert)
+    return _tasks("chain", split, size, seed, demonstrations, draw, human, expert, rename)
 
 
 def inverse_chain(
@@ -206,12 +222,20 @@ def inverse_chain(
 
     def draw(dice: Dice) -> Question | None:
         steps = _steps(dice, draw_ops(dice))
-        target = _run(dice.below(10), steps)
+        return question_of(dice.below(10), steps)
+
+    def question_of(first: int, steps: list[tuple[str, int]]) -> Question | None:
+        target = _run(first, steps)
         answers = tuple(str(x) for x in range(10) if _run(x, steps) == target)
         if len(answers) > max_answers:
             return None
         text = f"?{_join(steps)}={target}"
         return Question(text + ":", text, answers[0], (steps, target), {"answers": answers})
+
+    def rename(names: Mapping[int, int], question: Question) -> Question | None:
+        renamed = question_of(names[int(question.answer)], [(op, names[digit]) for op, digit in question.parts[0]])
+        shared = renamed and {*renamed.data["answers"]} & {*question.data["answers"]}
+        return None if shared else renamed
 
     def search(dice, question, attempts, lucky, give_up, slip, check_slip) -> Demonstration:
         steps, target = question.parts
@@ -237,7 +261,7 @@ def inverse_chain(
     def expert(dice: Dice, question: Question) -> Demonstration:
         return search(dice, question, 10, lucky, 0, 0, 0)
 
-    return _tasks("inverse_chain", split, size, seed, demonstrations, draw, human, expert)
+    return _tasks("inverse_chain", split, size, seed, demonstrations, draw, human, expert, rename)
 
 
 def calculator(
@@ -269,8 +293,14 @@ def calculator(
         return dice.between(10 ** (digits - 1), 10**digits - 1)
 
     def draw(dice: Dice) -> Question:
-        a, b, c = number(dice, draw_factor(dice)), number(dice, draw_factor(dice)), number(dice, draw_addend(dice))
+        return question_of(number(dice, draw_factor(dice)), number(dice, draw_factor(dice)), number(dice, draw_addend(dice)))
+
+    def question_of(a: int, b: int, c: int) -> Question:
         return Question(f"{a}*{b}+{c}:", f"{min(a, b)}*{max(a, b)}+{c}", str(a * b + c), (a, b, c))
+
+    def rename(names: Mapping[int, int], question: Question) -> Question | None:
+        renamed = ["".join(str(names[int(digit)]) for digit in str(part)) for part in question.parts]
+        return None if any(part[0] == "0" for part in renamed) else question_of(*map(int, renamed))
 
     def call(text: str, expression: str, value: int) -> tuple[str, tuple[int, int]]:
         start = f"{text}[{expression}="
@@ -296,7 +326,7 @@ def calculator(
         text, second = call(text, f"{a * b}+{c}", a * b + c)
         return Demonstration(f"{text}A{question.answer}", True, (first, second))
 
-    return _tasks("calculator", split, size, seed, demonstrations, draw, human, expert)
+    return _tasks("calculator", split, size, seed, demonstrations, draw, human, expert, rename)
 
 
 def countdown(
@@ -330,13 +360,20 @@ def countdown(
 
     def draw(dice: Dice) -> Question | None:
         pool = tuple(dice.between(1, max_number) for _ in range(draw_count(dice)))
-        tree = _combine(dice, pool)
+        return question_of(pool, _combine(dice, pool))
+
+    def question_of(pool: tuple[int, ...], tree) -> Question | None:
         target = _value(tree)
         if not 1 <= target <= max_target or (target in pool and len(pool) > 1):
             return None
         canonical = f"{','.join(map(str, sorted(pool)))}={target}"
         text = f"{','.join(map(str, pool))}={target}:"
         return Question(text, canonical, _expression(tree), (pool, target, tree), {"numbers": pool, "target": target})
+
+    def rename(names: Mapping[int, int], question: Question) -> Question | None:
+        pool, _, tree = question.parts
+        renamed = _renamed(tree, names)
+        return question_of(tuple(names[number] for number in pool), renamed) if _is_whole(renamed) else None
 
     def search(dice, question, attempts, lucky, give_up, slip, check_slip, must_solve) -> Demonstration:
         pool, target, solution = question.parts
@@ -366,7 +403,7 @@ def countdown(
     def expert(dice: Dice, question: Question) -> Demonstration:
         return search(dice, question, _attempts(attempts), lucky, 0, 0, 0, must_solve=True)
 
-    return _tasks("countdown", split, size, seed, demonstrations, draw, human, expert)
+    return _tasks("countdown", split, size, seed, demonstrations, draw, human, expert, rename, range(1, max_number + 1))
 
 
 def reversal(
@@ -416,8 +453,13 @@ def _rearrange(name, sign, choose, split, size, seed, length, demonstrations, sl
         return text, done
 
     def draw(dice: Dice) -> Question:
-        digits = "".join(str(dice.below(10)) for _ in range(draw_length(dice)))
+        return question_of(dice, "".join(str(dice.below(10)) for _ in range(draw_length(dice))))
+
+    def question_of(dice: Dice, digits: str) -> Question:
         return Question(f"{sign}{digits}:", sign + digits, work(dice, digits, 0)[1], digits)
+
+    def rename(names: Mapping[int, int], question: Question) -> Question:
+        return question_of(Dice(0), "".join(str(names[int(digit)]) for digit in question.parts))
 
     def human(dice: Dice, question: Question) -> Demonstration:
         if dice.chance(guess):
@@ -430,12 +472,15 @@ def _rearrange(name, sign, choose, split, size, seed, length, demonstrations, sl
         text, done = work(dice, question.parts, 0)
         return Demonstration(f"{text}A{done}")
 
-    return _tasks(name, split, size, seed, demonstrations, draw, human, expert)
+    return _tasks(name, split, size, seed, demonstrations, draw, human, expert, rename)
 
 
-def _tasks(name, split, size, seed, demonstrations, draw, human, expert) -> Sequence[Task]:
-    """Build the sequence of a family from three functions: `draw` makes a question
-    (None: draw again), `human` and `expert` make its demonstrations.
+def _tasks(
+    name, split, size, seed, demonstrations, draw, human, expert, rename, numbers: Sequence[int] = range(10)
+) -> Sequence[Task]:
+    """Build the sequence of a family from four functions: `draw` makes a question
+    (None: draw again), `human` and `expert` make its demonstrations, `rename` the
+    question with another number for each of `numbers` (None: choose others).
     """
     if split not in splits.SPLITS:
         raise ValueError(unknown_name_message(f"split of task {name!r}", split, splits.SPLITS))
@@ -472,7 +517,29 @@ def _tasks(name, split, size, seed, demonstrations, draw, human, expert) -> Sequ
         data = {**question.data, "forced": forced} if forced else question.data
         return Task(question.text, question.answer, text, f"{name}/{split}/{seed}/{index}", data)
 
-    return Drawn(make, size, name, split)
+    def twin_of(dice: Dice, question: Question) -> Question | None:
+        for tries in range(RENAMINGS):
+            # 0 and 1 make problems easy, so they keep their names if possible.
+            fixed = [n for n in numbers if n < 2] if tries < RENAMINGS // 2 else []
+            moved = [n for n in numbers if n not in fixed]
+            names = dict(zip([*fixed, *moved], [*fixed, *dice.shuffled(moved)], strict=True))
+            found = rename(names, question)
+            differs = found is not None and found.answer != question.answer and found.canonical != question.canonical
+            if differs and splits.split_of(f"{name} {found.canonical}", HELD_OUT) == split:
+                return found
+        return None
+
+    def pair(index: int) -> tuple[Task, Task]:
+        dice, id = Dice(seed, number, index), f"{name}/{split}/{seed}/{index}"
+        for _ in range(DRAWS):
+            question = drawn(dice)
+            twin = twin_of(dice, question)
+            if twin is not None:
+                original = Task(question.text, question.answer, "", id, question.data)
+                return original, Task(twin.text, twin.answer, "", f"{id}/twin", {**twin.data, "twin_of": id})
+        raise ValueError(f"task {name!r}: no {split} question in {DRAWS} draws whose numbers can be renamed; make it wider")
+
+    return Drawn(make, size, name, split, pair)
 
 
 def _difficulty(name: str, value: int | Sequence[int], weights: Sequence[float] | None = None) -> Callable[[Dice], int]:
@@ -561,6 +628,22 @@ def _combine(dice: Dice, pool: Sequence[int]):
         op = dice.pick([op for op in "+-*/" if op in "+*" or (op == "-" and a >= b) or (op == "/" and b and a % b == 0)])
         items.append(((left, op, right), a // b if op == "/" else _apply(op, a, b)))
     return items[0][0]
+
+
+def _renamed(tree, names: Mapping[int, int]):
+    """Return an expression with its numbers renamed."""
+    return names[tree] if isinstance(tree, int) else (_renamed(tree[0], names), tree[1], _renamed(tree[2], names))
+
+
+def _is_whole(tree) -> bool:
+    """Tell whether all values of an expression are whole numbers >= 0."""
+    if isinstance(tree, int):
+        return True
+    left, op, right = tree
+    if not (_is_whole(left) and _is_whole(right)):
+        return False
+    a, b = _value(left), _value(right)
+    return a >= b if op == "-" else bool(b) and a % b == 0 if op == "/" else True
 
 
 def _value(tree) -> int:

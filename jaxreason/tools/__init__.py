@@ -14,11 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxreason.options import call_with_section, find, unknown_name_message
-from jaxreason.tools import calculator, human, search
+from jaxreason.tools import calculator, human, python, search
 from jaxreason.tools.interface import Result, Session, Tool, ToolError, run
 
 TOOLS: dict[str, Callable[..., Tool]] = {
     "calculator": calculator.calculator,
+    "python": python.python,
     "search": search.search,
     "human": human.human,
 }

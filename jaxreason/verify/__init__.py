@@ -6,17 +6,18 @@ time, with one of a few fixed words as its `reason`. Work that can hang (compute
 algebra, patterns) runs in killable child processes: see `pool`. A task without the data
 that its verifier needs is our own mistake, and raises. If no answer could equal the
 key, the reason is "bad key" for every text, because the key is checked first (`math`
-checks only for an empty one). To add a verifier, write a file with one maker and name
-it here.
+checks only for an empty one). `combine` has verifiers that are made of others. To add a
+verifier, write a file with one maker and name it here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from jaxreason.options import call_with_section, find
 from jaxreason.types import Task, Verdict
-from jaxreason.verify import countdown, exact, expression, form, number, reasoning_gym, taskset
+from jaxreason.verify import code, combine, countdown, exact, expression, form, number, reasoning_gym, taskset
 from jaxreason.verify.exact import BAD_KEY
 
 VERIFIERS = {
@@ -25,11 +26,27 @@ VERIFIERS = {
     "countdown": countdown.countdown,
     "math": expression.math,
     "reasoning_gym": reasoning_gym.reasoning_gym,
+    "code": code.code,
     "format": form.format,
     "taskset": taskset.taskset,
+    **combine.COMBINATORS,
 }
 
-BOUNDED = ("math", "reasoning_gym", "format")  # these enforce their own time limit, and wait for busy children
+BOUNDED = ("math", "reasoning_gym", "format", "code")  # these enforce their own time limit, and wait for busy children
+
+leaves, takes_tokens = combine.leaves, combine.takes_tokens
+
+
+def uses_children(section: Mapping[str, Any]) -> bool:
+    """Tell whether a verifier, or a part of it, asks child processes."""
+    return any(one.get("name") in BOUNDED for one in leaves(section))
+
+
+def is_bounded(section: Mapping[str, Any]) -> bool:
+    """Tell whether a verifier enforces its own time limit. A part that is the user's
+    own code may have none.
+    """
+    return uses_children(section) and not any(":" in str(one.get("name")) for one in leaves(section))
 
 
 def make(
@@ -50,11 +67,14 @@ def make(
 
 def equivalence(name: str, **kwargs) -> Callable[[str, str], bool] | None:
     """Return a function that tells whether two answers that a verifier has found are
-    the same, for votes; None if only equal texts are.
+    the same, for votes; None if only equal texts are. Of parts, the first finds the
+    answer.
 
     Expressions of countdown are compared by value, and answers in mathematics as `math`
     does. Numbers need no comparison: `number` writes equal ones alike.
     """
+    if name in combine.COMBINATORS:
+        return next((equivalence(**one) for one in leaves({"name": name, **kwargs})), None)
     if name == "math":
         judge = make(name, **kwargs)
         return lambda one, other: judge(f"\\boxed{{{other}}}", Task("", f"${one}$")).correct

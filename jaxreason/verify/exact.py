@@ -7,6 +7,9 @@ from collections.abc import Callable
 from jaxreason.types import Task, Verdict
 
 SHOWN = 200  # characters of an answer that a verdict keeps
+# Characters without width, which a reader can't see: between digits they would make
+# two numbers of one.
+UNSEEN = dict.fromkeys([0xAD, *range(0x200B, 0x2010), *range(0x2060, 0x2065), 0xFEFF], "")
 BAD_KEY = "bad key"  # the reason for every text if no text could equal the key
 
 

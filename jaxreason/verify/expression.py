@@ -16,7 +16,7 @@ from fractions import Fraction
 
 from jaxreason.types import Task, Verdict
 from jaxreason.verify import pool
-from jaxreason.verify.exact import BAD_KEY, verdict
+from jaxreason.verify.exact import BAD_KEY, UNSEEN, verdict
 
 
 def math(
@@ -28,9 +28,10 @@ def math(
     r"""Compare the last `max_chars` characters of the text with `task.answer` (or any
     of `task.data["answers"]`), both as mathematics.
 
-    A percent or currency sign that only one of them has is ignored. Boxes with nothing
-    but a separator between them, `\boxed{1} and \boxed{2}`, are also tried as one
-    answer of several parts.
+    A percent or currency sign that only one of them has is ignored. Boxes joined by a
+    comma, "and" or "or" are one answer of several parts, `\boxed{1} and \boxed{2}`, or
+    of up to three equal forms; those with only space between them are also tried as
+    such.
 
     At most `processes` children are started, on first use, each with `memory_mb` of
     address space. A child that takes more than `timeout_s` of CPU time is killed, so a
@@ -45,26 +46,39 @@ def math(
         raise ValueError("verifier 'math' needs math-verify; pip install 'jaxreason[math]'")
     children = pool.shared("math", processes, timeout_s, memory_mb)
 
-    def verify(text: str, task: Task) -> Verdict:
-        keys = [key for answer in (task.answer, *task.data.get("answers", ())) if (key := tidy(str(answer)))]
-        if not keys:
-            return verdict(False, None, BAD_KEY)
-        text = _EMPTY_BOX.sub("", text[-max_chars:])
-        boxes = last_boxes(text)
-        if not boxes and not _MAY_ANSWER.search(text):
-            return verdict(False, None, "no answer")
+    def judge(boxes: list[str], text: str, keys: list[str]) -> Verdict:
+        """Compare the boxes, or a text without any, with the keys.
+
+        Raises:
+          Failed: a child gave no answer.
+        """
         quick = compare(boxes[0], keys) if boxes else None
         if quick or (quick is False and len(boxes) == 1):
             return verdict(quick, boxes[0])
         keys = [key for key in keys if _same_bases(boxes, text, bases(key))]
         if not keys:
             return verdict(False, boxes[0] if boxes else None)
-        answers = [rf"\boxed{{{box}}}" for box in boxes] or [text]
+        answers = [rf"\boxed{{{box}}}" for box in boxes] or [listed(text)]
+        correct, parsed, reason = children.ask(both_ways(answers), both_ways(keys))
+        return verdict(correct, boxes[0] if boxes and not reason else parsed, reason)
+
+    def verify(text: str, task: Task) -> Verdict:
+        keys = [key for answer in (task.answer, *task.data.get("answers", ())) if (key := tidy(str(answer)))]
+        if not keys:
+            return verdict(False, None, BAD_KEY)
+        text = _EMPTY_BOX.sub("", text[-max_chars:].translate(UNSEEN))
+        boxes, several = joined_boxes(text)
+        if not boxes and not _MAY_ANSWER.search(text):
+            return verdict(False, None, "no answer")
         try:
-            correct, parsed, reason = children.ask(both_ways(answers), both_ways(keys))
+            if not several:
+                return judge(as_list(boxes), text, keys)
+            found = judge(as_list(boxes)[1:], text, keys)
+            if found.correct or len(boxes) > MOST_RESTATED or not all(judge([box], text, keys).correct for box in boxes):
+                return found
+            return verdict(True, boxes[0])  # one answer in several forms
         except pool.Failed as failure:
             return Verdict(0.0, False, None, str(failure))
-        return verdict(correct, boxes[0] if boxes and not reason else parsed, reason)
 
     return verify
 
@@ -76,7 +90,9 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,9}\{")
 _BETWEEN = re.compile(
     r"[\s$,;\\()\[\]]*(?:\\text\{\s*)?(?:and|or)?(?:\s*\})?[\s$,;\\()\[\]]*(?:[A-Za-z](?:_\w|_\{\w\})?\s*=\s*)?"
 )
+_SEVERAL = re.compile(r"[,;]|\b(?:and|or)\b")
 _LONGEST_BETWEEN = 40  # characters
+MOST_RESTATED = 3  # boxes that may be one answer in several forms
 _MAY_ANSWER = re.compile(r"[\d$\\\[]")  # whatever math-verify finds in a text begins with one of these
 
 
@@ -84,6 +100,19 @@ def last_boxes(text: str) -> list[str]:
     r"""Return the content of the last closed `\boxed{...}`, tidied; and second, if
     other boxes belong to it, all their contents as one list.
     """
+    return as_list(joined_boxes(text)[0])
+
+
+def as_list(boxes: list[str]) -> list[str]:
+    return [*boxes[:1], ", ".join(reversed(boxes))][: len(boxes)]
+
+
+def joined_boxes(text: str) -> tuple[list[str], bool]:
+    r"""Return the contents of the last closed `\boxed{...}` and of those that belong to
+    it, tidied, the last one first; and whether a comma, "and" or "or" says that they
+    are several answers.
+    """
+    several = False
     found: list[str] = []
     stop = follows = len(text)
     for match in reversed(list(_BOX.finditer(text))):
@@ -95,9 +124,28 @@ def last_boxes(text: str) -> list[str]:
         if found and (len(between) > _LONGEST_BETWEEN or not _BETWEEN.fullmatch(between)):
             break
         if box := tidy(text[match.end() : close]):
+            several |= bool(found and box not in found and _SEVERAL.search(between))
             follows = match.start()
             found += [box] if box not in found else []
-    return [*found[:1], ", ".join(reversed(found))][: len(found)]
+    return found, several
+
+
+_NUMBER = r"-?(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30})(?:\.[0-9]{1,30}|/[0-9]{1,30})?(?![0-9])"
+_JOIN = r"(?:[,;]\s{1,3}|,?\s{1,3}(?:or|and)\s{1,3}|\s{0,3}(?:±|\\pm)\s{0,3})"  # a comma without a space is in a number
+_LISTED = re.compile(rf"(?<![0-9.,/]){_NUMBER}(?:{_JOIN}{_NUMBER}){{1,99}}(?=[\s.$*)]*$)")
+
+
+def listed(text: str) -> str:
+    r"""Return the numbers that the last line of a text without a box lists at its end,
+    as one boxed answer; else the text. math-verify would take one of them: 5 of `5 or
+    6`.
+    """
+    line = text.rstrip().rpartition("\n")[2][-200:]
+    found = _LISTED.search(line)
+    return rf"\boxed{{{_OR.sub(', ', found[0])}}}" if found else text
+
+
+_OR = re.compile(r",?\s{0,3}\b(?:or|and)\b\s{0,3}|;\s{0,3}")
 
 
 def _closing(text: str, start: int, stop: int) -> int | None:

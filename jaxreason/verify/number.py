@@ -21,7 +21,7 @@ from math import prod
 from typing import NamedTuple
 
 from jaxreason.types import Task, Verdict
-from jaxreason.verify.exact import verdict
+from jaxreason.verify.exact import UNSEEN, verdict
 
 READ = 20_000  # characters from the end of the text
 LONGEST = 64  # characters of a number
@@ -70,9 +70,8 @@ def holds_answer(text: str, strict: bool) -> bool:
 
 def read_normal(text: str, strict: bool, fractions: bool) -> Fraction | None:
     """Find the answer in a text that is already normalised."""
-    box = last_box(text)
-    if box is not None:
-        return only_value(box, fractions)
+    if last_box(text) is not None:
+        return only_box(text, fractions)
     marked = last_marked(text)
     if marked is not None:
         return value_of_lines(marked, fractions)
@@ -82,7 +81,8 @@ def read_normal(text: str, strict: bool, fractions: bool) -> Fraction | None:
     if said is not None:
         return value_of_lines(said, fractions)
     denied = list(_DENIES.finditer(text))
-    return last_value(text[denied[-1].end() :] if denied else text, fractions)
+    running = _HALF_BOX.sub("", without_questions(text[denied[-1].end() :] if denied else text))
+    return last_value(running, fractions)
 
 
 # --- normalise ---
@@ -95,7 +95,13 @@ _CALCULATOR = re.compile(r"<<[^<>\n]*>>")  # calculator call of GSM8K: <<3*4=12>
 _GROUP_SPACE = re.compile(r"(?<=[0-9])(?:\\[,;:! ]|\{,\}|[\u00a0\u2009\u202f'’])(?=[0-9]{3}(?![0-9]))")
 _SUPERSCRIPT = str.maketrans({c: f"^{i}" for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")})
 _VULGAR = str.maketrans({c: f" {unicodedata.normalize('NFKC', c).replace('⁄', '/')} " for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"})
-_CHARACTERS = _SUPERSCRIPT | _VULGAR | _WIDE
+# The bold and other styled digits of mathematics, and the fraction slash.
+_STYLED = {0x1D7CE + i: str(i % 10) for i in range(50)} | {0x2044: "/"}
+_CHARACTERS = _SUPERSCRIPT | _VULGAR | _WIDE | _STYLED | UNSEEN
+_SCRIPTS = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # written without spaces around numbers
+_UNSPACED = re.compile(f"(?<=[{_SCRIPTS}])(?=[-0-9])|(?<=[0-9])(?=[{_SCRIPTS}])")
+# 1.234,50 as in German; in English this is nothing.
+_CONTINENTAL = re.compile(r"(?<![0-9.,])([0-9]{1,3}(?:\.[0-9]{3}){1,6}),([0-9]{1,2})(?![0-9]|[.,][0-9])")
 _TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf)|mbox|operatorname|underline|emph)\s?\{([^{}]*)\}(?=([0-9])?)"
 )
@@ -110,6 +116,7 @@ _EQUALS = re.compile(r"\\(?:approx|equiv)(?![A-Za-z])|[≈≡]")
 _COMPARES = re.compile(r"\\(?:leq?|geq?|neq?|lt|gt)(?![A-Za-z])|<=|>=|!=|[≤≥≠]")
 _PART = r"\s?(?:\{\s?(-?[0-9][0-9,.]{0,31})\s?\}|([0-9]))"
 _FRAC = re.compile(rf"(-?)\\[dtc]?frac{_PART}{_PART}")
+_OVER_BAR = re.compile(r"\{\s?(-?[0-9][0-9,.]{0,31})\s?\\over\s{0,3}(-?[0-9][0-9,.]{0,31})\s?\}")
 _BRACED = re.compile(r"(?<!boxed)(?<!boxed )\{\s?(-?[0-9.,]+)\s?\}")
 _HALF = re.compile(r"(?<=[0-9]) and (?:(a|one) (half|third|quarter)|(?:three[ -])(quarters))\b", re.IGNORECASE)
 _PARTS = {"half": "1/2", "third": "1/3", "quarter": "1/4", "quarters": "3/4"}
@@ -121,6 +128,7 @@ _OPERATES = re.compile(r"(?<=[0-9]) (?:(times|multiplied by)|(plus)|(divided by)
 _EQUAL = re.compile(r"\b(?:equals|equal to)\b", re.IGNORECASE)
 _AND_OR = re.compile(r"\band/or\b", re.IGNORECASE)
 _CURRENCY = re.compile(r"\b(?:[A-Z]{1,2}(?=\\?\$\s?[0-9])|(?:USD|EUR|GBP|INR|CAD|AUD|Rs)(?=[0-9]))")
+_CENTS = re.compile(r"(?<=[0-9]) dollars? and ([0-9]{1,2}) cents?\b", re.IGNORECASE)
 _CLOCK = re.compile(r"(?<=[0-9]) ?([ap])\.\s?m\b\.?", re.IGNORECASE)
 _NEGATED = re.compile(r"-\s?\(\s?(-?)\s?([0-9][^()]{0,63})\)")
 _NEGATIVE = re.compile(r"(?:\bnegative|(?<=\bis )minus)[\s{}]+(?=[0-9.(])", re.IGNORECASE)
@@ -131,7 +139,8 @@ _BLANKS = re.compile(r"[ \t]+")
 
 def normalise(text: str) -> str:
     """Rewrite the LaTeX, Markdown and Unicode forms of a thing in one plain form."""
-    text = _MINUS.sub("-", text.translate(_CHARACTERS))
+    text = _UNSPACED.sub(" ", _MINUS.sub("-", text.translate(_CHARACTERS)))
+    text = _CONTINENTAL.sub(lambda match: f"{match[1].replace('.', '')}.{match[2]}", text)
     if "<<" in text:
         text = _CALCULATOR.sub("", text)
     text = _CROSS.sub("*", _GROUP_SPACE.sub(",", _CURRENCY.sub("", text)))
@@ -140,6 +149,7 @@ def normalise(text: str) -> str:
         text = _TEXT.sub(_plain_text, _TEXT.sub(_plain_text, _COLOR.sub("", text)))
     text = _SPACES.sub(" ", _DROPPED.sub("", text))
     text = _COMPARES.sub(" < ", _EQUALS.sub("=", _OVER.sub("/", _TIMES.sub("*", text)))).replace("{-}", "-")
+    text = _OVER_BAR.sub(r" \1/\2 ", text) if "\\over" in text else text
     text = _BRACED.sub(r"\1", _FRAC.sub(_plain_fraction, text))
     text = _BLANKS.sub(" ", text)
     text = _plain_words(text)
@@ -152,7 +162,7 @@ def normalise(text: str) -> str:
 
 def _plain_words(text: str) -> str:
     """Write words between numbers as signs: 5 times 3 equals 15, 5 and a half."""
-    text = _SUBTRACTS.sub("- ", _NEGATIVE.sub("-", text))
+    text = _SUBTRACTS.sub("- ", _NEGATIVE.sub("-", _CENTS.sub(lambda match: f".{int(match[1]):02} dollars", text)))
     text = _EQUAL.sub("=", _AND_OR.sub("or", text))
     text = _OPERATES.sub(lambda match: " * " if match[1] else " + " if match[2] else " / ", text)
     return _HALF.sub(lambda match: " " + _PARTS[(match[2] or match[3]).lower()], _CLOCK.sub(r" \1m", text))
@@ -191,16 +201,23 @@ _MISTAKEN = re.compile(
     r"[^.!?,;:\n]{0,40}\b(?:think|say|guess|assume|conclude|believe|claim|answer)(?:ing)?(?: that)?(?: the)?(?: \w+)? $",
     re.IGNORECASE,
 )
+# A said answer that is taken back.
+_RETRACTS = re.compile(
+    r"^\s?\W{0,4}(?:(?:hmm|oh|oops|wait)\W{1,3}){0,2}(?:no|correction|scratch that)[,:;.!-]\s?(?=.{0,40}[0-9])", re.IGNORECASE
+)
+_BETWEEN_BOXES = re.compile(r"[\s.]{0,4}(?:[,;]|,?\s?(?:and|or)\b)[\s,]{0,4}(?:[A-Za-z]\s?=\s?)?", re.IGNORECASE)
+_HALF_BOX = re.compile(r"\\boxed ?\{\s?-?[0-9][0-9.,]*$")  # a text that is cut off within its answer
 _THOUGHT = re.compile(r"</(?:think|thinking|thought|thoughts|reasoning|scratchpad)>")
+_SENTENCES = re.compile(r"(?<=[.!?])\s+")
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
 _BULLETS = re.compile(r"\n\s{0,9}- .*\n\s{0,9}- ")  # a single one may be a negative number
 _MARK = re.compile("#{4,}")
 _DIGIT = re.compile("[0-9]")
 
 
-def last_box(text: str) -> str | None:
-    """Return the content of the last closed `\\boxed{...}` that is not empty, with
-    balanced braces; None without one.
+def boxes(text: str) -> Iterator[tuple[int, int, str]]:
+    """Yield the closed `\\boxed{...}` that are not empty, the last first: start, end
+    and content, with balanced braces.
     """
     stop = len(text)
     while (start := text.rfind("\\boxed", 0, stop)) >= 0:
@@ -210,10 +227,29 @@ def last_box(text: str) -> str | None:
             depth += (text[i] == "{") - (text[i] == "}")
             if depth == 0:
                 if any(c.isalnum() for c in text[opened:i]):
-                    return text[opened + 1 : i]
+                    yield start, i + 1, text[opened + 1 : i]
                 break
         stop = start  # each character is read once
-    return None
+
+
+def last_box(text: str) -> str | None:
+    """Return the content of the last box; None without one."""
+    return next((content for _, _, content in boxes(text)), None)
+
+
+def only_box(text: str, fractions: bool) -> Fraction | None:
+    """Read the last box; None if it has no single number, or if boxes joined to it by a
+    comma, "and" or "or" have another one.
+    """
+    value = follows = None
+    for start, end, content in boxes(text):
+        if follows is not None and not _BETWEEN_BOXES.fullmatch(text, end, min(follows, end + 40)):
+            break
+        found = only_value(content, fractions)
+        if found is None or (follows is not None and found != value):
+            return None
+        value, follows = found, start
+    return value
 
 
 def last_marked(text: str) -> str | None:
@@ -241,8 +277,20 @@ def last_said(text: str) -> str | None:
         end = _SENTENCE_END.search(line)
         sentence = line[: end.start()] if end else line
         if _DIGIT.search(sentence) and not (end and end[0].startswith("?")):
-            return sentence
+            rest = line[end.end() :] if end else lines.lstrip()[len(line) :].lstrip()
+            taken_back = _RETRACTS.match(rest)
+            return rest[taken_back.end() :] if taken_back else sentence
     return None
+
+
+def without_questions(text: str) -> str:
+    """Remove the sentences that end with a question mark: a number in them is asked
+    about, not given.
+    """
+    if "?" not in text:
+        return text
+    lines = (_SENTENCES.split(line) for line in text.split("\n"))
+    return "\n".join(" ".join(s for s in line if not s.rstrip("\"'”’)* ").endswith("?")) for line in lines)
 
 
 # --- read one value ---
@@ -258,14 +306,14 @@ _SCALES = {
 _SCALE = re.compile("|".join(_SCALES), re.IGNORECASE)
 
 
-def _token_pattern(whole: str, comma: str, joins: str) -> re.Pattern:
+def _token_pattern(whole: str, comma: str, joins: str, first: str = "") -> re.Pattern:
     """Build the pattern of a token: `whole` and `comma` add alternatives for whole and
-    decimal digits, `joins` lists signs that make digits unreadable when more digits
-    follow.
+    decimal digits, `first` some that are tried before all others, `joins` lists signs
+    that make digits unreadable when more digits follow.
     """
     return re.compile(
         rf"(?P<sign>(?<![\w)\]}}])-[ ]?)?"
-        rf"(?P<digits>(?:{_GROUPED}{whole}|[0-9]+)(?![0-9])(?:\.[0-9]+)?|(?<![0-9A-Za-z])\.[0-9]+{comma})(?![0-9]|[{joins}][0-9]|\.\([0-9])"
+        rf"(?P<digits>{first}(?:{_GROUPED}{whole}|[0-9]+)(?![0-9])(?:\.[0-9]+)?|(?<![0-9A-Za-z])\.[0-9]+{comma})(?![0-9]|[{joins}][0-9]|\.\([0-9])"
         r"(?:[eE](?P<exponent>[+-]?[0-9]{1,3})(?!\.?[0-9]))?"
         rf"(?:{_MIXED}|[ ]?/[ ]?{_BELOW})?"
         r"(?P<power>\^\{?(?P<to>-?[0-9]{1,3})\}?)?"
@@ -280,7 +328,9 @@ def _token_pattern(whole: str, comma: str, joins: str) -> re.Pattern:
 
 # A space between thousands and a decimal comma are accepted in an answer's region, not
 # in running text.
-_ANSWER = _token_pattern(r"|[0-9]{1,3}(?: [0-9]{3})+", "|[0-9]+,[0-9]{1,2}(?![0-9,])", ",.:'_")
+_ANSWER = _token_pattern(
+    "|[0-9]{1,3}(?: [0-9]{3})+", "|[0-9]+,[0-9]{1,2}(?![0-9,])", ",.:'_", "[0-9]{1,3}(?: [0-9]{3})+,[0-9]{1,2}(?![0-9,])|"
+)
 _RUNNING = _token_pattern("|[0-9]{1,3}(?: [0-9]{3}){2,}", "", ".:_")
 _UNITS = frozenset("mghslLNJWVACF")  # units of one letter that may follow a number without a space: 5m, but not 2x
 _UNKNOWNS = frozenset("abcdeijknpqrtuvwxyzXYZ")
@@ -333,8 +383,8 @@ def _plain(digits: str) -> Fraction | None:
     """
     if len(digits) > LONGEST or digits.count(".") > 1:
         return None
-    if re.fullmatch(r"[0-9]+,[0-9]{1,2}", digits):
-        return Fraction(digits.replace(",", "."))
+    if re.fullmatch(r"[0-9 ]+,[0-9]{1,2}", digits):
+        return Fraction(digits.replace(" ", "").replace(",", "."))
     return Fraction(digits.replace(",", "").replace(" ", "").rstrip("."))
 
 
@@ -687,11 +737,59 @@ def _next_number(found: list[Token], at: int) -> int | None:
 
 
 def last_value(text: str, fractions: bool) -> Fraction | None:
-    """Read the last number of a text; None if it can't be read, is a factor (2x), or is
-    multiplied (5 grand).
+    """Read the last number of a running text; None if it can't be read, is a factor
+    (2x), is multiplied (5 grand), or one of several (5 or 6; 4, 5, 6; x = 6, y = 8).
+
+    Numbers of decimal places don't count. A denied number (22, not 20) stands for the
+    one before it in its sentence.
     """
     found = list(tokens(text, fractions, _RUNNING))
     at = [i for i, token in enumerate(found) if token.kind == "number" and not (token.value is None and ":" in token.text)]
-    if not at or is_factor(found, at[-1]) or is_multiplied(found, at[-1]):
+    while at and is_places(found, at[-1]):
+        at.pop()
+    if at and is_denied(found, at[-1]):
+        denied = at.pop()
+        if not at or any(token.kind == "stop" and not set(token.text) <= {",", ";", ":"} for token in found[at[-1] : denied]):
+            return None
+    if not at or is_factor(found, at[-1]) or is_multiplied(found, at[-1]) or is_bound(found, at[-1]) or is_one_of(found, at):
         return None
     return found[at[-1]].value
+
+
+def is_denied(found: list[Token], at: int) -> bool:
+    """Tell whether the words before a number deny it, or leave it open: not 5, rather
+    than 5, whether it is 5.
+    """
+    names = [token.text.lower() for token in found[max(0, at - 3) : at] if token.kind == "word"]
+    last = names[-1] if names and found[at - 1].kind == "word" else ""
+    if last and names[-2:] in (["rather", "than"], ["instead", "of"]):
+        return True
+    return last in ("not", "never") or last.endswith(("n't", "n’t")) or "whether" in names
+
+
+def is_bound(found: list[Token], at: int) -> bool:
+    """Tell whether a number is only a bound: more than 7, but not "no more than 7"."""
+    names = [token.text.lower() for token in found[max(0, at - 3) : at] if token.kind == "word"]
+    return names[-1:] == ["than"] and names[-2:-1] and names[-2] in _MORE and names[-3:-2] not in (["no"], ["not"])
+
+
+def is_one_of(found: list[Token], at: list[int]) -> bool:
+    """Tell whether the last number ends an enumeration of others: 5 or 6; 1, 2, 3;
+    x = 6, y = 8.
+    """
+    if len(at) < 2:
+        return False
+    value, other = found[at[-1]].value, found[at[-2]].value
+    between = [token.text.lower() for token in found[at[-2] + 1 : at[-1]]]
+    if between == ["or"] and value != other and value is not None and other is not None:
+        return value != 100 * other  # 0.5 or 50%
+    if between[-1:] == ["="] and between[:-2] in ([","], [";"], ["and"], [",", "and"]) and at[-2] > 1:
+        here, there = found[at[-1] - 2], found[at[-2] - 2]
+        return found[at[-2] - 1].kind == "equals" and is_unknown(here) and is_unknown(there) and here.text != there.text
+    listed = 1
+    while listed < len(at) and {token.text.lower() for token in found[at[-listed - 1] + 1 : at[-listed]]} <= _LISTS:
+        listed += 1
+    return listed > 2 and len({found[i].value for i in at[-listed:]}) > 2
+
+
+_LISTS = frozenset((",", ";", "and", "or"))

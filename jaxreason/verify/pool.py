@@ -8,6 +8,9 @@ signal is used on this side, so any thread may ask. A child that fails is killed
 another takes its place at the next question; a child whose parent is gone ends by
 itself. CPU time is counted, because on a busy machine an answer may take any wall time.
 A child that neither computes nor answers is given up after `PATIENCE` times the limit.
+
+A pool may keep its children in the sandbox (see `jaxreason.sandbox`), with the packages
+of this Python in it, read-only.
 """
 
 from __future__ import annotations
@@ -17,14 +20,17 @@ import functools
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxreason import sandbox
+from jaxreason.sandbox.processes import GONE_S, Processes
+
 START_S = 600.0  # imports and a warm-up take two seconds on an idle machine
+ENVIRONMENT = {"PYTHONHASHSEED": "0"}  # the order of a set of strings, on which some items of datasets depend
 PATIENCE = 60  # wall time, in multiples of the limit of CPU time
 
 
@@ -35,8 +41,12 @@ class Failed(Exception):
 
 
 class Child(NamedTuple):
-    process: subprocess.Popen
+    processes: Processes
     pipe: Any
+
+    @property
+    def process(self) -> subprocess.Popen:
+        return self.processes.popen
 
 
 class Pool:
@@ -44,12 +54,13 @@ class Pool:
     needed; `timeout_s` is CPU time.
     """
 
-    def __init__(self, kind: str, processes: int = 2, timeout_s: float = 5.0, memory_mb: int = 2048):
+    def __init__(self, kind: str, processes: int = 2, timeout_s: float = 5.0, memory_mb: int = 2048, held: bool = False):
         if processes < 1 or timeout_s <= 0 or memory_mb < 1:
             raise ValueError(
                 f"got processes={processes}, timeout_s={timeout_s}, memory_mb={memory_mb}; allowed: positive numbers"
             )
         self._kind, self._timeout_s, self._memory_mb = kind, timeout_s, memory_mb
+        self._held = held  # in the sandbox
         self._children: queue.LifoQueue[Child | None] = queue.LifoQueue()  # last in, first out: no more are started than needed
         for _ in range(processes):
             self._children.put(None)
@@ -74,7 +85,7 @@ class Pool:
                     raise Failed(failure)
                 return answer
             except (OSError, EOFError):
-                raise Failed("timeout" if child.process.wait() == -signal.SIGPROF else "crashed") from None
+                raise Failed("timeout" if child.processes.ran_out(GONE_S) else "crashed") from None
         except BaseException:  # also for KeyboardInterrupt: a late answer would be taken for the next question's
             child = _kill(child)
             raise
@@ -90,17 +101,14 @@ class Pool:
         ours, theirs = Pipe()
         script = Path(__file__).with_name("child.py")
         options = [str(theirs.fileno()), self._kind, str(self._timeout_s), str(self._memory_mb)]
-        process = subprocess.Popen(
-            [sys.executable, "-P", str(script), *options],  # -P: no module of this folder may hide another one
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONHASHSEED": "0"},  # the order of a set of strings, on which some items of datasets depend
-            process_group=0,  # Ctrl-C must reach this process alone: a killed child would make a verdict wrong
-        )
-        theirs.close()
-        child = Child(process, ours)
+        try:
+            if self._held:
+                processes = sandbox.start_script(script, options, [theirs.fileno()], self._memory_mb, ENVIRONMENT)
+            else:
+                processes = _start_alone(script, options, [theirs.fileno()])
+        finally:
+            theirs.close()
+        child = Child(processes, ours)
         try:
             ready = ours.recv_bytes().decode() if ours.poll(START_S) else f"no sign of life in {START_S:.0f} s"
         except (OSError, EOFError):
@@ -112,17 +120,29 @@ class Pool:
 
 
 @functools.cache
-def shared(kind: str, processes: int = 2, timeout_s: float = 5.0, memory_mb: int = 2048) -> Pool:
+def shared(kind: str, processes: int = 2, timeout_s: float = 5.0, memory_mb: int = 2048, held: bool = False) -> Pool:
     """Return the one pool with these settings, closed at exit: two verifiers with the
     same settings share their children.
     """
-    pool = Pool(kind, processes, timeout_s, memory_mb)
+    pool = Pool(kind, processes, timeout_s, memory_mb, held)
     atexit.register(pool.close)
     return pool
 
 
 def _kill(child: Child | None) -> None:
     if child is not None:
-        child.process.kill()
-        child.process.wait()
+        child.processes.end()
         child.pipe.close()
+
+
+def _start_alone(script: Path, options: list[str], pass_fds: list[int]) -> Processes:
+    process = subprocess.Popen(
+        [sys.executable, "-P", str(script), *options],  # -P: no module of this folder may hide another one
+        pass_fds=pass_fds,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, **ENVIRONMENT},
+        process_group=0,  # Ctrl-C must reach this process alone: a killed child would make a verdict wrong
+    )
+    return Processes(process)

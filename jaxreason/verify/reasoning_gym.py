@@ -1,17 +1,21 @@
 """Verifier of the tasks of reasoning-gym: each dataset scores its own answers.
 
 Some datasets evaluate the answer by sympy or `eval`, so all scores are computed in
-killable processes, and names that an expression has no need of are refused there (see
-`child.guarded_eval`). That bounds accidents and tricks; it is no sandbox for attackers.
+killable processes, in the sandbox where it can be had, and names that an expression has
+no need of are refused there (see `child.guarded_eval`). Without the sandbox that bounds
+accidents and tricks, no attackers; one line says so.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import math
+import sys
 from collections.abc import Callable
 
+from jaxreason.sandbox import bwrap
 from jaxreason.types import Task, Verdict
 from jaxreason.verify import pool
 from jaxreason.verify.exact import BAD_KEY, SHOWN, answer_after, verdict
@@ -26,6 +30,7 @@ def reasoning_gym(
     timeout_s: float = 5.0,  # CPU time per answer; then its child is killed
     processes: int = 2,  # maximum number of child processes
     memory_mb: int = 2048,  # address space of each child
+    sandbox: str = "auto",  # "bwrap" refuses where it can't be had; "none" is the process alone
     max_chars: int = 10_000,  # longest answer that is scored; a longer one is wrong unless it equals the key
 ) -> Callable[[str, Task], Verdict]:
     """Score the answer by the dataset's own rule: correct is a score of 1. Four rules
@@ -43,7 +48,7 @@ def reasoning_gym(
         raise ValueError("verifier 'reasoning_gym' needs reasoning-gym; pip install 'jaxreason[gym]'")
     if max_chars < 1:
         raise ValueError(f"verifier 'reasoning_gym' got max_chars={max_chars}; allowed: 1 or more")
-    children = pool.shared("gym", processes, timeout_s, memory_mb)
+    children = pool.shared("gym", processes, timeout_s, memory_mb, is_held(sandbox))
 
     def verify(text: str, task: Task) -> Verdict:
         if not set(NEEDED) <= task.data.keys():
@@ -69,6 +74,28 @@ def reasoning_gym(
         return _verdict(score, answer, partial)
 
     return verify
+
+
+def is_held(sandbox: str) -> bool:
+    """Tell whether scores are computed in the sandbox; say so once if they should be
+    and can't.
+
+    Raises:
+      ValueError: an unknown name, or `bwrap` where it can't be had.
+    """
+    if sandbox not in ("auto", "bwrap", "none"):
+        raise ValueError(f"verifier 'reasoning_gym' got sandbox={sandbox!r}; allowed: auto, bwrap, none")
+    if sandbox == "bwrap":
+        bwrap.check("bwrap")
+    if sandbox == "auto" and (why := bwrap.refusal()):
+        _say(f"reasoning-gym evaluates answers outside the sandbox: {why.split('; ')[0]}")
+        return False
+    return sandbox != "none"
+
+
+@functools.cache
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def find_answer(text: str, marker: str = "") -> str:
