@@ -250,6 +250,7 @@ def unbounded(run, folder):
         (["--checkpoint={run}", "--suites=mine=/nowhere.jsonl"], "no file '/nowhere.jsonl'"),
         (["--checkpoint={run}", "--temperature=hot"], "--temperature got 'hot'"),
         (["--checkpoint={run}", "--temperature=1e-9"], "--temperature got '1e-9'; allowed: 0 (greedy), or 0.0001 and more"),
+        (["--checkpoint={run}", "--thinking_tokens=4", "--end_of_thinking=</think>"], "allowed: a text that the model can write"),
         (["--checkpoint={plain}", "--end_of_thinking=;A"], "--end_of_thinking without a budget of thinking"),
         (["--checkpoint={run}", "--max_tokens=0"], "--max_tokens"),
         (
