@@ -14,7 +14,7 @@ from runs import SMOKE, load_config, main
 
 from jaxreason import build, verify
 from jaxreason.build.tasks import check_keys, judge, make_judge
-from jaxreason.environment import Turn, single_turn
+from jaxreason.environment import Turn, retry, single_turn
 from jaxreason.main import describe
 from jaxreason.options import command, fields
 from jaxreason.types import Task, Verdict
@@ -115,6 +115,10 @@ def test_a_verifier_gets_the_tokens_that_the_model_sampled():
     assert [r.verdict.reward for r in rollouts] == [float(r.sampled.sum()) for r in rollouts]
     assert len({*seen}) > 2
     assert any(r.stop == "eos" and len(r.tokens) == r.verdict.reward for r in rollouts)
+    twice = retry(single_turn(verifier), tell="check", message="bcd", role="")
+    rollouts = t.roll(t.make_completer(model), t.biased(params, _=0.8), t.make_requests(5, 2), twice)
+    assert [r.verdict.reward for r in rollouts] == [float(r.sampled.sum()) for r in rollouts]
+    assert any(len(r.tokens) > r.verdict.reward for r in rollouts)
 
 
 def test_a_part_that_can_not_judge_gives_the_reason(own):
@@ -207,6 +211,25 @@ def test_keys_and_own_verifiers_inside_are_tried(own):
     broken = own("broken", lambda text, task: 1)
     with pytest.raises(ValueError, match="verifier 'mine:broken' gave 1 of the first task"):
         judge({"name": "all_of", "of": (NUMBER, broken)}, [TASK])
+
+
+def test_a_length_that_no_attempt_reaches_is_told():
+    def idle(max_tokens, most):
+        shaped = {"name": "length_shaped", "of": NUMBER, "max_tokens": max_tokens, "buffer_tokens": 10}
+        return verify.never_penalised({"name": "all_of", "of": (FORM, shaped)}, most) is not None
+
+    assert [idle(max_tokens, 32) for max_tokens in (32, 41, 42, 90)] == [False, False, True, True]
+    said = []
+    config = load_config("tiny", "smoke")
+    with config.unlocked():
+        config.verifier = {
+            "name": "length_shaped",
+            "of": {"name": "exact", "marker": ";A"},
+            "max_tokens": 4000,
+            "buffer_tokens": 10,
+        }
+    build.build(config, say=said.append)
+    assert any("penalises no attempt, as sampler.max_tokens is" in line for line in said)
 
 
 @pytest.mark.process

@@ -19,7 +19,8 @@ FLOORS = (
     "types options options.fields runtime",
     "runtime.workdir runtime.files runtime.terminal runtime.live runtime.trackers runtime.log runtime.hub runtime.processes"
     " runtime.compiling runtime.memory runtime.energy runtime.peak runtime.alarms runtime.profile sandbox",
-    "platforms model text tasks verify tools objectives estimators sharding optimizer data draw metrics cost runtime.checkpoint",
+    "platforms chips model text tasks verify tools objectives estimators sharding optimizer data draw metrics cost"
+    " runtime.checkpoint",
     "learner sampler logp environment batching runtime.warm_start runtime.ledger",
     "rollout sources runtime.preemption",
     "evaluation recovery runtime.resume runtime.journal look.figures look.page look.runs look.comparison",

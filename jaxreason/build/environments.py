@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxreason import text, tools
+from jaxreason import text, tools, verify
 from jaxreason.build.tasks import Parts, judge
 from jaxreason.environment import Environment, openenv, retry, with_tools
 from jaxreason.environment import single_turn as judged_once
@@ -48,6 +48,11 @@ def make_environment(section: Mapping[str, Any] | None, verifier: dict, items: S
     elif section is not None:
         call_with_section(single_turn, section, WHERE)
     parts.environments.append(made.environment)
+    if idle := verify.never_penalised(verifier, parts.completer.max_tokens):
+        parts.say(
+            f"warning: verifier 'length_shaped' with max_tokens={idle['max_tokens']}, buffer_tokens={idle['buffer_tokens']} "
+            f"penalises no attempt, as sampler.max_tokens is {parts.completer.max_tokens}; lower verifier.max_tokens"
+        )
     return made
 
 

@@ -34,7 +34,7 @@ VERIFIERS = {
 
 BOUNDED = ("math", "reasoning_gym", "format", "code")  # these enforce their own time limit, and wait for busy children
 
-leaves, takes_tokens = combine.leaves, combine.takes_tokens
+leaves, takes_tokens, never_penalised = combine.leaves, combine.takes_tokens, combine.never_penalised
 
 
 def uses_children(section: Mapping[str, Any]) -> bool:

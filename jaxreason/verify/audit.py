@@ -17,6 +17,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -270,9 +271,11 @@ def main(argv: Sequence[str]) -> None:
         judged = judge_cases(cases)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
-    print("\n".join(report(judged, flags.FLAGS.most)))
-    if warning:
-        print(f"warning: {warning}")
+    lines = [*report(judged, flags.FLAGS.most), *([f"warning: {warning}"] if warning else [])]
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:  # the reader, such as `head`, has enough; the interpreter would flush once more at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -208,14 +208,27 @@ def reason_of(verdicts: Sequence[Verdict]) -> str:
 # --- sections ---
 
 
-def leaves(section: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield the sections of the verifiers that a section is made of, the one that
-    judges the answer first; the section itself if it combines none.
+def sections(section: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield a verifier's section and those of all verifiers inside it, the one that
+    judges the answer first among parts.
     """
-    if section.get("name") not in COMBINATORS:
-        yield section
-        return
-    inside = section.get("of", ())
+    yield section
+    inside = section.get("of", ()) if section.get("name") in COMBINATORS else ()
     for one in (inside,) if isinstance(inside, Mapping) else inside:
         if isinstance(one, Mapping):
-            yield from leaves(one)
+            yield from sections(one)
+
+
+def leaves(section: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the sections of the verifiers that a section is made of; the section itself
+    if it combines none.
+    """
+    return (one for one in sections(section) if one.get("name") not in COMBINATORS)
+
+
+def never_penalised(section: Mapping[str, Any], most_tokens: int) -> Mapping[str, Any] | None:
+    """Return a section of `length_shaped` without a penalty for any attempt of up to
+    `most_tokens`; None if there is none.
+    """
+    shaped = (one for one in sections(section) if one.get("name") == "length_shaped")
+    return next((one for one in shaped if one["max_tokens"] - one["buffer_tokens"] >= most_tokens), None)

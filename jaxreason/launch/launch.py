@@ -1,0 +1,263 @@
+"""The steps of a launch: machines up, checkout installed, run started and followed,
+started again after a preemption, folder fetched, machines deleted.
+
+Every step first looks at what is there, so the same command continues a launch that was
+interrupted anywhere, and nothing is created or started twice.
+"""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxreason.launch import gcloud, remote, state
+from jaxreason.launch.gcloud import Place
+from jaxreason.launch.machines import Machine
+from jaxreason.launch.shell import Result, Shell
+from jaxreason.launch.source import Source
+from jaxreason.launch.target import Target
+
+POLL_S = 10.0  # between two looks at a machine that is coming, or at the log
+LOST_LOOKS = 3  # failed looks in a row after which the machine's own state is asked for
+
+
+class LaunchFailed(Exception):
+    """A launch can't go on; the message says why in one line."""
+
+
+class Asked(NamedTuple):
+    """What the user asked for."""
+
+    name: str
+    command: Sequence[str]  # behind `python`, the same on all hosts
+    source: Source
+    extra: str  # of the package: tpu or gpu
+    environment: Mapping[str, str] = {}
+    workdir: str = ""  # of the run, on the machine
+    max_restarts: int = 20  # after preemptions
+    keep: bool = False  # don't delete the machines at the end
+    fetch_to: str = "runs"  # local folder that gets the run's folder
+
+
+class World(NamedTuple):
+    """What the steps act on; tests replace it."""
+
+    shell: Shell
+    say: Callable[[str], None]
+    sleep: Callable[[float], None] = time.sleep
+    write: Callable[[str, dict[str, Any]], Any] = state.write
+
+
+# --- a TPU slice ---
+
+
+def state_of(place: Place, world: World) -> str:
+    """Return the state of a slice, or of its place in the queue."""
+    if world.shell.dry:
+        return "ABSENT"
+    found = gcloud.state_of(world.shell.look(gcloud.describe(place)))
+    if found == "ABSENT" and place.queued:
+        queued = gcloud.state_of(world.shell.look(gcloud.describe_queued(place)))
+        return "PROVISIONING" if queued == "ACTIVE" else queued
+    return found
+
+
+def bring_up(place: Place, machine: Machine, world: World) -> bool:
+    """Create a slice, or wait for the one that there is; return whether it is new.
+
+    Raises:
+      LaunchFailed: it can't be created.
+    """
+    found, created = state_of(place, world), False
+    if found == "READY":
+        world.say(f"{place.name} is ready: it is used again")
+        return False
+    if found in gcloud.LOST:
+        world.say(f"{place.name} is {found}: it is deleted and created anew")
+        check(world.shell.run(gcloud.delete(place)), f"{place.name} could not be deleted")
+        found = "ABSENT"
+    if found == "ABSENT":
+        world.say(f"creating {place.name}: {machine.type} in {place.zone}")
+        check(world.shell.run(gcloud.create(place, machine)), f"{place.name} could not be created")
+        created = True
+    wait_until_ready(place, world)
+    return created
+
+
+def wait_until_ready(place: Place, world: World) -> None:
+    told = ""
+    while not world.shell.dry:
+        found = state_of(place, world)
+        if found == "READY":
+            return
+        if found in gcloud.LOST:
+            raise LaunchFailed(f"{place.name} is {found} before it was ready; the same command tries again")
+        if found != told:
+            world.say(f"{place.name}: {found}")
+            told = found
+        world.sleep(POLL_S)
+
+
+def check(result: Result, what: str) -> None:
+    if result.code != 0:
+        raise LaunchFailed(f"{what}: {gcloud.why(result)}")
+
+
+# --- the run ---
+
+
+def install(asked: Asked, target: Target, world: World) -> None:
+    """Send the checkout to all hosts, and install it there.
+
+    Raises:
+      LaunchFailed: it failed on a host.
+    """
+    world.say(f"installing commit {asked.source.commit[:12]}" + (" with changes" if asked.source.changed else ""))
+    with tempfile.TemporaryDirectory() as folder:
+        name = remote.archive_of(asked.name, asked.source.digest)
+        file = Path(folder) / name
+        file.write_bytes(asked.source.archive)
+        check(target.send(str(file), name), "the checkout could not be copied to all hosts")
+    check(target.everywhere(remote.install(asked.name, asked.source.digest, asked.extra)), "the installation failed on a host")
+
+
+def start(asked: Asked, target: Target, world: World) -> None:
+    """Start the run on all hosts, unless it is running.
+
+    Raises:
+      LaunchFailed: it did not start on a host.
+    """
+    script = remote.start(asked.name, asked.source.digest, asked.command, asked.environment)
+    check(target.everywhere(script), "the run did not start on a host")
+    world.say(f"started: python {shlex.join(asked.command)}")
+
+
+def follow(asked: Asked, target: Target, world: World, alive: Callable[[], bool]) -> int | None:
+    """Show the log of host 0 until the run ends; return its exit code, or None if the
+    machines were lost.
+
+    `alive()` asks the cloud, once host 0 has not answered for some looks.
+
+    Raises:
+      LaunchFailed: the run's process is gone without an exit code.
+    """
+    offset, failed = 0, 0
+    while not world.shell.dry:
+        result = target.first(remote.look(asked.name, offset))
+        try:
+            seen = remote.read(result.out) if result.code == 0 else None
+        except ValueError:
+            seen = None
+        if seen is None:
+            failed += 1
+            if failed >= LOST_LOOKS and not alive():
+                return None
+            world.sleep(POLL_S)
+            continue
+        failed = 0
+        for line in seen.text.splitlines():
+            world.say(line)
+        offset += len(seen.text.encode(errors="replace"))
+        if offset < seen.size:
+            continue
+        if seen.state == remote.FINISHED:
+            return seen.code
+        if seen.state != remote.RUNNING:
+            raise LaunchFailed(f"the run on {asked.name} {seen.state} without an exit code; the same command starts it again")
+        world.sleep(POLL_S)
+    return 0
+
+
+def on_tpu(asked: Asked, place: Place, machine: Machine, target: Target, world: World) -> int:
+    """Run a config on a TPU slice, to its end.
+
+    Raises:
+      LaunchFailed: a step failed; the machines are left as they are.
+    """
+    remember(asked, place, machine, world, "creating")
+    for restart in range(asked.max_restarts + 1):
+        bring_up(place, machine, world)
+        remember(asked, place, machine, world, "installing")
+        install(asked, target, world)
+        start(asked, target, world)
+        remember(asked, place, machine, world, "running")
+        code = follow(asked, target, world, lambda: state_of(place, world) == "READY")
+        if code is not None:
+            break
+        world.say(f"{place.name} was preempted; restart {restart + 1} of at most {asked.max_restarts}")
+    else:
+        raise LaunchFailed(f"{place.name} was preempted {asked.max_restarts + 1} times; the same command goes on")
+    remember(asked, place, machine, world, "ended")
+    bring_home(asked, target, world)
+    if asked.keep:
+        world.say(f"{place.name} is kept, and costs money: {costs(machine)}; delete it: {shlex.join(gcloud.delete(place))}")
+    else:
+        check(world.shell.run(gcloud.delete(place)), f"{place.name} could not be deleted, and costs {costs(machine)}")
+        world.say(f"{place.name} is deleted")
+    return code
+
+
+def on_ssh(asked: Asked, target: Target, world: World) -> int:
+    """Run a config on a machine behind ssh, to its end.
+
+    Raises:
+      LaunchFailed: a step failed.
+    """
+    install(asked, target, world)
+    start(asked, target, world)
+    code = follow(asked, target, world, lambda: True)
+    bring_home(asked, target, world)
+    return 1 if code is None else code
+
+
+def bring_home(asked: Asked, target: Target, world: World) -> None:
+    """Copy the run's folder here.
+
+    Raises:
+      LaunchFailed: it could not be copied; the machine that has it is then kept.
+    """
+    path = run_folder(asked.name, asked.workdir)
+    if not world.shell.dry:
+        Path(asked.fetch_to).mkdir(parents=True, exist_ok=True)
+    check(target.fetch(path, asked.fetch_to), f"the run's folder {path} could not be copied, so the machine is kept")
+    world.say(f"the run is in {asked.fetch_to}/{Path(asked.workdir).name}")
+
+
+def run_folder(name: str, workdir: str) -> str:
+    """Return the folder of a run on its machine."""
+    return workdir if workdir.startswith("/") else f"{remote.folder_of(name)}/{workdir}"
+
+
+def costs(machine: Machine) -> str:
+    return "an unknown price" if machine.usd_per_hour is None else f"${machine.usd_per_hour:,.2f} per hour on demand"
+
+
+def remember(asked: Asked, place: Place, machine: Machine, world: World, step: str) -> None:
+    """Write the file by which another terminal finds the launch."""
+    if world.shell.dry:
+        return
+    values = {
+        "kind": "tpu",
+        "step": step,
+        "place": place._asdict(),
+        "type": machine.type,
+        "usd_per_hour": machine.usd_per_hour,
+        "command": list(asked.command),
+        "commit": asked.source.commit,
+        "digest": asked.source.digest,
+        "workdir": asked.workdir,
+        "delete": gcloud.delete(place),
+    }
+    world.write(asked.name, values)
+
+
+def left(name: str, place: Place, machine: Machine, again: str) -> str:
+    """Say what still runs and costs money after Ctrl-C or an error."""
+    return (
+        f"{name} may exist, or be on its way, and then costs {costs(machine)}; the run on it goes on. Look: python -m "
+        f"jaxreason.launch status {name}. Go on: {again}. Delete it: {shlex.join(gcloud.delete(place))}"
+    )

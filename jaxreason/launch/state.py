@@ -1,0 +1,48 @@
+"""The file of a launch, by which another terminal finds it: what was asked, and what
+costs money.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from jaxreason.options import read_object, unknown_name_message
+
+
+def folder() -> Path:
+    """Return the folder of all launches: `$XDG_STATE_HOME/jaxreason/launches`."""
+    root = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return Path(root) / "jaxreason" / "launches"
+
+
+def write(name: str, values: dict[str, Any]) -> Path:
+    """Write the file of a launch, atomically."""
+    path = folder() / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(part, path)
+    return path
+
+
+def read(name: str) -> dict[str, Any]:
+    """Read the file of a launch.
+
+    Raises:
+      ValueError: there is none; the message lists those that there are.
+    """
+    path = folder() / f"{name}.json"
+    if not path.is_file():
+        raise ValueError(unknown_name_message("launch", name, names()))
+    return read_object(path)
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in folder().glob("*.json"))
+
+
+def forget(name: str) -> None:
+    (folder() / f"{name}.json").unlink(missing_ok=True)

@@ -1,0 +1,356 @@
+"""Launching on Cloud TPU, against a stand-in for gcloud that keeps slices as folders
+and runs the scripts in them.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import ROOT
+
+from jaxreason.launch import gcloud, launch, machines, remote, shell, source, state, target
+from jaxreason.launch.launch import Asked, LaunchFailed, World
+from jaxreason.launch.shell import Result
+
+pytestmark = pytest.mark.process
+MACHINE = machines.machine_of("v5litepod-16")
+PLACE = gcloud.Place("mine", "us-west4-a")
+SOURCE = source.Source(b"", "d" * 16, "c" * 40, ())
+
+
+@pytest.fixture
+def cloud(tmp_path, monkeypatch):
+    """Put the stand-in on PATH; return its folder."""
+    folder, programs = tmp_path / "cloud", tmp_path / "bin"
+    folder.mkdir()
+    programs.mkdir()
+    (programs / "gcloud").write_text(f'#!/bin/bash\nexec {sys.executable} {ROOT / "tests" / "fake_gcloud.py"} "$@"\n')
+    (programs / "gcloud").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_CLOUD", str(folder))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+    yield folder
+    for pid in folder.glob("slices/*/*/jaxreason-launch/*/pid"):
+        subprocess.run(["kill", "-9", "--", f"-{pid.read_text().strip()}"], stderr=subprocess.DEVNULL)
+
+
+def plan(cloud, **what):
+    (cloud / "plan.json").write_text(json.dumps(what))
+
+
+def calls(cloud) -> list[str]:
+    """Return what was called: create, describe, scp, ssh all, ssh 0, ..."""
+    found = []
+    for line in (cloud / "calls.jsonl").read_text().splitlines():
+        words = json.loads(line)
+        verb = words[4] if len(words) > 4 else words[1]
+        worker = next((w.partition("=")[2] for w in words if w.startswith("--worker=")), "")
+        kind = "queued " if "queued-resources" in words else ""
+        found.append(f"{kind}{verb} {worker}".strip() if verb == "ssh" else f"{kind}{verb}")
+    return found
+
+
+def world(said):
+    return World(shell.real(), said.append, sleep=lambda s: __import__("time").sleep(min(s, 0.1)))
+
+
+@pytest.fixture
+def asked(tmp_path):
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    (checkout / "a.py").write_text("print('a')\n")
+    for words in (["init", "-q"], ["add", "-A"], ["-c", "user.name=x", "-c", "user.email=x@x", "commit", "-qm", "a"]):
+        subprocess.run(["git", "-C", str(checkout), *words], check=True)
+    command = [
+        "-m",
+        "jaxreason.main",
+        "--config=configs/tiny.py",
+        "--config.text.instruction=it's {question}; $HOME",
+        "--workdir=../runs/mine",
+    ]
+    return Asked("mine", command, source.pack(checkout), "tpu", workdir="runs/mine", fetch_to=str(tmp_path / "here"))
+
+
+def run(asked, said, place=PLACE):
+    made = world(said)
+    return launch.on_tpu(asked, place, MACHINE, target.tpu(place, made.shell), made)
+
+
+def followed(found: list[str]) -> list[str]:
+    """Return calls with the looks at the log as one."""
+    return [call for i, call in enumerate(found) if not (call == "ssh 0" and i and found[i - 1] == "ssh 0")]
+
+
+# ------------------------------------------------------------------------------------------------------------- sequences
+
+
+def test_create_and_train(cloud, asked):
+    said = []
+    assert run(asked, said) == 0
+    assert followed(calls(cloud)) == ["describe", "create", "describe", "scp", "ssh all", "ssh all", "ssh 0", "scp", "delete"]
+    assert [line for line in said if line.startswith("step")] == ["step 1", "step 2", "step 3"]
+    assert said[-2:] == [f"the run is in {asked.fetch_to}/mine", "mine is deleted"]
+    here = Path(asked.fetch_to) / "mine"
+    assert (here / "summary.json").read_text() == "done\n"
+    assert (here / "command").read_text().splitlines() == asked.command  # quotes, braces and dollars as they were
+    assert not (cloud / "slices" / "mine").exists()
+    assert state.read("mine")["step"] == "ended"
+
+
+def test_the_same_command_uses_what_is_there(cloud, asked):
+    said = []
+    assert run(asked._replace(keep=True), said) == 0
+    assert "costs money: $19.20 per hour on demand" in said[-1]
+    assert shlex.join(gcloud.delete(PLACE)) in said[-1]
+    before = len(calls(cloud))
+    said.clear()
+    assert run(asked, said) == 0
+    assert "create" not in calls(cloud)[before:]
+    assert said[0] == "mine is ready: it is used again"
+
+
+def test_a_queued_resource_is_waited_for(cloud, asked):
+    said, place = [], PLACE._replace(queued=True)
+    assert run(asked, said, place) == 0
+    found = calls(cloud)
+    assert found[:3] == ["describe", "queued describe", "queued create"]
+    assert [line for line in said if line.startswith("mine: ")] == [
+        "mine: ACCEPTED",
+        "mine: WAITING_FOR_RESOURCES",
+        "mine: PROVISIONING",
+    ]
+    assert found[-1] == "queued delete"
+    assert "create" not in [call for call in found if call != "queued create"]
+
+
+def test_preempted_twice(cloud, asked, monkeypatch):
+    monkeypatch.setenv("FAKE_STEP_S", "0.3")
+    plan(cloud, preempt=[4, 10])
+    said = []
+    assert run(asked, said) == 0
+    assert [line for line in said if "was preempted" in line] == [
+        "mine was preempted; restart 1 of at most 20",
+        "mine was preempted; restart 2 of at most 20",
+    ]
+    assert calls(cloud).count("create") == 3
+    assert calls(cloud).count("delete") == 3
+    assert said[-1] == "mine is deleted"
+
+
+def test_preempted_too_often(cloud, asked, monkeypatch):
+    monkeypatch.setenv("FAKE_STEP_S", "5")
+    plan(cloud, preempt=[1, 1, 1, 1])
+    with pytest.raises(LaunchFailed, match="preempted 2 times"):
+        run(asked._replace(max_restarts=1), [])
+
+
+def test_no_quota(cloud, asked):
+    plan(cloud, create="Quota limit 'TPUV5sLitepodServing' has been exceeded. Limit: 0 in region us-west4.")
+    with pytest.raises(LaunchFailed, match=r"could not be created: .*Quota limit.*; ask for quota at") as error:
+        run(asked, [])
+    assert "\n" not in str(error.value)
+    assert calls(cloud) == ["describe", "create"]
+
+
+def test_the_installation_fails_on_one_host(cloud, asked):
+    plan(cloud, install=1)
+    with pytest.raises(LaunchFailed, match="the installation failed on a host: no matching distribution"):
+        run(asked, [])
+    (cloud / "slices" / "mine" / "1" / "fail_pip").unlink()
+    plan(cloud)
+    said = []
+    assert run(asked, said) == 0  # the same command goes on
+    assert "create" not in calls(cloud)[calls(cloud).index("create") + 1 :]
+
+
+def test_the_run_fails(cloud, asked, monkeypatch):
+    monkeypatch.setenv("FAKE_CODE", "3")
+    said = []
+    assert run(asked, said) == 3
+    assert said[-1] == "mine is deleted"
+
+
+def test_a_folder_that_can_not_be_copied_keeps_the_slice(cloud, asked):
+    with pytest.raises(LaunchFailed, match="could not be copied, so the machine is kept"):
+        run(asked._replace(workdir="runs/other"), [])
+    assert (cloud / "slices" / "mine").exists()
+
+
+def test_a_run_is_not_started_twice(cloud, asked, monkeypatch):
+    monkeypatch.setenv("FAKE_STEP_S", "0.5")
+    made, said = world([]), []
+    reached = target.tpu(PLACE, made.shell)
+    launch.bring_up(PLACE, MACHINE, made)
+    launch.install(asked, reached, made)
+    launch.start(asked, reached, made)
+    script = remote.start(asked.name, asked.source.digest, asked.command, {})
+    assert reached.first(script).out.strip() == "runs already"
+    assert run(asked, said) == 0
+    assert [line for line in said if line.startswith("step")] == ["step 1", "step 2", "step 3"]
+
+
+@pytest.mark.parametrize("moment", ["create", "install", "follow"])
+def test_ctrl_c_leaves_what_there_is(cloud, asked, moment):
+    """The command that was running runs on; the same launch goes on from there."""
+    made = world([])
+    counted = {"create": "create", "install": "pip install", "follow": "wc -c"}[moment]
+
+    def interrupted(words, timeout_s=60.0):
+        result = shell.run(words, timeout_s)
+        if any(counted in word for word in words):
+            raise KeyboardInterrupt
+        return result
+
+    broken = made._replace(shell=shell.Shell(interrupted, shell.run))
+    with pytest.raises(KeyboardInterrupt):
+        launch.on_tpu(asked, PLACE, MACHINE, target.tpu(PLACE, broken.shell), broken)
+    told = launch.left("mine", PLACE, MACHINE, "the command")
+    assert "then costs $19.20 per hour" in told
+    assert shlex.join(gcloud.delete(PLACE)) in told
+    assert state.read("mine")["step"] == {"create": "creating", "install": "installing", "follow": "running"}[moment]
+    assert run(asked, []) == 0
+    assert calls(cloud).count("create") == 1
+
+
+def test_a_slow_and_a_hanging_gcloud(cloud, asked):
+    plan(cloud, slow=0.3)
+    assert launch.state_of(PLACE, world([])) == "ABSENT"
+    plan(cloud, hang="describe")
+    assert shell.run(gcloud.describe(PLACE), timeout_s=0.5) == Result(124, "", "gcloud did not end in 0.5 s")
+
+
+# ------------------------------------------------------------------------------------------------------------- pieces
+
+
+def test_types_have_topologies_hosts_and_prices():
+    known = machines.machines()
+    assert known["v5litepod-16"] == machines.Machine("v5litepod-16", "v5e:4x4", 16, 4, "v2-alpha-tpuv5-lite", 16 * 1.20)
+    assert (known["v5litepod-8"].hosts, known["v5p-8"].chips, known["v5p-8"].hosts, known["v6e-256"].hosts) == (1, 4, 1, 64)
+    assert machines.needs_queue(known["v6e-8"])
+    assert not machines.needs_queue(known["v5litepod-8"])
+
+
+def test_the_log_is_read_in_parts():
+    assert remote.read("finished 3\n5\nabc") == remote.Seen("finished", 3, 5, "abc")
+    assert remote.read("never started\n0\n") == remote.Seen("never started", None, 0, "")
+    for wrong in ("", "Warning: hosts\nrunning\n5\n", "finished\n5\n", "running\nmany\n"):
+        with pytest.raises(ValueError, match="the machine answered"):
+            remote.read(wrong)
+
+
+def test_the_archive_holds_changes_and_new_files(asked, tmp_path):
+    checkout = tmp_path / "checkout"
+    first = source.pack(checkout)
+    assert source.pack(checkout) == first
+    (checkout / "a.py").write_text("print('b')\n")
+    (checkout / "new.py").write_text("")
+    (checkout / ".gitignore").write_text("ignored\n")
+    (checkout / "ignored").write_text("secret")
+    changed = source.pack(checkout)
+    assert changed.digest != first.digest
+    assert set(changed.changed) == {"a.py", "new.py", ".gitignore"}
+    (tmp_path / "x.tar.gz").write_bytes(changed.archive)
+    listed = subprocess.run(["tar", "-tzf", str(tmp_path / "x.tar.gz")], capture_output=True, text=True, check=True).stdout
+    assert listed.split() == [".gitignore", "a.py", "new.py"]
+    with pytest.raises(ValueError, match="git rev-parse HEAD failed"):
+        source.pack(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------- the command
+
+
+def command(*words, **more):
+    made = [sys.executable, "-m", "jaxreason.launch", *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(made, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, **more)
+
+
+ASK = ("tpu", "--name=mine", "--type=v5litepod-16", "--zone=us-west4-a", "--config=configs/tiny.py:smoke", "--noplan", "--yes")
+
+
+def test_a_dry_run_prints_every_command_and_runs_none(cloud):
+    done = command(*ASK, "--dry_run", "--fetch_to=here")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("gcloud ")]
+    assert [line.split()[4] for line in lines] == ["create", "scp", "ssh", "ssh", "scp", "delete"]
+    assert not (cloud / "calls.jsonl").exists()
+    assert not state.names()
+    assert not (ROOT / "here").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "what", "said"),
+    [
+        ([*ASK, "--type=v5e-16"], {}, "unknown --type 'v5e-16'"),
+        ([*ASK, "--zone=us-west4-z"], {}, "unknown --zone 'us-west4-z' (did you mean 'us-west4-a'?)"),
+        ([*ASK, "--zone=here"], {}, "--zone got 'here'"),
+        ([*ASK, "--name=Mine"], {}, "--name got 'Mine'"),
+        ([*ASK, "--spot", "--reserved"], {}, "got --spot and --reserved"),
+        ([*ASK, "--config=configs/none.py"], {}, "no config file 'configs/none.py'"),
+        ([*ASK, "--config.rl.stepps=3"], {}, "stepps"),
+        (ASK, {"logged_out": True}, "gcloud is not logged in"),
+        (ASK, {"project": "(unset)"}, "gcloud has no project"),
+        (ASK, {"create": "PERMISSION_DENIED: no"}, "the account lacks a permission"),
+        (["status", "other"], {}, "unknown launch 'other'"),
+        (["fly"], {}, "got 'fly'; allowed: tpu, gpu with flags"),
+    ],
+)
+def test_bad_input_is_one_line(cloud, words, what, said):
+    plan(cloud, **what)
+    if any(word.startswith("--config=") for word in words[:-1]) and words[-1].startswith("--config="):
+        words = [word for word in words[:-1] if not word.startswith("--config=")] + [words[-1]]
+    done = command(*words)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_gcloud_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    done = command(*ASK)
+    assert "gcloud is not installed" in done.stderr or "git" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------- behind ssh
+
+SSH = """#!/bin/bash
+# In the place of ssh: run the script in a home folder.
+for last; do :; done
+cd "$FAKE_CLOUD/slices/box/0" && HOME=$PWD PATH=$PWD/bin:/usr/bin:/bin exec bash -c "$last"
+"""
+SCP = """#!/bin/bash
+# In the place of scp: HOST:PATH is in that home folder.
+args=()
+for word; do
+  case "$word" in -*|BatchMode=*|ConnectTimeout=*) ;; *) args+=("${word/#box:/$FAKE_CLOUD/slices/box/0/}");; esac
+done
+exec cp -r "${args[@]}"
+"""
+
+
+def test_a_machine_behind_ssh(cloud, asked, tmp_path):
+    import fake_gcloud
+
+    fake_gcloud.CLOUD = cloud
+    fake_gcloud.host("box", 0)
+    for name, text in (("ssh", SSH), ("scp", SCP)):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    said = []
+    made = world(said)
+    assert launch.on_ssh(asked, target.over_ssh("box", made.shell), made) == 0
+    assert [line for line in said if line.startswith("step")] == ["step 1", "step 2", "step 3"]
+    assert (Path(asked.fetch_to) / "mine" / "command").read_text().splitlines() == asked.command
+
+
+def test_a_machine_that_does_not_answer(cloud, asked, tmp_path):
+    (tmp_path / "bin" / "scp").write_text("#!/bin/bash\necho 'ssh: Could not resolve hostname box' >&2\nexit 255\n")
+    (tmp_path / "bin" / "scp").chmod(0o755)
+    made = world([])
+    with pytest.raises(LaunchFailed, match=r"could not be copied to all hosts: ssh: Could not resolve hostname box"):
+        launch.on_ssh(asked, target.over_ssh("box", made.shell), made)
