@@ -171,7 +171,12 @@ def test_an_environment_of_a_config(fakes):
     tokenizer, form = make_text(folder=None, tokenizer="byte_level")
     words = {"tokenizer": "byte_level"}
     parts = SimpleNamespace(
-        tokenizer=tokenizer, format=form, environments=[], reword=lambda **more: reword(words, None, **more), environment=None
+        tokenizer=tokenizer,
+        format=form,
+        environments=[],
+        completer=None,
+        reword=lambda **more: reword(words, None, **more),
+        environment=None,
     )
     section = {"name": "openenv", "maker": "fakes:make", "max_steps": 3}
     made = environments.make_environment(section, {"name": "exact"}, tasks.load("openenv", maker="fakes:make", size=1), parts)

@@ -148,6 +148,7 @@ def parts_of(tokenizer, form, section=None, folder=None):
         tokenizer=tokenizer,
         format=form,
         environments=[],
+        completer=None,
         reword=lambda **words: reword(section, folder, **words),
         environment=None,
     )

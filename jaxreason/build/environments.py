@@ -48,6 +48,8 @@ def make_environment(section: Mapping[str, Any] | None, verifier: dict, items: S
     elif section is not None:
         call_with_section(single_turn, section, WHERE)
     parts.environments.append(made.environment)
+    if parts.completer is None:  # a person is the model
+        return made
     if idle := verify.never_penalised(verifier, parts.completer.max_tokens):
         parts.say(
             f"warning: verifier 'length_shaped' with max_tokens={idle['max_tokens']}, buffer_tokens={idle['buffer_tokens']} "
