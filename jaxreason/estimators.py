@@ -357,9 +357,13 @@ def paired_posterior(
     return float(difference.mean()), float(low), float(high), float((difference > 0).mean())
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+def mean_interval(
+    values: Sequence[float], confidence: float = 0.95, within: tuple[float, float] = (-math.inf, math.inf)
+) -> tuple[float, float, float]:
     """Return the mean over seeds with its t-interval: (mean, low, high).
 
+    The interval is cut to `within`, between which the mean is known to be: (0, 1) for
+    accuracies, (-1, 1) for their differences. That takes nothing from its coverage.
     The interval of a single value is unbounded. It assumes roughly normal values; its
     half width is 12.7 standard errors for 2 seeds, 4.3 for 3 and 2.8 for 5. It has no
     width if all values are equal, as happens with few problems: see `varies`.
@@ -375,7 +379,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     if n == 1:
         return mean, -math.inf, math.inf
     half = float(t.ppf(0.5 + confidence / 2, n - 1)) * float(values.std(ddof=1)) / math.sqrt(n)
-    return mean, mean - half, mean + half
+    return mean, max(mean - half, within[0]), min(mean + half, within[1])
 
 
 def varies(values: Sequence[float]) -> bool:

@@ -121,7 +121,8 @@ def with_values(words: list[str]) -> list[str]:
 
 
 def show(lines: list[str]) -> None:
-    print("\n".join(lines))
+    with command.while_read():
+        print("\n".join(lines))
     sys.exit(0)
 
 

@@ -30,6 +30,17 @@ def made(folder, verdicts, questions, **more):
     return folder
 
 
+def test_tasks_whose_rollouts_were_kept_come_first():
+    kept = [(9, "a:1", "b:1"), (7, None, "b:2")]
+    lines = comparison.places([(5, None, None), *reversed(kept)])
+    assert lines == ["    problem 9 of B: a:1, b:1", "    problem 7 of B: not kept, b:2", "    and 1 more"]
+    (line,) = comparison.places([(i, None, None) for i in range(comparison.SHOWN + 2)])
+    assert line.startswith("    problems of B: 0, 1, ")
+    assert " and 2 more (rollouts not kept" in line
+    assert comparison.places([]) == []
+    assert comparison.places([(3, "a:1", "b:1")]) == ["    problem 3 of B: a:1, b:1"]
+
+
 def test_a_comparison_pairs_tasks(tmp_path):
     a = made(tmp_path / "a", "0011" * 30, [f"q{i}" for i in range(120)], prompts=["p"] * 120)
     b = made(tmp_path / "b", "0111" * 30, [f"q{i}" for i in range(120)])

@@ -118,6 +118,15 @@ def python_m(*words):
     return got.stdout
 
 
+@pytest.mark.parametrize("word", ["--list", "--describe"])
+def test_a_reader_who_stops_reading_is_no_error(word):
+    command = [sys.executable, "-m", "jaxreason.main", f"--config={SMOKE}", word]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()  # as `| head` does
+        said = process.stderr.read()
+    assert (process.returncode, "roken pipe" in said) == (0, False), said
+
+
 def test_the_package_says_what_there_is_to_run():
     out = python_m("jaxreason")
     for door in ("main", "export", "plan", "bench"):

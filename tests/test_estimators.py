@@ -138,6 +138,8 @@ def test_mean_interval_is_students():
     half = special.stdtrit(3, 0.975) * np.std(values, ddof=1) / 2
     assert (mean, low, high) == pytest.approx((np.mean(values), np.mean(values) - half, np.mean(values) + half))
     assert estimators.mean_interval([0.3]) == (0.3, -math.inf, math.inf)
+    assert estimators.mean_interval([0.9, 1.0, 1.0], within=(0, 1))[2] == 1
+    assert estimators.mean_interval([0.0, 0.1], within=(0, 1))[1] == 0
     with pytest.raises(ValueError, match="no values"):
         estimators.mean_interval([])
 

@@ -3,6 +3,7 @@ budgets of thinking, and comparisons.
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -73,8 +74,9 @@ def test_a_killed_evaluation_continues_to_the_same_end(trained, evaluated, tmp_p
     (folder / "rollouts.jsonl").write_text("".join([*lines[10:14], strange, *lines[:5]]) + lines[20][:40])
     found = json.loads((evaluated / "evaluation.json").read_text())
     (folder / "evaluation.json").write_text(json.dumps({k: v for k, v in found.items() if k != "evaluations"} | {"done": False}))
-    code, _, err = evaluate(f"--checkpoint={trained}", f"--workdir={folder}")
+    code, out, err = evaluate(f"--checkpoint={trained}", f"--workdir={folder}")
     assert code == 0, err
+    assert re.search(r"\d+ attempts are recorded already; the other \d+ follow", out)
     again = json.loads((folder / "evaluation.json").read_text())
     assert [(e["verdicts"], e["accuracy"]) for e in again["evaluations"]] == [
         (e["verdicts"], e["accuracy"]) for e in found["evaluations"]
@@ -248,6 +250,7 @@ def unbounded(run, folder):
         (["--checkpoint={run}", "--suites=mine=/nowhere.jsonl"], "no file '/nowhere.jsonl'"),
         (["--checkpoint={run}", "--temperature=hot"], "--temperature got 'hot'"),
         (["--checkpoint={run}", "--temperature=1e-9"], "--temperature got '1e-9'; allowed: 0 (greedy), or 0.0001 and more"),
+        (["--checkpoint={run}", "--thinking_tokens=4", "--end_of_thinking=</think>"], "allowed: a text that the model can write"),
         (["--checkpoint={plain}", "--end_of_thinking=;A"], "--end_of_thinking without a budget of thinking"),
         (["--checkpoint={run}", "--max_tokens=0"], "--max_tokens"),
         (

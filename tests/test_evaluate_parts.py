@@ -14,6 +14,7 @@ from jaxreason.build.checkpoint import fingerprint
 from jaxreason.build.suites import SUITES, read_suites
 from jaxreason.evaluate import identity, series
 from jaxreason.evaluate.own_code import digest_sources, own_names
+from jaxreason.evaluate.table import print_results
 from jaxreason.evaluation import Outcome, Suite, curves, measure, outcome, outcome_of
 from jaxreason.options import split_outside
 from jaxreason.recovery import Recovery
@@ -180,3 +181,14 @@ def test_curves_are_means_over_all_subsets():
     found = measure(outcomes)
     assert found["pass@4"] == pytest.approx(np.mean([any(x.correct for x in o) for o in outcomes]))
     assert found["pass^4"] == pytest.approx(np.mean([all(x.correct for x in o) for o in outcomes]))
+
+
+@pytest.mark.parametrize(("accuracy", "said"), [(0.0, False), (0.5, True), (1.0, False)])
+def test_accuracies_without_a_variance_have_no_shares_of_it(capsys, accuracy, said):
+    measures = dict.fromkeys(("pass@2", "pass^2", "majority@2", "best_logp@2", "cut_off", "answered", "sampling_share"), accuracy)
+    measures |= dict.fromkeys(("length", "length_p90", "verifier_errors", "verifier_timeouts", "bad_keys"), 0.0)
+    one = {"suite": "s", "temperature": 1.0, "thinking_tokens": None, "samples": 2, "n": 4, "measures": measures}
+    print_results({"evaluations": [one | {"accuracy": accuracy, "low": 0.0, "high": 1.0}]})
+    shown = capsys.readouterr().out
+    assert f"2 samples each: pass@2 {accuracy:.3f}" in shown
+    assert ("of the variance of the accuracy is from sampling" in shown) == said

@@ -194,6 +194,24 @@ def test_a_whole_run_in_a_terminal_that_is_interrupted(tmp_path, times):
     assert times == 2 or len(re.findall(r"rl \d+/100000", shown)) == 1
 
 
+@pytest.mark.process
+def test_a_finished_run_leaves_its_table_and_no_activity(tmp_path):
+    words = [
+        sys.executable,
+        "-m",
+        "jaxreason.main",
+        f"--config={SMOKE}",
+        f"--workdir={tmp_path}/run",
+        "--config.log.report=false",
+    ]
+    wrote, code = in_terminal(words)
+    shown = Screen(width=100).feed(wrote).text()
+    assert code == 0
+    assert "waiting for the last checkpoint" in wrote  # or the wait has another name, and the next line checks nothing
+    assert "waiting for the last checkpoint" not in shown
+    assert shown.count("tokens/s") == 1
+
+
 def test_without_a_terminal_there_are_no_control_characters(tmp_path):
     code = (
         "import sys\nfrom jaxreason.runtime import log as run_log\n"

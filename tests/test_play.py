@@ -77,8 +77,10 @@ def test_a_chat_keeps_the_conversation_until_it_is_told_to_forget():
 
     seen = []
     format = SimpleNamespace(conversation=lambda messages: seen.append(list(messages)) or [1])
-    talk = Talk(SimpleNamespace(format=format), None, None, temperature=0, samples=1, system="be brief", seed=0)
-    talk.sample = lambda *_: [SimpleNamespace(text="forty-two")]
+    talk = Talk(
+        None, None, None, SimpleNamespace(format=format, environment=None), temperature=0, samples=1, system="be brief", seed=0
+    )
+    talk.sample = lambda *_: [SimpleNamespace(verdict=SimpleNamespace(parsed="forty-two"))]
     talk.ask("what?", print)
     talk.ask("why?", print)
     talk.messages.clear()
@@ -95,7 +97,7 @@ def test_a_problem_that_does_not_exist_leaves_the_place_in_the_suite():
 
     tasks = [(SimpleNamespace(question=f"q{i}"), [i]) for i in range(3)]
     suite = SimpleNamespace(name="s", tasks=tasks, environment=None)
-    talk = Talk(None, None, suite, temperature=0, samples=1, system="", seed=0)
+    talk = Talk(None, None, suite, None, temperature=0, samples=1, system="", seed=0)
     talk.sample = lambda task, *_: [task.question]
     assert talk.give(1, print, print) == ["q1"]
     with pytest.raises(ValueError, match="no problem 99"):

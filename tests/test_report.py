@@ -228,6 +228,29 @@ def test_runs_of_other_configs_are_lines_of_their_own_and_compared(tmp_path):
     assert f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" in text
 
 
+def test_no_interval_leaves_the_values_that_an_accuracy_can_have(tmp_path):
+    rights = [(0, 3, 60, 120), (0, 0, 60, 120), (0, 0, 60, 104)]
+    folders = [write_run(tmp_path / f"seed{seed}", seed, rights=rights[seed]) for seed in range(3)]
+    page = written(tmp_path / "out.html", *folders)
+    assert "0.956 [0.764, 1.000]" in words(page)
+    assert "+0.956 [+0.764, +1.000]" in words(page)
+    (line,) = chart_at(page, "steps", 0)["series"]
+    assert (min(line["more"]["t-interval, low"]), max(line["more"]["t-interval, high"])) == (0, 1)
+
+
+def test_long_names_of_groups_are_the_folders_of_their_seeds(tmp_path):
+    differ = {"an_option_with_a_long_name": 1, "another_option_with_a_long_name": 2, "a_third_one": 3}
+    for arm, more in (("rloo", {}), ("grpo", differ)):
+        for seed in range(2):
+            write_run(tmp_path / arm / f"seed{seed}", seed, **more)
+    write_run(tmp_path / "alone" / "seed0", lr=0.1, **differ)
+    found = [runs.read_run(folder) for folder in sorted(tmp_path.glob("*/seed*"))]
+    assert [group.label for group in runs.group_runs(found)] == ["alone/seed0", "grpo", "rloo"]
+    again = [runs.read_run(write_run(tmp_path / "rloo" / f"again{seed}", seed)) for seed in range(2)]
+    found = [run for run in found if run.folder.parent.name == "rloo"] + again
+    assert [group.label for group in runs.group_runs(found)] == ["seed0", "again0"]
+
+
 def test_single_runs_are_paired_by_problem_unless_their_suites_differ(tmp_path):
     a, b = (runs.read_run(write_run(tmp_path / f"lr{lr}", lr=lr, rights=(0, 30, 60, right))) for lr, right in ((1, 70), (2, 90)))
     (made,) = paired.between(runs.group_runs([a, b]))

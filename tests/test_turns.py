@@ -242,6 +242,34 @@ def test_a_tokenizer_without_the_characters_of_a_dialect_is_refused():
         environments.make_environment(section | {"dialect": "hermes"}, {"name": "exact"}, [TASK], parts)
 
 
+@pytest.mark.parametrize("template", [MERGED, PLAIN_ROLES])
+def test_a_question_of_ones_own_has_the_tools_and_no_judge(folder, template):
+    section = {"name": "retry", "inside": TOOLS | {"inside": {"name": "retry"}}}
+    tokenizer, judged = made(folder, template, TOOLS)
+    parts = parts_of(tokenizer, make_text(folder=folder, tokenizer="pretrained", format="chat")[1], folder=folder)
+    environment, form, *_ = environments.make_unjudged(section, parts)
+    call = '<tool_call>{"name": "calculator", "arguments": {"expression": "3+4"}}</tool_call>'
+    state, step = environment.step(environment.reset(TASK), Turn(call, "eos", False))
+    assert step.observation == [Message("tool", "7")]
+    _, step = environment.step(state, Turn("it is 7", "eos", False))
+    assert (step.verdict.parsed, step.verdict.reason) == ("it is 7", "not judged")
+    # The same text tells of the tools, also below a system message of one's own.
+    asked = Message("user", TASK.question)
+    assert [*form.conversation([asked])] == [*judged.format.prompt(TASK)]
+    said = tokenizer.decode(form.conversation([Message("system", "be brief"), asked]))
+    assert ("be brief" in said, "calculator" in said, said.count("<|start|>system")) == (True, True, 1 + (template == MERGED))
+
+
+@pytest.mark.parametrize(
+    "section", [None, {"name": "single_turn"}, {"name": "retry"}, {"name": "openenv"}, {"name": "mine:maker"}]
+)
+def test_a_question_of_ones_own_is_one_turn_without_tools(folder, section):
+    tokenizer, form = make_text(folder=None, alphabet="0123456789")
+    environment, same, *_ = environments.make_unjudged(section, parts_of(tokenizer, form))
+    _, step = environment.step(environment.reset(TASK), Turn("8", "eos", False))
+    assert (same, step.verdict.parsed) == (form, "8")
+
+
 def test_environments_nest(folder):
     _, (environment, _, _) = made(folder, PLAIN_ROLES, TOOLS | {"inside": {"name": "retry", "attempts": 2}})
     state = environment.reset(TASK)

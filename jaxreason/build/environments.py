@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 from jaxreason import text, tools, verify
 from jaxreason.build.tasks import Parts, judge
 from jaxreason.environment import Environment, check_environment, openenv, retry, with_tools
+from jaxreason.environment import single_turn as judged_once
 from jaxreason.environment.retry import TOLD
 from jaxreason.options import call_with_section, fields, find, unknown_name_message
 from jaxreason.text.chat import check_reply
 from jaxreason.tools.calls import DIALECTS, Dialect, described, schema
-from jaxreason.types import Task
+from jaxreason.types import Task, Verdict
 
 WHERE = "config.environment"
 
@@ -60,6 +61,26 @@ def warn_of_idle_penalty(verifier: Mapping[str, Any], most: int, say: Callable[[
             f"warning: verifier 'length_shaped' with max_tokens={idle['max_tokens']}, buffer_tokens={idle['buffer_tokens']} "
             f"penalises no attempt, as sampler.max_tokens is {most}; lower verifier.max_tokens"
         )
+
+
+def make_unjudged(section: Mapping[str, Any] | None, parts: Parts) -> Made:
+    """Make the environment of questions whose answer is not known, and the format of
+    their prompts: the tools of a section, if it has any, answer the model's calls.
+
+    Nothing is judged, so nothing is tried again either. The text of the last turn is
+    the answer that its verdicts name.
+
+    Raises:
+      ValueError: as `make_environment`.
+    """
+    made = Made(judged_once(lambda text, task: Verdict(0.0, False, text, "not judged")), parts.format)
+    while section is not None and section.get("name") in ("retry", "single_turn"):
+        section = section.get("inside")
+    if section is None or section.get("name") != "with_tools":
+        return made
+    made = make_wrapped({**section, "inside": None}, made, parts, {})
+    parts.environments.append(made.environment)
+    return made
 
 
 def make_wrapped(section: dict, judged: Made, parts: Parts, words: dict) -> Made:

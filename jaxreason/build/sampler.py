@@ -119,7 +119,13 @@ def thinking_budget(tokenizer: text.Tokenizer, tokens: int | None, end: str) -> 
             f"config.sampler got thinking_tokens={tokens}, end_of_thinking={end!r}; allowed: 1 or more, and a text that is more "
             "than white space"
         )
-    return Budget(tokens, end, tuple(tokenizer.encode(end, continues=True)))
+    try:
+        return Budget(tokens, end, tuple(tokenizer.encode(end, continues=True)))
+    except ValueError as error:
+        raise ValueError(
+            f"config.sampler.end_of_thinking got {end!r}, but {error}; allowed: a text that the model can write (of an "
+            "evaluation: --end_of_thinking)"
+        ) from None
 
 
 def prompt_rows_for(slots: int, longest_prompt: int, mesh) -> int:

@@ -24,6 +24,8 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
+from jaxreason.options import command
+
 FLAGS = flags.FLAGS
 INTERRUPTED = 130  # the exit code: 128 + SIGINT
 
@@ -64,16 +66,15 @@ def main(argv) -> None:
 
     logging.set_verbosity(logging.WARNING)
     try:
-        if FLAGS.compare:
-            compare(argv[1:])
-            return
-        if len(argv) > 1:
-            raise ValueError(f"got the words {' '.join(argv[1:])!r}; needed: --checkpoint=RUN or a Hugging Face folder")
-        if FLAGS.checkpoint is None:
-            raise ValueError("no --checkpoint given; allowed: a run, a Hugging Face folder, a hub id or a named size")
-        evaluate_checkpoint()
-    except BrokenPipeError:  # the reader of the output has ended, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with command.while_read():
+            if FLAGS.compare:
+                compare(argv[1:])
+                return
+            if len(argv) > 1:
+                raise ValueError(f"got the words {' '.join(argv[1:])!r}; needed: --checkpoint=RUN or a Hugging Face folder")
+            if FLAGS.checkpoint is None:
+                raise ValueError("no --checkpoint given; allowed: a run, a Hugging Face folder, a hub id or a named size")
+            evaluate_checkpoint()
     except VerifierFailed as error:
         print(error.traceback, file=sys.stderr)
         fail(error)

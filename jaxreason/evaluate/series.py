@@ -162,6 +162,8 @@ def make_attempts(of: Evaluated, one: Series, wanted: list[Request], weights) ->
         shown.count(rollout)
 
     keywords = {"temperature": one.temperature, "seed": of.seed, "filter": make_filter(**of.settings["filter"], where="evaluate")}
+    if recorded := len(requests_of(of, one)) - len(wanted):
+        of.say(f"{one.name}: {recorded:,} attempts are recorded already; the other {len(wanted):,} follow")
     shown = Progress(one.name, len(wanted), opened.parts.completer.sampler.slots)
     evaluation.attempt(completer, weights, one.suite, [[r] for r in wanted], judged=judged, **keywords)
     shown.end()

@@ -63,8 +63,10 @@ def print_results(found: Mapping) -> None:
         say(visible(f"{name}: {e['accuracy']:.3f} [{e['low']:.3f}, {e['high']:.3f}] of {e['n']} task{'s' * (e['n'] != 1)}"))
         if k > 1:
             uses = ", ".join(f"{name} {m[name]:.3f}" for name in (f"pass@{k}", f"pass^{k}", f"majority@{k}", f"best_logp@{k}"))
-            say(f"  {k} samples each: {uses}; {m['sampling_share']:.0%} of the variance of the accuracy is from sampling,")
-            say("  which more samples per task would remove; only more tasks remove the rest")
+            say(f"  {k} samples each: {uses}")
+            if 0 < e["accuracy"] < 1:  # else there is no variance to share
+                share = f"{m['sampling_share']:.0%} of the variance of the accuracy is from sampling"
+                say(f"  {share}, which more samples per task would remove; only more tasks remove the rest")
         lengths = f"{m['length']:.0f} tokens (nine of ten: up to {m['length_p90']:.0f})"
         say(f"  {lengths}, {m['cut_off']:.1%} cut off, {m['answered']:.1%} with an answer")
         counted = [name for name in SHOWN if name in m]

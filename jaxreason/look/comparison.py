@@ -58,12 +58,25 @@ def compare_folders(a: Path, b: Path) -> list[str]:
         lines += described(one)
         for what, tasks, more in (("learned", one.learned, "more"), ("lost", one.lost, "less")):
             lines.append(f"  {what} (solved {more} often in B): {len(tasks)}{':' if tasks else ''}")
-            lines += [f"    problem {j} of B: {line_a((*name, i))}, {line_b((*name, j))}" for i, j in tasks[:SHOWN]]
-            lines += [f"    and {len(tasks) - SHOWN} more"] if len(tasks) > SHOWN else []
+            lines += places([(j, line_a((*name, i)), line_b((*name, j))) for i, j in tasks])
         lines.append("")
     for name in (ours.keys() | theirs.keys()) - set(shared):
         lines.append(f"only in {'A' if name in ours else 'B'}: {label(name)}")
     return lines
+
+
+def places(tasks: Sequence[tuple[int, str | None, str | None]]) -> list[str]:
+    """Say where the rollouts of some tasks are: first those that were kept, in both
+    evaluations or in one. A task is (problem of B, place in A, place in B).
+    """
+    tasks = sorted(tasks, key=lambda task: (task[1:].count(None), task[0]))
+    kept = [task for task in tasks if any(task[1:])][:SHOWN]
+    lines = [f"    problem {j} of B: {a or 'not kept'}, {b or 'not kept'}" for j, a, b in kept]
+    others = tasks[len(kept) :]
+    if not others or kept:
+        return lines + [f"    and {len(others)} more"] * bool(others)
+    numbers = ", ".join(str(j) for j, *_ in others[:SHOWN]) + f" and {len(others) - SHOWN} more" * (len(others) > SHOWN)
+    return [f"    problems of B: {numbers} (rollouts not kept)"]
 
 
 def read_evaluations(folder: Path) -> dict[tuple, dict[str, Any]]:
@@ -276,8 +289,9 @@ def described(one: Comparison) -> list[str]:
     return lines
 
 
-def first_lines(folder: Path) -> Callable[[tuple], str]:
-    """Return a function that says where the first attempt at a task is: FILE:LINE.
+def first_lines(folder: Path) -> Callable[[tuple], str | None]:
+    """Return a function that says where the first attempt at a task is: FILE:LINE, or
+    None if it was not kept.
 
     A task is (suite, temperature, thinking tokens, position). A run keeps only the
     first rollouts of its evaluations.
@@ -290,4 +304,4 @@ def first_lines(folder: Path) -> Callable[[tuple], str]:
                 record = json.loads(line)
                 if record["attempt"] == 0:  # of a run, the last evaluation counts
                     found[record["suite"], record["temperature"], record.get("thinking_tokens"), record["problem"]] = number
-    return lambda task: f"{file}:{found[task]}" if task in found else "not kept"
+    return lambda task: f"{file}:{found[task]}" if task in found else None

@@ -77,7 +77,7 @@ def mean_of(evaluations: Sequence[Evaluation]) -> Mean | None:
     if len(evaluations) == 1:
         return Mean(evaluations[0].accuracy, evaluations[0].low, evaluations[0].high)
     values = [e.accuracy for e in evaluations]
-    value, low, high = estimators.mean_interval(values)
+    value, low, high = estimators.mean_interval(values, within=(0, 1))
     # Equal values would have an interval without width, which says too much.
     return Mean(value, *((low, high) if np.ptp(values) else (None, None)), len(evaluations))
 
@@ -113,7 +113,7 @@ def solved(e: Evaluation) -> np.ndarray:
 def by_seed(pairs: Sequence[tuple[Evaluation, Evaluation]], names: tuple[str, str]) -> Difference:
     """Compare evaluations that are paired by seed, two or more."""
     differences = [b.accuracy - a.accuracy for a, b in pairs]
-    mean, low, high = estimators.mean_interval(differences)
+    mean, low, high = estimators.mean_interval(differences, within=(-1, 1))
     how = f"paired t over {len(pairs)} seeds"
     if not estimators.varies(differences):  # an interval without width says too much
         low, high, how = None, None, f"sign flips over {len(pairs)} seeds, as all differences are equal"

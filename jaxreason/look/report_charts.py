@@ -104,10 +104,9 @@ def evaluation_chart(quantity: Quantity, groups: Sequence[Group], unit: str, pha
             name = ", ".join(filter(None, parts)) or quantity.title
             series += evaluation_series(name, line, group, unit, phase, scale, color=i if len(groups) > 1 else j)
     since = f" since the start of phase {phase[:40]}" if phase else ""
-    banded = any(s.spread == "band" for s in series)
-    return Chart(
-        quantity.title, f"{label}{since}", series, "range" if banded else "95 %", quantity.y_range, whole_x=unit == "steps"
-    )
+    banded, y_range = any(s.spread == "band" for s in series), quantity.y_range
+    series = cut_intervals(series, y_range)
+    return Chart(quantity.title, f"{label}{since}", series, "range" if banded else "95 %", y_range, whole_x=unit == "steps")
 
 
 def unit_scale(unit: str, runs: Sequence[Run]) -> tuple[str, float]:
@@ -158,6 +157,14 @@ def mean_series(name: str, x_T: np.ndarray, y_RT: np.ndarray, color: int) -> Ser
     more = {"t-interval, low": rounded(low_T), "t-interval, high": rounded(high_T)}
     ends = y_RT.min(axis=0).tolist(), y_RT.max(axis=0).tolist()
     return Series(name, x_T.tolist(), y_RT.mean(axis=0).tolist(), *ends, "band", color, more)
+
+
+def cut_intervals(series: Sequence[Series], y_range: tuple[float | None, float | None]) -> list[Series]:
+    """Cut t-intervals to the values that a quantity can have: see
+    `estimators.mean_interval`.
+    """
+    least, most = (bound if y is None else y for y, bound in zip(y_range, (-np.inf, np.inf)))
+    return [s._replace(more={name: np.clip(y_T, least, most).tolist() for name, y_T in s.more.items()}) for s in series]
 
 
 def t_intervals(y_RT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -218,7 +225,7 @@ def training_chart(metric: str, groups: Sequence[Group], phase: str) -> Chart:
     y = [value for s in series for value in s.y if value is not None]
     log = metric == "train/grad_norm" and min(y) > 0 and max(y) / min(y) > 100
     title = SHOWN.get(metric, metric[:80])
-    return Chart(title, "steps of the phase", series, "range", y_range, log, note, whole_x=True)
+    return Chart(title, "steps of the phase", cut_intervals(series, y_range), "range", y_range, log, note, whole_x=True)
 
 
 def training_series(name: str, x_T: np.ndarray, y_RT: np.ndarray, size: int, color: int) -> Series:

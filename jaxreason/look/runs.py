@@ -256,10 +256,11 @@ def name_groups(groups: Sequence[Sequence[Run]]) -> list[str]:
     """Name groups by what they differ in, or by their folders if that is long or not
     unique.
     """
-    folders = name_folders([members[0].folder for members in groups])
+    shared = [common_folder(members) for members in groups]
     if len(groups) == 1:
-        parents = {run.folder.absolute().parent for run in groups[0]}
-        return folders if len(groups[0]) == 1 or len(parents) > 1 else [parents.pop().name]
+        return name_folders(shared)
+    unique = len(set(shared)) == len(shared)
+    folders = name_folders(shared if unique else [members[0].folder for members in groups])
     fields = differing([members[0].config for members in groups])
     ends = [name.rpartition(".")[2] for name in fields]
     short = {name: name if ends.count(end) > 1 else end for name, end in zip(fields, ends)}
@@ -267,6 +268,14 @@ def name_groups(groups: Sequence[Sequence[Run]]) -> list[str]:
     if len(set(labels)) == len(labels) and all(0 < len(label) <= 48 for label in labels):
         return labels
     return folders
+
+
+def common_folder(members: Sequence[Run]) -> Path:
+    """Return the folder that holds the runs of a group, if it is one, else the first
+    run's: ARM of ARM/seed0, ARM/seed1 and so on.
+    """
+    parents = {run.folder.absolute().parent for run in members}
+    return members[0].folder if len(members) == 1 or len(parents) > 1 else parents.pop()
 
 
 def name_folders(folders: Sequence[Path]) -> list[str]:

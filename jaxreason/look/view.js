@@ -123,7 +123,7 @@ function redraw() {
   $("filters").hidden = !rollouts;
   found = rollouts ? filtered().map(i => ({row: i})) : changes();
   $("count").textContent = said();
-  $("first-column").textContent = rollouts ? "step · suite · problem" : "problem";
+  $("first-column").textContent = rollouts ? "step · problem.attempt · suite" : "problem";
   $("last-column").textContent = rollouts ? "tokens" : "correct";
   $("space").style.height = found.length * HEIGHT + "px";
   draw();
@@ -146,14 +146,14 @@ const isSelected = entry => entry.then ? entry.problem === state.changed : entry
 function listed(entry, k) {
   const row = rows[entry.row], right = entry.then ? entry.kind === "learned" : row[CORRECT];
   const where = entry.then ? `problem ${entry.problem}`
-    : `${number(row, "step")} · ${text(row, "suite") ?? text(row, "phase")} · ${number(row, "problem")}.${number(row, "attempt")}`;
+    : `${number(row, "step")} · ${number(row, "problem")}.${number(row, "attempt")} · ${text(row, "suite") == null ? text(row, "phase") : seriesOf(row)}`;
   const mark = entry.then ? {learned: "+", lost: "−", "": "="}[entry.kind] : right ? "✓" : "✗";
   const question = row ? start(text(row, "question") ?? "", 200).replace(/\s+/g, " ") : "(not in the file)";
   return element("div", {class: "row", role: "option", id: "row-" + k, "aria-posinset": k + 1, "aria-setsize": found.length,
     "aria-selected": String(isSelected(entry)), onclick: () => select(entry)},
   element("span", {class: "mark " + (right ? "right" : entry.kind === "" ? "same" : "wrong"), role: "img",
     "aria-label": entry.then ? entry.kind || "same" : right ? "correct" : "wrong"}, mark),
-  element("span", {class: "where"}, visible(start(where, 100))),
+  element("span", {class: "where", title: visible(start(where, 100))}, visible(start(where, 100))),
   element("span", {class: "what" + (row ? "" : " facts")}, visible(question)),
   element("span", {class: "facts"}, entry.then ? `${entry.then.right}/${entry.then.count} → ${entry.now.right}/${entry.now.count}`
     : String(number(row, "length"))));

@@ -11,12 +11,13 @@ import path, so a user's modules can be beside it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
 import runpy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,6 +103,18 @@ def parse_or_exit(argv: list[str]) -> list[str]:
         return parse(argv)
     except (flags.Error, ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+@contextlib.contextmanager
+def while_read() -> Iterator[None]:
+    """Stop printing, without an error, once nobody reads the output: `| head` has
+    ended.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
 
 
 def find_file(config: str) -> Path:

@@ -6,9 +6,10 @@ be the model yourself.
         --suite=gsm8k --samples=4
     python -m jaxreason.play --config=configs/tools.py
 
-What you write is a question; the answer is shown as it is sampled. A chat model keeps
-the conversation until /new. Several samples are shown side by side, with verdicts if
-the question is of a suite. Commands:
+What you write is a question; the answer is shown as it is sampled, and the tools of the
+run, if it has any, answer its calls. A chat model keeps the conversation until /new.
+Several samples are shown side by side, with verdicts if the question is of a suite.
+Commands:
 
     /problem [N]       give it the next problem of the suite, or number N
     /temperature T     0 is greedy
@@ -53,6 +54,7 @@ def define_flags() -> None:
 def open_talk() -> Talk:
     """Open the checkpoint and the suite that the flags name."""
     from jaxreason.build.checkpoint import open_checkpoint
+    from jaxreason.build.environments import make_unjudged
     from jaxreason.build.evaluation import make_suite
     from jaxreason.build.suites import read_suites
     from jaxreason.draw import TEMPERATURES, is_temperature
@@ -76,11 +78,12 @@ def open_talk() -> Talk:
     suite = None
     for name, section in list(sections.items())[:1]:
         suite = make_suite(name, section, opened.parts, 200, allow_overlap=True)
+    own_questions = make_unjudged(opened.config.get("environment"), opened.parts)
     print(f"loading {opened.folder} ...", flush=True)
     weights = opened.parts.completer.sampler.prepare(opened.load())
     system = opened.sections["text"].get("system") or "" if FLAGS.system is None else FLAGS.system
     words = {"temperature": FLAGS.temperature, "samples": FLAGS.samples, "seed": FLAGS.seed}
-    return Talk(opened.parts, weights, suite, system=system, **words)
+    return Talk(opened.parts, weights, suite, own_questions, system=system, **words)
 
 
 def main(argv) -> None:

@@ -14,10 +14,12 @@ HELP = "commands: /problem [N], /temperature T, /samples N, /new, /quit; Ctrl-C 
 
 
 class Talk:
-    """A conversation with a model."""
+    """A conversation with a model. `own` has the environment and the format of the
+    questions that the user writes.
+    """
 
-    def __init__(self, parts, weights, suite, *, temperature: float, samples: int, system: str, seed: int):
-        self.parts, self.weights, self.suite = parts, weights, suite
+    def __init__(self, parts, weights, suite, own, *, temperature: float, samples: int, system: str, seed: int):
+        self.parts, self.weights, self.suite, self.own = parts, weights, suite, own
         self.temperature, self.samples, self.system, self.seed = temperature, samples, system, seed
         self.messages: list = []
         self.asked = 0  # questions so far; each has its own noise
@@ -27,20 +29,20 @@ class Talk:
         """Return the ids of a question behind the conversation so far."""
         from jaxreason.types import Message, Task
 
-        if self.parts.format.conversation is None:
-            return self.parts.format.prompt(Task(question, ""))
+        if self.own.format.conversation is None:
+            return self.own.format.prompt(Task(question, ""))
         system = [Message("system", self.system)] if self.system else []
-        return self.parts.format.conversation([*system, *self.messages, Message("user", question)])
+        return self.own.format.conversation([*system, *self.messages, Message("user", question)])
 
     def ask(self, question: str, show: Callable[[list[str]], None]) -> list:
-        """Answer a question that the user wrote."""
-        from jaxreason.environment import single_turn
-        from jaxreason.types import Message, Task, Verdict
+        """Answer a question that the user wrote. What the model wrote after the last
+        result of a tool stays in the conversation.
+        """
+        from jaxreason.types import Message, Task
 
-        unjudged = single_turn(lambda text, task: Verdict(0.0, False, None, "not judged"))
-        rollouts = self.sample(Task(question, ""), self.prompt(question), unjudged, show)
-        if self.parts.format.conversation is not None:
-            self.messages += [Message("user", question), Message("assistant", rollouts[0].text)]
+        rollouts = self.sample(Task(question, ""), self.prompt(question), self.own.environment, show)
+        if self.own.format.conversation is not None:
+            self.messages += [Message("user", question), Message("assistant", rollouts[0].verdict.parsed)]
         return rollouts
 
     def give(self, number: int | None, show: Callable[[list[str]], None], tell: Callable[[str], None]) -> list:

@@ -391,6 +391,7 @@ class Journal:
         self.check_stays()
         if steps and self.checkpoints.latest() != steps:
             raise files.Unwritable(self.failure or f"there is no checkpoint of step {steps}, the last one")
+        self.log.doing("")
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:

@@ -135,21 +135,20 @@ def chat(
         check_arguments(template, arguments)
     arguments = {**arguments, "strftime_now": clock(date or datetime.date.today())}
     if tools and reads(template, "tools"):
-        arguments["tools"] = list(tools)
-    elif described:
-        system = f"{system}\n\n{described}" if system else described
+        arguments["tools"], described = list(tools), ""
 
     def messages(question):
         # Not str.format: questions and instructions contain braces.
         asked = Message("user", instruction.replace(QUESTION, question))
-        return [Message("system", system), asked] if system else [asked]
+        return describing(described, [Message("system", system), asked] if system else [asked])
 
     def prompt(task):
-        return conversation(messages(task.question))
-
-    def conversation(messages):
         with naming(path):
-            return encode_chat(tokenizer, template, messages, add_generation_prompt=True, **arguments)[0]
+            return encode_chat(tokenizer, template, messages(task.question), add_generation_prompt=True, **arguments)[0]
+
+    def conversation(said):
+        with naming(path):
+            return encode_chat(tokenizer, template, describing(described, said), add_generation_prompt=True, **arguments)[0]
 
     def demonstration(task):
         with naming(path):
@@ -166,6 +165,15 @@ def chat(
         check_template(tokenizer, template, messages(PROBE), **arguments)
     forced = functools.partial(tokenizer.encode, added=False, continues=True)
     return Format(prompt, demonstration, forced, template, conversation, reply)
+
+
+def describing(tools: str, messages: Sequence[Message]) -> list[Message]:
+    """Add a description of tools, if any, to the system message of a conversation."""
+    if not tools:
+        return [*messages]
+    if messages and messages[0].role == "system":
+        return [Message("system", f"{messages[0].content}\n\n{tools}"), *messages[1:]]
+    return [Message("system", tools), *messages]
 
 
 def check_instruction(instruction: str) -> None:

@@ -116,7 +116,7 @@ def characters(alphabet: str, vocab_size: int | None = None) -> Tokenizer:
     def encode_plain(text):
         for c in text:
             if c not in index:
-                raise ValueError(f"character {c!r} in {text[:40]!r} is not in the alphabet {alphabet!r}; add it there")
+                raise ValueError(f"character {c!r} in {text[:40]!r} is not in the alphabet {alphabet!r} (config.text.alphabet)")
         return [index[c] for c in text]
 
     def decode_plain(ids):
