@@ -11,7 +11,9 @@ size. A run is evaluated on its own suites with its own prompt, sampler and veri
 unless flags say otherwise, and gets the numbers of an evaluation inside the run. The
 results are a folder: `evaluation.json` (accuracies with intervals, curves over the
 number of samples, all settings) and `rollouts.jsonl` (every attempt). Attempts are
-written as they finish, and the same command continues after a kill.
+written as they finish, and the same command continues after a kill; sums over another
+composition of slots may round differently, so that a text may differ where two tokens
+are nearly equally likely.
 """
 
 from __future__ import annotations
