@@ -210,7 +210,7 @@ def test_an_interrupted_answer_is_closed(made):
     completer = t.make_completer(made[0])
     counted = Counted(lambda state, turn: (state, RIGHT if turn.final else Step(observation="a")))
     parts = SimpleNamespace(completer=completer)
-    talk = Talk(parts, completer.sampler.prepare(made[1]), None, temperature=1.0, samples=4, system="", seed=0)
+    talk = Talk(parts, completer.sampler.prepare(made[1]), None, None, temperature=1.0, samples=4, system="", seed=0)
 
     def show(texts):
         if counted.opened:
