@@ -33,6 +33,35 @@ Differences are paired over seeds, with 95 % t-intervals.
 5. Recovery: 64 solutions per seed and checkpoint with one corrupted step that the model
    continues. "RL teaches recovery" is shown if the share that ends right rises (the
    interval is above 0).
+
+**Findings** (2026-11-28, commit 3c3bf5a, 2-core AMD EPYC with AVX-512, two runs at a
+time beside other work, jax 0.10.2; 3,000 + 120 steps; means over seeds 0 to 4 with 95 %
+t-intervals; 41 minutes; experiments/figures/self_correction_attempts.png):
+
+| arm | accuracy before, after RL | attempts before, after | right after a wrong attempt |
+|---|---|---|---|
+| backtracks | 0.279, 0.455 [0.256, 0.654] | 1.83, 3.33 | 0.170, 0.343 |
+| one_attempt | 0.220, 0.214 [0.205, 0.224] | 1.00, 1.00 | 0.107, 0.104 |
+| told, in its environment | 0.458, 0.453 [0.430, 0.476] | 1.06, 1.18 | 0.345, 0.348 |
+| random_reward | 0.279, 0.134 [0.075, 0.193] | 1.83, 1.36 | 0.170, 0.081 |
+
+1. **Not shown** by its rule: attempts rise by 1.50 [-0.41, 3.41]. On four seeds they
+   rise to 3.3 to 5.6; on seed 0, whose prior is the weakest (0.197), they fall to 1.2
+   and RL gains nothing. With random rewards they fall.
+2. **Not shown** by its rule: the share that is right after a wrong attempt rises by
+   0.173 [0.016, 0.329], where more than 0.05 was asked of the interval. The accuracy
+   rises by 0.176 [0.022, 0.329].
+3. **Shown**: without examples of a second attempt, RL finds none: at most 1.02 attempts
+   per rollout on every seed, and no gain.
+4. "Being told helps" is **shown** by its rule (0.239 [0.220, 0.258] above one_attempt),
+   and means little: four tries instead of one are as good before RL as after it (-0.005
+   [-0.038, 0.028]). "Also alone": **not shown** (-0.018 [-0.036, 0.001]).
+5. "RL teaches recovery" is **shown** for backtracks: of corrupted solutions 0.185 end
+   right before RL and 0.327 after it, a gain of 0.141 [0.046, 0.237]; with the right
+   step in its place 0.745 and 0.901. For one_attempt 0.031 [-0.061, 0.122].
+
+Seed 9, with which the recipe was chosen, went to 5.95 attempts and 0.523: better than
+four of the five.
 """
 
 from __future__ import annotations
@@ -133,7 +162,6 @@ def recovered(folder: Path, runs: list[Path]) -> dict:
             words = [f"--checkpoint={run / 'checkpoints' / str(step)}", f"--suites={ALONE}", "--n=256", "--temperature=1"]
             command = [sys.executable, "-m", "jaxreason.evaluate", *words, "--recovery=64", f"--workdir={out}"]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            one = json.loads((out / "evaluation.json").read_text())["evaluations"][0]
-            pair.append({name: value for name, value in one["measures"].items() if name.startswith("recover")})
+            pair.append(json.loads((out / "evaluation.json").read_text())["evaluations"][0]["recovery"])
         shares.append(pair)
     return {"runs": shares}
