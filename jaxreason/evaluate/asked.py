@@ -1,4 +1,4 @@
-"""What a command asks for: a checkpoint, suites and settings, checked."""
+"""The request of a command: a checkpoint, suites and settings, checked."""
 
 from __future__ import annotations
 

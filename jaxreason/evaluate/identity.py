@@ -1,5 +1,5 @@
-"""What makes two evaluations the same: the checkpoint, the settings and the tasks. Only
-attempts of the same evaluation are in one folder.
+"""The identity of an evaluation: its checkpoint, settings and tasks. A folder holds
+attempts of one evaluation only.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ COMING = ("CREATING", "STARTING", "REPAIRING", "RESTARTING", "ACCEPTED", "PROVIS
 
 
 class Place(NamedTuple):
-    """Where a slice is, and how it is paid for."""
+    """Name, place and payment of a slice."""
 
     name: str
     zone: str

@@ -30,7 +30,7 @@ class LaunchFailed(Exception):
 
 
 class Asked(NamedTuple):
-    """What the user asked for."""
+    """The launch that the user asked for."""
 
     name: str
     command: Sequence[str]  # behind `python`, the same on all hosts
@@ -44,7 +44,7 @@ class Asked(NamedTuple):
 
 
 class World(NamedTuple):
-    """What the steps act on; tests replace it."""
+    """Functions through which the steps act; tests replace them."""
 
     shell: Shell
     say: Callable[[str], None]

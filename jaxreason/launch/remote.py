@@ -95,7 +95,7 @@ def stop(name: str) -> str:
 
 
 class Seen(NamedTuple):
-    """What `look` printed."""
+    """The state and log that `look` printed."""
 
     state: str  # one of the four above
     code: int | None  # exit code of a finished run

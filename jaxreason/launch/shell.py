@@ -15,7 +15,7 @@ TIMEOUT_S = 900.0
 
 
 class Result(NamedTuple):
-    """How a command ended."""
+    """Exit code and output of a command."""
 
     code: int  # 124: it did not end in time; 127: there is no such program
     out: str

@@ -25,7 +25,7 @@ HELP = "write what the model would write; a line ends its turn, unless it ends i
 
 
 class Game(NamedTuple):
-    """What a person needs to play the model."""
+    """Tasks, environment and text format for a person who plays the model."""
 
     tasks: Sequence[Task]
     environment: Environment

@@ -38,7 +38,7 @@ class Warning(NamedTuple):
 
 
 class Traits(NamedTuple):
-    """What the warnings need to know of a phase."""
+    """Facts about a phase that the warnings depend on."""
 
     needs_group: bool = True  # attempts at a problem are compared, so equal rewards are a loss
     stale: bool = False  # some updates are from attempts of older params: `lag`, or several updates per batch

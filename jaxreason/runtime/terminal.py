@@ -42,7 +42,7 @@ SHARES = (("time/sample_s", "sampling"), ("time/verify_s", "verifying"), ("time/
 
 
 class At(NamedTuple):
-    """Where a run is: its latest metrics, and its steps."""
+    """Progress of a run: its latest metrics, and its steps."""
 
     values: Mapping[str, Any]  # with `phase`
     step: int

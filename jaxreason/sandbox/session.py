@@ -23,7 +23,7 @@ REASONS = ("", "error", "timeout", "out of memory", "crashed")  # that may come 
 
 
 class Result(NamedTuple):
-    """What a program did; `reason` is "" if it ended well, else error (it raised),
+    """Result of a program; `reason` is "" if it ended well, else error (it raised),
     timeout, out of memory, crashed, or too much output.
     """
 
@@ -51,7 +51,7 @@ class Session:
 
     @property
     def ready(self) -> bool:
-        """Whether its first process still runs."""
+        """Tell whether its first process still runs."""
         return self.alive and self._processes.popen.poll() is None
 
     def run(self, code: str, timeout_s: float | None = None) -> Result:

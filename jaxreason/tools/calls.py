@@ -1,4 +1,4 @@
-"""How a model writes a call in its text, and how it reads the result.
+"""Conventions for calls in a model's text, and for their results.
 
 A `Dialect` is one such convention. Dialects of the text itself (`brackets`, `angles`,
 `tags`) end the model's turn in the middle of its text by a stop string, and the result

@@ -1,4 +1,4 @@
-"""What a tool is, and how it is run within its limits."""
+"""The contract of tools, and the function that runs a call within its limits."""
 
 from __future__ import annotations
 

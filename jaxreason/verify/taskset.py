@@ -53,7 +53,7 @@ def weighted(value: Any) -> float:
 
 
 class Trace:
-    """What most scores read and write of a trace in `verifiers`: the last reply, and
+    """The part of a trace in `verifiers` that most scores use: the last reply, and
     rewards and metrics by name.
     """
 
