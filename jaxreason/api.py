@@ -29,7 +29,8 @@ from jaxreason.model import Model, transformer
 from jaxreason.options import call_with_section, fields, new_name
 from jaxreason.platforms import PLATFORMS
 from jaxreason.rollout import Completer, Request, collect_groups
-from jaxreason.runtime import warm_start
+from jaxreason.runtime import mirror, warm_start
+from jaxreason.runtime.workdir import checkpoints_of
 from jaxreason.text import Format, Tokenizer, check_vocabulary
 from jaxreason.types import Group, Task, TrainState, Verdict
 
@@ -109,8 +110,8 @@ def describe(path: str | Path, model: Mapping, text: Mapping, platform: str) -> 
     """Read the model shape and text settings of a path, and how to load its params."""
     fields.check(build.section_of_model(dict(model)), dict(model), "model")
     fields.check(build.section(build.make_text, "folder")(dict(text)), dict(text), "text")
-    folder = Path(os.path.expanduser(path))
-    if not (folder / "checkpoints").is_dir() and folder.parent.name != "checkpoints":
+    folder = mirror.local(path)
+    if not checkpoints_of(folder).is_dir() and folder.parent.name != "checkpoints":
         dtype = PLATFORMS[platform].dtype
         pretrained = {"name": str(path), "weights": "pretrained", "dtype": dtype, **model}
         return build.read_model_and_text(pretrained, {"tokenizer": "pretrained", "format": "chat", **text})

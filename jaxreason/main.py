@@ -30,11 +30,14 @@ from absl import app, flags, logging
 
 from jaxreason.options import OFFERED, command, unknown_name_message
 from jaxreason.runtime import workdir as folders
+from jaxreason.runtime.bucket import is_url
 from jaxreason.runtime.workdir import config_text
 
 CONFIG = command.define("Config file and options, as configs/tiny.py:task=countdown,smoke; --config.rl.steps=10 changes a field.")
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; a run in it is continued. Default: runs/<config>-<hash of its fields>."
+    "workdir",
+    None,
+    "Folder of the run, also gs://BUCKET/FOLDER; a run in it is continued. Default: runs/<config>-<hash of its fields>.",
 )
 COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache", None, "Folder of compiled programs, for a quick second start. Default: ~/.cache/jaxreason; '' for none."
@@ -192,7 +195,8 @@ def run(config) -> None:
 
     memory.give_back()
     flag = flags.FLAGS["config"]
-    folder = Path(os.path.expanduser(WORKDIR.value or default_workdir(flag.config_filename, config_text(config))))
+    folder = WORKDIR.value or default_workdir(flag.config_filename, config_text(config))
+    folder = folder if is_url(folder) else Path(os.path.expanduser(folder))
     keywords = {"resume": RESUME.value, "accept_config_change": ACCEPT_CONFIG_CHANGE.value, "say": tell}
     with contextlib.ExitStack() as stack:
         try:
@@ -203,12 +207,12 @@ def run(config) -> None:
             opened = opened._replace(run=opened.run._replace(profile_steps=traced))
         except (ValueError, OSError, Unwritable) as error:
             fail(error)
-        tell(f"workdir: {opened.folder}")
+        tell(f"workdir: {opened.name}" + f", with a copy in {opened.folder}" * (opened.name != str(opened.folder)))
         if not train_to_the_end(opened, STOP_AFTER.value):
             return
         if opened.run.report:
             report(opened.folder)
-    for line in what_next(opened.folder, flag.config_filename, flag.config_changes):
+    for line in what_next(opened.folder, flag.config_filename, flag.config_changes, opened.name):
         tell(line)
 
 
@@ -226,7 +230,7 @@ def train_to_the_end(opened, stop_after: str | None = None) -> bool:
     from jaxreason.runtime.trackers import NoTracker
     from jaxreason.train import Diverged, Interrupted, NotResumable, Stopped, train
 
-    run, folder, checkpoints, stop, check_stays = opened
+    run, folder, _, checkpoints, stop, check_stays = opened
     if stop_after not in (None, *(names := [phase.name for phase in run.phases])):
         fail(ValueError(unknown_name_message("phase in --stop_after", stop_after, names)))
     keywords = {"log_options": run.log_options, "stop": stop, "stop_after": stop_after, "check_stays": check_stays, "say": tell}
@@ -277,14 +281,14 @@ def quoted(value: str) -> str:
     return f'"{value}"' if "'" in value and not set(value) & set('"$`\\!') else shlex.quote(value)
 
 
-def what_next(workdir: Path, config_flag: str, changes: Mapping[str, str]) -> list[str]:
-    """List the files that were written, and commands to copy that use them."""
-    written = [
-        workdir / name
-        for name in ("report.html", "summary.json", "metrics.jsonl", "rollouts.jsonl")
-        if (workdir / name).is_file()
-    ]
-    run, export = shlex.quote(str(workdir)), shlex.quote(f"{workdir}-export")
+def what_next(workdir: Path, config_flag: str, changes: Mapping[str, str], name: str = "") -> list[str]:
+    """List the files that were written, and commands to copy that use them. `name` is
+    what the user called the folder, if that is not its path.
+    """
+    name = name or str(workdir)
+    files = ("report.html", "summary.json", "metrics.jsonl", "rollouts.jsonl")
+    written = [f"{name}/{file}" for file in files if (workdir / file).is_file()]
+    run, export = shlex.quote(name), shlex.quote(f"{name.rpartition('/')[2] if is_url(name) else name}-export")
     same = "".join(f" --config.{name}={quoted(value)}" for name, value in changes.items() if name != "init_from")
     todo = {
         "read its rollouts": f"python -m jaxreason.view {run}",
@@ -294,7 +298,7 @@ def what_next(workdir: Path, config_flag: str, changes: Mapping[str, str]) -> li
         "begin another run with them": f"python -m jaxreason.main --config={shlex.quote(config_flag)}{same} "
         f"--config.init_from={run}",
     }
-    if workdir / "rollouts.jsonl" not in written:
+    if f"{name}/rollouts.jsonl" not in written:
         del todo["read its rollouts"]
     lines = ["written:", *(f"  {path}" for path in written)]
     return lines + [line for what, command in todo.items() for line in (f"to {what}:", f"  {command}")]

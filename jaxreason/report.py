@@ -24,10 +24,11 @@ def default_out(runs: list[Path]) -> Path:
 
 def main(argv) -> None:
     from jaxreason.look.report import write_report
+    from jaxreason.look.runs import folder_of
 
     options = flags.FLAGS
-    runs = list(dict.fromkeys(Path(os.path.expanduser(word)) for word in argv[1:]))
     try:
+        runs = list(dict.fromkeys(folder_of(word) for word in argv[1:]))
         if not runs:
             raise ValueError("needed: one or more folders of runs: python -m jaxreason.report RUN [RUN...]")
         out = Path(os.path.expanduser(options.out)) if options.out else default_out(runs)

@@ -17,6 +17,7 @@ MAX_MB = flags.DEFINE_float("max_mb", 20.0, "Size of the rollouts in the file, a
 
 def main(argv) -> None:
     logging.set_verbosity(logging.WARNING)
+    from jaxreason.look.runs import folder_of
     from jaxreason.look.view import make_view
 
     try:
@@ -24,7 +25,7 @@ def main(argv) -> None:
             raise ValueError(f"got {len(argv) - 1} folders; needed: python -m jaxreason.view RUN")
         if not math.isfinite(MAX_MB.value):
             raise ValueError(f"--max_mb got {MAX_MB.value}; allowed: a finite number of at least 0.001")
-        folder = Path(os.path.expanduser(argv[1]))
+        folder = folder_of(argv[1])
         html, notes = make_view(folder, int(MAX_MB.value * 1e6))
         out = folder / "view.html" if OUT.value is None else Path(os.path.expanduser(OUT.value))
         out.write_text(html, encoding="utf-8")

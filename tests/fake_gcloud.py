@@ -151,6 +151,11 @@ def main(words):
         print(plan.get("project", "my-project"))
     elif words[:4] == ["compute", "tpus", "locations", "list"]:
         print("us-west4-a\nus-east5-b")
+    elif words[:3] == ["storage", "buckets", "describe"]:
+        if plan.get("bucket"):
+            fail(plan["bucket"])
+    elif words[:2] == ["storage", "cp"]:
+        (Path(words[-1]) / words[-2].rpartition("/")[2]).mkdir()
     elif words[:3] == ["compute", "tpus", "tpu-vm"]:
         tpu(words[3], words[4:], plan)
     elif words[:3] == ["compute", "tpus", "queued-resources"]:

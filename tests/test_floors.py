@@ -17,8 +17,9 @@ ROOT = Path(__file__).parent.parent
 # of the README).
 FLOORS = (
     "types options options.fields runtime",
-    "runtime.workdir runtime.files runtime.terminal runtime.live runtime.trackers runtime.log runtime.hub runtime.processes"
-    " runtime.compiling runtime.memory runtime.energy runtime.peak runtime.alarms runtime.profile sandbox",
+    "runtime.bucket runtime.workdir runtime.mirror runtime.files runtime.terminal runtime.live runtime.trackers runtime.log"
+    " runtime.hub runtime.processes runtime.compiling runtime.memory runtime.energy runtime.peak runtime.alarms"
+    " runtime.profile sandbox",
     "platforms chips model text tasks verify tools objectives estimators sharding optimizer data draw metrics cost"
     " runtime.checkpoint",
     "learner sampler logp environment batching runtime.warm_start runtime.ledger",

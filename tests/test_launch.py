@@ -2,16 +2,19 @@
 and runs the scripts in them.
 """
 
+import io
 import json
 import os
 import shlex
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 from runs import ROOT
 
+from jaxreason.launch import __main__ as main
 from jaxreason.launch import gcloud, launch, machines, remote, shell, source, state, target
 from jaxreason.launch.launch import Asked, LaunchFailed, World
 from jaxreason.launch.shell import Result
@@ -181,6 +184,38 @@ def test_a_folder_that_can_not_be_copied_keeps_the_slice(cloud, asked):
     assert (cloud / "slices" / "mine").exists()
 
 
+def test_a_run_in_a_bucket_is_not_copied(cloud, asked):
+    said = []
+    assert run(asked._replace(workdir="gs://bucket/runs/mine"), said) == 0
+    assert followed(calls(cloud))[-1] == "delete"
+    assert "scp 0" not in calls(cloud)
+    assert any(line.startswith("the run is in gs://bucket/runs/mine; see python -m jaxreason.report") for line in said)
+
+
+def test_a_run_is_fetched_from_another_terminal(cloud, asked, tmp_path):
+    run(asked._replace(keep=True), [])
+    assert command("fetch", "mine", f"--fetch_to={tmp_path / 'again'}").returncode == 0
+    assert (tmp_path / "again" / "mine" / "summary.json").exists()
+    state.write("there", state.read("mine") | {"workdir": "gs://bucket/runs/there"})
+    done = command("fetch", "there", f"--fetch_to={tmp_path / 'again'}")
+    assert done.stdout.strip() == f"the run is in {tmp_path / 'again'}/there"
+    assert (tmp_path / "again" / "there").is_dir()
+
+
+PLANNED = {
+    "phase": "rl", "fits": True, "peak_bytes": 3 * 2**30, "hbm_bytes": 16 * 2**30, "efficiency": 0.5,
+    "prediction": {"step_s": 36.0},
+}  # fmt: skip
+
+
+def test_the_plan_says_what_the_run_costs():
+    assert main.needs(PLANNED) == "it needs 3.00 GiB of the 16.00 GiB of a chip"
+    assert main.run_price(PLANNED, 200, MACHINE).startswith(
+        "200 steps of phase rl: about 2 hours and $38.40 on demand, at 50% of the chips' peak rates, which is a guess"
+    )
+    assert "not known" in main.run_price(PLANNED | {"prediction": None}, 200, MACHINE)
+
+
 def test_a_run_is_not_started_twice(cloud, asked, monkeypatch):
     monkeypatch.setenv("FAKE_STEP_S", "0.5")
     made, said = world([]), []
@@ -261,6 +296,34 @@ def test_the_archive_holds_changes_and_new_files(asked, tmp_path):
         source.pack(tmp_path)
 
 
+def test_the_archive_holds_clean_submodules_and_refuses_changed_ones(tmp_path):
+    def git(folder, *words):
+        who = ["-c", "user.name=x", "-c", "user.email=x@x", "-c", "protocol.file.allow=always"]
+        subprocess.run(["git", "-C", str(folder), *who, *words], check=True, capture_output=True)
+
+    for name in ("part", "whole"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.py").write_text("1\n")
+        git(tmp_path / name, "init", "-q")
+        git(tmp_path / name, "add", "-A")
+        git(tmp_path / name, "commit", "-qm", name)
+    whole = tmp_path / "whole"
+    git(whole, "submodule", "add", "-q", str(tmp_path / "part"), "third party/part")
+    git(whole, "commit", "-qm", "part")
+    with tarfile.open(fileobj=io.BytesIO(source.pack(whole).archive)) as tar:
+        assert tar.getnames() == [".gitmodules", "third party/part/part.py", "whole.py"]
+    inside = whole / "third party" / "part"
+    (inside / "part.py").write_text("2\n")
+    with pytest.raises(ValueError, match="submodule third party/part has changes; commit them"):
+        source.pack(whole)
+    git(inside, "commit", "-qam", "two")
+    with pytest.raises(ValueError, match="submodule third party/part is not at the commit that is recorded"):
+        source.pack(whole)
+    git(whole, "submodule", "deinit", "-q", "-f", "--all")
+    with pytest.raises(ValueError, match="submodule third party/part is not at the commit"):
+        source.pack(whole)
+
+
 # ------------------------------------------------------------------------------------------------------------- the command
 
 
@@ -271,13 +334,17 @@ def command(*words, **more):
 
 
 ASK = ("tpu", "--name=mine", "--type=v5litepod-16", "--zone=us-west4-a", "--config=configs/tiny.py:smoke", "--noplan", "--yes")
+BUCKET = "--workdir=gs://bucket/runs/mine"
+ASK += (BUCKET,)
 
 
 def test_a_dry_run_prints_every_command_and_runs_none(cloud):
     done = command(*ASK, "--dry_run", "--fetch_to=here")
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("gcloud ")]
-    assert [line.split()[4] for line in lines] == ["create", "scp", "ssh", "ssh", "scp", "delete"]
+    assert [line.split()[4] for line in lines] == ["create", "scp", "ssh", "ssh", "delete"]
+    assert f" {BUCKET} >> ../log" in done.stdout
+    assert "'[tpu,gcs]'" in done.stdout.replace("'\"'\"'", "'")
     assert not (cloud / "calls.jsonl").exists()
     assert not state.names()
     assert not (ROOT / "here").exists()
@@ -295,6 +362,9 @@ def test_a_dry_run_prints_every_command_and_runs_none(cloud):
         ([*ASK, "--config.rl.stepps=3"], {}, "stepps"),
         (ASK, {"logged_out": True}, "gcloud is not logged in"),
         (ASK, {"project": "(unset)"}, "gcloud has no project"),
+        (ASK, {"bucket": "HTTPError 403: me does not have storage.buckets.get access"}, "gcloud can't see its bucket: ERROR"),
+        ([*ASK, "--workdir=s3://bucket/mine"], {}, "allowed: gs://BUCKET/FOLDER"),
+        ([*ASK, "--workdir=runs/mine"], {}, "--workdir got 'runs/mine' for 4 hosts, which share no disk"),
         (ASK, {"create": "PERMISSION_DENIED: no"}, "the account lacks a permission"),
         (["status", "other"], {}, "unknown launch 'other'"),
         (["fly"], {}, "got 'fly'; allowed: tpu, gpu with flags"),

@@ -22,7 +22,9 @@ from jaxreason.model import attention, transformer
 from jaxreason.model import weights as weights_
 from jaxreason.options import call_with_section
 from jaxreason.platforms import platform_of
-from jaxreason.runtime import hub, warm_start
+from jaxreason.runtime import hub, mirror, warm_start
+from jaxreason.runtime.bucket import is_url
+from jaxreason.runtime.workdir import checkpoints_of
 
 
 class Checkpoint(NamedTuple):
@@ -112,7 +114,7 @@ def open_checkpoint(
 
 def find(path: str | os.PathLike, step: int | None) -> tuple[warm_start.Origin, dict]:
     """Find a checkpoint and the config of its run, {} if it has none."""
-    folder = Path(os.path.expanduser(path))
+    folder = mirror.local(path)
     if not folder.exists() and folder.parent.name != "checkpoints":  # a hub id or a named size
         if step is not None:
             raise ValueError(f"--step={step} with the pretrained model {os.fspath(path)!r}; allowed: with the folder of a run")
@@ -155,8 +157,9 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     """
     folder = checkpoint.folder
     if checkpoint.step is not None:
-        folder = folder / "checkpoints" / str(checkpoint.step)
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        folder = checkpoints_of(folder) / str(checkpoint.step)
+        # In a bucket: the fingerprints of all arrays, in the place of the arrays.
+        files = [folder / "host" / "metadata"] if is_url(folder) else sorted(filter(Path.is_file, folder.rglob("*")))
     else:
         files = sorted(folder.glob("*.safetensors")) + [folder / name for name in OF_PRETRAINED if (folder / name).is_file()]
     made = hashlib.sha256()

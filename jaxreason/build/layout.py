@@ -146,7 +146,7 @@ def layout(config: dict) -> fields.Section:
             "environment": section_of_environment,
             "evaluate": section(make_evaluate, "parts", suites=each(section_of_suite), texts=each(section_of_text)),
             "sharding": section(sharding.make_meshes, "devices", "process", mesh=section(sharding.make_mesh, "devices")),
-            "checkpoint": section(open_checkpoints, "folder", "read_only"),
+            "checkpoint": section(open_checkpoints, "folder", "read_only", "before_save"),
             "log": section(make_log),
         },
     )

@@ -13,8 +13,10 @@ from ml_collections import ConfigDict
 
 from jaxreason.build import build, from_earlier, settle
 from jaxreason.runtime import preemption, workdir
+from jaxreason.runtime.bucket import is_url
 from jaxreason.runtime.checkpoint import Checkpoints, check_writable, saved_steps
 from jaxreason.runtime.files import replacing, writing
+from jaxreason.runtime.mirror import mirrored
 from jaxreason.runtime.processes import gather, on_all_processes, writes
 from jaxreason.runtime.workdir import config_text
 from jaxreason.train import Run
@@ -24,7 +26,8 @@ class Opened(NamedTuple):
     """A run in its folder, ready to be trained."""
 
     run: Run
-    folder: Path
+    folder: Path  # of its records
+    name: str  # of the folder, as the user knows it: a path, or a URL of a bucket
     checkpoints: Checkpoints
     stop: Callable[[], str]  # why the run was asked to stop, "" if it was not
     check_stays: Callable[[], None]  # raises if the folder was moved or removed
@@ -32,12 +35,13 @@ class Opened(NamedTuple):
 
 @contextlib.contextmanager
 def open_run(
-    config: ConfigDict, folder: Path, *, resume: str, accept_config_change: bool, say: Callable[[str], None]
+    config: ConfigDict, folder: Path | str, *, resume: str, accept_config_change: bool, say: Callable[[str], None]
 ) -> Iterator[Opened]:
     """Build the run of a config, check and lock its folder, and open its checkpoints.
 
-    All processes of a run call it; the folder is the `folder` of process 0. Signals
-    that ask the run to stop are handled until the end of the block.
+    All processes of a run call it; the folder is the `folder` of process 0: a path, or
+    the URL of a folder in a bucket. Signals that ask the run to stop are handled until
+    the end of the block.
 
     Raises:
       ValueError, OSError, Unwritable: the config or the folder does not allow it; one
@@ -45,7 +49,7 @@ def open_run(
     """
     anew = resume == "never"
     texts, folders, dates = zip(*gather((config_text(config), folder, datetime.date.today().isoformat())), strict=True)
-    folder = folders[0]
+    folder = name = folders[0]
     with contextlib.ExitStack() as opened:
         locked = contextlib.ExitStack()
 
@@ -56,6 +60,11 @@ def open_run(
         stop = opened.enter_context(preemption.watch(ending))
         if differ := [process for process, other in enumerate(texts) if other != texts[0]]:
             raise ValueError(f"process {differ[0]} has another config than process 0; start all with the same command")
+        mirror = None
+        if is_url(name):
+            if anew:
+                raise ValueError(f"--resume=never can't move aside what is in {name}; choose another --workdir")
+            folder, mirror = opened.enter_context(mirrored(name, say))
         begun = dates[0] if anew else on_all_processes(workdir.begun, folder, dates[0])
         config = on_all_processes(settled, dated(config, gather(begun)[0]))
         options = {"resume": resume, "accept_config_change": accept_config_change, "say": say}
@@ -65,11 +74,22 @@ def open_run(
         check_stays = on_all_processes(lock if writes() else lambda *_: lambda: None, folder, locked, say)
         opened.callback(locked.close)
         on_all_processes(workdir.set_aside if anew and writes() else lambda *_: None, folder, say)
-        checkpoints = on_all_processes(run.open_checkpoints, folder=folder / "checkpoints")
+        before_save = (mirror.send if mirror is not None else lambda: None) if is_url(name) else None
+        checkpoints = on_all_processes(run.open_checkpoints, folder=workdir.checkpoints_of(folder), before_save=before_save)
         opened.callback(checkpoints.close)
         if writes():
             write_config(folder / "config.json", config, run.provenance["revisions"])
-        yield Opened(run, folder, checkpoints, stop, check_stays)
+        yield Opened(
+            run, folder, str(name), checkpoints, stop, check_stays if mirror is None else both(check_stays, mirror.check)
+        )
+
+
+def both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+    def check() -> None:
+        first()
+        second()
+
+    return check
 
 
 def lock(folder: Path, locked: contextlib.ExitStack, say: Callable[[str], None]) -> Callable[[], None]:
@@ -85,7 +105,9 @@ def build_pinned(config: ConfigDict, folder: Path, anew: bool, accept_config_cha
     """
     recorded = {} if anew else workdir.revisions(folder)
     pinned = {} if accept_config_change else recorded
-    run = on_all_processes(build, config, resumes=not anew and bool(saved_steps(folder / "checkpoints")), revisions=pinned)
+    run = on_all_processes(
+        build, config, resumes=not anew and bool(saved_steps(workdir.checkpoints_of(folder))), revisions=pinned
+    )
     if not anew:
         on_all_processes(workdir.check_steps, folder, sum(phase.steps for phase in run.phases))
     used = run.provenance["revisions"]

@@ -15,6 +15,7 @@ still runs and costs money. The same command goes on from there.
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 import subprocess
@@ -26,6 +27,7 @@ from absl import app, flags, logging
 
 from jaxreason.launch import gcloud, launch, machines, remote, shell, source, state, target
 from jaxreason.options import command, unknown_name_message
+from jaxreason.runtime.bucket import check_url, is_url
 
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).parent.parent.parent
@@ -38,7 +40,7 @@ def define_flags() -> None:
     flags.DEFINE_string("zone", None, "Zone of Google Cloud, such as us-west4-a.")
     flags.DEFINE_string("project", None, "Project of Google Cloud. Default: gcloud's.")
     flags.DEFINE_string("host", None, "Machine of `launch gpu`, as ssh names it.")
-    flags.DEFINE_string("workdir", None, "Folder of the run on the machine. Default: runs/NAME.")
+    flags.DEFINE_string("workdir", None, "Folder of the run: on the machine, or gs://BUCKET/FOLDER. Default: runs/NAME.")
     flags.DEFINE_boolean("queued", None, "Ask for the slice in a queue. Default: for v5p and v6e.")
     flags.DEFINE_boolean("spot", False, "Take a slice that may be preempted, at a lower price.")
     flags.DEFINE_boolean("reserved", False, "Use your reservation.")
@@ -50,7 +52,7 @@ def define_flags() -> None:
     flags.DEFINE_string("fetch_to", "runs", "Local folder that gets the run's folder.")
 
 
-def asked(words: command.Words, name: str, extra: str) -> launch.Asked:
+def asked(words: command.Words, name: str, extra: str, hosts: int = 1) -> launch.Asked:
     """Return what the flags ask for; the command is that of `jaxreason.main`."""
     if words.config is None:
         raise ValueError("no --config given; for example --config=configs/gsm8k.py")
@@ -60,17 +62,35 @@ def asked(words: command.Words, name: str, extra: str) -> launch.Asked:
         raise ValueError(
             f"--config got {str(config)!r}; allowed: a file of this checkout, since the checkout is what is installed"
         )
-    workdir = FLAGS.workdir or f"runs/{name}"
-    if "://" in workdir:
-        raise ValueError(f"--workdir got {workdir!r}; allowed: a folder on the machine, which is copied here at the end")
+    workdir = check_workdir(FLAGS.workdir or f"runs/{name}", hosts)
     changes = [f"--config.{field}={value}" for field, value in words.changes.items()]
     # Beside the source, not in it: a launch of changed code continues the run.
-    place = workdir if workdir.startswith("/") else f"../{workdir}"
+    place = workdir if workdir.startswith("/") or is_url(workdir) else f"../{workdir}"
     made = ["-m", "jaxreason.main", f"--config={words.config}", *changes, f"--workdir={place}"]
-    packed = source.pack(ROOT)
+    extra += ",gcs" * is_url(workdir)
     return launch.Asked(
-        name, made, packed, extra, workdir=workdir, max_restarts=FLAGS.max_restarts, keep=FLAGS.keep, fetch_to=FLAGS.fetch_to
+        *(name, made, source.pack(ROOT), extra),
+        workdir=workdir,
+        max_restarts=FLAGS.max_restarts,
+        keep=FLAGS.keep,
+        fetch_to=FLAGS.fetch_to,
     )
+
+
+def check_workdir(workdir: str, hosts: int) -> str:
+    """Return the folder of a run on some hosts, which all of them must reach.
+
+    Raises:
+      ValueError: not a folder that they share.
+    """
+    if is_url(workdir):
+        return check_url(workdir)
+    if hosts > 1 and not workdir.startswith("/"):
+        raise ValueError(
+            f"--workdir got {workdir!r} for {hosts} hosts, which share no disk; allowed: gs://BUCKET/FOLDER, or the absolute "
+            "path of a folder that all of them mount"
+        )
+    return workdir
 
 
 # --- before it costs money ---
@@ -96,22 +116,57 @@ def check_gcloud(place: gcloud.Place, world: launch.World) -> None:
         raise ValueError(unknown_name_message("--zone", place.zone, zones.out.split()))
 
 
+def check_bucket(workdir: str, world: launch.World) -> None:
+    """Raise ValueError if a run's folder is in a bucket that gcloud can't see."""
+    if is_url(workdir):
+        found = world.shell.look(gcloud.bucket(workdir))
+        if found.code != 0:
+            raise ValueError(
+                f"--workdir got {workdir!r}, and gcloud can't see its bucket: {gcloud.why(found)}; create it with gcloud "
+                "storage buckets create, or ask for roles/storage.objectAdmin"
+            )
+
+
 def plan(words: command.Words, machine: machines.Machine, say) -> None:
-    """Plan the config for the slice.
+    """Plan the config for the slice; say how it fits, and what the run costs.
 
     Raises:
       ValueError: it does not fit, or can't be planned here.
     """
     changes = [f"--config.{field}={value}" for field, value in words.changes.items()]
-    made = [sys.executable, "-m", "jaxreason.plan", f"--config={words.config}", *changes, f"--topology={machine.topology}"]
+    made = ["-m", "jaxreason.plan", f"--config={words.config}", *changes, f"--topology={machine.topology}"]
     say(f"planning for {machine.topology} (some minutes; --noplan leaves it out)")
-    done = subprocess.run([*made, "--nosearch"], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    last = next((line for line in reversed((done.stderr or done.stdout).splitlines()) if line.strip()), "")
-    if done.returncode != 0:
-        raise ValueError(
-            f"the config does not fit {machine.type}, or can't be planned: {last}; see python {shlex.join(made[1:])}"
-        )
-    say(done.stdout.rstrip())
+    options = ["--nosearch", "--json"]
+    done = subprocess.run(
+        [sys.executable, *made, *options], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, cwd=ROOT
+    )
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()] or ["it said nothing"]
+    found = next((json.loads(line) for line in lines if line.startswith("{")), None)
+    if found is None or not found["fits"]:
+        why = lines[-1] if found is None else needs(found)
+        raise ValueError(f"the config does not fit {machine.type}, or can't be planned: {why}; see python {shlex.join(made)}")
+    config = command.read(words.config, words.changes, say=lambda line: None)
+    say(f"fits {machine.type}: {needs(found)}")
+    say(run_price(found, config[found["phase"]].steps, machine))
+
+
+def needs(found: dict) -> str:
+    """Say how much memory a plan needs, of its largest stage."""
+    peak, hbm = found["peak_bytes"], found["hbm_bytes"]
+    need = "more" if peak is None else f"{peak / 2**30:.2f} GiB"
+    return f"it needs {need} of the {hbm / 2**30:.2f} GiB of a chip"
+
+
+def run_price(found: dict, steps: int, machine: machines.Machine) -> str:
+    """Say the time and price of a run, from its plan."""
+    if found["prediction"] is None:
+        return "the plan has no time for a step, so the price of the run is not known"
+    hours = found["prediction"]["step_s"] * steps / 3600
+    price = "" if machine.usd_per_hour is None else f" and ${hours * machine.usd_per_hour:,.2f} on demand"
+    return (
+        f"{steps} steps of phase {found['phase']}: about {hours:.2g} hours{price}, at {found['efficiency']:.0%} of the chips' "
+        "peak rates, which is a guess; other phases, evaluations, compiling and waiting come on top"
+    )
 
 
 def agree(machine: machines.Machine, spot: bool) -> bool:
@@ -131,11 +186,12 @@ def on_tpu(words: command.Words) -> int:
     if FLAGS.spot and FLAGS.reserved:
         raise ValueError("got --spot and --reserved; allowed: one of them")
     world = launch.World(shell.printing(print) if FLAGS.dry_run else shell.real(), lambda line: print(line, flush=True))
-    wanted = asked(words, name, "tpu")
-    if FLAGS.spot:
-        print("warning: a preempted slice loses its disk, so the run begins again on the next one")
+    wanted = asked(words, name, "tpu", machine.hosts)
+    if FLAGS.spot and not is_url(wanted.workdir):
+        print("warning: a preempted slice loses its disk, so the run begins again on the next one, unless --workdir=gs://...")
     if not FLAGS.dry_run:
         check_gcloud(place, world)
+        check_bucket(wanted.workdir, world)
         if FLAGS.plan:
             plan(words, machine, world.say)
     if not agree(machine, FLAGS.spot):
@@ -199,10 +255,12 @@ def look_at(what: str, names: Sequence[str]) -> int:
     elif what == "stop":
         print(reached.everywhere(remote.stop(name)).said)
     elif what == "fetch":
-        launch.check(
-            reached.fetch(f"{remote.folder_of(name)}/source-{found['digest']}/{found['workdir']}", FLAGS.fetch_to), "not copied"
-        )
-        print(f"the run is in {FLAGS.fetch_to}")
+        Path(FLAGS.fetch_to).mkdir(parents=True, exist_ok=True)
+        from_bucket = is_url(found["workdir"])
+        run = functools.partial(world.shell.run, gcloud.copy(found["workdir"], FLAGS.fetch_to))
+        path = launch.run_folder(name, found["workdir"])
+        launch.check(run() if from_bucket else reached.fetch(path, FLAGS.fetch_to), "not copied")
+        print(f"the run is in {FLAGS.fetch_to}/{Path(found['workdir']).name}")
     elif place is None:
         raise ValueError(f"{name} runs on {found['host']}, which is not ours to delete; allowed: a launch on TPUs")
     else:

@@ -94,6 +94,16 @@ def zones(place: Place) -> list[str]:
     ]
 
 
+def bucket(url: str) -> list[str]:
+    """Return the command that describes the bucket of a gs:// URL."""
+    return ["gcloud", "storage", "buckets", "describe", "/".join(url.split("/")[:3]), "--format=value(name)"]
+
+
+def copy(url: str, folder: str) -> list[str]:
+    """Return the command that copies a folder from a bucket into a local folder."""
+    return ["gcloud", "storage", "cp", "--recursive", url, folder]
+
+
 def state_of(result: Result) -> str:
     """Return the state in the answer of `describe`; "ABSENT" if there is no such
     resource.

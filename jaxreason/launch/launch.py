@@ -20,6 +20,7 @@ from jaxreason.launch.machines import Machine
 from jaxreason.launch.shell import Result, Shell
 from jaxreason.launch.source import Source
 from jaxreason.launch.target import Target
+from jaxreason.runtime.bucket import is_url
 
 POLL_S = 10.0  # between two looks at a machine that is coming, or at the log
 LOST_LOOKS = 3  # failed looks in a row after which the machine's own state is asked for
@@ -215,11 +216,14 @@ def on_ssh(asked: Asked, target: Target, world: World) -> int:
 
 
 def bring_home(asked: Asked, target: Target, world: World) -> None:
-    """Copy the run's folder here.
+    """Copy the run's folder here, unless it is in a bucket.
 
     Raises:
       LaunchFailed: it could not be copied; the machine that has it is then kept.
     """
+    if is_url(asked.workdir):
+        world.say(f"the run is in {asked.workdir}; see python -m jaxreason.report {asked.workdir} --out=report.html")
+        return
     path = run_folder(asked.name, asked.workdir)
     if not world.shell.dry:
         Path(asked.fetch_to).mkdir(parents=True, exist_ok=True)

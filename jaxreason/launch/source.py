@@ -1,11 +1,12 @@
 """This checkout as one archive: the files of the commit, with the changes to them and
-the new files that git does not ignore.
+the new files that git does not ignore, and the files of its submodules.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import re
 import subprocess
 import tarfile
 from pathlib import Path
@@ -28,19 +29,27 @@ def git(root: Path, *words: str) -> str:
     return done.stdout
 
 
+def ls_files(root: Path, *options: str) -> list[str]:
+    return [name for name in git(root, "ls-files", "-z", "--cached", *options).split("\0") if name]
+
+
 def pack(root: Path) -> Source:
     """Make the archive of a checkout.
 
     Raises:
-      ValueError: not a git checkout, or a submodule with changes, which no archive
-        holds.
+      ValueError: not a git checkout, or a submodule with changes or of another
+        commit.
     """
     commit = git(root, "rev-parse", "HEAD").strip()
-    dirty = [line[1:].split()[1] for line in git(root, "submodule", "status", "--recursive").splitlines() if line[:1] in "+-U"]
-    if dirty:
-        raise ValueError(f"submodule {dirty[0]} is not at the commit that is recorded; commit it, or git submodule update")
-    listed = git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
-    files = sorted({name for name in listed if name and (root / name).is_file()})
+    listed = ls_files(root, "--others", "--exclude-standard")
+    for line in git(root, "submodule", "status", "--recursive").splitlines():
+        path = re.sub(r" \([^()]*\)$", "", line[1:].partition(" ")[2])
+        if line[:1] in "+-U":
+            raise ValueError(f"submodule {path} is not at the commit that is recorded; commit it, or git submodule update --init")
+        if git(root / path, "status", "--porcelain"):
+            raise ValueError(f"submodule {path} has changes; commit them, or git -C {path} stash")
+        listed += [f"{path}/{name}" for name in ls_files(root / path)]
+    files = sorted({name for name in listed if (root / name).is_file()})
     changed = tuple(sorted({line[3:] for line in git(root, "status", "--porcelain", "-z", "--no-renames").split("\0") if line}))
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode="w:gz", compresslevel=6) as tar:

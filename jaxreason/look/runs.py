@@ -7,6 +7,7 @@ a folder without `metrics.jsonl` is refused. Numbers that are not finite are lef
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxreason.look.figures import LARGEST
+from jaxreason.runtime.bucket import is_url
 from jaxreason.runtime.ledger import KINDS
-from jaxreason.runtime.workdir import flat, json_object, saved_at
+from jaxreason.runtime.workdir import checkpoints_of, flat, json_object, saved_at
 from jaxreason.types import Evaluation
 
 ASIDE = re.compile(r"metrics\.jsonl\.\d+")
@@ -67,6 +69,17 @@ def number(value: Any) -> float | int | None:
 
 def mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def folder_of(word: str) -> Path:
+    """Return the folder of a run that a user named; of a gs:// URL a local copy of its
+    records.
+    """
+    if not is_url(word):
+        return Path(os.path.expanduser(word))
+    from jaxreason.runtime.mirror import local  # imports jax
+
+    return local(word)
 
 
 def read_run(folder: Path) -> Run:
@@ -202,7 +215,7 @@ def read_environment(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]
     if found := mapping(summary.get("environment")):
         return flat(found)
     for step in reversed(saved_at(folder)):
-        host = mapping(json_object(folder / "checkpoints" / str(step) / "host" / "metadata")).get("host")
+        host = mapping(json_object(checkpoints_of(folder) / str(step) / "host" / "metadata")).get("host")
         found = {name: mapping(host).get(name) for name in ("versions", "revision", "revisions")}
         if any(found.values()):
             return {name: value for name, value in flat(found).items() if value}

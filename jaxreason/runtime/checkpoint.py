@@ -41,6 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxreason.runtime import processes
+from jaxreason.runtime.bucket import is_url, remote
 from jaxreason.runtime.workdir import free_name
 
 # Read errors that are not the checkpoint's fault: a checkpoint must not be set aside
@@ -60,8 +61,8 @@ class Checkpoints:
     `jax.ShapeDtypeStruct`s, with the shardings to restore to.
     """
 
-    def __init__(self, folder: str, ocp, manager, *, every_steps: int, keep_best: str | None, read_only: bool):
-        self.folder, self.ocp, self.manager = folder, ocp, manager
+    def __init__(self, folder: str, ocp, manager, *, every_steps: int, keep_best: str | None, read_only: bool, before_save):
+        self.folder, self.ocp, self.manager, self.before_save = folder, ocp, manager, before_save
         self.every_steps, self.keep_best, self.read_only = every_steps, keep_best, read_only
         self.failures: list[str] = []  # failed saves that `failure` has not returned yet
         self.missed: set[int] = set()  # steps whose checkpoints `gone` has already reported
@@ -88,9 +89,15 @@ class Checkpoints:
         metrics = None if self.keep_best is None else {"best": score(host, self.keep_best)}
         self.wait()  # for the previous save: its failure must not be reported as this one's
         self.sweep()
-        # Without `force`, orbax silently skips a step that is not newer than the last
-        # one.
-        self.attempt(step, lambda: self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True))
+
+        def save() -> None:
+            if self.before_save is not None:
+                processes.on_all_processes(self.before_save)
+            # Without `force`, orbax silently skips a step that is not newer than the
+            # last one.
+            self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+
+        self.attempt(step, save)
 
     def wait(self) -> None:
         """Wait until all saves have completed or failed."""
@@ -157,8 +164,8 @@ class Checkpoints:
     def set_aside(self, step: int) -> None:
         """Rename a damaged checkpoint so that `steps` no longer lists it."""
         if processes.writes():
-            path = Path(self.folder, f"{step}.damaged")
-            Path(self.folder, str(step)).rename(free_name(path) if path.exists() else path)
+            path = path_of(self.folder) / f"{step}.damaged"
+            (path_of(self.folder) / str(step)).rename(free_name(path) if path.exists() else path)
         processes.gather(None)  # a barrier: no process continues before the rename
         self.manager.reload()
 
@@ -239,6 +246,7 @@ def open_checkpoints(
     keep_every_steps: int | None = None,  # also keep checkpoints whose step is a multiple of this; None: none
     keep_best: str | None = None,  # name of a suite, whose best checkpoint is kept too
     read_only: bool = False,
+    before_save: Callable[[], None] | None = None,  # called before each save, which fails if it raises OSError
 ) -> Checkpoints:
     """Open the checkpoints in `folder`.
 
@@ -264,7 +272,7 @@ def open_checkpoints(
     folder = _absolute(folder)
     if not read_only:
         check_writable(folder)
-    elif "://" not in folder and not os.path.isdir(folder):
+    elif not path_of(folder).is_dir():
         raise ValueError(f"no checkpoints at {folder}; give the folder `checkpoints` of a run")
     ocp = _import_orbax()
     policy = ocp.checkpoint_managers.preservation_policy
@@ -293,7 +301,9 @@ def open_checkpoints(
         ),
     )
 
-    return Checkpoints(folder, ocp, manager, every_steps=every_steps, keep_best=keep_best, read_only=read_only)
+    return Checkpoints(
+        folder, ocp, manager, every_steps=every_steps, keep_best=keep_best, read_only=read_only, before_save=before_save
+    )
 
 
 def score(host: dict, suite: str) -> float:
@@ -358,7 +368,7 @@ def saved_steps(folder: str | os.PathLike) -> list[int]:
     """Return the steps of the complete checkpoints in `folder`, oldest first; an empty
     list if the folder is missing.
     """
-    if not os.path.isdir(folder):
+    if not path_of(folder).is_dir():
         return []
     with closing(open_checkpoints(folder, read_only=True)) as checkpoints:
         return sorted(checkpoints.steps())
@@ -406,6 +416,11 @@ def _check_fit(name: str, saved: dict[str, str], wanted: dict[str, str]) -> None
         there, here = saved.get(path, "missing"), wanted.get(path, "missing")
         if there != here:
             raise ValueError(f"{name} does not fit: {path} is {there} there and {here} here; use the config it was saved with")
+
+
+def path_of(folder: str | os.PathLike) -> Any:
+    """Return a local path, or one in a bucket with the same methods."""
+    return remote(os.fspath(folder)) if is_url(folder) else Path(folder)
 
 
 def _absolute(folder: str | os.PathLike) -> str:

@@ -25,8 +25,9 @@ import jax
 
 from jaxreason import sharding
 from jaxreason.model import ModelConfig, lora, transformer, weights
-from jaxreason.runtime import processes
+from jaxreason.runtime import mirror, processes
 from jaxreason.runtime.checkpoint import open_checkpoints, saved_steps
+from jaxreason.runtime.workdir import checkpoints_of
 
 # Config fields that may differ without changing the function that the same params
 # compute.
@@ -49,12 +50,12 @@ def find(path: str | os.PathLike, step: int | None = None) -> Origin:
     Raises:
       ValueError, FileNotFoundError: the path is none of these, or lacks that step.
     """
-    folder = Path(os.path.abspath(os.path.expanduser(path)))
+    folder = Path(os.path.abspath(mirror.local(path)))
     if folder.parent.name == "checkpoints" and folder.name.isdecimal() and step is None:
         folder, step = folder.parents[1], int(folder.name)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
-    file, run = folder / "config.json", (folder / "checkpoints").is_dir()
+    file, run = folder / "config.json", checkpoints_of(folder).is_dir()
     config = read_json(file) if file.is_file() else {}
     if not run and "model_type" in config and step is None:
         return Origin(folder, None, config)
@@ -65,7 +66,7 @@ def find(path: str | os.PathLike, step: int | None = None) -> Origin:
         )
     if not all(isinstance(config[name], dict) for name in ("model", "text")):
         raise ValueError(f"{file} is no config of a run: its model and its text must be objects")
-    steps = saved_steps(folder / "checkpoints")
+    steps = saved_steps(checkpoints_of(folder))
     if not steps:
         raise ValueError(f"{folder} has no complete checkpoint yet; a run writes one every checkpoint.every_steps and at its end")
     if step is not None and step not in steps:
@@ -103,7 +104,7 @@ def check(origin: Origin, theirs: ModelConfig, mine: ModelConfig) -> str:
         weights.check(origin.folder, theirs)
         said = [f"params of {origin.folder}"]
     else:
-        with closing(open_checkpoints(origin.folder / "checkpoints", read_only=True)) as checkpoints:
+        with closing(open_checkpoints(checkpoints_of(origin.folder), read_only=True)) as checkpoints:
             checkpoints.check_params(origin.step, params_of(theirs))
         said = [f"params of step {origin.step} of {origin.folder}"]
     if theirs.lora and not mine.lora:
@@ -150,7 +151,7 @@ def restore(origin: Origin, theirs: ModelConfig, mine: ModelConfig, placed, fres
     if not merges:  # read each array with the dtype and sharding of this model, which may have it under "frozen"
         wanted = wanted | wanted.get("frozen", {})
         there = {name: wanted.get(name, branch) for name, branch in there.items()}
-    with closing(open_checkpoints(origin.folder / "checkpoints", read_only=True)) as checkpoints:
+    with closing(open_checkpoints(checkpoints_of(origin.folder), read_only=True)) as checkpoints:
         params = checkpoints.restore_params(origin.step, there)
     if mine.lora is not None and theirs.lora is None:
         params["frozen"] = {name: params.pop(name) for name in placed["frozen"]}

@@ -23,6 +23,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+from jaxreason.runtime.bucket import remote
 
 RESUME = ("auto", "must", "never")
 # Config fields that only decide when something is written or measured, or how the same
@@ -47,6 +50,7 @@ RECORDS = (
     "tracker.json",
     "wandb",
 )
+POINTER = "bucket.json"  # in a mirror of a folder in a bucket: {"url": ...}, where its checkpoints are
 WRITTEN_OVER = ("config.json", "lock", "tensorboard")  # existing files that must be writable when a run starts
 BEAT_S = 10.0  # interval at which a run touches its lock
 
@@ -70,16 +74,28 @@ def json_object(path: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        found = json.loads(path.read_bytes().decode(errors="replace"))
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
 
+def checkpoints_of(folder: Path) -> Any:
+    """Return the folder of a run's checkpoints. That of a mirror is in the bucket, and
+    has the methods of a `Path` (see `runtime.mirror`).
+    """
+    if (found := json_object(folder / POINTER)) is None:
+        return folder / "checkpoints"
+    return remote(found["url"]) / "checkpoints"
+
+
 def saved_at(folder: Path) -> list[int]:
     """Return the steps of a run's checkpoints, complete or damaged, oldest first."""
-    found = (folder / "checkpoints").glob("*") if (folder / "checkpoints").is_dir() else ()
-    return sorted(int(path.name) for path in found if re.fullmatch(r"0|[1-9]\d*", path.name) and path.is_dir())
+    there = checkpoints_of(folder)
+    named = [path for path in there.iterdir() if re.fullmatch(r"0|[1-9]\d*", path.name)] if there.is_dir() else []
+    if "://" in str(there):  # a folder in a bucket has its name before it is complete
+        return sorted(int(path.name) for path in named if (path / "commit_success.txt").is_file())
+    return sorted(int(path.name) for path in named if path.is_dir())
 
 
 def looks_whole(checkpoint: Path) -> bool:
@@ -170,7 +186,7 @@ def check_steps(folder: Path, steps: int) -> None:
 
     Incomplete checkpoints don't count: `train` sets them aside.
     """
-    saved = [step for step in saved_at(folder) if looks_whole(folder / "checkpoints" / str(step))]
+    saved = [step for step in saved_at(folder) if looks_whole(checkpoints_of(folder) / str(step))]
     if saved and saved[-1] > steps:
         raise ValueError(
             f"{folder} has a checkpoint of step {saved[-1]}, and the phases have {steps} steps in all; raise the steps of a "
@@ -190,7 +206,8 @@ def check_kinds(folder: Path) -> None:
 
 def check_is_new(folder: Path, resume: str) -> None:
     """Raise ValueError if the folder must have checkpoints, or once had some."""
-    damaged = [path.name for path in (folder / "checkpoints").glob("*.damaged*")]
+    there = checkpoints_of(folder)
+    damaged = [path.name for path in there.glob("*.damaged*")] if there.is_dir() else []
     last = (json_object(folder / "summary.json") or {}).get("saved")
     if damaged or last:
         only = f"only damaged checkpoints ({', '.join(sorted(damaged))})"
@@ -212,7 +229,7 @@ def recorded_config(folder: Path, saved: Sequence[int], say: Callable[[str], Non
         return found
     what = "is no config of a run" if path.is_file() else "is missing"
     for step in reversed(saved):
-        held = (json_object(folder / "checkpoints" / str(step) / "host" / "metadata") or {}).get("host")
+        held = (json_object(checkpoints_of(folder) / str(step) / "host" / "metadata") or {}).get("host")
         if isinstance(held, dict) and isinstance(held.get("config"), dict):
             say(f"{path} {what}; written anew, after a comparison with the config in the checkpoint of step {step}")
             return held["config"]
@@ -288,9 +305,9 @@ def flat(tree, prefix: str = "") -> dict:
     return {key: value for name, branch in tree.items() for key, value in flat(branch, f"{prefix}{name}.").items()}
 
 
-def lock(folder: Path, say: Callable[[str], None], flag: str = "--workdir") -> Callable[[], None]:
+def lock(folder: Path, say: Callable[[str], None], flag: str = "--workdir", name: str = "") -> Callable[[], None]:
     """Take the lock of a folder, which `flag` named, and return a function that
-    releases it.
+    releases it. Messages call the folder `name`, if that is given.
 
     Raises:
       ValueError: another run holds the lock.
@@ -306,9 +323,9 @@ def lock(folder: Path, say: Callable[[str], None], flag: str = "--workdir") -> C
         held = True
     if held:
         file.close()
-        raise ValueError(f"{folder} is in use by {holder}; wait for it or stop it, or choose another {flag}")
+        raise ValueError(f"{name or folder} is in use by {holder}; wait for it or stop it, or choose another {flag}")
     if holder:
-        say(f"the lock of {folder} was left by {holder}, which has died; taking it over")
+        say(f"the lock of {name or folder} was left by {holder}, which has died; taking it over")
     file.truncate(0)
     file.write(f"host {socket.gethostname()}, pid {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     file.flush()

@@ -1,0 +1,47 @@
+"""Paths in buckets of Google Cloud Storage, gs://BUCKET/FOLDER, through etils' `epath`
+with gcsfs (extra `gcs`), as orbax reads them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+SCHEME = "gs://"
+
+
+def is_url(path: str | os.PathLike) -> bool:
+    return "://" in os.fspath(path)
+
+
+def check_url(url: str) -> str:
+    """Return the URL of a folder in a bucket, without slashes at its end.
+
+    Raises:
+      ValueError: it does not name such a folder.
+    """
+    bucket, _, path = url.removeprefix(SCHEME).partition("/")
+    if not url.startswith(SCHEME) or not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", bucket) or not path.strip("/"):
+        raise ValueError(f"got {url!r}; allowed: {SCHEME}BUCKET/FOLDER, or a folder of this machine")
+    if re.search(r"[#?*\[\]\s]", path) or any(part in ("", ".", "..") for part in path.rstrip("/").split("/")):
+        raise ValueError(f"got {url!r}; allowed in its folder: no spaces, none of #?*[], and no empty part, . or ..")
+    return url.rstrip("/")
+
+
+def remote(url: str) -> Any:
+    """Return an `epath.Path`, which has the methods of `pathlib.Path`.
+
+    Raises:
+      ValueError: gcsfs is not installed.
+    """
+    try:
+        import fsspec
+        import gcsfs  # noqa: F401 (the file system behind epath)
+        from etils import epath
+    except ImportError:
+        raise ValueError(f"{url} needs the package gcsfs: pip install gcsfs") from None
+
+    # A listing that is kept would hide what orbax and other hosts write.
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+    return epath.Path(url)

@@ -1,0 +1,254 @@
+"""A run in a bucket: its records and checkpoints get there, and a new machine continues
+from them. The bucket is a stand-in (`fake_gcs`), the libraries are the real ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import fake_gcs
+import jax
+import numpy as np
+import pytest
+from runs import HANG_S, ROOT, SMOKE, finish, maths, params_of, read_lines, start, train_command, xla_flags
+
+pytest.importorskip("gcsfs")
+
+from jaxreason.runtime import bucket, workdir
+from jaxreason.runtime.mirror import local, mirrored
+
+URL = f"gs://{fake_gcs.NAME}/runs/one"
+COMMAND = (f"--config={SMOKE}", "--config.checkpoint.every_steps=1", "--config.checkpoint.keep=3")
+
+
+@pytest.fixture(scope="module")
+def server():
+    with fake_gcs.serving() as (there, environment), pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield there, environment
+
+
+@pytest.fixture
+def there(server, tmp_path, monkeypatch):
+    """Return the bucket, empty, as it is seen from an empty machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found, _ = server
+    found.objects.clear()
+    found.fails = lambda method, path: None
+    return found
+
+
+def begin(cache: Path, *more: str, url: str | Path = URL) -> subprocess.Popen:
+    environment = {"XLA_FLAGS": xla_flags(1), "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(cache)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "jaxreason.main", *COMMAND, f"--workdir={url}", *more],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def ended(process: subprocess.Popen) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=HANG_S)
+    return process.returncode, output
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    (step, state), (wanted_step, wanted) = params_of(found), params_of(expected)
+    assert step == wanted_step
+    jax.tree.map(np.testing.assert_array_equal, state, wanted)
+    assert maths(found) == maths(expected)
+    assert read_lines(found / "rollouts.jsonl") == read_lines(expected / "rollouts.jsonl")
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (found, expected)]
+    assert summaries[0]["evaluations"] == summaries[1]["evaluations"]
+    assert all(each["done"] for each in summaries)
+
+
+def to_files(there: fake_gcs.Bucket, folder: Path) -> Path:
+    """Write all objects of the run as files."""
+    for name, (contents, _) in there.objects.items():
+        path = folder / name.removeprefix("runs/one/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(contents)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_killed_anywhere_and_resumed_on_a_new_machine_is_uninterrupted(there, tmp_path):
+    """A SIGKILL comes while a checkpoint is written, between the records and the
+    checkpoint, after the checkpoint, and while records are copied. Each process finds an
+    empty home.
+    """
+    assert ended(begin(tmp_path / "local", url=tmp_path / "whole"))[0] == 0
+    points = ["checkpoints/1/", "checkpoints/2/host", "checkpoints/4/commit_success", "rollouts.jsonl", "checkpoints/6/state"]
+    for number, point in enumerate(points):
+        running: list[subprocess.Popen] = []
+
+        def kill(method: str, path: str, point=point, running=running) -> None:
+            if method == "POST" and point in path and running:
+                running[0].send_signal(signal.SIGKILL)
+                running.clear()
+
+        there.fails = kill
+        running.append(process := begin(tmp_path / f"machine{number}"))
+        code, output = ended(process)
+        assert code == -signal.SIGKILL, f"{point}: {output}"
+    there.fails = lambda method, path: None
+    code, output = ended(begin(tmp_path / "last"))
+    assert code == 0, output
+    assert "going on from step" in output
+    assert f"{URL}/summary.json" in output
+    assert_same_run(to_files(there, tmp_path / "found"), tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_two_processes_write_one_run(there, tmp_path):
+    command = train_command(SMOKE, URL)
+    for code, error, output in finish(start(command, 2, 1, XDG_CACHE_HOME=str(tmp_path) + "/host{process}")):
+        assert code == 0, error + output
+    whole = to_files(there, tmp_path / "found")
+    assert json.loads((whole / "summary.json").read_text())["done"]
+    assert params_of(whole)[0] == 6
+
+
+@pytest.mark.process
+def test_tools_read_a_run_in_a_bucket(there, tmp_path, monkeypatch):
+    code, output = ended(begin(tmp_path / "trains"))
+    assert code == 0, output
+    assert "lock" not in {name.rpartition("/")[2] for name in there.objects}
+    monkeypatch.chdir(tmp_path)
+    environment = os.environ | {"XLA_FLAGS": xla_flags(1), "PYTHONPATH": str(ROOT)}
+    commands = [
+        ["jaxreason.view", URL],
+        ["jaxreason.report", URL, "--out=page.html"],
+        ["jaxreason.export", URL, "exported"],
+        ["jaxreason.export", f"{URL}/checkpoints/5", "exported5"],
+        ["jaxreason.evaluate", f"--checkpoint={URL}", "--n=4", "--workdir=evaluated"],
+        ["jaxreason.main", f"--config={SMOKE}", f"--config.init_from={URL}", "--workdir=next"],
+    ]
+    for command in commands:
+        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, env=environment, timeout=HANG_S)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "page.html").exists()
+    assert (tmp_path / "exported5" / "model.safetensors").exists()
+
+
+# --- the parts, in this process ---
+
+
+def said() -> tuple[list[str], object]:
+    lines: list[str] = []
+    return lines, lines.append
+
+
+def test_records_are_copied_when_they_changed(there, tmp_path):
+    lines, say = said()
+    with mirrored(URL, say) as (folder, mirror):
+        (folder / "metrics.jsonl").write_text("1\n")
+        (folder / "tensorboard").mkdir()
+        (folder / "tensorboard" / "events").write_text("x")
+        mirror.send()
+        held = dict(there.objects)
+        assert {"runs/one/metrics.jsonl", "runs/one/tensorboard/events", "runs/one/lock"} == held.keys()
+        mirror.send()
+        assert there.objects == held
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write("2\n")
+    assert there.objects["runs/one/metrics.jsonl"][0] == b"1\n2\n"
+    assert there.objects["runs/one/tensorboard/events"] == held["runs/one/tensorboard/events"]
+    assert "runs/one/lock" not in there.objects
+    assert lines == []
+    with mirrored(URL, say) as (again, _):
+        assert (again / "metrics.jsonl").read_text() == "1\n2\n"
+        assert (again.with_name("run.old") / "metrics.jsonl").exists()
+    assert local(URL).joinpath("metrics.jsonl").read_text() == "1\n2\n"
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3://bucket/run", "gs://bucket", "gs://bucket/", "gs:///run", "gs://B/run", "gs://bucket/a//b", "gs://bucket/../x",
+     "gs://bucket/a b", "gs://bucket/a#1", "gs://bucket/a*"],
+)  # fmt: skip
+def test_other_urls_are_refused(url):
+    with pytest.raises(ValueError, match="allowed"):
+        bucket.check_url(url)
+
+
+def test_a_bucket_that_cannot_be_written_is_named_in_one_line(there):
+    there.fails = lambda method, path: 403 if method == "POST" else None
+    with pytest.raises(ValueError, match=rf"can't use {URL}: .*403") as error, mirrored(URL, print):
+        pass
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="can't use gs://nobody/run"), mirrored("gs://nobody/run", print):
+        pass
+    there.fails = lambda method, path: None
+    with pytest.raises(FileNotFoundError, match="no folder gs://bucket/runs/none"):
+        local("gs://bucket/runs/none")
+
+
+def test_a_lock_of_another_host_is_watched(there, monkeypatch):
+    monkeypatch.setattr(workdir, "BEAT_S", 0.2)
+    lines, say = said()
+    there.put("runs/one/lock", b"host elsewhere, pid 3, since then, beat 0")
+    with mirrored(URL, say):
+        assert socket.gethostname() in there.objects["runs/one/lock"][0].decode()
+    assert "is of another host" in lines[0]
+    assert "which has died; taking it over" in lines[1]
+
+    alive = threading.Event()
+
+    def beat() -> None:
+        number = 0
+        while not alive.wait(0.05):
+            number += 1
+            there.put("runs/one/lock", f"host elsewhere, pid 3, since then, beat {number}".encode())
+
+    there.put("runs/one/lock", b"host elsewhere, pid 3, since then, beat 0")
+    threading.Thread(target=beat, daemon=True).start()
+    with pytest.raises(ValueError, match=f"{URL} is in use by host elsewhere, pid 3"), mirrored(URL, say):
+        pass
+    alive.set()
+
+
+def test_a_run_ends_when_another_takes_its_folder_over(there, monkeypatch):
+    monkeypatch.setattr(workdir, "BEAT_S", 0.05)
+    lines, say = said()
+    with mirrored(URL, say) as (folder, mirror):
+        (folder / "config.json").write_text("{}")
+        there.put("runs/one/lock", b"host elsewhere, pid 3, since then, beat 0")
+        mirror.threads[0].join(HANG_S)
+        with pytest.raises(workdir.Moved, match=f"{URL} was taken over by host elsewhere"):
+            mirror.send()
+    assert "runs/one/config.json" not in there.objects  # it is the other run's folder now
+    assert there.objects["runs/one/lock"][0].startswith(b"host elsewhere")
+    assert str(folder) in lines[-1]
+
+
+def test_two_runs_of_one_host_do_not_share_a_folder(there):
+    with mirrored(URL, print), pytest.raises(ValueError, match=f"{URL} is in use by"), mirrored(URL, print):
+        pass
+
+
+def test_errors_name_the_bucket_and_not_the_mirror(there):
+    with pytest.raises(ValueError, match=f"^{URL}/config.json is bad$"), mirrored(URL, print) as (folder, _):
+        raise ValueError(f"{folder}/config.json is bad")
+
+
+def test_an_incomplete_checkpoint_is_no_checkpoint(there):
+    with mirrored(URL, print) as (folder, _):
+        there.put("runs/one/checkpoints/3/host/metadata", b"{}")
+        assert workdir.saved_at(folder) == []
+        there.put("runs/one/checkpoints/3/commit_success.txt", b"")
+        assert workdir.saved_at(folder) == [3]
