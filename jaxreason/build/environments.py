@@ -63,17 +63,23 @@ def warn_of_idle_penalty(verifier: Mapping[str, Any], most: int, say: Callable[[
         )
 
 
-def make_unjudged(section: Mapping[str, Any] | None, parts: Parts) -> Made:
-    """Make the environment of questions whose answer is not known, and the format of
-    their prompts: the tools of a section, if it has any, answer the model's calls.
+def unjudged(text: str, task: Task) -> Verdict:
+    """Return the verdict of an answer that is not judged: it names the answer."""
+    return Verdict(0.0, False, text, "not judged")
 
-    Nothing is judged, so nothing is tried again either. The text of the last turn is
-    the answer that its verdicts name.
+
+def make_unjudged(section: Mapping[str, Any] | None, parts: Parts, verify: Callable[[str, Task], Verdict] = unjudged) -> Made:
+    """Make the environment of questions that the config's verifier does not judge, and
+    the format of their prompts: the tools of a section, if it has any, answer the
+    model's calls.
+
+    Nothing is tried again: the section's `retry` is left out. `verify` judges the text
+    of the last turn.
 
     Raises:
       ValueError: as `make_environment`.
     """
-    made = Made(judged_once(lambda text, task: Verdict(0.0, False, text, "not judged")), parts.format)
+    made = Made(judged_once(verify), parts.format)
     while section is not None and section.get("name") in ("retry", "single_turn"):
         section = section.get("inside")
     if section is None or section.get("name") != "with_tools":
