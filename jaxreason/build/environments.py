@@ -152,6 +152,7 @@ def tools_section(
     dialect: str = "auto",  # how calls are written: brackets, angles, tags, hermes, llama3; auto: by the chat template
     max_calls: int = 8,  # calls per rollout, at most
     max_tool_tokens: int = 256,  # tokens of a result, at most; a longer one is cut in its middle
+    describe: bool | None = None,  # whether a chat's prompt tells of the tools; None: with hermes and llama3
     inside: dict | None = None,  # environment that judges turns without calls; None: a single turn
 ) -> Made:
     """Answer the tool calls that the model writes."""
@@ -164,12 +165,35 @@ def tools_section(
         made = with_tools(judged.environment, made_tools, chosen, max_calls=max_calls, fit=fit)
     except ValueError as error:
         raise ValueError(f"{WHERE}: {error}") from None
-    if not chosen.role:
+    format = format_with_tools(judged.format, made_tools, chosen, describe, parts, words)
+    if chosen.role:
+        check_reply(format, parts.tokenizer, chosen.role)
+    else:
         check_encodes(parts.tokenizer, chosen.write("1", False), chosen.write("", True))
-        return judged._replace(environment=made)
-    format = parts.reword(**words, tools=[schema(tool) for tool in made_tools], described=described(made_tools, chosen))
-    check_reply(format, parts.tokenizer, chosen.role)
     return judged._replace(environment=made, format=format)
+
+
+def format_with_tools(
+    format: text.Format, made_tools: Sequence[tools.Tool], dialect: Dialect, describe: bool | None, parts: Parts, words: dict
+) -> text.Format:
+    """Return the format whose prompts tell of tools, if they should.
+
+    Raises:
+      ValueError: they should, and there is no chat.
+    """
+    chats = format.reply is not None
+    if describe and not chats:
+        raise ValueError(f"{WHERE}.describe got True, which needs text.format='chat'; describe the tools in text.instruction")
+    if describe is None and chats and not dialect.role:
+        parts.say(
+            "note: no prompt tells the model of its tools, as it may know them from demonstrations or text.instruction; "
+            "environment.describe=True tells it, False drops this note"
+        )
+    if not (dialect.role != "" if describe is None else describe):
+        return format
+    told = described(made_tools, dialect)
+    # Templates describe calls in their own dialect, not in those of the text.
+    return parts.reword(**words, tools=[schema(tool) for tool in made_tools] if dialect.role else (), described=told)
 
 
 make_tools = tools.make_all

@@ -66,9 +66,9 @@ def programs(
 
 
 def mbpp(
-    split: str = "train",
-    limit: int | None = None,
-    revision: str | None = None,
+    split: str = "train",  # split, by the name that the data set gives it
+    limit: int | None = None,  # maximum number of tasks
+    revision: str | None = None,  # a commit, branch or tag of the data set; None: main
     visible: int | None = None,  # tests that pay and are shown, at most; the others become hidden ones; None: all
 ) -> Sequence[Task]:
     """Load MBPP, short Python problems with three tests each (Austin et al., 2021,
@@ -80,7 +80,10 @@ def mbpp(
     return from_hub("google-research-datasets/mbpp", "full", split, revision, MBPP, limit, visible)
 
 
-def humaneval(limit: int | None = None, revision: str | None = None) -> Sequence[Task]:
+def humaneval(
+    limit: int | None = None,  # maximum number of tasks
+    revision: str | None = None,  # a commit, branch or tag of the data set; None: main
+) -> Sequence[Task]:
     """Load HumanEval, 164 Python functions to complete (Chen et al., 2021, arXiv
     2107.03374), for evaluation.
 
