@@ -8,6 +8,8 @@ import pytest
 
 from jaxreason import tasks, verify
 from jaxreason.build.suites import read_suites
+from jaxreason.build.tasks import check_keys
+from jaxreason.types import Task
 
 OWN = {
     "question": "Write f, which doubles.",
@@ -103,3 +105,21 @@ def test_any_file_may_bring_data_for_a_verifier(tmp_path):
     assert task.data == {"tests": ("assert f() == 1",), "entry_point": "f"}
     with pytest.raises(ValueError, match=r"a.jsonl:1: unknown field 'tt'"):
         tasks.load("jsonl", path=path, data={"tests": "tt"})
+
+
+@pytest.mark.parametrize(
+    ("verifier", "row", "message"),
+    [
+        ("code", OWN | {"tests": ["assert ("]}, "the first is that of task 'a/1', which has no answer but tests"),
+        ("number", OWN, "the first is that of task 'a/1', which has no answer but tests"),
+    ],
+)
+def test_a_verifier_that_can_not_judge_a_program_is_named(tmp_path, verifier, row, message):
+    items = tasks.load("programs", path=write(tmp_path / "a.jsonl", row))
+    with pytest.raises(ValueError, match=f"can't judge 1 of 1 keys; {message}"):
+        check_keys(items, {"name": verifier}, "source", print)
+
+
+def test_a_task_without_tests_is_told_where_they_come_from():
+    with pytest.raises(ValueError, match=r"task 'q/1' has \[\]; the task 'programs' reads them from a file"):
+        verify.make("code", sandbox="rlimits")("def f(): pass", Task("q", "1", id="q/1"))

@@ -205,6 +205,13 @@ def test_a_folder_without_text_is_refused(tmp_path):
         tools.make("search", folder="~nobody_of_this_name/x")
 
 
+def test_an_index_is_made_in_silence(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("The heron is blue.")
+    caplog.set_level("DEBUG")
+    assert "blue" in call(tools.make("search", folder=str(tmp_path)), query="heron").text
+    assert not [record for record in caplog.records if record.name.startswith("bm25s")]
+
+
 def test_long_files_are_split(tmp_path):
     (tmp_path / "long.txt").write_text(" ".join(f"word{i}" for i in range(1000)))
     found = call(tools.make("search", folder=str(tmp_path), words=20), query="word777").text
