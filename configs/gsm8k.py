@@ -11,7 +11,8 @@ attempt that is cut off at its limit gets no reward (`must_finish`). `model` rep
 the model of `size` by a named size (smollm2_135m, qwen2.5_7b, ...), a Hugging Face id
 or a folder. `sft=STEPS` imitates the worked solutions for so many steps before RL.
 `tool=calculator` answers `<<3*4=` in the model's text by `12>>`, as in the worked
-solutions of the data set; with `sft` the model learns from them to write such calls.
+solutions of the data set; with `sft` the model learns from them to write such calls,
+without it the system message describes them.
 Not yet run on an accelerator.
 
 `size` chooses the model and its mesh, for TPU v5e chips of 16 GB (one GPU: add
@@ -92,7 +93,8 @@ def get_config(arg: str = "") -> ConfigDict:
     }
     config.verifier = {"name": "number", "must_finish": True}
     if options.tool == "calculator":
-        config.environment = {"name": "with_tools", "tools": ("calculator",), "dialect": "angles", "max_calls": 12}
+        tool = {"name": "with_tools", "tools": ("calculator",), "dialect": "angles", "max_calls": 12}
+        config.environment = {**tool, "describe": not options.sft}
     config.sharding = {"mesh": {"data": -1, **mesh}, "sampling_devices": 0}
     config.phases = ("sft", "rl") if options.sft else ("rl",)
     if options.sft:

@@ -22,6 +22,8 @@ import numpy as np
 
 from jaxreason import batching, build, learner, metrics, objectives, sharding, sources
 from jaxreason import optimizer as optimizers
+from jaxreason.build.environments import Made, make_unjudged, unjudged
+from jaxreason.build.tasks import Parts
 from jaxreason.draw import TEMPERATURES, is_temperature
 from jaxreason.environment import single_turn, verifier_failed
 from jaxreason.learner import name_metrics, new_state
@@ -45,6 +47,7 @@ class Policy(NamedTuple):
     mesh: jax.sharding.Mesh
     state: TrainState  # `opt_state` is None before the first train step
     learning: tuple | None = None  # fields of the objective and optimizer that made `state.opt_state`
+    playing: Callable[[Callable], Made] | None = None  # from a verifier to the environment and its prompts; None: a single turn
 
     @property
     def params(self) -> Any:
@@ -66,6 +69,7 @@ def load(
     seed: int = 0,
     model: Mapping[str, Any] | None = None,
     text: Mapping[str, Any] | None = None,
+    environment: Mapping[str, Any] | None = None,
 ) -> Policy:
     """Load a model to sample from and to train.
 
@@ -82,43 +86,84 @@ def load(
         fields.
       text: fields of a config's `text` section. By default the chat template with the
         unchanged question; a run keeps its own fields.
+      environment: a config's `environment` section with tools, such as {"name":
+        "with_tools", "tools": ("python",)}; `sample` answers the model's calls. By
+        default that of the run, or none; {"name": "single_turn"} takes a run's tools
+        away.
 
     Raises:
       ValueError, FileNotFoundError: no such model, or fields that do not fit it.
     """
     check_types(load, path=path, max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, slots=slots, mesh=mesh, seed=seed)
-    check_types(load, model=model, text=text)
+    check_types(load, model=model, text=text, environment=environment)
     if not os.fspath(path):
         raise ValueError("load: path got ''; allowed: a Hugging Face id, a named size, or a folder")
     sizes = {"data": 1} if mesh is None else dict(mesh)
     fields.check(build.section(sharding.make_mesh, "devices")(sizes), sizes, "mesh")
     devices = jax.devices()[: None if -1 in sizes.values() else max(1, math.prod(sizes.values()))]
     placed = call_with_section(sharding.make_mesh, sizes, "mesh", devices=devices)
-    described = describe(path, model or {}, text or {}, devices[0].platform)
+    described, reword, own = describe(path, model or {}, text or {}, devices[0].platform)
     check_vocabulary(described.tokenizer, described.shape)
     build.check_size(described.shape, placed.devices)
     made = transformer(described.shape, placed)
     words = {"tokenizer": described.tokenizer, "format": described.format}
     limits = {"slots": slots, "max_prompt_tokens": max_prompt_tokens, "max_tokens": max_tokens}
     completer = build.make_completer(model=made, mesh=placed, processes=1, **words, **limits)
+    if environment is not None and environment.get("name") not in PLAYED:
+        raise ValueError(f"load: environment got name={environment.get('name')!r}; allowed: {' or '.join(PLAYED)}")
+    playing = player(own if environment is None else environment, described.tokenizer, described.format, reword)
     say_once(f"loading {path}", completer.sampler)
     params = build.init_params(made, described.load, seed, placed)
-    return Policy(made, **words, completer=completer, mesh=placed, state=TrainState(params, None, jnp.int32(0)))
+    return Policy(made, **words, completer=completer, mesh=placed, state=TrainState(params, None, jnp.int32(0)), playing=playing)
 
 
-def describe(path: str | Path, model: Mapping, text: Mapping, platform: str) -> build.ModelAndText:
-    """Read the model shape and text settings of a path, and how to load its params."""
+PLAYED = ("with_tools", "single_turn")  # environments that `sample` plays; for others write a config
+
+
+def player(section: Mapping[str, Any] | None, tokenizer: Tokenizer, format: Format, reword: Callable) -> Callable | None:
+    """Return a function from a verifier to a new environment and the format of its
+    prompts; None if there is no section.
+
+    Raises:
+      ValueError: a section that does not fit.
+    """
+    if section is None:
+        return None
+    where = {"seed": 0, "model": None, "completer": None, "meshes": sharding.Meshes(None, None), "devices": 1, "verifier": {}}
+
+    say = functools.lru_cache(maxsize=16)(print)  # each note once
+
+    def playing(verify: Callable[[str, Task], Verdict]) -> Made:
+        words = {"tokenizer": tokenizer, "format": format, "reword": reword, "say": say, "loaded": [], "environments": []}
+        return make_unjudged(section, Parts(**where, **words), verify)
+
+    playing(unjudged)  # raises the section's errors before the params are loaded
+    return playing
+
+
+def describe(
+    path: str | Path, model: Mapping, text: Mapping, platform: str
+) -> tuple[build.ModelAndText, Callable[..., Format], Mapping | None]:
+    """Read the model shape and text settings of a path, and how to load its params.
+
+    Also return a function that makes the format with other words, and the run's own
+    environment.
+    """
     fields.check(build.section_of_model(dict(model)), dict(model), "model")
     fields.check(build.section(build.make_text, "folder")(dict(text)), dict(text), "text")
     folder = mirror.local(path)
     if not checkpoints_of(folder).is_dir() and folder.parent.name != "checkpoints":
         dtype = PLATFORMS[platform].dtype
         pretrained = {"name": str(path), "weights": "pretrained", "dtype": dtype, **model}
-        return build.read_model_and_text(pretrained, {"tokenizer": "pretrained", "format": "chat", **text})
+        words = {"tokenizer": "pretrained", "format": "chat", **text}
+        mine = build.read_model_and_text(pretrained, words)
+        return mine, functools.partial(build.reword, words, mine.folder), None
     found, theirs = build.find_model_and_text(folder)
-    mine = build.read_model_and_text({**found.config["model"], **model}, {**found.config["text"], **text})
+    words = {**found.config["text"], **text}
+    mine = build.read_model_and_text({**found.config["model"], **model}, words)
     warm_start.check(found, theirs.shape, mine.shape)
-    return mine._replace(load=functools.partial(warm_start.load, found, theirs.shape, mine.shape))
+    mine = mine._replace(load=functools.partial(warm_start.load, found, theirs.shape, mine.shape))
+    return mine, functools.partial(build.reword, words, mine.folder), found.config.get("environment")
 
 
 def check_types(function: Callable, **values: Any) -> None:
@@ -146,11 +191,6 @@ def say_once(what: str, *of: Any) -> None:
     print(f"{what} ...", file=sys.stderr, flush=True)
 
 
-def unjudged(text: str, task: Task) -> Verdict:
-    """Return the verdict of a completion when no verifier is given."""
-    return Verdict(0.0, False, None, "not judged")
-
-
 def sample(
     policy: Policy,
     prompts: Sequence[str | Task],
@@ -164,7 +204,9 @@ def sample(
 
     A prompt is a question or a `Task`; the policy's chat format renders it. Temperature
     0 is greedy. `verify(text, task)` judges each completion. Equal seeds give equal
-    samples, whatever the order of the slots.
+    samples, whatever the order of the slots. The policy's tools, those of its run or of
+    `load(environment=...)`, answer the model's calls; `verify` then judges the last
+    turn.
 
     Raises:
       ValueError: a prompt that is too long, no prompt, n below 1, or a `verify` that
@@ -180,12 +222,13 @@ def sample(
     if not is_temperature(temperature):
         raise ValueError(f"sample got temperature={temperature}; allowed: {TEMPERATURES}")
     tasks = [Task(prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
-    ids = [policy.format.prompt(task) for task in tasks]
+    made = Made(single_turn(verify), policy.format) if policy.playing is None else policy.playing(verify)
+    ids = [made.format.prompt(task) for task in tasks]
     wanted = [[Request(task, p, g, ids[p]) for g in range(n)] for p, task in enumerate(tasks)]
     say_once("compiling the sampler", policy.completer.sampler)
     weights = policy.completer.sampler.prepare(policy.params)
     key = jax.random.key(seed)
-    groups, _ = collect_groups(policy.completer, weights, wanted, single_turn(verify), key=key, temperature=temperature)
+    groups, _ = collect_groups(policy.completer, weights, wanted, made.environment, key=key, temperature=temperature)
     if failed := [r.verdict.reason for group in groups for r in group.attempts if verifier_failed(r.verdict)]:
         raise ValueError(f"verify failed for {len(failed)} of {len(groups) * n} completions; the first: {failed[0]}")
     return groups

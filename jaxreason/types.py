@@ -43,6 +43,13 @@ class Task:
     id: str = ""  # unique in its data set
     data: Mapping[str, Any] = field(default_factory=dict)  # further inputs of the verifier
 
+    @property
+    def expected(self) -> str:
+        """End a line that tells a verdict; empty for a task without an answer, which
+        tests decide.
+        """
+        return f", expected {self.answer}" if self.answer else ""
+
 
 @dataclass(frozen=True)
 class Verdict:

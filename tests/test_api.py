@@ -3,6 +3,7 @@ and errors in one line.
 """
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import ROOT
+from runs import ROOT, load_config, run_config
 
 import jaxreason as jr
 from jaxreason import text
+from jaxreason.environment import Turn
 from jaxreason.model import ModelConfig, transformer, weights
-from jaxreason.types import Group
+from jaxreason.types import Group, Message
 
 CHAT = Path(__file__).parent / "golden" / "chat"
 
@@ -210,6 +212,33 @@ def test_fields_of_load_of_a_wrong_kind_are_one_line(checkpoint, fields, message
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=r"load: path got 3 \(int\)"):
         jr.load(3)
+
+
+def test_tools_answer_the_calls_of_a_model(checkpoint):
+    section = {"name": "with_tools", "tools": ("calculator",)}
+    policy = jr.load(checkpoint, max_prompt_tokens=256, max_tokens=8, slots=8, environment=section)
+    (group,) = jr.sample(policy, ["one"], n=2, verify=length_parity)
+    assert [r.verdict.measures["tool_calls"] for r in group.attempts] == [0, 0]
+    assert "calculator" in policy.tokenizer.decode(group.attempts[0].prompt)
+    environment = policy.playing(length_parity).environment
+    call = '<tool_call>{"name": "calculator", "arguments": {"expression": "3+4"}}</tool_call>'
+    state, step = environment.step(environment.reset(group.attempts[0].task), Turn(call, "eos", False))
+    assert step.observation == [Message("tool", "7")]
+    assert environment.step(state, Turn("7", "eos", False))[1].verdict.correct
+    with pytest.raises(ValueError, match="environment got name='retry'; allowed: with_tools or single_turn"):
+        jr.load(checkpoint, environment={"name": "retry"})
+    with pytest.raises(ValueError, match="did you mean 'calculator'"):
+        jr.load(checkpoint, environment=section | {"tools": ("calculater",)})
+
+
+def test_a_run_keeps_its_tools(tmp_path):
+    summary = run_config(load_config("tools", "smoke", **{"prior.steps": 2, "rl.steps": 1}), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(summary["config"] | {"revisions": {}}))
+    for section, measures in ((None, {"tool_calls", "tool_errors"}), ({"name": "single_turn"}, set())):
+        policy = jr.load(tmp_path, max_prompt_tokens=12, max_tokens=8, slots=8, environment=section)
+        (group,) = jr.sample(policy, ["2*3+4:"], n=2)
+        assert {*group.attempts[0].verdict.measures} == measures
+        assert group.attempts[0].verdict.reason == "not judged"
 
 
 def test_a_mesh_of_all_devices(checkpoint):

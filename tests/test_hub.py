@@ -663,6 +663,37 @@ def test_a_short_name_reads_its_data_set(served, tmp_path, name):
             tasks.load("big_math", solve_rate=(0.6, 1.0))
 
 
+PROGRAM = {
+    "entry_point": "f",
+    "canonical_solution": "    return 1\n",
+    "test": "def check(candidate):\n    assert candidate() == 1",
+}
+PROGRAMS = {
+    "mbpp": (
+        "google-research-datasets/mbpp",
+        "full/train-0",
+        {"text": "t", "code": "c", "test_list": ["assert f() == 1"], "test_setup_code": "", "challenge_test_list": []},
+        {"tests": ("assert f() == 1",)},
+    ),
+    "humaneval": (
+        "openai/openai_humaneval",
+        "openai_humaneval/test-0",
+        {"prompt": "def f():\n", **PROGRAM},
+        {"tests": (PROGRAM["test"],), "entry_point": "f"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_short_name_of_programs_reads_its_data_set(served, tmp_path, name):
+    id, file, row, data = PROGRAMS[name]
+    add(served, tmp_path, id, **{file: [row]})
+    (task,) = tasks.load(name)
+    assert task.data == data
+    assert id in tasks.TASKS[name].__doc__
+    assert re.search("MIT|CC BY", tasks.TASKS[name].__doc__)
+
+
 def test_each_short_name_is_tried():
     assert set(SHORT) == {name for name, maker in tasks.TASKS.items() if maker.__module__ == hub_tasks.__name__} - {"hub"}
 

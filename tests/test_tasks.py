@@ -208,6 +208,7 @@ def test_countdown_answer_and_attempts_are_sound():
         ("countdown", {"numbers": 1, "max_number": 1, "split": "test"}, "too few distinct questions"),
         ("inverse_chain", {"demonstrations": "verified", "lucky": 0, "attempts": 0}, "attempts got 0"),
         ("jsonl", {}, "task 'jsonl' needs path=..."),
+        ("programs", {}, "task 'programs' needs path=..."),
     ],
 )
 def test_errors_are_one_line(name, kwargs, message):

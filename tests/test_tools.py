@@ -205,6 +205,13 @@ def test_a_folder_without_text_is_refused(tmp_path):
         tools.make("search", folder="~nobody_of_this_name/x")
 
 
+def test_an_index_is_made_in_silence(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("The heron is blue.")
+    caplog.set_level("DEBUG")
+    assert "blue" in call(tools.make("search", folder=str(tmp_path)), query="heron").text
+    assert not [record for record in caplog.records if record.name.startswith("bm25s")]
+
+
 def test_long_files_are_split(tmp_path):
     (tmp_path / "long.txt").write_text(" ".join(f"word{i}" for i in range(1000)))
     found = call(tools.make("search", folder=str(tmp_path), words=20), query="word777").text
@@ -250,16 +257,55 @@ def test_nobody_answers(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_person_answers_at_the_terminal(monkeypatch, capsys):
+@pytest.fixture
+def terminal(monkeypatch):
+    """Let a person sit at the terminal: `person(text)` types before the next question,
+    and `answers` are typed when one is shown.
+    """
     reader, writer = os.pipe()
-    os.write(writer, b"forty-two\n")
+    answers, shown = [], []
+
+    def show(*words, **_):
+        shown.append(" ".join(words))
+        if "the model asks" in shown[-1] and answers:
+            os.write(writer, answers.pop(0))
+
     with os.fdopen(reader) as stdin:
         stdin.isatty = lambda: True
         monkeypatch.setattr(sys, "stdin", stdin)
-        assert call(tools.make("human", timeout_s=5.0), question="\x1b[31mred?").text == "forty-two"
-        assert "\x1b" not in capsys.readouterr().out
-        assert call(tools.make("human", timeout_s=0.05), question="again?").text == human_.NOBODY
+        monkeypatch.setattr(human_, "print", show, raising=False)
+        yield SimpleNamespace(answers=answers, shown=shown, type=lambda text: os.write(writer, text))
     os.close(writer)
+
+
+def test_a_person_answers_at_the_terminal(terminal):
+    terminal.answers.append(b"forty-two\n")
+    assert call(tools.make("human", timeout_s=5.0), question="\x1b[31mred?").text == "forty-two"
+    assert "\x1b" not in "".join(terminal.shown)
+    assert call(tools.make("human", timeout_s=0.05), question="again?").text == human_.NOBODY
+
+
+def test_a_late_answer_is_not_taken_for_the_next_question(terminal):
+    answer, late = human_.ask, []
+    assert answer("How many?", 0.0, late) == ""  # its time is over at once
+    assert terminal.shown[-1].strip() == "too late; press Enter for the next question"
+    terminal.type(b"seven\n")
+    terminal.answers.append(b"blue\n")
+    assert answer("Which colour?", time.monotonic() + 20, late) == "blue\n"
+    assert len([said for said in terminal.shown if "asks" in said]) == 2
+
+
+def test_a_question_after_one_without_an_answer_waits_for_enter(terminal):
+    late = ["How many?"]
+    assert human_.ask("Which colour?", 0.0, late) == ""
+    assert not terminal.shown
+    assert late
+
+
+def test_what_was_typed_before_a_question_is_no_answer(terminal):
+    terminal.type(b"hm\n")
+    terminal.answers.append(b"blue\n")
+    assert call(tools.make("human", timeout_s=20.0), question="Which colour?").text == "blue"
 
 
 def test_a_question_that_waits_for_its_turn_has_the_same_time(monkeypatch):

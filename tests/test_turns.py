@@ -153,6 +153,7 @@ def parts_of(tokenizer, form, section=None, folder=None):
         completer=None,
         reword=lambda **words: reword(section, folder, **words),
         environment=None,
+        say=print,
     )
 
 
@@ -180,6 +181,29 @@ def test_a_template_lists_the_tools_or_the_system_message_does(folder):
     said = tokenizer.decode(found.format.prompt(TASK))
     assert "- calculator: Compute an arithmetic expression. Write <tool_call>" in said
     assert said.startswith("<|start|>system\nYou can use tools.")
+
+
+@pytest.mark.parametrize("template", [MERGED, PLAIN_ROLES])
+@pytest.mark.parametrize(("dialect", "example"), [("tags", "<tool>calculator: expression</tool>"), ("angles", "<<expression=")])
+def test_a_dialect_of_the_text_is_described_if_asked(folder, capsys, template, dialect, example):
+    """By its own words: a template that lists tools would tell of another dialect."""
+    tokenizer, found = made(folder, template, TOOLS | {"dialect": dialect})
+    assert tokenizer.decode(found.format.prompt(TASK)).startswith("<|start|>user")
+    assert "note: no prompt tells the model of its tools" in capsys.readouterr().out
+    for describe in (True, False):
+        tokenizer, found = made(folder, template, TOOLS | {"dialect": dialect, "describe": describe})
+        said = tokenizer.decode(found.format.prompt(TASK))
+        assert (example in said) is describe
+        assert said.startswith("<|start|>system\nYou can use tools. The result follows") is describe
+    assert "note" not in capsys.readouterr().out
+
+
+def test_a_chat_may_be_left_without_a_description(folder):
+    tokenizer, found = made(folder, MERGED, TOOLS | {"describe": False})
+    assert tokenizer.decode(found.format.prompt(TASK)).startswith("<|start|>user")
+    form = text.plain(tokenizer)
+    with pytest.raises(ValueError, match=r"describe got True, which needs text\.format='chat'"):
+        environments.make_environment(TOOLS | {"describe": True}, {"name": "exact"}, [TASK], parts_of(tokenizer, form))
 
 
 def test_a_whole_rollout_in_a_chat(folder):

@@ -43,6 +43,7 @@ from jaxreason.build.model import (
     make_text,
     read_model_and_text,
     read_shape,
+    reword,
 )
 from jaxreason.build.phases import SOURCES, choose_rollouts_per_prompt, corpus, demonstrations, rollouts
 from jaxreason.build.run import build
@@ -77,6 +78,7 @@ __all__ = [
     "make_text",
     "read_model_and_text",
     "read_shape",
+    "reword",
     "rollouts",
     "section",
     "section_of_model",

@@ -63,17 +63,23 @@ def warn_of_idle_penalty(verifier: Mapping[str, Any], most: int, say: Callable[[
         )
 
 
-def make_unjudged(section: Mapping[str, Any] | None, parts: Parts) -> Made:
-    """Make the environment of questions whose answer is not known, and the format of
-    their prompts: the tools of a section, if it has any, answer the model's calls.
+def unjudged(text: str, task: Task) -> Verdict:
+    """Return the verdict of an answer that is not judged: it names the answer."""
+    return Verdict(0.0, False, text, "not judged")
 
-    Nothing is judged, so nothing is tried again either. The text of the last turn is
-    the answer that its verdicts name.
+
+def make_unjudged(section: Mapping[str, Any] | None, parts: Parts, verify: Callable[[str, Task], Verdict] = unjudged) -> Made:
+    """Make the environment of questions that the config's verifier does not judge, and
+    the format of their prompts: the tools of a section, if it has any, answer the
+    model's calls.
+
+    Nothing is tried again: the section's `retry` is left out. `verify` judges the text
+    of the last turn.
 
     Raises:
       ValueError: as `make_environment`.
     """
-    made = Made(judged_once(lambda text, task: Verdict(0.0, False, text, "not judged")), parts.format)
+    made = Made(judged_once(verify), parts.format)
     while section is not None and section.get("name") in ("retry", "single_turn"):
         section = section.get("inside")
     if section is None or section.get("name") != "with_tools":
@@ -146,6 +152,7 @@ def tools_section(
     dialect: str = "auto",  # how calls are written: brackets, angles, tags, hermes, llama3; auto: by the chat template
     max_calls: int = 8,  # calls per rollout, at most
     max_tool_tokens: int = 256,  # tokens of a result, at most; a longer one is cut in its middle
+    describe: bool | None = None,  # whether a chat's prompt tells of the tools; None: with hermes and llama3
     inside: dict | None = None,  # environment that judges turns without calls; None: a single turn
 ) -> Made:
     """Answer the tool calls that the model writes."""
@@ -158,12 +165,35 @@ def tools_section(
         made = with_tools(judged.environment, made_tools, chosen, max_calls=max_calls, fit=fit)
     except ValueError as error:
         raise ValueError(f"{WHERE}: {error}") from None
-    if not chosen.role:
+    format = format_with_tools(judged.format, made_tools, chosen, describe, parts, words)
+    if chosen.role:
+        check_reply(format, parts.tokenizer, chosen.role)
+    else:
         check_encodes(parts.tokenizer, chosen.write("1", False), chosen.write("", True))
-        return judged._replace(environment=made)
-    format = parts.reword(**words, tools=[schema(tool) for tool in made_tools], described=described(made_tools, chosen))
-    check_reply(format, parts.tokenizer, chosen.role)
     return judged._replace(environment=made, format=format)
+
+
+def format_with_tools(
+    format: text.Format, made_tools: Sequence[tools.Tool], dialect: Dialect, describe: bool | None, parts: Parts, words: dict
+) -> text.Format:
+    """Return the format whose prompts tell of tools, if they should.
+
+    Raises:
+      ValueError: they should, and there is no chat.
+    """
+    chats = format.reply is not None
+    if describe and not chats:
+        raise ValueError(f"{WHERE}.describe got True, which needs text.format='chat'; describe the tools in text.instruction")
+    if describe is None and chats and not dialect.role:
+        parts.say(
+            "note: no prompt tells the model of its tools, as it may know them from demonstrations or text.instruction; "
+            "environment.describe=True tells it, False drops this note"
+        )
+    if not (dialect.role != "" if describe is None else describe):
+        return format
+    told = described(made_tools, dialect)
+    # Templates describe calls in their own dialect, not in those of the text.
+    return parts.reword(**words, tools=[schema(tool) for tool in made_tools] if dialect.role else (), described=told)
 
 
 make_tools = tools.make_all

@@ -16,6 +16,8 @@ NUMBER = "{question}\n\nThink step by step. Write the final answer, a number, on
 BOXED = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 TAGGED = "{question}\n\nThink step by step. Write the final answer, and nothing else, between <answer> and </answer>."
 
+CODE = "{question}\n\nWrite the whole program in Python, with its imports, in one block between ```python and ```."
+
 
 def benchmark(name: str, instruction: str, verifier: str, **task) -> dict[str, Any]:
     return {"name": name, **task, "instruction": instruction, "verifier": {"name": verifier, "must_finish": True}}
@@ -29,6 +31,8 @@ SUITES: dict[str, dict[str, Any]] = {
     "aime24": benchmark("aime24", BOXED, "number"),
     "aime25": benchmark("aime25", BOXED, "number"),
     "amc23": benchmark("amc23", BOXED, "number"),
+    "mbpp": benchmark("mbpp", CODE, "code", split="test"),
+    "humaneval": benchmark("humaneval", CODE, "code"),
     # In distribution as configs/tiny.py trains on them, and out of it (longer, larger).
     "chain": {"name": "chain", "ops": 5, "verifier": {"name": "exact", "marker": ";A"}},
     "chain_ood": {"name": "chain", "ops": 8, "verifier": {"name": "exact", "marker": ";A"}},
@@ -55,6 +59,7 @@ def known_suite(name: str, own: dict[str, dict]) -> dict[str, Any] | None:
     return own.get(name) or SUITES.get(name)
 
 
+PROGRAMS = ("programs", "mbpp", "humaneval")  # their files have tests, not answers
 # Fields of a file of a benchmark's authors, where they are not question and answer.
 FIELDS = {"svamp": {"question": "Body+Question", "answer": "Answer"}}
 
@@ -97,7 +102,8 @@ def from_value(name: str, value: str, known: dict[str, Any]) -> dict[str, Any]:
     """Return the section of NAME=VALUE: a file of tasks, or fields."""
     asked = {field: known[field] for field in ("instruction", "verifier") if field in known}
     if not value.startswith("{"):
-        return {"name": "jsonl", "path": value, "split": None, **FIELDS.get(name, {}), **asked}
+        family = "programs" if known.get("name") in PROGRAMS else "jsonl"
+        return {"name": family, "path": value, "split": None, **FIELDS.get(name, {}), **asked}
     try:
         section = ast.literal_eval(value)
         if not isinstance(section, dict) or not all(isinstance(key, str) for key in section):

@@ -229,7 +229,10 @@ def check_keys_of(items: Sequence, section: Mapping[str, Any], what: str, say: C
     if not bad:
         return
     of = f"{len(tried)} keys" if step == 1 else f"{len(tried)} keys that were tried (of {len(items)})"
-    told = f"verifier {section['name']!r} can't judge {len(bad)} of {of}; the first is {bad[0].answer!r} of task {bad[0].id!r}"
+    first = f"{bad[0].answer!r} of task {bad[0].id!r}" if bad[0].answer else f"that of task {bad[0].id!r}, which has no answer"
+    if not bad[0].answer and bad[0].data:
+        first += f" but {', '.join(bad[0].data)}"
+    told = f"verifier {section['name']!r} can't judge {len(bad)} of {of}; the first is {first}"
     if len(bad) == len(tried):
         raise ValueError(f"{what}: {told}. Every reward would be 0; choose another verifier, or other fields of the task")
     say(f"warning: {what}: {told}; such attempts earn 0 and are counted in rollout/bad_keys")

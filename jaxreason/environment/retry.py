@@ -37,8 +37,9 @@ def retry(
 
     The last attempt counts: its reward, times `discount` for each attempt before it.
     The verdict's measures are tries; first_try_correct and last_try_correct;
-    tries_wrong_then_right and tries_right_then_wrong, each 1 or 0. (What the model
-    tries again by itself within one turn is in `tasks.behaviour`.)
+    tries_wrong_then_right and tries_right_then_wrong, each 1 or 0. All other measures,
+    such as the tool_calls of tools inside, are those of the last attempt. (What the
+    model tries again by itself within one turn is in `tasks.behaviour`.)
 
     Args:
       environment: judges each attempt; it sees the attempt's text alone.

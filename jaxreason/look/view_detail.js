@@ -181,7 +181,8 @@ function timeline(problem) {
 function asked(row) {
   const prompt = text(row, "prompt"), question = text(row, "question") ?? "";
   return [long("question", question, {class: "question", tabindex: 0, "aria-label": "question"}),
-    element("p", {class: "facts"}, "expected answer: ", element("strong", {}, visible(start(text(row, "answer") ?? "", 300)))),
+    text(row, "answer") ? element("p", {class: "facts"}, "expected answer: ",
+      element("strong", {}, visible(start(text(row, "answer"), 300)))) : null,
     prompt && prompt !== question ? element("details", {open: state.colour === "author"}, element("summary", {}, "whole prompt"),
       long("prompt", prompt, {class: "question"})) : null].flat();
 }

@@ -163,5 +163,5 @@ def told(verdict: Verdict, task: Task, step: Step) -> str:
     right = "right" if verdict.correct else "wrong"
     parsed = "no answer found" if verdict.parsed is None else f"answered {verdict.parsed}"
     failure = f"\n{step.failure}" if step.failure else ""
-    said = f"{right}: {parsed}, expected {task.answer}; reward {verdict.reward:g}, {verdict.reason}{measures}"
+    said = f"{right}: {parsed}{task.expected}; reward {verdict.reward:g}, {verdict.reason}{measures}"
     return visible(said + failure)

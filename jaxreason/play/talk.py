@@ -163,7 +163,7 @@ def ending(r, judged: bool) -> str:
     if not judged:
         return said
     answer = "no answer found" if r.verdict.parsed is None else f"answered {r.verdict.parsed}"
-    return f"{'right' if r.verdict.correct else 'wrong'}: {answer}, expected {r.task.answer}; {said}"
+    return f"{'right' if r.verdict.correct else 'wrong'}: {answer}{r.task.expected}; {said}"
 
 
 def side_by_side(answers: list[tuple[str, str]]):

@@ -433,7 +433,7 @@ def mode_of(e: Evaluation) -> str:
 
 def text_sample(r: Rollout) -> str:
     """Return a question, its answer and the verdict, for a tracker."""
-    judged = f"{'correct' if r.verdict.correct else 'wrong'}: {r.verdict.parsed}, expected {r.task.answer}"
+    judged = f"{'correct' if r.verdict.correct else 'wrong'}: {r.verdict.parsed}{r.task.expected}"
     return f"{r.task.question}\n\n{r.text}\n\n{judged}"
 
 

@@ -167,7 +167,7 @@ def print_rollouts(
         for text, style in ((prompt, "dim"), (rollout.text, "")):
             console.print(Text(visible(text, console.encoding), style=style), soft_wrap=True)
         parsed = "no answer found" if verdict.parsed is None else f"answered {verdict.parsed}"
-        ending = f"{parsed}, expected {rollout.task.answer}" + (f" ({verdict.reason})" if verdict.reason else "")
+        ending = f"{parsed}{rollout.task.expected}" + (f" ({verdict.reason})" if verdict.reason else "")
         console.print(Text(visible(ending, console.encoding), style="bold"), soft_wrap=True)
 
 

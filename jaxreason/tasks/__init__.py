@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxreason.options import call_with_section, find
-from jaxreason.tasks import corpus, gsm8k, hub, jsonl, openenv, procedural, reasoning_gym, splits, taskset, twins
+from jaxreason.tasks import corpus, gsm8k, hub, jsonl, openenv, procedural, programs, reasoning_gym, splits, taskset, twins
 from jaxreason.types import Task
 
 TASKS = {
@@ -38,6 +38,9 @@ TASKS = {
     "dapo_math_17k": hub.dapo_math_17k,
     "big_math": hub.big_math,
     "countdown_3to4": hub.countdown_3to4,
+    "programs": programs.programs,
+    "mbpp": programs.mbpp,
+    "humaneval": programs.humaneval,
     "reasoning_gym": reasoning_gym.reasoning_gym,
     "openenv": openenv.openenv,
     "taskset": taskset.taskset,

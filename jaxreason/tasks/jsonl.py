@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ def jsonl(
     split: str | None = None,  # train or test, by the question's hash; None: all
     held_out: float = 0.1,  # fraction of the questions that are test
     limit: int | None = None,  # maximum number of tasks
+    data: Mapping[str, str] | None = None,  # fields for the verifier: its name of each -> field
 ) -> Sequence[Task]:
     """Load tasks from the named fields of each line; `question="Body+Question"` joins
     several fields with a space.
@@ -32,7 +34,8 @@ def jsonl(
     whole answer field is then the solution (GSM8K's own files: marker="####"). `split`
     "train" or "test" selects questions by their hash (a fraction `held_out` is test);
     None takes all. A config that reads one file for both a source and a suite gives
-    them "train" and "test".
+    them "train" and "test". Problems for the verifier `code` have no answer but tests:
+    the task `programs` reads those.
 
     Raises:
       FileNotFoundError: no such file.
@@ -45,19 +48,37 @@ def jsonl(
     if not file.is_file():
         raise FileNotFoundError(f"task 'jsonl': no file {str(file)!r}")
     tasks, split_of = [], splits.splitter(held_out)
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if limit is not None and len(tasks) >= limit:
-                break
-            if not line.strip():
-                continue
-            where = f"{file}:{number}"
-            task = _task(_row(line, where), where, question, answer, solution, marker, id=f"{file.stem}/{number}")
-            if split is None or split_of(task.question) == split:
-                tasks.append(task)
+    for number, row in read_rows(file):
+        if limit is not None and len(tasks) >= limit:
+            break
+        where = f"{file}:{number}"
+        task = _task(row, where, question, answer, solution, marker, id=f"{file.stem}/{number}")
+        if data:
+            task = replace(task, data={name: _datum(row, field, where) for name, field in data.items()})
+        if split is None or split_of(task.question) == split:
+            tasks.append(task)
     if not tasks:
         raise ValueError(f"{file} has no tasks{'' if split is None else f' in split {split!r}'}")
     return tasks
+
+
+def read_rows(file: Path) -> Iterator[tuple[int, dict]]:
+    """Yield the objects of a JSON-lines file with their line numbers.
+
+    Raises:
+      ValueError: a line that is no JSON object, named as file:line.
+    """
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, _row(line, f"{file}:{number}")
+
+
+def _datum(row: dict, name: str, where: str) -> Any:
+    """Return a field as it is; a list becomes a tuple."""
+    if name not in row:
+        raise ValueError(f"{where}: {unknown_name_message('field', name, row)}")
+    return tuple(row[name]) if isinstance(row[name], list) else row[name]
 
 
 def _task(row: dict, where: str, question: str, answer: str, solution: str | None, marker: str | None, id: str) -> Task:

@@ -184,8 +184,9 @@ def schema(tool: Tool) -> dict[str, Any]:
 
 def described(tools: Sequence[Tool], dialect: Dialect) -> str:
     """Describe tools in words, for models whose template does not."""
+    how = "After a call, stop and wait for its result." if dialect.role else "The result follows a call, and you continue."
     lines = [f"- {tool.name}: {tool.help} Write {dialect.example(tool)}" for tool in tools]
-    return "\n".join(["You can use tools. After a call, stop and wait for its result.", *lines])
+    return "\n".join([f"You can use tools. {how}", *lines])
 
 
 DIALECTS: dict[str, Callable[[], Dialect]] = {

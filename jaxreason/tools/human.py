@@ -1,6 +1,7 @@
 """A person as a tool: the model asks, and somebody answers.
 
-At the terminal the question is printed and a line is read. Unattended, each question is
+At the terminal the question is printed and a line is read; after a question without an
+answer, Enter shows the next one. Unattended, each question is
 a file `NUMBER.question` in a folder, and the answer is whatever somebody (or a program)
 writes into `NUMBER.answer` beside it. Without an answer in time the model reads that
 nobody answered, and goes on.
@@ -77,24 +78,49 @@ def wait_for(path: Path, timeout_s: float) -> str:
 
 
 def at_terminal(timeout_s: float):
-    from jaxreason.runtime.terminal import visible
-
     lock = threading.Lock()  # one question at a time
+    late: list[str] = []  # the last question, if it had no answer: the next line belongs to it
 
     def call(question: str) -> str:
         end_s = time.monotonic() + timeout_s
         if not lock.acquire(timeout=timeout_s):  # the person is busy with another rollout's question
             raise ToolError(NOBODY)
         try:
-            left_s = max(0.0, end_s - time.monotonic())
-            print(f"\nthe model asks: {visible(question)}\nyour answer ({left_s:.0f} s): ", end="", flush=True)
-            ready, _, _ = select.select([sys.stdin], [], [], left_s)
-            line = sys.stdin.readline() if ready else ""
+            line = ask(question, end_s, late)
         finally:
             lock.release()
         if not line.strip():
-            print("", flush=True)
             raise ToolError(NOBODY)
         return line.strip()
 
     return call
+
+
+def ask(question: str, end_s: float, late: list[str]) -> str:
+    """Ask a question at the terminal; return the line that answers it, or "".
+
+    After a question without an answer, the person's next line is never taken for the
+    answer of another question: it may be half typed. So is no line that came earlier.
+    """
+    from jaxreason.runtime.terminal import visible
+
+    if late and read_line(end_s) is None:
+        return ""
+    late.clear()
+    while read_line(0.0):
+        pass
+    left_s = max(0.0, end_s - time.monotonic())
+    print(f"\nthe model asks: {visible(question)}\nyour answer ({left_s:.0f} s): ", end="", flush=True)
+    line = read_line(end_s)
+    if line is None:
+        late.append(question)
+        print("\ntoo late; press Enter for the next question", flush=True)
+    return line or ""
+
+
+def read_line(end_s: float) -> str | None:
+    """Read a line of the standard input, "" at its end; None if there is none by
+    `end_s`.
+    """
+    ready, _, _ = select.select([sys.stdin], [], [], max(0.0, end_s - time.monotonic()))
+    return sys.stdin.readline() if ready else None

@@ -6,6 +6,7 @@ It uses `bm25s`, which needs NumPy alone. The index is made once, when the tool 
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from pathlib import Path
@@ -41,6 +42,7 @@ def search(
         import bm25s
     except ImportError:
         raise ValueError("tool 'search' needs bm25s; pip install 'jaxreason[search]'") from None
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # else a line per index
     if results < 1 or words < 1:
         raise ValueError(f"tool 'search' got results={results}, words={words}; allowed: 1 or more")
     passages = read_folder(Path(os.path.expanduser(folder)), words)

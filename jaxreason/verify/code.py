@@ -128,7 +128,7 @@ def tests_of(task: Task) -> Tests:
     if not all(isinstance(some, list | tuple) for some in (visible, hidden)):
         raise ValueError(
             f"verifier 'code' needs lists in the data 'tests' and, if there are any, 'hidden_tests'; "
-            f"task {task.id!r} has {sorted(data)}"
+            f"task {task.id!r} has {sorted(data)}; the task 'programs' reads them from a file"
         )
     return Tests(visible, hidden, str(data.get("setup") or ""), str(data.get("entry_point") or ""))
 
