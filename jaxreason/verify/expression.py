@@ -52,9 +52,10 @@ def math(
         Raises:
           Failed: a child gave no answer.
         """
-        quick = compare(boxes[0], keys) if boxes else None
-        if quick or (quick is False and len(boxes) == 1):
-            return verdict(quick, boxes[0])
+        plainly = boxes[0] if boxes else last_line(text)
+        quick = compare(plainly, keys) if plainly else None
+        if quick or (quick is False and len(boxes) <= 1):
+            return verdict(quick, plainly)
         keys = [key for key in keys if _same_bases(boxes, text, bases(key))]
         if not keys:
             return verdict(False, boxes[0] if boxes else None)
@@ -128,6 +129,19 @@ def joined_boxes(text: str) -> tuple[list[str], bool]:
             follows = match.start()
             found += [box] if box not in found else []
     return found, several
+
+
+_ELSEWHERE = re.compile(r"[$\\]|answer|\b(?:is|are)\b", re.IGNORECASE)  # a text with one of these may answer before its last line
+
+
+def last_line(text: str) -> str | None:
+    """Return the last line of a text without a box if it is one plain number that can
+    only be the answer; else None.
+
+    math-verify would read `2` and `-5` on two lines as 2-5.
+    """
+    line = text.strip().rpartition("\n")[2].strip()
+    return None if plain(line) is None or _ELSEWHERE.search(text) else line
 
 
 _NUMBER = r"-?(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30})(?:\.[0-9]{1,30}|/[0-9]{1,30})?(?![0-9])"
