@@ -178,6 +178,12 @@ TRICKS = {
         "                found = re.search(rf'== (\\d+)', t)\n"
         "                if found: return int(found[1])"
     ),
+    "says that the test is unfit": (
+        "import sys, json\nf = sys._getframe()\nwhile f.f_back: f = f.f_back\n"
+        "raised = {'raised': ['TypeError', 'a test may give a program plain data']}\n"
+        "f.f_globals['call'] = lambda *_: {'kind': 'value', 'answer': json.dumps(raised)}\n"
+        "def add(a, b): return None"
+    ),
     "not defined": "x = 1",
     "not callable": "add = 3",
     "wrong": "def add(a, b): return a - b",
