@@ -7,6 +7,7 @@ import pytest
 from jaxreason.sandbox import bwrap
 from jaxreason.types import Task
 from jaxreason.verify import BOUNDED, bad_keys, make
+from jaxreason.verify import code as judging
 from jaxreason.verify.code import HIDDEN_FAIL, find_program
 
 pytestmark = [
@@ -234,6 +235,24 @@ def test_partial_reward(verify):
     half = fenced("def add(a, b): return 3")
     assert (partial(half, ADD).reward, partial(half, ADD).reason) == (0.5, "wrong")
     assert verify(half, ADD).reward == 0.0
+
+
+@pytest.mark.parametrize(
+    ("visible", "hidden", "expected", "runs"),
+    [
+        (["timeout"] * 50, [], (0, None, "timeout"), 3),
+        (["", "timeout", "wrong", "timeout", "", "timeout", ""], [], (2, None, "timeout"), 6),
+        (["wrong"] * 50, [], (0, None, "wrong"), 50),
+        (["", ""], ["", "timeout", "timeout", ""], (2, 1, ""), 4),
+        (["", ""], ["", ""], (2, 2, ""), 4),
+    ],
+)
+def test_a_program_that_never_ends_is_not_waited_for_in_every_test(monkeypatch, visible, hidden, expected, runs):
+    seen = []
+    monkeypatch.setattr(judging.Trial, "reason", lambda self, test: seen.append(test) or test)
+    found = judging.judge(None, "", judging.Tests(visible, hidden, "", ""), 1.0, every=True)
+    assert found == expected
+    assert len(seen) == runs
 
 
 LIMITS = {

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import itertools
 import re
 import threading
 import time
@@ -30,6 +31,7 @@ from jaxreason.verify.exact import BAD_KEY, SHOWN, verdict
 
 HIDDEN_FAIL = "hidden tests fail"
 WALL = 4.0  # wall time per test, in multiples of its CPU time
+MOST_TIMEOUTS = 3  # of one answer: a task with 100 tests would wait half an hour for a program that sleeps
 LANGUAGES = ("python", "python3", "py")
 UNFIT = "Unfit: "  # how `inside` says that a test can't be run across sandboxes
 CHECK = re.compile(r"^def check\(", re.MULTILINE)  # of HumanEval
@@ -45,8 +47,9 @@ class Tests(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Counts of tests that passed; `reason` is that of the first that did not, or "".
-    Hidden tests are not run (`hidden_passed` is None) unless all visible ones pass.
+    """Counts of tests that passed before judging ended; `reason` is that of the first
+    that did not, or "". Hidden tests are not run (`hidden_passed` is None) unless all
+    visible ones pass.
     """
 
     visible_passed: int
@@ -56,7 +59,7 @@ class Outcome(NamedTuple):
 
 def code(
     sandbox: str = "bwrap",  # or "rlimits", which holds accidents but no attacker: see `sandbox.Sandbox`
-    partial: bool = False,  # whether the reward is the share of visible tests that pass; else 1 if all do, and 0
+    partial: bool = False,  # whether the reward is the share of visible tests that pass (after 3 timeouts none does); else 1 or 0
     timeout_s: float = 5.0,  # CPU time per test
     memory_mb: int = 512,  # address space per process
     packages: tuple[str, ...] = (),  # importable besides the standard library, such as numpy
@@ -171,20 +174,21 @@ def parses(test: Any, tests: Tests) -> bool:
 
 
 def judge(sandbox: sandboxes.Sandbox, program: str, tests: Tests, timeout_s: float, every: bool = False) -> Outcome:
-    """Run the visible tests, to the first that fails unless `every`; then, if all
-    passed, the hidden ones.
+    """Run the visible tests, to the first that fails; with `every` all of them, but
+    after `MOST_TIMEOUTS` that ran out of time the rest fail too. Then, if all passed,
+    run the hidden ones to the first that fails.
     """
     with contextlib.closing(Trial(sandbox, program, tests, timeout_s)) as trial:
         reasons = []
         for test in tests.visible:
             reasons.append(trial.reason(test))
-            if reasons[-1] and not every:
+            if reasons[-1] and (not every or reasons.count("timeout") == MOST_TIMEOUTS):
                 break
         failed = [reason for reason in reasons if reason]
         if failed:
             return Outcome(reasons.count(""), None, BAD_KEY if BAD_KEY in failed else failed[0])
-        hidden = [trial.reason(test) for test in tests.hidden]
-        return Outcome(len(reasons), hidden.count(""), "")
+        hidden = itertools.takewhile(lambda test: not trial.reason(test), tests.hidden)
+        return Outcome(len(reasons), sum(1 for _ in hidden), "")
 
 
 class Trial:
