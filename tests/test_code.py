@@ -59,6 +59,10 @@ RIGHT = {
         "import sys\nprint(sum(map(int, input().split())))\nprint('x', file=sys.stderr)",
     ),
     "exits well": (INPUTS, "import os\nprint(sum(map(int, input().split())), flush=True)\nos._exit(0)"),
+    "a name of Python's own": (
+        Task("", "", data={"tests": ["assert sum(10, 15) == 6"], "entry_point": "sum"}),
+        "def sum(a, b):\n    return 1 + 5",
+    ),
     "a method": (CALLS, "class Solution:\n    def add(self, a, b):\n        return a + b"),
 }
 
@@ -304,6 +308,8 @@ BAD = [
     {"tests": [{"stdin": 1, "stdout": "2"}]},
     {"tests": [{"input": [1]}], "entry_point": "add"},
     {"tests": ["assert add(1, 2) == 3"], "hidden_tests": ["assert ("]},
+    {"tests": ["assert sum([1, 2]) == 3"]},
+    {"tests": ["assert add(1, 2) == 3"], "hidden_tests": ["assert True"]},
     {"tests": ["assert add(lambda x: x, 2) == 3"]},
 ]
 

@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxreason import sandbox as sandboxes
+from jaxreason.sandbox.inside import unbound
 from jaxreason.types import Task, Verdict
 from jaxreason.verify.exact import BAD_KEY, SHOWN, verdict
 
@@ -85,7 +86,8 @@ def code(
     Reasons: right; hidden tests fail (all visible ones passed: rewarded, not correct);
     wrong; error (the program raised before any test); no answer; too long; timeout;
     out of memory; crashed; too much output; bad key (no visible test, or one that does
-    not parse or can't be run so).
+    not parse, can't be run so, or names nothing but Python's own functions while there
+    is no `entry_point`).
 
     Raises:
       ValueError: the sandbox can't be had here, or the task has no `tests`.
@@ -166,9 +168,14 @@ def test_code(test: Any, tests: Tests) -> str | None:
 
 
 def parses(test: Any, tests: Tests) -> bool:
+    """Tell whether a test can be read, and asks the program: one that names Python's
+    own functions alone, such as `assert sum([1, 2]) == 3`, would pay any program.
+    """
     try:
         whole = test_code(test, tests)
-        return isinstance(test["stdin"] + test["stdout"], str) if whole is None else bool(ast.parse(whole))
+        if whole is None:
+            return isinstance(test["stdin"] + test["stdout"], str)
+        return bool(unbound(ast.parse(whole)) or tests.entry_point)
     except (SyntaxError, ValueError, KeyError, TypeError, RecursionError, MemoryError):
         return False
 
