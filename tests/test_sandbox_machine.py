@@ -73,11 +73,12 @@ def test_folders_of_any_depth_and_rights_are_removed(backend, tmp_path, monkeypa
 
 @pytest.mark.process
 @pytest.mark.parametrize("backend", [pytest.param("bwrap", marks=held), "rlimits"])
-def test_without_descriptors_none_starts_and_none_is_lost(backend):
+def test_without_descriptors_none_starts_and_none_is_lost(backend, tmp_path):
     """In a process of its own, as it takes all descriptors."""
     code = f"""
-import os, resource
+import os, resource, tempfile
 from jaxreason.sandbox import Sandbox
+tempfile.tempdir = {str(tmp_path)!r}
 box = Sandbox({backend!r}, timeout_s=60.0)
 box.run("1")
 before, (_, hard) = len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -94,6 +95,7 @@ print(said, box.run("print(1)").stdout)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout == "began 1\n\n", done.stderr
+    assert os.listdir(tmp_path) == []
 
 
 @held

@@ -138,6 +138,6 @@ def start_group(arguments: Sequence[str], pass_fds: Sequence[int], output: int) 
             env={**bwrap.variables(), "HOME": folder, "TMPDIR": folder},
         )
     except OSError:
-        remove(folder)
+        os.rmdir(folder)  # it is empty; to list it would take a descriptor, which may be what is missing
         raise
     return Processes(popen, folder=folder)
