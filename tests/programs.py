@@ -5,6 +5,10 @@ the name of the exception. {secret}, {port}, {pid}, {unix} and {mark} are filled
 the test: a file of the user, a server, the parent, a socket, a name to look for later.
 """
 
+import contextlib
+import os
+from pathlib import Path
+
 PRELUDE = """
 import os, sys, socket, ctypes, subprocess, signal, resource, threading
 libc = ctypes.CDLL(None, use_errno=True)
@@ -273,7 +277,7 @@ BOMBS = {
         "No space left",
     ),
     "a sparse file": ("open('/tmp/a', 'wb').truncate(2**50)", ("error",), "File too large"),
-    "many files": ("for i in range(20_000): open(f'/tmp/{i}', 'w').close()\nprint('done')", ("", "error", "timeout"), ""),
+    "many files": ("for i in range(20_000): open(f'/tmp/{i}', 'w').close()\nprint('done')", ("", "crashed"), ""),
     "deep folders": ("for i in range(5000):\n    os.mkdir('d'); os.chdir('d')", ("", "error"), ""),
     "open files": ("files = [open('/dev/null') for _ in range(10**4)]", ("error",), "Too many open files"),
     "pipes": ("pipes = [os.pipe() for _ in range(10**4)]", ("error",), "Too many open files"),
@@ -371,3 +375,19 @@ BOMBS = {
     "pickle works": ("import pickle\nclass A: pass\nprint(type(pickle.loads(pickle.dumps(A()))).__name__)", ("",), "A"),
     "temporary files work": ("import tempfile\nwith tempfile.TemporaryFile() as f: print(f.write(b'abc'))", ("",), "3"),
 }
+
+
+def namespace(session) -> str:
+    """Return the process namespace of a session, which is that of bwrap's child."""
+    pid = session._processes.popen.pid
+    child = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]
+    return os.readlink(f"/proc/{child}/ns/pid")
+
+
+def processes_of(space: str) -> list[str]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(folder / "ns/pid") == space:
+                found.append((folder / "stat").read_text())
+    return found

@@ -92,6 +92,30 @@ def test_a_verifier_that_raises_accepts_nothing(tmp_path):
     assert found.verdict.reason.startswith("raised ValueError: verifier 'countdown' needs data")
 
 
+@pytest.mark.parametrize(
+    ("verify", "said"),
+    [
+        (lambda text, task: sys.exit(0), "raised SystemExit: 0"),
+        (lambda text, task: None, "raised TypeError: part 'verifier' returned a NoneType"),
+        (lambda text, task: Verdict(float("nan"), True, None, ""), "raised ValueError: part 'verifier' returned the reward nan"),
+        (lambda text, task, tokens: Verdict(1.0, tokens is None, None, "counts"), "counts"),
+    ],
+)
+def test_a_verifier_of_a_user_never_ends_the_audit(verify, said):
+    found = audit.total(verify, "5", Task("", "5"))
+    assert found.reason.startswith(said)
+    assert found.correct == (said == "counts")
+
+
+def test_a_reward_for_a_wrong_answer_shows_even_if_it_is_not_accepted():
+    case = audit.Case("f:1", '{"name": "number"}', "", "6", Task("", "5"), False)
+    pays = audit.Judged(case, Verdict(0.5, False, "6", "form"), False, 0.1)
+    said = list(audit.report([pays, pays._replace(verdict=Verdict(0.0, False, "6", "wrong"))]))
+    assert "1 cases labelled false are not accepted and yet earn a reward, 0.5 on average; the first:" in said
+    assert any(line.startswith("  f:1  reward 0.5  number") for line in said)
+    assert not any("earn a reward" in line for line in audit.report([pays._replace(verdict=Verdict(0.0, False, "6", "wrong"))]))
+
+
 # --- the command ---
 
 GOOD = json.dumps({"text": "it is 5", "answer": "5", "label": True})

@@ -7,6 +7,7 @@ import pytest
 from jaxreason.sandbox import bwrap
 from jaxreason.types import Task
 from jaxreason.verify import BOUNDED, bad_keys, make
+from jaxreason.verify import code as judging
 from jaxreason.verify.code import HIDDEN_FAIL, find_program
 
 pytestmark = [
@@ -58,6 +59,10 @@ RIGHT = {
         "import sys\nprint(sum(map(int, input().split())))\nprint('x', file=sys.stderr)",
     ),
     "exits well": (INPUTS, "import os\nprint(sum(map(int, input().split())), flush=True)\nos._exit(0)"),
+    "a name of Python's own": (
+        Task("", "", data={"tests": ["assert sum(10, 15) == 6"], "entry_point": "sum"}),
+        "def sum(a, b):\n    return 1 + 5",
+    ),
     "a method": (CALLS, "class Solution:\n    def add(self, a, b):\n        return a + b"),
 }
 
@@ -178,6 +183,12 @@ TRICKS = {
         "                found = re.search(rf'== (\\d+)', t)\n"
         "                if found: return int(found[1])"
     ),
+    "says that the test is unfit": (
+        "import sys, json\nf = sys._getframe()\nwhile f.f_back: f = f.f_back\n"
+        "raised = {'raised': ['TypeError', 'a test may give a program plain data']}\n"
+        "f.f_globals['call'] = lambda *_: {'kind': 'value', 'answer': json.dumps(raised)}\n"
+        "def add(a, b): return None"
+    ),
     "not defined": "x = 1",
     "not callable": "add = 3",
     "wrong": "def add(a, b): return a - b",
@@ -230,6 +241,24 @@ def test_partial_reward(verify):
     assert verify(half, ADD).reward == 0.0
 
 
+@pytest.mark.parametrize(
+    ("visible", "hidden", "expected", "runs"),
+    [
+        (["timeout"] * 50, [], (0, None, "timeout"), 3),
+        (["", "timeout", "wrong", "timeout", "", "timeout", ""], [], (2, None, "timeout"), 6),
+        (["wrong"] * 50, [], (0, None, "wrong"), 50),
+        (["", ""], ["", "timeout", "timeout", ""], (2, 1, ""), 4),
+        (["", ""], ["", ""], (2, 2, ""), 4),
+    ],
+)
+def test_a_program_that_never_ends_is_not_waited_for_in_every_test(monkeypatch, visible, hidden, expected, runs):
+    seen = []
+    monkeypatch.setattr(judging.Trial, "reason", lambda self, test: seen.append(test) or test)
+    found = judging.judge(None, "", judging.Tests(visible, hidden, "", ""), 1.0, every=True)
+    assert found == expected
+    assert len(seen) == runs
+
+
 LIMITS = {
     "a loop when loaded": ("while True: pass", "timeout"),
     "a loop when called": ("def add(a, b):\n    while True: pass", "timeout"),
@@ -279,6 +308,8 @@ BAD = [
     {"tests": [{"stdin": 1, "stdout": "2"}]},
     {"tests": [{"input": [1]}], "entry_point": "add"},
     {"tests": ["assert add(1, 2) == 3"], "hidden_tests": ["assert ("]},
+    {"tests": ["assert sum([1, 2]) == 3"]},
+    {"tests": ["assert add(1, 2) == 3"], "hidden_tests": ["assert True"]},
     {"tests": ["assert add(lambda x: x, 2) == 3"]},
 ]
 

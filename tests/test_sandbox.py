@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from programs import BOMBS, ENDLESS, ESCAPES, PRELUDE
+from programs import BOMBS, ENDLESS, ESCAPES, PRELUDE, namespace, processes_of
 from runs import ROOT
 
 from jaxreason import sandbox
@@ -78,22 +78,6 @@ def leftovers() -> list[str]:
         for name in os.listdir(folder)
         if f"{MARK}_{os.getpid()}" in name
     ]
-
-
-def namespace(session) -> str:
-    """Return the process namespace of a session, which is that of bwrap's child."""
-    pid = session._processes.popen.pid
-    child = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]
-    return os.readlink(f"/proc/{child}/ns/pid")
-
-
-def processes_of(space: str) -> list[str]:
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if os.readlink(folder / "ns/pid") == space:
-                found.append((folder / "stat").read_text())
-    return found
 
 
 def run(box, code, timeout_s=60.0):
@@ -345,7 +329,7 @@ def test_nothing_outlives_this_process():
     code = """
 import os, signal, sys
 sys.path.insert(0, "tests")
-from test_sandbox import namespace
+from programs import namespace
 from jaxreason.sandbox import Sandbox
 session = Sandbox().session()
 print(namespace(session), flush=True)

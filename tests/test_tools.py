@@ -379,6 +379,24 @@ def test_wrong_arguments_are_explained():
         assert call(tool, text=json.loads(value)).text == value
 
 
+def test_an_argument_of_any_depth_is_answered():
+    """JSON is written from deeper in the stack than it was read."""
+    tool, deepest = own(lambda text: "answered"), 0
+    for depth in range(sys.getrecursionlimit() - 200, sys.getrecursionlimit()):
+        for opening, closing in ("[", "]"), ('{"a":', "}"):
+            (read,) = DIALECTS["llama3"]().read(
+                f'{{"name": "own", "parameters": {{"text": {opening * depth}1{closing * depth}}}}}', []
+            )
+            if isinstance(read, Call):
+                deepest = max(deepest, depth)
+                assert call(tool, **read.arguments).text in ("answered", "an argument is nested too deep")
+    assert deepest
+    deep = []
+    for _ in range(10**5):
+        deep = [deep]
+    assert call(tool, text=deep) == ("an argument is nested too deep", True, "")
+
+
 def test_tools_of_a_config(tmp_path):
     made = tools.make_all(["calculator", {"name": "human", "folder": str(tmp_path)}])
     assert [tool.name for tool in made] == ["calculator", "human"]

@@ -5,11 +5,11 @@ names between calls.
 Threat model: the program is hostile, and may read, compute and print whatever it likes
 inside. With backend `bwrap` it must not read the user's files or environment, write
 outside its own /tmp, reach a network or another process, outlive its time, or leave a
-process or a file. It has no network, a read-only system, a /tmp of its own with a limit
-of size, no /proc, a session and a process namespace of its own, no capability and no
-way to a further user namespace; a filter refuses the system calls in `seccomp`; limits
-hold for CPU time, memory, processes, file size and open files; its output is read with
-a bound.
+process or a file. It has no network, a read-only system, a /tmp of its own with limits
+of size and of the number of files (one per 4 KB), no /proc, a session and a process
+namespace of its own, no capability and no way to a further user namespace; a filter
+refuses the system calls in `seccomp`; limits hold for CPU time, memory, processes, file
+size and open files; its output is read with a bound.
 
 Not held: faults of the kernel and of the processor (side channels); the load on a
 shared machine within the limits (`processes` x `memory_mb` plus `files_mb` of memory,
@@ -129,7 +129,11 @@ class Sandbox:
             missing = self._warm - len(self._ready) - self._filling
             self._filling += max(0, missing)
         if missing > 0:
-            threading.Thread(target=self._fill_now, args=(missing,), daemon=True, name="sandbox warm").start()
+            try:
+                threading.Thread(target=self._fill_now, args=(missing,), daemon=True, name="sandbox warm").start()
+            except RuntimeError:  # no further thread now; the next session asks again
+                with self._lock:
+                    self._filling -= missing
 
     def _fill_now(self, count: int) -> None:
         for _ in range(count):

@@ -24,6 +24,7 @@ MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")  # symbolic links in
 DEVICES = ("null", "zero", "random", "urandom")
 FIRST_UID = 1_879_048_192  # from here on systemd leaves numbers of users unused
 FULL_MAP = 2**32 - 1  # numbers of users outside any user namespace
+FEWEST_USERS = 2**12  # in a container's user namespace; with fewer, root is held as any other user is
 
 
 def check(backend: str) -> None:
@@ -51,7 +52,10 @@ def refusal() -> str:
     except ValueError as error:
         return f"sandbox 'bwrap': {error}; {instead}"
     try:
-        command = argv(["-I", "-S", "-c", "pass"], filter_fd, files_mb=1)
+        become = (
+            f"import os; os.setgroups([]); os.setresgid(*[{user}] * 3); os.setresuid(*[{user}] * 3)" if (user := uid(0)) else ""
+        )
+        command = argv(["-I", "-S", "-c", become], filter_fd, files_mb=1)
         done = subprocess.run(
             command, pass_fds=[filter_fd], stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False
         )
@@ -80,20 +84,31 @@ def new_option(name: str) -> bool:
     return name in said.stdout + said.stderr
 
 
-def is_root() -> bool:
-    return os.geteuid() == 0
+def users(uid_map: str, gid_map: str) -> range:
+    """Return numbers of users and groups that root may become and that nobody else is
+    likely to be, given the maps of its user namespace; none if there are too few.
+    """
+    largest = []
+    for text in (uid_map, gid_map):
+        count, start = max((int(count), int(inside)) for inside, _, count in (line.split() for line in text.splitlines()))
+        largest.append((start + count // 2, start + count - 2) if count < FULL_MAP else (FIRST_UID, FIRST_UID + 2**30))
+    found = range(max(first for first, _ in largest), min(end for _, end in largest))
+    return found if len(found) >= FEWEST_USERS else range(0)
+
+
+@functools.cache
+def own_users() -> range:
+    """Return the users that this process may become: none unless it is root."""
+    maps = (Path(f"/proc/self/{name}_map") for name in ("uid", "gid"))
+    return users(*(path.read_text() for path in maps)) if os.geteuid() == 0 else range(0)
 
 
 def uid(number: int) -> int:
     """Return the user that a sandbox of root becomes, each another, because the limit
     of processes counts those of a user; 0 for "stay who you are".
     """
-    if not is_root():
-        return 0
-    mapped = Path("/proc/self/uid_map").read_text().split()
-    if int(mapped[2]) < FULL_MAP:
-        return 65534
-    return FIRST_UID + (os.getpid() % 2**20) * 2**10 + number % 2**10
+    found = own_users()
+    return found[((os.getpid() % 2**20) * 2**10 + number % 2**10) % len(found)] if found else 0
 
 
 def variables() -> dict[str, str]:
@@ -112,8 +127,9 @@ def argv(
 ) -> list[str]:
     """Return the command that runs Python with these arguments in a sandbox.
 
-    Root keeps the right to become another user, which `inside.limit` does at once; any
-    other user is alone in a user namespace that allows no further one.
+    Root keeps the right to become another user, which `inside.limit` does at once. Any
+    other user, and root where it may become none, is alone in a user namespace that
+    allows no further one.
     """
     prefix, executable = Path(sys.base_prefix), Path(os.path.realpath(sys.executable))
     elsewhere = not prefix.is_relative_to("/usr")
@@ -121,7 +137,7 @@ def argv(
     shown = variables() | ({"LD_LIBRARY_PATH": f"{PYTHON}/lib"} if elsewhere else {}) | dict(environment or {})
     command = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
     command += ["--as-pid-1", "--new-session", "--hostname", "sandbox", "--clearenv", "--cap-drop", "ALL"]
-    if is_root():
+    if own_users():
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]

@@ -26,6 +26,8 @@ from contextlib import suppress
 
 LONGEST_ERROR = 2000  # characters
 MOST = 1_000_000  # items that are taken from an iterator
+WATCH_S = 0.25  # between two counts of the files in /tmp
+FILE_BYTES = 4096  # a file counts as one block at least
 
 
 class Channel:
@@ -60,7 +62,7 @@ def main(fd, options, *command):
     options = json.loads(options)
     limit(options)
     if options["alone"]:
-        be_first(int(fd))
+        be_first(int(fd), (options["files_mb"] << 20) // FILE_BYTES)
     if command:
         os.execv(sys.executable, [sys.executable, *command])
     sys.path += options["path"]
@@ -91,10 +93,13 @@ def main(fd, options, *command):
         channel.send(reply)
 
 
-def be_first(fd):
-    """Stay behind as the first process of the namespace, which nothing inside can kill.
-    End with the forked one that returns from here, or when the other side of the socket
-    is gone; the kernel then ends all others.
+def be_first(fd, most_files):
+    """Stay behind as the first process of the namespace, which no signal from inside
+    reaches. End with the forked one that returns from here, when the other side of the
+    socket is gone, or when /tmp holds too many files; the kernel then ends all others.
+
+    A file system in memory has a limit of bytes, but none of files that bubblewrap
+    could set: empty ones would take the machine's memory, and seconds to remove.
     """
     pid = os.fork()
     if pid == 0:
@@ -105,6 +110,7 @@ def be_first(fd):
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python would raise KeyboardInterrupt
     poll = select.poll()
     poll.register(woken, select.POLLIN)
     poll.register(fd, 0)  # of the end alone
@@ -114,10 +120,19 @@ def be_first(fd):
             code = os.waitstatus_to_exitcode(status)
             os._exit(code if code >= 0 else 128 - code)
         if done == 0:
-            ready = [number for number, _ in poll.poll()]
-            if fd in ready:
+            ready = [number for number, _ in poll.poll(1000 * WATCH_S)]
+            if fd in ready or files_in("/tmp") > most_files:
                 os._exit(1)
-            os.read(woken, 4096)
+            if woken in ready:
+                os.read(woken, 4096)
+
+
+def files_in(path):
+    """Count the files, folders and links of a file system; 0 if it does not count
+    them.
+    """
+    system = os.statvfs(path)
+    return system.f_files - system.f_ffree
 
 
 def limit(options):
@@ -270,13 +285,33 @@ def end_others(kill=os.kill, wait=os.waitpid):
 
 
 def empty(folder):
-    """Remove what an earlier program left in its folder."""
-    for path, folders, files in os.walk(folder, topdown=False):
-        for name in files:
-            os.unlink(os.path.join(path, name))
-        for name in folders:
-            whole = os.path.join(path, name)
-            os.unlink(whole) if os.path.islink(whole) else os.rmdir(whole)
+    """Remove what an earlier program left in its folder, whatever it is. What can't be
+    removed is left.
+    """
+    left = set()
+    while names := set(os.listdir(folder)) - left:
+        for name in names:
+            try:
+                remove_one(folder, os.path.join(folder, name))
+            except OSError:
+                left.add(name)
+
+
+def remove_one(folder, path):
+    """Remove a file, or a folder after its own folders have moved up into `folder`:
+    neither recursion nor a path grows with their depth.
+    """
+    if os.path.islink(path) or not os.path.isdir(path):
+        return os.unlink(path)
+    os.chmod(path, 0o700)
+    for name in os.listdir(path):
+        within = os.path.join(path, name)
+        if os.path.islink(within) or not os.path.isdir(within):
+            os.unlink(within)
+        else:
+            os.chmod(within, 0o700)  # a folder that moves is written to
+            os.rename(within, os.path.join(folder, os.urandom(16).hex()))
+    os.rmdir(path)
 
 
 # --- values between sandboxes ---
@@ -367,6 +402,12 @@ class ProgramError(Exception):
     """An exception of the program that is none of Python's own."""
 
 
+class Unfit(Exception):
+    """A test that can't be run across sandboxes. No exception that a program raises
+    becomes one: see `ask`.
+    """
+
+
 def check(request, channel):
     """Run a test; it passes if it raises nothing."""
 
@@ -408,7 +449,7 @@ def check(request, channel):
     def reference(value):
         if isinstance(value, Remote) and value._of is not None:
             return value._of
-        raise TypeError(f"a test may give a program plain data and the program's own objects, not {type(value).__name__}")
+        raise Unfit(f"a test may give a program plain data and the program's own objects, not {type(value).__name__}")
 
     def ask(of, path, arguments, keywords):
         channel.send({"kind": "call", "call": json.dumps([of, path, encode([list(arguments), keywords], reference)])})

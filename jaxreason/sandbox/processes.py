@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import time
 from collections.abc import Sequence
 
 from jaxreason.sandbox import bwrap
+from jaxreason.sandbox.inside import empty
 
 START_S = 60.0  # for the first sign of life; on an idle machine it takes 50 ms
 GONE_S = 10.0  # for the kernel to end all processes of a sandbox
@@ -56,7 +56,7 @@ class Processes:
         self.popen.kill()
         status = self.popen.wait()
         if self.folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove(self.folder)
         return status
 
     def ran_out(self, wait_s: float) -> bool:
@@ -67,28 +67,43 @@ class Processes:
         return False
 
 
+def remove(folder: str) -> None:
+    """Remove a folder in which a program has worked. What can't be removed is left."""
+    with contextlib.suppress(OSError):
+        os.chmod(folder, 0o700)
+        empty(folder)
+        os.rmdir(folder)
+
+
 def start_namespace(arguments: Sequence[str], pass_fds: Sequence[int], output: int, **options) -> Processes:
     """Start Python in bwrap; `options` are those of `bwrap.argv`.
 
     Raises:
       OSError: it does not start.
     """
-    filter_fd, info = bwrap.filter_file(), os.memfd_create("info")  # of a pipe bwrap could die while it starts, if we do
-    try:
+    with contextlib.ExitStack() as opened:
+        opened.callback(os.close, filter_fd := bwrap.filter_file())
+        info = os.memfd_create("info")  # of a pipe bwrap could die while it starts, if we do
+        opened.callback(os.close, info)
         command = bwrap.argv(arguments, filter_fd, info_fd=info, **options)
         fds = [*pass_fds, filter_fd, info]
         popen = subprocess.Popen(
             command, pass_fds=fds, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
-        return Processes(popen, _first(info, popen))
-    finally:
-        os.close(filter_fd)
-        os.close(info)
+        try:
+            return Processes(popen, _first(info, popen))
+        except BaseException:
+            popen.kill()  # the caller closes the socket, at which the first process of the namespace ends
+            popen.wait()
+            raise
 
 
 def _first(info: int, popen: subprocess.Popen) -> int | None:
     """Return a descriptor of the process that bwrap says is the first; None if bwrap
     ends before it says so.
+
+    Raises:
+      OSError: too many descriptors are open.
     """
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
@@ -96,7 +111,7 @@ def _first(info: int, popen: subprocess.Popen) -> int | None:
         with contextlib.suppress(ValueError, KeyError):  # nothing or not all is written
             try:
                 return os.pidfd_open(json.loads(os.pread(info, 4096, 0))["child-pid"])
-            except (OSError, AttributeError):  # it has ended; before Linux 5.3 there is no such descriptor
+            except (ProcessLookupError, AttributeError):  # it has ended; before Linux 5.3 there is no such descriptor
                 return None
         if ended:
             return None
@@ -123,6 +138,6 @@ def start_group(arguments: Sequence[str], pass_fds: Sequence[int], output: int) 
             env={**bwrap.variables(), "HOME": folder, "TMPDIR": folder},
         )
     except OSError:
-        shutil.rmtree(folder, ignore_errors=True)
+        os.rmdir(folder)  # it is empty; to list it would take a descriptor, which may be what is missing
         raise
     return Processes(popen, folder=folder)

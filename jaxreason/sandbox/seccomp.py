@@ -2,8 +2,8 @@
 
 It refuses what Python has no need of and what faults of kernels have been in: new
 namespaces and mounts, tracing, kernel modules, keys, BPF, io_uring; sockets other than
-those of Unix; and memory that no limit of a process counts (memfd, queues of System V
-and POSIX).
+those of Unix; memory that no limit of a process counts (memfd, queues of System V and
+POSIX); and what the whole machine or all of a user's processes share (AIO, inotify).
 """
 
 from __future__ import annotations
@@ -58,6 +58,9 @@ REFUSED = {
     "reboot": (169, 142),
     "swapon": (167, 224),
     "swapoff": (168, 225),
+    "io_setup": (206, 0),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
     "modify_ldt": (154, None),
     "iopl": (172, None),
     "ioperm": (173, None),

@@ -210,17 +210,18 @@ def start(begin: Callable[[socket.socket, int], Processes], timeout_s: float, ma
     Raises:
       RuntimeError: it does not start.
     """
-    ours, theirs = socket.socketpair()
-    read, write = os.pipe()
     try:
-        processes = begin(theirs, write)
+        with contextlib.ExitStack() as lent, contextlib.ExitStack() as kept:
+            ours, theirs = socket.socketpair()
+            kept.callback(ours.close)
+            lent.callback(theirs.close)
+            read, write = os.pipe()
+            kept.callback(os.close, read)
+            lent.callback(os.close, write)
+            processes = begin(theirs, write)
+            kept.pop_all()
     except OSError as error:
-        ours.close()
-        os.close(read)
         raise RuntimeError(f"a sandbox did not start: {error}") from None
-    finally:
-        theirs.close()
-        os.close(write)
     session = Session(processes, ours, read, timeout_s, max_output)
     try:
         session._receive(time.monotonic() + START_S)

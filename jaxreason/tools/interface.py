@@ -94,7 +94,10 @@ def run(tool: Tool, session: Session, arguments: Mapping[str, Any], stuck: Calla
     if unknown or missing:
         what = f"unknown argument {unknown[0][:40]}" if unknown else f"missing argument {missing[0]}"
         return Result(f"{what}; {tool.name} takes: {', '.join(tool.parameters)}", is_error=True)
-    words = {name: value if isinstance(value, str) else as_json(value) for name, value in arguments.items()}
+    try:
+        words = {name: value if isinstance(value, str) else as_json(value) for name, value in arguments.items()}
+    except RecursionError:  # writing JSON recurses from deeper in the stack than reading it did
+        return Result("an argument is nested too deep", is_error=True)
     if tool.keeps_time:
         return outcome(tool, session, words)
     results: list[Result] = []

@@ -8,8 +8,9 @@ and `label` (true if a careful person would accept the text, else false). Option
 `verifier` (a name or a section; `--verifier` replaces it), `kind` (a name for a row of
 the table) and `data` (of the task). It prints the rates of false negatives (of the
 cases labelled true) and of false positives (of those labelled false) with 95 % Wilson
-intervals, the cases in which verifier and label disagree, and the time per verdict.
-`format` looks at no answer: its label says whether the form is right.
+intervals, the cases in which verifier and label disagree, those labelled false that
+earn a reward without being accepted, and the time per verdict. `format` looks at no
+answer: its label says whether the form is right.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from jaxreason.estimators import wilson
 from jaxreason.options import unknown_name_message
 from jaxreason.types import Task, Verdict
 from jaxreason.verify import make
+from jaxreason.verify.combine import Part, judge, with_tokens
 
 SHIPPED = Path(__file__).with_name("audit_cases.jsonl")
 NEEDED = {"text": (str, "a text"), "answer": (str, "a text"), "label": (bool, "true or false")}
@@ -143,10 +145,14 @@ def judge_cases(cases: Sequence[Case]) -> list[Judged]:
 
 
 def total(verify: Callable[[str, Task], Verdict], text: str, task: Task) -> Verdict:
-    """Return the verdict of a verifier, or one that tells of its error."""
+    """Return the verdict of a verifier, or one that tells of its error: also if it
+    exits, which must not end the audit as if all were well.
+    """
     try:
-        return verify(text, task)
-    except Exception as error:
+        return judge([Part("verifier", with_tokens(verify))], text, task, None)[0]
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         return Verdict(0.0, False, None, f"raised {type(error).__name__}: {error}")
 
 
@@ -188,6 +194,10 @@ def report(judged: Sequence[Judged], most: int | None = None) -> Iterator[str]:
     yield from map(disagreement, differ[:most])
     if most is not None and len(differ) > most:
         yield f"  ... and {len(differ) - most} more; --most={len(differ)} shows all"
+    if paid := [j for j in judged if not j.case.label and not j.accepted and j.verdict.reward > 0]:
+        mean = np.mean([j.verdict.reward for j in paid])
+        yield f"{len(paid)} cases labelled false are not accepted and yet earn a reward, {mean:.3g} on average; the first:"
+        yield disagreement(paid[0])
     yield ""
     yield from map(functools.partial(speed, judged), [*order, "all"])
 
@@ -212,7 +222,7 @@ def share(count: int, n: int) -> str:
 
 def disagreement(judged: Judged) -> str:
     case, verdict = judged.case, judged.verdict
-    label = "false negative" if case.label else "false positive"
+    label = "false negative" if case.label else "false positive" if judged.accepted else f"reward {verdict.reward:.3g}"
     parsed = "" if verdict.parsed is None else f" {shown(verdict.parsed, 40)}"
     words = f"{label}  {title(case.verifier)}, {case.kind or '-'}: {shown(verdict.reason, 80)}{parsed}"
     return f"  {case.where.rpartition('/')[2]}  {words}\n    answer {shown(case.task.answer, 60)}  text {shown(case.text, 160)}"

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import itertools
 import re
 import threading
 import time
@@ -25,13 +26,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxreason import sandbox as sandboxes
+from jaxreason.sandbox.inside import unbound
 from jaxreason.types import Task, Verdict
 from jaxreason.verify.exact import BAD_KEY, SHOWN, verdict
 
 HIDDEN_FAIL = "hidden tests fail"
 WALL = 4.0  # wall time per test, in multiples of its CPU time
+MOST_TIMEOUTS = 3  # of one answer: a task with 100 tests would wait half an hour for a program that sleeps
 LANGUAGES = ("python", "python3", "py")
-UNFIT = "TypeError: a test may give"  # how `inside` says that a test can't be run across sandboxes
+UNFIT = "Unfit: "  # how `inside` says that a test can't be run across sandboxes
 CHECK = re.compile(r"^def check\(", re.MULTILINE)  # of HumanEval
 
 
@@ -45,8 +48,9 @@ class Tests(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Counts of tests that passed; `reason` is that of the first that did not, or "".
-    Hidden tests are not run (`hidden_passed` is None) unless all visible ones pass.
+    """Counts of tests that passed before judging ended; `reason` is that of the first
+    that did not, or "". Hidden tests are not run (`hidden_passed` is None) unless all
+    visible ones pass.
     """
 
     visible_passed: int
@@ -56,7 +60,7 @@ class Outcome(NamedTuple):
 
 def code(
     sandbox: str = "bwrap",  # or "rlimits", which holds accidents but no attacker: see `sandbox.Sandbox`
-    partial: bool = False,  # whether the reward is the share of visible tests that pass; else 1 if all do, and 0
+    partial: bool = False,  # whether the reward is the share of visible tests that pass (after 3 timeouts none does); else 1 or 0
     timeout_s: float = 5.0,  # CPU time per test
     memory_mb: int = 512,  # address space per process
     packages: tuple[str, ...] = (),  # importable besides the standard library, such as numpy
@@ -82,7 +86,8 @@ def code(
     Reasons: right; hidden tests fail (all visible ones passed: rewarded, not correct);
     wrong; error (the program raised before any test); no answer; too long; timeout;
     out of memory; crashed; too much output; bad key (no visible test, or one that does
-    not parse or can't be run so).
+    not parse, can't be run so, or names nothing but Python's own functions while there
+    is no `entry_point`).
 
     Raises:
       ValueError: the sandbox can't be had here, or the task has no `tests`.
@@ -163,28 +168,34 @@ def test_code(test: Any, tests: Tests) -> str | None:
 
 
 def parses(test: Any, tests: Tests) -> bool:
+    """Tell whether a test can be read, and asks the program: one that names Python's
+    own functions alone, such as `assert sum([1, 2]) == 3`, would pay any program.
+    """
     try:
         whole = test_code(test, tests)
-        return isinstance(test["stdin"] + test["stdout"], str) if whole is None else bool(ast.parse(whole))
+        if whole is None:
+            return isinstance(test["stdin"] + test["stdout"], str)
+        return bool(unbound(ast.parse(whole)) or tests.entry_point)
     except (SyntaxError, ValueError, KeyError, TypeError, RecursionError, MemoryError):
         return False
 
 
 def judge(sandbox: sandboxes.Sandbox, program: str, tests: Tests, timeout_s: float, every: bool = False) -> Outcome:
-    """Run the visible tests, to the first that fails unless `every`; then, if all
-    passed, the hidden ones.
+    """Run the visible tests, to the first that fails; with `every` all of them, but
+    after `MOST_TIMEOUTS` that ran out of time the rest fail too. Then, if all passed,
+    run the hidden ones to the first that fails.
     """
     with contextlib.closing(Trial(sandbox, program, tests, timeout_s)) as trial:
         reasons = []
         for test in tests.visible:
             reasons.append(trial.reason(test))
-            if reasons[-1] and not every:
+            if reasons[-1] and (not every or reasons.count("timeout") == MOST_TIMEOUTS):
                 break
         failed = [reason for reason in reasons if reason]
         if failed:
             return Outcome(reasons.count(""), None, BAD_KEY if BAD_KEY in failed else failed[0])
-        hidden = [trial.reason(test) for test in tests.hidden]
-        return Outcome(len(reasons), hidden.count(""), "")
+        hidden = itertools.takewhile(lambda test: not trial.reason(test), tests.hidden)
+        return Outcome(len(reasons), sum(1 for _ in hidden), "")
 
 
 class Trial:
