@@ -16,7 +16,7 @@ from nasty import NASTY
 
 from jaxreason.types import Task
 from jaxreason.verify import make, pool
-from jaxreason.verify.expression import both_ways, compare, last_boxes, tidy
+from jaxreason.verify.expression import both_ways, compare, last_boxes, last_line, tidy
 
 
 def one(answer, **data):
@@ -153,6 +153,40 @@ def test_plain_answers_need_no_process(monkeypatch):
     assert math("I do not know", one("13")).reason == "no answer"
     for key in ("", "$$", r"\boxed{}", " "):
         assert math(r"\boxed{12}", one(key)).reason == "bad key"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("3+8\n11", "11"),
+        ("2\n-5", "-5"),
+        ("  so:\n 1,234 \n", "1,234"),
+        ("11", "11"),
+        ("3+8=11", None),
+        ("The answer: 5\n7", None),
+        ("It is 5.\n7", None),
+        ("$5$\n7", None),
+        ("\\(5\\)\n7", None),
+        ("7\n", "7"),
+        ("", None),
+    ],
+)
+def test_a_last_line_of_one_number_is_the_answer(monkeypatch, text, line):
+    assert last_line(text) == line
+    if line is not None:
+        monkeypatch.setattr(pool.Pool, "ask", None)
+        judge = make("math")
+        assert judge(text, one(line)).correct
+        assert not judge(text, one("4")).correct
+
+
+def test_the_same_question_is_asked_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(pool.Pool, "ask", lambda self, *question: asked.append(question) or (True, "4", ""))
+    judge = make("math")
+    for _ in range(3):
+        assert judge("2+2=4", one("4")).correct
+    assert len(asked) == 1
 
 
 def test_the_quick_path_agrees_with_math_verify(children):

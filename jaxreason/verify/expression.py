@@ -8,6 +8,7 @@ and equal texts are compared in this process.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import unicodedata
@@ -46,6 +47,10 @@ def math(
         raise ValueError("verifier 'math' needs math-verify; pip install 'jaxreason[math]'")
     children = pool.shared("math", processes, timeout_s, memory_mb)
 
+    @functools.lru_cache(maxsize=2048)  # a policy that has learned writes the same text many times
+    def ask(answers: tuple[str, ...], keys: tuple[str, ...]) -> tuple[bool, str | None, str]:
+        return children.ask(list(answers), list(keys))
+
     def judge(boxes: list[str], text: str, keys: list[str]) -> Verdict:
         """Compare the boxes, or a text without any, with the keys.
 
@@ -60,7 +65,7 @@ def math(
         if not keys:
             return verdict(False, boxes[0] if boxes else None)
         answers = [rf"\boxed{{{box}}}" for box in boxes] or [listed(text)]
-        correct, parsed, reason = children.ask(both_ways(answers), both_ways(keys))
+        correct, parsed, reason = ask(tuple(both_ways(answers)), tuple(both_ways(keys)))
         return verdict(correct, boxes[0] if boxes and not reason else parsed, reason)
 
     def verify(text: str, task: Task) -> Verdict:
