@@ -47,6 +47,17 @@ def test_an_arm_whose_seeds_are_equal_has_no_interval_over_them(tmp_path):
     assert "| ones | 2 | 1.000 | [all seeds equal] | [0.981, 1.000] |" in text
 
 
+def test_intervals_of_accuracies_end_at_0_and_1():
+    def runs(arm: str, *values: float) -> dict[int, results.Result]:
+        rest = {"flops": 1.0, "device_s": 1.0, "joules": 0.0, "wall_s": 1.0, "code": ""}
+        return {seed: results.Result(arm, seed, value, 0.0, 1.0, 10, "", **rest) for seed, value in enumerate(values)}
+
+    good, bad = runs("a", 0.9, 1.0), runs("b", 0.1, 0.0)
+    assert results.summarise("a", list(good.values())).over_seeds == (pytest.approx(0.3147, abs=1e-4), 1.0)
+    found = results.compare(good, bad, "a", "b")
+    assert (found.low, found.high) == (pytest.approx(-0.3706, abs=1e-4), 1.0)
+
+
 def test_one_seed_whose_verdicts_are_alike_has_an_interval():
     same = results.compare(arm_of("b", (1.0,)), arm_of("a", (1.0,)), "b", "a")
     assert same.low < -0.005 < 0.005 < same.high

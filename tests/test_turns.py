@@ -375,7 +375,7 @@ def test_a_long_result_is_cut_between_characters(bpe, result):
 def test_characters_that_a_tokenizer_lacks_are_dropped():
     tokenizer = text.make("characters", alphabet="0123456789.")
     assert environments.fitted(tokenizer, 8, "7 apples, 8.5 pears\ud800") == "78.5"
-    assert environments.fitted(tokenizer, 4, "123456789") in ("12...89"[:4], "1234", "12.9", "1...")
+    assert environments.fitted(tokenizer, 4, "123456789") == "1..."
 
 
 @pytest.mark.parametrize("name", DIALECTS)

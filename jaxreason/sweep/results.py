@@ -142,7 +142,7 @@ def accuracy_before(run: Path, phase: str, suite: str, temperature: float) -> tu
 
 def summarise(name: str, results: Sequence[Result]) -> ArmSummary:
     """Summarise the runs of an arm."""
-    mean, *over_seeds = estimators.mean_interval([r.value for r in results])
+    mean, *over_seeds = estimators.mean_interval([r.value for r in results], within=(0, 1))
     means = {unit: float(np.mean([getattr(r, unit) for r in results])) for unit in ("flops", "device_s", "joules", "wall_s")}
     seeds = tuple(sorted(r.seed for r in results))
     return ArmSummary(name, seeds, mean, tuple(over_seeds), problems_interval(results), **means)
@@ -173,7 +173,7 @@ def compare(arm: Mapping[int, Result], base: Mapping[int, Result], what: str, th
     if not seeds:
         return None
     if len(seeds) > 1:
-        return over_seeds(what, than, {seed: arm[seed].value - base[seed].value for seed in seeds})
+        return over_seeds(what, than, {seed: arm[seed].value - base[seed].value for seed in seeds}, within=(-1, 1))
     a, b = base[seeds[0]], arm[seeds[0]]
     a_NK, b_NK = a.correct_NK(), b.correct_NK()
     difference = b.value - a.value
@@ -191,15 +191,18 @@ def compare(arm: Mapping[int, Result], base: Mapping[int, Result], what: str, th
     return Comparison(what, than, seeds, difference, low, high, p, "one seed: paired t and interval over problems")
 
 
-def over_seeds(what: str, than: str, differences: Mapping[int, float]) -> Comparison:
-    """A comparison from the differences of paired seeds.
+def over_seeds(
+    what: str, than: str, differences: Mapping[int, float], within: tuple[float, float] = (-math.inf, math.inf)
+) -> Comparison:
+    """A comparison from the differences of paired seeds, whose mean is known to be
+    `within` a range.
 
     Differences that are all equal have no interval, and the p-value of the exact
     sign-flip test.
     """
     values = [differences[seed] for seed in sorted(differences)]
     seeds = tuple(sorted(differences))
-    mean, low, high = estimators.mean_interval(values)
+    mean, low, high = estimators.mean_interval(values, within=within)
     if not estimators.varies(values):
         how = "sign flips over seeds, as all differences are equal" if len(values) > 1 else "one seed, no test"
         return Comparison(what, than, seeds, mean, -np.inf, np.inf, estimators.paired_t(values), how)
