@@ -223,12 +223,18 @@ def test_a_lock_of_another_host_is_watched(there, monkeypatch):
 
 
 def test_a_run_ends_when_another_takes_its_folder_over(there, monkeypatch):
-    monkeypatch.setattr(workdir, "BEAT_S", 0.05)
     lines, say = said()
     with mirrored(URL, say) as (folder, mirror):
         (folder / "config.json").write_text("{}")
         there.put("runs/one/lock", b"host elsewhere, pid 3, since then, beat 0")
-        mirror.threads[0].join(HANG_S)
+        with pytest.raises(workdir.Moved, match=f"{URL} was taken over by host elsewhere"):
+            mirror.send()  # at a checkpoint
+    monkeypatch.setattr(workdir, "BEAT_S", 0.05)
+    there.objects.clear()
+    with mirrored(URL, say) as (folder, mirror):
+        (folder / "config.json").write_text("{}")
+        there.put("runs/one/lock", b"host elsewhere, pid 3, since then, beat 0")
+        mirror.threads[0].join(HANG_S)  # between checkpoints
         with pytest.raises(workdir.Moved, match=f"{URL} was taken over by host elsewhere"):
             mirror.send()
     assert "runs/one/config.json" not in there.objects  # it is the other run's folder now
@@ -244,6 +250,12 @@ def test_two_runs_of_one_host_do_not_share_a_folder(there):
 def test_errors_name_the_bucket_and_not_the_mirror(there):
     with pytest.raises(ValueError, match=f"^{URL}/config.json is bad$"), mirrored(URL, print) as (folder, _):
         raise ValueError(f"{folder}/config.json is bad")
+
+
+def test_long_urls_have_folders_of_their_own(there):
+    long = f"gs://bucket/{'a' * 300}/run"
+    with mirrored(long, print) as (one, _), mirrored(long.replace("bucket/a", "bucket/b"), print) as (other, _):
+        assert one != other
 
 
 def test_an_incomplete_checkpoint_is_no_checkpoint(there):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -25,7 +26,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -38,6 +39,7 @@ from jaxreason.runtime.bucket import SCHEME, check_url, is_url, remote
 
 LEFT_OUT = re.compile(rf"(lock|{re.escape(workdir.POINTER)}|checkpoints|wandb|.*\.part|.*\.tmp)$")  # names that are not copied
 COPY_S = 60.0  # interval of copies while a run trains; longer if a copy takes long
+READ_BY_ALL = ("config.json", "summary.json")  # records that processes read which don't write them
 SHARE = 0.05  # share of the time that copies may take
 
 
@@ -67,8 +69,9 @@ def copy(source: Any, target: Any, most: int | None = None) -> None:
             left = None if left is None else left - len(piece)
 
 
-def download(url: str, folder: Path) -> None:
-    """Make `folder` a copy of the records that a bucket has at `url`.
+def download(url: str, folder: Path, only: Sequence[str] = ()) -> None:
+    """Make `folder` a copy of the records that a bucket has at `url`, or of those
+    named.
 
     An earlier folder of this name gets the ending `.old`. Processes of this host wait
     for each other.
@@ -81,6 +84,8 @@ def download(url: str, folder: Path) -> None:
         part.mkdir()
         there = remote(url)
         for name in files_in(there) if there.is_dir() else ():
+            if only and name not in only:
+                continue
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             copy(there / name, part / name)
         (part / workdir.POINTER).write_text(json.dumps({"url": url}))
@@ -167,7 +172,10 @@ class Lock:
 def place_of(url: str, use: str) -> Path:
     """Return the local folder for a mirror of `url`. `use` tells mirrors apart."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache, "jaxreason", "buckets", quote(url.removeprefix(SCHEME), safe="")[-200:], use)
+    name = quote(url.removeprefix(SCHEME), safe="")
+    if len(name) > 200:  # a file system allows 255 bytes
+        name = f"{name[-180:]}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+    return Path(cache, "jaxreason", "buckets", name, use)
 
 
 class Mirror:
@@ -222,7 +230,10 @@ class Mirror:
         """
         self.check()
         try:
+            self.lock.check()  # the thread may not have noticed yet
             self.copies.send()
+        except workdir.Moved:
+            raise
         except Exception as error:  # each library between here and the bucket has its own types
             raise OSError(f"can't copy to {self.url}: {first_line(error)}") from None
 
@@ -268,7 +279,7 @@ def mirrored(url: str, say: Callable[[str], None]) -> Iterator[tuple[Path, Mirro
 
         def read() -> None:
             with reaching(url):
-                download(url, folder) if mirror is None else mirror.begin()
+                download(url, folder, READ_BY_ALL) if mirror is None else mirror.begin()
 
         mirror = processes.on_all_processes(lock)
         processes.on_all_processes(read)  # after the lock is taken, so that all processes read the same records
