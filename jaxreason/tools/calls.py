@@ -184,9 +184,20 @@ def schema(tool: Tool) -> dict[str, Any]:
 
 def described(tools: Sequence[Tool], dialect: Dialect) -> str:
     """Describe tools in words, for models whose template does not."""
-    how = "After a call, stop and wait for its result." if dialect.role else "The result follows a call, and you continue."
-    lines = [f"- {tool.name}: {tool.help} Write {dialect.example(tool)}" for tool in tools]
+    how = "After a call, stop and wait for its result."
+    if not dialect.role:
+        how = f"The result follows a call at once, as {dialect.write('RESULT', False)}, and you continue."
+    lines = [
+        f"- {tool.name}: {tool.help} Write {dialect.example(tool)}{'' if dialect.role else meanings(tool)}" for tool in tools
+    ]
     return "\n".join([f"You can use tools. {how}", *lines])
+
+
+def meanings(tool: Tool) -> str:
+    """Say what the parameters of a tool are, which an example of a dialect of the text
+    does not.
+    """
+    return f" ({'; '.join(f'{name}: {words}' for name, words in tool.parameters.items())})"
 
 
 DIALECTS: dict[str, Callable[[], Dialect]] = {
