@@ -51,13 +51,14 @@ class Audit:
                 whole += len(line)
             elif line.endswith(b"\n"):
                 raise ValueError(
-                    f"line {number} of {self.path} is damaged, so what is spent is not known; mend the line, or choose another --folder"
+                    f"line {number} of {self.path} is damaged, so what is spent is not known; mend the line, or choose another "
+                    "--folder"
                 )
         return whole
 
     def write(self, event: str, **fields: Any) -> None:
         """Append a line, and wait until it is on the disk."""
-        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, "client": client.get(), **short(fields)}
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, "client": client.get()} | short(fields)
         with self._lock, self.path.open("a", encoding="ascii") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()

@@ -87,10 +87,10 @@ def so_far(plan: Mapping, states: Mapping[str, Mapping], now_s: float) -> dict[s
         folder, state = Path(run["folder"]), states.get(run["name"], {})
         used = _own(run)
         if state.get("status") == "running":
-            since_s = [_seconds(state.get("started"), now_s)]
+            last_s = _begun_s(folder, state, now_s)
             with contextlib.suppress(OSError):
-                since_s.append((folder / "metrics.jsonl").stat().st_mtime)
-            used["device_s"] += max(0.0, now_s - max(since_s)) * plan["devices_per_run"]
+                last_s = max(last_s, (folder / "metrics.jsonl").stat().st_mtime)
+            used["device_s"] += max(0.0, now_s - last_s) * plan["devices_per_run"]
         found.append(used)
     return added(found)
 
@@ -114,7 +114,7 @@ def at_end(plan: Mapping, states: Mapping[str, Mapping]) -> dict[str, float]:
             all_known = False
             bound = max(0.0, bounds[run["folder"]] - bounds.get(run["shared"], 0.0))
             now_s = time.time()
-            seconds = _seconds(state.get("ended"), now_s) - _seconds(state.get("started"), now_s)
+            seconds = _seconds(state.get("ended"), now_s) - _begun_s(folder, state, now_s)
             used["flops"] = max(used["flops"], bound)
             used["device_s"] = max(used["device_s"], seconds * plan["devices_per_run"])
         found.append(used)
@@ -127,6 +127,14 @@ def at_end(plan: Mapping, states: Mapping[str, Mapping]) -> dict[str, float]:
 def _is_booked(folder: Path, state: Mapping) -> bool:
     """Whether a run's records have all that it used: it is done, or saved itself."""
     return is_done(folder) or (state.get("exit") in (0, 130) and bool(saved_at(folder)))
+
+
+def _begun_s(folder: Path, state: Mapping, otherwise: float) -> float:
+    """When a run began to use devices, at the earliest: it writes its config first."""
+    try:
+        return max(_seconds(state.get("started"), 0.0), (folder / "config.json").stat().st_mtime)
+    except OSError:
+        return otherwise
 
 
 def _seconds(text: object, otherwise: float) -> float:

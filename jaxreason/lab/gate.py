@@ -5,12 +5,13 @@ offers, and values of fields. A value is a number, true, false, None or a list o
 of the field's type; a text is allowed only if it is one of the choices of `CHOICES` or
 the config's own value of this field. So no text of a client can name a file, a module,
 a host or a model. Closed whatever the value are the judge of answers, the environment
-and its limits, the watts that joules are estimated from, devices, checkpoints, and
-where a run begins.
+and its limits, what counts as held out, the watts that joules are estimated from, devices,
+checkpoints, and where a run begins.
 """
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import math
 import re
@@ -157,6 +158,8 @@ def why_closed(path: str, phases: Sequence[str]) -> str:
     first, _, rest = path.partition(".")
     if re.search(r"(^|\.)(verifier|environment)(\.|$)", path):
         return "it decides how answers are judged, and what a model's own calls may do"
+    if path == "evaluate.allow_overlap":
+        return "it decides what counts as held out"
     if path == "seed":
         return "seeds are set by `seeds`"
     if path == "phases" or (first in ("model", "sampler", "evaluate", *phases) and rest):
@@ -214,7 +217,11 @@ def word(path: str, value: Any, setting: Setting) -> str:
             )
         if not isinstance(item, str | bool | int | float) and item is not None:
             raise ValueError(f"field {path} got {short(item)}; allowed: numbers, true, false, null and known names")
+        if isinstance(item, int) and item < 0:  # would lower the bound of FLOPs by formula
+            raise ValueError(f"field {path} got {short(item)}; allowed: whole numbers from 0")
     value = tuple(value) if isinstance(value, list) else value
+    if value is None and setting.value is not None and str in members(setting.type) and not setting.choices:
+        raise ValueError(f"field {path} got null; allowed: its own text {short(setting.value)}")
     kinds = [kind for kind in members(setting.type) if kind is not Any and (isinstance(value, str) or kind is not str)]
     if not any(fits(value, kind) for kind in kinds):
         from jaxreason.options.fields import shown
@@ -230,7 +237,9 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def checked(config: str, common: Mapping[str, str], fields: Mapping[str, Any], grid: Mapping[str, list]) -> tuple[dict, dict, dict]:
+def checked(
+    config: str, common: Mapping[str, str], fields: Mapping[str, Any], grid: Mapping[str, list]
+) -> tuple[dict, dict, dict]:
     """Check the values of a client against the fields of a config. Return the words of
     `fields`, those of `grid`, and the config.
 
@@ -260,7 +269,9 @@ def is_name(path: str) -> bool:
 
 def get(known: Mapping[str, Setting], path: str) -> Setting:
     if path not in known:
-        raise ValueError(unknown_name_message("field", path, known))
+        near = difflib.get_close_matches(path, known, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"unknown field {short(path)}{hint}; describe_fields lists them, sections are set by the fields inside")
     return known[path]
 
 
@@ -301,7 +312,7 @@ def request(
         file = with_options(root, find(root, "configs", config), options)
         for path, values in grid.items():
             if not isinstance(values, list) or not values:
-                raise ValueError(f"grid.{short(path)} got {short(values)}; allowed: a list of values")
+                raise ValueError(f"grid field {short(path)} got {short(values)}; allowed: a list of values")
         set_, arms, tree = checked(str(root / file), {}, fields, grid)
         words = [f"--config={file}", f"--grid={grid_text(arms, seeds)}"]
     words += [f"--config.{path}={value}" for path, value in set_.items()]
@@ -318,7 +329,9 @@ def grid_text(arms: Mapping[str, Sequence[str]], seeds: int) -> str:
     for path, values in arms.items():
         for value in values:
             if not PLAIN.fullmatch(value) and not re.fullmatch(r"\([\w.,+' -]*\)", value):
-                raise ValueError(f"grid.{path} got {short(value)}; allowed: numbers, names and lists of them; or set it in `fields`")
+                raise ValueError(
+                    f"grid.{path} got {short(value)}; allowed: numbers, names and lists of them; or set it in `fields`"
+                )
             if ".." in value:
                 raise ValueError(f"grid.{path} got {short(value)}; allowed: values without two dots")
     parts = [f"{path}={','.join(values)}" for path, values in arms.items()]

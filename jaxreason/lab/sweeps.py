@@ -5,8 +5,8 @@ own, in the folder of the lab.
     FOLDER/sweeps/ID/           a sweep, as `jaxreason.sweep` makes it, and beside it
       lab.json                  its words, runs, bounds and reservation
       sweep.log                 what it printed
-      stop                      asks its keeper to stop it
-      kept.json                 how it ended, and what it used
+      stop                      asks its supervisor to stop it
+      outcome.json              how it ended, and what it used
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ class Lab:
     # --- the budget ---
 
     def settle(self) -> None:
-        """Book the costs of sweeps that ended since the last call. A sweep whose keeper
-        left no word costs its whole reservation.
+        """Book the costs of sweeps that ended since the last call. A sweep whose
+        supervisor was killed costs its whole reservation.
         """
         for sweep, one in budget.reservations(self.audit.lines).items():
             if one["used"] is not None or self.runs_now(sweep):
                 continue
-            kept = json_object(self.path(sweep) / "kept.json") or {}
-            used = kept.get("used")
+            outcome = json_object(self.path(sweep) / "outcome.json") or {}
+            used = outcome.get("used")
             if not isinstance(used, dict) or not all(isinstance(used.get(unit), int | float) for unit in budget.UNITS):
-                kept, used = {"status": "lost"}, {unit: one["reserved"].get(unit, 0.0) for unit in budget.UNITS}
-            self.audit.write("ended", sweep=sweep, status=str(kept.get("status")), used=used)
+                outcome, used = {"status": "lost"}, {unit: one["reserved"].get(unit, 0.0) for unit in budget.UNITS}
+            self.audit.write("ended", client=one["client"], sweep=sweep, status=str(outcome.get("status")), used=used)
 
     def budget(self) -> dict[str, dict[str, float]]:
         """Return budget, spent, reserved and remaining by unit."""
@@ -64,7 +64,7 @@ class Lab:
         return self.folder / "sweeps" / sweep
 
     def runs_now(self, sweep: str) -> bool:
-        """Tell whether the keeper of a sweep lives: it holds a lock."""
+        """Tell whether the supervisor of a sweep lives: it holds a lock."""
         try:
             with (self.folder / "sweeps" / f"{sweep}.lock").open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -115,7 +115,9 @@ class Lab:
         )
         if done.returncode:
             lines = (done.stderr.strip() or done.stdout.strip() or f"{module} failed").splitlines()
-            raise ValueError(next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1]).removeprefix("error: "))
+            raise ValueError(
+                next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1]).removeprefix("error: ")
+            )
         return done.stdout
 
     def start(self, most: Mapping[str, float | None], note: str, **asked: Any) -> dict[str, Any]:
@@ -130,7 +132,7 @@ class Lab:
         request, plan = self.dry_run(**asked)
         flops = plan["flops_at_most"]
         if flops is not None and not flops > 0:
-            raise ValueError("the sweep has no steps and no evaluations, so there is nothing to run")
+            raise ValueError("the sweep has neither steps nor evaluations, so there is nothing to run")
         keywords = {"flops": flops, "asked": most, "joules_known": request.watts is not None or counts_joules()}
         reserved = budget.to_reserve(self.amounts, self.audit.lines, **keywords)
         folder = self.path(plan["sweep"])
@@ -141,15 +143,15 @@ class Lab:
         devices = re.search(r"host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
         plan |= {"reserved": reserved, "devices_per_run": int(devices[1]) if devices else 1}
         write_json(folder / "lab.json", plan)
-        self.keep(plan["sweep"], folder)
+        self.supervise(plan["sweep"], folder)
         return {"sweep": plan["sweep"], "runs": len(plan["runs"]), "reserved": reserved, "budget": self.budget()}
 
-    def keep(self, sweep: str, folder: Path) -> None:
-        """Start the keeper of a sweep, which inherits its lock from here."""
+    def supervise(self, sweep: str, folder: Path) -> None:
+        """Start the supervisor of a sweep, which inherits its lock from here."""
         with (self.folder / "sweeps" / f"{sweep}.lock").open("wb") as lock, (folder / "sweep.log").open("ab") as log:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             subprocess.Popen(
-                [sys.executable, "-m", "jaxreason.lab.keeper", str(folder)],
+                [sys.executable, "-m", "jaxreason.lab.supervisor", str(folder)],
                 cwd=self.root,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -159,7 +161,7 @@ class Lab:
             )
 
     def stop(self, sweep: str) -> dict[str, Any]:
-        """Ask the keeper of a sweep to stop it. The runs save themselves first."""
+        """Ask the supervisor of a sweep to stop it. The runs save themselves first."""
         self.settle()
         one = self.known(sweep)
         if one["used"] is None:
@@ -202,7 +204,12 @@ class Lab:
         runs = []
         for run in plan["runs"]:
             state, seen = states.get(run["name"], {}), cost.last_metrics(Path(run["folder"]))
-            said = {"run": run["name"], "status": state.get("status", "waiting"), "step": seen.get("step", 0), "steps": run["steps"]}
+            said = {
+                "run": run["name"],
+                "status": state.get("status", "waiting"),
+                "step": seen.get("step", 0),
+                "steps": run["steps"],
+            }
             said |= {"reason": state["reason"]} if state.get("reason") else {}
             said |= {name: seen[name] for name in ("phase", "rollout/reward", "train/loss") if seen.get(name) is not None}
             runs.append(said | {name: value for name, value in seen.items() if re.fullmatch(r"eval/[^/]+/[^/]+/accuracy", name)})

@@ -1,10 +1,10 @@
-"""The process beside a sweep: `python -m jaxreason.lab.keeper FOLDER LOCK`.
+"""The supervisor of a sweep: `python -m jaxreason.lab.supervisor FOLDER`.
 
 It starts the sweep of FOLDER/lab.json, stops it when it has used what was reserved for
-it or when the file FOLDER/stop appears, and writes its cost to FOLDER/kept.json at the
-end. It outlives the server. LOCK is an open file that the server has locked: the lock
-is held as long as this process lives. If this process is killed, the sweep saves itself
-and ends (`sweep.child`).
+it or when the file FOLDER/stop appears, and writes status and cost to
+FOLDER/outcome.json at the end. It outlives the server. It inherits an open file that
+the server has locked, so the lock is held as long as this process lives. If it is
+killed, the sweep saves itself and ends (see `sweep.child`).
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def reason_to_stop(plan: dict, folder: Path) -> str:
     return f"stopped at its reservation of {over[0]}" if over else ""
 
 
-def keep(folder: Path) -> dict:
-    """Run the sweep to its end; return what kept.json says."""
+def supervise(folder: Path) -> dict:
+    """Run the sweep to its end; return the contents of outcome.json."""
     plan = json_object(folder / "lab.json")
     process, status, asked_s = start(plan, folder), "", 0.0
     while process.poll() is None:
@@ -59,5 +59,5 @@ def keep(folder: Path) -> dict:
 
 if __name__ == "__main__":
     where = Path(sys.argv[1])
-    signal.signal(signal.SIGTERM, lambda number, frame: (where / "stop").touch())  # of a machine that is shut down
-    write_json(where / "kept.json", keep(where))
+    signal.signal(signal.SIGTERM, lambda number, frame: (where / "stop").touch())  # as when the machine is shut down
+    write_json(where / "outcome.json", supervise(where))
