@@ -84,6 +84,8 @@ REFUSED = [
     ),
     {"grid": {"rl.optimizer.lr": ["0.1; rl.source.task.path=/etc"]}},
     {"grid": {"rl.optimizer.lr": []}},
+    {"grid": {"rl.steps": list(range(1, 10)), "rl.optimizer.lr": [0.1 * i for i in range(30)]}},
+    {"grid": {"rl.objective.name": ["grpo"] * 33}},
     {"grid": {"seed": [1, 2]}},
     {"grid": {"sampler.end_of_thinking": ["\n</think>\n\n"]}},
     {"fields": {"rl.steps": 1}, "grid": {"rl.steps": [1, 2]}},

@@ -26,6 +26,7 @@ FOLDERS = ("configs", "experiments")
 DTYPES = ("float32", "bfloat16")
 MOST_VARIANTS = 32  # combinations of names in a grid: each is a config that is read
 MOST_ITEMS = 64  # of a list
+MOST_RUNS = 200  # of a sweep
 MOST = {"log.rollouts_kept": 256}  # per step: rollouts are kept on the disk, which no budget counts
 PLAIN = re.compile(r"[\w.+-]+")  # texts that need no quotes in a grid
 FIELD = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
@@ -309,15 +310,21 @@ def request(
         set_, _, tree = checked(str(root / base), common, fields, {})
         words = [f"--experiment={file}"]
     else:
-        file = with_options(root, find(root, "configs", config), options)
         for path, values in grid.items():
             if not isinstance(values, list) or not values:
                 raise ValueError(f"grid field {short(path)} got {short(values)}; allowed: a list of values")
+        check_runs(seeds * math.prod(map(len, grid.values())))
+        file = with_options(root, find(root, "configs", config), options)
         set_, arms, tree = checked(str(root / file), {}, fields, grid)
         words = [f"--config={file}", f"--grid={grid_text(arms, seeds)}"]
     words += [f"--config.{path}={value}" for path, value in set_.items()]
     words += [f"--seeds={seeds}"] if experiment is not None else []
     return Request(words, Path(file.partition(":")[0]).stem, tree["log"].get("watts"))
+
+
+def check_runs(count: int) -> None:
+    if count > MOST_RUNS:
+        raise ValueError(f"the sweep has {short(count)} runs; allowed: {MOST_RUNS}; ask for fewer values or seeds")
 
 
 def grid_text(arms: Mapping[str, Sequence[str]], seeds: int) -> str:

@@ -53,8 +53,8 @@ async def recorded(lab: Lab, ctx: Any, call_next: Callable[[Any], Any]) -> Any:
     said = {"tool": params.get("name"), "arguments": params.get("arguments")}
     try:
         result = await call_next(ctx)
-    except Exception as error:
-        lab.audit.write("request", **said, outcome=f"failed: {' '.join(str(error).split())}")
+    except BaseException as error:  # a request that was cancelled as well
+        lab.audit.write("request", **said, outcome=f"failed: {type(error).__name__} {' '.join(str(error).split())}")
         raise
     lab.audit.write("request", **said, outcome=outcome_of(result))
     return result

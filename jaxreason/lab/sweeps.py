@@ -27,7 +27,6 @@ from jaxreason.lab import budget, cost, gate, rollouts
 from jaxreason.lab.audit import Audit, write_json
 from jaxreason.runtime.workdir import json_object
 
-MOST_RUNS = 200  # of a sweep
 SLOW_S = 600.0  # that a command which only reads may take
 
 
@@ -94,8 +93,7 @@ class Lab:
         words = [*request.words, f"--folder={self.path(sweep)}", "--nofigures"]
         printed = self.command("jaxreason.sweep", *words, "--dry_run", "--json")
         plan = json.loads(printed.splitlines()[-1])
-        if len(plan["runs"]) > MOST_RUNS:
-            raise ValueError(f"the sweep has {len(plan['runs'])} runs; allowed: {MOST_RUNS}")
+        gate.check_runs(len(plan["runs"]))
         return request, plan | {"sweep": sweep, "words": words}
 
     def command(self, module: str, *words: str) -> str:
