@@ -125,6 +125,8 @@ def test_a_field_of_a_name_in_the_grid_is_known():
     """`clip_low` is of grpo, and the config's own objective lacks it."""
     assert request(fields={"rl.objective.name": "grpo", "rl.objective.clip_low": 0.1}).words
     assert request(grid={"rl.objective.name": ["grpo", "dapo"], "rl.objective.clip_low": [0.1, 0.2]}).words
+    with pytest.raises(ValueError, match="got a section; allowed"):
+        request(fields={"rl.optimizer.lr": {}})
     with pytest.raises(ValueError, match=r"unknown field 'rl\.objective\.clip_low'"):
         request(fields={"rl.objective.clip_low": 0.1})
 
@@ -144,6 +146,26 @@ def test_a_link_is_no_config(tmp_path):
     (tmp_path / "configs" / "link.py").symlink_to(tmp_path / "elsewhere.py")
     (tmp_path / "configs" / "inside.py").symlink_to(tmp_path / "configs" / "mine.py")
     assert list(gate.catalogue(tmp_path)["configs"]) == ["mine"]
+
+
+def test_an_option_that_may_be_any_text_keeps_its_default(tmp_path):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "configs" / "mine.py").write_text(
+        "from jaxreason.options import parse\n\n\ndef get_config(arg=''):\n"
+        "    parse(arg, data='mine.jsonl', rate=0.5, size=3, smoke=False)\n    return {}\n"
+    )
+    good = {"data": "mine.jsonl", "rate": 1, "size": 4, "smoke": True}
+    assert gate.with_options(tmp_path, "configs/mine.py", good) == "configs/mine.py:data=mine.jsonl,rate=1,size=4,smoke=True"
+    for wrong in ({"data": "/etc/passwd"}, {"rate": "1"}, {"rate": float("nan")}, {"size": 1.5}, {"size": True}, {"smoke": 1}):
+        with pytest.raises(ValueError, match=r"option .* got"):
+            gate.with_options(tmp_path, "configs/mine.py", wrong)
+
+
+@pytest.mark.parametrize(("field", "value"), [("--folder", 3), ("a=b", 3), ("", 3), ("rl.steps\n", 3)])
+def test_a_name_that_is_no_name_is_refused_before_it_is_looked_up(field, value):
+    with pytest.raises(ValueError, match="allowed: a name such as"):
+        request(fields={field: value})
 
 
 def test_every_choice_computes_and_every_pattern_is_used():
@@ -255,7 +277,9 @@ def run_folder(folder: Path, *, logged=None, saved=None, done=None) -> Path:
         return {"learn": {"flops": flops, "device_s": flops / 10, "joules": 0.0}}
 
     if logged is not None:
-        (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "ledger/learn_flops": logged}) + '\n{"cut')
+        line = {"step": 1, "ledger/learn_flops": logged}
+        line |= {"time/ledger/learn_device_s": logged / 10, "time/ledger/learn_joules": logged * 2}
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + '\n{"cut')
     if saved is not None:
         (folder / "checkpoints/3/host").mkdir(parents=True)
         (folder / "checkpoints/3/host/metadata").write_text(json.dumps({"host": {"ledger": of(saved)}}))
@@ -297,7 +321,8 @@ def test_time_since_the_last_record_counts_while_a_run_runs(tmp_path):
     os.utime(run / "metrics.jsonl", (now_s - 60.0, now_s - 60.0))
     found = cost.so_far(plan_of(run), {"a": {"status": "running", "started": "2026-01-01T00:00:00"}}, now_s)
     assert found["flops"] == 3.0
-    assert found["device_s"] == pytest.approx(120.0, abs=0.1)
+    assert found["device_s"] == pytest.approx(120.3, abs=0.1)
+    assert found["joules"] == pytest.approx(120.3 * 20, rel=0.01)
 
 
 # --- a folder, without a server ---

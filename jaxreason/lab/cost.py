@@ -79,8 +79,8 @@ def added(amounts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def so_far(plan: Mapping, states: Mapping[str, Mapping], now_s: float) -> dict[str, float]:
-    """Return what a running sweep may have used: what is booked, and of device-seconds
-    also the time since each run's last record.
+    """Return what a running sweep may have used: what is booked, and for the time since
+    each run's last record also device-seconds, and joules at the rate so far.
     """
     found = []
     for run in plan["runs"]:
@@ -90,7 +90,9 @@ def so_far(plan: Mapping, states: Mapping[str, Mapping], now_s: float) -> dict[s
             last_s = _begun_s(folder, state, now_s)
             with contextlib.suppress(OSError):
                 last_s = max(last_s, (folder / "metrics.jsonl").stat().st_mtime)
-            used["device_s"] += max(0.0, now_s - last_s) * plan["devices_per_run"]
+            since_s = max(0.0, now_s - last_s) * plan["devices_per_run"]
+            used["joules"] *= 1.0 + since_s / used["device_s"] if used["device_s"] else 1.0  # at the rate so far
+            used["device_s"] += since_s
         found.append(used)
     return added(found)
 

@@ -2,11 +2,11 @@
 
 A client names a config or an experiment of this repository, options that the file
 offers, and values of fields. A value is a number, true, false, None or a list of these,
-of the field's type; a text is allowed only if it is one of the choices of `CHOICES` or
-the config's own value of this field. So no text of a client can name a file, a module,
-a host or a model. Closed whatever the value are the judge of answers, the environment
-and its limits, what counts as held out, the watts that joules are estimated from, devices,
-checkpoints, and where a run begins.
+of the field's type; a text is allowed only if it is one of `choices` or the config's
+own value of this field. So no text of a client can name a file, a module, a host or
+a model. Some fields are closed whatever the value: the judge of answers, the
+environment and its limits, evaluation on training questions, the watts that joules are
+estimated from, devices, checkpoints, and where a run begins.
 """
 
 from __future__ import annotations
@@ -57,9 +57,8 @@ def catalogue(root: Path) -> dict[str, dict[str, Path]]:
     """
     found: dict[str, dict[str, Path]] = {}
     for folder in FOLDERS:
-        here = (root / folder).resolve()
-        files = [path for path in sorted((root / folder).glob("*.py")) if path.is_file() and path.resolve().parent == here]
-        found[folder] = {path.stem: path for path in files if not path.is_symlink()}
+        files = sorted((root / folder).glob("*.py"))
+        found[folder] = {path.stem: path for path in files if path.is_file() and not path.is_symlink()}
     return found
 
 
@@ -223,7 +222,7 @@ def word(path: str, value: Any, setting: Setting) -> str:
     value = tuple(value) if isinstance(value, list) else value
     if value is None and setting.value is not None and str in members(setting.type) and not setting.choices:
         raise ValueError(f"field {path} got null; allowed: its own text {short(setting.value)}")
-    kinds = [kind for kind in members(setting.type) if kind is not Any and (isinstance(value, str) or kind is not str)]
+    kinds = [kind for kind in members(setting.type) if kind is not Any]
     if not any(fits(value, kind) for kind in kinds):
         from jaxreason.options.fields import shown
 

@@ -96,8 +96,9 @@ def tools_to_plan(lab: Lab) -> list[Callable[..., dict]]:
     """Return the tools that start nothing and cost nothing."""
 
     def get_budget() -> dict[str, Any]:
-        """Budget of the user, what ended sweeps spent, what running ones have reserved,
-        and what remains. Units: flops (floating-point operations by formula),
+        """Budget of the user, what ended sweeps spent (a run that ended without saving
+        itself counts as the most that it can have used), what running ones have
+        reserved, and what remains. Units: flops (floating-point operations by formula),
         device_s (seconds x devices), joules.
         """
         lab.settle()
