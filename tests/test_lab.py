@@ -483,6 +483,8 @@ def test_a_sweep_is_stopped_at_its_reservation_and_one_runs_at_a_time(tmp_path):
             assert (await ended(call, again))["status"] == "stopped"
             with pytest.raises(Refused, match=r"[Uu]nknown tool"):
                 await call("shell", command="id")
+            with pytest.raises(Refused, match=r"unknown argument of start_sweep 'most_devices_s' \(did you mean 'most_device_s'"):
+                await call("start_sweep", **long, most_devices_s=1)
         return [line["outcome"] for line in audit.Audit(tmp_path / "audit.jsonl").lines if line.get("tool") == "shell"]
 
     assert len(asyncio.run(talk())) == 1

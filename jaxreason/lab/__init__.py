@@ -16,6 +16,8 @@ An MCP host starts it by an entry such as
     rollouts    pages of what a model wrote, marked as data
     server      the tools, over the protocol
 
+`python tests/lab_client.py` prints what such a host and the server say to each other.
+
 The lab is a thin layer: a sweep is `python -m jaxreason.sweep` in a process of its own,
 which outlives the server. Nothing is passed to a shell. Files in `configs/` and
 `experiments/` are the user's own code and are trusted.

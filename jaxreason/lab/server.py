@@ -7,9 +7,10 @@ also one of an unknown tool or with wrong arguments, is a line of the audit log.
 from __future__ import annotations
 
 import functools
+import inspect
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jaxreason
@@ -29,7 +30,7 @@ def make_server(lab: Lab):
     from mcp.server.mcpserver import MCPServer
 
     def keep_record(ctx: Any, call_next: Callable[[Any], Any]) -> Any:
-        return recorded(lab, ctx, call_next)
+        return recorded(lab, arguments_of, ctx, call_next)
 
     server = MCPServer(
         "jaxreason-lab",
@@ -39,25 +40,43 @@ def make_server(lab: Lab):
         middleware=[keep_record],
     )
     lock = threading.Lock()
-    for function in (*tools_to_plan(lab), *tools_to_run(lab)):
+    tools = (*tools_to_plan(lab), *tools_to_run(lab))
+    arguments_of = {function.__name__: tuple(inspect.signature(function).parameters) for function in tools}
+    for function in tools:
         server.tool(structured_output=True)(one_at_a_time(function, lock))
     return server
 
 
-async def recorded(lab: Lab, ctx: Any, call_next: Callable[[Any], Any]) -> Any:
-    """Handle a request; write a line of the audit log if it calls a tool."""
+async def recorded(lab: Lab, arguments_of: Mapping[str, Sequence[str]], ctx: Any, call_next: Callable[[Any], Any]) -> Any:
+    """Handle a request; write a line of the audit log if it calls a tool. An argument
+    that the tool does not have is refused: the protocol's library would ignore it.
+    """
     if ctx.method != "tools/call":
         return await call_next(ctx)
     params = ctx.params or {}
     audit.client.set(name_of_client(ctx))
     said = {"tool": params.get("name"), "arguments": params.get("arguments")}
     try:
-        result = await call_next(ctx)
+        result = unknown_argument(arguments_of, **said) or await call_next(ctx)
     except BaseException as error:  # a request that was cancelled as well
         lab.audit.write("request", **said, outcome=f"failed: {type(error).__name__} {' '.join(str(error).split())}")
         raise
     lab.audit.write("request", **said, outcome=outcome_of(result))
     return result
+
+
+def unknown_argument(arguments_of: Mapping[str, Sequence[str]], tool: Any, arguments: Any) -> Any:
+    """Return the refusal of an argument that a tool does not have; None if it has all,
+    or if there is no such tool.
+    """
+    from mcp.types import CallToolResult, TextContent
+
+    known = arguments_of.get(tool) if isinstance(tool, str) else None
+    wrong = next((name for name in arguments or () if known is not None and name not in known), None)
+    if wrong is None:
+        return None
+    line = gate.unknown_name_message(f"argument of {tool}", str(wrong)[:100], known)
+    return CallToolResult(content=[TextContent(type="text", text=escaped(line))], is_error=True)
 
 
 def name_of_client(ctx: Any) -> str:
@@ -122,7 +141,9 @@ def tools_to_plan(lab: Lab) -> list[Callable[..., dict]]:
         known, _ = gate.settings(str(lab.root / gate.with_options(lab.root, path, options or {})), {})
         chosen = {name: one for name, one in known.items() if f"{name}.".startswith(f"{section}." if section else "")}
         if not chosen:
-            raise ValueError(gate.unknown_name_message("section", section, {name.rpartition(".")[0] for name in known} - {""}))
+            raise ValueError(
+                gate.unknown_name_message("section", section[:100], {name.rpartition(".")[0] for name in known} - {""})
+            )
         offered = [
             {"option": name, "default": default, "type": type(default).__name__, "choices": list(choices or ())}
             for name, (default, choices) in gate.offered(lab.root, path).items()
