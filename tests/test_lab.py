@@ -345,6 +345,24 @@ def test_a_deleted_folder_and_a_restart_give_nothing_back(tmp_path):
             read("0001-tiny")
 
 
+def test_a_report_is_read_although_a_run_failed(tmp_path, monkeypatch):
+    lab = Lab(ROOT, tmp_path, {"flops": 100.0})
+    lab.audit.write("reserve", sweep="0001-tiny", reserved={"flops": 60.0}, note="")
+    folder = lab.path("0001-tiny")
+    folder.mkdir()
+    (folder / "lab.json").write_text("{}")
+
+    def command(*words):
+        raise ValueError("written: report.md, report.json")
+
+    monkeypatch.setattr(lab, "command", command)
+    with pytest.raises(ValueError, match="written"):
+        lab.report("0001-tiny")
+    (folder / "outcome.json").write_text("{}")
+    monkeypatch.setattr(lab, "command", lambda *words: (folder / "report.json").write_text("{}") and command())
+    assert lab.report("0001-tiny")["status"] == "lost"
+
+
 def test_only_sweeps_and_runs_of_the_lab_are_read(tmp_path):
     lab = Lab(ROOT, tmp_path, {"flops": 100.0})
     for sweep in ("..", "/etc", "0001-tiny", "", "../sweeps/x"):

@@ -233,7 +233,11 @@ class Lab:
         if one["used"] is None:
             raise ValueError(f"sweep {sweep} runs; its report is written at its end, see status")
         if not (folder / "report.json").is_file():
-            self.command("jaxreason.sweep", f"--report={folder}", "--nofigures")
+            try:
+                self.command("jaxreason.sweep", f"--report={folder}", "--nofigures")
+            except ValueError:  # it also fails after writing the report, if a run failed
+                if not (folder / "report.json").is_file():
+                    raise
         found = json_object(folder / "report.json") or {}
         names = ("metric", "baseline", "arms", "comparisons", "effects", "noise_floor", "pareto", "missing", "problems", "code")
         text = (folder / "report.md").read_text(encoding="utf-8", errors="replace") if (folder / "report.md").is_file() else ""
