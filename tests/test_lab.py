@@ -288,24 +288,24 @@ def run_folder(folder: Path, *, logged=None, saved=None, done=None) -> Path:
     return folder
 
 
-def plan_of(*folders, shared=None, bound=100.0):
-    runs = [{"name": path.name, "folder": str(path), "shared": None, "flops_at_most": bound} for path in folders]
+def plan_of(*folders, shared=None, unrecorded=5.0):
+    runs = [{"name": path.name, "folder": str(path), "shared": None, "flops_unrecorded": unrecorded} for path in folders]
     if shared is not None:
         runs = [run | {"shared": None if path == shared else str(shared)} for run, path in zip(runs, folders, strict=True)]
     return {"runs": runs, "reserved": {"flops": 1000.0}, "devices_per_run": 2}
 
 
-def test_a_run_that_did_not_save_itself_counts_its_bound(tmp_path):
+def test_a_run_that_did_not_save_itself_counts_what_it_can_have_used(tmp_path):
     ended_ = {"attempts": 1, "started": "2026-01-01T00:00:00", "ended": "2026-01-01T00:01:00"}
     done = run_folder(tmp_path / "done", logged=3.0, done=40.0)
     stopped = run_folder(tmp_path / "stopped", logged=3.0, saved=20.0)
     killed = run_folder(tmp_path / "killed", logged=3.0, saved=20.0)
     waiting = tmp_path / "waiting"
     states = {"done": ended_ | {"exit": 0}, "stopped": ended_ | {"exit": 0}, "killed": ended_ | {"exit": -9}}
-    for paths, flops, device_s in (((done,), 40.0, 4.0), ((stopped,), 20.0, 2.0), ((killed,), 100.0, 120.0), ((waiting,), 0, 0)):
+    for paths, flops, device_s in (((done,), 40.0, 4.0), ((stopped,), 20.0, 2.0), ((killed,), 25.0, 120.0), ((waiting,), 0, 0)):
         found = cost.at_end(plan_of(*paths), states)
         assert (found["flops"], found["device_s"]) == (flops, device_s), paths
-    assert cost.at_end(plan_of(done, stopped, killed, waiting), states)["flops"] == 160.0
+    assert cost.at_end(plan_of(done, stopped, killed, waiting), states)["flops"] == 85.0
 
 
 def test_shared_phases_count_once(tmp_path):

@@ -386,6 +386,7 @@ def test_a_dry_run_can_be_read_by_a_program(tmp_path):
     assert [run["steps"] for run in found["runs"]] == [4, 6, 6]
     # The prior counts once.
     assert found["flops_at_most"] == pytest.approx(sum(run["flops_at_most"] for run in arms_) - shared["flops_at_most"])
+    assert all(0 < run["flops_unrecorded"] <= run["flops_at_most"] for run in found["runs"])
     assert not (tmp_path / "made").exists()
     code, _, err = sweep(*words, "--json", cwd=tmp_path)
     assert (code, err) == (1, "error: got --json without --dry_run; allowed: with it\n")

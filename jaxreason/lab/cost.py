@@ -2,9 +2,9 @@
 
 A run counts what its ledger says: of `summary.json` if it is done, of its last
 checkpoint if it was stopped and saved itself. A run that ended in another way may have
-worked after its last record, so it counts as much as it can have used: its bound of
-FLOPs by formula, and its whole time. Otherwise a client could start runs and have them
-killed, for nothing.
+worked after its last record, so it counts as much as it can have used: what is booked
+and the FLOPs between two records by formula, and its whole time. Otherwise a client
+could start runs and have them killed, for nothing.
 """
 
 from __future__ import annotations
@@ -107,17 +107,15 @@ def _own(run: Mapping) -> dict[str, float]:
 
 def at_end(plan: Mapping, states: Mapping[str, Mapping]) -> dict[str, float]:
     """Return what a sweep that ended has used."""
-    bounds = {run["folder"]: run["flops_at_most"] or 0.0 for run in plan["runs"]}
     found, all_known = [], True
     for run in plan["runs"]:
         folder, state = Path(run["folder"]), states.get(run["name"], {})
         used = _own(run)
         if state.get("attempts", 0) and (folder / "config.json").exists() and not _is_booked(folder, state):
             all_known = False
-            bound = max(0.0, bounds[run["folder"]] - bounds.get(run["shared"], 0.0))
             now_s = time.time()
             seconds = _seconds(state.get("ended"), now_s) - _begun_s(folder, state, now_s)
-            used["flops"] = max(used["flops"], bound)
+            used["flops"] += run["flops_unrecorded"] or 0.0
             used["device_s"] = max(used["device_s"], seconds * plan["devices_per_run"])
         found.append(used)
     total = added(found)

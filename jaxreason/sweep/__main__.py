@@ -262,6 +262,7 @@ def runs_and_needs(asked: Asked, folder: Path) -> dict:
             "steps": run.steps,
             "done": run.is_done(),
             "flops_at_most": needed[run.name].flops,
+            "flops_unrecorded": predict.flops_unrecorded(run.config, run.stop_after),  # at most, of a run that is killed
             "wall_s": needed[run.name].wall_s,
             "bytes": needed[run.name].bytes,
         }
