@@ -295,7 +295,7 @@ def test_work_that_is_in_no_record_is_bounded_by_the_interval_of_the_log():
     (often, whole), (rarely, _) = flops(**{"rl.log_every": "1"}), flops(**{"rl.log_every": "50"})
     assert 0 < often < rarely < whole
     assert flops(**{"rl.log_every": "50"}, stop_after="prior") == flops(**{"rl.log_every": "1"}, stop_after="prior")
-    assert flops(**{"rl.log_every": "1000", "prior.steps": "0"})[0] <= flops(**{"prior.steps": "0"})[1]
+    assert flops(**{"rl.log_every": "1000"})[0] <= whole
     assert flops(**{"evaluate.texts": "{'t': {'task': {'name': 'chain', 'ops': 2}}}"}) == (None, None)
 
 

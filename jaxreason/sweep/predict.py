@@ -62,15 +62,14 @@ def flops_unrecorded(config: Mapping, stop_after: str | None = None) -> float | 
     names = names[: names.index(stop_after) + 1] if stop_after else names
     once = {name: config[name] | {"steps": 0, "evaluate_every": 0} for name in names}
     evaluations = flops_at_most({**config, **once}, stop_after)
-    whole = flops_at_most(config, stop_after)
-    if evaluations is None or whole is None:
+    if evaluations is None:
         return None
     between = []
     for name in names:
         steps = config[name]["log_every"] + 2 + (config[name]["source"].get("lag") or 0)
         alone = {**config, **once, name: once[name] | {"steps": min(steps, config[name]["steps"])}}
         between.append(flops_at_most(alone, stop_after) - evaluations)
-    return min(whole, max(between) + evaluations)
+    return max(between) + evaluations
 
 
 def phase_flops(shape, phase: Mapping, sampler: Mapping, where: str) -> float | None:
