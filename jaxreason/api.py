@@ -297,8 +297,9 @@ def train_step(
     if policy.learning != learning:
         state = jax.jit(new_state, static_argnums=1, donate_argnums=0)(state.params, optimizer)
     state, learned = step(state, sharding.put_rows(batch, policy.mesh))
-    measured = name_metrics(learned, sampled=True) | sources.measure(groups)
-    return policy._replace(state=state, learning=learning), metrics.divide(jax.device_get(measured))
+    measured = jax.device_get(name_metrics(learned, sampled=True) | sources.measure(groups))
+    reached = {name: pair for name, pair in measured.items() if pair[1] or not name.startswith(learner.MISMATCH_BY_DEPTH)}
+    return policy._replace(state=state, learning=learning), metrics.divide(reached)
 
 
 def check_options(objective: Mapping[str, Any], optimizer: Mapping[str, Any]) -> None:

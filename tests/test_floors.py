@@ -26,7 +26,7 @@ FLOORS = (
     "rollout sources runtime.preemption",
     "evaluation recovery runtime.resume runtime.journal look.figures look.page look.runs look.comparison",
     "build train options.command look.chart look.report_charts look.report_tables look.paired look.report look.view",
-    "main evaluate play report view api export sweep launch plan bench look look.curves __main__",
+    "main evaluate play report view api export sweep launch plan bench look look.curves lab __main__",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 DOORS = FLOORS[-1].split()
@@ -131,6 +131,7 @@ def test_extras_are_imported_where_they_are_used():
         "tensorflow_datasets",
         "optuna",
         "submitit",
+        "mcp",
         "codecarbon",
         "pynvml",
     }

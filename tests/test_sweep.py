@@ -374,6 +374,24 @@ def sweep(*words, cwd, kill_after=None, number=signal.SIGTERM):
     return process.returncode, out, err
 
 
+@pytest.mark.process
+def test_a_dry_run_can_be_read_by_a_program(tmp_path):
+    words = (f"--config={SMOKE}", "--grid=rl.objective.name=rloo,grpo; seed=0", f"--folder={tmp_path / 'made'}")
+    code, out, err = sweep(*words, "--dry_run", "--json", cwd=tmp_path)
+    assert code == 0, err
+    found = json.loads(out)
+    shared, *arms_ = found["runs"]
+    assert [run["name"] for run in arms_] == ["rl.objective.name=rloo/seed0", "rl.objective.name=grpo/seed0"]
+    assert {run["shared"] for run in arms_} == {shared["folder"]}
+    assert [run["steps"] for run in found["runs"]] == [4, 6, 6]
+    # The prior counts once.
+    assert found["flops_at_most"] == pytest.approx(sum(run["flops_at_most"] for run in arms_) - shared["flops_at_most"])
+    assert all(0 < run["flops_unrecorded"] <= run["flops_at_most"] for run in found["runs"])
+    assert not (tmp_path / "made").exists()
+    code, _, err = sweep(*words, "--json", cwd=tmp_path)
+    assert (code, err) == (1, "error: got --json without --dry_run; allowed: with it\n")
+
+
 LONGER = ("--config.prior.steps=30", "--config.rl.steps=6", "--config.rl.evaluate_every=3", "--config.checkpoint.every_steps=5")
 
 

@@ -287,6 +287,18 @@ def test_predictions_count_samples_references_texts_and_the_phases_before_a_stop
     assert flops("rl") == base
 
 
+def test_work_that_is_in_no_record_is_bounded_by_the_interval_of_the_log():
+    def flops(stop_after=None, **fields):
+        config = read_config(SMOKE, {"prior.steps": "100", "rl.steps": "100", **fields})
+        return predict.flops_unrecorded(config, stop_after), predict.flops_at_most(config, stop_after)
+
+    (often, whole), (rarely, _) = flops(**{"rl.log_every": "1"}), flops(**{"rl.log_every": "50"})
+    assert 0 < often < rarely < whole
+    assert flops(**{"rl.log_every": "50"}, stop_after="prior") == flops(**{"rl.log_every": "1"}, stop_after="prior")
+    assert flops(**{"rl.log_every": "1000"})[0] <= whole
+    assert flops(**{"evaluate.texts": "{'t': {'task': {'name': 'chain', 'ops': 2}}}"}) == (None, None)
+
+
 def test_shared_phases_count_once_in_the_flops_of_a_sweep(tmp_path):
     two = Sweep(SMOKE, over("rl.objective.name", ["rloo", "grpo"]), seeds=(0,))
     total = {}

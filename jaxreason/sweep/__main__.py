@@ -55,6 +55,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("trials", 100, "With --search: how many arms are tried, at most.", lower_bound=1)
     flags.DEFINE_string("budget", None, "Stop once all runs together have used this: steps=, flops=, device_s= or joules=AMOUNT.")
     flags.DEFINE_boolean("dry_run", False, "List the runs and what they need, and end.")
+    flags.DEFINE_boolean("json", False, "With --dry_run: print one JSON object.")
     flags.DEFINE_string("report", None, "Folder of a sweep: write its report again, and end.")
     flags.DEFINE_boolean("across_commits", False, "Compare runs of different versions of the code.")
     flags.DEFINE_boolean("figures", True, "Draw figures, if matplotlib is installed.")
@@ -244,6 +245,32 @@ def list_runs(asked: Asked, folder: Path) -> list[str]:
     return lines
 
 
+def runs_and_needs(asked: Asked, folder: Path) -> dict:
+    """The object of `--dry_run --json`: each run with its folder and its needs, and the
+    FLOPs of all at most; null where a need is not known.
+    """
+    from jaxreason.sweep import predict
+    from jaxreason.sweep.runs import make_runs
+
+    runs = make_runs(asked.sweep, folder, FLAGS.share, devices_of_a_run())
+    needed = predict.needs(runs)
+    listed = [
+        {
+            "name": run.name,
+            "folder": str(run.folder),
+            "shared": str(run.shared) if run.shared else None,  # folder of the run that it begins with a copy of
+            "steps": run.steps,
+            "done": run.is_done(),
+            "flops_at_most": needed[run.name].flops,
+            "flops_unrecorded": predict.flops_unrecorded(run.config, run.stop_after),  # at most, of a run that is killed
+            "wall_s": needed[run.name].wall_s,
+            "bytes": needed[run.name].bytes,
+        }
+        for run in runs
+    ]
+    return {"folder": str(folder), "runs": listed, "flops_at_most": predict.flops_left(runs, needed)}
+
+
 def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
@@ -372,10 +399,12 @@ def main(argv) -> None:
         if FLAGS.report is not None:
             report(Path(os.path.expanduser(FLAGS.report)))
             return
+        if FLAGS.json and not FLAGS.dry_run:
+            raise ValueError("got --json without --dry_run; allowed: with it")
         asked = read_sweep(words)
         folder = Path(os.path.expanduser(FLAGS.folder)) if FLAGS.folder else default_folder(asked)
         if FLAGS.dry_run:
-            print("\n".join(list_runs(asked, folder)))
+            print(json.dumps(runs_and_needs(asked, folder)) if FLAGS.json else "\n".join(list_runs(asked, folder)))
             return
         run_sweep(asked, folder)
     except ModuleNotFoundError as error:

@@ -51,6 +51,27 @@ def flops_at_most(config: Mapping, stop_after: str | None = None) -> float | Non
     return sum(phases) + attempts * asked + forward_flops(shape, texts) * (between + 1 + len(names))
 
 
+def flops_unrecorded(config: Mapping, stop_after: str | None = None) -> float | None:
+    """FLOPs, at most, that a run spends between two lines of its metrics, which have
+    its ledger: those of a run that is killed and are in no record. None as of
+    `flops_at_most`.
+
+    A line is written one step late, and a stale source has drawn ahead.
+    """
+    names = list(config["phases"])
+    names = names[: names.index(stop_after) + 1] if stop_after else names
+    once = {name: config[name] | {"steps": 0, "evaluate_every": 0} for name in names}
+    evaluations = flops_at_most({**config, **once}, stop_after)
+    if evaluations is None:
+        return None
+    between = []
+    for name in names:
+        steps = config[name]["log_every"] + 2 + (config[name]["source"].get("lag") or 0)
+        alone = {**config, **once, name: once[name] | {"steps": min(steps, config[name]["steps"])}}
+        between.append(flops_at_most(alone, stop_after) - evaluations)
+    return max(between) + evaluations
+
+
 def phase_flops(shape, phase: Mapping, sampler: Mapping, where: str) -> float | None:
     """FLOPs of sampling and learning in a phase; None for a source of the user's."""
     source = phase["source"]
