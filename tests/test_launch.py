@@ -297,7 +297,8 @@ def test_a_dry_run_prints_every_command_and_runs_none(cloud):
         (ASK, {"project": "(unset)"}, "gcloud has no project"),
         (ASK, {"create": "PERMISSION_DENIED: no"}, "the account lacks a permission"),
         (["status", "other"], {}, "unknown launch 'other'"),
-        (["fly"], {}, "got 'fly'; allowed: tpu, gpu with flags"),
+        (["fly"], {}, "got 'fly'; allowed: tpu, gpu, sky, slurm, xpk with flags"),
+        ([*ASK, "--cluster=c"], {}, "got --cluster; `launch tpu` does not read it"),
     ],
 )
 def test_bad_input_is_one_line(cloud, words, what, said):
