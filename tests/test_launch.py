@@ -5,12 +5,14 @@ and runs the scripts in them.
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from runs import ROOT
+from runs import HANG_S, ROOT
 
 from jaxreason.launch import gcloud, launch, machines, remote, shell, source, state, target
 from jaxreason.launch.launch import Asked, LaunchFailed, World
@@ -56,7 +58,7 @@ def calls(cloud) -> list[str]:
 
 
 def world(said):
-    return World(shell.real(), said.append, sleep=lambda s: __import__("time").sleep(min(s, 0.1)))
+    return World(shell.real(), said.append, sleep=lambda s: time.sleep(min(s, 0.1)))
 
 
 @pytest.fixture
@@ -215,6 +217,21 @@ def test_ctrl_c_leaves_what_there_is(cloud, asked, moment):
     assert state.read("mine")["step"] == {"create": "creating", "install": "installing", "follow": "running"}[moment]
     assert run(asked, []) == 0
     assert calls(cloud).count("create") == 1
+
+
+def test_ctrl_c_leaves_the_command_that_runs(tmp_path):
+    """A process that waits for a command gets Ctrl-C; the command goes on to its end."""
+    done = tmp_path / "done"
+    code = f"from jaxreason.launch import shell; shell.run(['bash', '-c', 'sleep 1; echo out && touch {done}'])"
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
+    time.sleep(0.7)
+    process.send_signal(signal.SIGINT)
+    assert b"KeyboardInterrupt" in process.communicate(timeout=HANG_S)[1]
+    assert not done.exists()
+    deadline_s = time.monotonic() + HANG_S
+    while not done.exists():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
 
 
 def test_a_slow_and_a_hanging_gcloud(cloud, asked):
