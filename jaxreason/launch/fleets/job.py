@@ -56,6 +56,7 @@ class Job(NamedTuple):
 class Engine(NamedTuple):
     """An engine's file, commands and answers."""
 
+    name: str  # as a word of a command
     title: str
     suffix: str  # of its file
     options: tuple[str, ...]  # fields of Job that are flags, and that it reads
@@ -67,6 +68,7 @@ class Engine(NamedTuple):
     stop: Callable[[Job], list[str]]
     listing: Callable[[Job], list[str]]  # the command that lists all jobs ...
     active: Callable[[str], dict[str, str]]  # ... and what it printed: name -> state of jobs that have not ended
+    no_jobs: str  # in the error of a listing that fails since there were never jobs
     needs: Sequence[str]
     longest_name: int
 

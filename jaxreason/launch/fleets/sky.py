@@ -104,6 +104,7 @@ def active(out: str) -> dict[str, str]:
 
 
 ENGINE = Engine(
+    name="sky",
     title="SkyPilot",
     suffix=".yaml",
     options=("type", "nodes", "spot", "zone", "mounts"),
@@ -115,6 +116,7 @@ ENGINE = Engine(
     stop=lambda job: ["sky", "jobs", "cancel", "--yes", "--name", job.name],
     listing=lambda job: ["sky", "jobs", "queue", "--all", "--refresh", "--output", "json"],
     active=active,
+    no_jobs="No in-progress managed jobs",
     needs=(
         "SkyPilot in an environment of its own: uv tool install 'skypilot[gcp]', then sky check",
         "credentials of the cloud, and a bucket that the machines may write to",

@@ -87,6 +87,7 @@ def active(out: str) -> dict[str, str]:
 
 
 ENGINE = Engine(
+    name="slurm",
     title="Slurm",
     suffix=".sbatch",
     options=("type", "nodes", "cpus", "partition", "account", "qos", "time", "max_restarts"),
@@ -98,6 +99,7 @@ ENGINE = Engine(
     stop=lambda job: ["scancel", "--me", f"--name={job.name}"],
     listing=lambda job: ["squeue", "--me", "--noheader", "--format=%j|%T"],
     active=active,
+    no_jobs="",
     needs=("sbatch on this machine, and this checkout and its Python in folders that the nodes see",),
     longest_name=60,
 )

@@ -125,6 +125,7 @@ def active(out: str) -> dict[str, str]:
 
 
 ENGINE = Engine(
+    name="xpk",
     title="xpk",
     suffix=".sh",
     options=("type", "cluster", "slices", "image", "base_image", "spot", "zone", "project", "mounts", "max_restarts"),
@@ -144,6 +145,7 @@ ENGINE = Engine(
     stop=lambda job: ["xpk", "workload", "delete", "--force", f"--cluster={job.cluster}", f"--workload={job.name}", *placed(job)],
     listing=lambda job: ["xpk", "workload", "list", f"--cluster={job.cluster}", *placed(job)],
     active=active,
+    no_jobs="",
     needs=(
         "xpk in an environment of its own: uv tool install xpk; gcloud, kubectl and docker, logged in",
         "a cluster of xpk with machines of this type, and a bucket that its service account may write to",
