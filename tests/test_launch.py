@@ -221,17 +221,23 @@ def test_ctrl_c_leaves_what_there_is(cloud, asked, moment):
 
 def test_ctrl_c_leaves_the_command_that_runs(tmp_path):
     """A process that waits for a command gets Ctrl-C; the command goes on to its end."""
-    done = tmp_path / "done"
-    code = f"from jaxreason.launch import shell; shell.run(['bash', '-c', 'sleep 1; echo out && touch {done}'])"
+    pid, go, done = (tmp_path / name for name in ("pid", "go", "done"))
+    script = f"echo $$ > {pid}.part; mv {pid}.part {pid}; until [ -f {go} ]; do sleep 0.1; done; echo out && touch {done}"
+    code = f"from jaxreason.launch import shell; shell.run(['bash', '-c', {script!r}])"
     process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
-    time.sleep(0.7)
+    wait_until(pid.exists)
     process.send_signal(signal.SIGINT)
     assert b"KeyboardInterrupt" in process.communicate(timeout=HANG_S)[1]
-    assert not done.exists()
+    go.touch()
+    wait_until(lambda: not Path(f"/proc/{pid.read_text().strip()}").exists())
+    assert done.exists()
+
+
+def wait_until(condition):
     deadline_s = time.monotonic() + HANG_S
-    while not done.exists():
+    while not condition():
         assert time.monotonic() < deadline_s
-        time.sleep(0.1)
+        time.sleep(0.05)
 
 
 def test_a_slow_and_a_hanging_gcloud(cloud, asked):
