@@ -418,6 +418,39 @@ def test_xpk_knows_the_types():
         assert "unrecognized arguments: --bad" in done.stderr, (name, done.stderr)
 
 
+@pytest.mark.process
+@pytest.mark.skipif("JAXREASON_XPK" not in os.environ, reason="JAXREASON_XPK names no program xpk")
+def test_xpk_knows_the_commands():
+    made = JOBS["xpk_tpu.sh"][1]
+    for words in (xpk.ENGINE.stop(made), xpk.ENGINE.listing(made), xpk.ENGINE.watch(made)[0]):
+        done = subprocess.run([os.environ["JAXREASON_XPK"], *words[1:], "--bad"], capture_output=True, text=True)
+        assert "unrecognized arguments: --bad" in done.stderr, (words, done.stderr)
+
+
+@pytest.mark.process
+@pytest.mark.skipif("JAXREASON_SKY_PYTHON" not in os.environ, reason="JAXREASON_SKY_PYTHON names no Python with skypilot")
+def test_skypilot_knows_the_commands(tmp_path):
+    made, program = JOBS["sky_tpu.yaml"][1], Path(os.environ["JAXREASON_SKY_PYTHON"]).with_name("sky")
+    for words in (sky.ENGINE.submit(made, "x.yaml"), sky.ENGINE.stop(made), sky.ENGINE.listing(made), *sky.ENGINE.watch(made)):
+        for more, code in (("--help", 0), ("--bad", 2)):
+            done = subprocess.run(
+                [program, *words[1:], more], env=os.environ | {"HOME": str(tmp_path)}, capture_output=True, text=True
+            )
+            assert done.returncode == code, (words, done.stderr)
+
+
+@pytest.mark.process
+@pytest.mark.skipif("JAXREASON_SKY_PYTHON" not in os.environ, reason="JAXREASON_SKY_PYTHON names no Python with skypilot")
+def test_skypilot_knows_the_types(tmp_path):
+    for i, name in enumerate(sky.types()):
+        (tmp_path / f"{i}.yaml").write_text(sky.file(a_job(type=name)))
+    code = "import glob, sky; print([len(list(sky.Task.from_yaml(name).resources)) for name in glob.glob('*.yaml')])"
+    words = [os.environ["JAXREASON_SKY_PYTHON"], "-c", code]
+    done = subprocess.run(words, cwd=tmp_path, env=os.environ | {"HOME": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [1] * len(sky.types())
+
+
 def find(value, name):
     """Yield the values of a key anywhere in a tree."""
     for key, one in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():

@@ -229,7 +229,8 @@ def test_ctrl_c_leaves_the_command_that_runs(tmp_path):
     process.send_signal(signal.SIGINT)
     assert b"KeyboardInterrupt" in process.communicate(timeout=HANG_S)[1]
     go.touch()
-    wait_until(lambda: not Path(f"/proc/{pid.read_text().strip()}").exists())
+    state = ["ps", "-o", "stat=", "-p", pid.read_text().strip()]
+    wait_until(lambda: subprocess.run(state, capture_output=True, text=True).stdout.strip()[:1] in ("", "Z"))
     assert done.exists()
 
 
