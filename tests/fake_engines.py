@@ -71,7 +71,7 @@ def main(program, words):
             fail(plan["rsync"])
         source = FLEET / "bucket" / words[-2].removeprefix("gs://")
         if not source.is_dir():
-            fail(f"The following URLs matched no objects or files: {words[-2]}")
+            fail(f"(gcloud.storage.rsync) Did not find existing container at: {words[-2]}")
         left_out = re.compile(next(word.partition("=")[2] for word in words if word.startswith("--exclude=")))
         for path in sorted(source.rglob("*")):
             name = str(path.relative_to(source))

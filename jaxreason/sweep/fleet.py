@@ -36,8 +36,8 @@ from jaxreason.sweep.runs import make_runs as runs_of
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).parents[2]
 HANDED_OVER = ("submitting", "queued", "running")
-NOT_COPIED = r"(.*/)?((checkpoints|profile)/.*|lock)"  # of a run's folder in a bucket
-NOTHING_THERE = ("matched no objects", "not found", "does not exist", "not exist")
+NOT_COPIED = r"(.*/)?((checkpoints|profile)/.*|lock)$"  # of a run's folder in a bucket
+NOTHING_THERE = "Did not find existing container"  # gcloud, while no run has written anything
 
 
 class Fleet(NamedTuple):
@@ -140,7 +140,7 @@ def collect(fleet: Fleet) -> None:
     result = fleet.shell.run(words)
     if result.code == 127:
         raise ValueError("gcloud is not installed, and copies runs from the bucket; see cloud.google.com/sdk/docs/install")
-    if result.code != 0 and not any(sign in result.err.lower() for sign in NOTHING_THERE):
+    if result.code != 0 and NOTHING_THERE not in result.err:
         raise ValueError(f"the runs in {fleet.place} could not be copied here: {' '.join(result.said.split())}")
 
 

@@ -114,9 +114,9 @@ ENGINE = Engine(
     submit=lambda job, path: ["sky", "jobs", "launch", "--yes", "--detach-run", path],
     watch=lambda job: [["sky", "jobs", "queue"], ["sky", "jobs", "logs", "--name", job.name]],
     stop=lambda job: ["sky", "jobs", "cancel", "--yes", "--name", job.name],
-    listing=lambda job: ["sky", "jobs", "queue", "--all", "--refresh", "--output", "json"],
+    listing=lambda job: ["sky", "jobs", "queue", "--all", "--output", "json"],
     active=active,
-    no_jobs="No in-progress managed jobs",
+    no_jobs="No in-progress managed jobs",  # its controller was never made, or has stopped since all jobs have ended
     needs=(
         "SkyPilot in an environment of its own: uv tool install 'skypilot[gcp]', then sky check",
         "credentials of the cloud, and a bucket that the machines may write to",
