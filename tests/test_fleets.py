@@ -263,6 +263,7 @@ def test_yaml_reads_back_what_was_written():
         ("xpk", {}, "--cluster got ''"),
         ("xpk", {"cluster": "c", "workdir": "/x"}, "lost with the machine"),
         ("xpk", {"cluster": "c", "image": "--privileged"}, "--image got '--privileged'"),
+        ("xpk", {"cluster": "c", "root": "/my code; id"}, "the checkout is in '/my code; id'"),
         ("xpk", {"cluster": "c", "name": "a" * 41}, "--name got 'aaa"),
         ("xpk", {"cluster": "c", "name": "Mine"}, "--name got 'Mine'"),
         ("xpk", {"cluster": "c", "name": "mine\n"}, "--name got"),

@@ -28,6 +28,7 @@ GPUS = {
 SMALLEST = {"v5litepod": 8}  # chips of a slice, where xpk has no smaller one
 UNCHANGED = re.compile(r"[\w@%+=:,./'&\[\] -]*", re.ASCII)
 ROW = re.compile(r"([a-z][-a-z0-9]*)\s.*\s(Admitted|Evicted|QuotaReserved|Finished|Unknown)\s.*")
+PATH = re.compile(r"[\w./-]+", re.ASCII)
 GRACE_S = 120  # that a run has to save itself
 
 
@@ -41,6 +42,10 @@ def check(job: Job) -> None:
         raise ValueError(f"--cluster got {job.cluster!r}; allowed: the name of a cluster that xpk made (xpk cluster list)")
     if not job.is_tpu and job.slices > 1:
         raise ValueError(f"--slices got {job.slices}; allowed: 1 for GPUs")
+    if not job.image and not PATH.fullmatch(job.root):
+        raise ValueError(
+            f"the checkout is in {job.root!r}, which xpk gives to a shell; allowed: a path of letters, digits and / . _ -"
+        )
     for storage in job.mounts.values():
         if not jobs.STORAGE.fullmatch(storage):
             raise ValueError(f"--mount got {storage!r}; allowed: FOLDER=STORAGE, with a name of xpk storage list")
@@ -100,8 +105,8 @@ def file(job: Job) -> str:
             ["# --docker-image is used as it is: it holds jaxreason, and is in the folder of the checkout."]
             if job.image
             else [
-                "# --script-dir is copied into the image, which docker builds and pushes: run this",
-                "# in the checkout, with what should not be copied in .dockerignore.",
+                "# --script-dir is copied into the image, which docker builds and pushes, without",
+                "# what .dockerignore names. Run this in the checkout.",
             ]
         ),
     ]

@@ -4,8 +4,8 @@
 # --max-restarts times. Exit code 75 is that of a run that was asked to stop, and
 # saved itself; 127 to 255 (a signal) are started again anyway.
 #
-# --script-dir is copied into the image, which docker builds and pushes: run this
-# in the checkout, with what should not be copied in .dockerignore.
+# --script-dir is copied into the image, which docker builds and pushes, without
+# what .dockerignore names. Run this in the checkout.
 exec xpk workload create \
   --cluster=my-cluster \
   --workload=mine \
