@@ -55,6 +55,9 @@ ACCEPT_CONFIG_CHANGE = flags.DEFINE_bool(
 STOP_AFTER = flags.DEFINE_string(
     "stop_after", None, "Stop after this phase, with a checkpoint; the same command without this flag continues."
 )
+CODE_WHEN_STOPPED = flags.DEFINE_integer(
+    "code_when_stopped", 0, "Exit code of a run that ends early, with a checkpoint: after SIGTERM or before maintenance.", 0, 255
+)
 PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps", None, "FIRST:LAST, steps of the whole run to trace for xprof and Perfetto, into <workdir>/profile."
 )
@@ -242,6 +245,8 @@ def train_to_the_end(opened, stop_after: str | None = None) -> bool:
         sys.exit(INTERRUPTED)
     except Stopped as stopped:
         tell(str(stopped))
+        if CODE_WHEN_STOPPED.value:
+            sys.exit(CODE_WHEN_STOPPED.value)
         return False
     except (Diverged, NotResumable, BadWeights) as error:
         fail(error)

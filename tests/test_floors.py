@@ -25,8 +25,11 @@ FLOORS = (
     "learner sampler logp environment batching runtime.warm_start runtime.ledger",
     "rollout sources runtime.preemption",
     "evaluation recovery runtime.resume runtime.journal look.figures look.page look.runs look.comparison",
+    "launch.shell launch.machines",
+    "launch.fleets",
     "build train options.command look.chart look.report_charts look.report_tables look.paired look.report look.view",
-    "main evaluate play report view api export sweep launch plan bench look look.curves lab __main__",
+    "launch.gcloud launch.launch launch.remote launch.source launch.state launch.target launch.write",
+    "main evaluate play report view api export sweep launch launch.__main__ plan bench look look.curves lab __main__",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 DOORS = FLOORS[-1].split()
@@ -61,10 +64,10 @@ def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
 
 def room(name: str) -> str:
     """Return the layer of a module: jaxreason.model.layers -> model. The files of
-    runtime/, options/ and look/ have layers of their own.
+    runtime/, options/, look/ and launch/ have layers of their own.
     """
     parts = name.split(".")[1:]
-    return ".".join(parts[:2]) if parts[0] in ("runtime", "options", "look") else parts[0]
+    return ".".join(parts[:2]) if parts[0] in ("runtime", "options", "look", "launch") else parts[0]
 
 
 def ours(path: Path) -> set[str]:

@@ -7,13 +7,15 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
-from runs import ROOT
+from runs import HANG_S, ROOT
 
 from jaxreason.launch import __main__ as main
 from jaxreason.launch import gcloud, launch, machines, remote, shell, source, state, target
@@ -60,7 +62,7 @@ def calls(cloud) -> list[str]:
 
 
 def world(said):
-    return World(shell.real(), said.append, sleep=lambda s: __import__("time").sleep(min(s, 0.1)))
+    return World(shell.real(), said.append, sleep=lambda s: time.sleep(min(s, 0.1)))
 
 
 @pytest.fixture
@@ -253,6 +255,28 @@ def test_ctrl_c_leaves_what_there_is(cloud, asked, moment):
     assert calls(cloud).count("create") == 1
 
 
+def test_ctrl_c_leaves_the_command_that_runs(tmp_path):
+    """A process that waits for a command gets Ctrl-C; the command goes on to its end."""
+    pid, go, done = (tmp_path / name for name in ("pid", "go", "done"))
+    script = f"echo $$ > {pid}.part; mv {pid}.part {pid}; until [ -f {go} ]; do sleep 0.1; done; echo out && touch {done}"
+    code = f"from jaxreason.launch import shell; shell.run(['bash', '-c', {script!r}])"
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
+    wait_until(pid.exists)
+    process.send_signal(signal.SIGINT)
+    assert b"KeyboardInterrupt" in process.communicate(timeout=HANG_S)[1]
+    go.touch()
+    state = ["ps", "-o", "stat=", "-p", pid.read_text().strip()]
+    wait_until(lambda: subprocess.run(state, capture_output=True, text=True).stdout.strip()[:1] in ("", "Z"))
+    assert done.exists()
+
+
+def wait_until(condition):
+    deadline_s = time.monotonic() + HANG_S
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
 def test_a_slow_and_a_hanging_gcloud(cloud, asked):
     plan(cloud, slow=0.3)
     assert launch.state_of(PLACE, world([])) == "ABSENT"
@@ -368,7 +392,8 @@ def test_a_dry_run_prints_every_command_and_runs_none(cloud):
         ([*ASK, "--workdir=runs/mine"], {}, "--workdir got 'runs/mine' for 4 hosts, which share no disk"),
         (ASK, {"create": "PERMISSION_DENIED: no"}, "the account lacks a permission"),
         (["status", "other"], {}, "unknown launch 'other'"),
-        (["fly"], {}, "got 'fly'; allowed: tpu, gpu with flags"),
+        (["fly"], {}, "got 'fly'; allowed: tpu, gpu, sky, slurm, xpk with flags"),
+        ([*ASK, "--cluster=c"], {}, "got --cluster; `launch tpu` does not read it"),
     ],
 )
 def test_bad_input_is_one_line(cloud, words, what, said):

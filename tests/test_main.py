@@ -221,8 +221,8 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
 @pytest.mark.process
 def test_a_run_stopped_after_a_phase_ends_as_one_that_was_not(tmp_path):
     config = f"--config={ROOT / SMOKE}"
-    code, out, err = main(config, f"--workdir={tmp_path / 'two'}", "--stop_after=prior")
-    assert code == 0, err
+    code, out, err = main(config, f"--workdir={tmp_path / 'two'}", "--stop_after=prior", "--code_when_stopped=75")
+    assert code == 75, err
     assert "stopped after step 4; the same command continues from step 4" in out
     assert not json.loads((tmp_path / "two" / "summary.json").read_text())["done"]
     for folder in ("two", "one"):

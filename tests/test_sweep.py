@@ -188,7 +188,7 @@ def test_a_run_whose_folder_is_still_in_use_is_tried_again(tmp_path, monkeypatch
 def test_runs_are_submitted_as_jobs(tmp_path, monkeypatch):
     pytest.importorskip("submitit")
     assert jobs.parse_options("timeout_min=5,slurm_partition=gpu") == {"timeout_min": 5, "slurm_partition": "gpu"}
-    with pytest.raises(ValueError, match="--submit_options has 'x'"):
+    with pytest.raises(ValueError, match="--engine_options has 'x'"):
         jobs.parse_options("x")
     states, _ = pretend(tmp_path, monkeypatch, ["ends", "fails"], launch=jobs.Jobs("local", tmp_path, {"timeout_min": 2}))
     assert [state["status"] for state in states] == ["done", "failed"]

@@ -4,6 +4,8 @@ r"""Entry point: run a config on a Cloud TPU slice, or on a machine behind ssh.
         --zone=us-west4-a --config=configs/gsm8k.py [--config.rl.steps=50]
     python -m jaxreason.launch gpu --name=mine --host=me@machine \
         --config=configs/gsm8k.py
+    python -m jaxreason.launch sky | xpk | slurm --name=mine --type=v5litepod-16 \
+        --config=configs/gsm8k.py --workdir=gs://my-bucket/runs/mine
     python -m jaxreason.launch status | logs | stop | fetch | delete NAME
 
 It plans the config for the slice, says what it costs and asks; creates the slice or
@@ -11,6 +13,9 @@ uses the one that there is; installs this checkout with its changes on every hos
 the same command on each; shows the log; starts again after a preemption; copies the
 run's folder here; and deletes the slice. Stop it with Ctrl-C at any time: it says what
 still runs and costs money. The same command goes on from there.
+
+`sky`, `xpk` and `slurm` write the file of a job for SkyPilot, xpk on GKE or Slurm, with
+a comment on each part, and print the commands that submit, watch and stop it (`write`).
 """
 
 from __future__ import annotations
@@ -25,13 +30,14 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from jaxreason.launch import gcloud, launch, machines, remote, shell, source, state, target
+from jaxreason.launch import gcloud, launch, machines, remote, shell, source, state, target, write
+from jaxreason.launch.fleets import ENGINES
 from jaxreason.options import command, unknown_name_message
 from jaxreason.runtime.bucket import check_url, is_url
 
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).parent.parent.parent
-RUN, LOOK = ("tpu", "gpu"), ("status", "logs", "stop", "fetch", "delete")
+RUN, WRITE, LOOK = ("tpu", "gpu"), tuple(ENGINES), ("status", "logs", "stop", "fetch", "delete")
 
 
 def define_flags() -> None:
@@ -50,6 +56,7 @@ def define_flags() -> None:
     flags.DEFINE_boolean("dry_run", False, "Print the commands, and run none.")
     flags.DEFINE_integer("max_restarts", 20, "Restarts after preemptions, at most.", lower_bound=0)
     flags.DEFINE_string("fetch_to", "runs", "Local folder that gets the run's folder.")
+    write.define_flags()
 
 
 def asked(words: command.Words, name: str, extra: str, hosts: int = 1) -> launch.Asked:
@@ -294,16 +301,19 @@ def main(argv) -> None:
     logging.set_verbosity(logging.WARNING)
     what, *names = [*argv[1:], None][: max(1, len(argv) - 1)]
     try:
+        if what in WRITE and not names:
+            sys.exit(write.on_engine(what, WORDS[0], ROOT))
         if FLAGS.type == "list":
             for machine in machines.machines().values():
                 print(f"{machine.type}: {machine.topology}, {machine.hosts} host(s), {launch.costs(machine)}")
             sys.exit(0)
         if what in RUN and not names:
+            write.refuse(what)
             sys.exit((on_tpu if what == "tpu" else on_gpu)(WORDS[0]))
         if what in LOOK:
             sys.exit(look_at(what, names))
         got = " ".join(map(str, argv[1:])) or "nothing"
-        raise ValueError(f"got {got!r}; allowed: {', '.join(RUN)} with flags, or {', '.join(LOOK)} and a NAME")
+        raise ValueError(f"got {got!r}; allowed: {', '.join((*RUN, *WRITE))} with flags, or {', '.join(LOOK)} and a NAME")
     except (ValueError, OSError, launch.LaunchFailed, json.JSONDecodeError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 TIMEOUT_S = 900.0
 
@@ -39,24 +40,27 @@ class Shell(NamedTuple):
 def run(words: Sequence[str], timeout_s: float = TIMEOUT_S) -> Result:
     """Run a command to its end, without input.
 
-    The command has its own process group, so Ctrl-C ends the wait and not the command:
-    half a creation of a machine would be worse than a whole one.
+    The command has its own process group and writes to files, so Ctrl-C ends the wait
+    and not the command: half a creation of a machine would be worse than a whole one.
     """
-    try:
-        done = subprocess.run(
-            list(words),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout_s,
-            start_new_session=True,
-        )
-    except FileNotFoundError:
-        return Result(127, "", f"{words[0]}: not installed")
-    except subprocess.TimeoutExpired:
-        return Result(124, "", f"{words[0]} did not end in {timeout_s:g} s")
-    return Result(done.returncode, done.stdout, done.stderr)
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        try:
+            keywords = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err, "start_new_session": True}
+            process = subprocess.Popen(list(words), **keywords)
+        except FileNotFoundError:
+            return Result(127, "", f"{words[0]}: not installed")
+        try:
+            code = process.wait(timeout_s)  # not subprocess.run, which kills the command at Ctrl-C
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            return Result(124, "", f"{words[0]} did not end in {timeout_s:g} s")
+        return Result(code, text_of(out), text_of(err))
+
+
+def text_of(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace").replace("\r\n", "\n")
 
 
 def real() -> Shell:

@@ -4,6 +4,7 @@ compare the arms.
     python -m jaxreason.sweep --config=configs/tiny.py \
         --grid="rl.objective.name=rloo,grpo; seed=0..4" [--config.rl.steps=80] \
         [--search=tpe --pruner=halving --budget=flops=1e14]
+        [--engine=sky --place=gs://my-bucket/x --engine_options=type=v5litepod-8]
     python -m jaxreason.sweep --experiment=experiments/prior.py[:quick]
     python -m jaxreason.sweep --report=FOLDER
 
@@ -32,6 +33,7 @@ from typing import NamedTuple
 from absl import app, flags, logging
 
 from jaxreason.options import command, lines_of
+from jaxreason.sweep import engine_flags
 from jaxreason.sweep.arms import Sweep, named_arms, parse_grid, word_of
 
 FLAGS = flags.FLAGS
@@ -46,8 +48,7 @@ def define_flags() -> None:
     flags.DEFINE_string("metric", None, "What is compared: eval/SUITE/MODE/accuracy. Default: the first suite's.")
     flags.DEFINE_integer("workers", None, "Runs at a time. Default: one per core, or per accelerator.", lower_bound=1)
     flags.DEFINE_integer("devices_per_run", 1, "Accelerators of each run.", lower_bound=1)
-    flags.DEFINE_enum("submit", None, ["slurm", "local"], "Submit runs as jobs, by submitit; --workers is how many at a time.")
-    flags.DEFINE_string("submit_options", "", "Of jobs: timeout_min=600,gpus_per_node=1,slurm_partition=gpu.")
+    engine_flags.define_flags()
     flags.DEFINE_integer("retries", 0, "How often a run that failed is tried again.", lower_bound=0)
     flags.DEFINE_boolean("share", True, "Train phases that runs have in common once.")
     flags.DEFINE_enum("search", None, ["random", "tpe"], "Let optuna choose arms of the grid, in the place of all of them.")
@@ -208,8 +209,8 @@ def devices_of_a_run() -> str:
     """Say which devices each run gets: only runs on the same ones share phases."""
     from jaxreason.sweep import queue
 
-    if FLAGS.submit:
-        return f"{FLAGS.submit} {FLAGS.submit_options}"
+    if FLAGS.engine:
+        return f"{FLAGS.engine} {FLAGS.engine_options}"
     kind, _ = queue.find_devices()
     worker = queue.make_workers(FLAGS.workers, FLAGS.devices_per_run)[0]
     return f"{len(worker.cores) if kind == 'core' else FLAGS.devices_per_run} {kind}"
@@ -221,7 +222,7 @@ def list_runs(asked: Asked, folder: Path) -> list[str]:
     from jaxreason.sweep import predict
     from jaxreason.sweep.runs import dropped_fields, dropped_lines, make_runs
 
-    runs = make_runs(asked.sweep, folder, FLAGS.share, devices_of_a_run())
+    runs = make_runs(asked.sweep, folder, FLAGS.share and not engine_flags.is_handed_over(), devices_of_a_run())
     needed = predict.needs(runs)
     chosen = "; --search chooses arms of them until the budget or --trials end it" if FLAGS.search else ""
     lines = [f"{len(runs)} runs in {folder}{chosen}", *dropped_lines(dropped_fields(runs)), ""]
@@ -242,6 +243,10 @@ def list_runs(asked: Asked, folder: Path) -> list[str]:
     if known:
         free, size = shutil.disk_usage(folder if folder.exists() else Path.cwd()).free, sum(need.bytes for need in known)
         lines += ["", f"disk: about {size / 2**20:,.0f} MiB of {free / 2**20:,.0f} MiB that are free"]
+    if engine_flags.is_handed_over():
+        from jaxreason.sweep import fleet
+
+        lines += fleet.dry_run(asked.sweep, folder)
     return lines
 
 
@@ -278,14 +283,15 @@ def count(number: int, noun: str) -> str:
 def run_sweep(asked: Asked, folder: Path) -> None:
     """Execute the runs of a sweep, and write its report."""
     from jaxreason.runtime import workdir
-    from jaxreason.sweep import jobs, progress, queue, results, search
+    from jaxreason.sweep import fleet, jobs, progress, queue, results, search
     from jaxreason.sweep.runs import dropped_fields, dropped_lines, make_runs
 
+    fleet.check_none_handed_over(folder)
     runs = make_runs(asked.sweep, folder, FLAGS.share, devices_of_a_run())
     importlib.import_module("jaxreason.sweep.report")  # now: its file may change before a long sweep ends
     budget = search.parse_budget(FLAGS.budget)
     suite, temperature = results.parse_metric(asked.sweep.metric, runs[-1].config)
-    if FLAGS.submit:
+    if FLAGS.follow:
         workers = [queue.Worker(f"job {i}", frozenset(), {}) for i in range(FLAGS.workers or 8)]
     else:
         workers = queue.make_workers(FLAGS.workers, FLAGS.devices_per_run)
@@ -300,8 +306,8 @@ def run_sweep(asked: Asked, folder: Path) -> None:
         with queue.interruptible() as stopped, progress.shown(runs, state, metric, len(workers)) as (show, say):
             keywords = {"retries": FLAGS.retries, "provenance": lambda: provenance(folder), "show": show, "say": say}
             keywords["stopped"] = lambda: stopped() or (budget is not None and search.spent(runs, budget[0]) >= budget[1])
-            if FLAGS.submit:
-                keywords["launch"] = jobs.Jobs(FLAGS.submit, folder, jobs.parse_options(FLAGS.submit_options))
+            if FLAGS.follow:
+                keywords["launch"] = jobs.Jobs(FLAGS.engine, folder, jobs.parse_options(FLAGS.engine_options))
             if FLAGS.search is None:
                 queue.execute(runs, workers, state, folder, **keywords)
             else:
@@ -319,6 +325,30 @@ def run_sweep(asked: Asked, folder: Path) -> None:
             if keywords["stopped"]():
                 say(f"the budget of {FLAGS.budget} is spent; the same command with a larger one continues")
     report(folder)
+
+
+def hand_over(asked: Asked, folder: Path) -> None:
+    """Hand the runs of a sweep over to an engine, collect those that are done, and
+    write the report of these.
+    """
+    from jaxreason.runtime import workdir
+    from jaxreason.sweep import fleet
+    from jaxreason.sweep.queue import State
+    from jaxreason.sweep.runs import dropped_fields, dropped_lines
+
+    chosen = fleet.read_flags(folder)
+    runs = fleet.make_runs(asked.sweep, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        stack.callback(workdir.lock(folder, print, "--folder"))
+        write_definition(folder, definition(asked) | {"dropped": dropped_fields(runs), "search": ""})
+        print("".join(f"{line}\n" for line in dropped_lines(dropped_fields(runs))), end="", flush=True)
+        state = State(folder / "state.json")
+        fleet.hand_over(runs, state, chosen, lambda: provenance(folder), FLAGS.retries, FLAGS.workers)
+    if any(run.is_done() for run in runs):
+        report(folder)
+    elif any(state.of(run)["status"] == "failed" for run in runs):
+        sys.exit(1)
 
 
 def recorded_config(folder: Path, known: dict) -> dict:
@@ -405,8 +435,8 @@ def main(argv) -> None:
         folder = Path(os.path.expanduser(FLAGS.folder)) if FLAGS.folder else default_folder(asked)
         if FLAGS.dry_run:
             print(json.dumps(runs_and_needs(asked, folder)) if FLAGS.json else "\n".join(list_runs(asked, folder)))
-            return
-        run_sweep(asked, folder)
+        else:
+            (hand_over if engine_flags.is_handed_over() else run_sweep)(asked, folder)
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error.name} is not installed; pip install 'jaxreason[sweep]'")
     except KeyboardInterrupt:  # a second one: the runs are stopped, but perhaps not saved
@@ -430,6 +460,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         words = command.split(argv)
         rest = FLAGS(words.rest)
         check_search([name for name in OF_A_SEARCH if FLAGS[name].present], FLAGS.search)
+        engine_flags.check_flags()
         FLAGS["config"].words = words
         return rest
     except (flags.Error, ValueError) as error:

@@ -1,5 +1,5 @@
-"""Runs as jobs of a cluster, by submitit: `--submit=slurm` in the place of processes on
-this machine.
+"""Runs as jobs of a cluster that this process follows, by submitit: `--engine=slurm
+--follow` in the place of processes on this machine. `fleet` hands runs over instead.
 
 A job runs the same command in the same folder, which its node must see. A worker here
 is a job at a time. If the sweep itself dies its jobs go on; a sweep that is started
@@ -36,7 +36,7 @@ def parse_options(text: str) -> dict[str, Any]:
     for part in filter(None, text.split(",")):
         name, equals, value = part.partition("=")
         if not equals or not name.isidentifier():
-            raise ValueError(f"--submit_options has {part!r}; allowed: NAME=VALUE,NAME=VALUE, as submitit's update_parameters")
+            raise ValueError(f"--engine_options has {part!r}; allowed: NAME=VALUE,NAME=VALUE, as submitit's update_parameters")
         try:
             found[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
