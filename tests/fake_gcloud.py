@@ -25,7 +25,9 @@ fi
 for word in "$@"; do case "$word" in --workdir=*) folder="${word#--workdir=}";; esac; done
 mkdir -p "$folder"
 printf '%s\\n' "$@" > "$folder/command"
+trap 'echo saved; exit 75' TERM
 for step in 1 2 3; do echo "step $step"; sleep "${FAKE_STEP_S:-0.05}"; done
+if [ -n "$FAKE_CUT_SHORT" ] && [ ! -f "$HOME/cut_short" ]; then touch "$HOME/cut_short"; exit 75; fi
 echo done >> "$folder/summary.json"
 exit "${FAKE_CODE:-0}"
 """

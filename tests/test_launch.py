@@ -151,7 +151,7 @@ def test_preempted_twice(cloud, asked, monkeypatch):
 def test_preempted_too_often(cloud, asked, monkeypatch):
     monkeypatch.setenv("FAKE_STEP_S", "5")
     plan(cloud, preempt=[1, 1, 1, 1])
-    with pytest.raises(LaunchFailed, match="preempted 2 times"):
+    with pytest.raises(LaunchFailed, match="was cut short 2 times"):
         run(asked._replace(max_restarts=1), [])
 
 
@@ -172,6 +172,32 @@ def test_the_installation_fails_on_one_host(cloud, asked):
     said = []
     assert run(asked, said) == 0  # the same command goes on
     assert "create" not in calls(cloud)[calls(cloud).index("create") + 1 :]
+
+
+def test_a_run_that_its_machine_asked_to_stop_goes_on(cloud, asked, monkeypatch):
+    monkeypatch.setenv("FAKE_CUT_SHORT", "1")
+    said = []
+    assert run(asked, said) == 0
+    assert "mine ended the run early; restart 1 of at most 20" in said
+    assert [line for line in said if line.startswith("step")] == 2 * ["step 1", "step 2", "step 3"]
+    assert calls(cloud).count("create") == 1
+    assert said[-1] == "mine is deleted"
+
+
+def test_a_run_that_the_user_stops_is_at_its_end(cloud, asked, monkeypatch):
+    monkeypatch.setenv("FAKE_STEP_S", "1")
+    plan(cloud, hosts=1)
+    said = []
+
+    def stop_after_a_step(line: str) -> None:
+        said.append(line)
+        if line == "step 1":
+            assert command("stop", "mine").stdout == "asked to stop\n"
+
+    made = world(said)._replace(say=stop_after_a_step)
+    assert launch.on_tpu(asked, PLACE, MACHINE, target.tpu(PLACE, made.shell), made) == 0
+    assert "saved" in said
+    assert not [line for line in said if "restart" in line]
 
 
 def test_the_run_fails(cloud, asked, monkeypatch):
@@ -368,7 +394,7 @@ def test_a_dry_run_prints_every_command_and_runs_none(cloud):
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("gcloud ")]
     assert [line.split()[4] for line in lines] == ["create", "scp", "ssh", "ssh", "delete"]
-    assert f" {BUCKET} >> ../log" in done.stdout
+    assert f" {BUCKET} --code_when_stopped=75 >> ../log" in done.stdout
     assert "'[tpu,gcs]'" in done.stdout.replace("'\"'\"'", "'")
     assert not (cloud / "calls.jsonl").exists()
     assert not state.names()

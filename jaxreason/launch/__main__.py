@@ -74,6 +74,7 @@ def asked(words: command.Words, name: str, extra: str, hosts: int = 1) -> launch
     # Beside the source, not in it: a launch of changed code continues the run.
     place = workdir if workdir.startswith("/") or is_url(workdir) else f"../{workdir}"
     made = ["-m", "jaxreason.main", f"--config={words.config}", *changes, f"--workdir={place}"]
+    made.append(f"--code_when_stopped={remote.CUT_SHORT}")
     extra += ",gcs" * is_url(workdir)
     return launch.Asked(
         *(name, made, source.pack(ROOT), extra),

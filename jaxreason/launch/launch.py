@@ -187,11 +187,12 @@ def on_tpu(asked: Asked, place: Place, machine: Machine, target: Target, world: 
         start(asked, target, world)
         remember(asked, place, machine, world, "running")
         code = follow(asked, target, world, lambda: state_of(place, world) == "READY")
-        if code is not None:
+        if code not in (None, remote.CUT_SHORT):
             break
-        world.say(f"{place.name} was preempted; restart {restart + 1} of at most {asked.max_restarts}")
+        what = "was preempted" if code is None else "ended the run early"
+        world.say(f"{place.name} {what}; restart {restart + 1} of at most {asked.max_restarts}")
     else:
-        raise LaunchFailed(f"{place.name} was preempted {asked.max_restarts + 1} times; the same command goes on")
+        raise LaunchFailed(f"the run on {place.name} was cut short {asked.max_restarts + 1} times; the same command goes on")
     remember(asked, place, machine, world, "ended")
     bring_home(asked, target, world)
     if asked.keep:
@@ -211,6 +212,8 @@ def on_ssh(asked: Asked, target: Target, world: World) -> int:
     install(asked, target, world)
     start(asked, target, world)
     code = follow(asked, target, world, lambda: True)
+    if code == remote.CUT_SHORT:
+        raise LaunchFailed("the machine asked the run to stop, and it has saved itself; the same command goes on")
     bring_home(asked, target, world)
     return 1 if code is None else code
 

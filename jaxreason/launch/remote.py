@@ -10,7 +10,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from jaxreason.launch.fleets import job
+
 ROOT = "jaxreason-launch"  # in the home folder of the machine
+CUT_SHORT = job.STOPPED  # exit code of a run that its machine asked to stop, and that has saved itself
 FINISHED, RUNNING, STOPPED, NEVER = "finished", "running", "stopped", "never started"
 
 
@@ -50,18 +53,22 @@ def start(name: str, digest: str, command: Sequence[str], environment: Mapping[s
     """Start a command in the background, in the source's folder, unless it runs or has
     finished there.
 
-    Its output goes to `log`, its process id to `pid`, and its exit code to `code`.
+    Its output goes to `log` (that of earlier starts to `earlier.log`), its process id
+    to `pid`, and its exit code to `code`. A run that `stop` asked to stop has exit code
+    0, and one that its machine asked to stop has CUT_SHORT.
     """
     home = folder_of(name)
     words = shlex.join(["../venv/bin/python", *command])
     exports = "".join(f"export {key}={shlex.quote(value)}; " for key, value in environment.items())
-    inner = f"{exports}{words} >> ../log 2>&1; echo $? > ../code.part; mv ../code.part ../code"
+    code = f"code=$?; [ $code = {CUT_SHORT} ] && [ -f ../asked_to_stop ] && code=0; echo $code > ../code.part"
+    # `stop` signals the whole process group, and this shell must live to write the code.
+    inner = f"trap : TERM; {exports}{words} >> ../log 2>&1; {code}; mv ../code.part ../code"
     return "\n".join(
         [
             "set -e",
             f"cd; cd {shlex.quote(home)}",
             'if [ -f pid ] && [ ! -f code ] && kill -0 "$(cat pid)" 2>/dev/null; then echo runs already; exit 0; fi',
-            "rm -f code",
+            "rm -f code asked_to_stop; if [ -f log ]; then cat log >> earlier.log; rm log; fi",
             f"cd source-{digest}",
             f"setsid nohup bash -c {shlex.quote(inner)} > /dev/null 2>&1 < /dev/null &",
             "echo $! > ../pid",
@@ -91,7 +98,8 @@ def look(name: str, offset: int, most: int = 200_000) -> str:
 def stop(name: str) -> str:
     """Ask the run to save itself and end, as Ctrl-C does; a second call ends it."""
     home = shlex.quote(folder_of(name))
-    return f'cd; cd {home} && [ -f pid ] && kill -TERM -- "-$(cat pid)" && echo asked to stop || echo nothing runs'
+    ask = 'touch asked_to_stop && kill -TERM -- "-$(cat pid)" && echo asked to stop'
+    return f"cd; cd {home} && [ -f pid ] && {ask} || echo nothing runs"
 
 
 class Seen(NamedTuple):
