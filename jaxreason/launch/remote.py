@@ -61,7 +61,8 @@ def start(name: str, digest: str, command: Sequence[str], environment: Mapping[s
     words = shlex.join(["../venv/bin/python", *command])
     exports = "".join(f"export {key}={shlex.quote(value)}; " for key, value in environment.items())
     code = f"code=$?; [ $code = {CUT_SHORT} ] && [ -f ../asked_to_stop ] && code=0; echo $code > ../code.part"
-    # `stop` signals the whole process group, and this shell must live to write the code.
+    # `stop` signals the whole process group, and this shell must live to write the
+    # code.
     inner = f"trap : TERM; {exports}{words} >> ../log 2>&1; {code}; mv ../code.part ../code"
     return "\n".join(
         [
