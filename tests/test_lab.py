@@ -15,7 +15,7 @@ import pytest
 from lab_client import ASKED, ROOT, SMALL, Refused, connected, converse, ended
 
 from jaxreason.lab import __main__ as door
-from jaxreason.lab import audit, budget, cost, gate, rollouts
+from jaxreason.lab import audit, budget, cost, gate, rollouts, supervisor
 from jaxreason.lab.sweeps import Lab
 
 needs_mcp = pytest.mark.skipif(importlib.util.find_spec("mcp") is None, reason="mcp is not installed")
@@ -323,6 +323,21 @@ def test_time_since_the_last_record_counts_while_a_run_runs(tmp_path):
     assert found["flops"] == 3.0
     assert found["device_s"] == pytest.approx(120.3, abs=0.1)
     assert found["joules"] == pytest.approx(120.3 * 20, rel=0.01)
+
+
+def test_a_supervisor_stops_a_sweep_for_a_reason(tmp_path):
+    shared = run_folder(tmp_path / "shared", saved=30.0)
+    runs = [run_folder(tmp_path / name, logged=40.0) for name in "ab"]
+    plan = plan_of(shared, *runs, shared=shared)
+    assert supervisor.reason_to_stop(plan, tmp_path) == ""
+    assert supervisor.reason_to_stop(plan | {"reserved": {"flops": 49.0}}, tmp_path) == "stopped at its reservation of flops"
+    assert supervisor.reason_to_stop(plan | {"reserved": {"flops": 50.0}}, tmp_path) == ""
+    (tmp_path / "state.json").write_text(json.dumps({"runs": {"a": {"status": "failed"}}}))
+    assert supervisor.reason_to_stop(plan, tmp_path) == ""
+    (tmp_path / "state.json").write_text(json.dumps({"runs": {"shared": {"status": "failed"}}}))
+    assert "which the runs share, failed" in supervisor.reason_to_stop(plan, tmp_path)
+    (tmp_path / "stop").touch()
+    assert supervisor.reason_to_stop(plan, tmp_path) == "stopped"
 
 
 # --- a folder, without a server ---

@@ -37,7 +37,12 @@ def reason_to_stop(plan: dict, folder: Path) -> str:
     """Return why the sweep is to end: "" if it may continue."""
     if (folder / "stop").exists():
         return "stopped"
-    used = cost.so_far(plan, cost.read_states(folder), time.time())
+    states = cost.read_states(folder)
+    shared = {run["shared"] for run in plan["runs"]}
+    for run in plan["runs"]:  # else each run would train these phases itself, which nobody reserved
+        if run["folder"] in shared and states.get(run["name"], {}).get("status") == "failed":
+            return f"stopped since {run['name']}, which the runs share, failed"
+    used = cost.so_far(plan, states, time.time())
     over = [unit for unit, amount in plan["reserved"].items() if used[unit] > amount]
     return f"stopped at its reservation of {over[0]}" if over else ""
 
