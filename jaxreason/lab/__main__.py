@@ -8,7 +8,7 @@ A host starts it itself, by an entry such as
     {"command": "python", "args": ["-m", "jaxreason.lab", "--budget=flops=2e15"]}
 
 The folder keeps the audit log, which is the ledger of the budget, and the sweeps. The
-same folder with another budget continues: what was spent stays spent. A sweep that runs
+same folder with another budget continues, and costs stay spent. A sweep that runs
 continues when the host ends.
 """
 

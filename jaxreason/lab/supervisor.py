@@ -1,7 +1,7 @@
 """The supervisor of a sweep: `python -m jaxreason.lab.supervisor FOLDER`.
 
-It starts the sweep of FOLDER/lab.json, stops it when it has used what was reserved for
-it or when the file FOLDER/stop appears, and writes status and cost to
+It starts the sweep of FOLDER/lab.json, stops it when its cost reaches its reservation
+or when the file FOLDER/stop appears, and writes status and cost to
 FOLDER/outcome.json at the end. It outlives the server. It inherits an open file that
 the server has locked, so the lock is held as long as this process lives. If it is
 killed, the sweep saves itself and ends (see `sweep.child`).
