@@ -435,6 +435,13 @@ def test_bad_input_is_one_line_before_anything_starts(tmp_path, word):
     assert not (tmp_path / "lab").exists()
 
 
+def test_neither_the_package_nor_a_supervisor_loads_mcp_or_jax():
+    code = "import sys, jaxreason.lab.__main__, jaxreason.lab.supervisor; print(*sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert not {"mcp", "jax"} & set(done.stdout.split())
+
+
 def test_missing_parts_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(door, "FLAGS", type("Flags", (), {"budget": "flops=1", "folder": str(tmp_path)}))
     with monkeypatch.context() as patch:

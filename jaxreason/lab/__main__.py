@@ -1,4 +1,4 @@
-"""An entry point: serve the lab to an MCP host, over stdin and stdout.
+r"""An entry point: serve the lab to an MCP host, over stdin and stdout.
 
     python -m jaxreason.lab --budget=flops=2e15[,device_s=3600][,joules=1e6] \
         [--folder=sweeps/lab]
