@@ -15,7 +15,7 @@ import pytest
 from lab_client import ASKED, ROOT, SMALL, Refused, connected, converse, ended
 
 from jaxreason.lab import __main__ as door
-from jaxreason.lab import audit, budget, cost, gate, rollouts
+from jaxreason.lab import audit, budget, cost, gate, rollouts, supervisor
 from jaxreason.lab.sweeps import Lab
 
 needs_mcp = pytest.mark.skipif(importlib.util.find_spec("mcp") is None, reason="mcp is not installed")
@@ -325,6 +325,21 @@ def test_time_since_the_last_record_counts_while_a_run_runs(tmp_path):
     assert found["joules"] == pytest.approx(120.3 * 20, rel=0.01)
 
 
+def test_a_supervisor_stops_a_sweep_for_a_reason(tmp_path):
+    shared = run_folder(tmp_path / "shared", saved=30.0)
+    runs = [run_folder(tmp_path / name, logged=40.0) for name in "ab"]
+    plan = plan_of(shared, *runs, shared=shared)
+    assert supervisor.reason_to_stop(plan, tmp_path) == ""
+    assert supervisor.reason_to_stop(plan | {"reserved": {"flops": 49.0}}, tmp_path) == "stopped at its reservation of flops"
+    assert supervisor.reason_to_stop(plan | {"reserved": {"flops": 50.0}}, tmp_path) == ""
+    (tmp_path / "state.json").write_text(json.dumps({"runs": {"a": {"status": "failed"}}}))
+    assert supervisor.reason_to_stop(plan, tmp_path) == ""
+    (tmp_path / "state.json").write_text(json.dumps({"runs": {"shared": {"status": "failed"}}}))
+    assert "which the runs share, failed" in supervisor.reason_to_stop(plan, tmp_path)
+    (tmp_path / "stop").touch()
+    assert supervisor.reason_to_stop(plan, tmp_path) == "stopped"
+
+
 # --- a folder, without a server ---
 
 
@@ -418,6 +433,13 @@ def test_bad_input_is_one_line_before_anything_starts(tmp_path, word):
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "lab").exists()
+
+
+def test_neither_the_package_nor_a_supervisor_loads_mcp_or_jax():
+    code = "import sys, jaxreason.lab.__main__, jaxreason.lab.supervisor; print(*sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert not {"mcp", "jax"} & set(done.stdout.split())
 
 
 def test_missing_parts_are_named(monkeypatch, tmp_path):

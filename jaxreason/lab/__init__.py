@@ -8,15 +8,15 @@ An MCP host starts it by an entry such as
     {"command": "python", "args": ["-m", "jaxreason.lab", "--budget=flops=2e15"]}
 
     gate        which configs, options, fields and values may be run
-    audit       audit.jsonl: who asked what, what was reserved, what it cost
+    audit       audit.jsonl: requests, reservations and costs, with the client
     budget      reservations and costs, added up from audit.jsonl
     cost        the cost of a sweep, read from the ledgers of its runs
     supervisor  a process per sweep that stops it at its reservation
     sweeps      start, watch, stop and read sweeps
-    rollouts    pages of what a model wrote, marked as data
+    rollouts    pages of rollouts; texts of a model are marked as data
     server      the tools, over the protocol
 
-`python tests/lab_client.py` prints what such a host and the server say to each other.
+`python tests/lab_client.py` prints an exchange of such a host with the server.
 
 The lab is a thin layer: a sweep is `python -m jaxreason.sweep` in a process of its own,
 which outlives the server. Nothing is passed to a shell. Files in `configs/` and

@@ -1,4 +1,4 @@
-"""An entry point: serve the lab to an MCP host, over stdin and stdout.
+r"""An entry point: serve the lab to an MCP host, over stdin and stdout.
 
     python -m jaxreason.lab --budget=flops=2e15[,device_s=3600][,joules=1e6] \
         [--folder=sweeps/lab]
@@ -8,7 +8,7 @@ A host starts it itself, by an entry such as
     {"command": "python", "args": ["-m", "jaxreason.lab", "--budget=flops=2e15"]}
 
 The folder keeps the audit log, which is the ledger of the budget, and the sweeps. The
-same folder with another budget continues: what was spent stays spent. A sweep that runs
+same folder with another budget continues, and costs stay spent. A sweep that runs
 continues when the host ends.
 """
 

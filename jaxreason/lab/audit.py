@@ -1,9 +1,9 @@
 """The audit log: one line of JSON for each request of a client, and for each
 reservation and its end.
 
-The log is also the ledger of the budget: what it says is spent stays spent, even if the
-folder of a sweep is deleted. A line is on the disk before what it allows begins, so a
-last line that is cut off allowed nothing and is dropped.
+The log is also the ledger of the budget: costs in it stay spent, even if the folder of
+a sweep is deleted. A sweep begins after its line is on the disk, so no sweep began from
+a last line that is cut off, and that line is dropped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Audit:
     """The log in a folder. One process writes it: the server has locked the folder.
 
     Raises:
-      ValueError: a line other than the last is damaged, so the spending is not known.
+      ValueError: a line other than the last is damaged, so the spending is unknown.
     """
 
     def __init__(self, path: Path):

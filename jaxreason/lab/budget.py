@@ -1,8 +1,8 @@
-"""The budget of the user: amounts of FLOPs, device-seconds and joules, and what is left
-of them.
+"""The budget of the user: amounts of FLOPs, device-seconds and joules, and the rest of
+them.
 
-A sweep reserves what it may use at most before it begins. When it has ended, what it
-used takes the place of the reservation. Both are lines of the audit log, so neither a
+A sweep reserves an upper bound of its cost before it begins. At its end the cost
+replaces the reservation. Both are lines of the audit log, so neither a
 restart of the server nor a deleted folder gives anything back.
 """
 
@@ -45,8 +45,8 @@ def parse(text: str | None) -> dict[str, float]:
 
 
 def reservations(lines: Sequence[Mapping]) -> dict[str, dict]:
-    """Return the sweeps of an audit log: id -> its line `reserve`, with what it `used`
-    once it has ended.
+    """Return the sweeps of an audit log: id -> its line `reserve`, with the cost
+    `used` once it has ended.
     """
     found: dict[str, dict] = {}
     for line in lines:
@@ -58,12 +58,12 @@ def reservations(lines: Sequence[Mapping]) -> dict[str, dict]:
 
 
 def spent(lines: Sequence[Mapping], unit: str) -> float:
-    """Return what sweeps that ended used of a unit."""
+    """Return the cost of all sweeps that ended, in a unit."""
     return sum(one["used"].get(unit) or 0.0 for one in reservations(lines).values() if one["used"] is not None)
 
 
 def reserved(lines: Sequence[Mapping], unit: str) -> float:
-    """Return what sweeps that run have reserved of a unit."""
+    """Return the reservations of all sweeps that run, in a unit."""
     return sum(one["reserved"].get(unit) or 0.0 for one in reservations(lines).values() if one["used"] is None)
 
 
@@ -84,8 +84,8 @@ def to_reserve(
     asked: Mapping[str, float | None],
     joules_known: bool,
 ) -> dict[str, float]:
-    """Return what a sweep reserves: of FLOPs its bound by formula, of other units what
-    the client `asked` for.
+    """Return the reservation of a sweep: of FLOPs its bound by formula, of other units
+    the amount that the client `asked` for.
 
     Raises:
       ValueError: a cost that can't be predicted or limited, or more than is left.

@@ -1,9 +1,9 @@
 """The cost of a sweep, read from the folders of its runs. Nothing here imports jax.
 
-A run counts what its ledger says: of `summary.json` if it is done, of its last
+A run costs the amounts of its ledger: in `summary.json` if it is done, in its last
 checkpoint if it was stopped and saved itself. A run that ended in another way may have
-worked after its last record, so it counts as much as it can have used: what is booked
-and the FLOPs between two records by formula, and its whole time. Otherwise a client
+worked after its last record, so its cost is an upper bound: the amounts of its last
+record, the FLOPs between two records by formula, and its whole time. Otherwise a client
 could start runs and have them killed, for nothing.
 """
 
@@ -26,7 +26,7 @@ def zero() -> dict[str, float]:
 
 
 def booked(folder: Path) -> dict[str, float]:
-    """Return what a run's records say that it used so far: the largest of its metrics,
+    """Return the cost of a run so far, by its records: the largest of its metrics,
     its newest checkpoint and its summary, since a ledger only grows.
     """
     found = zero()
@@ -79,8 +79,8 @@ def added(amounts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def so_far(plan: Mapping, states: Mapping[str, Mapping], now_s: float) -> dict[str, float]:
-    """Return what a running sweep may have used: what is booked, and for the time since
-    each run's last record also device-seconds, and joules at the rate so far.
+    """Return the cost of a running sweep, at most: that of the records, and for the
+    time since each run's last record device-seconds, and joules at the rate so far.
     """
     found = []
     for run in plan["runs"]:
@@ -106,7 +106,7 @@ def _own(run: Mapping) -> dict[str, float]:
 
 
 def at_end(plan: Mapping, states: Mapping[str, Mapping]) -> dict[str, float]:
-    """Return what a sweep that ended has used."""
+    """Return the cost of a sweep that ended."""
     found, all_known = [], True
     for run in plan["runs"]:
         folder, state = Path(run["folder"]), states.get(run["name"], {})
@@ -146,6 +146,6 @@ def _seconds(text: object, otherwise: float) -> float:
 
 
 def read_states(folder: Path) -> dict[str, dict]:
-    """Read what the sweep recorded about its runs: name -> state."""
+    """Read the states of the runs of a sweep: name -> state."""
     runs = (json_object(folder / "state.json") or {}).get("runs")
     return {name: state for name, state in runs.items() if isinstance(state, dict)} if isinstance(runs, dict) else {}

@@ -1,4 +1,5 @@
-"""The gate: what a client may run. Nothing is allowed but what is named here.
+"""The gate: checks of the configs, options and fields that a client may run. All else
+is refused.
 
 A client names a config or an experiment of this repository, options that the file
 offers, and values of fields. A value is a number, true, false, None or a list of these,
@@ -288,7 +289,7 @@ def request(
     grid: Mapping[str, list],
     seeds: int,
 ) -> Request:
-    """Turn what a client asks for into the words of `jaxreason.sweep`.
+    """Turn the request of a client into the words of `jaxreason.sweep`.
 
     Raises:
       ValueError: anything that is not allowed, or neither a config nor an experiment.

@@ -1,5 +1,5 @@
-"""Pages of the rollouts of a run, for a client: what a model wrote is data, marked as
-such, with its control characters escaped.
+"""Pages of the rollouts of a run, for a client. Texts of a model are marked as data,
+and their control characters are escaped.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ TEXTS = ("question", "prompt", "text", "answer", "parsed", "reason")
 
 
 def escaped(text: str, longest: int = LONGEST) -> str:
-    """Return a text with what a terminal or a reader might obey written as escapes:
-    control characters, and invisible or reordering ones.
+    """Return a text with control characters, and invisible or reordering ones, written
+    as escapes: a terminal might obey them, and a reader would not see them.
     """
     cut = text[:longest]
     made = "".join(char if char in "\n\t" or not is_hidden(char) else char.encode("unicode_escape").decode() for char in cut)

@@ -115,10 +115,9 @@ def tools_to_plan(lab: Lab) -> list[Callable[..., dict]]:
     """Return the tools that start nothing and cost nothing."""
 
     def get_budget() -> dict[str, Any]:
-        """Budget of the user, what ended sweeps spent (a run that ended without saving
-        itself counts as the most that it can have used), what running ones have
-        reserved, and what remains. Units: flops (floating-point operations by formula),
-        device_s (seconds x devices), joules.
+        """Budget of the user, cost of the sweeps that ended (an upper bound for a run
+        that was killed), reservations of those that run, and the rest. Units: flops
+        (floating-point operations by formula), device_s (seconds x devices), joules.
         """
         lab.settle()
         return lab.budget()
@@ -213,7 +212,7 @@ def tools_to_run(lab: Lab) -> list[Callable[..., dict]]:
         most_joules: float | None = None,
         note: str = "",
     ) -> dict[str, Any]:
-        """Start a sweep, if what it may cost at most is left of the budget. Either
+        """Start a sweep, if the rest of the budget covers its cost at most. Either
         `config` with `grid` (field -> values; all combinations are arms, the first
         is the baseline), or `experiment`. `fields` are set in all arms, `options`
         are those of the file; `seeds`: each arm is run with seeds 0 to this number
@@ -233,12 +232,12 @@ def tools_to_run(lab: Lab) -> list[Callable[..., dict]]:
 
     def status(sweep: str) -> dict[str, Any]:
         """Status of a sweep and of each of its runs: step, steps in all, mean reward,
-        accuracies; what it used so far.
+        accuracies; the cost so far.
         """
         return lab.status(sweep)
 
     def stop_sweep(sweep: str) -> dict[str, Any]:
-        """Stop a sweep. Its runs save themselves; what they used stays spent."""
+        """Stop a sweep. Its runs save themselves; their cost stays spent."""
         return lab.stop(sweep)
 
     def read_report(sweep: str) -> dict[str, Any]:

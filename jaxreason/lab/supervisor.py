@@ -1,7 +1,7 @@
 """The supervisor of a sweep: `python -m jaxreason.lab.supervisor FOLDER`.
 
-It starts the sweep of FOLDER/lab.json, stops it when it has used what was reserved for
-it or when the file FOLDER/stop appears, and writes status and cost to
+It starts the sweep of FOLDER/lab.json, stops it when its cost reaches its reservation
+or when the file FOLDER/stop appears, and writes status and cost to
 FOLDER/outcome.json at the end. It outlives the server. It inherits an open file that
 the server has locked, so the lock is held as long as this process lives. If it is
 killed, the sweep saves itself and ends (see `sweep.child`).
@@ -37,7 +37,12 @@ def reason_to_stop(plan: dict, folder: Path) -> str:
     """Return why the sweep is to end: "" if it may continue."""
     if (folder / "stop").exists():
         return "stopped"
-    used = cost.so_far(plan, cost.read_states(folder), time.time())
+    states = cost.read_states(folder)
+    shared = {run["shared"] for run in plan["runs"]}
+    for run in plan["runs"]:  # else each run would train these phases itself, which nobody reserved
+        if run["folder"] in shared and states.get(run["name"], {}).get("status") == "failed":
+            return f"stopped since {run['name']}, which the runs share, failed"
+    used = cost.so_far(plan, states, time.time())
     over = [unit for unit, amount in plan["reserved"].items() if used[unit] > amount]
     return f"stopped at its reservation of {over[0]}" if over else ""
 

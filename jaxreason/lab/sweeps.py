@@ -4,9 +4,9 @@ own, in the folder of the lab.
     FOLDER/audit.jsonl          see `audit`
     FOLDER/sweeps/ID/           a sweep, as `jaxreason.sweep` makes it, and beside it
       lab.json                  its words, runs, bounds and reservation
-      sweep.log                 what it printed
+      sweep.log                 its output
       stop                      asks its supervisor to stop it
-      outcome.json              how it ended, and what it used
+      outcome.json              its status at the end, and its cost
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Lab:
         return request, plan | {"sweep": sweep, "words": words}
 
     def command(self, module: str, *words: str) -> str:
-        """Run a module of this package; return what it printed.
+        """Run a module of this package; return its output.
 
         Raises:
           ValueError: it failed; the message is its last line.
@@ -155,7 +155,7 @@ class Lab:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 pass_fds=[lock.fileno()],
-                start_new_session=True,  # it outlives the server, and what signals the server's group
+                start_new_session=True,  # it outlives the server, and signals to the server's group
             )
 
     def stop(self, sweep: str) -> dict[str, Any]:
@@ -195,7 +195,7 @@ class Lab:
         return folder
 
     def status(self, sweep: str) -> dict[str, Any]:
-        """Return what a sweep is doing, run by run, and what it used so far."""
+        """Return the status of a sweep and of its runs, and the cost so far."""
         self.settle()
         one, plan = self.known(sweep), self.plan(sweep)
         states = cost.read_states(self.path(sweep))
