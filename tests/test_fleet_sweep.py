@@ -150,7 +150,8 @@ def test_a_refused_job_stops_the_others(engines, tmp_path, engine):
     plan(engines, submit="Quota exceeded in us-west4", after=1)
     with pytest.raises(ValueError) as error:
         made()
-    assert str(error.value).startswith("lr=x-12345678/seed0 could not be submitted: Error: Quota exceeded in us-west4; ")
+    cause = "[XPK] Error" if engine == "xpk" else "Error"
+    assert str(error.value).startswith(f"lr=x-12345678/seed0 could not be submitted: {cause}: Quota exceeded in us-west4; ")
     assert made.said[1] == "4 runs: 1 queued, 3 waiting"
     plan(engines)
     assert made() == ["queued"] * 4
