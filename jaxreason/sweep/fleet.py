@@ -123,7 +123,8 @@ def listed(fleet: Fleet, a_job: Job) -> dict[str, str]:
 
 def why(result: Result, engine: Engine) -> str:
     """Explain an error of an engine in one line: its last line that says something."""
-    lines = [line for line in (result.err.strip() or result.out).splitlines() if line.strip() and EMPTY_WORDS not in line]
+    text = result.out if EMPTY_WORDS in result.out else result.err.strip() or result.out
+    lines = [line for line in text.splitlines() if line.strip() and EMPTY_WORDS not in line]
     said = " ".join(lines[-1].split()) if lines else result.said
     return f"{said}; needed: {'; '.join(engine.needs)}" if result.code == 127 else said
 
