@@ -22,7 +22,10 @@ def read(name, default):
 
 
 def fail(message):
-    print(f"Traceback\nError: {message}", file=sys.stderr)
+    if sys.argv[1] == "xpk":
+        print(f"[XPK] Error: {message}\n[XPK] XPK failed, error code 1")
+    else:
+        print(f"Traceback\nError: {message}", file=sys.stderr)
     sys.exit(1)
 
 
@@ -58,9 +61,9 @@ def main(program, words):
         listing(lambda name, state: f"{name}|{'PENDING' if state == 'waits' else 'RUNNING'}", "", plan)
     elif words[:2] == ["workload", "list"]:
         kinds = {"waits": "QuotaReserved", "runs": "Admitted"}
-        listing(
-            lambda name, state: f"{name} 2026 medium 4 <none> <none> {kinds[state]} reason 2026", "Jobset Name Status\n", plan
-        )
+        row = "{:40}   {:13}   {}"
+        head = row.format("Jobset Name", "Status", "Status Message\n")
+        listing(lambda name, state: row.format(name, kinds[state], "a message"), head, plan)
     elif words[:2] == ["jobs", "queue"]:
         if plan.get("listing"):
             fail(plan["listing"])

@@ -124,6 +124,25 @@ def test_runs_are_handed_over_once_and_collected(engines, tmp_path, engine):
     assert made.said == ["4 runs: 4 done"]
 
 
+def test_a_run_that_ends_between_two_questions_is_not_failed(engines, tmp_path):
+    made = Made(tmp_path / "mine", "sky")
+    made(workers=1)
+    finish(engines, "lr=1e-4/seed0")
+    summary = engines / "bucket/my-bucket/sweep/runs/lr=1e-4/seed0/summary.json"
+    summary.unlink()
+    set_jobs(engines, "runs")
+
+    def run(words):
+        result = shell.run(words)
+        if words[0] in ("gcloud", "sky") and not summary.exists():
+            summary.write_text('{"done": true}')
+            set_jobs(engines, "ended")
+        return result
+
+    made.fleet = made.fleet._replace(shell=shell.Shell(run, run))
+    assert made(workers=1) == ["done", "queued", "waiting", "waiting"]
+
+
 def test_slurm_writes_into_the_folder_of_the_sweep(engines, tmp_path):
     made = Made(tmp_path / "mine", "slurm", "")
     assert made() == ["queued"] * 4
@@ -150,7 +169,8 @@ def test_a_refused_job_stops_the_others(engines, tmp_path, engine):
     plan(engines, submit="Quota exceeded in us-west4", after=1)
     with pytest.raises(ValueError) as error:
         made()
-    assert str(error.value).startswith("lr=x-12345678/seed0 could not be submitted: Error: Quota exceeded in us-west4; ")
+    cause = "[XPK] Error" if engine == "xpk" else "Error"
+    assert str(error.value).startswith(f"lr=x-12345678/seed0 could not be submitted: {cause}: Quota exceeded in us-west4; ")
     assert made.said[1] == "4 runs: 1 queued, 3 waiting"
     plan(engines)
     assert made() == ["queued"] * 4

@@ -306,10 +306,10 @@ def test_answers_of_the_engines():
     for wrong in ("", "no jobs", "[1]", '[{"job_name": 1}]', "[{"):
         with pytest.raises(ValueError, match="sky jobs queue answered"):
             sky.active(wrong)
-    table = "[XPK] x\nJobset Name   Created Time   Priority   Status   Status Message\n"
-    table += "mine  2026-11-28T10:00:00Z  medium  4  4  <none>  Admitted  The workload is admitted  2026\n"
-    table += "other 2026-11-28T10:00:00Z  medium  4  4  4  Finished  Job finished  2026\n"
-    assert xpk.active(table) == {"mine": "Admitted"}
+    rows = [("Jobset Name", "Needed", "Status", "Status Message"), ("mine", "4", "Admitted", "it is  admitted")]
+    rows += [("new", "<none>", "<none>", "<none>"), ("other", "4", "Finished", "Job finished")]
+    table = "\n".join(("[XPK] list", *("   ".join(f"{word:<14}" for word in row) for row in rows), "[XPK] done"))
+    assert xpk.active(table) == {"mine": "Admitted", "new": "<none>"}
     with pytest.raises(ValueError, match="xpk workload list answered"):
         xpk.active("error")
     assert slurm.active("a|RUNNING\nb|PENDING\n\n") == {"a": "RUNNING", "b": "PENDING"}
@@ -426,6 +426,29 @@ def test_xpk_knows_the_commands():
     for words in (xpk.ENGINE.stop(made), xpk.ENGINE.listing(made), xpk.ENGINE.watch(made)[0]):
         done = subprocess.run([os.environ["JAXREASON_XPK"], *words[1:], "--bad"], capture_output=True, text=True)
         assert "unrecognized arguments: --bad" in done.stderr, (words, done.stderr)
+
+
+TABLE = """
+from xpk.core import workload as w
+S = w._WorkloadStatus
+rows = [w._WorkloadListRow(s.value.lower(), "2026-11-28T10:00:00Z", "medium", 4, None, 0, s, "a b  c", None) for s in S]
+print(w._render_workloads([*rows, w._WorkloadListRow("none", None, None, None, None, None, None, None, None)]))
+"""
+
+
+@pytest.mark.process
+@pytest.mark.skipif("JAXREASON_XPK" not in os.environ, reason="JAXREASON_XPK names no program xpk")
+def test_the_table_of_xpk_is_read():
+    words = [Path(os.environ["JAXREASON_XPK"]).with_name("python"), "-c", TABLE]
+    table = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    found = {
+        "admitted": "Admitted",
+        "evicted": "Evicted",
+        "quotareserved": "QuotaReserved",
+        "unknown": "Unknown",
+        "none": "<none>",
+    }
+    assert xpk.active(table) == found
 
 
 @pytest.mark.process

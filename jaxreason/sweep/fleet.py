@@ -37,6 +37,7 @@ FLAGS = flags.FLAGS
 ROOT = Path(__file__).parents[2]
 HANDED_OVER = ("submitting", "queued", "running")
 NOT_COPIED = r"(.*/)?((checkpoints|profile)/.*|lock)$"  # of a run's folder in a bucket
+EMPTY_WORDS = "XPK failed, error code"  # the cause is in the line before
 NOTHING_THERE = "Did not find existing container"  # gcloud, while no run has written anything
 
 
@@ -121,8 +122,10 @@ def listed(fleet: Fleet, a_job: Job) -> dict[str, str]:
 
 
 def why(result: Result, engine: Engine) -> str:
-    """Explain an error of an engine in one line."""
-    said = " ".join(result.said.split())
+    """Explain an error of an engine in one line: its last line that says something."""
+    text = result.out if EMPTY_WORDS in result.out else result.err.strip() or result.out
+    lines = [line for line in text.splitlines() if line.strip() and EMPTY_WORDS not in line]
+    said = " ".join(lines[-1].split()) if lines else result.said
     return f"{said}; needed: {'; '.join(engine.needs)}" if result.code == 127 else said
 
 

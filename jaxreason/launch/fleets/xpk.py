@@ -27,7 +27,6 @@ GPUS = {
 }
 SMALLEST = {"v5litepod": 8}  # chips of a slice, where xpk has no smaller one
 UNCHANGED = re.compile(r"[\w@%+=:,./'&\[\] -]*", re.ASCII)
-ROW = re.compile(r"([a-z][-a-z0-9]*)\s.*\s(Admitted|Evicted|QuotaReserved|Finished|Unknown)\s.*")
 PATH = re.compile(r"[\w./-]+", re.ASCII)
 GRACE_S = 120  # that a run has to save itself
 
@@ -118,15 +117,23 @@ def file(job: Job) -> str:
 
 
 def active(out: str) -> dict[str, str]:
-    """Read the answer of `listing`: a row for each workload.
+    """Read the answer of `listing`: a table with a row for each workload. A workload
+    that has just been made has no status yet.
 
     Raises:
       ValueError: it is no table of xpk.
     """
-    if "Jobset Name" not in out:
+    lines = out.splitlines()
+    first = next((i for i, line in enumerate(lines) if line.startswith("Jobset Name ") and " Status  " in line), None)
+    if first is None:
         raise ValueError(f"xpk workload list answered {out[:200]!r}; allowed: the table of xpk 1.16 or newer")
-    rows = [found for line in out.splitlines() if (found := ROW.match(line.strip()))]
-    return {row[1]: row[2] for row in rows if row[2] != "Finished"}
+    column = lines[first].index(" Status  ") + 1
+    found = {}
+    for line in lines[first + 1 :]:
+        name, status = line[:column].split(), line[column:].split()
+        if name and status and jobs.STORAGE.fullmatch(name[0]) and line[column - 1] == " ":
+            found[name[0]] = status[0]
+    return {name: status for name, status in found.items() if status != "Finished"}
 
 
 ENGINE = Engine(
