@@ -66,6 +66,7 @@ class Engine(NamedTuple):
     submit: Callable[[Job, str], list[str]]  # (job, file)
     watch: Callable[[Job], list[list[str]]]  # commands for people
     stop: Callable[[Job], list[str]]
+    overview: Callable[[Job], list[str]]  # the command that shows all jobs to people
     listing: Callable[[Job], list[str]]  # the command that lists all jobs ...
     active: Callable[[str], dict[str, str]]  # ... and what it printed: name -> state of jobs that have not ended
     no_jobs: str  # in the error of a listing that fails since there were never jobs
