@@ -105,7 +105,7 @@ def test_create_and_train(cloud, asked):
     assert (here / "summary.json").read_text() == "done\n"
     assert (here / "command").read_text().splitlines() == asked.command  # quotes, braces and dollars as they were
     assert not (cloud / "slices" / "mine").exists()
-    assert state.read("mine")["step"] == "ended"
+    assert state.read("mine")["step"] == "deleted"
 
 
 def test_the_same_command_uses_what_is_there(cloud, asked):
@@ -229,6 +229,22 @@ def test_a_run_is_fetched_from_another_terminal(cloud, asked, tmp_path):
     done = command("fetch", "there", f"--fetch_to={tmp_path / 'again'}")
     assert done.stdout.strip() == f"the run is in {tmp_path / 'again'}/there"
     assert (tmp_path / "again" / "there").is_dir()
+
+
+def test_a_deleted_slice_costs_nothing_and_is_forgotten(cloud, asked):
+    run(asked._replace(workdir="gs://bucket/runs/mine"), [])
+    done = command("status", "mine")
+    assert (done.returncode, done.stdout.splitlines()) == (
+        0,
+        ["mine: v5litepod-16 in us-west4-a, deleted, costs nothing; the run is in gs://bucket/runs/mine", "slice: ABSENT"],
+    )
+    for what in ("logs", "stop"):
+        done = command(what, "mine")
+        said = f"error: mine has no slice, so `launch {what}` can't reach it; the run is in gs://bucket/runs/mine"
+        assert (done.returncode, done.stderr.strip()) == (1, said)
+    done = command("delete", "mine")
+    assert (done.returncode, done.stdout.strip()) == (0, "mine has no slice, and costs nothing; `launch status` forgets it")
+    assert command("status").stdout.strip() == "no launches on this machine yet"
 
 
 PLANNED = {
@@ -404,7 +420,14 @@ def test_a_dry_run_prints_every_command_and_runs_none(cloud):
 @pytest.mark.parametrize(
     ("words", "what", "said"),
     [
-        ([*ASK, "--type=v5e-16"], {}, "unknown --type 'v5e-16'"),
+        ([*ASK, "--type=v5e-16"], {}, "unknown --type 'v5e-16'; Google Cloud calls it 'v5litepod-16'"),
+        ([*ASK, "--type=v5e:4x4"], {}, "unknown --type 'v5e:4x4'; Google Cloud calls it 'v5litepod-16'"),
+        (["tpu", "--name=mine"], {}, "no --type given; for example --type=v5litepod-8"),
+        (["tpu", "mine", *ASK[1:]], {}, "`launch tpu` got 'mine'; allowed: flags only, such as --name=mine"),
+        ([*ASK, "--host=box"], {}, "got --host; `launch tpu` does not read it; allowed: with gpu"),
+        (["gpu", "--host=box", *ASK[1:]], {}, "got --type; `launch gpu` does not read it; allowed: with tpu"),
+        (["logs"], {}, "`launch logs` got 0 names; allowed: one name, of: no launches yet"),
+        ([*ASK, "--workdir=gs:bucket/mine"], {}, "got 'gs:bucket/mine'; allowed: gs://BUCKET/FOLDER"),
         ([*ASK, "--zone=us-west4-z"], {}, "unknown --zone 'us-west4-z' (did you mean 'us-west4-a'?)"),
         ([*ASK, "--zone=here"], {}, "--zone got 'here'"),
         ([*ASK, "--name=Mine"], {}, "--name got 'Mine'"),

@@ -242,11 +242,12 @@ def again() -> str:
 def look_at(what: str, names: Sequence[str]) -> int:
     """Do one of `LOOK` for a launch; `status` without a name lists all."""
     if what == "status" and not names:
-        for name in state.names():
-            print(summary(name))
+        print("\n".join(summary(name) for name in state.names()) or "no launches on this machine yet")
         return 0
     if len(names) != 1:
-        raise ValueError(f"`launch {what}` got {len(names)} names; allowed: one of {', '.join(state.names()) or 'none yet'}")
+        raise ValueError(
+            f"`launch {what}` got {len(names)} names; allowed: one name, of: {', '.join(state.names()) or 'no launches yet'}"
+        )
     name = names[0]
     found = state.read(name)
     world = launch.World(shell.real(), print)
@@ -255,14 +256,17 @@ def look_at(what: str, names: Sequence[str]) -> int:
     if what == "status":
         print(summary(name))
         if place is not None:
-            print(f"slice: {launch.state_of(place, world)}")
+            print(f"slice: {(slice_state := launch.state_of(place, world))}")
+            if slice_state == "ABSENT":
+                return 0
         seen = reached.first(remote.look(name, 0, 0))
         print(f"run: {seen.out.splitlines()[0] if seen.code == 0 and seen.out else seen.said}")
-    elif what == "logs":
-        seen = reached.first(remote.look(name, 0, 10_000_000))
-        print(remote.read(seen.out).text if seen.code == 0 else seen.said)
-    elif what == "stop":
-        print(reached.everywhere(remote.stop(name)).said)
+    elif what in ("logs", "stop"):
+        if place is not None and launch.state_of(place, world) == "ABSENT":
+            raise ValueError(f"{name} has no slice, so `launch {what}` can't reach it; {where_is_the_run(found)}")
+        seen = reached.first(remote.look(name, 0, 10_000_000)) if what == "logs" else reached.everywhere(remote.stop(name))
+        launch.check(seen, f"the machines of {name} could not be reached")
+        print(remote.read(seen.out).text if what == "logs" else seen.said)
     elif what == "fetch":
         Path(FLAGS.fetch_to).mkdir(parents=True, exist_ok=True)
         from_bucket = is_url(found["workdir"])
@@ -273,16 +277,25 @@ def look_at(what: str, names: Sequence[str]) -> int:
     elif place is None:
         raise ValueError(f"{name} runs on {found['host']}, which is not ours to delete; allowed: a launch on TPUs")
     else:
-        launch.check(world.shell.run(gcloud.delete(place)), f"{name} could not be deleted")
+        there = launch.state_of(place, world) != "ABSENT"
+        if there:
+            launch.check(world.shell.run(gcloud.delete(place)), f"{name} could not be deleted")
         state.forget(name)
-        print(f"{name} is deleted")
+        print(f"{name} is deleted" if there else f"{name} has no slice, and costs nothing; `launch status` forgets it")
     return 0
+
+
+def where_is_the_run(found: dict) -> str:
+    return f"the run is in {found['workdir']}" if is_url(found["workdir"]) else "the run's folder was on it"
 
 
 def summary(name: str) -> str:
     found = state.read(name)
     if found["kind"] == "gpu":
         return f"{name}: on {found['host']}, {found['workdir']}"
+    if found["step"] == launch.DELETED:
+        run = f"; {where_is_the_run(found)}" if is_url(found["workdir"]) else ""
+        return f"{name}: {found['type']} in {found['place']['zone']}, deleted, costs nothing{run}"
     usd = found.get("usd_per_hour")
     price = "unknown price" if usd is None else f"${usd:,.2f} per hour"
     where = f"{found['type']} in {found['place']['zone']}, {found['step']}"
@@ -314,6 +327,8 @@ def main(argv) -> None:
             sys.exit((on_tpu if what == "tpu" else on_gpu)(WORDS[0]))
         if what in LOOK:
             sys.exit(look_at(what, names))
+        if what in (*RUN, *WRITE):
+            raise ValueError(f"`launch {what}` got {' '.join(names)!r}; allowed: flags only, such as --name={names[0]}")
         got = " ".join(map(str, argv[1:])) or "nothing"
         raise ValueError(f"got {got!r}; allowed: {', '.join((*RUN, *WRITE))} with flags, or {', '.join(LOOK)} and a NAME")
     except (ValueError, OSError, launch.LaunchFailed, json.JSONDecodeError) as error:

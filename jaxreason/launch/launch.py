@@ -23,6 +23,7 @@ from jaxreason.launch.target import Target
 from jaxreason.runtime.bucket import is_url
 
 POLL_S = 10.0  # between two looks at a machine that is coming, or at the log
+DELETED = "deleted"  # step of a launch that deleted its slice
 LOST_LOOKS = 3  # failed looks in a row after which the machine's own state is asked for
 
 
@@ -199,6 +200,7 @@ def on_tpu(asked: Asked, place: Place, machine: Machine, target: Target, world: 
         world.say(f"{place.name} is kept, and costs money: {costs(machine)}; delete it: {shlex.join(gcloud.delete(place))}")
     else:
         check(world.shell.run(gcloud.delete(place)), f"{place.name} could not be deleted, and costs {costs(machine)}")
+        remember(asked, place, machine, world, DELETED)
         world.say(f"{place.name} is deleted")
     return code
 

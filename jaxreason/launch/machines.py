@@ -65,6 +65,13 @@ def machine_of(type: str) -> Machine:
       ValueError: an unknown type; the message lists those that are known.
     """
     known = machines()
+    if not type:
+        raise ValueError("no --type given; for example --type=v5litepod-8; --type=list shows all")
+    # The nearest name of v5e-8 is v6e-8: another chip at another price.
+    other = {f"v5e-{one.chips}": one for one in known.values() if one.topology.startswith("v5e:")}
+    other |= {one.topology: one for one in known.values()}
+    if type in other and type not in known:
+        raise ValueError(f"unknown --type {type!r}; Google Cloud calls it {other[type].type!r}; --type=list shows all")
     if type not in known:
         raise ValueError(unknown_name_message("--type", type, known))
     return known[type]

@@ -78,10 +78,16 @@ OWN = (
     "cpus",
     "python",
 )
+OF_TPU = ("type", "zone", "project", "queued", "spot", "reserved", "keep", "max_restarts")
 
 
 def refuse(what: str) -> None:
-    """Raise ValueError if a flag is given that only engines read."""
+    """Raise ValueError if a flag is given that `launch tpu` or `launch gpu` does not
+    read.
+    """
+    other, unread = ("tpu", OF_TPU) if what == "gpu" else ("gpu", ("host",))
+    if given := [name for name in unread if FLAGS[name].present]:
+        raise ValueError(f"got --{given[0]}; `launch {what}` does not read it; allowed: with {other}")
     if given := [name for name in OWN if FLAGS[name].present]:
         raise ValueError(f"got --{given[0]}; `launch {what}` does not read it; allowed: with {', '.join(ENGINES)}")
 

@@ -12,7 +12,9 @@ SCHEME = "gs://"
 
 
 def is_url(path: str | os.PathLike) -> bool:
-    return "://" in os.fspath(path)
+    # `gs:bucket` and `gs:/bucket` count, so that `check_url` refuses them: libraries
+    # below write some files of such a folder into a bucket, and others on this machine.
+    return "://" in os.fspath(path) or os.fspath(path).startswith(SCHEME.rstrip("/"))
 
 
 def check_url(url: str) -> str:
