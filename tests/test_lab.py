@@ -503,6 +503,49 @@ def test_a_client_runs_two_by_two_arms_and_is_refused_beyond_the_budget(tmp_path
 
 @needs_mcp
 @pytest.mark.process
+@needs_mcp
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("tool", "arguments", "line"),
+    [
+        (
+            "dry_run",
+            {"config": "tiny", "options": "smoke"},
+            "argument options of dry_run got 'smoke'; allowed: options is an object",
+        ),
+        (
+            "dry_run",
+            {"config": "tiny", "grid": {"rl.optimizer.lr": 1}},
+            "of dry_run got 1; allowed: grid is an object of field and list",
+        ),
+        (
+            "dry_run",
+            {"config": "tiny", "seeds": [0, 1]},
+            "argument seeds of dry_run got [0, 1]; allowed: seeds is a whole number",
+        ),
+        ("status", {}, "status needs the argument sweep; allowed: the name of a sweep, see list_sweeps"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused_in_one_line(tmp_path, tool, arguments, line):
+    async def ask():
+        async with connected(tmp_path, "flops=10") as call:
+            with pytest.raises(Refused) as refused:
+                await call(tool, **arguments)
+        return str(refused.value)
+
+    said = asyncio.run(ask())
+    assert line in said
+    assert "\n" not in said
+    assert "pydantic" not in said
+
+
+def test_a_field_of_another_type_or_section_is_told_what_is_meant():
+    with pytest.raises(ValueError, match=r"field rl\.steps got the text 'many'; allowed: int"):
+        request(fields={"rl.steps": "many"})
+    with pytest.raises(ValueError, match=r"unknown field 'rl\.lr' .did you mean '.*optimizer\.lr'"):
+        request(fields={"rl.lr": 0.1})
+
+
 def test_a_sweep_is_stopped_at_its_reservation_and_one_runs_at_a_time(tmp_path):
     long = ASKED | {"fields": SMALL | {"rl.steps": 100_000, "rl.log_every": 100_000}, "grid": {}}
 

@@ -199,7 +199,7 @@ def word(path: str, value: Any, setting: Setting) -> str:
     Raises:
       ValueError: a value that is not allowed in this field.
     """
-    from jaxreason.options.fields import fits, members
+    from jaxreason.options.fields import fits, members, shown
 
     if setting.closed:
         raise ValueError(f"field {path} can't be set here: {setting.closed}")
@@ -212,6 +212,8 @@ def word(path: str, value: Any, setting: Setting) -> str:
         raise ValueError(f"field {path} got a list of {len(items)}; allowed: up to {MOST_ITEMS} items")
     for item in items:
         if isinstance(item, str) and item not in texts:
+            if not texts and str not in members(setting.type):
+                raise ValueError(f"field {path} got the text {short(item)}; allowed: {shown(setting.type)}")
             raise ValueError(
                 f"field {path} got the text {short(item)}; allowed: {', '.join(map(repr, sorted(texts))) or 'no text'}: "
                 "a client may not name files, modules, models or hosts"
@@ -225,8 +227,6 @@ def word(path: str, value: Any, setting: Setting) -> str:
         raise ValueError(f"field {path} got null; allowed: its own text {short(setting.value)}")
     kinds = [kind for kind in members(setting.type) if kind is not Any]
     if not any(fits(value, kind) for kind in kinds):
-        from jaxreason.options.fields import shown
-
         raise ValueError(f"field {path} got {short(value)}; allowed: {shown(setting.type)}")
     if isinstance(value, int | float) and value > MOST.get(path, math.inf):
         raise ValueError(f"field {path} got {value}; allowed: up to {MOST[path]}")
@@ -270,7 +270,8 @@ def is_name(path: str) -> bool:
 
 def get(known: Mapping[str, Setting], path: str) -> Setting:
     if path not in known:
-        near = difflib.get_close_matches(path, known, n=1)
+        last = [name for name in known if name.rpartition(".")[2] == path.rpartition(".")[2] and not path.startswith("config.")]
+        near = last[:1] if len(last) == 1 else difflib.get_close_matches(path, known, n=1) or last[:1]
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"unknown field {short(path)}{hint}; describe_fields lists them, sections are set by the fields inside")
     return known[path]
