@@ -178,7 +178,8 @@ def test_records_are_copied_when_they_changed(there, tmp_path):
 
 @pytest.mark.parametrize(
     "url",
-    ["s3://bucket/run", "gs:bucket/run", "gs:/bucket/run", "gs://bucket", "gs://bucket/", "gs:///run", "gs://B/run", "gs://bucket/a//b", "gs://bucket/../x",
+    ["s3://bucket/run", "gs:bucket/run", "gs:/bucket/run",
+     "gs://bucket", "gs://bucket/", "gs:///run", "gs://B/run", "gs://bucket/a//b", "gs://bucket/../x",
      "gs://bucket/a b", "gs://bucket/a#1", "gs://bucket/a*"],
 )  # fmt: skip
 def test_other_urls_are_refused(url):
