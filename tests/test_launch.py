@@ -409,6 +409,7 @@ def test_a_dry_run_prints_every_command_and_runs_none(cloud):
     done = command(*ASK, "--dry_run", "--fetch_to=here")
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("gcloud ")]
+    assert done.stdout.startswith("dry run: ")
     assert [line.split()[4] for line in lines] == ["create", "scp", "ssh", "ssh", "delete"]
     assert f" {BUCKET} --code_when_stopped=75 >> ../log" in done.stdout
     assert "'[tpu,gcs]'" in done.stdout.replace("'\"'\"'", "'")
@@ -426,6 +427,7 @@ def test_a_dry_run_prints_every_command_and_runs_none(cloud):
         (["tpu", "mine", *ASK[1:]], {}, "`launch tpu` got 'mine'; allowed: flags only, such as --name=mine"),
         ([*ASK, "--host=box"], {}, "got --host; `launch tpu` does not read it; allowed: with gpu"),
         (["gpu", "--host=box", *ASK[1:]], {}, "got --type; `launch gpu` does not read it; allowed: with tpu"),
+        (["sky", "--dry_run", *ASK[1:2]], {}, "--zone; --out=- prints the job's file, and nothing is submitted"),
         (["logs"], {}, "`launch logs` got 0 names; allowed: one name, of: no launches yet"),
         ([*ASK, "--workdir=gs:bucket/mine"], {}, "got 'gs:bucket/mine'; allowed: gs://BUCKET/FOLDER"),
         ([*ASK, "--zone=us-west4-z"], {}, "unknown --zone 'us-west4-z' (did you mean 'us-west4-a'?)"),

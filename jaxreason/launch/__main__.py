@@ -53,7 +53,7 @@ def define_flags() -> None:
     flags.DEFINE_boolean("keep", False, "Don't delete the slice at the end.")
     flags.DEFINE_boolean("yes", False, "Don't ask before it costs money.")
     flags.DEFINE_boolean("plan", True, "First plan whether the config fits the slice.")
-    flags.DEFINE_boolean("dry_run", False, "Print the commands, and run none.")
+    flags.DEFINE_boolean("dry_run", False, "tpu, gpu: print the commands, and run none.")
     flags.DEFINE_integer("max_restarts", 20, "Restarts after preemptions, at most.", lower_bound=0)
     flags.DEFINE_string("fetch_to", "runs", "Local folder that gets the run's folder.")
     write.define_flags()
@@ -187,6 +187,12 @@ def agree(machine: machines.Machine, spot: bool) -> bool:
 # --- commands ---
 
 
+def the_world() -> launch.World:
+    if FLAGS.dry_run:
+        print("dry run: the steps and their commands; none is run, and nothing is created or deleted")
+    return launch.World(shell.printing(print) if FLAGS.dry_run else shell.real(), lambda line: print(line, flush=True))
+
+
 def on_tpu(words: command.Words) -> int:
     machine = machines.machine_of(FLAGS.type)
     name = machines.check_name(FLAGS.name)
@@ -194,7 +200,7 @@ def on_tpu(words: command.Words) -> int:
     place = gcloud.Place(name, machines.check_zone(FLAGS.zone), FLAGS.project, FLAGS.spot, FLAGS.reserved, queued)
     if FLAGS.spot and FLAGS.reserved:
         raise ValueError("got --spot and --reserved; allowed: one of them")
-    world = launch.World(shell.printing(print) if FLAGS.dry_run else shell.real(), lambda line: print(line, flush=True))
+    world = the_world()
     wanted = asked(words, name, "tpu", machine.hosts)
     if FLAGS.spot and not is_url(wanted.workdir):
         print("warning: a preempted slice loses its disk, so the run begins again on the next one, unless --workdir=gs://...")
@@ -219,7 +225,7 @@ def on_gpu(words: command.Words) -> int:
     name = machines.check_name(FLAGS.name)
     if not FLAGS.host or FLAGS.host.startswith("-"):
         raise ValueError(f"--host got {FLAGS.host!r}; allowed: a machine as ssh names it, such as me@machine")
-    world = launch.World(shell.printing(print) if FLAGS.dry_run else shell.real(), lambda line: print(line, flush=True))
+    world = the_world()
     wanted = asked(words, name, "gpu")
     if not FLAGS.dry_run:
         state.write(name, {"kind": "gpu", "host": FLAGS.host, "workdir": wanted.workdir, "digest": wanted.source.digest})

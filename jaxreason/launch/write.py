@@ -112,7 +112,8 @@ def check_flags(name: str, engine: Engine) -> None:
         "fetch_to",
     )
     if given := [flag for flag in others if FLAGS[flag].present and flag not in ours]:
-        raise ValueError(f"got --{given[0]}; `launch {name}` reads: {', '.join(f'--{one}' for one in sorted(ours))}")
+        dry = "; --out=- prints the job's file, and nothing is submitted" if given[0] == "dry_run" else ""
+        raise ValueError(f"got --{given[0]}; `launch {name}` reads: {', '.join(f'--{one}' for one in sorted(ours))}{dry}")
 
 
 def asked(name: str, words: command.Words, root: Path) -> Job:
