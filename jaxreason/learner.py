@@ -25,14 +25,14 @@ from jaxreason.platforms import platform_of
 from jaxreason.types import Batch, TrainState
 
 DEPTHS = (0, 64, 256, 1024, 4096)  # positions at which `by_depth` cuts
+WORST = "_worst"  # ends the name of a statistic whose largest value counts, not its mean
 MISMATCH = "rollout/kl_sampler_learner"
 MISMATCH_BY_DEPTH = f"{MISMATCH}/"
 
 
 def loss(params, batch: Batch, *, model: Model, objective: Objective, limits: Limits | None = None):
-    """Return `sum(weight_BT * loss_BT)` and metrics over the tokens with a weight.
-
-    Metrics are (sum, count) pairs.
+    """Return `sum(weight_BT * loss_BT)`, and metrics over the tokens with a weight: a
+    dictionary of (sum, count) pairs, and one of largest values.
     """
     outputs = token_outputs(model, params, batch, limits)
     loss_BT, stats = objective.token_loss(outputs, batch)
@@ -50,8 +50,9 @@ def loss(params, batch: Batch, *, model: Model, objective: Objective, limits: Li
         "behaviour_kl_k1": -gap_BT,
         **stats,
     }
+    worst = {name: jnp.max(jnp.where(trained_BT, stats.pop(name), 0.0)) for name in [*stats] if name.endswith(WORST)}
     metrics = {name: (jnp.sum(jnp.where(trained_BT, x, 0.0)), count) for name, x in stats.items()}
-    return value, metrics | by_depth("behaviour_kl", stats["behaviour_kl"], trained_BT, batch.position_BT)
+    return value, (metrics | by_depth("behaviour_kl", stats["behaviour_kl"], trained_BT, batch.position_BT), worst)
 
 
 def by_depth(name: str, x_BT, counted_BT, position_BT) -> dict:
@@ -99,18 +100,19 @@ def train_step(
     by_layer = model.by_layer(trained)
 
     def accumulate(i, total):
-        (value, metrics), grads = gradient(by_layer, jax.tree.map(lambda x: x[i], parts))
-        return (*jax.tree.map(jnp.add, total[:2], (value, metrics)), add_up(total[2], grads))
+        (value, (metrics, worst)), grads = gradient(by_layer, jax.tree.map(lambda x: x[i], parts))
+        value, metrics = jax.tree.map(jnp.add, total[:2], (value, metrics))
+        return value, metrics, jax.tree.map(jnp.maximum, total[2], worst), add_up(total[3], grads)
 
     if microbatches == 1:
-        (value, metrics), grads = gradient(trained, batch)
+        (value, (metrics, worst)), grads = gradient(trained, batch)
     else:
         parts = jax.tree.map(lambda x: split_rows(x, microbatches), batch)
         first = jax.tree.map(lambda x: x[0], parts)
-        (value, metrics), grads = jax.eval_shape(gradient, trained, first)
+        (value, (metrics, worst)), grads = jax.eval_shape(gradient, trained, first)
         # Sums over micro-batches are float32, whatever the dtype of the params.
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (value, metrics, grads))
-        value, metrics, grads = jax.lax.fori_loop(0, used_parts(parts), accumulate, zeros)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (value, metrics, worst, grads))
+        value, metrics, worst, grads = jax.lax.fori_loop(0, used_parts(parts), accumulate, zeros)
 
     # Gradients get the dtype of the params from which the optimizer state was made.
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, trained)
@@ -134,7 +136,7 @@ def train_step(
     params = jax.tree.map(lambda p, new: jnp.where(made, new, p), trained, optax.apply_updates(trained, updates))
     update_norm = jnp.where(made, jnp.sqrt(squares), 0)
     norms = {"grad_norm": grad_norm, "update_norm": update_norm, "param_norm": optax.global_norm(params)}
-    metrics |= {name: (norm, one) for name, norm in ({"loss": value} | norms).items()}
+    metrics |= {name: (x, one) for name, x in ({"loss": value} | norms | worst).items()}
     metrics = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), metrics)  # count nothing if not finite
     metrics["skipped"] = (1 - made.astype(jnp.float32), one)
     return TrainState(params | frozen, opt_state, state.step + 1), metrics
@@ -201,11 +203,17 @@ def state_shapes(model: Model, optimizer: optax.GradientTransformation, mesh) ->
 def name_metrics(learned: dict, *, sampled: bool) -> dict:
     """Rename the metrics of a train step as in the log.
 
+    `effective_sample_size` is the share of tokens of equal weight that would have the
+    same variance as these ratios: (sum r)^2 / (n sum r^2).
+
     Those that compare sampler and learner are left out unless the batch was sampled.
     With `lag` or several updates per batch they include the change of the policy
     meanwhile.
     """
-    named = {}
+    learned, named = dict(learned), {}
+    if "ratio_squared" in learned:
+        (total, count), (squares, _) = learned["ratio"], learned.pop("ratio_squared")
+        learned["effective_sample_size"] = (total**2 / jnp.maximum(squares, 1e-30), count)
     for name, value in learned.items():
         if name == "behaviour_gap":
             named |= {"rollout/logp_gap": value} if sampled else {}
