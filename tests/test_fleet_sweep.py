@@ -289,7 +289,7 @@ def test_a_sweep_is_handed_over_and_reported(engines, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "to be submitted to SkyPilot" in done.stdout
     assert done.stdout.count("sky jobs launch --yes --detach-run") == 2
-    assert "1 beginnings that runs have in common are trained by each of them" in done.stdout
+    assert "phases that runs share (1) are trained by each of them" in done.stdout
     assert not (engines / "calls.jsonl").exists()
     done = sweep(*ASK, *SKY, folder)
     assert done.returncode == 0, done.stderr
@@ -321,7 +321,7 @@ def test_a_sweep_is_handed_over_and_reported(engines, tmp_path):
         (["--engine=local"], "got --engine=local; allowed: --engine=local --follow"),
         (["--place=gs://my-bucket/x"], "got --place"),
         (["--submit=slurm", "--engine=slurm"], "got --submit and --engine; allowed: --engine=slurm --follow"),
-        ([*SKY, "--place=my-bucket"], "--workdir got 'my-bucket'"),
+        ([*SKY, "--place=my-bucket"], "--place got 'my-bucket'"),
         (["--engine=slurm", "--engine_options=type=gpu:1,partition=a b"], "--partition got 'a b'"),
     ],
 )

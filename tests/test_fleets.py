@@ -333,11 +333,21 @@ def test_the_command_writes_a_file_and_says_how_to_go_on(tmp_path):
     task = pyyaml.safe_load((tmp_path / "deep/er/job.yaml").read_text())
     assert task["resources"]["use_spot"] is True
     assert "instruction=it'" in task["run"]
+    assert "--config.text.instruction=it'" in next(line for line in done.stdout.splitlines() if "jaxreason.plan" in line)
     for line in (f"  sky jobs launch --yes --detach-run {tmp_path}/deep/er/job.yaml", "  sky jobs cancel --yes --name mine"):
         assert line in done.stdout.splitlines()
     printed = command("xpk", *ASK, "--cluster=c", "--out=-")
     assert printed.stdout.startswith("#!/bin/bash\n")
     assert "to stop it:" in printed.stderr
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("module", "names"), [("launch", ("cluster", "mount", "zone")), ("sweep", ("engine", "place", "grid"))])
+def test_help_names_the_flags(module, names):
+    words = [sys.executable, "-m", f"jaxreason.{module}", "--help"]
+    done = subprocess.run(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    for name in names:
+        assert f"  --{name}: " in done.stdout
 
 
 @pytest.mark.process

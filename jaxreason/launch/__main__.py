@@ -57,6 +57,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("max_restarts", 20, "Restarts after preemptions, at most.", lower_bound=0)
     flags.DEFINE_string("fetch_to", "runs", "Local folder that gets the run's folder.")
     write.define_flags()
+    flags.adopt_module_key_flags(write)  # for --help
 
 
 def asked(words: command.Words, name: str, extra: str, hosts: int = 1) -> launch.Asked:

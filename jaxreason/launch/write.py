@@ -142,12 +142,9 @@ def what_next(engine: Engine, job: Job, path: str, root: Path) -> list[str]:
     """List what the engine needs, and commands to copy, for the checkout's folder."""
     lines = ["needed:", *(f"  {need}" for need in engine.needs)]
     if job.is_tpu:
-        config = next(word for word in job.command if word.startswith("--config="))
-        topology = machines()[job.type].topology
-        lines += [
-            "to see whether it fits:",
-            f"  {shlex.join(['python', '-m', 'jaxreason.plan', config, f'--topology={topology}'])}",
-        ]
+        config = [word for word in job.command if word.startswith("--config")]
+        plan = ["python", "-m", "jaxreason.plan", *config, f"--topology={machines()[job.type].topology}"]
+        lines += ["to see whether it fits:", f"  {shlex.join(plan)}"]
     commands = {"submit it": [engine.submit(job, path)], "watch it": engine.watch(job), "stop it": [engine.stop(job)]}
     for what, several in commands.items():
         lines += [f"to {what}:", *(f"  {shlex.join(one)}" for one in several)]

@@ -49,6 +49,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("workers", None, "Runs at a time. Default: one per core, or per accelerator.", lower_bound=1)
     flags.DEFINE_integer("devices_per_run", 1, "Accelerators of each run.", lower_bound=1)
     engine_flags.define_flags()
+    flags.adopt_module_key_flags(engine_flags)  # for --help
     flags.DEFINE_integer("retries", 0, "How often a run that failed is tried again.", lower_bound=0)
     flags.DEFINE_boolean("share", True, "Train phases that runs have in common once.")
     flags.DEFINE_enum("search", None, ["random", "tpe"], "Let optuna choose arms of the grid, in the place of all of them.")

@@ -28,6 +28,7 @@ from jaxreason.launch import shell as shells
 from jaxreason.launch.fleets import ENGINES, Engine, Job
 from jaxreason.launch.fleets import job as jobs
 from jaxreason.launch.shell import Result, Shell
+from jaxreason.runtime.bucket import check_url
 from jaxreason.sweep.arms import Sweep
 from jaxreason.sweep.queue import State, read_states
 from jaxreason.sweep.runs import SweepRun, with_shared
@@ -72,7 +73,7 @@ def read_flags(folder: Path, say: Callable[[str], None] = print) -> Fleet:
         raise ValueError(f"--engine_options has no type; allowed: type=TYPE,... with one of: {known}")
     place = (FLAGS.place or "").rstrip("/")
     if place:
-        jobs.check_workdir(place)
+        check_url(place, "--place")
     elif name != "slurm":
         raise ValueError(
             f"--engine={name} needs --place=gs://BUCKET/FOLDER: its machines, and what is on them, end with each job"
@@ -281,7 +282,7 @@ def tell(runs: Sequence[SweepRun], state: State, fleet: Fleet) -> None:
     script.parent.mkdir(parents=True, exist_ok=True)
     script.write_text("".join(f"{shlex.join(fleet.engine.stop(job))}\n" for job in alive), encoding="utf-8")
     fleet.say(f"{len(alive)} jobs run, or wait, and may cost money. To collect runs: the same command. To look at jobs:")
-    fleet.say(f"  {shlex.join(fleet.engine.listing(alive[0]))}")
+    fleet.say(f"  {shlex.join(fleet.engine.overview(alive[0]))}")
     fleet.say(f"to stop all:\n  bash {shlex.quote(os.path.relpath(script))}")
 
 
@@ -295,7 +296,5 @@ def dry_run(sweep: Sweep, folder: Path) -> list[str]:
             job, file = job_of(run, fleet, 1)
             lines.append(f"  {run.name}: {shlex.join(fleet.engine.submit(job, str(file)))}")
     if shared := len(with_shared(runs, folder / "shared")) - len(runs):
-        lines.append(
-            f"{shared} beginnings that runs have in common are trained by each of them, since each job has its own machine"
-        )
+        lines.append(f"phases that runs share ({shared}) are trained by each of them, since each job has its own machine")
     return lines

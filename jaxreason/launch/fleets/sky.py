@@ -114,6 +114,7 @@ ENGINE = Engine(
     submit=lambda job, path: ["sky", "jobs", "launch", "--yes", "--detach-run", path],
     watch=lambda job: [["sky", "jobs", "queue"], ["sky", "jobs", "logs", "--name", job.name]],
     stop=lambda job: ["sky", "jobs", "cancel", "--yes", "--name", job.name],
+    overview=lambda job: ["sky", "jobs", "queue"],
     listing=lambda job: ["sky", "jobs", "queue", "--all", "--output", "json"],
     active=active,
     no_jobs="No in-progress managed jobs",  # its controller was never made, or has stopped since all jobs have ended

@@ -97,6 +97,7 @@ ENGINE = Engine(
     submit=submit,
     watch=lambda job: [["squeue", "--me", f"--name={job.name}"]],
     stop=lambda job: ["scancel", "--me", f"--name={job.name}"],
+    overview=lambda job: ["squeue", "--me"],
     listing=lambda job: ["squeue", "--me", "--noheader", "--format=%j|%T"],
     active=active,
     no_jobs="",

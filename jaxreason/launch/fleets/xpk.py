@@ -155,6 +155,7 @@ ENGINE = Engine(
         ],
     ],
     stop=lambda job: ["xpk", "workload", "delete", "--force", f"--cluster={job.cluster}", f"--workload={job.name}", *placed(job)],
+    overview=lambda job: ["xpk", "workload", "list", f"--cluster={job.cluster}", *placed(job)],
     listing=lambda job: ["xpk", "workload", "list", f"--cluster={job.cluster}", *placed(job)],
     active=active,
     no_jobs="",
