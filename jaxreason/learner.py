@@ -31,8 +31,10 @@ MISMATCH_BY_DEPTH = f"{MISMATCH}/"
 
 
 def loss(params, batch: Batch, *, model: Model, objective: Objective, limits: Limits | None = None):
-    """Return `sum(weight_BT * loss_BT)`, and metrics over the tokens with a weight: a
-    dictionary of (sum, count) pairs, and one of largest values.
+    """Return `sum(weight_BT * loss_BT)` and metrics over the tokens with a weight.
+
+    Metrics are (sum, count) pairs; of a name that ends in `WORST`, the largest value
+    and 1.
     """
     outputs = token_outputs(model, params, batch, limits)
     loss_BT, stats = objective.token_loss(outputs, batch)
@@ -50,9 +52,9 @@ def loss(params, batch: Batch, *, model: Model, objective: Objective, limits: Li
         "behaviour_kl_k1": -gap_BT,
         **stats,
     }
-    worst = {name: jnp.max(jnp.where(trained_BT, stats.pop(name), 0.0)) for name in [*stats] if name.endswith(WORST)}
-    metrics = {name: (jnp.sum(jnp.where(trained_BT, x, 0.0)), count) for name, x in stats.items()}
-    return value, (metrics | by_depth("behaviour_kl", stats["behaviour_kl"], trained_BT, batch.position_BT), worst)
+    trained = {name: jnp.where(trained_BT, x, 0.0) for name, x in stats.items()}
+    metrics = {name: (jnp.max(x), jnp.float32(1)) if name.endswith(WORST) else (jnp.sum(x), count) for name, x in trained.items()}
+    return value, metrics | by_depth("behaviour_kl", stats["behaviour_kl"], trained_BT, batch.position_BT)
 
 
 def by_depth(name: str, x_BT, counted_BT, position_BT) -> dict:
@@ -100,19 +102,18 @@ def train_step(
     by_layer = model.by_layer(trained)
 
     def accumulate(i, total):
-        (value, (metrics, worst)), grads = gradient(by_layer, jax.tree.map(lambda x: x[i], parts))
-        value, metrics = jax.tree.map(jnp.add, total[:2], (value, metrics))
-        return value, metrics, jax.tree.map(jnp.maximum, total[2], worst), add_up(total[3], grads)
+        (value, metrics), grads = gradient(by_layer, jax.tree.map(lambda x: x[i], parts))
+        return total[0] + value, merge(total[1], metrics), add_up(total[2], grads)
 
     if microbatches == 1:
-        (value, (metrics, worst)), grads = gradient(trained, batch)
+        (value, metrics), grads = gradient(trained, batch)
     else:
         parts = jax.tree.map(lambda x: split_rows(x, microbatches), batch)
         first = jax.tree.map(lambda x: x[0], parts)
-        (value, (metrics, worst)), grads = jax.eval_shape(gradient, trained, first)
+        (value, metrics), grads = jax.eval_shape(gradient, trained, first)
         # Sums over micro-batches are float32, whatever the dtype of the params.
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (value, metrics, worst, grads))
-        value, metrics, worst, grads = jax.lax.fori_loop(0, used_parts(parts), accumulate, zeros)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (value, metrics, grads))
+        value, metrics, grads = jax.lax.fori_loop(0, used_parts(parts), accumulate, zeros)
 
     # Gradients get the dtype of the params from which the optimizer state was made.
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, trained)
@@ -136,10 +137,15 @@ def train_step(
     params = jax.tree.map(lambda p, new: jnp.where(made, new, p), trained, optax.apply_updates(trained, updates))
     update_norm = jnp.where(made, jnp.sqrt(squares), 0)
     norms = {"grad_norm": grad_norm, "update_norm": update_norm, "param_norm": optax.global_norm(params)}
-    metrics |= {name: (x, one) for name, x in ({"loss": value} | norms | worst).items()}
+    metrics |= {name: (norm, one) for name, norm in ({"loss": value} | norms).items()}
     metrics = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), metrics)  # count nothing if not finite
     metrics["skipped"] = (1 - made.astype(jnp.float32), one)
     return TrainState(params | frozen, opt_state, state.step + 1), metrics
+
+
+def merge(total: dict, metrics: dict) -> dict:
+    """Add metrics of a micro-batch to those before it."""
+    return {name: tuple(map(jnp.maximum if name.endswith(WORST) else jnp.add, total[name], metrics[name])) for name in metrics}
 
 
 def add_up(total: dict, grads: dict) -> dict:

@@ -4,6 +4,7 @@ exact enumeration, and rlax.
 
 import inspect
 import itertools
+import statistics
 from types import SimpleNamespace
 
 import jax
@@ -31,6 +32,8 @@ def tokens(logp, advantage=0.0, behaviour=0.0, reference=None, entropy=0.0):
     batch = SimpleNamespace(
         advantage_BT=like(advantage),
         behaviour_logp_BT=like(behaviour),
+        weight_BT=jnp.ones_like(logp_BT),
+        rollout_BT=jnp.ones(logp_BT.shape, jnp.int32),
         reference_logp_BT=None if reference is None else like(reference),
     )
     return Outputs(logp_BT, like(entropy)), batch
@@ -54,6 +57,10 @@ def test_advantage_by_hand(name, expected_PG):
     np.testing.assert_allclose(objectives.ADVANTAGES[name](REWARD_PG), expected_PG, atol=1e-5)
 
 
+def flat(reward_PG):
+    return [*itertools.chain.from_iterable(reward_PG)]
+
+
 SLOW = {
     "ones": lambda reward_PG, p, g: 1.0,
     "centre_batch": lambda reward_PG, p, g: reward_PG[p][g] - sum(map(sum, reward_PG)) / sum(map(len, reward_PG)),
@@ -66,12 +73,21 @@ SLOW = {
         / (sum((r - sum(reward_PG[p]) / len(reward_PG[p])) ** 2 for r in reward_PG[p]) / len(reward_PG[p])) ** 0.5
     ),
     "keep_positive": lambda reward_PG, p, g: float(reward_PG[p][g] > 0),
+    "zscore_batch": lambda reward_PG, p, g: (
+        (reward_PG[p][g] - statistics.fmean(flat(reward_PG))) / statistics.pstdev(flat(reward_PG))
+    ),
+    "centre_group_scale_batch": lambda reward_PG, p, g: (
+        (reward_PG[p][g] - statistics.fmean(reward_PG[p]))
+        / statistics.pstdev([r - statistics.fmean(group) for group in reward_PG for r in group])
+    ),
+    "divide_by_mean": lambda reward_PG, p, g: reward_PG[p][g] / statistics.fmean(reward_PG[p]) - 1,
 }
 
 
 @pytest.mark.parametrize("name", objectives.ADVANTAGES)
 def test_advantage_against_a_slow_loop(name):
     reward_PG = np.random.default_rng(0).normal(size=(5, 3)).round(2)
+    reward_PG += 4.0 * (name == "divide_by_mean")  # which takes no negative rewards
     slow = [[SLOW[name](reward_PG.tolist(), p, g) for g in range(3)] for p in range(5)]
     np.testing.assert_allclose(objectives.ADVANTAGES[name](reward_PG), slow, rtol=1e-4)
 
@@ -86,7 +102,7 @@ def test_equal_rewards_give_an_advantage_of_exactly_zero(baseline):
     assert residue > 0, "the mean of equal numbers has no float residue here: this test needs other numbers"
 
 
-@pytest.mark.parametrize("baseline", objectives.GROUP_BASELINES)
+@pytest.mark.parametrize("baseline", [b for b in objectives.GROUP_BASELINES if "batch" not in b.__name__])
 def test_groups_do_not_see_each_other(baseline):
     alone = baseline(REWARD_PG[:1])
     np.testing.assert_array_equal(baseline(REWARD_PG)[:1], alone)
@@ -107,29 +123,38 @@ def test_keep_correct_drops_zero_and_negative_rewards():
         ("per_token", [1 / 8] * 3),
         ("per_kept_token", [1 / 7, 0, 1 / 7]),
         ("per_max_length", [1 / 30] * 3),
+        ("per_prompt", [1 / 8] * 3),
     ],
 )
 def test_weighting_by_hand(name, expected_R):
-    weight_R = objectives.WEIGHTINGS[name](np.array([2, 1, 5]), np.array([1.0, 0, -1]), 10)
-    np.testing.assert_allclose(weight_R, expected_R)
+    weight_PG = objectives.WEIGHTINGS[name](np.array([[2, 1, 5]]), np.array([[1.0, 0, -1]]), 10)
+    np.testing.assert_allclose(weight_PG, [expected_R])
+
+
+def test_a_mean_inside_each_group_gives_groups_the_same_weight():
+    length_PG = np.array([[1, 1], [9, 1]])
+    weight_PG = objectives.WEIGHTINGS["per_prompt"](length_PG, np.ones((2, 2)), 10)
+    np.testing.assert_allclose(weight_PG, [[1 / 4] * 2, [1 / 20] * 2])
+    np.testing.assert_allclose((weight_PG * length_PG).sum(axis=1), 1 / 2)
 
 
 @pytest.mark.parametrize("name", objectives.WEIGHTINGS)
 def test_weights_add_up_to_one(name):
     rng = np.random.default_rng(0)
-    length_R, advantage_R = rng.integers(1, 9, 6), np.array([0.0, 1, 1, 0, -1, 1])
+    length_PG, advantage_PG = rng.integers(1, 9, (2, 3)), np.array([[0.0, 1, 1], [0, -1, 1]])
     if name == "per_max_length":
-        length_R[:] = 9  # a constant denominator: one only for rollouts of full length
+        length_PG[:] = 9  # a constant denominator: one only for rollouts of full length
     if name == "token_sum":
-        length_R[:] = 1  # a sum, not a mean: one only for rollouts of one token
-    weight_R = objectives.WEIGHTINGS[name](length_R, advantage_R, 9)
-    np.testing.assert_allclose((weight_R * length_R).sum(), 1)
+        length_PG[:] = 1  # a sum, not a mean: one only for rollouts of one token
+    weight_PG = objectives.WEIGHTINGS[name](length_PG, advantage_PG, 9)
+    assert weight_PG.shape == (2, 3)
+    np.testing.assert_allclose((weight_PG * length_PG).sum(), 1)
 
 
 @pytest.mark.parametrize("name", objectives.WEIGHTINGS)
 def test_nothing_to_train_on_gives_finite_weights(name):
-    weight_R = objectives.WEIGHTINGS[name](np.zeros(3, int), np.zeros(3), 10)
-    assert np.isfinite(weight_R).all()
+    weight_PG = objectives.WEIGHTINGS[name](np.zeros((1, 3), int), np.zeros((1, 3)), 10)
+    assert np.isfinite(weight_PG).all()
 
 
 def test_expert_iteration_trains_on_what_was_kept_and_on_nothing_else():
@@ -320,6 +345,12 @@ def test_with_entropy_rewards_entropy():
         ("dr_grpo", "centre_group", "per_max_length"),
         ("dapo", "zscore_group", "per_token"),
         ("expert_iteration", "keep_positive", "per_kept_token"),
+        ("reinforce_pp", "zscore_batch", "per_token"),
+        ("maxrl", "divide_by_mean", "token_sum"),
+        ("gspo", "zscore_group", "per_sequence"),
+        ("cispo", "zscore_group", "per_token"),
+        ("dppo", "centre_group", "per_max_length"),
+        ("sapo", "zscore_group", "per_sequence"),
     ],
 )
 def test_named_algorithm(name, advantage, weigh):
@@ -347,7 +378,7 @@ def test_numbers_of_an_algorithm_reach_its_loss(name, fields, up, down):
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("grop", {}, r"unknown objective 'grop' \(did you mean 'grpo'\?\); one of: dapo, "),
+        ("grop", {}, r"unknown objective 'grop' \(did you mean 'grpo'\?\); one of: cispo, dapo, "),
         ("grpo", {"advantage": "z_score"}, r"unknown advantage 'z_score'.*zscore_group"),
         ("grpo", {"weigh": "per_word"}, r"unknown weighting 'per_word'.*per_token"),
         ("grpo", {"kl_coefficient": 0.1, "kl_estimator": "k4"}, r"unknown KL estimator 'k4'.*k1, k2, k3"),
@@ -364,14 +395,14 @@ def test_ablation_is_a_cross_product():
     seen = tokens([-1.0, -2.0], advantage=[1.0, -1.0], behaviour=[-1.5, -1.5], reference=[-1.0, -1.2], entropy=0.5)
     lists = objectives.OBJECTIVES, objectives.ADVANTAGES, objectives.WEIGHTINGS
     made = [objectives.make(name, advantage=a, weigh=w) for name, a, w in itertools.product(*lists)]
-    assert len(made) == 8 * 6 * 5
+    assert len(made) == 15 * 9 * 6
     for objective, (name, a, w) in zip(made, itertools.product(*lists), strict=True):
         assert objective.advantage is objectives.ADVANTAGES[a]
         assert objective.weigh is objectives.WEIGHTINGS[w]
-        assert objective.needs_group == (a in ("centre_group", "leave_one_out", "zscore_group"))
+        grouped = ("centre_group", "leave_one_out", "zscore_group", "centre_group_scale_batch", "divide_by_mean")
+        assert objective.needs_group == (a in grouped)
         assert inspect.unwrap(objective.token_loss).__qualname__ == objectives.make(name).token_loss.__qualname__
-        weight_R = objective.weigh(np.array([2, 1, 5]), objective.advantage(REWARD_PG[:1, :3]).reshape(3), 10)
-        assert weight_R.shape == (3,)
+        assert objective.weigh(np.array([[2, 1, 5]]), objective.advantage(REWARD_PG[:1, :3]), 10).shape == (1, 3)
     for name, kl in itertools.product(objectives.OBJECTIVES, objectives.KL_ESTIMATORS):
         whole = objectives.make(name, kl_coefficient=0.1, kl_estimator=kl, entropy_coefficient=0.1)
         assert jnp.isfinite(whole.token_loss(*seen)[0]).all()
@@ -408,9 +439,9 @@ def expected_gradients(seed, name, **fields):
     found = 0.0
     for i, j in itertools.product(range(len(every)), repeat=2):
         pair = [i, j]
-        advantage = objective.advantage(reward_R[pair][None])[0]
-        weight = objective.weigh(length_R[pair], advantage, LONGEST)
-        found = found + prob_R[i] * prob_R[j] * np.tensordot(weight * advantage, score_RSV[pair], 1)
+        advantage_PG = objective.advantage(reward_R[pair][None])
+        weight_PG = objective.weigh(length_R[pair][None], advantage_PG, LONGEST)
+        found = found + prob_R[i] * prob_R[j] * np.tensordot((weight_PG * advantage_PG)[0], score_RSV[pair], 1)
     return np.tensordot(prob_R * reward_R, score_RSV, 1), found
 
 

@@ -11,21 +11,21 @@ or a packed row could get wrong. A named algorithm is one line: one entry of eac
 three short lists, so an ablation is their cross product. `corrections` and `penalties`
 wrap any of them.
 
-    name               advantage          weight           token loss          paper, arXiv
-    lm, sft            ones               per_token        nll
-    expert_iteration   keep_positive      per_kept_token   nll                 1705.08439
-    reinforce          centre_batch       token_sum        reinforce           Williams 1992
-    reinforce_pp       zscore_batch       per_token        clipped             2501.03262
-    rloo               leave_one_out      token_sum        reinforce           2402.14740
-    maxrl              divide_by_mean     token_sum        reinforce           2602.02710
-    pass_at_k          best_of(k)         token_sum        reinforce           2505.15201
-    grpo               zscore_group       per_sequence     clipped             2402.03300
-    dr_grpo            centre_group       per_max_length   clipped             2503.20783
-    dapo               zscore_group       per_token        clipped, 0.28       2503.14476
-    gspo               zscore_group       per_sequence     clipped_sequence    2507.18071
-    cispo              zscore_group       per_token        clipped_weight      2506.13585
-    dppo               centre_group       per_max_length   within_divergence   2602.04879
-    sapo               zscore_group       per_sequence     soft_gate           2511.20347
+    name               advantage        weight           token loss          arXiv
+    lm, sft            ones             per_token        nll
+    expert_iteration   keep_positive    per_kept_token   nll                 1705.08439
+    reinforce          centre_batch     token_sum        reinforce
+    reinforce_pp       zscore_batch     per_token        clipped             2501.03262
+    rloo               leave_one_out    token_sum        reinforce           2402.14740
+    maxrl              divide_by_mean   token_sum        reinforce           2602.02710
+    pass_at_k          best_of(k)       token_sum        reinforce           2505.15201
+    grpo               zscore_group     per_sequence     clipped             2402.03300
+    dr_grpo            centre_group     per_max_length   clipped             2503.20783
+    dapo               zscore_group     per_token        clipped (0.28)      2503.14476
+    gspo               zscore_group     per_sequence     clipped_sequence    2507.18071
+    cispo              zscore_group     per_token        clipped_weight      2506.13585
+    dppo               centre_group     per_max_length   within_divergence   2602.04879
+    sapo               zscore_group     per_sequence     soft_gate           2511.20347
 """
 
 from __future__ import annotations

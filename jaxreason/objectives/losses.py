@@ -18,8 +18,11 @@ LARGEST_LOG_RATIO = 20.0
 
 
 def log_ratio(outputs, batch):
-    """Return log r of each token, within bounds."""
-    return jnp.clip(outputs.logp_BT - batch.behaviour_logp_BT, -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    """Return log r of each token, within bounds. An infinite one stays so: the
+    learner then skips the batch.
+    """
+    gap_BT = outputs.logp_BT - batch.behaviour_logp_BT
+    return jnp.where(jnp.isinf(gap_BT), gap_BT, jnp.clip(gap_BT, -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO))
 
 
 def sum_over_rollout(x_BT, batch):
