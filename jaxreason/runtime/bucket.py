@@ -16,8 +16,8 @@ def is_url(path: str | os.PathLike) -> bool:
 
 
 def check_url(url: str, flag: str = "--workdir") -> str:
-    """Return the URL of a folder in a bucket, which `flag` named, without slashes at its
-    end.
+    """Return the URL of a folder in a bucket, which `flag` named, without slashes at
+    its end.
 
     Raises:
       ValueError: it does not name such a folder.
