@@ -158,7 +158,7 @@ def score_loss(advantage, weight, factor=lambda drawn, fixed, i, j, t: 1.0):
 
 
 def gspo(drawn, p, fixed):
-    """2507.18071, eq. 5 to 7: a mean over rollouts, not over tokens."""
+    """2507.18071: a mean over rollouts, not over tokens."""
     found = []
     for i, j in itertools.product(range(P), range(G)):
         where = kept(drawn, i, j)
@@ -182,7 +182,7 @@ def dppo_weight(kind):
 
 
 def sapo(drawn, p, fixed):
-    """2511.20347, eq. 5 and 6."""
+    """2511.20347."""
 
     def term(i, j, t):
         advantage = group_zscore(drawn, i, j)

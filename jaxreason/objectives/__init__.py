@@ -197,8 +197,8 @@ def dapo(
     """Clip-higher and token-level loss (Yu et al. 2025, arXiv 2503.14476, eq. 8).
 
     The mean over tokens is over the whole batch, as in TRL and verl, not inside each
-    group as in eq. 8, which is `weigh=per_prompt`. Dynamic sampling is a field of the source. Overlong reward shaping is
-    left out.
+    group as in eq. 8, which is `weigh=per_prompt`. Dynamic sampling is a field of the
+    source. Overlong reward shaping is the verifier `length_shaped`.
     """
     return Objective(zscore_group, per_token, clipped(clip_low, clip_high), needs_group=True)
 
@@ -208,7 +208,7 @@ def gspo(
     clip_high: float = 4e-4,  # clip of the ratio of a rollout above 1: at 1 + clip_high
 ):
     """Group sequence policy optimisation: one ratio per rollout (Zheng et al. 2025,
-    arXiv 2507.18071, eq. 5 to 7; clips of sec. 5.1).
+    arXiv 2507.18071; clips of sec. 5.1).
     """
     return Objective(zscore_group, per_sequence, clipped_sequence(clip_low, clip_high), needs_group=True)
 
@@ -218,7 +218,7 @@ def cispo(
     clip_high: float = 4.0,  # highest weight: 1 + clip_high
 ):
     """Clipped importance weights that keep every token's gradient (MiniMax 2025, arXiv
-    2506.13585, eq. 4).
+    2506.13585).
 
     The paper does not give its upper bound; 5 is in the range of ScaleRL's ablation
     (arXiv 2510.13786).

@@ -1,8 +1,8 @@
 """Token losses: (Outputs, Batch) -> (loss_BT, statistics of tokens).
 
 A loss compares the policy that learns with the one that sampled, by the ratio r of
-their probabilities of a token, and A is the advantage. At r = 1 each has the gradient of
-`reinforce`, -A * grad log p.
+their probabilities of a token, and A is the advantage. At r = 1 each has the gradient
+of `reinforce`, -A * grad log p.
 
 A statistic is averaged over the trained tokens; one whose name ends in `_worst` is the
 largest of them.
@@ -84,7 +84,7 @@ def clipped(clip_low: float = 0.2, clip_high: float = 0.2, clip_dual: float | No
 
     `clip_dual` bounds the ratio of tokens with a negative advantage as well, which
     otherwise has no upper limit: -max(min(r A, clip(r) A), c A) (Ye et al. 2020, arXiv
-    1912.09729, eq. 5).
+    1912.09729).
     """
     check_clip(clip_low, clip_high)
     if clip_dual is not None and clip_dual <= 1 + clip_high:
@@ -109,7 +109,7 @@ def clip(ratio, advantage, low: float, high: float):
 def clipped_weight(clip_low: float = 1.0, clip_high: float = 4.0):
     """REINFORCE with a clipped importance weight, through which no gradient flows:
     -stop(clip(r)) A log p, so every token keeps a gradient (MiniMax 2025, arXiv
-    2506.13585, eq. 4, CISPO).
+    2506.13585, CISPO).
     """
     check_clip(clip_low, clip_high)
 
@@ -167,8 +167,7 @@ def binary_kl(q, p, log_ratio):
 
 def soft_gate(tau_positive: float = 1.0, tau_negative: float = 1.05):
     """A smooth gate in the place of a clip: -(4 / tau) sigmoid(tau (r - 1)) A, with a
-    tau for each sign of the advantage (Gao et al. 2025, arXiv 2511.20347, eq. 5 and 6,
-    SAPO).
+    tau for each sign of the advantage (Gao et al. 2025, arXiv 2511.20347, SAPO).
 
     Its gradient is that of the ratio times 4 s (1 - s), s the sigmoid: 1 at r = 1, and
     0 far from it.
@@ -191,7 +190,7 @@ def soft_gate(tau_positive: float = 1.0, tau_negative: float = 1.05):
 
 def clipped_sequence(clip_low: float = 3e-4, clip_high: float = 4e-4):
     """The clipped loss of one ratio per rollout, the geometric mean of those of its
-    tokens (Zheng et al. 2025, arXiv 2507.18071, eq. 5 to 7, GSPO).
+    tokens (Zheng et al. 2025, arXiv 2507.18071, GSPO).
 
     Each token has the whole rollout's ratio, so it goes with `per_sequence`.
     """
