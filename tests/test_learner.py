@@ -593,7 +593,7 @@ GOLDEN_LOSS, GOLDEN_GRAD_NORM = 0.196247, 2.93953
 
 def test_golden_train_step(tiny):
     model, params = tiny()
-    objective = make("grpo", kl_coefficient=0.1, kl_estimator="k3", entropy_coefficient=0.01)
+    objective = make("grpo", kl_coefficient=0.1, kl_estimator="k3_reverse", entropy_coefficient=0.01)
     batch = dataclasses.replace(random_batch(temperature=0.9), reference_logp_BT=np.full((B, T), -2.5, np.float32))
     optimizer = optax.sgd(0.1)
     _, metrics = learner.compile_train_step(model, objective, optimizer)(fresh(params, optimizer), batch)
@@ -633,7 +633,7 @@ def test_reference_pulls_towards_itself(tiny):
     batch = random_batch()
     batch.advantage_BT[:] = 0
     own = np.asarray(token_logp(model)(params, batch))
-    objective = make("grpo", kl_coefficient=1.0)
+    objective = make("grpo", kl_coefficient=1.0, kl_estimator="k3_reverse")
     same = loss_and_gradient(model, params, dataclasses.replace(batch, reference_logp_BT=own), objective)
     np.testing.assert_allclose([same[0], optax.global_norm(same[2])], 0, atol=1e-5)
     other = loss_and_gradient(model, params, dataclasses.replace(batch, reference_logp_BT=own - 0.3), objective)

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import grouped
+from runs import grouped, load_config
 
 from jaxreason import batching, objectives
+from jaxreason.options import command
 from jaxreason.types import Outputs, Rollout, Task, Verdict
 
 REWARD_PG = np.array([[1.0, 0, 0, 1], [0, 0, 0, 1], [1, 1, 1, 1]])
@@ -267,20 +268,22 @@ def half_square(theta):
     return jnp.sum(jnp.exp(logp) * (logp - REFERENCE) ** 2) / 2
 
 
-def expectation(estimator):
-    """Compute the result of an infinite on-policy batch: the tokens' probabilities are
-    constants, not differentiated.
+def expectation(estimator, sampler=None):
+    """Compute the result of an infinite batch of a sampling policy, by default the one
+    that learns: the tokens' probabilities are constants, not differentiated.
     """
+    sampler = jax.nn.log_softmax(THETA) if sampler is None else sampler
 
     def value(theta):
         logp = jax.nn.log_softmax(theta)
-        return jnp.sum(jax.lax.stop_gradient(jnp.exp(logp)) * estimator(logp, REFERENCE))
+        return jnp.sum(jnp.exp(sampler) * estimator(logp, REFERENCE, logp - sampler))
 
     return value
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "gradient_of"), [("k1", forward, forward), ("k2", half_square, forward), ("k3", forward, reverse)]
+    ("name", "value", "gradient_of"),
+    [("k1", forward, forward), ("k2", half_square, forward), ("k3_reverse", forward, reverse), ("k3_weighted", forward, forward)],
 )
 def test_kl_estimator_against_the_closed_form(name, value, gradient_of):
     estimate, slope = jax.value_and_grad(expectation(objectives.KL_ESTIMATORS[name]))(THETA)
@@ -289,13 +292,23 @@ def test_kl_estimator_against_the_closed_form(name, value, gradient_of):
     assert float(jnp.abs(slope).max()) > 0.05
 
 
+def test_the_weighted_estimator_is_right_for_any_sampling_policy():
+    sampler = jnp.log(jnp.array([0.5, 0.3, 0.2]))
+    estimate, slope = jax.value_and_grad(expectation(objectives.KL_ESTIMATORS["k3_weighted"], sampler))(THETA)
+    np.testing.assert_allclose(estimate, forward(THETA), rtol=1e-5)
+    np.testing.assert_allclose(slope, jax.grad(forward)(THETA), rtol=1e-4, atol=1e-6)
+    for name in ("k1", "k2", "k3_reverse"):
+        other = jax.grad(expectation(objectives.KL_ESTIMATORS[name], sampler))(THETA)
+        assert float(jnp.abs(other - slope).max()) > 0.05, name
+
+
 def test_naive_k1_would_have_no_gradient():
-    slope = jax.grad(expectation(lambda logp, reference_logp: logp - reference_logp))(THETA)
+    slope = jax.grad(expectation(lambda logp, reference_logp, log_ratio: logp - reference_logp))(THETA)
     np.testing.assert_allclose(slope, 0, atol=1e-6)
 
 
 def test_every_kl_estimator_is_tested():
-    assert set(objectives.KL_ESTIMATORS) == {"k1", "k2", "k3"}
+    assert set(objectives.KL_ESTIMATORS) == {"k1", "k2", "k3_reverse", "k3_weighted"}
 
 
 @pytest.mark.parametrize("estimator", objectives.KL_ESTIMATORS)
@@ -308,12 +321,34 @@ def test_with_kl_adds_coefficient_times_estimate(estimator):
     assert wrapped[:2] == plain[:2]
     seen = tokens([-1.0, -2.0], advantage=[1.0, -1.0], behaviour=[-1.1, -1.9], reference=[-1.5, -1.0])
     (loss_BT, stats), (plain_BT, plain_stats) = wrapped.token_loss(*seen), plain.token_loss(*seen)
-    kl_BT = objectives.KL_ESTIMATORS[estimator](seen[0].logp_BT, seen[1].reference_logp_BT)
+    kl_BT = objectives.KL_ESTIMATORS[estimator](
+        seen[0].logp_BT, seen[1].reference_logp_BT, seen[0].logp_BT - seen[1].behaviour_logp_BT
+    )
     np.testing.assert_allclose(loss_BT, plain_BT + 0.25 * kl_BT, rtol=1e-6)
     np.testing.assert_allclose(stats["kl"], kl_BT)
     assert stats.keys() == {*plain_stats, "kl"}
-    by_hand = {"k1": [0.5, -1.0], "k2": [0.125, 0.5], "k3": [np.exp(-0.5) - 0.5, np.e - 2]}[estimator]
+    k3 = np.array([np.exp(-0.5) - 0.5, np.e - 2])
+    weighted = k3 * np.exp([0.1, -0.1])
+    by_hand = {"k1": [0.5, -1.0], "k2": [0.125, 0.5], "k3_reverse": k3, "k3_weighted": weighted}[estimator]
     np.testing.assert_allclose(kl_BT[0], by_hand, rtol=1e-5)
+
+
+def test_runs_of_earlier_versions_keep_their_kl_estimator():
+    from jaxreason.build import from_earlier
+
+    config = load_config("tiny", "smoke").to_dict()
+    config["rl"]["objective"]["kl_estimator"] = "k3"  # today's k3_reverse
+    assert from_earlier(config)[0]["rl"]["objective"]["kl_estimator"] == "k3_reverse"
+    del config["rl"]["objective"]["kl_estimator"]
+    assert from_earlier(config)[0]["rl"]["objective"]["kl_estimator"] == "k3_weighted"
+
+
+@pytest.mark.parametrize("field", ["kl_estimator", "correct_by", "correct_low", "correct_high"])
+def test_a_field_that_nothing_reads_is_refused(field):
+    with pytest.raises(ValueError, match=rf"^config\.rl\.objective\.{field} got .*, so nothing reads it; set both$"):
+        command.read(
+            "configs/tiny.py:smoke", {f"rl.objective.{field}": {"kl_estimator": "k1", "correct_by": "mask"}.get(field, "1.0")}
+        )
 
 
 def test_with_entropy_rewards_entropy():
@@ -381,7 +416,7 @@ def test_numbers_of_an_algorithm_reach_its_loss(name, fields, up, down):
         ("grop", {}, r"unknown objective 'grop' \(did you mean 'grpo'\?\); one of: cispo, dapo, "),
         ("grpo", {"advantage": "z_score"}, r"unknown advantage 'z_score'.*zscore_group"),
         ("grpo", {"weigh": "per_word"}, r"unknown weighting 'per_word'.*per_token"),
-        ("grpo", {"kl_coefficient": 0.1, "kl_estimator": "k4"}, r"unknown KL estimator 'k4'.*k1, k2, k3"),
+        ("grpo", {"kl_coefficient": 0.1, "kl_estimator": "k4"}, r"unknown KL estimator 'k4'.*k1, k2, k3_reverse"),
         ("dapo", {"clip": 0.2}, r"unknown field of objective 'dapo' 'clip'.*clip_high, clip_low"),
         ("sft", {"lr": 0.2}, r"unknown field of objective 'sft' 'lr'.*none"),
     ],

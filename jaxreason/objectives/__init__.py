@@ -82,7 +82,7 @@ class Objective(NamedTuple):
     on_policy: bool = False
 
 
-def with_kl(objective: Objective, coefficient: float, estimator: str = "k3") -> Objective:
+def with_kl(objective: Objective, coefficient: float, estimator: str = "k3_weighted") -> Objective:
     """Add `coefficient` times the KL divergence to the reference policy, per token."""
     if estimator not in KL_ESTIMATORS:
         raise ValueError(unknown_name_message("KL estimator", estimator, KL_ESTIMATORS))
@@ -287,7 +287,7 @@ def make(
     correct_high: float = 2.0,  # upper bound of the ratio
     stale_limit: float | None = None,  # mean log(sampler / learner) above which wrong rollouts are left out; None: never
     kl_coefficient: float = 0.0,  # weight of the KL divergence to the params at the start of the phase; 0: none
-    kl_estimator: str = "k3",  # k1, k2 or k3
+    kl_estimator: str = "k3_weighted",  # k1, k2, k3_weighted, or k3_reverse as in GRPO, whose gradient is that of KL(q || p)
     entropy_coefficient: float = 0.0,  # reward per nat of entropy
     **kwargs,
 ) -> Objective:
