@@ -343,12 +343,12 @@ def test_runs_of_earlier_versions_keep_their_kl_estimator():
     assert from_earlier(config)[0]["rl"]["objective"]["kl_estimator"] == "k3_weighted"
 
 
-@pytest.mark.parametrize("field", ["kl_estimator", "correct_by", "correct_low", "correct_high"])
-def test_a_field_that_nothing_reads_is_refused(field):
+@pytest.mark.parametrize(
+    ("field", "value"), [("kl_estimator", "k1"), ("correct_by", "mask"), ("correct_low", "0.5"), ("correct_high", "1.5")]
+)
+def test_a_field_that_nothing_reads_is_refused(field, value):
     with pytest.raises(ValueError, match=rf"^config\.rl\.objective\.{field} got .*, so nothing reads it; set both$"):
-        command.read(
-            "configs/tiny.py:smoke", {f"rl.objective.{field}": {"kl_estimator": "k1", "correct_by": "mask"}.get(field, "1.0")}
-        )
+        command.read("configs/tiny.py:smoke", {f"rl.objective.{field}": value})
 
 
 def test_with_entropy_rewards_entropy():
