@@ -321,7 +321,7 @@ def test_a_sweep_is_handed_over_and_reported(engines, tmp_path):
         (["--engine=local"], "got --engine=local; allowed: --engine=local --follow"),
         (["--place=gs://my-bucket/x"], "got --place"),
         (["--submit=slurm", "--engine=slurm"], "got --submit and --engine; allowed: --engine=slurm --follow"),
-        ([*SKY, "--place=my-bucket"], "--workdir got 'my-bucket'"),
+        ([*SKY, "--place=my-bucket"], "--place got 'my-bucket'"),
         (["--engine=slurm", "--engine_options=type=gpu:1,partition=a b"], "--partition got 'a b'"),
     ],
 )

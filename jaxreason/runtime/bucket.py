@@ -17,17 +17,20 @@ def is_url(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path) or os.fspath(path).startswith(SCHEME.rstrip("/"))
 
 
-def check_url(url: str) -> str:
-    """Return the URL of a folder in a bucket, without slashes at its end.
+def check_url(url: str, flag: str = "--workdir") -> str:
+    """Return the URL of a folder in a bucket, which `flag` named, without slashes at
+    its end.
 
     Raises:
       ValueError: it does not name such a folder.
     """
     bucket, _, path = url.removeprefix(SCHEME).partition("/")
     if not url.startswith(SCHEME) or not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", bucket) or not path.strip("/"):
-        raise ValueError(f"got {url!r}; allowed: {SCHEME}BUCKET/FOLDER, or a folder of this machine")
-    if re.search(r"[#?*\[\]\s]", path) or any(part in ("", ".", "..") for part in path.rstrip("/").split("/")):
-        raise ValueError(f"got {url!r}; allowed in its folder: no spaces, none of #?*[], and no empty part, . or ..")
+        raise ValueError(f"{flag} got {url!r}; allowed: {SCHEME}BUCKET/FOLDER, or a folder of this machine")
+    if re.search(r"[#?*\[\]\s\x00-\x1f\x7f]", path) or any(part in ("", ".", "..") for part in path.rstrip("/").split("/")):
+        raise ValueError(
+            f"{flag} got {url!r}; allowed: {SCHEME}BUCKET/FOLDER without spaces, #?*[], empty parts, . and .. in the folder"
+        )
     return url.rstrip("/")
 
 

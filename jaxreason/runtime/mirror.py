@@ -325,7 +325,7 @@ def local(path: str | os.PathLike) -> Path:
     if not is_url(path):
         return Path(os.path.expanduser(path))
     url, step = re.fullmatch(r"(.*?)(/checkpoints/\d+)?/*", os.fspath(path)).groups()
-    url = check_url(url)
+    url = check_url(url, "the folder of a run")
     folder = place_of(url, "read")
     with reaching(url):
         there = remote(url).is_dir()

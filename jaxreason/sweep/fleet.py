@@ -28,6 +28,7 @@ from jaxreason.launch import shell as shells
 from jaxreason.launch.fleets import ENGINES, Engine, Job
 from jaxreason.launch.fleets import job as jobs
 from jaxreason.launch.shell import Result, Shell
+from jaxreason.runtime.bucket import check_url
 from jaxreason.sweep.arms import Sweep
 from jaxreason.sweep.queue import State, read_states
 from jaxreason.sweep.runs import SweepRun, with_shared
@@ -72,7 +73,7 @@ def read_flags(folder: Path, say: Callable[[str], None] = print) -> Fleet:
         raise ValueError(f"--engine_options has no type; allowed: type=TYPE,... with one of: {known}")
     place = (FLAGS.place or "").rstrip("/")
     if place:
-        jobs.check_workdir(place)
+        check_url(place, "--place")
     elif name != "slurm":
         raise ValueError(
             f"--engine={name} needs --place=gs://BUCKET/FOLDER: its machines, and what is on them, end with each job"

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from jaxreason.launch import machines
 from jaxreason.options import unknown_name_message
+from jaxreason.runtime.bucket import check_url
 
 STOPPED = 75  # exit code of a run that saved itself before its end: EX_TEMPFAIL of sysexits.h, "try again"
 ENDED_AT_ONCE = 143  # of one that had nothing to save when SIGTERM came
@@ -76,7 +77,6 @@ class Engine(NamedTuple):
 
 TEXTS = re.compile(r"[A-Za-z0-9][\w./:@=+-]*")  # options that end up in a line of a file or a command
 BUCKET = re.compile(r"(gs|s3)://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/[\w./-]*)?")
-RUN_URL = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]/[^#?*\[\]\s\x00-\x1f\x7f]+")
 FOLDER = re.compile(r"/[\w.-]+(/[\w.-]+)*")
 TIME = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}")
 STORAGE = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
@@ -112,7 +112,7 @@ def check(job: Job, engine: Engine) -> Job:
     if any("\0" in word or any("\ud800" <= c <= "\udfff" for c in word) for word in (*job.command, job.root)):
         raise ValueError("the command has bytes that are no UTF-8; allowed: text")
     if "://" in job.workdir:
-        check_workdir(job.workdir)
+        check_url(job.workdir)
     engine.check(job)
     return job
 
@@ -130,14 +130,6 @@ def check_bucket(url: str, flag: str) -> str:
     """Raise ValueError for what is no bucket that can be mounted."""
     if not BUCKET.fullmatch(url):
         raise ValueError(f"{flag} got {url!r}; allowed: a bucket, such as gs://my-bucket or s3://my-bucket")
-    return url
-
-
-def check_workdir(url: str) -> str:
-    """Raise ValueError for a URL that is no folder for a run."""
-    parts = url.removeprefix("gs://").rstrip("/").split("/")
-    if not RUN_URL.fullmatch(url) or any(part in ("", ".", "..") for part in parts):
-        raise ValueError(f"--workdir got {url!r}; allowed: gs://BUCKET/FOLDER, with no spaces and none of #?*[] in it")
     return url
 
 
