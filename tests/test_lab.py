@@ -540,6 +540,8 @@ def test_an_argument_of_another_type_is_refused_in_one_line(tmp_path, tool, argu
 
 
 def test_a_field_of_another_type_or_section_is_told_what_is_meant():
+    with pytest.raises(ValueError, match=r"allowed: 'tiny', with its options 'smoke' in `options`"):
+        request(config="configs/tiny.py:smoke")
     with pytest.raises(ValueError, match=r"field rl\.steps got the text 'many'; allowed: int"):
         request(fields={"rl.steps": "many"})
     with pytest.raises(ValueError, match=r"unknown field 'rl\.lr' .did you mean '.*optimizer\.lr'"):

@@ -73,6 +73,10 @@ def find(root: Path, folder: str, name: str) -> str:
     known = catalogue(root)[folder]
     stem = name.removeprefix(f"{folder}/").removesuffix(".py")
     if stem not in known:
+        bare, colon, own = stem.partition(":")
+        if colon and (bare := bare.removesuffix(".py")) in known:
+            what = folder.removesuffix("s")
+            raise ValueError(f"{what} got {short(name)}; allowed: {bare!r}, with its options {short(own)} in `options`")
         raise ValueError(unknown_name_message(folder.removesuffix("s"), name[:100], known))
     return f"{folder}/{stem}.py"
 
