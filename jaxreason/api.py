@@ -367,6 +367,8 @@ def compiled_step(model: Model, mesh, microbatches: int, objective: tuple, optim
     made = call_with_section(objectives.make, dict(objective), "objective")
     if made.needs_reference:
         raise ValueError("train_step keeps no reference policy; allowed: kl_coefficient=0, or a config and `jaxreason.main`")
+    if made.critic is not None:
+        raise ValueError("train_step has no critic; allowed: an objective without values, or a config and `jaxreason.main`")
     rule = call_with_section(optimizers.make, dict(optimizer), "optimizer", steps=1)
     abstract = jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), rule))
     placed = sharding.shardings(abstract, mesh)

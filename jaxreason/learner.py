@@ -7,6 +7,7 @@ gradient is the same for any number of micro-batches and any sharding, up to rou
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 
@@ -18,9 +19,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxreason import sharding
 from jaxreason.batching import split_rows, used_parts
-from jaxreason.logp import Limits, logits_limits, token_outputs
+from jaxreason.logp import Limits, compile_token_logp, compile_token_values, logits_limits, token_outputs
 from jaxreason.model import Model
 from jaxreason.objectives import Objective
+from jaxreason.objectives.critic import with_values
 from jaxreason.platforms import platform_of
 from jaxreason.types import Batch, TrainState
 
@@ -190,6 +192,26 @@ def compile_train_step(model, objective, optimizer, *, microbatches: int = 1, st
     everywhere = NamedSharding(mesh, P())  # of the metrics, so that every process can read them
     options = platform_of(mesh).compiler_options
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, everywhere), compiler_options=options)
+
+
+def compile_completion(model, objective, *, microbatches: int = 1, mesh=None):
+    """Return `complete(batch, params, reference)`, which adds to a batch what the
+    objective needs beside the rollouts: log-probs of the reference params, and
+    advantages by the values of the current ones.
+    """
+    reference_logp = compile_token_logp(model, microbatches, mesh)
+    if objective.critic is not None:
+        values = compile_token_values(model, microbatches, mesh)
+        by_values = jax.jit(functools.partial(with_values, objective.critic))
+
+    def complete(batch: Batch, params, reference=None) -> Batch:
+        if reference is not None:
+            batch = dataclasses.replace(batch, reference_logp_BT=reference_logp(reference, batch))
+        if objective.critic is not None:
+            batch = dataclasses.replace(batch, **by_values(values(params, batch), batch))
+        return batch
+
+    return complete
 
 
 # --- the state of a phase ---

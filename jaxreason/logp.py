@@ -56,9 +56,6 @@ def token_outputs(model: Model, params, batch: Batch, limits: Limits | None = No
     found = logp_and_entropy(functools.partial(model.unembed, params), logits <= limits.kept, *arrays)
     logp_BT, entropy_BT = (jnp.where(wanted_BT, uncut(x), 0.0) for x in found)
 
-    def align(x_BT):
-        return jnp.roll(x_BT, 1, axis=1).at[:, 0].set(0.0)
-
     value = None if model.value is None else align(model.value(params, hidden_BTD))
     return Outputs(align(logp_BT), align(entropy_BT), value)
 
@@ -193,17 +190,40 @@ def compile_token_logp(model, microbatches: int = 1, mesh=None):
     """
 
     limits = logits_limits(mesh)
+    return compile_scores(lambda params, batch: token_outputs(model, params, batch, limits).logp_BT, microbatches, mesh)
 
-    def token_logp(params, batch):
+
+def compile_token_values(model, microbatches: int = 1, mesh=None):
+    """Return the jitted `values(params, batch) -> value_BT`: of the text before each
+    token, 0 in column 0. It makes no logits.
+    """
+
+    def values(params, batch):
+        hidden_BTD, _ = model.apply(params, batch.tokens_BT, batch.position_BT, batch.segment_BT)
+        return align(model.value(params, hidden_BTD))
+
+    return compile_scores(values, microbatches, mesh)
+
+
+def align(x_BT):
+    """Move what position t - 1 predicts to token t."""
+    return jnp.roll(x_BT, 1, axis=1).at[:, 0].set(0.0)
+
+
+def compile_scores(scores, microbatches: int, mesh):
+    """Return the jitted `scores(params, batch) -> [B, T]`, computed in micro-batches of
+    which it skips the same ones as `train_step`.
+    """
+
+    def whole(params, batch):
         if microbatches == 1:
-            return token_outputs(model, params, batch, limits).logp_BT
+            return scores(params, batch)
         parts = jax.tree.map(lambda x: split_rows(x, microbatches), batch)
 
-        def score(i, logp_PBT):
-            rows = jax.tree.map(lambda x: x[i], parts)
-            return logp_PBT.at[i].set(token_outputs(model, params, rows, limits).logp_BT)
+        def part(i, found_PBT):
+            return found_PBT.at[i].set(scores(params, jax.tree.map(lambda x: x[i], parts)))
 
-        logp_PBT = jax.lax.fori_loop(0, used_parts(parts), score, jnp.zeros(parts.weight_BT.shape, jnp.float32))
-        return logp_PBT.swapaxes(0, 1).reshape(batch.tokens_BT.shape)
+        found_PBT = jax.lax.fori_loop(0, used_parts(parts), part, jnp.zeros(parts.weight_BT.shape, jnp.float32))
+        return found_PBT.swapaxes(0, 1).reshape(batch.tokens_BT.shape)
 
-    return jax.jit(token_logp, out_shardings=None if mesh is None else sharding.rows(mesh))
+    return jax.jit(whole, out_shardings=None if mesh is None else sharding.rows(mesh))

@@ -93,6 +93,7 @@ def make(
     adam_lr: float | None = None,  # muon: rate of embeddings, head and vectors; None: lr
     muon_momentum: float = 0.95,  # muon: decay of the momentum
     muon_scale: str = "rms",  # muon: scale of updates: rms, for rates like AdamW's, or width
+    value_lr: float | None = None,  # rate of the value head, if the model has one; None: lr
 ) -> optax.GradientTransformation:
     """Make the optimizer of a phase of `steps` updates.
 
@@ -129,6 +130,7 @@ def make(
     _check_numbers(
         lr=(lr, lambda x: x > 0, "above 0"),
         adam_lr=(adam_lr, lambda x: x > 0, "None, or above 0"),
+        value_lr=(value_lr, lambda x: x > 0, "None, or above 0"),
         final_fraction=(final_fraction, lambda x: 0 <= x <= 1, "0 to 1"),
         b1=(b1, lambda x: 0 <= x < 1, "0 to below 1"),
         b2=(b2, lambda x: 0 <= x < 1, "0 to below 1"),
@@ -154,7 +156,14 @@ def make(
     rate = schedule(lr, steps, **shape)
     adam_rate = rate if adam_lr is None else schedule(adam_lr, steps, **shape)
     clip = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
-    return in_float32(optax.chain(*clip, rule(name, rate, adam_rate, **fields)))
+    of_others = lr if adam_lr is None else adam_lr
+    values = [] if value_lr is None else [optax.masked(optax.scale(value_lr / of_others), of_value_head)]
+    return in_float32(optax.chain(*clip, rule(name, rate, adam_rate, **fields), *values))
+
+
+def of_value_head(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Tell which params are those of the value head."""
+    return {name: jax.tree.map(lambda _, name=name: name == "value", branch) for name, branch in params.items()}
 
 
 def rule(name: str, rate, adam_rate, *, b1, b2, eps, weight_decay, state_dtype, muon_momentum, muon_scale, **_):

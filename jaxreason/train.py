@@ -8,7 +8,6 @@ complete checkpoint (`runtime.resume`). `runtime.journal` writes all records.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,8 +20,7 @@ import optax
 from jaxreason import metrics as m
 from jaxreason import sharding
 from jaxreason.evaluation import Result
-from jaxreason.learner import compile_train_step, new_state, state_shapes
-from jaxreason.logp import compile_token_logp
+from jaxreason.learner import compile_completion, compile_train_step, new_state, state_shapes
 from jaxreason.model import Model
 from jaxreason.objectives import Objective
 from jaxreason.runtime import memory, resume
@@ -134,7 +132,7 @@ def train_phase(run: Run, index: int, params, journal: Journal, found: Found | N
         journal.warm_up(state.params)
     made, placed = (run.model, phase.objective, phase.optimizer), state_shapes(run.model, phase.optimizer, run.mesh)[1]
     step_fn = compile_train_step(*made, microbatches=phase.microbatches, state_shardings=placed)
-    reference_logp = compile_token_logp(run.model, phase.microbatches, run.mesh)
+    complete = compile_completion(run.model, phase.objective, microbatches=phase.microbatches, mesh=run.mesh)
     journal.begin_phase(index, start)
     for step in range(start + 1, phase.steps + 1):
         journal.begin_step()
@@ -143,8 +141,7 @@ def train_phase(run: Run, index: int, params, journal: Journal, found: Found | N
             memory.trim()  # the sampler's weights and caches are freed
         journal.drew(drawn, source_state)
         batch = sharding.put_rows(drawn.batch, run.mesh)
-        if reference is not None:
-            batch = dataclasses.replace(batch, reference_logp_BT=reference_logp(on_devices(phase, reference), batch))
+        batch = complete(batch, state.params, on_devices(phase, reference))
         journal.write_if_due()
         learned = {}
         for _ in range(phase.updates_per_batch):

@@ -133,6 +133,8 @@ class Batch:
     # a rollout never crosses rows. Prompts of rollouts and padding have 0.
     rollout_BT: jax.Array
     reference_logp_BT: jax.Array | None = None  # float32; None where no objective asks for a reference policy
+    value_BT: jax.Array | None = None  # float32, by the critic before the update; None without a critic
+    return_BT: jax.Array | None = None  # float32, what the critic learns; None without a critic
 
 
 @_registered

@@ -263,7 +263,12 @@ def test_loss_and_gradient_against_the_papers_equation(name, seed):
 
 
 def test_every_algorithm_has_its_equation():
-    assert {name for name, _, _ in REFERENCES.values()} == set(objectives.OBJECTIVES) - {"lm", "sft", "expert_iteration"}
+    assert {name for name, _, _ in REFERENCES.values()} == set(objectives.OBJECTIVES) - {
+        "lm",
+        "sft",
+        "expert_iteration",
+        "ppo",
+    }  # tests/test_critic.py
 
 
 # --- the same numbers in any layout ---

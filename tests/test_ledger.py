@@ -63,17 +63,17 @@ def test_learning_is_three_times_forward_however_rows_are_packed(pack):
     batch = batching.from_demonstrations(pairs, objectives.sft(), buckets=(8,), pack=pack, microbatches=2)
     positions = [t for ids, _ in pairs for t in range(len(ids))]
     forward = by_hand(CONFIG, positions, sum(sum(trainable) for _, trainable in pairs))
-    work = ledger.learning(CONFIG, batch, updates=2, reference=False)
+    work = ledger.learning(CONFIG, batch, updates=2, passes=0)
     assert work["tokens"] == 2 * 15
     assert work["flops"] == pytest.approx(6 * forward, rel=1e-12)
-    beside = ledger.learning(CONFIG, batch, updates=2, reference=True)
+    beside = ledger.learning(CONFIG, batch, updates=2, passes=1)
     assert beside["flops"] == pytest.approx(7 * forward, rel=1e-12)
     assert ledger.reading(CONFIG, [batch, batch]) == pytest.approx(2 * forward, rel=1e-12)
     # A frozen base has no gradient of its own weights; adapters of rank 2 on q read the
     # width and write the heads.
     lora = dataclasses.replace(CONFIG, lora=Lora(rank=2, targets=("q",)))
     adapters = 2 * CONFIG.layers * 2 * (CONFIG.width + CONFIG.heads * CONFIG.head_size) * 15
-    work = ledger.learning(lora, batch, updates=1, reference=False)
+    work = ledger.learning(lora, batch, updates=1, passes=0)
     assert work["flops"] == pytest.approx(2 * forward + 3 * adapters, rel=1e-12)
 
 
@@ -85,7 +85,7 @@ def test_learning_reads_a_shared_prompt_once():
     # own.
     positions = [*range(8), *range(4, 9), *range(3), *range(2)]
     trained = int((batch.weight_BT != 0).sum())
-    work = ledger.learning(CONFIG, batch, updates=1, reference=False)
+    work = ledger.learning(CONFIG, batch, updates=1, passes=0)
     assert work["tokens"] == len(positions)
     assert work["flops"] == pytest.approx(3 * by_hand(CONFIG, positions, trained), rel=1e-12)
 

@@ -35,9 +35,11 @@ def tokens(logp, advantage=0.0, behaviour=0.0, reference=None, entropy=0.0):
         behaviour_logp_BT=like(behaviour),
         weight_BT=jnp.ones_like(logp_BT),
         rollout_BT=jnp.ones(logp_BT.shape, jnp.int32),
+        value_BT=like(0.0),
+        return_BT=like(0.0),
         reference_logp_BT=None if reference is None else like(reference),
     )
-    return Outputs(logp_BT, like(entropy)), batch
+    return Outputs(logp_BT, like(entropy), like(0.0)), batch
 
 
 # --- advantages ---
@@ -81,6 +83,7 @@ SLOW = {
         (reward_PG[p][g] - statistics.fmean(reward_PG[p]))
         / statistics.pstdev([r - statistics.fmean(group) for group in reward_PG for r in group])
     ),
+    "rewards": lambda reward_PG, p, g: reward_PG[p][g],
     "divide_by_mean": lambda reward_PG, p, g: reward_PG[p][g] / statistics.fmean(reward_PG[p]) - 1,
 }
 
@@ -430,7 +433,7 @@ def test_ablation_is_a_cross_product():
     seen = tokens([-1.0, -2.0], advantage=[1.0, -1.0], behaviour=[-1.5, -1.5], reference=[-1.0, -1.2], entropy=0.5)
     lists = objectives.OBJECTIVES, objectives.ADVANTAGES, objectives.WEIGHTINGS
     made = [objectives.make(name, advantage=a, weigh=w) for name, a, w in itertools.product(*lists)]
-    assert len(made) == 15 * 9 * 6
+    assert len(made) == 16 * 10 * 6
     for objective, (name, a, w) in zip(made, itertools.product(*lists), strict=True):
         assert objective.advantage is objectives.ADVANTAGES[a]
         assert objective.weigh is objectives.WEIGHTINGS[w]

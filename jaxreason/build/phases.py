@@ -61,6 +61,15 @@ def make_phase(
             f"config.{name}: objective {objective['name']!r} compares the attempts at a problem, but there is "
             f"{group} of each; set {name}.source.group to 2 or more, or choose reinforce, lm or sft"
         )
+    if made_objective.critic is not None and parts.model.value is None:
+        raise ValueError(
+            f"config.{name}: objective {objective['name']!r} needs values, and the model has no value head; set "
+            "model.value_head=True, or choose an objective without a critic, such as grpo"
+        )
+    if optimizer.get("value_lr") is not None and parts.model.value is None:
+        raise ValueError(f"config.{name}.optimizer.value_lr is for a value head; set model.value_head=True, or leave it None")
+    if made_objective.critic is not None and kind in ("corpus", "demonstrations"):
+        raise ValueError(f"config.{name}: objective {objective['name']!r} needs rewards; allowed with the source rollouts")
     if offload_reference and not made_objective.needs_reference:
         raise ValueError(
             f"config.{name}.offload_reference got True, but the objective has no reference policy; allowed: False, or set "

@@ -133,7 +133,7 @@ def init_params(config: ModelConfig, key):
     def cast(params, dtype=dtype):
         return jax.tree.map(lambda x: x.astype(dtype), params)
 
-    embed_key, layers_key, unembed_key, value_key = jax.random.split(key, 4)
+    embed_key, layers_key, unembed_key, _ = jax.random.split(key, 4)  # the fourth is kept for the numbers of earlier versions
     std = config.width**-0.5
     params = {
         "embed": {"embedding": std * jax.random.normal(embed_key, (config.vocab_size, config.width))},
@@ -143,7 +143,7 @@ def init_params(config: ModelConfig, key):
     if not config.tied_embeddings:
         params["unembed"] = {"kernel": std * jax.random.normal(unembed_key, (config.width, config.vocab_size))}
     if config.value_head:
-        params["value"] = {"kernel": std * jax.random.normal(value_key, (config.width,))}
+        params["value"] = {"kernel": jnp.zeros(config.width)}  # 0 everywhere: noise would be the critic's first advice
     if config.lora is not None:
         # Adapters have their own key, so the base equals that of the same seed without
         # adapters.

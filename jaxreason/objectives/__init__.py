@@ -26,6 +26,7 @@ wrap any of them.
     cispo              zscore_group     per_token        clipped_weight      2506.13585
     dppo               centre_group     per_max_length   within_divergence   2602.04879
     sapo               zscore_group     per_sequence     soft_gate           2511.20347
+    ppo                rewards, GAE     per_token        clipped, value      1707.06347
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxreason.objectives import corrections, penalties
+from jaxreason.objectives import critic as critics
 from jaxreason.objectives.advantages import (
     ADVANTAGES,
     EQUAL_REWARDS,
@@ -45,10 +47,12 @@ from jaxreason.objectives.advantages import (
     keep_positive,
     leave_one_out,
     ones,
+    rewards,
     scale_negative,
     zscore_batch,
     zscore_group,
 )
+from jaxreason.objectives.critic import Critic
 from jaxreason.objectives.losses import (
     clipped,
     clipped_sequence,
@@ -80,6 +84,7 @@ class Objective(NamedTuple):
     needs_reference: bool = False
     needs_group: bool = False
     on_policy: bool = False
+    critic: Critic | None = None  # makes advantages of single tokens from the rewards and the model's values
 
 
 def with_kl(objective: Objective, coefficient: float, estimator: str = "k3_weighted") -> Objective:
@@ -249,6 +254,26 @@ def sapo(
     return Objective(zscore_group, per_sequence, soft_gate(tau_positive, tau_negative), needs_group=True)
 
 
+def ppo(
+    clip_low: float = 0.2,  # clip of the importance ratio below 1: at 1 - clip_low
+    clip_high: float = 0.2,  # clip of the importance ratio above 1: at 1 + clip_high
+    clip_dual: float | None = None,  # bound of the ratio where the advantage is negative, such as 3; None: none
+    discount: float = 1.0,  # gamma: what a reward one token later is worth
+    decay: float = 0.95,  # lambda: 1 trusts rewards alone, 0 values alone
+    normalise: bool = True,  # normalise advantages over the batch
+    value_coefficient: float = 0.5,  # weight of the loss of values
+    value_clip: float | None = 0.2,  # distance from the old value beyond which an error still counts; None: no clip
+):
+    """Proximal policy optimisation with a value head (Schulman et al. 2017, arXiv
+    1707.06347) and generalised advantages (arXiv 1506.02438). The numbers are those of
+    the first paper's Atari runs, without discount.
+    """
+    critic = Critic(discount, decay, normalise)
+    critics.check(critic)
+    token_loss = critics.add_value_loss(clipped(clip_low, clip_high, clip_dual), value_coefficient, value_clip)
+    return Objective(rewards, per_token, token_loss, critic=critic)
+
+
 def expert_iteration():
     """Imitation of rollouts with a positive reward (Anthony et al. 2017, arXiv
     1705.08439).
@@ -272,6 +297,7 @@ OBJECTIVES = {
     "cispo": cispo,
     "dppo": dppo,
     "sapo": sapo,
+    "ppo": ppo,
 }
 
 

@@ -18,6 +18,11 @@ def ones(reward_PG):
     return np.ones_like(reward_PG)
 
 
+def rewards(reward_PG):
+    """Give the reward itself: for a critic, which makes advantages of single tokens."""
+    return reward_PG
+
+
 def keep_positive(reward_PG):
     """Give 1 to a positive reward and 0 to others, to imitate the former (Anthony et
     al. 2017, arXiv 1705.08439).
@@ -145,5 +150,6 @@ ADVANTAGES = {
     "centre_group_scale_batch": centre_group_scale_batch,
     "divide_by_mean": divide_by_mean,
     "keep_positive": keep_positive,
+    "rewards": rewards,
 }
 GROUP_BASELINES = (centre_group, leave_one_out, zscore_group, centre_group_scale_batch, divide_by_mean)

@@ -188,9 +188,9 @@ def decode_bytes(decoding: Decoding, rollouts: Iterable[Rollout]) -> float:
     return decoding.weight_bytes * tokens / decoding.slots + decoding.position_bytes * positions
 
 
-def learning(c, batch: Batch, *, updates: int, reference: bool) -> dict[str, float]:
-    """Count tokens and FLOPs of `updates` passes over a batch, plus its log-probs under
-    a reference policy if `reference` is true.
+def learning(c, batch: Batch, *, updates: int, passes: int = 0) -> dict[str, float]:
+    """Count tokens and FLOPs of `updates` updates from a batch, and of `passes` forward
+    passes over it: for log-probs of a reference policy, or values of a critic.
 
     The backward pass costs two forward passes, or one if the base is frozen: its
     weights then have no gradient.
@@ -198,7 +198,7 @@ def learning(c, batch: Batch, *, updates: int, reference: bool) -> dict[str, flo
     tokens, forward = float((batch.segment_BT > 0).sum()), reading(c, [batch])
     adapters = adapter_flops(c, tokens)
     update = (3 if c.lora is None else 2) * forward + 3 * adapters
-    return {"tokens": tokens * updates, "flops": updates * update + reference * (forward + adapters)}
+    return {"tokens": tokens * updates, "flops": updates * update + passes * (forward + adapters)}
 
 
 def reading(c, batches: Sequence[Batch]) -> float:

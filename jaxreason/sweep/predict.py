@@ -83,7 +83,8 @@ def phase_flops(shape, phase: Mapping, sampler: Mapping, where: str) -> float | 
     else:
         return None
     passes = 3 * phase["updates_per_batch"] + (source["dynamic_sampling"] if source["name"] == "rollouts" else 0)
-    passes += call_with_section(objectives.make, phase["objective"], f"{where}.objective").needs_reference
+    objective = call_with_section(objectives.make, phase["objective"], f"{where}.objective")
+    passes += objective.needs_reference + (objective.critic is not None)
     adapters = adapter_flops(shape, sum(map(sum, rows)))
     return phase["steps"] * passes * (forward_flops(shape, rows) + adapters)
 

@@ -1,0 +1,82 @@
+"""A critic: advantages of single tokens from values, and the loss of the value head.
+
+The value of token t is that of the text before it. Only sampled tokens are steps:
+forced ones (tool output) are passed over. The reward comes with the last step.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Critic(NamedTuple):
+    """How values become advantages."""
+
+    discount: float = 1.0  # gamma
+    decay: float = 0.95  # lambda
+    normalise: bool = True  # subtract the mean of the batch's advantages and divide by their standard deviation
+
+
+def check(critic: Critic) -> None:
+    if not (0 <= critic.discount <= 1 and 0 <= critic.decay <= 1):
+        raise ValueError(f"got discount={critic.discount}, decay={critic.decay}; allowed: 0 to 1")
+
+
+def with_values(critic: Critic, value_BT, batch) -> dict:
+    """Return the fields of a batch that values determine: `advantage_BT`, `return_BT`
+    and `value_BT`. The batch's `advantage_BT` so far are the rewards.
+
+    Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16):
+    the sum over later steps of (discount * decay)^k * delta, with delta = reward +
+    discount * next value - value. The return is advantage + value, before the
+    advantages are normalised over the trained tokens of the batch.
+    """
+    trained_BT = batch.weight_BT != 0
+
+    def step(after, now):
+        later_advantage, later_value, later_rollout = after
+        value, reward, trained, rollout = now
+        goes_on = rollout == later_rollout
+        target = jnp.where(goes_on, critic.discount * later_value, reward)
+        more = jnp.where(goes_on, critic.discount * critic.decay * later_advantage, 0.0)
+        advantage = target - value + more
+        before = (advantage, value, rollout)
+        kept = jax.tree.map(lambda new, old: jnp.where(trained, new, old), before, after)
+        return kept, jnp.where(trained, advantage, 0.0)
+
+    columns = jax.tree.map(jnp.transpose, (value_BT, batch.advantage_BT, trained_BT, batch.rollout_BT))
+    nothing_B = jnp.zeros_like(columns[0][0])
+    _, advantage_TB = jax.lax.scan(step, (nothing_B, nothing_B, jnp.full_like(columns[3][0], -1)), columns, reverse=True)
+    advantage_BT = advantage_TB.T
+    return_BT = jnp.where(trained_BT, advantage_BT + value_BT, 0.0)
+    if critic.normalise:
+        count = jnp.maximum(jnp.sum(trained_BT), 1)
+        mean = jnp.sum(advantage_BT) / count
+        variance = jnp.sum(jnp.where(trained_BT, (advantage_BT - mean) ** 2, 0.0)) / count
+        advantage_BT = jnp.where(trained_BT, (advantage_BT - mean) / (jnp.sqrt(variance) + 1e-6), 0.0)
+    return {"advantage_BT": advantage_BT, "return_BT": return_BT, "value_BT": value_BT}
+
+
+def add_value_loss(token_loss, coefficient: float, clip: float | None):
+    """Add `coefficient` times the squared error of the value, halved.
+
+    With `clip` the larger of two errors counts, that of the value and that of the value
+    kept within `clip` of the one before the update (as in OpenAI's baselines; not in
+    arXiv 1707.06347).
+    """
+    if coefficient <= 0 or (clip is not None and clip <= 0):
+        raise ValueError(f"got value_coefficient={coefficient}, value_clip={clip}; allowed: above 0, and None for no clip")
+
+    def with_value(outputs, batch):
+        loss_BT, statistics = token_loss(outputs, batch)
+        error_BT = (outputs.value_BT - batch.return_BT) ** 2
+        if clip is not None:
+            near_BT = batch.value_BT + jnp.clip(outputs.value_BT - batch.value_BT, -clip, clip)
+            error_BT = jnp.maximum(error_BT, (near_BT - batch.return_BT) ** 2)
+        statistics = {**statistics, "value_loss": 0.5 * error_BT, "value": outputs.value_BT, "return": batch.return_BT}
+        return loss_BT + 0.5 * coefficient * error_BT, statistics
+
+    return with_value
