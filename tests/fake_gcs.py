@@ -187,6 +187,9 @@ def upload(bucket: Bucket, method: str, query: dict[str, str], headers, body: by
         number = str(next(bucket.numbers))
         bucket.uploads[number] = (name, bytearray())
         return 200, {"Location": f"{host}/upload/storage/v1/b/{NAME}/o?uploadType=resumable&upload_id={number}"}, b"{}"
+    if method == "DELETE":  # the upload is cancelled
+        bucket.uploads.pop(query["upload_id"], None)
+        return 499, {}, b""
     name, contents = bucket.uploads[query["upload_id"]]
     contents.extend(body)
     if (headers.get("Content-Range") or "/x").rpartition("/")[2] == "*":  # more follows
