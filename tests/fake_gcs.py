@@ -136,6 +136,10 @@ def route(bucket: Bucket, method: str, path: str, query: dict[str, str], headers
         source, target = map(urllib.parse.unquote, found.groups())
         check(bucket, source, {})
         return {"done": True, "resource": bucket.put(target, bucket.objects[source][0])}
+    if found := re.fullmatch(rf"/storage/v1/b/{NAME}/o/([^/]+)/moveTo/o/([^/]+)", path):
+        source, target = map(urllib.parse.unquote, found.groups())
+        check(bucket, source, {})
+        return bucket.put(target, bucket.objects.pop(source)[0])
     if found := re.fullmatch(rf"(?:/download)?/storage/v1/b/{NAME}/o/(.+)", path):
         return one_object(bucket, method, urllib.parse.unquote(found[1]), query, headers)
     raise Refused(404)

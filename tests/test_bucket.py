@@ -8,6 +8,7 @@ import contextlib
 import gc
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -146,6 +147,30 @@ def test_tools_read_a_run_in_a_bucket(there, tmp_path, monkeypatch):
         assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "page.html").exists()
     assert (tmp_path / "exported5" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_a_damaged_checkpoint_is_set_aside(there, tmp_path):
+    """The run goes on from the one before, to the same end."""
+    process = begin(tmp_path / "first")
+
+    def stop(method: str, path: str) -> None:
+        if method == "POST" and "checkpoints/3/commit_success" in path:
+            process.send_signal(signal.SIGTERM)
+
+    there.fails = stop
+    assert ended(process)[0] == 0
+    there.fails = lambda method, path: None
+    steps = {int(found[1]) for name in there.objects if (found := re.match(r"runs/one/checkpoints/(\d+)/commit_success", name))}
+    last = f"runs/one/checkpoints/{max(steps)}/"
+    largest = max((name for name in there.objects if name.startswith(f"{last}state/")), key=lambda n: len(there.objects[n][0]))
+    there.put(largest, there.objects[largest][0][:100])
+    code, output = ended(begin(tmp_path / "second"))
+    assert code == 0, output
+    assert f"runs/one/checkpoints/{max(steps)}.damaged/commit_success.txt" in there.objects
+    assert ended(begin(tmp_path / "local", url=tmp_path / "whole"))[0] == 0
+    assert_same_run(to_files(there, tmp_path / "found"), tmp_path / "whole")
 
 
 # --- the parts, in this process ---
@@ -367,3 +392,10 @@ def test_a_reader_keeps_one_copy(there):
     first = local(URL)
     assert local(URL) == first
     assert not first.with_name("read.old").exists()
+
+
+def test_a_free_name_in_a_bucket_is_free(there):
+    for name in ("5.damaged", "5.damaged.1"):
+        there.put(f"runs/one/checkpoints/{name}/x", b"")
+    path = bucket.remote(f"{URL}/checkpoints/5.damaged")
+    assert workdir.free_name(path).name == "5.damaged.2"

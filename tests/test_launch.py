@@ -472,6 +472,35 @@ def test_other_extras_are_installed_too(cloud, asked):
         assert reached.first(remote.install("mine", asked.source.digest, extra)).out.strip() == said
 
 
+OLD = """#!/bin/bash
+# An older Python, or one without venv: uv makes the environment.
+echo "$(basename "$0") $*" >> "$HOME/calls"
+if [ "$1 $2 $3" = "-m uv venv" ]; then mkdir -p "${!#}/bin"; cp "$0" "${!#}/bin/python"; fi
+[ "$1 $2" != "-m venv" ] || { mkdir -p "$3/bin"; touch "$3/bin/python"; chmod +x "$3/bin/python"; exit 1; }
+"""
+
+
+@pytest.mark.parametrize("names", [["python3"], ["python3", "python3.11"]])
+def test_a_machine_without_a_python_that_will_do_gets_one(tmp_path, asked, names):
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("bash", "tar", "gzip", "rm", "mkdir", "touch", "cp", "chmod", "basename"):
+        (programs / name).symlink_to(shutil.which(name))
+    for name in names:
+        (programs / name).write_text(OLD)
+        (programs / name).chmod(0o755)
+    (tmp_path / remote.archive_of("mine", asked.source.digest)).write_bytes(asked.source.archive)
+    script = remote.install("mine", asked.source.digest, "tpu")
+    where = ["env", "-i", f"HOME={tmp_path}", f"PATH={programs}", str(programs / "bash"), "-c", script]
+    assert shell.run(where).out.strip() == "installed"
+    called = (tmp_path / "calls").read_text().splitlines()
+    assert called[-4:-2] == [
+        "python3 -m pip install --quiet --user uv",
+        "python3 -m uv venv --quiet --seed --python 3.12 jaxreason-launch/mine/venv",
+    ]
+    assert called[-1].startswith("python -m pip install --quiet -e jaxreason-launch/mine/source-")
+
+
 def test_what_is_left_of_a_run_ends_before_it_starts_again(tmp_path):
     """One host of several ended early; the processes of the others can't go on."""
     home = tmp_path / "jaxreason-launch" / "mine"

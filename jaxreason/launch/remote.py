@@ -18,6 +18,7 @@ from jaxreason.launch.fleets import job
 ROOT = "jaxreason-launch"  # in the home folder of the machine
 CUT_SHORT = job.STOPPED  # exit code of a run that its machine asked to stop, and that has saved itself
 MARK = "jaxreason-launch"  # around what `look` prints
+PYTHON = "3.12"  # version that is installed where there is none that jaxreason can use
 MOST = 200_000  # bytes of a log that are read at once
 FINISHED, RUNNING, STOPPED, NEVER = "finished", "running", "stopped", "never started"
 
@@ -46,8 +47,15 @@ def install(name: str, digest: str, extra: str) -> str:
             f"cd; if [ -f {marker} ]; then echo installed already; exit 0; fi",
             f"rm -rf {source}; mkdir -p {source}",
             f"tar -xzf {archive} -C {source}",
-            "python=$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)",
-            f"[ -x {home}/venv/bin/python ] || $python -m venv {home}/venv",
+            "python=$(command -v python3.13 || command -v python3.12 || command -v python3.11 || true)",
+            f"has_pip() {{ {home}/venv/bin/python -m pip --version > /dev/null 2>&1; }}",
+            f'if ! has_pip && [ -n "$python" ]; then rm -rf {home}/venv; $python -m venv {home}/venv > /dev/null || true; fi',
+            # Some images have only an older Python, or lack its venv; uv brings
+            # a Python along.
+            "if ! has_pip; then",
+            f"rm -rf {home}/venv; PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv",
+            f"python3 -m uv venv --quiet --seed --python {PYTHON} {home}/venv",
+            "fi",
             f"{home}/venv/bin/python -m pip install --quiet --upgrade pip",
             f"{home}/venv/bin/python -m pip install --quiet -e {source}'[{extra}]'",
             f"touch {marker}",

@@ -72,7 +72,7 @@ def listed(url: str) -> tuple[set[str], set[str]]:
     base = f"{url.removeprefix(SCHEME)}/"
     names: tuple[set[str], set[str]] = set(), set()
     with contextlib.suppress(FileNotFoundError):
-        for found in fsspec.filesystem("gcs").ls(base, detail=True):
+        for found in fsspec.filesystem("gcs", finalize_on_close=True).ls(base, detail=True):
             name = found["name"].removesuffix("/").removeprefix(base)
             if found["name"].startswith(base) and is_name(name):
                 names[found["type"] != "directory"].add(name)
