@@ -476,7 +476,7 @@ OLD = """#!/bin/bash
 # An older Python, or one without venv: uv makes the environment.
 echo "$(basename "$0") $*" >> "$HOME/calls"
 if [ "$1 $2 $3" = "-m uv venv" ]; then mkdir -p "${!#}/bin"; cp "$0" "${!#}/bin/python"; fi
-[ "$1 $2" != "-m venv" ] || { mkdir -p "$3/bin"; touch "$3/bin/python"; chmod +x "$3/bin/python"; exit 1; }
+[ "$1 $2" != "-m venv" ] || { mkdir -p "$3/bin"; echo "exit 1" > "$3/bin/python"; chmod +x "$3/bin/python"; exit 1; }
 """
 
 
