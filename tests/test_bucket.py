@@ -399,3 +399,14 @@ def test_a_free_name_in_a_bucket_is_free(there):
         there.put(f"runs/one/checkpoints/{name}/x", b"")
     path = bucket.remote(f"{URL}/checkpoints/5.damaged")
     assert workdir.free_name(path).name == "5.damaged.2"
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_the_last_copy_does_not_wait_for_a_bucket_that_is_gone(there, monkeypatch, status):
+    monkeypatch.setattr(mirrors, "RETRY_S", HANG_S)
+    lines, say = said()
+    with mirrored(URL, say) as (folder, _):
+        (folder / "file").write_text("1")
+        there.fails = lambda method, path: status if method == "POST" else None
+    assert [line for line in lines if "trying again" in line] == []
+    assert str(folder) in lines[-1]

@@ -143,11 +143,15 @@ class Copies:
         """
         with self.busy:
             for name in list(files_in(self.folder)):
-                with contextlib.suppress(FileNotFoundError):  # replaced or removed meanwhile: the next call finds what is there
+                try:
                     mark = self.mark(name)
                     if self.sent.get(name) != mark:
                         copy(self.folder / name, remote(f"{self.url}/{name}"), mark[0])
                         self.sent[name] = mark
+                except FileNotFoundError:
+                    if (self.folder / name).exists():  # then the bucket is gone
+                        raise
+                    # Replaced or removed meanwhile: the next call finds what is there.
 
 
 # --- the lock in the bucket ---
@@ -216,6 +220,15 @@ class Lock:
 
 
 # --- a run's mirror, and a reader's ---
+
+
+class Refused(OSError):
+    """The bucket is gone, or may not be written: trying again is of no use."""
+
+
+def is_refusal(error: Exception) -> bool:
+    """Return whether an error of gcsfs is a refusal, and not a fault of the network."""
+    return isinstance(error, FileNotFoundError) or "Forbidden" in str(error) or getattr(error, "code", None) in (401, 403, 404)
 
 
 def place_of(url: str, use: str) -> Path:
@@ -302,7 +315,8 @@ class Mirror:
         except workdir.Moved:
             raise
         except Exception as error:  # each library between here and the bucket has its own types
-            raise OSError(f"can't copy to {self.url}: {first_line(error)}") from None
+            kind = Refused if is_refusal(error) else OSError
+            raise kind(f"can't copy to {self.url}: {first_line(error)}") from None
 
     def check(self) -> None:
         """Raise Moved once another run writes to the folder."""
@@ -328,7 +342,7 @@ class Mirror:
             try:
                 return self.send()
             except OSError as error:
-                if time.monotonic() >= until_s:
+                if isinstance(error, Refused) or time.monotonic() >= until_s:
                     raise
                 self.say(f"warning: {error}; trying again for {until_s - time.monotonic():.0f} s")
                 time.sleep(min(RETRY_S, END_S))
