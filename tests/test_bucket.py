@@ -257,6 +257,8 @@ def test_a_run_ends_when_another_takes_its_folder_over(there, monkeypatch):
         there.put("runs/one/lock", b"host elsewhere, pid 3, since then, beat 0")
         with pytest.raises(workdir.Moved, match=f"{URL} was taken over by host elsewhere"):
             mirror.send()  # at a checkpoint
+        with pytest.raises(workdir.Moved, match=f"{URL} was taken over by host elsewhere"):
+            mirror.check()  # after the step
     monkeypatch.setattr(workdir, "BEAT_S", 0.05)
     there.objects.clear()
     with mirrored(URL, say) as (folder, mirror):
@@ -374,6 +376,7 @@ def test_the_last_copy_waits_for_the_network(there, monkeypatch):
 
         mirror.copies.send = flaky
     assert there.objects["runs/one/file"][0] == b"1"
+    assert len(lines) == 1
     assert "no network; trying again" in lines[0]
     assert "runs/one/lock" not in there.objects
 

@@ -662,6 +662,14 @@ def test_the_other_terminal_sees_all(cloud, asked):
     assert not (state.folder() / "mine.json").exists()
 
 
+def test_a_log_with_characters_that_the_terminal_lacks(cloud, asked, monkeypatch):
+    """A launch does not end when its terminal can't show a line."""
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    state.write("ünlich", {"kind": "gpu", "host": "böx", "workdir": "runs/mine"})
+    done = command("status")
+    assert (done.returncode, done.stdout) == (0, "?nlich: on b?x, runs/mine\n")
+
+
 def test_nobody_can_be_asked(cloud):
     done = command(*(word for word in ASK if word != "--yes"), stdin=subprocess.DEVNULL)
     assert done.stderr.splitlines()[-1] == "error: nobody can be asked whether to create it; --yes agrees"

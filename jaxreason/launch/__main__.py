@@ -330,6 +330,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def main(argv) -> None:
     logging.set_verbosity(logging.WARNING)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # the terminal may lack a character of the log
     what, *names = [*argv[1:], None][: max(1, len(argv) - 1)]
     try:
         if what in WRITE and not names:

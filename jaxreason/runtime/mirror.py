@@ -312,7 +312,8 @@ class Mirror:
         try:
             self.lock.check()  # the thread may not have noticed yet
             self.copies.send()
-        except workdir.Moved:
+        except workdir.Moved as moved:
+            self.lost = moved  # a failed save is no end of the run; the next `check` is
             raise
         except Exception as error:  # each library between here and the bucket has its own types
             kind = Refused if is_refusal(error) else OSError
@@ -337,14 +338,17 @@ class Mirror:
 
     def send_last(self) -> None:
         """Copy what is left; try again for a while if the bucket can't be reached."""
-        until_s = time.monotonic() + END_S
+        until_s, said = time.monotonic() + END_S, False
         while True:
             try:
-                return self.send()
+                self.send()
+                return
             except OSError as error:
                 if isinstance(error, Refused) or time.monotonic() >= until_s:
                     raise
-                self.say(f"warning: {error}; trying again for {until_s - time.monotonic():.0f} s")
+                if not said:
+                    self.say(f"warning: {error}; trying again for {END_S:.0f} s")
+                said = True
                 time.sleep(min(RETRY_S, END_S))
 
 
