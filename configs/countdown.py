@@ -18,4 +18,5 @@ def get_config(arg: str = "") -> ConfigDict:
     tiny = runpy.run_path(str(Path(__file__).with_name("tiny.py")))["get_config"]
     config = tiny(",".join(filter(None, ["task=countdown", arg])))
     config.rl.objective.kl_coefficient = 0.02
+    config.rl.objective.kl_estimator = "k3_reverse"
     return config

@@ -50,9 +50,8 @@ def from_groups(
     """
     rollouts = [r for group in groups for r in group.attempts]
     reward_PG = np.array([[r.verdict.reward for r in group.attempts] for group in groups], np.float64)
-    advantage_R = objective.advantage(reward_PG).reshape(-1)
-    length_R = np.array([r.sampled.sum() for r in rollouts])
-    weight_R = objective.weigh(length_R, advantage_R, limit)
+    length_PG = np.array([r.sampled.sum() for r in rollouts]).reshape(reward_PG.shape)
+    advantage_R, weight_R = advantage_and_weight(objective, reward_PG, length_PG, limit)
     count = rollouts_per_prompt
     parts = [group.attempts[i : i + count] for group in groups for i in range(0, len(group.attempts), count)]
     lengths = [shared_length(len(attempts[0].prompt), [len(r.tokens) for r in attempts]) for attempts in parts]
@@ -78,6 +77,23 @@ def from_groups(
     return batch
 
 
+def advantage_and_weight(objective: Objective, reward_PG, length_PG, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the advantage of each rollout and the weight of each of its tokens, [R].
+
+    Raises:
+      ValueError: a function of the objective, such as a user's own, returns another
+        shape.
+    """
+    advantage_PG = np.asarray(objective.advantage(reward_PG))
+    weight_PG = np.asarray(objective.weigh(length_PG, advantage_PG, limit))
+    for name, found in (("advantage", advantage_PG), ("weigh", weight_PG)):
+        if found.shape != reward_PG.shape:
+            raise ValueError(
+                f"the objective's {name} returned the shape {found.shape}; allowed: {reward_PG.shape}, problems x attempts"
+            )
+    return advantage_PG.reshape(-1), weight_PG.reshape(-1)
+
+
 def advantages(batch: Batch) -> list[float]:
     """Return the advantage of each rollout of a batch, in the order of their
     numbers.
@@ -98,8 +114,7 @@ def from_demonstrations(
     R, longest = len(demonstrations), buckets[-1]
     demonstrations = [(np.asarray(ids)[:longest], np.asarray(trainable, bool)[:longest]) for ids, trainable in demonstrations]
     length_R = np.array([trainable[1:].sum() for _, trainable in demonstrations])
-    advantage_R = objective.advantage(np.ones((R, 1))).reshape(R)
-    weight_R = objective.weigh(length_R, advantage_R, longest)
+    advantage_R, weight_R = advantage_and_weight(objective, np.ones((R, 1)), length_R[:, None], longest)
     batch, spans = lay_out([len(ids) for ids, _ in demonstrations], buckets, pack, microbatches)
     for i, ((ids, trainable), (row, begin, stop)) in enumerate(zip(demonstrations, spans, strict=True)):
         batch.tokens_BT[row, begin:stop] = ids
@@ -176,8 +191,7 @@ def from_windows(tokens_BT: np.ndarray, objective: Objective) -> Batch:
     untrained.
     """
     B, T = tokens_BT.shape
-    advantage_B = objective.advantage(np.ones((B, 1))).reshape(B)
-    weight_B = objective.weigh(np.full(B, T - 1), advantage_B, T - 1)
+    advantage_B, weight_B = advantage_and_weight(objective, np.ones((B, 1)), np.full((B, 1), T - 1), T - 1)
     batch = empty(B, T)
     batch.tokens_BT[:] = tokens_BT
     batch.segment_BT[:] = 1

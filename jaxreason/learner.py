@@ -25,6 +25,7 @@ from jaxreason.platforms import platform_of
 from jaxreason.types import Batch, TrainState
 
 DEPTHS = (0, 64, 256, 1024, 4096)  # positions at which `by_depth` cuts
+WORST = "_worst"  # ends the name of a statistic whose largest value counts, not its mean
 MISMATCH = "rollout/kl_sampler_learner"
 MISMATCH_BY_DEPTH = f"{MISMATCH}/"
 
@@ -32,7 +33,8 @@ MISMATCH_BY_DEPTH = f"{MISMATCH}/"
 def loss(params, batch: Batch, *, model: Model, objective: Objective, limits: Limits | None = None):
     """Return `sum(weight_BT * loss_BT)` and metrics over the tokens with a weight.
 
-    Metrics are (sum, count) pairs.
+    Metrics are (sum, count) pairs; of a name that ends in `WORST`, the largest value
+    and 1.
     """
     outputs = token_outputs(model, params, batch, limits)
     loss_BT, stats = objective.token_loss(outputs, batch)
@@ -50,7 +52,8 @@ def loss(params, batch: Batch, *, model: Model, objective: Objective, limits: Li
         "behaviour_kl_k1": -gap_BT,
         **stats,
     }
-    metrics = {name: (jnp.sum(jnp.where(trained_BT, x, 0.0)), count) for name, x in stats.items()}
+    trained = {name: jnp.where(trained_BT, x, 0.0) for name, x in stats.items()}
+    metrics = {name: (jnp.max(x), jnp.float32(1)) if name.endswith(WORST) else (jnp.sum(x), count) for name, x in trained.items()}
     return value, metrics | by_depth("behaviour_kl", stats["behaviour_kl"], trained_BT, batch.position_BT)
 
 
@@ -100,7 +103,7 @@ def train_step(
 
     def accumulate(i, total):
         (value, metrics), grads = gradient(by_layer, jax.tree.map(lambda x: x[i], parts))
-        return (*jax.tree.map(jnp.add, total[:2], (value, metrics)), add_up(total[2], grads))
+        return total[0] + value, merge(total[1], metrics), add_up(total[2], grads)
 
     if microbatches == 1:
         (value, metrics), grads = gradient(trained, batch)
@@ -138,6 +141,11 @@ def train_step(
     metrics = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), metrics)  # count nothing if not finite
     metrics["skipped"] = (1 - made.astype(jnp.float32), one)
     return TrainState(params | frozen, opt_state, state.step + 1), metrics
+
+
+def merge(total: dict, metrics: dict) -> dict:
+    """Add metrics of a micro-batch to those before it."""
+    return {name: tuple(map(jnp.maximum if name.endswith(WORST) else jnp.add, total[name], metrics[name])) for name in metrics}
 
 
 def add_up(total: dict, grads: dict) -> dict:
@@ -201,11 +209,17 @@ def state_shapes(model: Model, optimizer: optax.GradientTransformation, mesh) ->
 def name_metrics(learned: dict, *, sampled: bool) -> dict:
     """Rename the metrics of a train step as in the log.
 
+    `effective_sample_size` is the share of tokens of equal weight that would have the
+    same variance as these ratios: (sum r)^2 / (n sum r^2).
+
     Those that compare sampler and learner are left out unless the batch was sampled.
     With `lag` or several updates per batch they include the change of the policy
     meanwhile.
     """
-    named = {}
+    learned, named = dict(learned), {}
+    if "ratio_squared" in learned:
+        (total, count), (squares, _) = learned["ratio"], learned.pop("ratio_squared")
+        learned["effective_sample_size"] = (total**2 / jnp.maximum(squares, 1e-30), count)
     for name, value in learned.items():
         if name == "behaviour_gap":
             named |= {"rollout/logp_gap": value} if sampled else {}

@@ -450,8 +450,8 @@ def test_metrics_are_sums_and_counts(tiny):
     trained_BT = batch.weight_BT > 0
     for name, pair in metrics.items():
         assert [x.shape for x in pair] == [(), ()], name
-    once = {"loss", "grad_norm", "update_norm", "param_norm", "skipped"}
-    per_token = {"entropy", "nll", "behaviour_gap", "behaviour_kl", "behaviour_kl_k1", "ratio", "clip_fraction"}
+    once = {"loss", "grad_norm", "update_norm", "param_norm", "skipped", "log_ratio_worst", "log_ratio_of_rollout_worst"}
+    per_token = {"entropy", "nll", "behaviour_gap", "behaviour_kl", "behaviour_kl_k1", "ratio", "ratio_squared", "clip_fraction"}
     assert metrics.keys() == once | per_token | {"behaviour_kl/0_63"}  # a row has fewer than 64 tokens
     assert {float(metrics[name][1]) for name in once} == {1.0}
     assert {float(metrics[name][1]) for name in per_token} == {float(trained_BT.sum())}
@@ -460,6 +460,10 @@ def test_metrics_are_sums_and_counts(tiny):
     np.testing.assert_allclose(metrics["entropy"][0], entropy[trained_BT].sum(), rtol=1e-5)
     gap = np.abs(logp - batch.behaviour_logp_BT)[trained_BT].sum()
     np.testing.assert_allclose(metrics["behaviour_gap"][0], gap, rtol=1e-5)
+    worst = np.abs(logp - batch.behaviour_logp_BT)[trained_BT].max()
+    np.testing.assert_allclose(metrics["log_ratio_worst"][0], worst, rtol=1e-5)
+    halves = learner.compile_train_step(model, make("grpo"), optimizer, microbatches=2)
+    np.testing.assert_allclose(halves(fresh(params, optimizer), batch)[1]["log_ratio_worst"][0], worst, rtol=1e-5)
     np.testing.assert_allclose(metrics["update_norm"][0], 0.5 * metrics["grad_norm"][0], rtol=1e-5)
     np.testing.assert_allclose(metrics["param_norm"][0], optax.global_norm(state.params), rtol=1e-5)
 
@@ -589,7 +593,7 @@ GOLDEN_LOSS, GOLDEN_GRAD_NORM = 0.196247, 2.93953
 
 def test_golden_train_step(tiny):
     model, params = tiny()
-    objective = make("grpo", kl_coefficient=0.1, kl_estimator="k3", entropy_coefficient=0.01)
+    objective = make("grpo", kl_coefficient=0.1, kl_estimator="k3_reverse", entropy_coefficient=0.01)
     batch = dataclasses.replace(random_batch(temperature=0.9), reference_logp_BT=np.full((B, T), -2.5, np.float32))
     optimizer = optax.sgd(0.1)
     _, metrics = learner.compile_train_step(model, objective, optimizer)(fresh(params, optimizer), batch)
@@ -629,7 +633,7 @@ def test_reference_pulls_towards_itself(tiny):
     batch = random_batch()
     batch.advantage_BT[:] = 0
     own = np.asarray(token_logp(model)(params, batch))
-    objective = make("grpo", kl_coefficient=1.0)
+    objective = make("grpo", kl_coefficient=1.0, kl_estimator="k3_reverse")
     same = loss_and_gradient(model, params, dataclasses.replace(batch, reference_logp_BT=own), objective)
     np.testing.assert_allclose([same[0], optax.global_norm(same[2])], 0, atol=1e-5)
     other = loss_and_gradient(model, params, dataclasses.replace(batch, reference_logp_BT=own - 0.3), objective)

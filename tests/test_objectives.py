@@ -4,15 +4,17 @@ exact enumeration, and rlax.
 
 import inspect
 import itertools
+import statistics
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import grouped
+from runs import grouped, load_config
 
 from jaxreason import batching, objectives
+from jaxreason.options import command
 from jaxreason.types import Outputs, Rollout, Task, Verdict
 
 REWARD_PG = np.array([[1.0, 0, 0, 1], [0, 0, 0, 1], [1, 1, 1, 1]])
@@ -31,6 +33,8 @@ def tokens(logp, advantage=0.0, behaviour=0.0, reference=None, entropy=0.0):
     batch = SimpleNamespace(
         advantage_BT=like(advantage),
         behaviour_logp_BT=like(behaviour),
+        weight_BT=jnp.ones_like(logp_BT),
+        rollout_BT=jnp.ones(logp_BT.shape, jnp.int32),
         reference_logp_BT=None if reference is None else like(reference),
     )
     return Outputs(logp_BT, like(entropy)), batch
@@ -54,6 +58,10 @@ def test_advantage_by_hand(name, expected_PG):
     np.testing.assert_allclose(objectives.ADVANTAGES[name](REWARD_PG), expected_PG, atol=1e-5)
 
 
+def flat(reward_PG):
+    return [*itertools.chain.from_iterable(reward_PG)]
+
+
 SLOW = {
     "ones": lambda reward_PG, p, g: 1.0,
     "centre_batch": lambda reward_PG, p, g: reward_PG[p][g] - sum(map(sum, reward_PG)) / sum(map(len, reward_PG)),
@@ -66,12 +74,21 @@ SLOW = {
         / (sum((r - sum(reward_PG[p]) / len(reward_PG[p])) ** 2 for r in reward_PG[p]) / len(reward_PG[p])) ** 0.5
     ),
     "keep_positive": lambda reward_PG, p, g: float(reward_PG[p][g] > 0),
+    "zscore_batch": lambda reward_PG, p, g: (
+        (reward_PG[p][g] - statistics.fmean(flat(reward_PG))) / statistics.pstdev(flat(reward_PG))
+    ),
+    "centre_group_scale_batch": lambda reward_PG, p, g: (
+        (reward_PG[p][g] - statistics.fmean(reward_PG[p]))
+        / statistics.pstdev([r - statistics.fmean(group) for group in reward_PG for r in group])
+    ),
+    "divide_by_mean": lambda reward_PG, p, g: reward_PG[p][g] / statistics.fmean(reward_PG[p]) - 1,
 }
 
 
 @pytest.mark.parametrize("name", objectives.ADVANTAGES)
 def test_advantage_against_a_slow_loop(name):
     reward_PG = np.random.default_rng(0).normal(size=(5, 3)).round(2)
+    reward_PG += 4.0 * (name == "divide_by_mean")  # which takes no negative rewards
     slow = [[SLOW[name](reward_PG.tolist(), p, g) for g in range(3)] for p in range(5)]
     np.testing.assert_allclose(objectives.ADVANTAGES[name](reward_PG), slow, rtol=1e-4)
 
@@ -86,7 +103,7 @@ def test_equal_rewards_give_an_advantage_of_exactly_zero(baseline):
     assert residue > 0, "the mean of equal numbers has no float residue here: this test needs other numbers"
 
 
-@pytest.mark.parametrize("baseline", objectives.GROUP_BASELINES)
+@pytest.mark.parametrize("baseline", [b for b in objectives.GROUP_BASELINES if "batch" not in b.__name__])
 def test_groups_do_not_see_each_other(baseline):
     alone = baseline(REWARD_PG[:1])
     np.testing.assert_array_equal(baseline(REWARD_PG)[:1], alone)
@@ -107,29 +124,38 @@ def test_keep_correct_drops_zero_and_negative_rewards():
         ("per_token", [1 / 8] * 3),
         ("per_kept_token", [1 / 7, 0, 1 / 7]),
         ("per_max_length", [1 / 30] * 3),
+        ("per_prompt", [1 / 8] * 3),
     ],
 )
 def test_weighting_by_hand(name, expected_R):
-    weight_R = objectives.WEIGHTINGS[name](np.array([2, 1, 5]), np.array([1.0, 0, -1]), 10)
-    np.testing.assert_allclose(weight_R, expected_R)
+    weight_PG = objectives.WEIGHTINGS[name](np.array([[2, 1, 5]]), np.array([[1.0, 0, -1]]), 10)
+    np.testing.assert_allclose(weight_PG, [expected_R])
+
+
+def test_a_mean_inside_each_group_gives_groups_the_same_weight():
+    length_PG = np.array([[1, 1], [9, 1]])
+    weight_PG = objectives.WEIGHTINGS["per_prompt"](length_PG, np.ones((2, 2)), 10)
+    np.testing.assert_allclose(weight_PG, [[1 / 4] * 2, [1 / 20] * 2])
+    np.testing.assert_allclose((weight_PG * length_PG).sum(axis=1), 1 / 2)
 
 
 @pytest.mark.parametrize("name", objectives.WEIGHTINGS)
 def test_weights_add_up_to_one(name):
     rng = np.random.default_rng(0)
-    length_R, advantage_R = rng.integers(1, 9, 6), np.array([0.0, 1, 1, 0, -1, 1])
+    length_PG, advantage_PG = rng.integers(1, 9, (2, 3)), np.array([[0.0, 1, 1], [0, -1, 1]])
     if name == "per_max_length":
-        length_R[:] = 9  # a constant denominator: one only for rollouts of full length
+        length_PG[:] = 9  # a constant denominator: one only for rollouts of full length
     if name == "token_sum":
-        length_R[:] = 1  # a sum, not a mean: one only for rollouts of one token
-    weight_R = objectives.WEIGHTINGS[name](length_R, advantage_R, 9)
-    np.testing.assert_allclose((weight_R * length_R).sum(), 1)
+        length_PG[:] = 1  # a sum, not a mean: one only for rollouts of one token
+    weight_PG = objectives.WEIGHTINGS[name](length_PG, advantage_PG, 9)
+    assert weight_PG.shape == (2, 3)
+    np.testing.assert_allclose((weight_PG * length_PG).sum(), 1)
 
 
 @pytest.mark.parametrize("name", objectives.WEIGHTINGS)
 def test_nothing_to_train_on_gives_finite_weights(name):
-    weight_R = objectives.WEIGHTINGS[name](np.zeros(3, int), np.zeros(3), 10)
-    assert np.isfinite(weight_R).all()
+    weight_PG = objectives.WEIGHTINGS[name](np.zeros((1, 3), int), np.zeros((1, 3)), 10)
+    assert np.isfinite(weight_PG).all()
 
 
 def test_expert_iteration_trains_on_what_was_kept_and_on_nothing_else():
@@ -242,20 +268,22 @@ def half_square(theta):
     return jnp.sum(jnp.exp(logp) * (logp - REFERENCE) ** 2) / 2
 
 
-def expectation(estimator):
-    """Compute the result of an infinite on-policy batch: the tokens' probabilities are
-    constants, not differentiated.
+def expectation(estimator, sampler=None):
+    """Compute the result of an infinite batch of a sampling policy, by default the one
+    that learns: the tokens' probabilities are constants, not differentiated.
     """
+    sampler = jax.nn.log_softmax(THETA) if sampler is None else sampler
 
     def value(theta):
         logp = jax.nn.log_softmax(theta)
-        return jnp.sum(jax.lax.stop_gradient(jnp.exp(logp)) * estimator(logp, REFERENCE))
+        return jnp.sum(jnp.exp(sampler) * estimator(logp, REFERENCE, logp - sampler))
 
     return value
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "gradient_of"), [("k1", forward, forward), ("k2", half_square, forward), ("k3", forward, reverse)]
+    ("name", "value", "gradient_of"),
+    [("k1", forward, forward), ("k2", half_square, forward), ("k3_reverse", forward, reverse), ("k3_weighted", forward, forward)],
 )
 def test_kl_estimator_against_the_closed_form(name, value, gradient_of):
     estimate, slope = jax.value_and_grad(expectation(objectives.KL_ESTIMATORS[name]))(THETA)
@@ -264,13 +292,23 @@ def test_kl_estimator_against_the_closed_form(name, value, gradient_of):
     assert float(jnp.abs(slope).max()) > 0.05
 
 
+def test_the_weighted_estimator_is_right_for_any_sampling_policy():
+    sampler = jnp.log(jnp.array([0.5, 0.3, 0.2]))
+    estimate, slope = jax.value_and_grad(expectation(objectives.KL_ESTIMATORS["k3_weighted"], sampler))(THETA)
+    np.testing.assert_allclose(estimate, forward(THETA), rtol=1e-5)
+    np.testing.assert_allclose(slope, jax.grad(forward)(THETA), rtol=1e-4, atol=1e-6)
+    for name in ("k1", "k2", "k3_reverse"):
+        other = jax.grad(expectation(objectives.KL_ESTIMATORS[name], sampler))(THETA)
+        assert float(jnp.abs(other - slope).max()) > 0.05, name
+
+
 def test_naive_k1_would_have_no_gradient():
-    slope = jax.grad(expectation(lambda logp, reference_logp: logp - reference_logp))(THETA)
+    slope = jax.grad(expectation(lambda logp, reference_logp, log_ratio: logp - reference_logp))(THETA)
     np.testing.assert_allclose(slope, 0, atol=1e-6)
 
 
 def test_every_kl_estimator_is_tested():
-    assert set(objectives.KL_ESTIMATORS) == {"k1", "k2", "k3"}
+    assert set(objectives.KL_ESTIMATORS) == {"k1", "k2", "k3_reverse", "k3_weighted"}
 
 
 @pytest.mark.parametrize("estimator", objectives.KL_ESTIMATORS)
@@ -283,12 +321,34 @@ def test_with_kl_adds_coefficient_times_estimate(estimator):
     assert wrapped[:2] == plain[:2]
     seen = tokens([-1.0, -2.0], advantage=[1.0, -1.0], behaviour=[-1.1, -1.9], reference=[-1.5, -1.0])
     (loss_BT, stats), (plain_BT, plain_stats) = wrapped.token_loss(*seen), plain.token_loss(*seen)
-    kl_BT = objectives.KL_ESTIMATORS[estimator](seen[0].logp_BT, seen[1].reference_logp_BT)
+    kl_BT = objectives.KL_ESTIMATORS[estimator](
+        seen[0].logp_BT, seen[1].reference_logp_BT, seen[0].logp_BT - seen[1].behaviour_logp_BT
+    )
     np.testing.assert_allclose(loss_BT, plain_BT + 0.25 * kl_BT, rtol=1e-6)
     np.testing.assert_allclose(stats["kl"], kl_BT)
     assert stats.keys() == {*plain_stats, "kl"}
-    by_hand = {"k1": [0.5, -1.0], "k2": [0.125, 0.5], "k3": [np.exp(-0.5) - 0.5, np.e - 2]}[estimator]
+    k3 = np.array([np.exp(-0.5) - 0.5, np.e - 2])
+    weighted = k3 * np.exp([0.1, -0.1])
+    by_hand = {"k1": [0.5, -1.0], "k2": [0.125, 0.5], "k3_reverse": k3, "k3_weighted": weighted}[estimator]
     np.testing.assert_allclose(kl_BT[0], by_hand, rtol=1e-5)
+
+
+def test_runs_of_earlier_versions_keep_their_kl_estimator():
+    from jaxreason.build import from_earlier
+
+    config = load_config("tiny", "smoke").to_dict()
+    config["rl"]["objective"]["kl_estimator"] = "k3"  # today's k3_reverse
+    assert from_earlier(config)[0]["rl"]["objective"]["kl_estimator"] == "k3_reverse"
+    del config["rl"]["objective"]["kl_estimator"]
+    assert from_earlier(config)[0]["rl"]["objective"]["kl_estimator"] == "k3_weighted"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("kl_estimator", "k1"), ("correct_by", "mask"), ("correct_low", "0.5"), ("correct_high", "1.5")]
+)
+def test_a_field_that_nothing_reads_is_refused(field, value):
+    with pytest.raises(ValueError, match=rf"^config\.rl\.objective\.{field} got .*, so nothing reads it; set both$"):
+        command.read("configs/tiny.py:smoke", {f"rl.objective.{field}": value})
 
 
 def test_with_entropy_rewards_entropy():
@@ -320,6 +380,12 @@ def test_with_entropy_rewards_entropy():
         ("dr_grpo", "centre_group", "per_max_length"),
         ("dapo", "zscore_group", "per_token"),
         ("expert_iteration", "keep_positive", "per_kept_token"),
+        ("reinforce_pp", "zscore_batch", "per_token"),
+        ("maxrl", "divide_by_mean", "token_sum"),
+        ("gspo", "zscore_group", "per_sequence"),
+        ("cispo", "zscore_group", "per_token"),
+        ("dppo", "centre_group", "per_max_length"),
+        ("sapo", "zscore_group", "per_sequence"),
     ],
 )
 def test_named_algorithm(name, advantage, weigh):
@@ -347,10 +413,10 @@ def test_numbers_of_an_algorithm_reach_its_loss(name, fields, up, down):
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("grop", {}, r"unknown objective 'grop' \(did you mean 'grpo'\?\); one of: dapo, "),
+        ("grop", {}, r"unknown objective 'grop' \(did you mean 'grpo'\?\); one of: cispo, dapo, "),
         ("grpo", {"advantage": "z_score"}, r"unknown advantage 'z_score'.*zscore_group"),
         ("grpo", {"weigh": "per_word"}, r"unknown weighting 'per_word'.*per_token"),
-        ("grpo", {"kl_coefficient": 0.1, "kl_estimator": "k4"}, r"unknown KL estimator 'k4'.*k1, k2, k3"),
+        ("grpo", {"kl_coefficient": 0.1, "kl_estimator": "k4"}, r"unknown KL estimator 'k4'.*k1, k2, k3_reverse"),
         ("dapo", {"clip": 0.2}, r"unknown field of objective 'dapo' 'clip'.*clip_high, clip_low"),
         ("sft", {"lr": 0.2}, r"unknown field of objective 'sft' 'lr'.*none"),
     ],
@@ -364,14 +430,14 @@ def test_ablation_is_a_cross_product():
     seen = tokens([-1.0, -2.0], advantage=[1.0, -1.0], behaviour=[-1.5, -1.5], reference=[-1.0, -1.2], entropy=0.5)
     lists = objectives.OBJECTIVES, objectives.ADVANTAGES, objectives.WEIGHTINGS
     made = [objectives.make(name, advantage=a, weigh=w) for name, a, w in itertools.product(*lists)]
-    assert len(made) == 8 * 6 * 5
+    assert len(made) == 15 * 9 * 6
     for objective, (name, a, w) in zip(made, itertools.product(*lists), strict=True):
         assert objective.advantage is objectives.ADVANTAGES[a]
         assert objective.weigh is objectives.WEIGHTINGS[w]
-        assert objective.needs_group == (a in ("centre_group", "leave_one_out", "zscore_group"))
+        grouped = ("centre_group", "leave_one_out", "zscore_group", "centre_group_scale_batch", "divide_by_mean")
+        assert objective.needs_group == (a in grouped)
         assert inspect.unwrap(objective.token_loss).__qualname__ == objectives.make(name).token_loss.__qualname__
-        weight_R = objective.weigh(np.array([2, 1, 5]), objective.advantage(REWARD_PG[:1, :3]).reshape(3), 10)
-        assert weight_R.shape == (3,)
+        assert objective.weigh(np.array([[2, 1, 5]]), objective.advantage(REWARD_PG[:1, :3]), 10).shape == (1, 3)
     for name, kl in itertools.product(objectives.OBJECTIVES, objectives.KL_ESTIMATORS):
         whole = objectives.make(name, kl_coefficient=0.1, kl_estimator=kl, entropy_coefficient=0.1)
         assert jnp.isfinite(whole.token_loss(*seen)[0]).all()
@@ -408,9 +474,9 @@ def expected_gradients(seed, name, **fields):
     found = 0.0
     for i, j in itertools.product(range(len(every)), repeat=2):
         pair = [i, j]
-        advantage = objective.advantage(reward_R[pair][None])[0]
-        weight = objective.weigh(length_R[pair], advantage, LONGEST)
-        found = found + prob_R[i] * prob_R[j] * np.tensordot(weight * advantage, score_RSV[pair], 1)
+        advantage_PG = objective.advantage(reward_R[pair][None])
+        weight_PG = objective.weigh(length_R[pair][None], advantage_PG, LONGEST)
+        found = found + prob_R[i] * prob_R[j] * np.tensordot((weight_PG * advantage_PG)[0], score_RSV[pair], 1)
     return np.tensordot(prob_R * reward_R, score_RSV, 1), found
 
 

@@ -303,7 +303,7 @@ def from_earlier(config: dict) -> tuple[dict, list[str]]:
       ValueError: a field that this version does not have, or that has been renamed.
     """
     config = {name: value for name, value in config.items() if name != "revisions"}  # the commits of the hub that it read
-    config = with_one_tracker(config)
+    config = with_named_kl(with_one_tracker(config))
     version = config.get("version", 0)
     if not isinstance(version, int) or version > VERSION:
         raise ValueError(f"config.json is of version {version}, made by a later jaxreason; update this one (version {VERSION})")
@@ -331,6 +331,26 @@ def with_one_tracker(config: dict) -> dict:
     return config | {"log": {"tracker": ",".join(used), **kept}}
 
 
+def with_named_kl(config: dict) -> dict:
+    """Convert the name of a KL estimator that earlier versions called k3."""
+
+    config = dict(config)
+    for name, section in config.items():
+        objective = section.get("objective") if isinstance(section, dict) else None
+        if isinstance(objective, dict) and objective.get("kl_estimator") == "k3":
+            config[name] = section | {"objective": objective | {"kl_estimator": "k3_reverse"}}
+    return config
+
+
+# Fields of an objective that nothing reads while another has a value.
+READ_WITH = {
+    "kl_estimator": ("kl_coefficient", 0),
+    "correct_by": ("correct", "none"),
+    "correct_low": ("correct", "none"),
+    "correct_high": ("correct", "none"),
+}
+
+
 def check_changes(config: dict, changes: Mapping[str, str]) -> None:
     """Check that the optimizer and objective fields that a command sets are read.
 
@@ -339,10 +359,10 @@ def check_changes(config: dict, changes: Mapping[str, str]) -> None:
     """
     for phase, values in config.items():
         objective = values.get("objective") if is_phase(phase, values) else None
-        estimator = f"{phase}.objective.kl_estimator"
-        if estimator in changes and isinstance(objective, dict) and objective.get("kl_coefficient") == 0:
-            got = objective["kl_estimator"]
-            raise ValueError(f"config.{estimator} got {got!r}, but kl_coefficient is 0, so nothing reads it; set both")
+        for name, (other, off) in READ_WITH.items() if isinstance(objective, dict) else ():
+            if f"{phase}.objective.{name}" in changes and objective.get(other) == off:
+                got = f"config.{phase}.objective.{name} got {objective[name]!r}"
+                raise ValueError(f"{got}, but {other} is {off}, so nothing reads it; set both")
         section = values.get("optimizer") if is_phase(phase, values) else None
         for field, (why, default) in optimizer_.ignored(section).items() if isinstance(section, dict) else ():
             where = f"{phase}.optimizer.{field}"
