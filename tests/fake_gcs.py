@@ -136,6 +136,10 @@ def route(bucket: Bucket, method: str, path: str, query: dict[str, str], headers
         source, target = map(urllib.parse.unquote, found.groups())
         check(bucket, source, {})
         return {"done": True, "resource": bucket.put(target, bucket.objects[source][0])}
+    if found := re.fullmatch(rf"/storage/v1/b/{NAME}/o/([^/]+)/moveTo/o/([^/]+)", path):
+        source, target = map(urllib.parse.unquote, found.groups())
+        check(bucket, source, {})
+        return bucket.put(target, bucket.objects.pop(source)[0])
     if found := re.fullmatch(rf"(?:/download)?/storage/v1/b/{NAME}/o/(.+)", path):
         return one_object(bucket, method, urllib.parse.unquote(found[1]), query, headers)
     raise Refused(404)
@@ -187,6 +191,9 @@ def upload(bucket: Bucket, method: str, query: dict[str, str], headers, body: by
         number = str(next(bucket.numbers))
         bucket.uploads[number] = (name, bytearray())
         return 200, {"Location": f"{host}/upload/storage/v1/b/{NAME}/o?uploadType=resumable&upload_id={number}"}, b"{}"
+    if method == "DELETE":  # the upload is cancelled
+        bucket.uploads.pop(query["upload_id"], None)
+        return 499, {}, b""
     name, contents = bucket.uploads[query["upload_id"]]
     contents.extend(body)
     if (headers.get("Content-Range") or "/x").rpartition("/")[2] == "*":  # more follows

@@ -4,8 +4,11 @@ from them. The bucket is a stand-in (`fake_gcs`), the libraries are the real one
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,6 +25,7 @@ from runs import HANG_S, ROOT, SMOKE, finish, maths, params_of, read_lines, star
 pytest.importorskip("gcsfs")
 
 from jaxreason.runtime import bucket, workdir
+from jaxreason.runtime import mirror as mirrors
 from jaxreason.runtime.mirror import local, mirrored
 
 URL = f"gs://{fake_gcs.NAME}/runs/one"
@@ -145,6 +149,30 @@ def test_tools_read_a_run_in_a_bucket(there, tmp_path, monkeypatch):
     assert (tmp_path / "exported5" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.process
+def test_a_damaged_checkpoint_is_set_aside(there, tmp_path):
+    """The run goes on from the one before, to the same end."""
+    process = begin(tmp_path / "first")
+
+    def stop(method: str, path: str) -> None:
+        if method == "POST" and "checkpoints/3/commit_success" in path:
+            process.send_signal(signal.SIGTERM)
+
+    there.fails = stop
+    assert ended(process)[0] == 0
+    there.fails = lambda method, path: None
+    steps = {int(found[1]) for name in there.objects if (found := re.match(r"runs/one/checkpoints/(\d+)/commit_success", name))}
+    last = f"runs/one/checkpoints/{max(steps)}/"
+    largest = max((name for name in there.objects if name.startswith(f"{last}state/")), key=lambda n: len(there.objects[n][0]))
+    there.put(largest, there.objects[largest][0][:100])
+    code, output = ended(begin(tmp_path / "second"))
+    assert code == 0, output
+    assert f"runs/one/checkpoints/{max(steps)}.damaged/commit_success.txt" in there.objects
+    assert ended(begin(tmp_path / "local", url=tmp_path / "whole"))[0] == 0
+    assert_same_run(to_files(there, tmp_path / "found"), tmp_path / "whole")
+
+
 # --- the parts, in this process ---
 
 
@@ -231,6 +259,8 @@ def test_a_run_ends_when_another_takes_its_folder_over(there, monkeypatch):
         there.put("runs/one/lock", b"host elsewhere, pid 3, since then, beat 0")
         with pytest.raises(workdir.Moved, match=f"{URL} was taken over by host elsewhere"):
             mirror.send()  # at a checkpoint
+        with pytest.raises(workdir.Moved, match=f"{URL} was taken over by host elsewhere"):
+            mirror.check()  # after the step
     monkeypatch.setattr(workdir, "BEAT_S", 0.05)
     there.objects.clear()
     with mirrored(URL, say) as (folder, mirror):
@@ -266,3 +296,122 @@ def test_an_incomplete_checkpoint_is_no_checkpoint(there):
         assert workdir.saved_at(folder) == []
         there.put("runs/one/checkpoints/3/commit_success.txt", b"")
         assert workdir.saved_at(folder) == [3]
+
+
+def test_names_that_are_no_files_here_are_left_out(there, tmp_path):
+    """The console marks folders with empty objects, and an object may have any name."""
+    odd = ["", "tensorboard/", "/x", "../../../evil", "./x", "a" * 300, "both"]
+    for name in [*odd, "config.json", "tensorboard/events", "a b#?*[ü]", "both/x"]:
+        there.put(f"runs/one/{name}", b"1")
+    with mirrored(URL, print) as (folder, _):
+        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert names == ["a b#?*[ü]", "both/x", "bucket.json", "config.json", "tensorboard/events"]
+    there.objects.clear()
+    there.put("runs/one/", b"")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        local(URL)
+
+
+def test_links_and_pipes_in_a_mirror_are_not_copied(there, tmp_path):
+    with mirrored(URL, print) as (folder, mirror):
+        (folder / "loop").symlink_to(folder)
+        (folder / "missing").symlink_to("/nonexistent")
+        os.mkfifo(folder / "pipe")
+        (folder / "file").write_text("1")
+        mirror.send()
+    assert [name for name in there.objects if "lock" not in name] == ["runs/one/file"]
+
+
+@pytest.mark.parametrize("length", [100, 30 << 20])
+def test_a_copy_that_is_broken_off_leaves_the_object_as_it_was(there, length):
+    there.put("runs/one/records", b"whole")
+
+    class Breaks:
+        def __init__(self):
+            self.pieces = [b"x" * length]
+
+        def open(self, mode: str):
+            return contextlib.nullcontext(self)
+
+        def read(self, most: int) -> bytes:
+            if self.pieces:
+                return self.pieces.pop()
+            raise OSError("broken")
+
+    with pytest.raises(OSError, match="broken"):
+        mirrors.copy(Breaks(), bucket.remote(f"{URL}/records"))
+    gc.collect()
+    assert there.objects["runs/one/records"][0] == b"whole"
+
+
+def test_a_lock_of_a_host_with_the_same_name_is_watched(there, monkeypatch):
+    """Containers often have the same host name, and their own process ids."""
+    monkeypatch.setattr(workdir, "BEAT_S", 0.05)
+    for lock in (f"host {socket.gethostname()}, pid 1 of 0123456789abcdef, since then, beat 0".encode(), b"\xff\xfe"):
+        lines, say = said()
+        there.put("runs/one/lock", lock)
+        with mirrored(URL, say):
+            pass
+        assert "watching" in lines[0]
+    died = subprocess.Popen(["true"])
+    died.wait()
+    lines, say = said()
+    held = f"host {socket.gethostname()}, pid {died.pid} of {mirrors.process_space()}, since then, beat 0"
+    there.put("runs/one/lock", held.encode())
+    with mirrored(URL, say):
+        pass
+    assert [line for line in lines if "watching" in line] == []
+
+
+def test_the_last_copy_waits_for_the_network(there, monkeypatch):
+    monkeypatch.setattr(mirrors, "RETRY_S", 0.01)
+    lines, say = said()
+    with mirrored(URL, say) as (folder, mirror):
+        (folder / "file").write_text("1")
+        send, fails = mirror.copies.send, [1, 2, 3]
+
+        def flaky() -> None:
+            if fails:
+                fails.pop()
+                raise ConnectionError("no network")
+            send()
+
+        mirror.copies.send = flaky
+    assert there.objects["runs/one/file"][0] == b"1"
+    assert len(lines) == 1
+    assert "no network; trying again" in lines[0]
+    assert "runs/one/lock" not in there.objects
+
+
+def test_a_mirror_that_cannot_be_written_is_named(there, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    there.put("runs/one/config.json", b"{}")
+    for use in (lambda: local(URL), lambda: mirrored(URL, print).__enter__()):
+        with pytest.raises(ValueError, match=r"can't write to .*Not a directory; .*XDG_CACHE_HOME"):
+            use()
+
+
+def test_a_reader_keeps_one_copy(there):
+    there.put("runs/one/config.json", b"{}")
+    first = local(URL)
+    assert local(URL) == first
+    assert not first.with_name("read.old").exists()
+
+
+def test_a_free_name_in_a_bucket_is_free(there):
+    for name in ("5.damaged", "5.damaged.1"):
+        there.put(f"runs/one/checkpoints/{name}/x", b"")
+    path = bucket.remote(f"{URL}/checkpoints/5.damaged")
+    assert workdir.free_name(path).name == "5.damaged.2"
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_the_last_copy_does_not_wait_for_a_bucket_that_is_gone(there, monkeypatch, status):
+    monkeypatch.setattr(mirrors, "RETRY_S", HANG_S)
+    lines, say = said()
+    with mirrored(URL, say) as (folder, _):
+        (folder / "file").write_text("1")
+        there.fails = lambda method, path: status if method == "POST" else None
+    assert [line for line in lines if "trying again" in line] == []
+    assert str(folder) in lines[-1]

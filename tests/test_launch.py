@@ -2,6 +2,7 @@
 and runs the scripts in them.
 """
 
+import functools
 import io
 import json
 import os
@@ -338,11 +339,213 @@ def test_types_have_topologies_hosts_and_prices():
 
 
 def test_the_log_is_read_in_parts():
-    assert remote.read("finished 3\n5\nabc") == remote.Seen("finished", 3, 5, "abc")
-    assert remote.read("never started\n0\n") == remote.Seen("never started", None, 0, "")
-    for wrong in ("", "Warning: hosts\nrunning\n5\n", "finished\n5\n", "running\nmany\n"):
+    whole = "a banner\njaxreason-launch|finished 3|5|YWJj|\n"
+    for out in (whole, whole.replace("\n", "\r\n"), f"no newline{whole}"):
+        assert remote.read(out) == remote.Seen("finished", 3, 5, b"abc")
+    assert remote.read("jaxreason-launch|never started|0||\n") == remote.Seen("never started", None, 0, b"")
+    for wrong in (
+        "",
+        "Warning: hosts\n",
+        "jaxreason-launch|finished|5||",
+        "jaxreason-launch|running|5|YWJj",
+        whole.replace("5", "x"),
+    ):
         with pytest.raises(ValueError, match="the machine answered"):
             remote.read(wrong)
+
+
+LAST = "last, without newline"
+LOG = b"one\r\n" + "ümlaut\n".encode() + b"\xff\xfe bytes\n" + "ü".encode() * 300 + b"\n\n" + LAST.encode()
+
+
+@pytest.mark.parametrize("most", [64, 100, 1000])
+def test_a_log_of_any_bytes_arrives_once(tmp_path, most, monkeypatch):
+    """The looks cut it anywhere, and the login prints a message."""
+    home = tmp_path / "jaxreason-launch" / "mine"
+    home.mkdir(parents=True)
+    (home / "log").write_bytes(LOG)
+    (home / "code").write_text("0\n")
+
+    def first(script: str) -> Result:
+        script = script.replace("head -c 200000", f"head -c {most}")
+        done = shell.run(["env", f"HOME={tmp_path}", "bash", "-c", f"echo welcome; {script}"])
+        return done._replace(out=done.out.replace("\n", "\r\n"))
+
+    monkeypatch.setattr(launch.remote, "whole_lines", functools.partial(remote.whole_lines, most=most))
+    said = []
+    asked = Asked("mine", [], SOURCE, "gpu")
+    reached = target.Target(first, first, lambda *_: None, lambda *_: None)
+    assert launch.follow(asked, reached, world(said), lambda: True) == 0
+    if most == 1000:  # longer than the longest line, which is shown in pieces otherwise
+        assert said == LOG.decode(errors="replace").splitlines()
+    assert [line for line in said if "ü" * 20 not in line and line.strip("ü\ufffd")] == [
+        "one",
+        "ümlaut",
+        "\ufffd\ufffd bytes",
+        LAST,
+    ]
+
+
+def test_a_line_is_shown_when_it_is_whole(tmp_path):
+    running = remote.Seen("running", None, 8, b"one\ntwo")
+    assert remote.whole_lines(running, 0) == b"one\n"
+    assert remote.whole_lines(running._replace(piece=b"tw"), 4) == b""
+    assert remote.whole_lines(running._replace(state="finished", size=7), 0) == b"one\ntwo"
+    assert remote.whole_lines(running._replace(piece=b"x" * 10), 0, most=10) == b"x" * 10
+
+
+def answers(*found):
+    """Make a shell that gives these results, the last one from then on."""
+    left = list(found)
+    asked = []
+
+    def give(words, timeout_s=0.0):
+        asked.append(list(words))
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    return shell.Shell(give, give), asked
+
+
+OFF = Result(1, "", "ERROR: Unable to find the server at tpu.googleapis.com")
+ABSENT = Result(1, "", "ERROR: NOT_FOUND: Resource 'projects/p/locations/z/nodes/mine' was not found")
+
+
+def described(state, type="v5litepod-16"):
+    return Result(0, json.dumps({"state": state, "acceleratorType": type}), "")
+
+
+def in_state(*found):
+    made, asked = answers(*found)
+    return World(made, lambda line: None, sleep=lambda s: None), asked
+
+
+def test_no_network_is_no_absent_slice():
+    made, asked = in_state(OFF)
+    with pytest.raises(ValueError, match="could not describe it: ERROR: Unable"):
+        launch.bring_up(PLACE, MACHINE, made)
+    assert len(asked) == 1
+    assert launch.is_ready(PLACE, made)  # so the run on it is looked at again
+    made, _ = in_state(described("CREATING"), OFF, OFF, OFF, OFF, described("READY"))
+    launch.wait_until_ready(PLACE, made)
+
+
+def test_a_slice_that_somebody_deletes_is_not_created_anew():
+    for gone in (ABSENT, described("DELETING")):
+        with pytest.raises(LaunchFailed, match="deleted by somebody else"):
+            launch.is_ready(PLACE, in_state(gone)[0])
+    with pytest.raises(LaunchFailed, match="was deleted before it was ready"):
+        launch.wait_until_ready(PLACE, in_state(described("CREATING"), ABSENT)[0])
+
+
+@pytest.mark.parametrize("state", ["STOPPED", "STOPPING", "UNKNOWN"])
+def test_a_slice_that_somebody_stopped_is_not_deleted(state):
+    made, asked = in_state(described(state))
+    with pytest.raises(LaunchFailed, match=f"mine is {state}, and its disk may hold a run"):
+        launch.bring_up(PLACE, MACHINE, made)
+    assert not [words for words in asked if "delete" in words]
+
+
+def test_a_slice_of_another_type_is_not_taken():
+    made, _ = in_state(described("READY", "projects/p/locations/z/acceleratorTypes/v5litepod-256"))
+    with pytest.raises(LaunchFailed, match="is v5litepod-256, not v5litepod-16"):
+        launch.bring_up(PLACE, MACHINE, made)
+
+
+def test_a_warning_before_the_answer_is_skipped():
+    warned = described("READY")._replace(out="WARNING: {old} gcloud\n" + described("READY").out + "\nUpdates are available\n")
+    assert gcloud.state_of(warned) == "READY"
+
+
+def test_a_deletion_is_tried_again():
+    done = Result(0, "", "")
+    launch.delete(PLACE, in_state(OFF, OFF, OFF, OFF, done)[0])
+    launch.delete(PLACE, in_state(ABSENT)[0])  # deleted by somebody else
+    with pytest.raises(LaunchFailed, match="mine could not be deleted, and costs a lot: ERROR: Unable to find"):
+        launch.delete(PLACE, in_state(OFF)[0], ", and costs a lot")
+
+
+def test_preempted_while_it_installs(cloud, asked):
+    said, made = [], world([])
+
+    def preempted(words, timeout_s=60.0):
+        if any("pip install" in word for word in words) and not said:
+            said.append("preempted")
+            (cloud / "slices" / "mine" / "state").write_text("PREEMPTED")
+        return shell.run(words, timeout_s)
+
+    made = made._replace(shell=shell.Shell(preempted, shell.run))
+    assert launch.on_tpu(asked, PLACE, MACHINE, target.tpu(PLACE, made.shell), made) == 0
+    assert calls(cloud).count("create") == 2
+
+
+def test_other_extras_are_installed_too(cloud, asked):
+    """The run was in a folder, and is in a bucket now."""
+    made = world([])
+    launch.bring_up(PLACE, MACHINE, made)
+    reached = target.tpu(PLACE, made.shell)
+    launch.install(asked, reached, made)
+    for extra, said in (("tpu", "installed already"), ("tpu,gcs", "installed"), ("tpu,gcs", "installed already")):
+        assert reached.first(remote.install("mine", asked.source.digest, extra)).out.strip() == said
+
+
+OLD = """#!/bin/bash
+# An older Python, or one without venv: uv makes the environment.
+echo "$(basename "$0") $*" >> "$HOME/calls"
+if [ "$1 $2 $3" = "-m uv venv" ]; then mkdir -p "${!#}/bin"; cp "$0" "${!#}/bin/python"; fi
+[ "$1 $2" != "-m venv" ] || { mkdir -p "$3/bin"; echo "exit 1" > "$3/bin/python"; chmod +x "$3/bin/python"; exit 1; }
+"""
+
+
+@pytest.mark.parametrize("names", [["python3"], ["python3", "python3.11"]])
+def test_a_machine_without_a_python_that_will_do_gets_one(tmp_path, asked, names):
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("bash", "tar", "gzip", "rm", "mkdir", "touch", "cp", "chmod", "basename"):
+        (programs / name).symlink_to(shutil.which(name))
+    for name in names:
+        (programs / name).write_text(OLD)
+        (programs / name).chmod(0o755)
+    (tmp_path / remote.archive_of("mine", asked.source.digest)).write_bytes(asked.source.archive)
+    script = remote.install("mine", asked.source.digest, "tpu")
+    where = ["env", "-i", f"HOME={tmp_path}", f"PATH={programs}", str(programs / "bash"), "-c", script]
+    assert shell.run(where).out.strip() == "installed"
+    called = (tmp_path / "calls").read_text().splitlines()
+    assert called[-4:-2] == [
+        "python3 -m pip install --quiet --user uv",
+        "python3 -m uv venv --quiet --seed --python 3.12 jaxreason-launch/mine/venv",
+    ]
+    assert called[-1].startswith("python -m pip install --quiet -e jaxreason-launch/mine/source-")
+
+
+def test_what_is_left_of_a_run_ends_before_it_starts_again(tmp_path):
+    """One host of several ended early; the processes of the others can't go on."""
+    home = tmp_path / "jaxreason-launch" / "mine"
+    home.mkdir(parents=True)
+    left = subprocess.Popen(["bash", "-c", "trap : TERM; while :; do sleep 1; done"], start_new_session=True)
+    (home / "pid").write_text(f"{left.pid}\n")
+    assert shell.run(["env", f"HOME={tmp_path}", "bash", "-c", remote.await_end("mine", 1)]).code == 0
+    assert left.wait(HANG_S) == -signal.SIGKILL
+
+
+def test_a_command_that_can_not_be_run_is_a_result(tmp_path):
+    (tmp_path / "gcloud").write_text("")
+    assert shell.run([str(tmp_path / "gcloud")]).code == 126
+    assert "too long" in shell.run(["echo", "x" * (1 << 22)]).said
+
+
+def test_a_command_that_does_not_end_takes_its_own_commands_along(tmp_path):
+    pid = tmp_path / "pid"
+    assert shell.run(["bash", "-c", f"sleep 1000 & echo $! > {pid}; wait"], timeout_s=2.0).code == 124
+    state = ["ps", "-o", "stat=", "-p", pid.read_text().strip()]
+    wait_until(lambda: subprocess.run(state, capture_output=True, text=True).stdout.strip()[:1] in ("", "Z"))
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{}", '{"kind": "tpu"}', '{"kind": "gpu", "host": 3}', '{"kind": ["x"]}'])
+def test_a_damaged_file_of_a_launch_is_one_line(cloud, damage):
+    state.write("whole", {"kind": "gpu", "host": "box", "workdir": "runs/whole"})
+    (state.folder() / "mine.json").write_text(damage)
+    with pytest.raises(ValueError, match=r"mine\.json .*damaged|allowed: a JSON object"):
+        state.read("mine")
 
 
 def test_the_archive_holds_changes_and_new_files(asked, tmp_path):
@@ -465,6 +668,37 @@ def test_gcloud_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     done = command(*ASK)
     assert done.stderr.splitlines()[-1] == "error: gcloud is not installed; see cloud.google.com/sdk/docs/install"
+
+
+def test_the_other_terminal_sees_all(cloud, asked):
+    run(asked._replace(keep=True), [])
+    assert command("status", "mine").stdout.splitlines()[1:] == ["slice: READY", "run: finished 0"]
+    assert command("logs", "mine").stdout == "step 1\nstep 2\nstep 3\n"
+    assert command("stop", "mine").stdout == "nothing runs\n"
+    (state.folder() / "bad.json").write_text("{")
+    listed = command("status")
+    assert listed.returncode == 0
+    assert "bad.json is not JSON" in listed.stdout
+    assert "mine: v5litepod-16" in listed.stdout
+    assert command("delete", "mine").stdout == "mine is deleted\n"
+    state.write("mine", json.loads(json.dumps({"kind": "tpu", "place": PLACE._asdict(), "type": "v5litepod-16", "step": "ended",
+                                               "workdir": "runs/mine", "delete": []})))  # fmt: skip
+    assert command("delete", "mine").stdout == "mine has no slice, and costs nothing; `launch status` forgets it\n"
+    assert not (state.folder() / "mine.json").exists()
+
+
+def test_a_log_with_characters_that_the_terminal_lacks(cloud, asked, monkeypatch):
+    """A launch does not end when its terminal can't show a line."""
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    state.write("ünlich", {"kind": "gpu", "host": "böx", "workdir": "runs/mine"})
+    done = command("status")
+    assert (done.returncode, done.stdout) == (0, "?nlich: on b?x, runs/mine\n")
+
+
+def test_nobody_can_be_asked(cloud):
+    done = command(*(word for word in ASK if word != "--yes"), stdin=subprocess.DEVNULL)
+    assert done.stderr.splitlines()[-1] == "error: nobody can be asked whether to create it; --yes agrees"
+    assert "create" not in calls(cloud)
 
 
 # ------------------------------------------------------------------------------------------------------------- behind ssh

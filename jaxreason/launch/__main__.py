@@ -181,7 +181,10 @@ def run_price(found: dict, steps: int, machine: machines.Machine) -> str:
 def agree(machine: machines.Machine, spot: bool) -> bool:
     """Say the price, and ask whether to go on."""
     print(f"{machine.type}: {machine.chips} chips on {machine.hosts} host(s), {launch.costs(machine)}" + ", less as spot" * spot)
-    return FLAGS.yes or FLAGS.dry_run or input("create it? [y/N] ").strip().lower() in ("y", "yes")
+    try:
+        return FLAGS.yes or FLAGS.dry_run or input("create it? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        raise ValueError("nobody can be asked whether to create it; --yes agrees") from None
 
 
 # --- commands ---
@@ -216,8 +219,8 @@ def on_tpu(words: command.Words) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped here. {launch.left(name, place, machine, again())}")
         return 130
-    except launch.LaunchFailed as error:
-        print(f"error: {error}\n{launch.left(name, place, machine, again())}", file=sys.stderr)
+    except (launch.LaunchFailed, ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}\n{launch.left(name, place, machine, again())}", file=sys.stderr)
         return 1
 
 
@@ -248,7 +251,13 @@ def again() -> str:
 def look_at(what: str, names: Sequence[str]) -> int:
     """Do one of `LOOK` for a launch; `status` without a name lists all."""
     if what == "status" and not names:
-        print("\n".join(summary(name) for name in state.names()) or "no launches on this machine yet")
+        if not state.names():
+            print("no launches on this machine yet")
+        for name in state.names():
+            try:
+                print(summary(name))
+            except ValueError as error:  # the others are worth seeing
+                print(f"error: {error}")
         return 0
     if len(names) != 1:
         raise ValueError(
@@ -262,21 +271,25 @@ def look_at(what: str, names: Sequence[str]) -> int:
     if what == "status":
         print(summary(name))
         if place is not None:
-            print(f"slice: {(slice_state := launch.state_of(place, world))}")
+            slice_state = launch.state_of(place, world)
+            print(f"slice: {slice_state}")
             if slice_state == "ABSENT":
                 return 0
-        seen = reached.first(remote.look(name, 0, 0))
-        print(f"run: {seen.out.splitlines()[0] if seen.code == 0 and seen.out else seen.said}")
-    elif what in ("logs", "stop"):
-        if place is not None and launch.state_of(place, world) == "ABSENT":
-            raise ValueError(f"{name} has no slice, so `launch {what}` can't reach it; {where_is_the_run(found)}")
-        seen = reached.first(remote.look(name, 0, 10_000_000)) if what == "logs" else reached.everywhere(remote.stop(name))
-        launch.check(seen, f"the machines of {name} could not be reached")
-        print(remote.read(seen.out).text if what == "logs" else seen.said)
+        seen = looked(reached, name, 0, 0)
+        print(f"run: {seen.state}" + ("" if seen.code is None else f" {seen.code}"))
+    elif what in ("logs", "stop") and place is not None and launch.state_of(place, world) == "ABSENT":
+        raise ValueError(f"{name} has no slice, so `launch {what}` can't reach it; {where_is_the_run(found)}")
+    elif what == "logs":
+        show_log(reached, name)
+    elif what == "stop":
+        done = reached.everywhere(remote.stop(name))
+        launch.check(done, f"the machines of {name} could not be reached")
+        print("asked to stop" if "asked to stop" in done.out else "nothing runs")
     elif what == "fetch":
         Path(FLAGS.fetch_to).mkdir(parents=True, exist_ok=True)
         from_bucket = is_url(found["workdir"])
-        run = functools.partial(world.shell.run, gcloud.copy(found["workdir"], FLAGS.fetch_to))
+        copy = gcloud.copy(found["workdir"], FLAGS.fetch_to)
+        run = functools.partial(world.shell.run, copy, timeout_s=shell.COPY_TIMEOUT_S)
         path = launch.run_folder(name, found["workdir"])
         launch.check(run() if from_bucket else reached.fetch(path, FLAGS.fetch_to), "not copied")
         print(f"the run is in {FLAGS.fetch_to}/{Path(found['workdir']).name}")
@@ -285,7 +298,7 @@ def look_at(what: str, names: Sequence[str]) -> int:
     else:
         there = launch.state_of(place, world) != "ABSENT"
         if there:
-            launch.check(world.shell.run(gcloud.delete(place)), f"{name} could not be deleted")
+            launch.delete(place, world)
         state.forget(name)
         print(f"{name} is deleted" if there else f"{name} has no slice, and costs nothing; `launch status` forgets it")
     return 0
@@ -293,6 +306,27 @@ def look_at(what: str, names: Sequence[str]) -> int:
 
 def where_is_the_run(found: dict) -> str:
     return f"the run is in {found['workdir']}" if is_url(found["workdir"]) else "the run's folder was on it"
+
+
+def looked(reached: target.Target, name: str, offset: int, most: int) -> remote.Seen:
+    """Look at a run on its machine.
+
+    Raises:
+      LaunchFailed, ValueError: it does not answer, or something else.
+    """
+    found = reached.first(remote.look(name, offset, most), timeout_s=300.0)
+    launch.check(found, f"the machines of {name} could not be reached")
+    return remote.read(found.out)
+
+
+def show_log(reached: target.Target, name: str, most: int = 5_000_000) -> None:
+    """Print the whole log of a run, which may be long, in parts."""
+    offset = 0
+    while (seen := looked(reached, name, offset, most)).piece:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(seen.piece)
+        offset += len(seen.piece)
+    sys.stdout.buffer.flush()
 
 
 def summary(name: str) -> str:
@@ -320,6 +354,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def main(argv) -> None:
     logging.set_verbosity(logging.WARNING)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # the terminal may lack a character of the log
     what, *names = [*argv[1:], None][: max(1, len(argv) - 1)]
     try:
         if what in WRITE and not names:
@@ -337,6 +373,8 @@ def main(argv) -> None:
             raise ValueError(f"`launch {what}` got {' '.join(names)!r}; allowed: flags only, such as --name={names[0]}")
         got = " ".join(map(str, argv[1:])) or "nothing"
         raise ValueError(f"got {got!r}; allowed: {', '.join((*RUN, *WRITE))} with flags, or {', '.join(LOOK)} and a NAME")
+    except KeyboardInterrupt:
+        sys.exit("stopped here; nothing was created or changed by this command" if what in RUN else "stopped here")
     except (ValueError, OSError, launch.LaunchFailed, json.JSONDecodeError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
 

@@ -7,6 +7,7 @@ Commands: docs.cloud.google.com/sdk/gcloud/reference/compute/tpus, read 2026-11-
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,9 @@ from jaxreason.launch.shell import Result
 
 TPU = ("gcloud", "compute", "tpus", "tpu-vm")
 QUEUED = ("gcloud", "compute", "tpus", "queued-resources")
-LOST = ("PREEMPTED", "TERMINATED", "FAILED", "SUSPENDED", "SUSPENDING", "STOPPED", "STOPPING", "DELETING", "UNKNOWN")
+LOST = ("PREEMPTED", "TERMINATED", "FAILED", "SUSPENDED", "SUSPENDING")  # by the cloud, so a new one takes its place
+HELD = ("STOPPED", "STOPPING", "UNKNOWN")  # by somebody, and its disk may hold a run: never deleted without being asked
+GONE = ("ABSENT", "DELETING")  # if it was there before: deleted by somebody
 COMING = ("CREATING", "STARTING", "REPAIRING", "RESTARTING", "ACCEPTED", "PROVISIONING", "WAITING_FOR_RESOURCES", "CREATING_QR")
 
 
@@ -116,11 +119,29 @@ def state_of(result: Result) -> str:
             return "ABSENT"
         raise ValueError(f"gcloud could not describe it: {result.said}")
     try:
-        found: dict[str, Any] = json.loads(result.out)
-        state = found["state"]
+        state = answer(result)["state"]
         return str(state["state"] if isinstance(state, dict) else state)
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"gcloud's answer has no state: {result.out.strip()[:200]!r}") from None
+
+
+def answer(result: Result) -> dict[str, Any]:
+    """Read the JSON object that a command printed, which warnings may precede.
+
+    Raises:
+      ValueError: there is none.
+    """
+    start = re.search(r"^\{", result.out, re.MULTILINE)
+    found, _ = json.JSONDecoder().raw_decode(result.out, start.start() if start else 0)
+    return found
+
+
+def type_of(result: Result) -> str | None:
+    """Return the accelerator type in the answer of `describe`, if it has one."""
+    try:
+        return answer(result).get("acceleratorType", "").rpartition("/")[2] or None
+    except (ValueError, AttributeError):
+        return None
 
 
 def why(result: Result) -> str:

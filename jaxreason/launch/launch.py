@@ -7,6 +7,7 @@ interrupted anywhere, and nothing is created or started twice.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import tempfile
 import time
@@ -24,6 +25,7 @@ from jaxreason.runtime.bucket import is_url
 
 POLL_S = 10.0  # between two looks at a machine that is coming, or at the log
 DELETED = "deleted"  # step of a launch that deleted its slice
+DELETIONS = 3  # tries to delete a slice
 LOST_LOOKS = 3  # failed looks in a row after which the machine's own state is asked for
 
 
@@ -76,12 +78,19 @@ def bring_up(place: Place, machine: Machine, world: World) -> bool:
     """
     found, created = state_of(place, world), False
     if found == "READY":
+        there = gcloud.type_of(world.shell.look(gcloud.describe(place)))
+        if there not in (None, machine.type):
+            raise LaunchFailed(f"{place.name} exists, and is {there}, not {machine.type}; choose another --name")
         world.say(f"{place.name} is ready: it is used again")
         return False
     if found in gcloud.LOST:
         world.say(f"{place.name} is {found}: it is deleted and created anew")
-        check(world.shell.run(gcloud.delete(place)), f"{place.name} could not be deleted")
+        delete(place, world)
         found = "ABSENT"
+    if found in gcloud.HELD:
+        raise LaunchFailed(
+            f"{place.name} is {found}, and its disk may hold a run; start it, or delete it: {shlex.join(gcloud.delete(place))}"
+        )
     if found == "ABSENT":
         world.say(f"creating {place.name}: {machine.type} in {place.zone}")
         check(world.shell.run(gcloud.create(place, machine)), f"{place.name} could not be created")
@@ -91,17 +100,41 @@ def bring_up(place: Place, machine: Machine, world: World) -> bool:
 
 
 def wait_until_ready(place: Place, world: World) -> None:
-    told = ""
+    told, absent = "", 0
     while not world.shell.dry:
-        found = state_of(place, world)
+        try:
+            found = state_of(place, world)
+        except ValueError as error:  # no network for a while
+            found = f"{error}; asking again"
         if found == "READY":
             return
-        if found in gcloud.LOST:
+        absent = absent + 1 if found in gcloud.GONE else 0
+        if absent >= LOST_LOOKS:
+            raise LaunchFailed(f"{place.name} was deleted before it was ready; the same command creates it anew")
+        if found in gcloud.LOST + gcloud.HELD:
             raise LaunchFailed(f"{place.name} is {found} before it was ready; the same command tries again")
         if found != told:
             world.say(f"{place.name}: {found}")
             told = found
         world.sleep(POLL_S)
+
+
+def delete(place: Place, world: World, costs: str = "") -> None:
+    """Delete a slice, unless there is none any more.
+
+    Raises:
+      LaunchFailed: several tries failed.
+    """
+    for tries_left in reversed(range(DELETIONS)):
+        result = world.shell.run(gcloud.delete(place))
+        if result.code == 0:
+            return
+        with contextlib.suppress(ValueError):  # gcloud can't say
+            if state_of(place, world) == "ABSENT":
+                return
+        if tries_left:
+            world.sleep(POLL_S)
+    check(result, f"{place.name} could not be deleted{costs}")
 
 
 def check(result: Result, what: str) -> None:
@@ -156,15 +189,21 @@ def follow(asked: Asked, target: Target, world: World, alive: Callable[[], bool]
             seen = None
         if seen is None:
             failed += 1
+            if failed == LOST_LOOKS:
+                world.say(f"warning: the machine does not answer ({result.said}); trying again")
             if failed >= LOST_LOOKS and not alive():
                 return None
             world.sleep(POLL_S)
             continue
         failed = 0
-        for line in seen.text.splitlines():
+        if seen.size < offset:  # another terminal started the run again, with a new log
+            offset = 0
+            continue
+        lines, is_more = remote.whole_lines(seen, offset), offset + len(seen.piece) < seen.size
+        for line in lines.decode(errors="replace").splitlines():
             world.say(line)
-        offset += len(seen.text.encode(errors="replace"))
-        if offset < seen.size:
+        offset += len(lines)
+        if is_more:
             continue
         if seen.state == remote.FINISHED:
             return seen.code
@@ -184,10 +223,17 @@ def on_tpu(asked: Asked, place: Place, machine: Machine, target: Target, world: 
     for restart in range(asked.max_restarts + 1):
         bring_up(place, machine, world)
         remember(asked, place, machine, world, "installing")
-        install(asked, target, world)
-        start(asked, target, world)
-        remember(asked, place, machine, world, "running")
-        code = follow(asked, target, world, lambda: state_of(place, world) == "READY")
+        try:
+            install(asked, target, world)
+            if restart:
+                target.everywhere(remote.await_end(asked.name))
+            start(asked, target, world)
+            remember(asked, place, machine, world, "running")
+            code = follow(asked, target, world, lambda: is_ready(place, world))
+        except LaunchFailed:
+            if is_ready(place, world):
+                raise
+            code = None
         if code not in (None, remote.CUT_SHORT):
             break
         what = "was preempted" if code is None else "ended the run early"
@@ -199,10 +245,25 @@ def on_tpu(asked: Asked, place: Place, machine: Machine, target: Target, world: 
     if asked.keep:
         world.say(f"{place.name} is kept, and costs money: {costs(machine)}; delete it: {shlex.join(gcloud.delete(place))}")
     else:
-        check(world.shell.run(gcloud.delete(place)), f"{place.name} could not be deleted, and costs {costs(machine)}")
+        delete(place, world, f", and costs {costs(machine)}")
         remember(asked, place, machine, world, DELETED)
         world.say(f"{place.name} is deleted")
     return code
+
+
+def is_ready(place: Place, world: World) -> bool:
+    """Return whether a slice that was there is still ready, or gcloud can't say.
+
+    Raises:
+      LaunchFailed: somebody has deleted it, so it must not be created anew.
+    """
+    try:
+        found = state_of(place, world)
+    except ValueError:  # no network for a while
+        return True
+    if found in gcloud.GONE:
+        raise LaunchFailed(f"{place.name} was deleted by somebody else; the same command creates it anew")
+    return found == "READY"
 
 
 def on_ssh(asked: Asked, target: Target, world: World) -> int:

@@ -6,13 +6,17 @@ of the scripts in `remote`.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import IO, NamedTuple
 
 TIMEOUT_S = 900.0
+COPY_TIMEOUT_S = 24 * 3600.0  # a run's folder may be large
 
 
 class Result(NamedTuple):
@@ -49,10 +53,13 @@ def run(words: Sequence[str], timeout_s: float = TIMEOUT_S) -> Result:
             process = subprocess.Popen(list(words), **keywords)
         except FileNotFoundError:
             return Result(127, "", f"{words[0]}: not installed")
+        except (OSError, ValueError) as error:  # not to be executed, or its words are too long
+            return Result(126, "", f"{words[0]}: {error}")
         try:
             code = process.wait(timeout_s)  # not subprocess.run, which kills the command at Ctrl-C
         except subprocess.TimeoutExpired:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # gcloud starts ssh
             process.wait()
             return Result(124, "", f"{words[0]} did not end in {timeout_s:g} s")
         return Result(code, text_of(out), text_of(err))

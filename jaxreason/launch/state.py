@@ -9,7 +9,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jaxreason.launch.gcloud import Place
 from jaxreason.options import read_object, unknown_name_message
+
+FIELDS: dict[str, dict[str, type]] = {  # of a file that can be read, by its kind
+    "gpu": {"host": str, "workdir": str},
+    "tpu": {"place": dict, "type": str, "step": str, "workdir": str, "delete": list},
+}
 
 
 def folder() -> Path:
@@ -22,7 +28,7 @@ def write(name: str, values: dict[str, Any]) -> Path:
     """Write the file of a launch, atomically."""
     path = folder() / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(values, indent=2) + "\n")
     os.replace(part, path)
     return path
@@ -32,12 +38,21 @@ def read(name: str) -> dict[str, Any]:
     """Read the file of a launch.
 
     Raises:
-      ValueError: there is none; the message lists those that there are.
+      ValueError: there is none, and the message lists those that there are; or it is
+        damaged.
     """
     path = folder() / f"{name}.json"
     if not path.is_file():
         raise ValueError(unknown_name_message("launch", name, names()))
-    return read_object(path)
+    found = read_object(path)
+    try:
+        missing = [field for field, kind in FIELDS[found.get("kind")].items() if not isinstance(found.get(field), kind)]
+        Place(**found.get("place", {"name": "", "zone": ""}))
+    except (KeyError, TypeError):
+        missing = ["kind or place"]
+    if missing:
+        raise ValueError(f"{path} has no {missing[0]} of a launch; it is damaged: remove it, and look with gcloud at what runs")
+    return found
 
 
 def names() -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxreason.launch import gcloud
-from jaxreason.launch.shell import Result, Shell
+from jaxreason.launch.shell import COPY_TIMEOUT_S, Result, Shell
 
 
 class Target(NamedTuple):
@@ -26,7 +26,7 @@ def tpu(place: gcloud.Place, shell: Shell) -> Target:
         everywhere=lambda script: shell.run(gcloud.ssh(place, script)),
         first=lambda script, timeout_s=60.0: shell.run(gcloud.ssh(place, script, worker="0"), timeout_s=timeout_s),
         send=lambda file, path: shell.run(gcloud.send(place, file, path)),
-        fetch=lambda path, folder: shell.run(gcloud.fetch(place, path, folder)),
+        fetch=lambda path, folder: shell.run(gcloud.fetch(place, path, folder), timeout_s=COPY_TIMEOUT_S),
     )
 
 
@@ -37,5 +37,5 @@ def over_ssh(host: str, shell: Shell) -> Target:
         everywhere=lambda script: shell.run(["ssh", *options, host, script]),
         first=lambda script, timeout_s=60.0: shell.run(["ssh", *options, host, script], timeout_s=timeout_s),
         send=lambda file, path: shell.run(["scp", *options, file, f"{host}:{path}"]),
-        fetch=lambda path, folder: shell.run(["scp", *options, "-r", f"{host}:{path}", folder]),
+        fetch=lambda path, folder: shell.run(["scp", *options, "-r", f"{host}:{path}", folder], timeout_s=COPY_TIMEOUT_S),
     )

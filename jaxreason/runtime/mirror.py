@@ -24,6 +24,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,11 +36,13 @@ import jax
 
 from jaxreason.options import first_line
 from jaxreason.runtime import processes, workdir
-from jaxreason.runtime.bucket import SCHEME, check_url, is_url, remote
+from jaxreason.runtime.bucket import SCHEME, check_url, discard, is_url, listed, remote
 
 LEFT_OUT = re.compile(rf"(lock|{re.escape(workdir.POINTER)}|checkpoints|wandb|.*\.part|.*\.tmp)$")  # names that are not copied
 COPY_S = 60.0  # interval of copies while a run trains; longer if a copy takes long
 READ_BY_ALL = ("config.json", "summary.json")  # records that processes read which don't write them
+END_S = 300.0  # time for which the last copy is tried again
+RETRY_S = 10.0  # pause before it is
 SHARE = 0.05  # share of the time that copies may take
 
 
@@ -49,41 +52,63 @@ SHARE = 0.05  # share of the time that copies may take
 def files_in(folder: Any, prefix: str = "") -> Iterator[str]:
     """Yield the names of the record files below a local or remote folder, such as
     tensorboard/events.
+
+    Links, pipes and the like are no records. Nor are objects of a name that no file
+    has here, such as `a//b` or `../a`, and the empty objects that mark folders.
     """
-    for path in sorted(folder.iterdir(), key=lambda path: path.name):
-        name = f"{prefix}{path.name}"
+    for name, is_folder in sorted(entries(folder)):
         if LEFT_OUT.match(name):
             continue
-        if path.is_dir():
-            yield from files_in(path, f"{name}/")
+        if is_folder:
+            yield from files_in(folder / name, f"{prefix}{name}/")
         else:
-            yield name
+            yield f"{prefix}{name}"
+
+
+def entries(folder: Any) -> set[tuple[str, bool]]:
+    """Return the names in a folder, and whether each is a folder."""
+    if not is_url(folder):
+        with os.scandir(folder) as found:
+            each = {entry.name: entry for entry in found}
+        folders = {name for name, entry in each.items() if entry.is_dir(follow_symlinks=False)}
+        files = {name for name, entry in each.items() if entry.is_file(follow_symlinks=False)}
+    else:
+        folders, files = listed(os.fspath(folder))
+    return {(name, True) for name in folders} | {(name, False) for name in files - folders}
 
 
 def copy(source: Any, target: Any, most: int | None = None) -> None:
-    """Copy a file, or its first `most` bytes."""
-    with source.open("rb") as read, target.open("wb") as written:
-        left = most
-        while piece := read.read(1 << 23 if left is None else min(left, 1 << 23)):
-            written.write(piece)
-            left = None if left is None else left - len(piece)
+    """Copy a file, or its first `most` bytes. If that fails, a target in a bucket
+    stays as it was.
+    """
+    with source.open("rb") as read:
+        written = target.open("wb")
+        try:
+            left = most
+            while piece := read.read(1 << 23 if left is None else min(left, 1 << 23)):
+                written.write(piece)
+                left = None if left is None else left - len(piece)
+        except BaseException:
+            discard(written)
+            raise
+        written.close()
 
 
-def download(url: str, folder: Path, only: Sequence[str] = ()) -> None:
+def download(url: str, folder: Path, only: Sequence[str] = (), keeps_old: bool = True) -> None:
     """Make `folder` a copy of the records that a bucket has at `url`, or of those
     named.
 
-    An earlier folder of this name gets the ending `.old`. Processes of this host wait
-    for each other.
+    An earlier folder of this name gets the ending `.old`, and is then removed unless
+    `keeps_old`. Processes of this host wait for each other.
     """
     part, old = (folder.with_name(f"{folder.name}.{ending}") for ending in ("part", "old"))
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_place(folder.parent)
     with open(folder.with_name(f"{folder.name}.lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         there = remote(url)
-        for name in files_in(there) if there.is_dir() else ():
+        for name in files_in(there):
             if only and name not in only:
                 continue
             (part / name).parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +118,8 @@ def download(url: str, folder: Path, only: Sequence[str] = ()) -> None:
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         part.rename(folder)
+        if not keeps_old:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 class Copies:
@@ -116,14 +143,38 @@ class Copies:
         """
         with self.busy:
             for name in list(files_in(self.folder)):
-                with contextlib.suppress(FileNotFoundError):  # replaced or removed meanwhile: the next call finds what is there
+                try:
                     mark = self.mark(name)
                     if self.sent.get(name) != mark:
                         copy(self.folder / name, remote(f"{self.url}/{name}"), mark[0])
                         self.sent[name] = mark
+                except FileNotFoundError:
+                    if (self.folder / name).exists():  # then the bucket is gone
+                        raise
+                    # Replaced or removed meanwhile: the next call finds what is there.
 
 
 # --- the lock in the bucket ---
+
+
+def process_space() -> str:
+    """Name the machine, since its last start, and the container in which process ids
+    count. Several machines or containers may have the same host name.
+    """
+    try:
+        boot, space = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")
+    except OSError:  # no Linux
+        return "unknown"
+    return hashlib.sha256(f"{boot} {space}".encode()).hexdigest()[:16]
+
+
+def has_died(holder: str) -> bool:
+    """Return whether the holder of a lock is known to have died: a process of this
+    machine that there is no more.
+    """
+    space = process_space()
+    found = re.match(rf"host .*?, pid (\d+) of {space},", holder)
+    return found is not None and space != "unknown" and not Path("/proc", found[1]).exists()
 
 
 class Lock:
@@ -133,10 +184,11 @@ class Lock:
 
     def __init__(self, url: str, say: Callable[[str], None]):
         self.url, self.path = url, remote(f"{url}/lock")
-        self.mine = f"host {socket.gethostname()}, pid {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        self.mine = f"host {socket.gethostname()}, pid {os.getpid()} of {process_space()}, since {since}"
         self.beats = itertools.count()
         holder = self.read()
-        if holder and f"host {socket.gethostname()}," not in holder:  # this host's locks are also held by flock
+        if holder and not has_died(holder):
             say(f"{self.path} is of another host; watching for {2.5 * workdir.BEAT_S:.0f} s whether its run is alive ...")
             time.sleep(2.5 * workdir.BEAT_S)
             if self.read() != holder:
@@ -148,7 +200,8 @@ class Lock:
 
     def read(self) -> str:
         try:
-            return self.path.read_text()[:300].encode("unicode_escape").decode()  # may be any text, so only print it
+            found = self.path.read_bytes()[:300].decode(errors="replace")
+            return found.encode("unicode_escape").decode()  # may be any text, so only print it
         except FileNotFoundError:
             return ""
 
@@ -169,6 +222,15 @@ class Lock:
 # --- a run's mirror, and a reader's ---
 
 
+class Refused(OSError):
+    """The bucket is gone, or may not be written: trying again is of no use."""
+
+
+def is_refusal(error: Exception) -> bool:
+    """Return whether an error of gcsfs is a refusal, and not a fault of the network."""
+    return isinstance(error, FileNotFoundError) or "Forbidden" in str(error) or getattr(error, "code", None) in (401, 403, 404)
+
+
 def place_of(url: str, use: str) -> Path:
     """Return the local folder for a mirror of `url`. `use` tells mirrors apart."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -176,6 +238,24 @@ def place_of(url: str, use: str) -> Path:
     if len(name) > 200:  # a file system allows 255 bytes
         name = f"{name[-180:]}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
     return Path(cache, "jaxreason", "buckets", name, use)
+
+
+def make_place(folder: Path) -> None:
+    """Make the folder of a mirror.
+
+    Raises:
+      ValueError: it can't be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\n")  # on a full disk an empty file can still be created
+            file.flush()
+    except OSError as error:
+        raise ValueError(
+            f"can't write to {folder}: {error.strerror}; a run in a bucket keeps its records there too: make room, or set "
+            "XDG_CACHE_HOME to a folder that can be written"
+        ) from None
 
 
 class Mirror:
@@ -232,10 +312,12 @@ class Mirror:
         try:
             self.lock.check()  # the thread may not have noticed yet
             self.copies.send()
-        except workdir.Moved:
+        except workdir.Moved as moved:
+            self.lost = moved  # a failed save is no end of the run; the next `check` is
             raise
         except Exception as error:  # each library between here and the bucket has its own types
-            raise OSError(f"can't copy to {self.url}: {first_line(error)}") from None
+            kind = Refused if is_refusal(error) else OSError
+            raise kind(f"can't copy to {self.url}: {first_line(error)}") from None
 
     def check(self) -> None:
         """Raise Moved once another run writes to the folder."""
@@ -244,13 +326,30 @@ class Mirror:
 
     def end(self) -> None:
         """Copy what is left, and give the lock back."""
-        self.ended.set()
         try:
             if self.copies is not None:
-                self.send()
+                self.send_last()
         except (OSError, workdir.Moved) as error:
             self.say(f"warning: {error}; the records of this run are in {self.folder}")
+        self.ended.set()
+        if self.threads[0].is_alive():
+            self.threads[0].join(END_S)  # it could write the lock after it was removed
         self.lock.give_back()
+
+    def send_last(self) -> None:
+        """Copy what is left; try again for a while if the bucket can't be reached."""
+        until_s, said = time.monotonic() + END_S, False
+        while True:
+            try:
+                self.send()
+                return
+            except OSError as error:
+                if isinstance(error, Refused) or time.monotonic() >= until_s:
+                    raise
+                if not said:
+                    self.say(f"warning: {error}; trying again for {END_S:.0f} s")
+                said = True
+                time.sleep(min(RETRY_S, END_S))
 
 
 @contextlib.contextmanager
@@ -270,7 +369,7 @@ def mirrored(url: str, say: Callable[[str], None]) -> Iterator[tuple[Path, Mirro
         def lock() -> Mirror | None:
             if not processes.writes():
                 return None
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            make_place(folder.parent)
             opened.callback(workdir.lock(folder.parent, say, name=url))
             with reaching(url):
                 made = Mirror(url, folder, say)
@@ -328,9 +427,9 @@ def local(path: str | os.PathLike) -> Path:
     url = check_url(url, "the folder of a run")
     folder = place_of(url, "read")
     with reaching(url):
-        there = remote(url).is_dir()
+        there = any(listed(url))
     if not there:
         raise FileNotFoundError(f"no folder {url}")
     with reaching(url):
-        download(url, folder)
+        download(url, folder, keeps_old=False)
     return folder / step[1:] if step else folder

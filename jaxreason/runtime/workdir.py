@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxreason.runtime.bucket import remote
+from jaxreason.runtime.bucket import is_url, remote
 
 RESUME = ("auto", "must", "never")
 # Config fields that only decide when something is written or measured, or how the same
@@ -252,9 +252,10 @@ def set_aside(folder: Path, say: Callable[[str], None]) -> None:
     say(f"--resume=never: what {folder} held is now {', '.join(f'{name}.{number}' for name in there)}")
 
 
-def free_name(path: Path) -> Path:
+def free_name(path: Any) -> Any:
     """Return the first of `path`.1, `path`.2, ... that doesn't exist."""
-    return next(name for n in itertools.count(1) if not os.path.lexists(name := path.with_name(f"{path.name}.{n}")))
+    names = (path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
+    return next(name for name in names if not (name.exists() if is_url(name) else os.path.lexists(name)))
 
 
 class Moved(Exception):
