@@ -3,7 +3,7 @@ entries of a file.
 
 `$FAKE_FLEET` is a folder. `calls.jsonl` in it gets each command, `jobs.json` has the
 state of each job by name, and `bucket` is the bucket. `plan.json` says what goes wrong:
-{"submit": "quota", "after": 1, "hang": true, "listing": "no network", "rsync": "..."}.
+{"submit": "quota", "after": 1, "hang": true, "taken": "error after that", "listing": "no network", "rsync": "..."}.
 """
 
 import json
@@ -36,6 +36,8 @@ def submit(name, plan):
     assert jobs.get(name, "ended") == "ended", f"{name} is submitted twice"
     jobs[name] = "waits"
     (FLEET / "jobs.json").write_text(json.dumps(jobs))
+    if plan.get("taken"):
+        fail(plan["taken"])
     if plan.get("hang"):
         time.sleep(3600)
 

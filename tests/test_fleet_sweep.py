@@ -197,6 +197,21 @@ def test_a_job_on_its_way_is_not_submitted_twice(engines, tmp_path, monkeypatch)
     assert made() == ["queued", "failed", "failed", "failed"]
 
 
+@pytest.mark.parametrize("engine", ["sky", "xpk", "slurm"])
+def test_a_job_that_was_taken_before_the_error_is_not_submitted_twice(engines, tmp_path, engine):
+    made = Made(tmp_path / "mine", engine, "" if engine == "slurm" else PLACE)
+    plan(engines, taken="Socket timed out")
+    assert made() == ["queued"] * 4
+    assert any("although" in line and "Socket timed out" in line for line in made.said)
+    assert made() == ["queued"] * 4
+    assert len(submissions(engines)) == 4
+    plan(engines, taken="Socket timed out", listing="no network")
+    (tmp_path / "other").mkdir()
+    other = Made(tmp_path / "other", engine, "" if engine == "slurm" else PLACE)
+    with pytest.raises(ValueError, match="does not list its jobs"):
+        other()
+
+
 def test_jobs_are_found_without_the_file_of_states(engines, tmp_path):
     made = Made(tmp_path / "mine", "sky")
     made()

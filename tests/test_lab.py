@@ -254,6 +254,41 @@ def test_the_log_outlives_a_line_that_is_cut_off(tmp_path):
         audit.Audit(path)
 
 
+def test_a_line_that_does_not_reach_the_disk_is_no_line(tmp_path, monkeypatch):
+    log = audit.Audit(tmp_path / "audit.jsonl")
+    log.write("reserve", sweep="1", reserved={"flops": 5.0})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    before = log.path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(audit.os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            log.write("reserve", sweep="2", reserved={"flops": 5.0})
+    assert log.path.read_bytes() == before
+    log.write("request")
+    assert [line["event"] for line in audit.Audit(log.path).lines] == ["reserve", "request"]
+
+
+@pytest.mark.parametrize("used", [-5.0, float("nan"), float("inf"), True, None])
+def test_a_cost_that_is_no_amount_is_the_reservation(tmp_path, used):
+    lab = Lab(ROOT, tmp_path, {"flops": 100.0})
+    lab.audit.write("reserve", sweep="0001-tiny", reserved={"flops": 60.0}, note="")
+    lab.path("0001-tiny").mkdir()
+    costs = dict.fromkeys(budget.UNITS, used)
+    (lab.path("0001-tiny") / "outcome.json").write_text(json.dumps({"status": "done", "used": costs}))
+    lab.settle()
+    assert lab.budget()["flops"]["spent"] == 60.0
+
+
+def test_a_done_run_whose_folder_was_removed_costs_the_reservation(tmp_path):
+    run = {"name": "a", "folder": str(tmp_path / "a"), "shared": None, "flops_unrecorded": 1.0}
+    plan = {"runs": [run], "reserved": {"flops": 70.0}, "devices_per_run": 1}
+    assert cost.at_end(plan, {"a": {"status": "done", "attempts": 1}})["flops"] == 70.0
+    assert cost.at_end(plan, {"a": {"status": "waiting", "attempts": 0}})["flops"] == 0.0
+
+
 def test_a_line_is_short_and_plain_whatever_was_asked(tmp_path):
     log, deep = audit.Audit(tmp_path / "audit.jsonl"), []
     for _ in range(150):

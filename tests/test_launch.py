@@ -302,7 +302,9 @@ def test_ctrl_c_leaves_the_command_that_runs(tmp_path):
     """A process that waits for a command gets Ctrl-C; the command goes on to its end."""
     pid, go, done = (tmp_path / name for name in ("pid", "go", "done"))
     script = f"echo $$ > {pid}.part; mv {pid}.part {pid}; until [ -f {go} ]; do sleep 0.1; done; echo out && touch {done}"
-    code = f"from jaxreason.launch import shell; shell.run(['bash', '-c', {script!r}])"
+    # A process that was started in the background may have inherited to ignore Ctrl-C.
+    hears = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{hears}; from jaxreason.launch import shell; shell.run(['bash', '-c', {script!r}])"
     process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
     wait_until(pid.exists)
     process.send_signal(signal.SIGINT)

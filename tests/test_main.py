@@ -54,7 +54,7 @@ def changed(changes):
         ({"rl.source.task.name": "chian"}, r"unknown task 'chian' \(did you mean 'chain'\?\); one of: .*calculator"),
         ({"rl.source.task.opz": 3}, r"unknown field of task 'chain' 'opz' \(did you mean 'ops'\?\)"),
         ({"rl.source.name": "rollout"}, r"unknown source 'rollout' \(did you mean 'rollouts'\?\)"),
-        ({"rl.objective.name": "grop"}, r"unknown objective 'grop' \(did you mean 'grpo'\?\); one of: dapo"),
+        ({"rl.objective.name": "grop"}, r"unknown objective 'grop' \(did you mean 'grpo'\?\); one of: cispo, dapo"),
         ({"rl.objective.clip": 0.1}, r"unknown field of objective 'rloo' 'clip'"),
         ({"rl.optimizer.name": "adm"}, r"unknown optimizer 'adm'"),
         ({"rl.optimizer.warmup_steps": 99}, r"warmup_steps got 99; allowed: 0 to the 2 steps"),

@@ -9,6 +9,7 @@ a last line that is cut off, and that line is dropped.
 from __future__ import annotations
 
 import contextvars
+import errno
 import json
 import os
 import threading
@@ -57,12 +58,22 @@ class Audit:
         return whole
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append a line, and wait until it is on the disk."""
+        """Append a line, and wait until it is on the disk.
+
+        Raises:
+          OSError: it could not be written; the file is as it was.
+        """
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, "client": client.get()} | short(fields)
-        with self._lock, self.path.open("a", encoding="ascii") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with self._lock, self.path.open("ab", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            try:
+                written = file.write(json.dumps(line).encode() + b"\n")
+                if written < len(json.dumps(line)) + 1:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(before)
+                raise
             self.lines.append(line)
 
 

@@ -121,6 +121,8 @@ def at_end(plan: Mapping, states: Mapping[str, Mapping]) -> dict[str, float]:
     total = added(found)
     if not all_known:  # of joules there is no bound but the reservation
         total["joules"] = max(total["joules"], plan["reserved"].get("joules", 0.0))
+    if any(states.get(run["name"], {}).get("status") == "done" and not Path(run["folder"]).exists() for run in plan["runs"]):
+        total = {unit: max(total[unit], plan["reserved"].get(unit, 0.0)) for unit in UNITS}  # its records were removed
     return total
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 import subprocess
@@ -51,7 +52,7 @@ class Lab:
                 continue
             outcome = json_object(self.path(sweep) / "outcome.json") or {}
             used = outcome.get("used")
-            if not isinstance(used, dict) or not all(isinstance(used.get(unit), int | float) for unit in budget.UNITS):
+            if not isinstance(used, dict) or not all(is_amount(used.get(unit)) for unit in budget.UNITS):
                 outcome, used = {"status": "lost"}, {unit: one["reserved"].get(unit, 0.0) for unit in budget.UNITS}
             self.audit.write("ended", client=one["client"], sweep=sweep, status=str(outcome.get("status")), used=used)
 
@@ -149,7 +150,7 @@ class Lab:
         with (self.folder / "sweeps" / f"{sweep}.lock").open("wb") as lock, (folder / "sweep.log").open("ab") as log:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             subprocess.Popen(
-                [sys.executable, "-m", "jaxreason.lab.supervisor", str(folder)],
+                [sys.executable, "-m", "jaxreason.lab.supervisor", str(folder), str(lock.fileno())],
                 cwd=self.root,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -251,6 +252,10 @@ class Lab:
 
     def rollouts(self, sweep: str, run: str, **asked: Any) -> dict[str, Any]:
         return {"sweep": sweep, "run": run} | rollouts.page(self.run_folder(sweep, run), **asked)
+
+
+def is_amount(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def counts_joules() -> bool:

@@ -258,6 +258,9 @@ def submit(run: SweepRun, state: State, fleet: Fleet, version: Mapping[str, str]
         raise ValueError(
             f"{run.name}: {result.said}; the same command asks {fleet.engine.title} whether it has the job {job.name}"
         )
+    elif job.name in listed(fleet, job):  # it failed after the engine had taken the job
+        state.set(run, status="queued", reason="")
+        fleet.say(f"{run.name}: submitted as {job.name}, although {fleet.engine.title} said: {why(result, fleet.engine)}")
     else:
         state.set(run, status="waiting", attempts=attempt - 1, reason=why(result, fleet.engine))
         raise ValueError(f"{run.name} could not be submitted: {why(result, fleet.engine)}; the same command tries again")
