@@ -29,6 +29,13 @@ def request(**asked):
     return gate.request(ROOT, **usual | asked)
 
 
+def deep(depth):
+    made = []
+    for _ in range(depth):
+        made = [made]
+    return made
+
+
 REFUSED = [
     *({"config": name} for name in ("/etc/passwd", "../configs/tiny", "configs/../configs/tiny.py", "configs/tiny.py:smoke")),
     *({"config": name} for name in ("", "tiny\0", "tiny\n", "~/tiny", "tests/runs", "x" * 10_000)),
@@ -39,7 +46,9 @@ REFUSED = [
         {"options": options}
         for options in ({"task": "jsonl"}, {"path": "/etc"}, {"smoke": "True,task=../x"}, {"task": ["chain"]})
     ),
-    *({"seeds": seeds} for seeds in (0, -1, 10**9, True)),
+    *({"options": {name: value}} for name in ("smoke", "task") for value in (10**400, [[10**5000]], deep(5000))),
+    *({"config": None, "experiment": "prior", "options": {"quick": value}} for value in (10**400, deep(5000))),
+    *({"seeds": seeds} for seeds in (0, -1, 10**9, True, 1.5, "2", None)),
     # files, modules, models, hosts
     {"fields": {"init_from": "/etc"}},
     {"fields": {"init_from": None}},
@@ -94,6 +103,8 @@ REFUSED = [
     {"fields": {"rl.optimizer.lr": "1e-3"}},
     {"fields": {"rl.optimizer.lr": float("nan")}},
     {"fields": {"rl.optimizer.lr": 10**400}},
+    *({"fields": {"rl.steps": value}} for value in ([10**5000], deep(5000))),
+    {"grid": {"rl.steps": [deep(5000)]}},
     {"fields": {"rl.optimizer.lr": True}},
     {"fields": {"rl.steps": 1.5}},
     {"fields": {"phases": ["rl", "__import__('os')"]}},
@@ -102,11 +113,12 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("asked", REFUSED, ids=lambda asked: json.dumps(asked)[:60])
+@pytest.mark.parametrize("asked", REFUSED, ids=lambda asked: gate.short(asked)[:60])
 def test_an_escape_is_refused_in_one_line(asked):
     with pytest.raises(ValueError) as refusal:
         request(**asked)
     assert "\n" not in str(refusal.value)
+    assert "set_int_max_str_digits" not in str(refusal.value)
     assert len(str(refusal.value)) < 600
 
 
@@ -157,7 +169,16 @@ def test_an_option_that_may_be_any_text_keeps_its_default(tmp_path):
     )
     good = {"data": "mine.jsonl", "rate": 1, "size": 4, "smoke": True}
     assert gate.with_options(tmp_path, "configs/mine.py", good) == "configs/mine.py:data=mine.jsonl,rate=1,size=4,smoke=True"
-    for wrong in ({"data": "/etc/passwd"}, {"rate": "1"}, {"rate": float("nan")}, {"size": 1.5}, {"size": True}, {"smoke": 1}):
+    wrongs = (
+        {"data": "/etc/passwd"},
+        {"rate": "1"},
+        {"rate": float("nan")},
+        {"size": 1.5},
+        {"size": True},
+        {"size": -1},
+        {"smoke": 1},
+    )
+    for wrong in wrongs:
         with pytest.raises(ValueError, match=r"option .* got"):
             gate.with_options(tmp_path, "configs/mine.py", wrong)
 

@@ -109,20 +109,19 @@ def with_options(root: Path, path: str, options: Mapping[str, Any]) -> str:
     Raises:
       ValueError: an option that the file does not offer, or a value that is no choice.
     """
+    from jaxreason.options.fields import fits
+
     known, words = offered(root, path), []
     for name, value in options.items():
         if name not in known:
             raise ValueError(unknown_name_message(f"option of {path}", name[:100], known))
         default, choices = known[name]
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if choices is not None:
             good = isinstance(value, str | int | float) and value in choices
-        elif isinstance(default, bool):
-            good = isinstance(value, bool)
-        elif isinstance(default, int | float):
-            good = is_number and (isinstance(default, float) or isinstance(value, int))
-        else:
+        elif isinstance(default, str):
             good = isinstance(value, str) and value == default
+        else:
+            good = fits(value, type(default)) and not is_below_0(value)
         if not good:
             allowed = choices if choices is not None else (default,) if isinstance(default, str) else type(default).__name__
             raise ValueError(f"option {name} of {path} got {short(value)}; allowed: {allowed}")
@@ -224,7 +223,7 @@ def word(path: str, value: Any, setting: Setting) -> str:
             )
         if not isinstance(item, str | bool | int | float) and item is not None:
             raise ValueError(f"field {path} got {short(item)}; allowed: numbers, true, false, null and known names")
-        if isinstance(item, int) and item < 0:  # would lower the bound of FLOPs by formula
+        if is_below_0(item):
             raise ValueError(f"field {path} got {short(item)}; allowed: whole numbers from 0")
     value = tuple(value) if isinstance(value, list) else value
     if value is None and setting.value is not None and str in members(setting.type) and not setting.choices:
@@ -237,8 +236,16 @@ def word(path: str, value: Any, setting: Setting) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
+def is_below_0(value: Any) -> bool:
+    """Tell whether a whole number would lower the bound of FLOPs by formula."""
+    return isinstance(value, int) and value < 0
+
+
 def short(value: Any) -> str:
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**18 else "a very large number"
+    try:
+        text = repr(value) if not isinstance(value, int) or abs(value) < 10**18 else "a very large number"
+    except (ValueError, RecursionError):  # Python writes no number of more than 4300 digits
+        text = "a value with a very large number in it, or a very deep one"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -301,7 +308,7 @@ def request(
     """
     if (config is None) == (experiment is None):
         raise ValueError("needed: either `config` or `experiment`; list_experiments names them")
-    if isinstance(seeds, bool) or not 1 <= seeds <= 100:
+    if isinstance(seeds, bool) or not isinstance(seeds, int) or not 1 <= seeds <= 100:
         raise ValueError(f"seeds got {short(seeds)}; allowed: 1 to 100, the number of seeds")
     if experiment is not None:
         if grid:
