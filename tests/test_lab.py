@@ -421,7 +421,11 @@ def test_a_report_is_read_although_a_run_failed(tmp_path, monkeypatch):
     lab.audit.write("reserve", sweep="0001-tiny", reserved={"flops": 60.0}, note="")
     folder = lab.path("0001-tiny")
     folder.mkdir()
-    (folder / "lab.json").write_text("{}")
+    for damaged in ("{}", '{"runs": 3}', '{"runs": [{}]}', "[]"):
+        (folder / "lab.json").write_text(damaged)
+        with pytest.raises(ValueError, match="stays booked"):
+            lab.report("0001-tiny")
+    (folder / "lab.json").write_text('{"runs": []}')
 
     def command(*words):
         raise ValueError("written: report.md, report.json")
@@ -447,10 +451,35 @@ def test_only_sweeps_and_runs_of_the_lab_are_read(tmp_path):
     (folder / "link").symlink_to(outside)
     runs = [{"name": "link", "folder": str(folder / "link")}]
     (folder / "lab.json").write_text(json.dumps({"runs": runs, "reserved": {}, "devices_per_run": 1}))
-    with pytest.raises(ValueError, match="unknown run"):
-        lab.run_folder("0001-tiny", "../../..")
     with pytest.raises(ValueError, match="is a link"):
         lab.run_folder("0001-tiny", "link")
+    (folder / "link").unlink()
+    (folder / "link").mkdir()
+    with pytest.raises(ValueError, match="unknown run"):
+        lab.run_folder("0001-tiny", "../../..")
+
+
+@pytest.mark.parametrize(
+    "name", ["report.md", "sweep.log", "state.json", "runs/a/rollouts.jsonl", "runs/a/metrics.jsonl", "runs/a"]
+)
+def test_a_file_that_is_a_link_out_of_the_lab_is_not_read(tmp_path, name):
+    lab = Lab(ROOT, tmp_path / "lab", {"flops": 100.0})
+    lab.audit.write("reserve", sweep="0001-tiny", reserved={"flops": 60.0}, note="")
+    folder, outside = lab.path("0001-tiny"), tmp_path / "outside"
+    (folder / "runs/a").mkdir(parents=True)
+    runs = [{"name": "a", "folder": str(folder / "runs/a"), "shared": None, "steps": 1}]
+    (folder / "lab.json").write_text(json.dumps({"runs": runs, "reserved": {}, "devices_per_run": 1}))
+    (folder / "own").write_text("{}")
+    (folder / "runs/a/config.json").symlink_to(folder / "own")
+    assert lab.status("0001-tiny")["status"] == "lost"
+    outside.mkdir()
+    if (folder / name).is_dir():
+        (folder / name / "config.json").unlink()
+        (folder / name).rmdir()
+    (folder / name).symlink_to(outside)
+    for read in (lab.status, lab.report, lambda sweep: lab.rollouts(sweep, "a"), lambda sweep: lab.compare(*[(sweep, "a")] * 2)):
+        with pytest.raises(ValueError, match=f"{name} is a link out of the lab"):
+            read("0001-tiny")
 
 
 def test_a_text_of_a_model_is_marked_and_harmless(tmp_path):
@@ -469,6 +498,20 @@ def test_a_text_of_a_model_is_marked_and_harmless(tmp_path):
     for first, count in ((0, 21), (0, 0), (-1, 5)):
         with pytest.raises(ValueError, match="allowed"):
             rollouts.page(tmp_path, **asked, first=first, count=count)
+
+
+@pytest.mark.parametrize(
+    "char", ["\ufe0f", "\U000e0100", "\U000e0041", "\u3164", "\u115f", "\uffa0", "\u2800", "\u034f", "\u17b4", "\u180b"]
+)
+def test_what_is_not_drawn_is_written_out(char):
+    assert rollouts.escaped(f"a{char}b") == f"a{char.encode('unicode_escape').decode()}b"
+    assert rollouts.escaped("né ü 数 \U0001f600\u0301") == "né ü 数 \U0001f600\u0301"
+
+
+def test_a_text_in_the_place_of_a_number_is_untrusted():
+    record = {"step": 1, "problem": 0, "attempt": 0, "text": "t", "reward": "obey", "correct": True, "length": None}
+    found = rollouts.shown(record)
+    assert found == {"step": 1, "problem": 0, "attempt": 0, "correct": True, "untrusted": {"text": "t", "reward": "obey"}}
 
 
 # --- the command ---

@@ -173,13 +173,28 @@ class Lab:
         """Return lab.json of a sweep.
 
         Raises:
-          ValueError: there is none: it did not begin, or its folder was removed.
+          ValueError: there is none: it did not begin, or its folder was removed or
+            damaged; or a file of the sweep is a link out of the lab.
         """
         self.known(sweep)
+        self.check_own(self.path(sweep))
         found = json_object(self.path(sweep) / "lab.json")
         if found is None:
             raise ValueError(f"the folder of sweep {sweep} is gone or did not begin; its cost stays booked")
+        runs = found.get("runs")
+        if not isinstance(runs, list) or not all(is_run(run) for run in runs):
+            raise ValueError(f"lab.json of sweep {sweep} is damaged; its cost stays booked")
+        for run in runs:
+            self.check_own(Path(run["folder"]))
         return found
+
+    def check_own(self, folder: Path) -> None:
+        """Raise ValueError if a folder, or an entry of it, is elsewhere by a link."""
+        home = (self.folder / "sweeps").resolve()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            for path in (folder, *(entry for entry in folder.iterdir() if entry.is_symlink())):
+                if not path.resolve().is_relative_to(home):
+                    raise ValueError(f"{path} is a link out of the lab, which is not read; remove the link")
 
     def run_folder(self, sweep: str, run: str) -> Path:
         """Return the folder of a run of a sweep, by its name.
@@ -190,10 +205,7 @@ class Lab:
         runs = {one["name"]: Path(one["folder"]) for one in self.plan(sweep)["runs"]}
         if run not in runs:
             raise ValueError(gate.unknown_name_message(f"run of {sweep}", run[:200], runs))
-        folder = runs[run]
-        if not folder.resolve().is_relative_to(self.folder.resolve()):
-            raise ValueError(f"run {run} is a link to another folder, which is not read")
-        return folder
+        return runs[run]
 
     def status(self, sweep: str) -> dict[str, Any]:
         """Return the status of a sweep and of its runs, and the cost so far."""
@@ -252,6 +264,10 @@ class Lab:
 
     def rollouts(self, sweep: str, run: str, **asked: Any) -> dict[str, Any]:
         return {"sweep": sweep, "run": run} | rollouts.page(self.run_folder(sweep, run), **asked)
+
+
+def is_run(found: Any) -> bool:
+    return isinstance(found, dict) and all(isinstance(found.get(name), str) for name in ("name", "folder"))
 
 
 def is_amount(value: Any) -> bool:
