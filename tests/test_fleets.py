@@ -17,6 +17,7 @@ import pytest
 import yaml as pyyaml
 from runs import ROOT
 
+from jaxreason.launch import shell
 from jaxreason.launch.fleets import ENGINES, Job, job, sky, slurm, xpk, yaml
 
 GOLDEN = ROOT / "tests" / "golden" / "fleets"
@@ -232,6 +233,8 @@ def test_yaml_reads_back_what_was_written():
             yaml.write({"a": wrong})
     with pytest.raises(ValueError, match="allowed: a text"):
         yaml.write({"a": 0.5})
+    numbers = {text: text for text in (".5", ".0", ".1_0", ".5e3", "1e3", "0x1", "1:30", "2001-01-01")}
+    assert pyyaml.safe_load(yaml.write(numbers)) == numbers
 
 
 # --- refusals ---
@@ -268,6 +271,15 @@ def test_yaml_reads_back_what_was_written():
         ("xpk", {"cluster": "c", "name": "Mine"}, "--name got 'Mine'"),
         ("xpk", {"cluster": "c", "name": "mine\n"}, "--name got"),
         ("sky", {"command": ["\udc80"]}, "no UTF-8"),
+        ("slurm", {"type": "gpu:1", "python": "\udc80"}, "no UTF-8"),
+        ("slurm", {"type": "gpu:1", "time": "\u0662\u0664:00:00"}, "--time got"),
+        ("slurm", {"type": "gpu:1\u0662"}, "--type got"),
+        ("slurm", {"type": "gpu:1", "partition": "a\ufb00"}, "--partition got"),
+        *(
+            ("sky", {"mounts": {folder: "gs://my-bucket"}}, "--mount got the folder")
+            for folder in ("/..", "/a/../b", "/a/.", "/é")
+        ),
+        ("sky", {"mounts": {"/a": "gs://my-bucket/é"}}, "--mount got"),
     ],
 )
 def test_values_that_an_engine_can_not_take(engine, what, said):
@@ -286,6 +298,9 @@ def test_options_of_a_sweep():
         ("slices=two", "allowed: a whole number"),
         ("spot", "allowed: NAME=VALUE"),
         ("mount=/r", "--mount got '/r'"),
+        ("type=a,type=b", "--engine_options has 'type' twice"),
+        ("mount=/r=a,mount=/r=b", "--engine_options has the mount '/r' twice"),
+        ("slices=" + "9" * 5000, "allowed: a whole number"),
     ):
         with pytest.raises(ValueError) as error:
             job.parse_options("xpk", xpk.ENGINE, text)
@@ -313,6 +328,34 @@ def test_answers_of_the_engines():
     with pytest.raises(ValueError, match="xpk workload list answered"):
         xpk.active("error")
     assert slurm.active("a|RUNNING\nb|PENDING\n\n") == {"a": "RUNNING", "b": "PENDING"}
+
+
+def test_other_lines_of_an_answer_are_neither_jobs_nor_no_jobs():
+    queue = json.dumps([{"job_name": "a", "status": "RUNNING"}])
+    for line in (
+        "[yellow] Warning\n",
+        "[I 11-28 10:00] Starting\n",
+        "[1] 4242\n",
+        "[]\n",
+        "Loading [3/3]\r",
+        "[" * 100_000 + "\n",
+    ):
+        assert sky.active(f"{line}{queue}\n{line}") == {"a": "RUNNING"}
+    for wrong in ("[1] 4242\n", queue[:-4], f'[{{"job_name": "a", "tasks": {queue}', "[" * 100_000):
+        with pytest.raises(ValueError, match="sky jobs queue answered"):
+            sky.active(wrong)
+    table = "Jobset Name   Status      Status Message\nmade                      \nmore\nmine          Admitted    it is\n"
+    assert xpk.active(table) == {"made": "", "more": "", "mine": "Admitted"}
+    assert slurm.active("welcome | to us\na|b|RUNNING\n") == {"a|b": "RUNNING"}
+    assert slurm.active("\n") == {}
+    for wrong in ("slurm_load_jobs error: Unable to contact slurm controller", "welcome | to us"):
+        with pytest.raises(ValueError, match="squeue answered"):
+            slurm.active(wrong)
+
+
+def test_colours_are_no_part_of_an_answer():
+    text = "\x1b[2K\x1b[1;33mWarning\x1b[0m \x1b]8;;http://x\x07link\x1b]8;;\x1b\\ [1]\n"
+    assert shell.run(["printf", "%s", text]).out == "Warning link [1]\n"
 
 
 # --- the command ---

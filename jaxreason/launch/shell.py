@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import IO, NamedTuple
 
 TIMEOUT_S = 900.0
+COLOURS = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\))")  # and other signs to a terminal
 COPY_TIMEOUT_S = 24 * 3600.0  # a run's folder may be large
 
 
@@ -67,7 +69,7 @@ def run(words: Sequence[str], timeout_s: float = TIMEOUT_S) -> Result:
 
 def text_of(file: IO[bytes]) -> str:
     file.seek(0)
-    return file.read().decode(errors="replace").replace("\r\n", "\n")
+    return COLOURS.sub("", file.read().decode(errors="replace").replace("\r\n", "\n"))
 
 
 def real() -> Shell:

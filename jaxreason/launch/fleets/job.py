@@ -75,10 +75,10 @@ class Engine(NamedTuple):
     longest_name: int
 
 
-TEXTS = re.compile(r"[A-Za-z0-9][\w./:@=+-]*")  # options that end up in a line of a file or a command
-BUCKET = re.compile(r"(gs|s3)://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/[\w./-]*)?")
-FOLDER = re.compile(r"/[\w.-]+(/[\w.-]+)*")
-TIME = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}")
+TEXTS = re.compile(r"[A-Za-z0-9][\w./:@=+-]*", re.ASCII)  # options that end up in a line of a file or a command
+BUCKET = re.compile(r"(gs|s3)://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/[\w./-]*)?", re.ASCII)
+FOLDER = re.compile(r"(/(?!\.\.?(/|$))[\w.-]+)+", re.ASCII)
+TIME = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}", re.ASCII)
 STORAGE = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 
 
@@ -92,7 +92,7 @@ def check(job: Job, engine: Engine) -> Job:
     known = engine.types()
     if known and job.type not in known:
         raise ValueError(unknown_name_message(f"--type of {engine.title}", job.type, known))
-    if not known and not re.fullmatch(r"[A-Za-z][\w.-]*:[1-9]\d?", job.type or ""):
+    if not known and not re.fullmatch(r"[A-Za-z][\w.-]*:[1-9]\d?", job.type or "", re.ASCII):
         raise ValueError(
             f"--type got {job.type!r}; allowed: NAME:COUNT, such as h100:8, with the cluster's name of the GPU, or gpu:8"
         )
@@ -109,7 +109,7 @@ def check(job: Job, engine: Engine) -> Job:
     for folder in job.mounts:
         if not FOLDER.fullmatch(folder):
             raise ValueError(f"--mount got the folder {folder!r}; allowed: a path from /, of letters, digits and _ . -")
-    if any("\0" in word or any("\ud800" <= c <= "\udfff" for c in word) for word in (*job.command, job.root)):
+    if any("\0" in word or any("\ud800" <= c <= "\udfff" for c in word) for word in (*job.command, job.root, job.python)):
         raise ValueError("the command has bytes that are no UTF-8; allowed: text")
     if "://" in job.workdir:
         check_url(job.workdir)
@@ -184,11 +184,15 @@ def parse_options(engine: str, made: Engine, text: str) -> dict:
             raise ValueError(f"--engine_options has {part!r}; allowed: NAME=VALUE,NAME=VALUE")
         if name not in allowed:
             raise ValueError(unknown_name_message(f"--engine_options of {engine}", name, allowed))
+        if name in found:
+            raise ValueError(f"--engine_options has {name!r} twice; allowed: once")
         kind = type(Job._field_defaults.get(name))
         if name == "mount":
-            found.setdefault("mounts", {}).update(parse_mounts([value]))
+            for folder, source in parse_mounts([value]).items():
+                if found.setdefault("mounts", {}).setdefault(folder, source) != source:
+                    raise ValueError(f"--engine_options has the mount {folder!r} twice; allowed: once")
         elif kind is int:
-            if not value.isdecimal():
+            if not value.isdecimal() or len(value) > 9:
                 raise ValueError(f"--engine_options has {part!r}; allowed: a whole number")
             found[name] = int(value)
         elif kind is bool:

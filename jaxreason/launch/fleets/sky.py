@@ -6,7 +6,9 @@ examples/managed-jobs, read 2026-11-28).
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import shlex
 
 from jaxreason.launch import machines
@@ -94,12 +96,14 @@ def active(out: str) -> dict[str, str]:
     Raises:
       ValueError: it is something else.
     """
-    try:
-        begin = out.index("[")  # lines of SkyPilot's server may come first
-        found, _ = json.JSONDecoder().raw_decode(out[begin:])
-        states = [(str(one["job_name"]), str(one["status"])) for one in found]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"sky jobs queue answered {out[:200]!r}; allowed: the JSON of SkyPilot 0.14 or newer") from None
+    lists = []
+    for begin in re.finditer(r"^\[", out.replace("\r", "\n"), re.MULTILINE):  # other lines may come first: [info] Starting
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            found, _ = json.JSONDecoder().raw_decode(out[begin.start() :])
+            lists.append([(str(one["job_name"]), str(one["status"])) for one in found])
+    if not lists:
+        raise ValueError(f"sky jobs queue answered {out[:200]!r}; allowed: the JSON of SkyPilot 0.14 or newer")
+    states = max(lists, key=len)
     return {name: state for name, state in states if state not in ENDED and not state.startswith("FAILED")}
 
 

@@ -6,12 +6,14 @@ Written for Slurm 23.11 and newer (slurm.schedmd.com: sbatch, preempt, read 2026
 
 from __future__ import annotations
 
+import re
 import shlex
 
 from jaxreason.launch.fleets import job as jobs
 from jaxreason.launch.fleets.job import Engine, Job
 
 CPUS_PER_GPU = 4  # cores for verifiers and data; Slurm's own default is often one per process
+STATE = re.compile(r"\|[A-Z_]+$")
 GRACE_S = 300  # before the end of its time in which a run is asked to save itself
 
 
@@ -82,8 +84,16 @@ def submit(job: Job, path: str) -> list[str]:
 
 
 def active(out: str) -> dict[str, str]:
-    """Read the answer of `listing`: NAME|STATE of the jobs that have not ended."""
-    return dict(line.strip().partition("|")[::2] for line in out.splitlines() if "|" in line)
+    """Read the answer of `listing`: NAME|STATE of the jobs that have not ended.
+
+    Raises:
+      ValueError: it has lines, and none of them is about a job.
+    """
+    lines = [line.strip() for line in out.splitlines() if line.strip()]
+    found = dict(line.rpartition("|")[::2] for line in lines if STATE.search(line))
+    if lines and not found:
+        raise ValueError(f"squeue answered {out[:200]!r}; allowed: a line NAME|STATE for each job, or nothing")
+    return found
 
 
 ENGINE = Engine(

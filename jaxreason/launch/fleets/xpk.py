@@ -130,9 +130,9 @@ def active(out: str) -> dict[str, str]:
     column = lines[first].index(" Status  ") + 1
     found = {}
     for line in lines[first + 1 :]:
-        name, status = line[:column].split(), line[column:].split()
-        if name and status and jobs.STORAGE.fullmatch(name[0]) and line[column - 1] == " ":
-            found[name[0]] = status[0]
+        name, status = line[:column].split(), line[column:]
+        if name and jobs.STORAGE.fullmatch(name[0]) and line[column - 1 : column] in ("", " "):
+            found[name[0]] = status.split()[0] if status and status[0] != " " else ""
     return {name: status for name, status in found.items() if status != "Finished"}
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-PLAIN = re.compile(r"[A-Za-z./~][A-Za-z0-9_./-]*")  # no colon, no space, no sign that begins another kind
+PLAIN = re.compile(r"(?!\.\d)[A-Za-z./~][A-Za-z0-9_./-]*")  # no colon, no space, no sign that begins another kind
 WORDS = re.compile(r"~|null|true|false|yes|no|on|off|y|n|\.+|\.(inf|nan)", re.IGNORECASE)  # not texts if written plainly
 # Characters that a text in double quotes must escape; JSON's own escapes are the rest.
 HIDDEN = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff]")
