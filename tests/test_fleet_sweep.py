@@ -221,6 +221,30 @@ def test_jobs_are_found_without_the_file_of_states(engines, tmp_path):
     assert len(submissions(engines)) == 4
 
 
+@pytest.mark.parametrize("text", [None, "", "[]", '{"runs": []}', '{"runs": {"lr=1e-4/seed0": {"status": 3}}}', '{"runs": {'])
+def test_second_jobs_and_runs_that_are_done_are_found_without_states(engines, tmp_path, text):
+    made, file = Made(tmp_path / "mine", "sky"), tmp_path / "mine" / "state.json"
+    made()
+    set_jobs(engines, "ended", "ended", "ended", "ended")
+    finish(engines, "lr=x-12345678/seed1")
+    assert made(retries=1) == ["queued", "queued", "queued", "done"]
+    shutil.rmtree(made.runs[3].folder)
+    file.unlink() if text is None else file.write_text(text)
+    assert made() == ["queued", "queued", "queued", "done"]
+    assert [state["attempts"] for state in json.loads(file.read_text())["runs"].values()] == [2, 2, 2, 0]
+    assert len(submissions(engines)) == 7
+
+
+def test_runs_of_another_sweep_at_the_place_are_refused(engines, tmp_path):
+    made = Made(tmp_path / "mine", "sky")
+    finish(engines, "lr=1e-4/seed0")
+    other = {"phases": ["rl"], "rl": {"steps": 5}}
+    (engines / "bucket/my-bucket/sweep/runs/lr=1e-4/seed0/config.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"another config .*from gs://my-bucket/sweep: choose a --place of this sweep alone"):
+        made()
+    assert not submissions(engines)
+
+
 @pytest.mark.parametrize("what", ["listing", "rsync", "gone", "no gcloud"])
 def test_nothing_is_submitted_or_failed_without_an_answer(engines, tmp_path, what):
     made = Made(tmp_path / "mine", "sky")
@@ -268,7 +292,7 @@ def test_ctrl_c_says_what_runs(engines, tmp_path):
     def interrupted(words):
         result = shell.run(words)
         taken.append(words)
-        if len(taken) == 2:
+        if len(taken) == 3:  # the copy, and two jobs
             raise KeyboardInterrupt
         return result
 

@@ -31,12 +31,13 @@ from jaxreason.launch.shell import Result, Shell
 from jaxreason.runtime.bucket import check_url
 from jaxreason.sweep.arms import Sweep
 from jaxreason.sweep.queue import State, read_states
-from jaxreason.sweep.runs import SweepRun, with_shared
+from jaxreason.sweep.runs import SweepRun, check_folders, with_shared
 from jaxreason.sweep.runs import make_runs as runs_of
 
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).parents[2]
 HANDED_OVER = ("submitting", "queued", "running")
+ATTEMPTS = 10  # whose jobs are looked for where the file of states does not know them
 NOT_COPIED = r"(.*/)?((checkpoints|profile)/.*|lock)$"  # of a run's folder in a bucket
 EMPTY_WORDS = "XPK failed, error code"  # the cause is in the line before
 NOTHING_THERE = "Did not find existing container"  # gcloud, while no run has written anything
@@ -172,8 +173,9 @@ def hand_over(
     try:
         # Listed first: a job that ends in between has its run collected.
         active = listed(fleet, job_of(runs[0], fleet, 1)[0])
-        if any(handed_over(run, state) for run in runs):
+        if any(handed_over(run, state) or is_unknown(run, state) for run in runs):
             collect(fleet)
+            check_collected(runs, fleet)
         waiting = [run for run in runs if update(run, state, fleet, active, retries)]
         free = len(waiting) if workers is None else max(0, workers - sum(handed_over(run, state) for run in runs))
         for run in waiting[:free]:
@@ -192,6 +194,23 @@ def handed_over(run: SweepRun, state: State) -> bool:
 def is_handed_over(found: Mapping) -> bool:
     """Return whether a run has a job, by its state: of an engine, as it has a place."""
     return found.get("status") in HANDED_OVER and "place" in found
+
+
+def is_unknown(run: SweepRun, state: State) -> bool:
+    """Return whether no job is known of a run that is not done. It may have one, or be
+    done in the bucket: of another folder, or the file of states was lost.
+    """
+    return "place" not in state.of(run) and not run.is_done()
+
+
+def check_collected(runs: Sequence[SweepRun], fleet: Fleet) -> None:
+    """Raise ValueError if the place has runs of another sweep: with these names, and
+    another config. Nothing of them may be reported, or continued.
+    """
+    try:
+        check_folders(runs)
+    except ValueError as error:
+        raise ValueError(f"{error}; it is from {fleet.place or fleet.folder}: choose a --place of this sweep alone") from None
 
 
 def where(fleet: Fleet) -> str:
@@ -219,6 +238,8 @@ def update(run: SweepRun, state: State, fleet: Fleet, active: Mapping[str, str],
     """Record what became of a run; return whether it is to be submitted."""
     found = state.of(run)
     status, attempts = found["status"], found["attempts"]
+    if is_unknown(run, state):
+        attempts = next((n for n in range(1, ATTEMPTS + 1) if job_of(run, fleet, n)[0].name in active), attempts)
     job, _ = job_of(run, fleet, max(1, attempts))
     if run.is_done():
         state.set(run, status="done", reason="")
