@@ -272,6 +272,13 @@ def test_a_run_takes_no_more_flops_than_predicted(tmp_path):
     assert 0.2 * at_most < used <= at_most
 
 
+@pytest.mark.parametrize("field", ["rl.source.problems", "rl.source.group", "prior.source.rows"])
+def test_any_number_of_rows_is_predicted_without_a_list_of_them(field):
+    few, many = (predict.flops_at_most(read_config(SMOKE, {field: str(rows)})) for rows in (8, 2**32 - 1))
+    assert few < many < float("inf")
+    assert predict.flops_unrecorded(read_config(SMOKE, {field: str(2**32 - 1)})) <= many
+
+
 def test_predictions_count_samples_references_texts_and_the_phases_before_a_stop():
     def flops(stop_after=None, **fields):
         return predict.flops_at_most(read_config(SMOKE, fields), stop_after)

@@ -39,7 +39,7 @@ def flops_at_most(config: Mapping, stop_after: str | None = None) -> float | Non
         phases = [phase_flops(shape, config[name], config["sampler"], f"config.{name}") for name in names]
         evaluate = config["evaluate"]
         attempts = evaluation_flops(shape, evaluate, config["sampler"])
-        texts = [(0, text["length"]) for text in (evaluate.get("texts") or {}).values() for _ in range(text["rows"])]
+        texts = [text["rows"] * forward_flops(shape, [(0, text["length"])]) for text in (evaluate.get("texts") or {}).values()]
     except (ValueError, OSError, KeyError):
         return None
     if None in phases:
@@ -48,7 +48,7 @@ def flops_at_most(config: Mapping, stop_after: str | None = None) -> float | Non
     between = sum(steps // every for steps, every in every if every)
     final = evaluate["n"] if evaluate.get("final_n") is None else evaluate["final_n"]
     asked = evaluate["n"] * between + final * (1 + len(names))
-    return sum(phases) + attempts * asked + forward_flops(shape, texts) * (between + 1 + len(names))
+    return sum(phases) + attempts * asked + sum(texts) * (between + 1 + len(names))
 
 
 def flops_unrecorded(config: Mapping, stop_after: str | None = None) -> float | None:
@@ -73,20 +73,22 @@ def flops_unrecorded(config: Mapping, stop_after: str | None = None) -> float | 
 
 
 def phase_flops(shape, phase: Mapping, sampler: Mapping, where: str) -> float | None:
-    """FLOPs of sampling and learning in a phase; None for a source of the user's."""
+    """FLOPs of sampling and learning in a phase; None for a source of the user's.
+
+    Rows are counted and not listed, since a client of the lab may ask for any number.
+    """
     source = phase["source"]
     if source["name"] == "rollouts":
         tokens = sampler["max_tokens"] if source.get("max_tokens") is None else source["max_tokens"]
-        rows = [(sampler["max_prompt_tokens"], tokens)] * (source["problems"] * source["group"])
+        row, rows = (sampler["max_prompt_tokens"], tokens), source["problems"] * source["group"]
     elif source["name"] in ("corpus", "demonstrations"):
-        rows = [(0, source["length" if source["name"] == "corpus" else "max_tokens"])] * source["rows"]
+        row, rows = (0, source["length" if source["name"] == "corpus" else "max_tokens"]), source["rows"]
     else:
         return None
     passes = 3 * phase["updates_per_batch"] + (source["dynamic_sampling"] if source["name"] == "rollouts" else 0)
     objective = call_with_section(objectives.make, phase["objective"], f"{where}.objective")
     passes += objective.needs_reference + (objective.critic is not None)
-    adapters = adapter_flops(shape, sum(map(sum, rows)))
-    return phase["steps"] * passes * (forward_flops(shape, rows) + adapters)
+    return phase["steps"] * passes * rows * (forward_flops(shape, [row]) + adapter_flops(shape, sum(row)))
 
 
 def evaluation_flops(shape, evaluate: Mapping, sampler: Mapping) -> float:
