@@ -275,6 +275,23 @@ def test_the_log_outlives_a_line_that_is_cut_off(tmp_path):
         audit.Audit(path)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"event": "reserve", "reserved": {}},
+        {"event": "reserve", "sweep": "1"},
+        {"event": "reserve", "sweep": "1", "reserved": 3},
+        {"event": "ended", "sweep": "1", "status": "done", "time": "t"},
+        {"event": "ended", "sweep": "1", "status": "done", "used": [], "time": "t"},
+        {"event": ["reserve"]},
+    ],
+)
+def test_a_line_without_its_fields_is_damaged(tmp_path, line):
+    (tmp_path / "audit.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match=r"line 1 of .* is damaged"):
+        Lab(ROOT, tmp_path, {"flops": 1.0})
+
+
 def test_a_line_that_does_not_reach_the_disk_is_no_line(tmp_path, monkeypatch):
     log = audit.Audit(tmp_path / "audit.jsonl")
     log.write("reserve", sweep="1", reserved={"flops": 5.0})

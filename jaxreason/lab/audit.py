@@ -19,6 +19,10 @@ from pathlib import Path
 from typing import Any
 
 LONGEST_TEXT = 2000  # characters of a text in a line
+FIELDS: dict[str, dict[str, type]] = {  # of the lines that are the ledger
+    "reserve": {"sweep": str, "reserved": dict},
+    "ended": {"sweep": str, "used": dict, "status": str, "time": str},
+}
 
 client: contextvars.ContextVar[str] = contextvars.ContextVar("client", default="unknown")  # name and version of who asks
 
@@ -45,9 +49,9 @@ class Audit:
         for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
             try:
                 found = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
+            except (ValueError, RecursionError):
                 found = None
-            if isinstance(found, dict) and isinstance(found.get("event"), str):
+            if isinstance(found, dict) and is_line(found):
                 self.lines.append(found)
                 whole += len(line)
             elif line.endswith(b"\n"):
@@ -75,6 +79,12 @@ class Audit:
                 file.truncate(before)
                 raise
             self.lines.append(line)
+
+
+def is_line(found: Mapping) -> bool:
+    """Return whether a line has the fields that the budget is read from."""
+    fields = FIELDS.get(str(found.get("event")), {"event": str})
+    return all(isinstance(found.get(name), kind) for name, kind in fields.items())
 
 
 def short(value: Any) -> Any:
