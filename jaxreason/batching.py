@@ -40,7 +40,8 @@ def from_groups(
     """Make a batch of R / `rollouts_per_prompt` rows from R rollouts in groups of one
     size.
 
-    Only sampled tokens are trained on. `limit` is the longest completion, the divisor
+    Only sampled tokens are trained on, and those of rollouts that were cut off only if
+    the objective learns from these. `limit` is the longest completion, the divisor
     of `per_max_length`. `rollouts_per_prompt` must divide the group size: that many
     attempts of a group follow one copy of their prompt as branches of one segment (see
     `attention.causal`). The first attempt continues the prompt; each other one repeats
@@ -50,7 +51,8 @@ def from_groups(
     """
     rollouts = [r for group in groups for r in group.attempts]
     reward_PG = np.array([[r.verdict.reward for r in group.attempts] for group in groups], np.float64)
-    length_PG = np.array([r.sampled.sum() for r in rollouts]).reshape(reward_PG.shape)
+    trained = [r.sampled & (objective.learns_cut or r.stop != "limit") for r in rollouts]
+    length_PG = np.array([tokens.sum() for tokens in trained]).reshape(reward_PG.shape)
     advantage_R, weight_R = advantage_and_weight(objective, reward_PG, length_PG, limit)
     count = rollouts_per_prompt
     parts = [group.attempts[i : i + count] for group in groups for i in range(0, len(group.attempts), count)]
@@ -69,7 +71,7 @@ def from_groups(
             batch.tokens_BT[row, start:stop] = r.tokens
             batch.position_BT[row, start - 1 : stop] = len(prompt) - 1 + np.arange(stop - start + 1)
             batch.rollout_BT[row, start:stop] = i + 1
-            batch.weight_BT[row, start:stop] = np.where(r.sampled, weight_R[i], 0.0)
+            batch.weight_BT[row, start:stop] = np.where(trained[i], weight_R[i], 0.0)
             batch.advantage_BT[row, start:stop] = advantage_R[i]
             batch.behaviour_logp_BT[row, start:stop] = r.logp
             batch.temperature_BT[row, start - 1 : stop] = r.temperature

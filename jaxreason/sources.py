@@ -19,6 +19,7 @@ import functools
 import itertools
 import math
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -101,7 +102,7 @@ def demonstrations(
     return Source(lambda: {"position": 0}, next, rows)
 
 
-REWARDS = ("verdict", "random")
+REWARDS = ("verdict", "random", "format", "majority")
 
 
 class SampledGroups(NamedTuple):
@@ -166,8 +167,9 @@ def rollouts(
     `most` of `with_dynamic_sampling`. In the batch `rollouts_per_prompt` attempts at a
     problem follow one copy of its prompt (see `batching.from_groups`).
 
-    `reward="random"` is the control: the rewards are shuffled over all attempts that
-    were sampled together (see `shuffle_rewards`).
+    `reward` says what is paid: the verdict's reward or, as controls, that reward given
+    to another attempt ("random", see `shuffle_rewards`) or 1 for any answer that the
+    verifier can read ("format"); "majority" needs no answer key (see `pay_majority`).
 
     Raises:
       ValueError: an unknown reward, a negative lag, or dynamic sampling that is below 1
@@ -232,8 +234,7 @@ def one_round(sampling: Sampling) -> Draw:
 
     def finish(local, wanted, weights, key):
         groups, spent = gather_groups(local, wanted)
-        groups = shuffle_rewards(groups, key) if sampling.reward == "random" else groups
-        return SampledGroups(wanted[0][0].problem, groups, spent)
+        return SampledGroups(wanted[0][0].problem, paid(groups, sampling.reward, key), spent)
 
     return Draw(collect, finish)
 
@@ -419,6 +420,36 @@ def unpack(packed: dict, wanted: Sequence[Sequence[Request]]) -> SampledGroups:
     return SampledGroups(packed["start"], groups, SamplingStats(*packed["spent"]))
 
 
+def paid(groups: Sequence[Group], reward: str, key) -> list[Group]:
+    """Replace the rewards of verdicts by those that a source pays, one of `REWARDS`."""
+    if reward == "verdict":
+        return list(groups)
+    if reward == "random":
+        return shuffle_rewards(groups, key)
+    if reward == "majority":
+        return [pay(group, pay_majority(group)) for group in groups]
+    return [pay(group, [float(r.verdict.parsed is not None) for r in group.attempts]) for group in groups]
+
+
+def pay(group: Group, reward_G: Sequence[float]) -> Group:
+    """Return a group with other rewards. Its verdicts still say what is correct."""
+    pairs = zip(group.attempts, reward_G, strict=True)
+    return Group(tuple(dataclasses.replace(r, verdict=dataclasses.replace(r.verdict, reward=x)) for r, x in pairs))
+
+
+def pay_majority(group: Group) -> list[float]:
+    """Return 1 for attempts whose answer is the most frequent one of their group, and 0
+    for others: test-time reinforcement learning (Zuo et al. 2025, arXiv 2504.16084).
+
+    Answers are those that the verifier read. Of answers that are equally frequent the
+    first one counts. Without any answer nobody is paid.
+    """
+    answers = [r.verdict.parsed for r in group.attempts]
+    votes = Counter(answer for answer in answers if answer is not None)
+    elected = votes.most_common(1)[0][0] if votes else None
+    return [float(elected is not None and answer == elected) for answer in answers]
+
+
 def shuffle_rewards(groups: Sequence[Group], key) -> list[Group]:
     """Shuffle the rewards over the attempts of all groups.
 
@@ -426,12 +457,8 @@ def shuffle_rewards(groups: Sequence[Group], key) -> list[Group]:
     """
     reward_R = [r.verdict.reward for group in groups for r in group.attempts]
     order = np.asarray(jax.random.permutation(jax.random.fold_in(key, 2**32 - 1), len(reward_R)))
-    dealt = (reward_R[i] for i in order)
-
-    def paid(r: Rollout) -> Rollout:
-        return dataclasses.replace(r, verdict=dataclasses.replace(r.verdict, reward=next(dealt)))
-
-    return [Group(tuple(map(paid, group.attempts))) for group in groups]
+    dealt = iter([reward_R[i] for i in order])
+    return [pay(group, [next(dealt) for _ in group.attempts]) for group in groups]
 
 
 def latency(verdict_s: Sequence[float]) -> dict[str, float]:

@@ -181,6 +181,27 @@ def test_expert_iteration_trains_on_what_was_kept_and_on_nothing_else():
     np.testing.assert_allclose(jax.grad(loss)(jnp.full((4, 8), -1.0)), -expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["grpo", "dapo", "rloo"])
+def test_rollouts_that_were_cut_off_are_in_or_out(name):
+    def rollout(reward, length, stop):
+        return Rollout(
+            Task("", ""), 0, 0, np.array([1, 2]), np.arange(length), np.zeros(length), np.ones(length, bool), stop, "",
+            Verdict(reward, reward > 0),
+        )  # fmt: skip
+
+    group = grouped([rollout(1.0, 2, "eos"), rollout(0.0, 6, "limit"), rollout(0.0, 4, "eos"), rollout(1.0, 3, "eos")], 4)
+    whole, without = (batching.from_groups(group, objectives.make(name, cut=cut), buckets=(8,), limit=6) for cut in ("in", "out"))
+    np.testing.assert_array_equal(whole.advantage_BT, without.advantage_BT)  # it stays in the baseline
+    assert (whole.weight_BT[1, 2:] > 0).all()
+    assert not without.weight_BT[1].any()
+    if name == "dapo":  # a mean over the tokens that are trained on
+        np.testing.assert_allclose([whole.weight_BT.max(), without.weight_BT.max()], [1 / 15, 1 / 9], rtol=1e-6)
+    if name != "dapo":
+        np.testing.assert_array_equal(whole.weight_BT[[0, 2, 3]], without.weight_BT[[0, 2, 3]])
+    with pytest.raises(ValueError, match="cut got 'drop'; allowed: in, out"):
+        objectives.make(name, cut="drop")
+
+
 # --- token losses ---
 
 

@@ -14,7 +14,7 @@ from runs import grouped
 
 from jaxreason import objectives, sources
 from jaxreason.environment import single_turn
-from jaxreason.types import Prompted, Task
+from jaxreason.types import Group, Prompted, Rollout, Task, Verdict
 
 PROBLEMS, GROUP = 4, 3
 
@@ -234,8 +234,39 @@ def test_random_rewards_are_as_many_and_for_nothing(completer, params):
     assert len(deals) == 8
 
 
+def test_a_format_reward_pays_any_answer(completer, params):
+    key = jax.random.key(0)
+    _, honest = make_rollouts(completer).next({"position": 0}, params, key)
+    _, drawn = make_rollouts(completer, reward="format").next({"position": 0}, params, key)
+    assert [r.verdict.reward for r in drawn.rollouts] == [float(r.verdict.parsed is not None) for r in honest.rollouts]
+    assert sum(r.verdict.reward for r in drawn.rollouts) > 0
+    assert drawn.metrics["rollout/correct"] == honest.metrics["rollout/correct"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "paid"),
+    [
+        (["4", "5", "4", None], [1, 0, 1, 0]),
+        (["5", "4", "4", "5"], [1, 0, 0, 1]),  # of equally frequent ones the first
+        ([None, None, None, "7"], [0, 0, 0, 1]),
+        ([None] * 4, [0, 0, 0, 0]),
+    ],
+)
+def test_a_majority_is_paid_and_no_key_is_read(answers, paid):
+    def rollout(answer):
+        verdict = Verdict(0.25, answer == "5", answer)
+        return Rollout(Task("", "5"), 0, 0, np.array([1]), np.array([2]), np.zeros(1), np.ones(1, bool), "eos", "", verdict)
+
+    group = Group(tuple(map(rollout, answers)))
+    (found,) = sources.paid([group], "majority", jax.random.key(0))
+    assert [r.verdict.reward for r in found.attempts] == paid
+    assert [r.verdict.correct for r in found.attempts] == [answer == "5" for answer in answers]
+
+
 def test_an_unknown_reward_is_refused(completer):
-    with pytest.raises(ValueError, match=r"unknown reward 'randm' \(did you mean 'random'\?\); one of: random, verdict"):
+    with pytest.raises(
+        ValueError, match=r"unknown reward 'randm' \(did you mean 'random'\?\); one of: format, majority, random, verdict"
+    ):
         make_rollouts(completer, reward="randm")
 
 

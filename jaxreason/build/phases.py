@@ -180,7 +180,7 @@ def rollouts(
     group: int,  # attempts per problem
     temperature: float = 1.0,  # sampling temperature
     max_tokens: int | None = None,  # tokens per attempt; None: sampler.max_tokens
-    reward: str = "verdict",  # verdict, or random: a control that shuffles the rewards over the attempts
+    reward: str = "verdict",  # verdict; majority: the most frequent answer is right; random or format: controls
     dynamic_sampling: int = 1,  # draw up to this many times `problems`, until enough have mixed rewards
     lag: int = 0,  # updates between the params that sample and those that learn
     pack: bool = True,  # put several short attempts in a row

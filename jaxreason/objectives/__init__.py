@@ -84,6 +84,7 @@ class Objective(NamedTuple):
     needs_reference: bool = False
     needs_group: bool = False
     on_policy: bool = False
+    learns_cut: bool = True  # whether rollouts that were cut off at their limit are trained on
     critic: Critic | None = None  # makes advantages of single tokens from the rewards and the model's values
 
 
@@ -301,12 +302,16 @@ OBJECTIVES = {
 }
 
 
+CUT = ("in", "out")
+
+
 def make(
     name: str,  # one of the objectives, or module:maker of your own
     *,
     advantage: str | None = None,  # replaces the objective's advantage: centre_group, leave_one_out, zscore_group, ...
     negative_scale: float = 1.0,  # factor of negative advantages: below 1, wrong attempts count less
     weigh: str | None = None,  # replaces the loss aggregation: token_sum, per_sequence, per_token, per_max_length, ...
+    cut: str = "in",  # in or out: rollouts that were cut off at their limit; out, they weigh 0 but stay in baselines
     correct: str = "none",  # none, token or sequence: weigh or mask by the ratio of learner and sampler
     correct_by: str = "truncate",  # truncate or mask ratios outside the bounds
     correct_low: float = 0.0,  # lower bound of the ratio
@@ -339,6 +344,9 @@ def make(
         if weigh not in WEIGHTINGS:
             raise ValueError(unknown_name_message("weighting", weigh, WEIGHTINGS))
         objective = objective._replace(weigh=WEIGHTINGS[weigh])
+    if cut not in CUT:
+        raise ValueError(f"cut got {cut!r}; allowed: {', '.join(CUT)}")
+    objective = objective._replace(learns_cut=cut == "in")
     if kl_coefficient < 0:
         raise ValueError(f"kl_coefficient got {kl_coefficient}; allowed: 0 or more")
     if kl_estimator not in KL_ESTIMATORS:
