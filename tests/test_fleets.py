@@ -402,7 +402,7 @@ def test_help_names_the_flags(module, names):
         (["sky", *ASK[:2], "--config=configs/none.py"], "allowed: a file of this checkout"),
         (["xpk", *ASK, "--type=v5e"], "unknown --type of xpk 'v5e'"),
         (["slurm", "--config=configs/tiny.py"], "--name got None"),
-        (["slurm", *ASK, "more"], "allowed: tpu, gpu, sky, slurm, xpk with flags"),
+        (["slurm", *ASK, "more"], "`launch slurm` got 'more'; allowed: flags only, such as --name=more"),
         (["sky", *ASK, "--out=/proc/none/job.yaml"], "error: "),
     ],
 )
