@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -330,6 +331,8 @@ def test_a_sweep_is_handed_over_and_reported(engines, tmp_path):
     assert done.stdout.count("sky jobs launch --yes --detach-run") == 2
     assert "phases that runs share (1) are trained by each of them" in done.stdout
     assert not (engines / "calls.jsonl").exists()
+    again = sweep(*ASK, *SKY, f"--folder={tmp_path}/other", "--dry_run")  # jobs are named after the place
+    assert re.findall(r"[\w-]+\.yaml", again.stdout) == re.findall(r"[\w-]+\.yaml", done.stdout)
     done = sweep(*ASK, *SKY, folder)
     assert done.returncode == 0, done.stderr
     assert "2 runs: 2 queued" in done.stdout

@@ -80,7 +80,9 @@ def read_flags(folder: Path, say: Callable[[str], None] = print) -> Fleet:
             f"--engine={name} needs --place=gs://BUCKET/FOLDER: its machines, and what is on them, end with each job"
         )
     fields |= {"root": str(ROOT)} | ({"python": sys.executable} if name == "slurm" else {})
-    return Fleet(engine, folder.name, folder, place, fields, shells.real(), say)
+    # Not the folder's name: another folder with the same place finds the jobs.
+    title = place.rpartition("/")[2] or folder.name
+    return Fleet(engine, title, folder, place, fields, shells.real(), say)
 
 
 # --- jobs ---
