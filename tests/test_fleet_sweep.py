@@ -18,6 +18,7 @@ from jaxreason.sweep.runs import SweepRun
 
 pytestmark = pytest.mark.process
 PLACE = "gs://my-bucket/sweep"
+ATTEMPTS = '{"runs": {"lr=1e-4/seed0": {"status": "queued", "attempts": -5, "place": "x"}}}'
 OPTIONS = {
     "sky": {"type": "v5litepod-8", "spot": True},
     "xpk": {"type": "v5litepod-8", "cluster": "c"},
@@ -222,7 +223,9 @@ def test_jobs_are_found_without_the_file_of_states(engines, tmp_path):
     assert len(submissions(engines)) == 4
 
 
-@pytest.mark.parametrize("text", [None, "", "[]", '{"runs": []}', '{"runs": {"lr=1e-4/seed0": {"status": 3}}}', '{"runs": {'])
+@pytest.mark.parametrize(
+    "text", [None, "", "[]", '{"runs": []}', '{"runs": {"lr=1e-4/seed0": {"status": 3}}}', ATTEMPTS, '{"runs": {']
+)
 def test_second_jobs_and_runs_that_are_done_are_found_without_states(engines, tmp_path, text):
     made, file = Made(tmp_path / "mine", "sky"), tmp_path / "mine" / "state.json"
     made()

@@ -381,6 +381,19 @@ def test_a_run_that_did_not_save_itself_counts_what_it_can_have_used(tmp_path):
     assert cost.at_end(plan_of(done, stopped, killed, waiting), states)["flops"] == 85.0
 
 
+@pytest.mark.parametrize("amount", ["NaN", "Infinity", "-5", '"9"', "true", "1" + "0" * 400, "[]"])
+@pytest.mark.parametrize("file", ["summary.json", "metrics.jsonl"])
+def test_an_amount_that_is_damaged_costs_the_reservation(tmp_path, amount, file):
+    folder = run_folder(tmp_path / "a", done=5.0)
+    text = {"summary.json": '{"done": true, "ledger": {"learn": {"flops": %s}}}', "metrics.jsonl": '{"ledger/learn_flops": %s}\n'}
+    (folder / file).write_text(text[file] % amount)
+    used = cost.at_end(plan_of(folder), {"a": {"status": "done", "attempts": 1, "exit": 0}})
+    assert not cost.is_amount(used["flops"])
+    assert cost.less(used, used)["flops"] == used["flops"]
+    (folder / file).write_text("[" * 100_000)
+    assert cost.is_amount(cost.booked(folder)["flops"])
+
+
 def test_shared_phases_count_once(tmp_path):
     shared = run_folder(tmp_path / "shared", saved=30.0)
     a, b = (run_folder(tmp_path / name, done=40.0) for name in "ab")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 from jaxreason.lab.budget import UNITS
 from jaxreason.runtime.workdir import is_done, json_object, saved_at
 
+LARGEST = 1e300  # amount of a unit; sums of them are finite
 TAIL = 65_536  # bytes of metrics.jsonl that are read
 
 
@@ -37,9 +39,16 @@ def booked(folder: Path) -> dict[str, float]:
 
 
 def _sum(ledger: object, unit: str) -> float:
+    """Add the amounts of all kinds of work. A damaged one is infinite, so that a sweep
+    costs its whole reservation.
+    """
     kinds = ledger.values() if isinstance(ledger, Mapping) else ()
-    amounts = [kind.get(unit) for kind in kinds if isinstance(kind, Mapping)]
-    return float(sum(amount for amount in amounts if isinstance(amount, int | float)))
+    amounts = [kind[unit] for kind in kinds if isinstance(kind, Mapping) and kind.get(unit) is not None]
+    return float(sum(amounts)) if all(map(is_amount, amounts)) else math.inf
+
+
+def is_amount(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < LARGEST
 
 
 def last_metrics(folder: Path) -> dict:
@@ -49,7 +58,7 @@ def last_metrics(folder: Path) -> dict:
         file.seek(0, 2)
         file.seek(max(0, file.tell() - TAIL))
         for line in file.read().splitlines():
-            with contextlib.suppress(ValueError):  # the first may be cut, the last not yet whole
+            with contextlib.suppress(ValueError, RecursionError):  # the first may be cut, the last not yet whole
                 value = json.loads(line)
                 found |= value if isinstance(value, dict) else {}
     return found
@@ -59,7 +68,7 @@ def _of_metrics(folder: Path) -> dict[str, dict[str, float]]:
     ledger: dict[str, dict[str, float]] = {}
     for name, amount in last_metrics(folder).items():
         kind, _, unit = name.partition("ledger/")[2].partition("_")
-        if unit in UNITS and isinstance(amount, int | float):
+        if unit in UNITS:
             ledger.setdefault(kind, {})[unit] = amount
     return ledger
 
@@ -71,7 +80,8 @@ def _of_checkpoint(folder: Path) -> object:
 
 
 def less(used: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
-    return {unit: max(0.0, used[unit] - before[unit]) for unit in UNITS}
+    known = {unit: before[unit] if before[unit] < math.inf else 0.0 for unit in UNITS}
+    return {unit: max(0.0, used[unit] - known[unit]) for unit in UNITS}
 
 
 def added(amounts: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import math
 import os
 import re
 import subprocess
@@ -52,7 +51,7 @@ class Lab:
                 continue
             outcome = json_object(self.path(sweep) / "outcome.json") or {}
             used = outcome.get("used")
-            if not isinstance(used, dict) or not all(is_amount(used.get(unit)) for unit in budget.UNITS):
+            if not isinstance(used, dict) or not all(cost.is_amount(used.get(unit)) for unit in budget.UNITS):
                 outcome, used = {"status": "lost"}, {unit: one["reserved"].get(unit, 0.0) for unit in budget.UNITS}
             self.audit.write("ended", client=one["client"], sweep=sweep, status=str(outcome.get("status")), used=used)
 
@@ -268,10 +267,6 @@ class Lab:
 
 def is_run(found: Any) -> bool:
     return isinstance(found, dict) and all(isinstance(found.get(name), str) for name in ("name", "folder"))
-
-
-def is_amount(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def counts_joules() -> bool:

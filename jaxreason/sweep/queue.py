@@ -149,7 +149,10 @@ def read_states(path: Path) -> dict[str, dict]:
     return {
         name: state
         for name, state in runs.items()
-        if isinstance(state, dict) and all(isinstance(state.get(field), kind) for field, kind in kinds.items())
+        if isinstance(state, dict)
+        and all(isinstance(state.get(field), kind) for field, kind in kinds.items())
+        and not isinstance(state["attempts"], bool)
+        and 0 <= state["attempts"] < 2**31
     }
 
 
