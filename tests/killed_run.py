@@ -89,7 +89,7 @@ def at_a_rename(call) -> None:
 
 
 def set_up(point: str, count: int) -> None:
-    from jaxreason import rollout, sources, train
+    from jaxreason import learner, rollout, sources, train
     from jaxreason.runtime import checkpoint, files
     from jaxreason.runtime.journal import Journal
 
@@ -101,7 +101,7 @@ def set_up(point: str, count: int) -> None:
         "verifying": lambda: before(rollout.Collection, "hear", call),
         "answering": lambda: before(rollout.Collection, "append_tokens", lambda _, said, *__, **___: said and call()),
         "batching": lambda: before(sources.batching, "from_groups", call),
-        "reference": lambda: before_result(train, "compile_token_logp", call),
+        "reference": lambda: before_result(learner, "compile_token_logp", call),
         "update": lambda: before_result(train, "compile_train_step", call),
         "logging": lambda: before(Journal, "write_metrics", call),
         "line": lambda: in_a_line(call),
