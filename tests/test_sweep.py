@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from runs import HANG_S, METRIC, PRETEND, ROOT, SMOKE, maths, params_of, pretend, result, whole_checkpoint, written, xla_flags
 
+from jaxreason.runtime.workdir import last_metrics
 from jaxreason.sweep import Sweep, arms, chain, fixed, jobs, over, product, progress, queue, report, results, search, zip_
 from jaxreason.sweep.__main__ import read_experiment
-from jaxreason.sweep.progress import cell, last_metrics
+from jaxreason.sweep.progress import cell
 from jaxreason.sweep.runs import SweepRun, begin_with_shared, dropped_fields, dropped_lines, make_runs
 
 # --- arms ---

@@ -10,17 +10,16 @@ could start runs and have them killed, for nothing.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxreason.lab.budget import UNITS
-from jaxreason.runtime.workdir import is_done, json_object, saved_at
+from jaxreason.runtime.workdir import is_done, json_object, last_metrics, saved_at
 
+TAIL_BYTES = 65_536  # of metrics.jsonl that are read
 LARGEST = 1e300  # amount of a unit; sums of them are finite
-TAIL = 65_536  # bytes of metrics.jsonl that are read
 
 
 def zero() -> dict[str, float]:
@@ -51,22 +50,9 @@ def is_amount(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < LARGEST
 
 
-def last_metrics(folder: Path) -> dict:
-    """Return the newest value of each metric in the last lines of a run's metrics."""
-    found: dict = {}
-    with contextlib.suppress(OSError), (folder / "metrics.jsonl").open("rb") as file:
-        file.seek(0, 2)
-        file.seek(max(0, file.tell() - TAIL))
-        for line in file.read().splitlines():
-            with contextlib.suppress(ValueError, RecursionError):  # the first may be cut, the last not yet whole
-                value = json.loads(line)
-                found |= value if isinstance(value, dict) else {}
-    return found
-
-
 def _of_metrics(folder: Path) -> dict[str, dict[str, float]]:
     ledger: dict[str, dict[str, float]] = {}
-    for name, amount in last_metrics(folder).items():
+    for name, amount in last_metrics(folder, TAIL_BYTES).items():
         kind, _, unit = name.partition("ledger/")[2].partition("_")
         if unit in UNITS:
             ledger.setdefault(kind, {})[unit] = amount
@@ -108,7 +94,7 @@ def so_far(plan: Mapping, states: Mapping[str, Mapping], now_s: float) -> dict[s
 
 
 def _own(run: Mapping) -> dict[str, float]:
-    """What is booked for a run, without the phases that it shares with others."""
+    """Return the amounts booked for a run, without those of shared phases."""
     folder = Path(run["folder"])
     if not (folder / "config.json").exists():
         return zero()

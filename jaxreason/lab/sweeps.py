@@ -213,7 +213,7 @@ class Lab:
         states = cost.read_states(self.path(sweep))
         runs = []
         for run in plan["runs"]:
-            state, seen = states.get(run["name"], {}), cost.last_metrics(Path(run["folder"]))
+            state, seen = states.get(run["name"], {}), cost.last_metrics(Path(run["folder"]), cost.TAIL_BYTES)
             said = {
                 "run": run["name"],
                 "status": state.get("status", "waiting"),

@@ -80,6 +80,21 @@ def json_object(path: Path) -> dict | None:
     return found if isinstance(found, dict) else None
 
 
+def last_metrics(folder: Path, tail_bytes: int = 16_384) -> dict:
+    """Return the newest value of each metric in the last bytes of a run's metrics; an
+    empty dictionary if there are none.
+    """
+    found: dict = {}
+    with contextlib.suppress(OSError), (folder / "metrics.jsonl").open("rb") as file:
+        file.seek(0, 2)
+        file.seek(max(0, file.tell() - tail_bytes))
+        for line in file.read().splitlines():
+            with contextlib.suppress(ValueError, RecursionError):  # the first may be cut, the last not yet whole
+                value = json.loads(line)
+                found |= value if isinstance(value, dict) else {}
+    return found
+
+
 def checkpoints_of(folder: Path) -> Any:
     """Return the folder of a run's checkpoints. That of a mirror is in the bucket, and
     has the methods of a `Path` (see `runtime.mirror`).

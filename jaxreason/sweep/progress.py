@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -16,25 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxreason.runtime.terminal import duration
+from jaxreason.runtime.workdir import last_metrics
 from jaxreason.sweep.queue import Running, State
 from jaxreason.sweep.runs import SweepRun
 
 EVERY_S = 2.0  # the table is drawn
 QUIET_EVERY_S = 60.0  # a line is printed where there is no terminal
-TAIL = 16_384  # bytes of metrics.jsonl that are read
-
-
-def last_metrics(folder: Path) -> dict:
-    """The values of the last lines of a run's metrics, the newest of each."""
-    found: dict = {}
-    with contextlib.suppress(OSError), (folder / "metrics.jsonl").open("rb") as file:
-        file.seek(0, 2)
-        file.seek(max(0, file.tell() - TAIL))
-        for line in file.read().splitlines():
-            with contextlib.suppress(ValueError):  # the first may be cut, the last not yet whole
-                value = json.loads(line)
-                found |= value if isinstance(value, dict) else {}
-    return found
 
 
 def cell(run: SweepRun, state: Mapping, metric: str) -> str:

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxreason.options import unknown_name_message
+from jaxreason.runtime.workdir import last_metrics
 from jaxreason.sweep.arms import Sweep, named_arms, word_of
-from jaxreason.sweep.progress import last_metrics
 from jaxreason.sweep.results import is_grid, name_metric, parse_metric
 from jaxreason.sweep.runs import SweepRun, make_runs
 
