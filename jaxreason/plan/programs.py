@@ -25,6 +25,7 @@ from jaxreason.plan.arrays import (
     model_of,
     number,
     processes_of,
+    size_of,
     slot_devices,
     slots_of,
     state_of,
@@ -52,6 +53,7 @@ class Compiled(NamedTuple):
     times: int = 1  # runs per step
     lines: tuple[Line, ...] = ()  # of `program`
     kernel_flops: float = 0.0  # per device, of custom kernels by formula
+    floor_bytes: float = 0.0  # of a decode program: the weights and the cache, read once per token
     model_flops: float = 0.0  # per device, of forward and backward pass without anything computed twice; 0: not a train step
 
 
@@ -66,6 +68,7 @@ def compile_program(
     kernel_flops: float,
     times: int,
     model_flops: float = 0.0,
+    floor_bytes: float = 0.0,
 ) -> Compiled:
     """Lower, compile and read one program of a mesh. `flops` and `kernel_flops` are
     summed over all its devices; `trips` is the trip count of loops whose length is
@@ -98,6 +101,7 @@ def compile_program(
         lines=tuple(lines),
         kernel_flops=kernel_flops / mesh.size,
         model_flops=model_flops / mesh.size,
+        floor_bytes=floor_bytes,
     )
 
 
@@ -203,7 +207,7 @@ def compile_prefill(work: Work) -> Compiled:
 
 @once_for(decode_part)
 def compile_decode(work: Work) -> Compiled:
-    completer, (weights, _, _) = completer_of(work), weights_of(work)
+    completer, (weights, _, weight_bytes) = completer_of(work), weights_of(work)
     sampler = completer.sampler
     steps = -(-problems_each(work) * work.group // sampler.slots) * work.new_tokens  # in waves of `slots` attempts
     one = sum(cost.dense_flops(work.shape, sampler.slots, 1, sampler.length, sampler.slots).values())
@@ -219,6 +223,7 @@ def compile_decode(work: Work) -> Compiled:
         flops=sampler.chunk_tokens * one,
         kernel_flops=0.0,
         times=-(-steps // sampler.chunk_tokens),
+        floor_bytes=sampler.chunk_tokens * (weight_bytes + size_of(slots_of(work).cache)),
     )
 
 

@@ -145,7 +145,7 @@ def describe_program(p: Compiled, chip: chips.Chip, tokens: float) -> dict:
         **line._asdict(),
         "seconds": line.seconds,
         "bound": line.bound,
-        **traffic.describe(p.lines, chip, tokens, p.model_flops),
+        **traffic.describe(p.lines, chip, tokens, p.model_flops, p.floor_bytes),
     }
 
 
@@ -236,7 +236,7 @@ def show_programs(found: dict, table: Callable) -> None:
     if rows:
         table("Collectives of a run, those above a thousandth", ["program", "kind", "times", "MB sent by a chip"], rows)
     for name, p in found["programs"].items():
-        if "model_flops" in p:
+        if "model_flops" in p or p.get("floor_bytes"):
             traffic.show(name, p, table)
 
 

@@ -13,14 +13,16 @@ from jaxreason.plan.lines import Line, bounds, by_source
 LINES = 10  # source lines that are listed
 
 
-def describe(lines: Sequence[Line], chip: Chip, tokens: float, model_flops: float) -> dict:
+def describe(lines: Sequence[Line], chip: Chip, tokens: float, model_flops: float, floor_bytes: float = 0.0) -> dict:
     """Describe a program from its lines.
 
-    `tokens` and `model_flops` are those of a chip in one run; 0: not known.
+    `tokens`, `model_flops` and `floor_bytes`, the least bytes that decoding reads, are
+    those of a chip in one run; 0: not known.
     """
     found, limits = totals(lines), bounds(lines, chip)
     found |= {"in_turn_s": limits.in_turn_s, "together_s": limits.together_s, "tokens": tokens}
     found |= {"needed_bytes": limits.needed_bytes, "waiting_bytes": limits.waiting_bytes}
+    found |= {"floor_bytes": floor_bytes} if floor_bytes else {}
     found |= {"avoidable": [line._asdict() for line in by_source(lines)[:LINES]]}
     if model_flops:
         ideal_s = model_flops / chip.flops_per_s
@@ -43,6 +45,8 @@ def show(name: str, p: dict, table: Callable) -> None:
 
     rows = [moved("HBM", p["hbm_bytes"], p["needed_bytes"]), moved("network", p["sent_bytes"])]
     rows.append(moved("of it, while nothing else runs", p["waiting_bytes"]))
+    if "floor_bytes" in p:
+        rows.append(moved("weights and cache once per token", p["floor_bytes"]))
     table(f"Bytes of a chip, {name}", ["", "GB", "of products", "kB per token"], rows)
     rows = [
         [what, short(1e3 * p[f"{kind}_s"]), f"{p[f'mfu_{kind}']:.2f}" if "model_flops" in p else "?"]
