@@ -7,7 +7,7 @@ float32). Where they differ, a test records by how much:
 | what | ours | theirs | by the paper |
 |---|---|---|---|
 | std of `zscore_group` | population, + 1e-6 | sample; TRL + 1e-4, Tunix + 1e-6 | open: 2402.03300 writes std |
-| `centre_group_scale_batch` | std of centred rewards | TRL `batch`: std of the rewards, sample | ours: 2510.13786, sec. 3.2 |
+| `centre_group_scale_batch` | std of centred rewards | TRL `batch`: std of the rewards, sample | ours: 2510.13786, sec. 4 |
 | divisor of `dr_grpo` | longest allowed completion | Tunix: width of the padded batch | a constant: ours and TRL's |
 | rollouts left out (`cut="out"`) | count in the mean over rollouts | as ours in TRL; not in Tunix | open |
 | gradient of KL k1 | that of KL(p, q) | Tunix `kl`: 1 per token, expectation 0 | ours: 2512.02556, sec. 3.1 |

@@ -88,6 +88,8 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
 
     def unembed(params, hidden):
         params = params.get("frozen", params)
+        if config.head_dtype is not None:
+            hidden = hidden.astype(head_dtype)
         if in_decode_layout(params) and not config.scan_layers:
             kernel_VD = params["embed"]["embedding"] if config.tied_embeddings else params["unembed"]["kernel"]
             return from_left(hidden, kernel_VD.astype(hidden.dtype), jnp.float32, head_precision)
