@@ -86,7 +86,15 @@ def mean_gap(**fields) -> float:
 
 @pytest.mark.parametrize("fields", [{}, {"tied_embeddings": True}, {"scan_layers": True}], ids=str)
 def test_sampler_and_learner_use_the_same_head(fields):
-    """A head in float32 on one side only would be 0.01 nats or more away, as above."""
+    """A head in float32 on one side only would be 0.01 nats or more away.
+
+    The gain is small: both sides sum the head's products in float32 without the field
+    too, so most of the gap is that of the layers. Mean gap of a model of width 64, 3
+    layers and 12 tokens, three seeds, about 6,000 tokens each, CPU, 2026-11-28: 0.0066
+    nats without and 0.0064 with it; 0.0126 and 0.0121 with logits four times as large;
+    0.0058 and 0.0056 with tied embeddings. Logits rounded to bfloat16, as engines do
+    that lack such a head, gave 0.0069, 0.0133 and 0.0063.
+    """
     assert mean_gap(**FULL, **fields) < 1.2 * mean_gap(**HALF, **fields) < 0.05
 
 

@@ -121,7 +121,7 @@ class ModelConfig:
     value_head: bool = False  # second output: a value estimate per position
     lora: Lora | None = None  # adapters on a frozen base
     dtype: str = "float32"  # dtype of the computation
-    head_dtype: str | None = None  # of the final norm and output projection; float32: both at full precision; None: dtype
+    head_dtype: str | None = None  # dtype of the final norm and the output projection; None: dtype
     param_dtype: str = "float32"  # dtype in which params are stored
     scan_layers: bool = False  # lax.scan over layers: compile time independent of depth, but slower on a CPU
     remat: str = "none"  # recomputed in the backward pass: none: nothing, full: whole layers, dots: all but matrix products

@@ -39,9 +39,7 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
 
     `mesh` is for attention kernels that the compiler can't partition: all but "xla".
     """
-    dtype, head_dtype = jnp.dtype(config.dtype), jnp.dtype(config.head_dtype or config.dtype)
-    # A TPU multiplies float32 in bfloat16, and a GPU in TF32, unless told otherwise.
-    head_precision = "highest" if config.head_dtype == "float32" else None
+    dtype, (head_dtype, head_precision) = jnp.dtype(config.dtype), head_of(config)
     # Keep only the structure of the modules, without arrays; `apply` merges it with
     # params.
     block = nnx.graphdef(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
@@ -88,8 +86,7 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
 
     def unembed(params, hidden):
         params = params.get("frozen", params)
-        if config.head_dtype is not None:
-            hidden = hidden.astype(head_dtype)
+        hidden = hidden.astype(head_dtype)
         if in_decode_layout(params) and not config.scan_layers:
             kernel_VD = params["embed"]["embedding"] if config.tied_embeddings else params["unembed"]["kernel"]
             return from_left(hidden, kernel_VD.astype(hidden.dtype), jnp.float32, head_precision)
@@ -125,6 +122,15 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
         init_cache=init_cache,
         decode_layout=functools.partial(decode_layout, config),
     )
+
+
+def head_of(config: ModelConfig) -> tuple:
+    """Return the dtype of the factors of the output projection, and its precision.
+
+    A head in float32 (MiniMax 2025, arXiv 2506.13585, sec. 3.2) is at full precision:
+    a TPU would multiply float32 in bfloat16, and a GPU in TF32.
+    """
+    return jnp.dtype(config.head_dtype or config.dtype), "highest" if config.head_dtype == "float32" else None
 
 
 def init_params(config: ModelConfig, key):
