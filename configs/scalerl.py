@@ -1,7 +1,8 @@
 r"""ScaleRL, the recipe of Khatri et al. 2025 (arXiv 2510.13786, sec. 4), on GSM8K or on
 chains of operations.
 
-    python -m jaxreason.main --config=configs/scalerl.py[:size=SIZE][,model=NAME][,smoke]
+    python -m jaxreason.main \
+        --config=configs/scalerl.py[:size=SIZE][,model=NAME][,smoke]
     python -m jaxreason.main --config=configs/scalerl.py:task=chain[,smoke]
 
 `size` and `model` are those of configs/gsm8k.py, the rest is its set-up. `task=chain`
@@ -17,14 +18,13 @@ is configs/tiny.py, prior included. Not yet run on an accelerator, nor to the en
     PipelineRL, at most 8 updates behind                lag=8
     48 prompts x 16 attempts (A.3)                      the same; chain: 16 x 16
     AdamW, eps 1e-15, weight decay 0.01 (A.3)           the same
-    constant rate 5e-7, 100 steps of warm-up (A.3)      the same; LoRA: 1e-5; chain: 3e-4, 10
+    constant rate 5e-7, 100 steps of warm-up (A.3)      the same; LoRA 1e-5, chain 3e-4
 
 What differs: their sampler gets new params in the middle of an attempt, ours at the
 start of a batch, so with `lag=8` every batch is eight updates old. Their rewards are
 +1 and -1, which centring and scaling make the same as 1 and 0. Their standard deviation
-may not count the dropped prompts; ours does. They force the end of thinking after 10 to
-12 thousand tokens: `--config.sampler.thinking_tokens=N`, for a model that writes
-<think>. Prompts whose success rate has reached 0.9 are not sampled again there; here
+may not count the dropped prompts; ours does. They force the end of thinking at 12,000
+tokens: `--config.sampler.thinking_tokens=N`, for a model that writes <think>. Prompts whose success rate has reached 0.9 are not sampled again there; here
 they are. Adam's other numbers are not given.
 """
 
@@ -64,5 +64,5 @@ def get_config(arg: str = "") -> ConfigDict:
         return config
     config.rl.source.problems, config.rl.source.group = (16, 16) if chain else (48, 16)
     if not chain:
-        config.rl.steps, config.rl.microbatches = 400, 48
+        config.rl.steps, config.rl.microbatches = 400, 96
     return config
