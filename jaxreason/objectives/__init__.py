@@ -271,6 +271,7 @@ def ppo(
     discount: float = 1.0,  # gamma: what a reward one token later is worth
     decay: float = 0.95,  # lambda: 1 trusts rewards alone, 0 values alone
     normalise: bool = True,  # normalise advantages over the batch
+    trace_clip: float | None = None,  # V-trace for rollouts of older params: bound of its ratios, such as 1; None: without
     value_coefficient: float = 0.5,  # weight of the loss of values
     value_clip: float | None = 0.2,  # distance from the old value beyond which an error still counts; None: no clip
 ):
@@ -281,7 +282,7 @@ def ppo(
     The numbers, the halved error of values and its clip are those of `ppo2` of OpenAI's
     baselines, without discount. The paper has no such clip and no half.
     """
-    critic = Critic(discount, decay, normalise)
+    critic = Critic(discount, decay, normalise, trace_clip)
     critics.check(critic)
     token_loss = critics.add_value_loss(clipped(clip_low, clip_high, clip_dual), value_coefficient, value_clip)
     return Objective(rewards, per_token, token_loss, critic=critic)
