@@ -154,7 +154,7 @@ def reinforce_pp(
     clip_high: float = 0.2,  # clip of the importance ratio above 1: at 1 + clip_high
 ):
     """REINFORCE++: the rewards of the batch, normalised together (Hu et al. 2025, arXiv
-    2501.03262, eq. 10), and a clipped ratio.
+    2501.03262v2, eq. 10), and a clipped ratio.
 
     The mean is over the tokens of the batch; eq. 1 takes that of each rollout first,
     which is `weigh=per_sequence`. The KL term in the reward (eq. 8 and 9) is left out.
@@ -248,7 +248,8 @@ def dppo(
     largest_ratio: float = 20.0,  # bound of the importance weight
 ):
     """Divergence proximal policy optimisation: a trust region of probabilities, not of
-    their ratio (Qi et al. 2026, arXiv 2602.04879). Limits and bound are verl's.
+    their ratio (Qi et al. 2026, arXiv 2602.04879, eq. 12). Limits and bound are verl's;
+    for `kl` the paper tries limits of 0.05 to 0.15 (fig. 19).
     """
     token_loss = within_divergence(divergence, limit_low, limit_high, largest_ratio)
     return Objective(centre_group, per_max_length, token_loss, needs_group=True)

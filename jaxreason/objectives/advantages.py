@@ -40,7 +40,7 @@ def centre_batch(reward_PG):
 
 def zscore_batch(reward_PG, eps: float = 1e-6):
     """Subtract the mean reward of the batch and divide by its standard deviation (Hu
-    et al. 2025, arXiv 2501.03262, eq. 10, REINFORCE++).
+    et al. 2025, arXiv 2501.03262v2, eq. 10, REINFORCE++).
     """
     centred_PG = np.where(np.ptp(reward_PG) < EQUAL_REWARDS, 0.0, centre_batch(reward_PG))
     return centred_PG / (reward_PG.std() + eps)
