@@ -208,7 +208,9 @@ def compile_completion(model, objective, *, microbatches: int = 1, mesh=None):
         if reference is not None:
             batch = dataclasses.replace(batch, reference_logp_BT=reference_logp(reference, batch))
         if objective.critic is not None:
-            batch = dataclasses.replace(batch, **by_values(values(params, batch), batch))
+            # `reference_logp` scores a batch by any params.
+            logp_BT = None if objective.critic.trace_clip is None else reference_logp(params, batch)
+            batch = dataclasses.replace(batch, **by_values(values(params, batch), batch, logp_BT))
         return batch
 
     return complete

@@ -52,6 +52,15 @@ def check_run(workdir, summary, phases):
         assert 0 <= e["low"] <= e["accuracy"] <= e["high"] <= 1
 
 
+def test_scalerl_on_chains(tmp_path):
+    config = load_config("scalerl", "task=chain,smoke", **{"sharding.mesh.data": 1})
+    assert (config.rl.objective.name, config.rl.objective.weigh, config.rl.source.lag) == ("cispo", "per_mixed_prompt", 1)
+    check_run(tmp_path, run_config(config, tmp_path), ["prior", "rl"])
+    assert load_config("scalerl", "task=chain").rl.source.lag == 8
+    with pytest.raises(ValueError, match="size and model are for task=gsm8k"):
+        load_config("scalerl", "task=chain,size=8b")
+
+
 @pytest.mark.parametrize("options", ["", "prior=none", "reward=random", "task=inverse_chain"])
 def test_tiny(tmp_path, options):
     fields = {"sharding.mesh.data": 1} if options else {}  # else all eight devices
@@ -76,12 +85,12 @@ def test_cpu_config(tmp_path, name, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "phase"), [("gsm8k", "rl"), ("sft", "sft")])
+@pytest.mark.parametrize(("name", "phase"), [("gsm8k", "rl"), ("sft", "sft"), ("scalerl", "rl")])
 def test_pretrained_config(tmp_path, checkpoint, gsm8k, name, phase):
     summary = run_config(load_config(name, f"model={checkpoint},smoke", **{"sharding.mesh.data": 1}), tmp_path)
     check_run(tmp_path, summary, [phase])
     assert summary["evaluations"][-1]["n"] == 8
-    if name == "gsm8k":
+    if name != "sft":
         first = read_lines(tmp_path / "rollouts.jsonl")[0]
         assert first["question"] in first["prompt"]
         assert "<|start|>" in first["prompt"]

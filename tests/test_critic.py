@@ -88,6 +88,63 @@ def test_advantages_against_rlax():
     np.testing.assert_allclose(np.asarray(found)[b, steps], theirs, rtol=1e-5)
 
 
+def with_policies(batch, seed: int):
+    """Add log-probs of the sampler to a batch; return those of the learner."""
+    rng = np.random.default_rng(seed)
+    batch.behaviour_logp_BT = rng.uniform(-2, -0.1, batch.value_BT.shape)
+    return jnp.asarray(batch.behaviour_logp_BT + rng.normal(0, 0.5, batch.value_BT.shape))
+
+
+@pytest.mark.parametrize(("discount", "decay"), [(1.0, 1.0), (0.9, 0.8)])
+def test_vtrace_against_rlax(discount, decay):
+    """rlax's advantage of the policy has the ratio of its own token as well."""
+    rlax = pytest.importorskip("rlax")
+    batch = rows(3, ((7,),))
+    b, steps, reward = batch.rollouts[0]
+    logp_BT = with_policies(batch, 0)
+    with jax.enable_x64(True):
+        found = with_values(Critic(discount, decay, False, trace_clip=1.0), jnp.asarray(batch.value_BT), batch, logp_BT)
+        found = jax.tree.map(np.asarray, found)
+    value_T, ratio_T = batch.value_BT[b, steps], np.exp(np.asarray(logp_BT) - batch.behaviour_logp_BT)[b, steps]
+    assert (ratio_T < 1).any()
+    assert (ratio_T > 1).any()
+    reward_T, discount_T = np.zeros(7), np.full(7, discount)
+    reward_T[-1], discount_T[-1] = reward, 0.0
+    theirs = rlax.vtrace_td_error_and_advantage(value_T, np.append(value_T[1:], 0.0), reward_T, discount_T, ratio_T, decay)
+    np.testing.assert_allclose(found["return_BT"][b, steps], theirs.errors + value_T, rtol=1e-5, atol=1e-6)
+    advantage_T = found["advantage_BT"][b, steps] * np.minimum(ratio_T, 1.0)
+    np.testing.assert_allclose(advantage_T, theirs.pg_advantage, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("forced", [0.0, 0.4])
+def test_vtrace_against_the_equation(forced):
+    """1802.01561, eq. 1: a sum over later steps, each times the ratios up to it."""
+    batch, discount, decay, bound = rows(4, LENGTHS, forced), 0.97, 0.9, 1.2
+    logp_BT = with_policies(batch, 1)
+    with jax.enable_x64(True):
+        critic = Critic(discount, decay, False, trace_clip=bound)
+        found = jax.tree.map(np.asarray, with_values(critic, jnp.asarray(batch.value_BT), batch, logp_BT))
+    trust_BT = np.minimum(np.exp(np.asarray(logp_BT) - batch.behaviour_logp_BT), bound)
+    for b, steps, reward in batch.rollouts:
+        value, trust = [batch.value_BT[b, t] for t in steps] + [0.0], [trust_BT[b, t] for t in steps]
+        delta = [(reward if i == len(steps) - 1 else discount * value[i + 1]) - value[i] for i in range(len(steps))]
+        for i, t in enumerate(steps):
+            target = value[i] + sum(
+                (discount * decay) ** (j - i) * np.prod(trust[i:j]) * trust[j] * delta[j] for j in range(i, len(steps))
+            )
+            np.testing.assert_allclose(found["return_BT"][b, t], target, rtol=1e-6)
+
+
+def test_vtrace_on_policy_is_generalised_advantage_estimation():
+    batch = rows(5, LENGTHS)
+    batch.behaviour_logp_BT = np.full(batch.value_BT.shape, -1.0)
+    value_BT = jnp.asarray(batch.value_BT)
+    plain = with_values(Critic(), value_BT, batch)
+    jax.tree.map(
+        np.testing.assert_array_equal, plain, with_values(Critic(trace_clip=1.0), value_BT, batch, batch.behaviour_logp_BT)
+    )
+
+
 def test_with_right_values_and_lambda_1_the_advantage_is_reward_less_value():
     batch = rows(2, LENGTHS)
     found = with_values(Critic(1.0, 1.0, False), jnp.asarray(batch.value_BT), batch)
@@ -155,6 +212,22 @@ def test_completion_adds_what_the_objective_needs(tiny):
     assert np.abs(state.params["value"]["kernel"]).max() > 0
 
 
+def test_completion_scores_the_batch_for_vtrace(tiny):
+    from tiny_batch import random_batch
+
+    model, params = tiny(layers=1, value_head=True)
+    params = {**params, "value": {"kernel": jax.random.normal(jax.random.key(1), params["value"]["kernel"].shape)}}
+    batch, found = random_batch(), []
+    for trace_clip in (None, 1.0):
+        objective = objectives.make("ppo", trace_clip=trace_clip, normalise=False)
+        found.append(learner.compile_completion(model, objective, microbatches=2)(batch, params))
+    assert found[0].reference_logp_BT is found[1].reference_logp_BT is None
+    assert np.abs(found[0].return_BT - found[1].return_BT).max() > 1e-3
+    logp_BT = logp.compile_token_logp(model)(params, batch)
+    by_hand = with_values(Critic(normalise=False, trace_clip=1.0), found[1].value_BT, batch, logp_BT)
+    np.testing.assert_allclose(found[1].return_BT, by_hand["return_BT"], rtol=1e-4, atol=1e-5)
+
+
 PPO = {"model.value_head": True, "rl.objective": {"name": "ppo", "kl_coefficient": 0.1}, "rl.updates_per_batch": 2}
 
 
@@ -187,6 +260,7 @@ def test_a_run_with_a_critic_continues_bit_for_bit(tmp_path, monkeypatch):
         ({"rl.optimizer.value_lr": 1e-3}, "value_lr is for a value head; set model.value_head=True"),
         ({"rl.objective": {"name": "ppo", "decay": 2.0}, "model.value_head": True}, "decay=2.0; allowed: 0 to 1"),
         ({"rl.objective": {"name": "ppo", "value_clip": 0.0}, "model.value_head": True}, "value_clip=0.0; allowed: above 0"),
+        ({"rl.objective": {"name": "ppo", "trace_clip": -1.0}, "model.value_head": True}, "trace_clip got -1.0; allowed"),
     ],
 )
 def test_what_a_critic_needs_is_said_before_the_run(fields, message):

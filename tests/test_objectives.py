@@ -128,6 +128,7 @@ def test_keep_correct_drops_zero_and_negative_rewards():
         ("per_kept_token", [1 / 7, 0, 1 / 7]),
         ("per_max_length", [1 / 30] * 3),
         ("per_prompt", [1 / 8] * 3),
+        ("per_mixed_prompt", [1 / 8] * 3),
     ],
 )
 def test_weighting_by_hand(name, expected_R):
@@ -140,6 +141,15 @@ def test_a_mean_inside_each_group_gives_groups_the_same_weight():
     weight_PG = objectives.WEIGHTINGS["per_prompt"](length_PG, np.ones((2, 2)), 10)
     np.testing.assert_allclose(weight_PG, [[1 / 4] * 2, [1 / 20] * 2])
     np.testing.assert_allclose((weight_PG * length_PG).sum(axis=1), 1 / 2)
+
+
+def test_groups_of_equal_rewards_do_not_count_in_the_mean_over_mixed_prompts():
+    length_PG = np.array([[1, 1], [9, 1], [2, 3]])
+    advantage_PG = objectives.centre_group(np.array([[0.0, 1.0], [1.0, 1.0], [1.0, 0.0]]))
+    weight_PG = objectives.WEIGHTINGS["per_mixed_prompt"](length_PG, advantage_PG, 10)
+    np.testing.assert_allclose(weight_PG, [[1 / 4] * 2, [0, 0], [1 / 10] * 2])
+    mixed = objectives.WEIGHTINGS["per_prompt"](length_PG[[0, 2]], advantage_PG[[0, 2]], 10)
+    np.testing.assert_allclose(weight_PG[[0, 2]], mixed)  # as if the others had not been sampled
 
 
 @pytest.mark.parametrize("name", objectives.WEIGHTINGS)
@@ -454,7 +464,7 @@ def test_ablation_is_a_cross_product():
     seen = tokens([-1.0, -2.0], advantage=[1.0, -1.0], behaviour=[-1.5, -1.5], reference=[-1.0, -1.2], entropy=0.5)
     lists = objectives.OBJECTIVES, objectives.ADVANTAGES, objectives.WEIGHTINGS
     made = [objectives.make(name, advantage=a, weigh=w) for name, a, w in itertools.product(*lists)]
-    assert len(made) == 16 * 10 * 6
+    assert len(made) == 16 * 10 * 7
     for objective, (name, a, w) in zip(made, itertools.product(*lists), strict=True):
         assert objective.advantage is objectives.ADVANTAGES[a]
         assert objective.weigh is objectives.WEIGHTINGS[w]

@@ -158,7 +158,8 @@ def decoding_of(model: Model, sampler: Sampler, cache_dtype: str | None) -> Deco
     cache = jax.tree.leaves(jax.eval_shape(lambda: model.init_cache(1, positions, cache_dtype)))
     return Decoding(
         slots=sampler.slots / sampler.devices,
-        weight_bytes=jnp.dtype(c.dtype).itemsize * (c.layers * layer_weights(c) + c.width * c.vocab_size),
+        weight_bytes=jnp.dtype(c.dtype).itemsize * c.layers * layer_weights(c)
+        + jnp.dtype(c.head_dtype or c.dtype).itemsize * c.width * c.vocab_size,
         position_bytes=sum(x.size * x.dtype.itemsize for x in cache) / positions,
         shares_prompts=sampler.prompt_rows > 0,
     )

@@ -149,7 +149,7 @@ def choices() -> dict[str, tuple[str, ...]]:
         r"\w+\.optimizer\.muon_scale": ("rms", "width"),
         r"\w+\.source\.reward": ("verdict", "random"),
         r"\w+\.source\.task\.demonstrations": ("none", "human", "verified", "expert"),
-        r"model\.(param_)?dtype": DTYPES,
+        r"model\.(param_|head_)?dtype": DTYPES,
         r"model\.remat": ("none", "full", "dots"),
         r"model\.attention": ("xla", "cudnn", "splash"),
         r"sampler\.cache_dtype": (*DTYPES, "int8"),

@@ -121,6 +121,7 @@ class ModelConfig:
     value_head: bool = False  # second output: a value estimate per position
     lora: Lora | None = None  # adapters on a frozen base
     dtype: str = "float32"  # dtype of the computation
+    head_dtype: str | None = None  # dtype of the final norm and the output projection; None: dtype
     param_dtype: str = "float32"  # dtype in which params are stored
     scan_layers: bool = False  # lax.scan over layers: compile time independent of depth, but slower on a CPU
     remat: str = "none"  # recomputed in the backward pass: none: nothing, full: whole layers, dots: all but matrix products
@@ -136,6 +137,8 @@ class ModelConfig:
         for name, allowed in (("dtype", DTYPES), ("param_dtype", DTYPES), ("remat", REMAT), ("attention", ATTENTION)):
             if getattr(self, name) not in allowed:
                 raise ValueError(unknown_name_message(name, getattr(self, name), allowed))
+        if self.head_dtype not in (None, *DTYPES):
+            raise ValueError(unknown_name_message("head_dtype", self.head_dtype, (None, *DTYPES)))
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
             raise ValueError(f"rope_scaling got {type(self.rope_scaling).__name__}; allowed: None or a RopeScaling")
         if self.attention == "cudnn" and self.dtype != "bfloat16":

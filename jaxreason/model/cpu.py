@@ -73,14 +73,14 @@ def of_few_rows(name: str, size: int):
     return product if name == "qkv" else from_left
 
 
-def from_left(x, kernel_OI, out_dtype=None):
+def from_left(x, kernel_OI, out_dtype=None, precision=None):
     """Return `x @ kernel_OI.T`, computed with the kernel as the left factor.
 
     The barriers keep XLA from folding the transposes back into x @ kernel_OI.T, which
     is slower than either order.
     """
     x_IR = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
-    y_OR = jax.lax.optimization_barrier(jnp.matmul(kernel_OI, x_IR, preferred_element_type=out_dtype))
+    y_OR = jax.lax.optimization_barrier(jnp.matmul(kernel_OI, x_IR, precision=precision, preferred_element_type=out_dtype))
     return y_OR.T.reshape(*x.shape[:-1], -1)
 
 

@@ -18,14 +18,16 @@ from jaxreason.model.layers import Block, Projection
 
 
 def cast_used(config: ModelConfig, params):
-    """Cast params to the dtype of the computation, except norms and the value head.
+    """Cast params to the dtype of the computation, and the output projection to
+    `head_dtype`, except norms and the value head.
 
     These are small, and some of their uses are in another dtype.
     """
-    dtype = jnp.dtype(config.dtype)
+    head = "embed" if config.tied_embeddings else "unembed"
 
     def cast(path, x):
         used = path[-1].key in ("kernel", "embedding") and path[0].key != "value"
+        dtype = jnp.dtype((config.head_dtype if path[0].key == head else None) or config.dtype)
         return x.astype(dtype) if used and x.dtype != dtype else x
 
     return jax.tree_util.tree_map_with_path(cast, params)

@@ -39,7 +39,7 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
 
     `mesh` is for attention kernels that the compiler can't partition: all but "xla".
     """
-    dtype = jnp.dtype(config.dtype)
+    dtype, (head_dtype, head_precision) = jnp.dtype(config.dtype), head_of(config)
     # Keep only the structure of the modules, without arrays; `apply` merges it with
     # params.
     block = nnx.graphdef(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
@@ -82,17 +82,19 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
             run_layer = run_decode if in_decode_layout(params) else run_block
             layers = layers if isinstance(layers, tuple) else unstack(layers, config.layers)
             x_BTD, cache = forward_layers(run_layer, x_BTD, layers, rotations, seen, cache, prefix)
-        return nnx.merge(final_norm, params["final_norm"])(x_BTD), cache
+        return nnx.merge(final_norm, params["final_norm"])(x_BTD.astype(head_dtype)), cache
 
     def unembed(params, hidden):
         params = params.get("frozen", params)
+        hidden = hidden.astype(head_dtype)
         if in_decode_layout(params) and not config.scan_layers:
             kernel_VD = params["embed"]["embedding"] if config.tied_embeddings else params["unembed"]["kernel"]
-            return from_left(hidden, kernel_VD.astype(hidden.dtype), jnp.float32)
+            return from_left(hidden, kernel_VD.astype(hidden.dtype), jnp.float32, head_precision)
         name = "embed" if config.tied_embeddings else "unembed"
         used = sharding.gather_weights(params[name], mesh, name)
         kernel = used["embedding"].T if config.tied_embeddings else used["kernel"]
-        return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        kernel = kernel.astype(hidden.dtype)
+        return jnp.matmul(hidden, kernel, precision=head_precision, preferred_element_type=jnp.float32)
 
     def value(params, hidden):
         return hidden.astype(jnp.float32) @ params["value"]["kernel"].astype(jnp.float32)
@@ -120,6 +122,15 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
         init_cache=init_cache,
         decode_layout=functools.partial(decode_layout, config),
     )
+
+
+def head_of(config: ModelConfig) -> tuple:
+    """Return the dtype of the factors of the output projection, and its precision.
+
+    A head in float32 (MiniMax 2025, arXiv 2506.13585, sec. 3.2) is at full precision:
+    a TPU would multiply float32 in bfloat16, and a GPU in TF32.
+    """
+    return jnp.dtype(config.head_dtype or config.dtype), "highest" if config.head_dtype == "float32" else None
 
 
 def init_params(config: ModelConfig, key):

@@ -153,8 +153,11 @@ def reinforce_pp(
     clip_low: float = 0.2,  # clip of the importance ratio below 1: at 1 - clip_low
     clip_high: float = 0.2,  # clip of the importance ratio above 1: at 1 + clip_high
 ):
-    """REINFORCE++: the rewards of the batch, normalised together, and a clipped ratio
-    (Hu 2025, arXiv 2501.03262). Its KL term in the reward is left out.
+    """REINFORCE++: the rewards of the batch, normalised together (Hu et al. 2025, arXiv
+    2501.03262v2, eq. 10), and a clipped ratio.
+
+    The mean is over the tokens of the batch; eq. 1 takes that of each rollout first,
+    which is `weigh=per_sequence`. The KL term in the reward (eq. 8 and 9) is left out.
     """
     return Objective(zscore_batch, per_token, clipped(clip_low, clip_high))
 
@@ -180,8 +183,10 @@ def grpo(
     clip_high: float = 0.2,  # clip of the importance ratio above 1: at 1 + clip_high
     clip_dual: float | None = None,  # bound of the ratio where the advantage is negative, such as 3; None: none
 ):
-    """Group relative policy optimisation (Shao et al. 2024, arXiv 2402.03300, eq.
-    3).
+    """Group relative policy optimisation (Shao et al. 2024, arXiv 2402.03300, eq. 3).
+
+    The paper gives no value of its clip; 0.2 is that of PPO. Its KL term is
+    `kl_coefficient=0.04, kl_estimator=k3_reverse` (eq. 4, sec. 4.2).
     """
     return Objective(zscore_group, per_sequence, clipped(clip_low, clip_high, clip_dual), needs_group=True)
 
@@ -191,7 +196,7 @@ def dr_grpo(
     clip_high: float = 0.2,  # clip of the importance ratio above 1: at 1 + clip_high
 ):
     """GRPO without its two normalisations (Liu et al. 2025, arXiv 2503.20783, sec.
-    3.2).
+    3.2; clip of table 6).
     """
     return Objective(centre_group, per_max_length, clipped(clip_low, clip_high), needs_group=True)
 
@@ -200,10 +205,11 @@ def dapo(
     clip_low: float = 0.2,  # clip of the importance ratio below 1: at 1 - clip_low
     clip_high: float = 0.28,  # clip of the importance ratio above 1: at 1 + clip_high
 ):
-    """Clip-higher and token-level loss (Yu et al. 2025, arXiv 2503.14476, eq. 8).
+    """Clip-higher and token-level loss (Yu et al. 2025, arXiv 2503.14476, eq. 8 and
+    12).
 
     The mean over tokens is over the whole batch, as in TRL and verl, not inside each
-    group as in eq. 8, which is `weigh=per_prompt`. Dynamic sampling is a field of the
+    group as in eq. 12, which is `weigh=per_prompt`. Dynamic sampling is a field of the
     source. Overlong reward shaping is the verifier `length_shaped`.
     """
     return Objective(zscore_group, per_token, clipped(clip_low, clip_high), needs_group=True)
@@ -214,7 +220,10 @@ def gspo(
     clip_high: float = 4e-4,  # clip of the ratio of a rollout above 1: at 1 + clip_high
 ):
     """Group sequence policy optimisation: one ratio per rollout (Zheng et al. 2025,
-    arXiv 2507.18071; clips of sec. 5.1).
+    arXiv 2507.18071, eq. 5 and 7; clips of sec. 5.1).
+
+    Khatri et al. 2025 (arXiv 2510.13786, A.17.3) found clips of 4e-3 and more better
+    for a dense model of 8B.
     """
     return Objective(zscore_group, per_sequence, clipped_sequence(clip_low, clip_high), needs_group=True)
 
@@ -224,10 +233,10 @@ def cispo(
     clip_high: float = 4.0,  # highest weight: 1 + clip_high
 ):
     """Clipped importance weights that keep every token's gradient (MiniMax 2025, arXiv
-    2506.13585).
+    2506.13585, eq. 4 and 5).
 
-    The paper does not give its upper bound; 5 is in the range of ScaleRL's ablation
-    (arXiv 2510.13786).
+    The paper does not give its upper bound. Khatri et al. 2025 (arXiv 2510.13786,
+    A.17.2) found 4, 5 and 8 alike; 5 is `clip_high=4`.
     """
     return Objective(zscore_group, per_token, clipped_weight(clip_low, clip_high), needs_group=True)
 
@@ -239,7 +248,8 @@ def dppo(
     largest_ratio: float = 20.0,  # bound of the importance weight
 ):
     """Divergence proximal policy optimisation: a trust region of probabilities, not of
-    their ratio (Qi et al. 2026, arXiv 2602.04879). Limits and bound are verl's.
+    their ratio (Qi et al. 2026, arXiv 2602.04879, eq. 12). Limits and bound are verl's;
+    for `kl` the paper tries limits of 0.05 to 0.15 (fig. 19).
     """
     token_loss = within_divergence(divergence, limit_low, limit_high, largest_ratio)
     return Objective(centre_group, per_max_length, token_loss, needs_group=True)
@@ -262,14 +272,18 @@ def ppo(
     discount: float = 1.0,  # gamma: what a reward one token later is worth
     decay: float = 0.95,  # lambda: 1 trusts rewards alone, 0 values alone
     normalise: bool = True,  # normalise advantages over the batch
+    trace_clip: float | None = None,  # V-trace for rollouts of older params: bound of its ratios, such as 1; None: without
     value_coefficient: float = 0.5,  # weight of the loss of values
     value_clip: float | None = 0.2,  # distance from the old value beyond which an error still counts; None: no clip
 ):
     """Proximal policy optimisation with a value head (Schulman et al. 2017, arXiv
-    1707.06347) and generalised advantages (arXiv 1506.02438). The numbers are those of
-    the first paper's Atari runs, without discount.
+    1707.06347, eq. 7 and 9) and generalised advantages (eq. 11; arXiv 1506.02438, eq.
+    16).
+
+    The numbers, the halved error of values and its clip are those of `ppo2` of OpenAI's
+    baselines, without discount. The paper has no such clip and no half.
     """
-    critic = Critic(discount, decay, normalise)
+    critic = Critic(discount, decay, normalise, trace_clip)
     critics.check(critic)
     token_loss = critics.add_value_loss(clipped(clip_low, clip_high, clip_dual), value_coefficient, value_clip)
     return Objective(rewards, per_token, token_loss, critic=critic)

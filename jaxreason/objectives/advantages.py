@@ -40,7 +40,7 @@ def centre_batch(reward_PG):
 
 def zscore_batch(reward_PG, eps: float = 1e-6):
     """Subtract the mean reward of the batch and divide by its standard deviation (Hu
-    2025, arXiv 2501.03262, REINFORCE++).
+    et al. 2025, arXiv 2501.03262v2, eq. 10, REINFORCE++).
     """
     centred_PG = np.where(np.ptp(reward_PG) < EQUAL_REWARDS, 0.0, centre_batch(reward_PG))
     return centred_PG / (reward_PG.std() + eps)
@@ -66,16 +66,21 @@ def leave_one_out(reward_PG):
 
 
 def zscore_group(reward_PG, eps: float = 1e-6):
-    """Subtract the mean reward of the group and divide by its (population) standard
-    deviation (Shao et al. 2024, arXiv 2402.03300).
+    """Subtract the mean reward of the group and divide by its standard deviation (Shao
+    et al. 2024, arXiv 2402.03300, sec. 4.1.2).
+
+    It is that of the population; the paper does not say which. TRL, Tunix and verl
+    divide by that of a sample, larger by sqrt(G / (G - 1)).
     """
     return centre_group(reward_PG) / (reward_PG.std(axis=1, keepdims=True) + eps)
 
 
 def centre_group_scale_batch(reward_PG, eps: float = 1e-6):
     """Subtract the mean reward of the group and divide by the standard deviation of
-    these differences over the batch (Khatri et al. 2025, arXiv 2510.13786, ScaleRL; the
-    same as REINFORCE++ with a baseline, arXiv 2501.03262).
+    these differences over the batch (Khatri et al. 2025, arXiv 2510.13786, sec. 4,
+    ScaleRL; Hu et al. 2025, arXiv 2501.03262, appendix A, REINFORCE++ with a baseline).
+
+    TRL's `scale_rewards="batch"` divides by that of the rewards themselves.
     """
     centred_PG = centre_group(reward_PG)
     return centred_PG / (centred_PG.std() + eps)
@@ -98,7 +103,7 @@ def divide_by_mean(reward_PG):
 def best_of(k: int):
     """Reward what an attempt adds to the best of `k` attempts: an unbiased gradient of
     the expected best reward of k, pass@k for rewards of 0 and 1 (Walder and Karkhanis
-    2025, arXiv 2505.15201, PKPO with its baseline `loo minus one`).
+    2025, arXiv 2505.15201, eq. 33, PKPO with its baseline `loo minus one`).
 
     The advantage is the mean, over the sets of k that contain the attempt, of the best
     reward of the set less the best of its other k - 1, times k / G.

@@ -11,6 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxreason.objectives.losses import log_ratio
+from jaxreason.types import Outputs
+
 
 class Critic(NamedTuple):
     """How values become advantages."""
@@ -18,14 +21,17 @@ class Critic(NamedTuple):
     discount: float = 1.0  # gamma
     decay: float = 0.95  # lambda
     normalise: bool = True  # subtract the mean of the batch's advantages and divide by their standard deviation
+    trace_clip: float | None = None  # bound of the ratios of V-trace; None: generalised advantages
 
 
 def check(critic: Critic) -> None:
     if not (0 <= critic.discount <= 1 and 0 <= critic.decay <= 1):
         raise ValueError(f"got discount={critic.discount}, decay={critic.decay}; allowed: 0 to 1")
+    if critic.trace_clip is not None and critic.trace_clip <= 0:
+        raise ValueError(f"trace_clip got {critic.trace_clip}; allowed: above 0, such as 1, or None for generalised advantages")
 
 
-def with_values(critic: Critic, value_BT, batch) -> dict:
+def with_values(critic: Critic, value_BT, batch, logp_BT=None) -> dict:
     """Return the fields of a batch that values determine: `advantage_BT`, `return_BT`
     and `value_BT`. The batch's `advantage_BT` so far are the rewards.
 
@@ -33,25 +39,35 @@ def with_values(critic: Critic, value_BT, batch) -> dict:
     the sum over later steps of (discount * decay)^k * delta, with delta = reward +
     discount * next value - value. The return is advantage + value, before the
     advantages are normalised over the trained tokens of the batch.
+
+    With `trace_clip` these are off-policy corrected by V-trace (Espeholt et al. 2018,
+    arXiv 1802.01561, eq. 1 and remark 2, rho and c with one bound): an error e counts
+    in those before it by min(r, bound), r the ratio of the policy that learns, of
+    `logp_BT`, to the one that sampled. So advantage = delta + discount * decay * later
+    e, e = min(r, bound) * advantage, and the return is e + value. The advantage has no
+    ratio of its own token, since the loss has one.
     """
     trained_BT = batch.weight_BT != 0
+    trust_BT = jnp.ones_like(value_BT)
+    if critic.trace_clip is not None:
+        trust_BT = jnp.minimum(jnp.exp(log_ratio(Outputs(logp_BT, None), batch)), critic.trace_clip)
 
     def step(after, now):
-        later_advantage, later_value, later_rollout = after
-        value, reward, trained, rollout = now
+        later_error, later_value, later_rollout = after
+        value, reward, trained, rollout, trust = now
         goes_on = rollout == later_rollout
         target = jnp.where(goes_on, critic.discount * later_value, reward)
-        more = jnp.where(goes_on, critic.discount * critic.decay * later_advantage, 0.0)
+        more = jnp.where(goes_on, critic.discount * critic.decay * later_error, 0.0)
         advantage = target - value + more
-        before = (advantage, value, rollout)
+        before = (trust * advantage, value, rollout)
         kept = jax.tree.map(lambda new, old: jnp.where(trained, new, old), before, after)
         return kept, jnp.where(trained, advantage, 0.0)
 
-    columns = jax.tree.map(jnp.transpose, (value_BT, batch.advantage_BT, trained_BT, batch.rollout_BT))
+    columns = jax.tree.map(jnp.transpose, (value_BT, batch.advantage_BT, trained_BT, batch.rollout_BT, trust_BT))
     nothing_B = jnp.zeros_like(columns[0][0])
     _, advantage_TB = jax.lax.scan(step, (nothing_B, nothing_B, jnp.full_like(columns[3][0], -1)), columns, reverse=True)
     advantage_BT = advantage_TB.T
-    return_BT = jnp.where(trained_BT, advantage_BT + value_BT, 0.0)
+    return_BT = jnp.where(trained_BT, trust_BT * advantage_BT + value_BT, 0.0)
     if critic.normalise:
         count = jnp.maximum(jnp.sum(trained_BT), 1)
         mean = jnp.sum(advantage_BT) / count

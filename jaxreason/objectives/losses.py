@@ -129,7 +129,7 @@ DIVERGENCES = ("tv", "kl")
 def within_divergence(divergence: str = "tv", limit_low: float = 0.2, limit_high: float = 0.2, largest_ratio: float = 20.0):
     """REINFORCE with an importance weight, for tokens whose probability p has not yet
     moved too far from q, that of the sampling policy (Qi et al. 2026, arXiv 2602.04879,
-    DPPO with the binary approximations).
+    eq. 12, DPPO with the binary approximations of eq. 13 and 14).
 
     A token is left out if the update would move it on: A > 0, p > q and D > limit_high,
     or A < 0, p < q and D > limit_low. D is the divergence of "this token or another":

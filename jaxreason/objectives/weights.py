@@ -39,10 +39,21 @@ def per_token(length_PG, advantage_PG, limit):
 
 def per_prompt(length_PG, advantage_PG, limit):
     """Mean over the tokens of each group, then over groups (Yu et al. 2025, arXiv
-    2503.14476, eq. 8; Khatri et al. 2025, arXiv 2510.13786, "prompt average").
+    2503.14476, eq. 8 and 12; Khatri et al. 2025, arXiv 2510.13786, sec. 3.2, "prompt
+    average").
     """
     tokens_P1 = np.maximum(length_PG.sum(axis=1, keepdims=True), 1)
     return np.broadcast_to(1.0 / (len(length_PG) * tokens_P1), length_PG.shape)
+
+
+def per_mixed_prompt(length_PG, advantage_PG, limit):
+    """Mean over the tokens of each group, then over the groups with a nonzero
+    advantage; the tokens of others weigh 0 (Khatri et al. 2025, arXiv 2510.13786, sec.
+    3.2, "zero-variance filtering"; unlike dynamic sampling, nothing is sampled in their
+    place).
+    """
+    mixed_P1 = np.any((advantage_PG != 0) & (length_PG > 0), axis=1, keepdims=True)
+    return mixed_P1 * per_prompt(length_PG, advantage_PG, limit) * (len(length_PG) / max(mixed_P1.sum(), 1))
 
 
 def per_kept_token(length_PG, advantage_PG, limit):
@@ -52,8 +63,8 @@ def per_kept_token(length_PG, advantage_PG, limit):
 
 
 def per_max_length(length_PG, advantage_PG, limit):
-    """Sum over tokens, divided by the longest allowed length: no length bias (arXiv
-    2503.20783).
+    """Sum over tokens, divided by the longest allowed length: no length bias (Liu et
+    al. 2025, arXiv 2503.20783: sec. 3.2 has the sum, its authors' code the divisor).
     """
     return np.full(length_PG.shape, 1.0 / (length_PG.size * limit))
 
@@ -63,6 +74,7 @@ WEIGHTINGS = {
     "per_sequence": per_sequence,
     "per_token": per_token,
     "per_prompt": per_prompt,
+    "per_mixed_prompt": per_mixed_prompt,
     "per_kept_token": per_kept_token,
     "per_max_length": per_max_length,
 }

@@ -75,7 +75,8 @@ def parse(arg: str, *, choices: dict[str, Iterable[Any]] | None = None, **defaul
       ValueError: an unknown option, a value of the wrong type, or a value not among
         the choices.
     """
-    OFFERED.update({name: (default, (choices or {}).get(name)) for name, default in defaults.items()})
+    if not OFFERED:
+        OFFERED.update({name: (default, (choices or {}).get(name)) for name, default in defaults.items()})
     values = dict(defaults)
     for part in filter(None, (p.strip() for p in (arg or "").split(","))):
         name, given, text = part.partition("=")
@@ -98,8 +99,9 @@ def parse(arg: str, *, choices: dict[str, Iterable[Any]] | None = None, **defaul
     return SimpleNamespace(**values)
 
 
-# Options of the last call of `parse`, with their defaults and choices. `--describe`
-# reads the options of a config file from here.
+# Options of the first call of `parse` since this was cleared, with their defaults and
+# choices: those of a config file, not those of a file that it builds on. `--describe`
+# reads them from here.
 OFFERED: dict[str, tuple[Any, Iterable[Any] | None]] = {}
 
 

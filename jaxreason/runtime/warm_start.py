@@ -31,7 +31,7 @@ from jaxreason.runtime.workdir import checkpoints_of
 
 # Config fields that may differ without changing the function that the same params
 # compute.
-CHOICES = ("value_head", "lora", "dtype", "param_dtype", "scan_layers", "remat", "attention")
+CHOICES = ("value_head", "lora", "dtype", "head_dtype", "param_dtype", "scan_layers", "remat", "attention")
 ASIDE = ("value", "lora")  # params that only some models have
 
 

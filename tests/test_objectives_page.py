@@ -1,0 +1,45 @@
+"""The page of objectives names each of them, and its flags select them."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+
+import pytest
+from runs import ROOT
+
+from jaxreason import objectives
+from jaxreason.build import build
+from jaxreason.options import command
+
+PAGE = (ROOT / "jaxreason" / "objectives" / "README.md").read_text()
+NAMED = PAGE.split("## The named algorithms")[1].split("\n## ")[0]
+ROWS = {line.split("`")[1]: line for line in NAMED.splitlines() if line.startswith("| `")}
+
+
+def flags_of(row: str) -> list[str]:
+    return [word for cell in re.findall(r"`(--config\.[^`]*)`", row) for word in shlex.split(cell)]
+
+
+def test_every_objective_has_a_row_of_all_columns():
+    assert list(ROWS) == [name for name in ROWS if name in objectives.OBJECTIVES]
+    assert set(ROWS) == set(objectives.OBJECTIVES)
+    columns = NAMED.split("| name |")[1].splitlines()[0].count("|")
+    assert {row.count("|") - 2 for row in ROWS.values()} == {columns}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_flags_of_a_row_select_its_objective(name):
+    words = command.split(["main", "--config=configs/tiny.py:smoke", *flags_of(ROWS[name])])
+    config = command.read(words.config, words.changes)
+    phase = "prior" if name in ("lm", "sft") else "rl"
+    assert config[phase].objective.name == name
+    run = build(config)
+    made = next(p.objective for p in run.phases if p.name == phase)
+    assert made.weigh is objectives.make(name).weigh
+
+
+@pytest.mark.parametrize("fields", re.findall(r"\{'name': [^}]*\}", " ".join(NAMED.split("ScaleRL")[-1].split())))
+def test_combinations_on_the_page_are_objectives(fields):
+    assert objectives.make(**ast.literal_eval(fields)).needs_group
