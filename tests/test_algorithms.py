@@ -203,17 +203,27 @@ def corrected(level, how):
     return weight
 
 
+def truncated(drawn, fixed, i, j, t):
+    """The default of objectives without a ratio: that of the token, at most 2."""
+    return min(math.exp(fixed[i][j][t] - drawn.q[i][j][t]), 2.0)
+
+
 def loo(drawn, i, j):
     return group_centred(drawn, i, j) * G / (G - 1)
 
 
 BOUNDS = {"correct_low": 0.5, "correct_high": 1.5}
 REFERENCES = {
-    "reinforce": ("reinforce", {}, score_loss(lambda d, i, j: d.reward[i][j] - d.reward.mean(), "sum")),
+    "reinforce": ("reinforce", {}, score_loss(lambda d, i, j: d.reward[i][j] - d.reward.mean(), "sum", truncated)),
+    "reinforce, none": (
+        "reinforce",
+        {"correct": "none"},
+        score_loss(lambda d, i, j: d.reward[i][j] - d.reward.mean(), "sum"),
+    ),
     "reinforce_pp": ("reinforce_pp", {}, ratio_loss(batch_zscore, "token")),
-    "rloo": ("rloo", {}, score_loss(loo, "sum")),
-    "maxrl": ("maxrl", {}, score_loss(mean_divided, "sum")),
-    "pass_at_k": ("pass_at_k", {"k": 2}, score_loss(best_of_two, "sum")),
+    "rloo": ("rloo", {}, score_loss(loo, "sum", truncated)),
+    "maxrl": ("maxrl", {}, score_loss(mean_divided, "sum", truncated)),
+    "pass_at_k": ("pass_at_k", {"k": 2}, score_loss(best_of_two, "sum", truncated)),
     "grpo": ("grpo", {}, ratio_loss(group_zscore, "sequence")),
     "dr_grpo": ("dr_grpo", {}, ratio_loss(group_centred, "constant")),
     "dapo": ("dapo", {}, ratio_loss(group_zscore, "token", high=0.28)),
@@ -306,6 +316,34 @@ def test_on_policy_every_ratio_loss_has_the_gradient_of_reinforce(name):
     if name == "gspo":  # each rollout's gradient is spread over its tokens, which all weigh the same
         assert np.allclose(np.sum(found), np.sum(expected), rtol=1e-5)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "maxrl", "pass_at_k"])
+def test_on_policy_the_default_correction_changes_nothing_but_rounding(name):
+    plain, corrected = objectives.make(name, correct="none"), objectives.make(name)
+    assert plain.on_policy
+    assert not corrected.on_policy
+    drawn = problem(0, on_policy=True)
+    batch = batch_of(drawn, plain)
+    logp_BT = jnp.asarray(on_grid(drawn.q, batch), jnp.float32)
+    found, expected = (jax.value_and_grad(lambda x, o=o: total(o, batch, x))(logp_BT) for o in (corrected, plain))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-6, atol=1e-9)
+    _, statistics_ = corrected.token_loss(Outputs(logp_BT, logp_BT), batch)
+    assert {"ratio", "ratio_squared", "log_ratio_worst", "corrected"} <= statistics_.keys()
+    assert not np.any(statistics_["corrected"])
+
+
+def test_imitation_and_losses_with_a_ratio_are_not_corrected_by_default():
+    for name in ("lm", "sft", "expert_iteration"):
+        assert objectives.make(name).token_loss is objectives.nll
+        assert objectives.make(name, correct="none").token_loss is objectives.nll
+    made = objectives.make("grpo")
+    batch = batch_of(problem(0), made)
+    logp_BT = jnp.asarray(on_grid(problem(0).p, batch), jnp.float32)
+    found, expected = (o.token_loss(Outputs(logp_BT, logp_BT), batch) for o in (made, objectives.grpo()))
+    assert found[1].keys() == expected[1].keys()
+    np.testing.assert_array_equal(found[0], expected[0])
 
 
 def test_gspo_is_grpo_for_rollouts_of_one_token():
@@ -446,6 +484,8 @@ def test_a_ratio_that_a_loss_has_itself_is_only_masked():
     ("name", "fields", "message"),
     [
         ("rloo", {"correct": "word"}, "correct got 'word'; allowed: none, token, sequence"),
+        ("sft", {"correct": "token"}, "correct='token', but the objective imitates the tokens of its batch; allowed: None"),
+        ("expert_iteration", {"correct": "sequence", "correct_by": "mask"}, "the objective imitates"),
         ("rloo", {"correct": "token", "correct_by": "drop"}, "correct_by got 'drop'; allowed: truncate, mask"),
         ("rloo", {"correct": "token", "correct_high": 0.5}, "correct_high 0.5; allowed: 0 to 1, and 1 or more"),
         ("grpo", {"negative_scale": -1.0}, "negative_scale got -1.0; allowed: 0 or more"),

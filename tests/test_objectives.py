@@ -372,7 +372,11 @@ def test_runs_of_earlier_versions_keep_their_kl_estimator():
 )
 def test_a_field_that_nothing_reads_is_refused(field, value):
     with pytest.raises(ValueError, match=rf"^config\.rl\.objective\.{field} got .*, so nothing reads it; set both$"):
+        command.read("configs/tiny.py:smoke", {f"rl.objective.{field}": value, "rl.objective.correct": "none"})
+    if field != "kl_estimator":  # None corrects an objective without a ratio, and no other one
         command.read("configs/tiny.py:smoke", {f"rl.objective.{field}": value})
+        with pytest.raises(ValueError, match=r"but correct is none, so nothing reads it"):
+            command.read("configs/tiny.py:smoke", {f"rl.objective.{field}": value, "rl.objective.name": "grpo"})
 
 
 def test_with_entropy_rewards_entropy():

@@ -75,6 +75,12 @@ def make_phase(
             f"config.{name}.offload_reference got True, but the objective has no reference policy; allowed: False, or set "
             f"{name}.objective.kl_coefficient above 0"
         )
+    if made_objective.on_policy and (source.get("lag") or updates_per_batch > 1):
+        got = f"source.lag got {source['lag']}" if source.get("lag") else f"updates_per_batch got {updates_per_batch}"
+        raise ValueError(
+            f"config.{name}.{got}, but the objective has no importance ratio, so its gradient would be biased; allowed: "
+            f"{0 if source.get('lag') else 1}, {name}.objective.correct='token' or 'sequence', or an objective with a ratio, as grpo"
+        )
     arguments = {"parts": parts, "objective": made_objective, "microbatches": microbatches, "steps": steps}
     made_source = call_with_section(make_source, {"name": None} | source, f"config.{name}.source", **arguments)
     if made_source.rows % (parts.devices * microbatches):
@@ -207,11 +213,6 @@ def rollouts(
         raise ValueError(
             f"source.temperature got {temperature}; allowed: finite, above 0 (greedy attempts are all alike), at least "
             f"{LOWEST_TEMPERATURE:g}"
-        )
-    if lag and objective.on_policy:
-        raise ValueError(
-            f"source.lag got {lag}, but the objective has no importance ratio, so its gradient would be biased; allowed: 0, or "
-            "an objective with a ratio: grpo, dr_grpo, dapo"
         )
     completer = parts.completer
     if max_tokens is not None:

@@ -74,8 +74,8 @@ class Objective(NamedTuple):
 
     `needs_reference`: the batch must carry log-probs of a reference policy.
     `needs_group`: attempts at one problem are compared, so there must be at least two.
-    `on_policy`: there is no importance ratio, so the rollouts must be the current
-    policy's.
+    `on_policy`: rollouts are scored without an importance ratio, so they must be the
+    current policy's.
     """
 
     advantage: Callable  # reward_PG -> advantage_PG, numpy
@@ -106,15 +106,18 @@ def with_correction(objective: Objective, level: str, how: str = "truncate", low
     `corrections`.
 
     An objective without an importance ratio gets the bounded ratio as a weight. One
-    that has a ratio would count it twice, so tokens can only be masked.
+    that has a ratio would count it twice, so tokens can only be masked. Imitation wants
+    no other policy's gradient, so there is nothing to correct.
 
     Raises:
-      ValueError: an unknown level or way, wrong bounds, or truncation of a ratio that
-        the objective has itself.
+      ValueError: an unknown level or way, wrong bounds, truncation of a ratio that the
+        objective has itself, or an objective that imitates.
     """
     corrections.check(level, how, low, high)
     if level == "none":
         return objective
+    if objective.token_loss is nll:
+        raise ValueError(f"correct={level!r}, but the objective imitates the tokens of its batch; allowed: None or 'none'")
     if objective.on_policy:
         token_loss = corrections.weigh_by_ratio(objective.token_loss, level, how, low, high)
         return objective._replace(token_loss=token_loss, on_policy=False)
@@ -312,7 +315,7 @@ def make(
     negative_scale: float = 1.0,  # factor of negative advantages: below 1, wrong attempts count less
     weigh: str | None = None,  # replaces the loss aggregation: token_sum, per_sequence, per_token, per_max_length, ...
     cut: str = "in",  # in or out: rollouts that were cut off at their limit; out, they weigh 0 but stay in baselines
-    correct: str = "none",  # none, token or sequence: weigh or mask by the ratio of learner and sampler
+    correct: str | None = None,  # none, token, sequence: weigh or mask by learner / sampler; None: token if the loss has no ratio
     correct_by: str = "truncate",  # truncate or mask ratios outside the bounds
     correct_low: float = 0.0,  # lower bound of the ratio
     correct_high: float = 2.0,  # upper bound of the ratio
@@ -325,7 +328,9 @@ def make(
     """Make a named objective, or a user's `module:maker`.
 
     `advantage` and `weigh` replace those of the objective by name; `kwargs` are the
-    algorithm's own numbers.
+    algorithm's own numbers. `correct` None is `token` for an objective that scores
+    rollouts without an importance ratio (`on_policy`), and `none` for all others:
+    on-policy the ratio is 1 up to rounding, and its inputs are computed anyway.
 
     Raises:
       ValueError: an unknown name or a number out of range.
@@ -351,7 +356,8 @@ def make(
         raise ValueError(f"kl_coefficient got {kl_coefficient}; allowed: 0 or more")
     if kl_estimator not in KL_ESTIMATORS:
         raise ValueError(unknown_name_message("KL estimator", kl_estimator, KL_ESTIMATORS))
-    objective = with_correction(objective, correct, correct_by, correct_low, correct_high)
+    level = correct if correct is not None else ("token" if objective.on_policy else "none")
+    objective = with_correction(objective, level, correct_by, correct_low, correct_high)
     if stale_limit is not None:
         if stale_limit < 0:
             raise ValueError(f"stale_limit got {stale_limit}; allowed: 0 or more, or None")
