@@ -89,7 +89,7 @@ def at_a_rename(call) -> None:
 
 
 def set_up(point: str, count: int) -> None:
-    from jaxreason import learner, rollout, sources, train
+    from jaxreason import batching, learner, rollout, train
     from jaxreason.runtime import checkpoint, files
     from jaxreason.runtime.journal import Journal
 
@@ -100,7 +100,7 @@ def set_up(point: str, count: int) -> None:
         "sampling": lambda: before(rollout.Collection, "decode", call),
         "verifying": lambda: before(rollout.Collection, "hear", call),
         "answering": lambda: before(rollout.Collection, "append_tokens", lambda _, said, *__, **___: said and call()),
-        "batching": lambda: before(sources.batching, "from_groups", call),
+        "batching": lambda: before(batching, "from_groups", call),
         "reference": lambda: before_result(learner, "compile_token_logp", call),
         "update": lambda: before_result(train, "compile_train_step", call),
         "logging": lambda: before(Journal, "write_metrics", call),

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from runs import HANG_S, METRIC, PRETEND, ROOT, SMOKE, maths, params_of, pretend
 
 from jaxreason.runtime.workdir import last_metrics
 from jaxreason.sweep import Sweep, arms, chain, fixed, jobs, over, product, progress, queue, report, results, search, zip_
+from jaxreason.sweep import __main__ as entry
 from jaxreason.sweep.__main__ import read_experiment
 from jaxreason.sweep.progress import cell
 from jaxreason.sweep.runs import SweepRun, begin_with_shared, dropped_fields, dropped_lines, make_runs
@@ -167,6 +169,36 @@ def sweep(arg=''):
         file.write_text("x = 1\n")
         with pytest.raises(ValueError, match="has no function sweep"):
             read_experiment(str(file), {})
+
+
+def test_an_experiment_prepares_files_for_its_runs(tmp_path, monkeypatch):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        f"""
+from jaxreason.sweep import Sweep
+def prepare(folder, seeds):
+    for seed in seeds:
+        (folder / f"{{seed}}.txt").write_text("1+2=3")
+def sweep(arg=''):
+    task = {{"name": "corpus", "path": "{{folder}}/{{seed}}.txt"}}
+    return Sweep({SMOKE!r}, [{{"prior.source.task": task}}, {{"rl.steps": 1}}], seeds=(0, 3), names=["prepared", "own"])
+"""
+    )
+    fields = {"follow": False, "budget": None, "share": True, "workers": 1, "devices_per_run": 1, "search": None}
+    fields |= {"retries": 0, "engine": None, "metric": None, "seeds": None}
+    monkeypatch.setattr(entry, "FLAGS", type("Flags", (), fields))
+    monkeypatch.setattr(entry, "report", lambda folder: None)
+    paths = []
+
+    def execute(runs, *_, **__):
+        for run in runs:
+            if run.arm == "prepared":
+                paths.append(run.config["prior"]["source"]["task"]["path"])
+                assert Path(paths[-1]).read_text() == "1+2=3", "the files are there before the runs"
+
+    monkeypatch.setattr(queue, "execute", execute)
+    entry.run_sweep(read_experiment(str(file), {}), tmp_path / "sweep")
+    assert sorted(set(paths)) == [str(tmp_path / "sweep" / f"{seed}.txt") for seed in (0, 3)]
 
 
 def test_a_folder_that_cannot_be_made_is_a_failure_of_its_run(tmp_path, monkeypatch):

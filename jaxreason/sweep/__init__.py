@@ -8,7 +8,9 @@ compared.
     report      table, sentences, figures
 
 An experiment is a file with a function `sweep(arg)` that returns a `Sweep`; see
-`experiments/`.
+`experiments/`. Two more functions are called if it has them: `prepare(folder, seeds)`
+before the runs, to make data or checkpoints that they read (it must skip what is there:
+the same command continues), and `figures(folder, report)` at the end.
 """
 
 from jaxreason.sweep.arms import Sweep, chain, fixed, over, product, zip_

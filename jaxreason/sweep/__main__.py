@@ -26,7 +26,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,6 +69,7 @@ class Asked(NamedTuple):
     sweep: Sweep
     name: str
     experiment: str | None = None  # FILE:OPTIONS
+    prepare: Callable | None = None  # (folder, seeds), called before the runs
 
 
 def read_sweep(words: command.Words) -> Asked:
@@ -112,7 +113,7 @@ def read_experiment(experiment: str, changes: dict[str, str]) -> Asked:
     sweep = sweep._replace(common={**sweep.common, **changes}, metric=FLAGS.metric or sweep.metric)
     if FLAGS.seeds is not None:
         sweep = sweep._replace(seeds=tuple(range(FLAGS.seeds)))
-    return Asked(sweep, path.stem + (f"-{options}" if options else ""), experiment)
+    return Asked(sweep, path.stem + (f"-{options}" if options else ""), experiment, found.get("prepare"))
 
 
 def definition(asked: Asked) -> dict:
@@ -300,6 +301,9 @@ def run_sweep(asked: Asked, folder: Path) -> None:
     with contextlib.ExitStack() as stack:
         stack.callback(workdir.lock(folder, print, "--folder"))
         known = write_definition(folder, definition(asked) | {"dropped": dropped_fields(runs), "search": how_searched()})
+        if asked.prepare is not None:
+            asked.prepare(folder, asked.sweep.seeds)
+            runs = make_runs(asked.sweep, folder, FLAGS.share, devices_of_a_run())  # with the files that are there now
         state = queue.State(folder / "state.json")
         print(f"sweep: {count(len(known['arms']), 'arm')}, seeds {known['seeds']}, {count(len(workers), 'worker')}, in {folder}")
         print("".join(f"{line}\n" for line in dropped_lines(dropped_fields(runs))), end="", flush=True)
@@ -337,6 +341,11 @@ def hand_over(asked: Asked, folder: Path) -> None:
     from jaxreason.sweep.queue import State
     from jaxreason.sweep.runs import dropped_fields, dropped_lines
 
+    if asked.prepare is not None:
+        raise ValueError(
+            f"{asked.experiment} makes files for its runs on this machine (prepare), which jobs of --engine={FLAGS.engine} can't "
+            "read; allowed: without --engine"
+        )
     chosen = fleet.read_flags(folder)
     runs = fleet.make_runs(asked.sweep, folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,9 @@ class Sweep(NamedTuple):
     """A comparison of configs that differ in some fields."""
 
     config: str  # FILE:OPTIONS
-    arms: Sequence[Mapping[str, Any]]  # overrides of fields; the first arm is the baseline
+    # Overrides of fields; the first arm is the baseline. `{folder}` and `{seed}` in a
+    # text become the sweep's folder and the run's seed.
+    arms: Sequence[Mapping[str, Any]]
     seeds: Sequence[int] = (0, 1, 2, 3, 4)
     names: Sequence[str] | None = None  # of the arms; None: their overrides
     common: Mapping[str, Any] = {}  # overrides of all arms, in no name

@@ -98,7 +98,8 @@ def make_runs(sweep: Sweep, folder: Path, share: bool = True, machine: str = "")
     runs = []
     for seed in sweep.seeds:
         for name, arm in named_arms(sweep).items():
-            changes = {field: word_of(value) for field, value in {**sweep.common, **arm, "seed": seed}.items()}
+            values = {**sweep.common, **arm, "seed": seed}
+            changes = {field: placed(word_of(value), folder, seed) for field, value in values.items()}
             dropped: list[str] = []
             try:
                 config = read_config(sweep.config, changes, dropped.append)
@@ -110,6 +111,13 @@ def make_runs(sweep: Sweep, folder: Path, share: bool = True, machine: str = "")
     check_arms([run for run in runs if run.seed == sweep.seeds[0]])
     check_folders(runs)
     return with_shared(runs, folder / "shared", machine) if share else runs
+
+
+def placed(word: str, folder: Path, seed: int) -> str:
+    """Fill in `{folder}` and `{seed}`: what `prepare` of an experiment made for a seed
+    is in the folder of the sweep.
+    """
+    return word.replace("{folder}", str(folder)).replace("{seed}", str(seed))
 
 
 def check_arms(runs: Sequence[SweepRun]) -> None:

@@ -1,0 +1,37 @@
+"""Sources: streams of batches. A paradigm is a source and an objective.
+
+`Source(init, next, save)`: `init() -> state`; `next(state, params, key) -> (state,
+NextBatch)`; `save(state)` is the part of a state that the checkpoint stores, as JSON,
+and `next` also accepts a saved state. The key is derived from (seed, phase): equal
+state, params and key give an equal batch. Every process draws the same, whole batch;
+the processes divide expensive work among them.
+
+    corpus           windows of a token stream          pretraining
+    demonstrations   worked solutions                   imitation
+    rollouts         its own verified attempts          reinforcement learning
+
+    interface   `Source` and `NextBatch`
+    streams     corpus, demonstrations
+    attempts    rollouts, and sampling ahead of the learner
+    sampling    the groups of a batch, by all processes together
+    rewards     what is paid for an attempt
+    saved       groups as JSON, for checkpoints
+"""
+
+from jaxreason.sources.attempts import latency, measure, rollouts
+from jaxreason.sources.interface import NextBatch, Source
+from jaxreason.sources.rewards import REWARDS, paid, shuffle_rewards
+from jaxreason.sources.streams import corpus, demonstrations
+
+__all__ = [
+    "REWARDS",
+    "NextBatch",
+    "Source",
+    "corpus",
+    "demonstrations",
+    "latency",
+    "measure",
+    "paid",
+    "rollouts",
+    "shuffle_rewards",
+]
