@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxreason.cost import shared_length
-from jaxreason.objectives import Objective
+from jaxreason.objectives import Objective, credit
 from jaxreason.types import Batch, Group
 
 
@@ -50,10 +50,10 @@ def from_groups(
     the other; `microbatches` must divide the number of rows.
     """
     rollouts = [r for group in groups for r in group.attempts]
-    reward_PG = np.array([[r.verdict.reward for r in group.attempts] for group in groups], np.float64)
+    reward = credit.of_groups(groups, objective.measures)
     trained = [r.sampled & (objective.learns_cut or r.stop != "limit") for r in rollouts]
-    length_PG = np.array([tokens.sum() for tokens in trained]).reshape(reward_PG.shape)
-    advantage_R, weight_R = advantage_and_weight(objective, reward_PG, length_PG, limit)
+    length_PG = np.array([tokens.sum() for tokens in trained]).reshape(reward.shape[:2])
+    advantage_R, weight_R = advantage_and_weight(objective, reward, length_PG, limit)
     count = rollouts_per_prompt
     parts = [group.attempts[i : i + count] for group in groups for i in range(0, len(group.attempts), count)]
     lengths = [shared_length(len(attempts[0].prompt), [len(r.tokens) for r in attempts]) for attempts in parts]
@@ -79,19 +79,20 @@ def from_groups(
     return batch
 
 
-def advantage_and_weight(objective: Objective, reward_PG, length_PG, limit: int) -> tuple[np.ndarray, np.ndarray]:
+def advantage_and_weight(objective: Objective, reward, length_PG, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the advantage of each rollout and the weight of each of its tokens, [R].
+    `reward` is [P, G], or [P, G, N] for an objective of N measures.
 
     Raises:
       ValueError: a function of the objective, such as a user's own, returns another
         shape.
     """
-    advantage_PG = np.asarray(objective.advantage(reward_PG))
+    advantage_PG = np.asarray(objective.advantage(reward))
     weight_PG = np.asarray(objective.weigh(length_PG, advantage_PG, limit))
     for name, found in (("advantage", advantage_PG), ("weigh", weight_PG)):
-        if found.shape != reward_PG.shape:
+        if found.shape != length_PG.shape:
             raise ValueError(
-                f"the objective's {name} returned the shape {found.shape}; allowed: {reward_PG.shape}, problems x attempts"
+                f"the objective's {name} returned the shape {found.shape}; allowed: {length_PG.shape}, problems x attempts"
             )
     return advantage_PG.reshape(-1), weight_PG.reshape(-1)
 

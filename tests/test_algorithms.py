@@ -40,7 +40,9 @@ def problem(seed: int, *, on_policy: bool = False) -> SimpleNamespace:
             mask[0] = False
     q = [[rng.uniform(-2.5, -0.05, n) for n in row] for row in length]
     p = [[np.minimum(x + (0 if on_policy else rng.normal(0, 0.5, len(x))), -0.01) for x in row] for row in q]
-    return SimpleNamespace(reward=reward, forced=forced, q=q, p=p)
+    style = np.random.default_rng(seed + 100).integers(0, 3, (P, G)).astype(float)  # a second reward
+    style[2] = 1.0
+    return SimpleNamespace(reward=reward, style=style, forced=forced, q=q, p=p)
 
 
 def batch_of(drawn: SimpleNamespace, objective: objectives.Objective, **layout):
@@ -49,12 +51,12 @@ def batch_of(drawn: SimpleNamespace, objective: objectives.Objective, **layout):
             tuple(
                 Rollout(
                     Task("", ""), i, j, np.array([1, 2, 3]), np.arange(len(q)), q.astype(np.float32), ~forced, "eos", "",
-                    Verdict(float(reward), reward > 0),
+                    Verdict(float(reward), reward > 0, measures={"reward_number": reward, "reward_format": style}),
                 )
-                for j, (q, forced, reward) in enumerate(zip(*rows, strict=True))
+                for j, (q, forced, reward, style) in enumerate(zip(*rows, strict=True))
             )
         )
-        for i, rows in enumerate(zip(drawn.q, drawn.forced, drawn.reward, strict=True))
+        for i, rows in enumerate(zip(drawn.q, drawn.forced, drawn.reward, drawn.style, strict=True))
     ]  # fmt: skip
     return batching.from_groups(groups, objective, buckets=(64,), limit=LIMIT, **layout)
 
@@ -88,6 +90,26 @@ def mean(values):
 def group_zscore(drawn, i, j):
     row = drawn.reward[i].tolist()
     return 0.0 if len(set(row)) == 1 else (row[j] - mean(row)) / (statistics.pstdev(row) + 1e-6)
+
+
+def two_rewards(weights):
+    """2601.05242: z-scores of each reward in its group, added, then normalised over the
+    batch.
+    """
+
+    def sums(drawn):
+        found = [[0.0] * G for _ in range(P)]
+        for weight, rewards in zip(weights, (drawn.reward, drawn.style), strict=True):
+            for i, j in itertools.product(range(P), range(G)):
+                found[i][j] += weight * group_zscore(SimpleNamespace(reward=rewards), i, j)
+        return found
+
+    def advantage(drawn, i, j):
+        found = sums(drawn)
+        every = [x for row in found for x in row]
+        return (found[i][j] - mean(every)) / (statistics.pstdev(every) + 1e-6)
+
+    return advantage
 
 
 def group_centred(drawn, i, j):
@@ -225,6 +247,8 @@ REFERENCES = {
     "maxrl": ("maxrl", {}, score_loss(mean_divided, "sum", truncated)),
     "pass_at_k": ("pass_at_k", {"k": 2}, score_loss(best_of_two, "sum", truncated)),
     "grpo": ("grpo", {}, ratio_loss(group_zscore, "sequence")),
+    "gdpo": ("gdpo", {}, ratio_loss(two_rewards((1, 1)), "sequence")),
+    "gdpo, weighted": ("gdpo", {"reward_weights": (1.0, -0.3)}, ratio_loss(two_rewards((1, -0.3)), "sequence")),
     "dr_grpo": ("dr_grpo", {}, ratio_loss(group_centred, "constant")),
     "dapo": ("dapo", {}, ratio_loss(group_zscore, "token", high=0.28)),
     "dapo, eq. 8": ("dapo", {"weigh": "per_prompt"}, ratio_loss(group_zscore, "prompt", high=0.28)),
@@ -301,7 +325,7 @@ def test_packed_rows_and_shared_prompts_change_nothing(name, layout):
 
 # --- identities ---
 
-WITH_RATIO = ("reinforce_pp", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "dppo", "sapo")
+WITH_RATIO = ("reinforce_pp", "grpo", "gdpo", "dr_grpo", "dapo", "gspo", "cispo", "dppo", "sapo")
 
 
 @pytest.mark.parametrize("name", WITH_RATIO)
@@ -361,7 +385,7 @@ def test_gspo_is_grpo_for_rollouts_of_one_token():
 @pytest.mark.parametrize("name", [name for name in objectives.OBJECTIVES if objectives.make(name).needs_group])
 def test_equal_rewards_give_exactly_no_gradient(name):
     drawn = problem(1)
-    drawn.reward[:] = 0.1
+    drawn.reward[:], drawn.style[:] = 0.1, 0.7
     objective = objectives.make(name)
     batch = batch_of(drawn, objective)
     logp_BT = jnp.asarray(on_grid(drawn.p, batch), jnp.float32)

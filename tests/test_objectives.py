@@ -458,7 +458,7 @@ def test_ablation_is_a_cross_product():
     seen = tokens([-1.0, -2.0], advantage=[1.0, -1.0], behaviour=[-1.5, -1.5], reference=[-1.0, -1.2], entropy=0.5)
     lists = objectives.OBJECTIVES, objectives.ADVANTAGES, objectives.WEIGHTINGS
     made = [objectives.make(name, advantage=a, weigh=w) for name, a, w in itertools.product(*lists)]
-    assert len(made) == 16 * 10 * 6
+    assert len(made) == len(objectives.OBJECTIVES) * 10 * 6
     for objective, (name, a, w) in zip(made, itertools.product(*lists), strict=True):
         assert objective.advantage is objectives.ADVANTAGES[a]
         assert objective.weigh is objectives.WEIGHTINGS[w]

@@ -8,6 +8,7 @@ from jaxreason import batching, data, sources
 from jaxreason import objectives as objectives_
 from jaxreason import optimizer as optimizer_
 from jaxreason.build.environments import make_environment
+from jaxreason.build.objective import check_objective
 from jaxreason.build.sampler import make_filter
 from jaxreason.build.tasks import (
     Parts,
@@ -55,32 +56,17 @@ def make_phase(
         )
     except ValueError as error:
         raise ValueError(f"config.{name}.optimizer: {error}") from None
-    kind, group = source.get("name"), source.get("group", 1)
-    if made_objective.needs_group and (kind in ("corpus", "demonstrations") or group < 2):
-        raise ValueError(
-            f"config.{name}: objective {objective['name']!r} compares the attempts at a problem, but there is "
-            f"{group} of each; set {name}.source.group to 2 or more, or choose reinforce, lm or sft"
-        )
-    if made_objective.critic is not None and parts.model.value is None:
-        raise ValueError(
-            f"config.{name}: objective {objective['name']!r} needs values, and the model has no value head; set "
-            "model.value_head=True, or choose an objective without a critic, such as grpo"
-        )
+    check_objective(
+        made_objective,
+        name=name,
+        what=objective["name"],
+        source=source,
+        updates_per_batch=updates_per_batch,
+        offload_reference=offload_reference,
+        parts=parts,
+    )
     if optimizer.get("value_lr") is not None and parts.model.value is None:
         raise ValueError(f"config.{name}.optimizer.value_lr is for a value head; set model.value_head=True, or leave it None")
-    if made_objective.critic is not None and kind in ("corpus", "demonstrations"):
-        raise ValueError(f"config.{name}: objective {objective['name']!r} needs rewards; allowed with the source rollouts")
-    if offload_reference and not made_objective.needs_reference:
-        raise ValueError(
-            f"config.{name}.offload_reference got True, but the objective has no reference policy; allowed: False, or set "
-            f"{name}.objective.kl_coefficient above 0"
-        )
-    if made_objective.on_policy and (source.get("lag") or updates_per_batch > 1):
-        got = f"source.lag got {source['lag']}" if source.get("lag") else f"updates_per_batch got {updates_per_batch}"
-        raise ValueError(
-            f"config.{name}.{got}, but the objective has no importance ratio, so its gradient would be biased; allowed: "
-            f"{0 if source.get('lag') else 1}, {name}.objective.correct='token' or 'sequence', or an objective with a ratio, as grpo"
-        )
     arguments = {"parts": parts, "objective": made_objective, "microbatches": microbatches, "steps": steps}
     made_source = call_with_section(make_source, {"name": None} | source, f"config.{name}.source", **arguments)
     if made_source.rows % (parts.devices * microbatches):

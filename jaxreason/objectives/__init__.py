@@ -20,6 +20,7 @@ wrap any of them.
     maxrl              divide_by_mean   token_sum        reinforce           2602.02710
     pass_at_k          best_of(k)       token_sum        reinforce           2505.15201
     grpo               zscore_group     per_sequence     clipped             2402.03300
+    gdpo               normalise_each   per_sequence     clipped             2601.05242
     dr_grpo            centre_group     per_max_length   clipped             2503.20783
     dapo               zscore_group     per_token        clipped (0.28)      2503.14476
     gspo               zscore_group     per_sequence     clipped_sequence    2507.18071
@@ -31,7 +32,8 @@ wrap any of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from jaxreason.objectives import corrections, penalties
@@ -46,6 +48,7 @@ from jaxreason.objectives.advantages import (
     divide_by_mean,
     keep_positive,
     leave_one_out,
+    normalise_each,
     ones,
     rewards,
     scale_negative,
@@ -86,6 +89,7 @@ class Objective(NamedTuple):
     on_policy: bool = False
     learns_cut: bool = True  # whether rollouts that were cut off at their limit are trained on
     critic: Critic | None = None  # makes advantages of single tokens from the rewards and the model's values
+    measures: tuple[str, ...] = ()  # if given, `advantage` takes these measures of the verdicts, reward_PGN, and no reward_PG
 
 
 def with_kl(objective: Objective, coefficient: float, estimator: str = "k3_weighted") -> Objective:
@@ -187,6 +191,24 @@ def grpo(
     3).
     """
     return Objective(zscore_group, per_sequence, clipped(clip_low, clip_high, clip_dual), needs_group=True)
+
+
+def gdpo(
+    rewards: Sequence[str] = ("reward_number", "reward_format"),  # measures of the verdict, such as those of verifier weighted
+    reward_weights: Sequence[float] | None = None,  # factor of each of them; None: 1
+    clip_low: float = 0.2,  # clip of the importance ratio below 1: at 1 - clip_low
+    clip_high: float = 0.2,  # clip of the importance ratio above 1: at 1 + clip_high
+):
+    """GRPO with several rewards, each of which is normalised in its group by itself
+    (Liu et al. 2026, arXiv 2601.05242, GDPO).
+    """
+    weights = (1.0,) * len(rewards) if reward_weights is None else tuple(reward_weights)
+    if not rewards or len(set(rewards)) < len(rewards):
+        raise ValueError(f"rewards got {tuple(rewards)}; allowed: one or more different names of measures, such as reward_number")
+    if len(weights) != len(rewards) or not all(math.isfinite(w) for w in weights):
+        raise ValueError(f"reward_weights got {weights} for {len(rewards)} rewards; allowed: a finite number for each, or None")
+    token_loss = clipped(clip_low, clip_high)
+    return Objective(normalise_each(weights), per_sequence, token_loss, needs_group=True, measures=tuple(rewards))
 
 
 def dr_grpo(
@@ -295,6 +317,7 @@ OBJECTIVES = {
     "maxrl": maxrl,
     "pass_at_k": pass_at_k,
     "grpo": grpo,
+    "gdpo": gdpo,
     "dr_grpo": dr_grpo,
     "dapo": dapo,
     "gspo": gspo,
@@ -327,7 +350,8 @@ def make(
 ) -> Objective:
     """Make a named objective, or a user's `module:maker`.
 
-    `advantage` and `weigh` replace those of the objective by name; `kwargs` are the
+    `advantage` and `weigh` replace those of the objective by name, and an advantage by
+    name takes the verdict's reward, whatever its measures; `kwargs` are the
     algorithm's own numbers. `correct` None is `token` for an objective that scores
     rollouts without an importance ratio (`on_policy`), and `none` for all others:
     on-policy the ratio is 1 up to rounding, and its inputs are computed anyway.
@@ -342,7 +366,7 @@ def make(
         if advantage not in ADVANTAGES:
             raise ValueError(unknown_name_message("advantage", advantage, ADVANTAGES))
         chosen = ADVANTAGES[advantage]
-        objective = objective._replace(advantage=chosen, needs_group=chosen in GROUP_BASELINES)
+        objective = objective._replace(advantage=chosen, needs_group=chosen in GROUP_BASELINES, measures=())
     if negative_scale != 1:
         objective = objective._replace(advantage=scale_negative(objective.advantage, negative_scale))
     if weigh is not None:

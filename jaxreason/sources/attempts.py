@@ -14,6 +14,7 @@ import numpy as np
 from jaxreason import batching
 from jaxreason.environment import Environment, count_failures, measured
 from jaxreason.objectives import Objective
+from jaxreason.objectives.credit import are_mixed
 from jaxreason.options import unknown_name_message
 from jaxreason.rollout import Completer
 from jaxreason.sources.interface import NextBatch, Source
@@ -24,7 +25,6 @@ from jaxreason.sources.sampling import (
     Sampling,
     at_once,
     begin,
-    has_mixed_rewards,
     key_of,
     most_mixed,
     one_round,
@@ -78,13 +78,13 @@ def rollouts(
             f"source.dynamic_sampling got {dynamic_sampling}; allowed: 1 (off), or more for an objective that compares the "
             "attempts at a problem, such as grpo, dr_grpo, dapo, rloo"
         )
-    sampling = Sampling(tasks, environment, completer, problems, group, temperature, reward)
+    sampling = Sampling(tasks, environment, completer, problems, group, temperature, reward, objective.measures)
     draw = with_dynamic_sampling(one_round(sampling), sampling, dynamic_sampling)
 
     @functools.partial(jax.profiler.annotate_function, name="batch")
     def drawn(sampled: SampledGroups) -> NextBatch:
         """Make the batch and the metrics of sampled groups."""
-        learned = most_mixed(sampled.groups, problems)
+        learned = most_mixed(sampled.groups, problems, objective.measures)
         batch = batching.from_groups(
             learned,
             objective,
@@ -95,7 +95,7 @@ def rollouts(
             rollouts_per_prompt=rollouts_per_prompt,
         )
         tokens, spent = float((batch.segment_BT > 0).sum()), sampled.spent
-        metrics = measure(sampled.groups) | {
+        metrics = measure(sampled.groups, objective.measures) | {
             "rollout/oversampling": (float(len(sampled.groups) * group), float(len(learned) * group)),
             "time/sample_s": (spent.sample_s, 1.0),
             "time/verify_s": (spent.verify_s, 1.0),
@@ -162,15 +162,17 @@ def with_lag(
     return source._replace(init=lambda: {"position": 0, "begun": 0, "ahead": []}, next=next, save=save, lag=lag)
 
 
-def measure(groups: Sequence[Group]) -> dict:
-    """Measure groups; return (sum, count) pairs."""
+def measure(groups: Sequence[Group], measures: Sequence[str] = ()) -> dict:
+    """Measure groups; return (sum, count) pairs. Groups are informative if their
+    rewards differ, or any of `measures` if those are what an objective learns from.
+    """
     rollouts = [r for group in groups for r in group.attempts]
     R, P = float(len(rollouts)), float(len(groups))
     return {
         "rollout/reward": (float(np.sum([r.verdict.reward for r in rollouts])), R),
         "rollout/correct": (float(sum(r.verdict.correct for r in rollouts)), R),
         "rollout/solved": (float(sum(any(r.verdict.correct for r in group.attempts) for group in groups)), P),
-        "rollout/informative_groups": (float(sum(map(has_mixed_rewards, groups))), P),
+        "rollout/informative_groups": (float(sum(are_mixed(group, measures) for group in groups)), P),
         "rollout/length": (float(sum(len(r.tokens) for r in rollouts)), R),
         "rollout/cut": (float(sum(r.stop == "limit" for r in rollouts)), R),
         **{f"rollout/{name}": (float(n), R) for name, n in count_failures(r.verdict for r in rollouts).items()},
