@@ -366,12 +366,16 @@ def scores_rollouts(objective: dict) -> bool:
 
 
 # Fields of an objective that nothing reads while another has a value.
-READ_WITH = {
-    "kl_estimator": ("kl_coefficient", 0),
-    "correct_by": ("correct", "none"),
-    "correct_low": ("correct", "none"),
-    "correct_high": ("correct", "none"),
-}
+READ_WITH = (
+    *((name, "kl_coefficient", (0,)) for name in ("kl_estimator", "kl_in", "kl_target")),
+    ("kl_estimator", "kl_in", ("reward",)),
+    ("kl_gain", "kl_target", (None,)),
+    *((name, "entropy_target", (None,)) for name in ("entropy_delta", "entropy_highest")),
+    *((name, "correct", ("none",)) for name in ("correct_by", "correct_low", "correct_high")),
+    ("covariance_fraction", "covariance", ("none",)),
+    *((name, "covariance", ("none", "kl")) for name in ("covariance_low", "covariance_high")),
+    ("covariance_coefficient", "covariance", ("none", "clip")),
+)
 
 
 def check_changes(config: dict, changes: Mapping[str, str]) -> None:
@@ -382,13 +386,13 @@ def check_changes(config: dict, changes: Mapping[str, str]) -> None:
     """
     for phase, values in config.items():
         objective = values.get("objective") if is_phase(phase, values) else None
-        for name, (other, off) in READ_WITH.items() if isinstance(objective, dict) else ():
+        for name, other, off in READ_WITH if isinstance(objective, dict) else ():
             value = objective.get(other)
             if other == "correct" and value is None and not scores_rollouts(objective):
-                value = off
-            if f"{phase}.objective.{name}" in changes and value == off:
+                value = "none"
+            if f"{phase}.objective.{name}" in changes and value in off:
                 got = f"config.{phase}.objective.{name} got {objective[name]!r}"
-                raise ValueError(f"{got}, but {other} is {off}, so nothing reads it; set both")
+                raise ValueError(f"{got}, but {other} is {off[off.index(value)]}, so nothing reads it; set both")
         section = values.get("optimizer") if is_phase(phase, values) else None
         for field, (why, default) in optimizer_.ignored(section).items() if isinstance(section, dict) else ():
             where = f"{phase}.optimizer.{field}"

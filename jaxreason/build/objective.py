@@ -33,6 +33,11 @@ def check_objective(
         )
     if objective.critic is not None and kind in NO_REWARDS:
         raise ValueError(f"config.{name}: objective {what!r} needs rewards; allowed with the source rollouts")
+    if objective.needs_rollouts and kind in NO_REWARDS:
+        raise ValueError(
+            f"config.{name}.objective compares log-probs with those of the policy that sampled (kl_in='reward', covariance), and "
+            f"source {kind!r} samples nothing; allowed: kl_in='loss' and covariance='none', or the source rollouts"
+        )
     if offload_reference and not objective.needs_reference:
         raise ValueError(
             f"config.{name}.offload_reference got True, but the objective has no reference policy; allowed: False, or set "

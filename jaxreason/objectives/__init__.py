@@ -8,8 +8,8 @@ see the model.
 `batching` calls the first two once, over the whole batch, before any split. The loss of
 a batch is `sum(weight_BT * loss_BT)`. It has no denominator that a micro-batch, a shard
 or a packed row could get wrong. A named algorithm is one line: one entry of each of
-three short lists, so an ablation is their cross product. `corrections` and `penalties`
-wrap any of them.
+three short lists, so an ablation is their cross product. `corrections`, `penalties` and
+`wrappers` wrap any of them.
 
     name               advantage        weight           token loss          arXiv
     lm, sft            ones             per_token        nll
@@ -55,6 +55,7 @@ from jaxreason.objectives.advantages import (
     zscore_batch,
     zscore_group,
 )
+from jaxreason.objectives.controls import Control
 from jaxreason.objectives.critic import Critic
 from jaxreason.objectives.losses import (
     clipped,
@@ -67,6 +68,16 @@ from jaxreason.objectives.losses import (
 )
 from jaxreason.objectives.penalties import KL_ESTIMATORS
 from jaxreason.objectives.weights import WEIGHTINGS, per_kept_token, per_max_length, per_sequence, per_token, token_sum
+from jaxreason.objectives.wrappers import (
+    KL_IN,
+    with_covariance,
+    with_entropy_target,
+    with_kl_in_reward,
+    with_top_entropy,
+)
+from jaxreason.objectives.wrappers import (
+    kl_coefficient as adapted,
+)
 from jaxreason.options import call_with_section, find, unknown_name_message
 
 __all__ = ["ADVANTAGES", "EQUAL_REWARDS", "GROUP_BASELINES", "KL_ESTIMATORS", "OBJECTIVES", "WEIGHTINGS", "Objective", "make"]
@@ -77,6 +88,8 @@ class Objective(NamedTuple):
 
     `needs_reference`: the batch must carry log-probs of a reference policy.
     `needs_group`: attempts at one problem are compared, so there must be at least two.
+    `needs_entropy`: `prepare` reads `batch.entropy_BT`, which takes a pass of its own.
+    `needs_rollouts`: log-probs of the policy that sampled are compared with others.
     `on_policy`: rollouts are scored without an importance ratio, so they must be the
     current policy's.
     """
@@ -89,11 +102,22 @@ class Objective(NamedTuple):
     on_policy: bool = False
     learns_cut: bool = True  # whether rollouts that were cut off at their limit are trained on
     critic: Critic | None = None  # makes advantages of single tokens from the rewards and the model's values
+    controls: tuple[Control, ...] = ()  # state that the train step updates, and its rules
+    prepare: tuple[Callable, ...] = ()  # Batch -> {field: value}, each once per batch, before its updates and any split
+    needs_entropy: bool = False
+    needs_rollouts: bool = False
     measures: tuple[str, ...] = ()  # if given, `advantage` takes these measures of the verdicts, reward_PGN, and no reward_PG
 
+    @property
+    def passes(self) -> int:
+        """Number of forward passes over a batch before its updates."""
+        return self.needs_reference + (self.critic is not None) + self.needs_entropy
 
-def with_kl(objective: Objective, coefficient: float, estimator: str = "k3_weighted") -> Objective:
-    """Add `coefficient` times the KL divergence to the reference policy, per token."""
+
+def with_kl(objective: Objective, coefficient: float | Callable, estimator: str = "k3_weighted") -> Objective:
+    """Add `coefficient` times the KL divergence to the reference policy, per token; a
+    function of the batch for a coefficient that is adapted.
+    """
     if estimator not in KL_ESTIMATORS:
         raise ValueError(unknown_name_message("KL estimator", estimator, KL_ESTIMATORS))
     token_loss = penalties.add_kl(objective.token_loss, coefficient, estimator)
@@ -161,7 +185,7 @@ def reinforce_pp(
     clip_high: float = 0.2,  # clip of the importance ratio above 1: at 1 + clip_high
 ):
     """REINFORCE++: the rewards of the batch, normalised together, and a clipped ratio
-    (Hu 2025, arXiv 2501.03262). Its KL term in the reward is left out.
+    (Hu 2025, arXiv 2501.03262). Its KL term is `kl_in=reward` with a `kl_coefficient`.
     """
     return Objective(zscore_batch, per_token, clipped(clip_low, clip_high))
 
@@ -345,7 +369,19 @@ def make(
     stale_limit: float | None = None,  # mean log(sampler / learner) above which wrong rollouts are left out; None: never
     kl_coefficient: float = 0.0,  # weight of the KL divergence to the params at the start of the phase; 0: none
     kl_estimator: str = "k3_weighted",  # k1, k2, k3_weighted, or k3_reverse as in GRPO, whose gradient is that of KL(q || p)
+    kl_in: str = "loss",  # loss, or reward: of each token, by the log-probs of the policy that sampled
+    kl_target: float | None = None,  # nats per token that the coefficient is adapted to; None: it is constant
+    kl_gain: float = 0.1,  # share of the relative error, within 0.2, by which it changes per update
     entropy_coefficient: float = 0.0,  # reward per nat of entropy
+    entropy_target: float | None = None,  # nats that the coefficient is adapted to; None: it is constant
+    entropy_delta: float = 0.005,  # its change per update
+    entropy_highest: float = 1.0,  # its upper bound
+    entropy_top: float = 1.0,  # fraction of the batch's tokens, those of highest entropy, to learn from; 0.2 in the paper
+    covariance: str = "none",  # none; clip or kl: leave out or restrain tokens with a high covariance of log-prob and advantage
+    covariance_fraction: float = 2e-4,  # fraction of the batch's tokens
+    covariance_low: float = 1.0,  # lower bound of the covariance of tokens that clip leaves out
+    covariance_high: float = 5.0,  # and upper bound
+    covariance_coefficient: float = 1.0,  # weight of the penalty of kl
     **kwargs,
 ) -> Objective:
     """Make a named objective, or a user's `module:maker`.
@@ -386,8 +422,16 @@ def make(
         if stale_limit < 0:
             raise ValueError(f"stale_limit got {stale_limit}; allowed: 0 or more, or None")
         objective = objective._replace(token_loss=corrections.mask_stale_negatives(objective.token_loss, stale_limit))
-    if entropy_coefficient:
+    if kl_in not in KL_IN:
+        raise ValueError(f"kl_in got {kl_in!r}; allowed: {', '.join(KL_IN)}")
+    if entropy_target is not None:
+        objective = with_entropy_target(objective, entropy_coefficient, entropy_target, entropy_delta, entropy_highest)
+    elif entropy_coefficient:
         objective = with_entropy(objective, entropy_coefficient)
-    if kl_coefficient:
-        objective = with_kl(objective, kl_coefficient, kl_estimator)
-    return objective
+    if kl_coefficient or kl_target is not None:
+        objective, coefficient = adapted(objective, kl_coefficient, kl_target, kl_gain)
+        in_loss = kl_in == "loss"
+        objective = with_kl(objective, coefficient, kl_estimator) if in_loss else with_kl_in_reward(objective, coefficient)
+    numbers = covariance_fraction, covariance_low, covariance_high, covariance_coefficient
+    objective = with_covariance(objective, covariance, *numbers)  # of all advantages, so before any is left out
+    return with_top_entropy(objective, entropy_top) if entropy_top != 1 else objective

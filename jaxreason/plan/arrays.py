@@ -83,7 +83,7 @@ def placed(tree, where):
 @functools.cache
 def state_of(work: Work):
     """Make the shapes of the train state."""
-    state = jax.eval_shape(lambda: new_state(model_of(work).init(jax.random.key(0)), work.optimizer))
+    state = jax.eval_shape(lambda: new_state(model_of(work).init(jax.random.key(0)), work.optimizer, work.objective.controls))
     return placed(state, sharding.shardings(state, meshes_of(work).learn))
 
 
