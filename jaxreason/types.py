@@ -62,6 +62,9 @@ class Verdict:
     measures: Mapping[str, float] = field(
         default_factory=dict
     )  # further numbers, such as {"tool_calls": 2}; their means are logged, so a name may not be that of another metric
+    # Of a rollout with several attempts: for each the number of tokens that were
+    # sampled up to its end, and its own reward. () for one attempt.
+    attempts: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from jaxreason import verify
 from jaxreason.build.tasks import Parts
-from jaxreason.objectives import Objective
+from jaxreason.objectives import Objective, credit
 
 NO_REWARDS = ("corpus", "demonstrations")  # sources whose tokens nobody judged
 
@@ -50,6 +50,11 @@ def check_objective(
             f"{0 if source.get('lag') else 1}, {name}.objective.correct='token' or 'sequence', or an objective with a ratio: "
             "grpo, dr_grpo, dapo"
         )
+    if source.get("credit") == "attempt":
+        try:
+            credit.check_credit(objective, what)
+        except ValueError as error:
+            raise ValueError(f"config.{name}.{error}") from None
     if objective.measures:
         check_measures(objective, name, what, source, parts)
 

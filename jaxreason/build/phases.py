@@ -173,6 +173,7 @@ def rollouts(
     temperature: float = 1.0,  # sampling temperature
     max_tokens: int | None = None,  # tokens per attempt; None: sampler.max_tokens
     reward: str = "verdict",  # verdict; majority: the most frequent answer is right; random or format: controls
+    credit: str = "rollout",  # rollout, or attempt: each attempt of environment retry is paid for its own reward
     dynamic_sampling: int = 1,  # draw up to this many times `problems`, until enough have mixed rewards
     lag: int = 0,  # updates between the params that sample and those that learn
     pack: bool = True,  # put several short attempts in a row
@@ -232,6 +233,7 @@ def rollouts(
         buckets=batching.length_buckets(shared_length(longest_prompt, [completer.max_tokens] * share)),
         reward=reward,
         dynamic_sampling=dynamic_sampling,
+        credit=credit,
         pack=pack,
         microbatches=microbatches,
         rollouts_per_prompt=share,

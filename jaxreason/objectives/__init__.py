@@ -106,6 +106,7 @@ class Objective(NamedTuple):
     prepare: tuple[Callable, ...] = ()  # Batch -> {field: value}, each once per batch, before its updates and any split
     needs_entropy: bool = False
     needs_rollouts: bool = False
+    of_sets: bool = False  # the advantage is of sets of rollouts: attempts within one have none of their own
     measures: tuple[str, ...] = ()  # if given, `advantage` takes these measures of the verdicts, reward_PGN, and no reward_PG
 
     @property
@@ -203,7 +204,7 @@ def pass_at_k(
     """REINFORCE of the best of k attempts (Walder and Karkhanis 2025, arXiv
     2505.15201).
     """
-    return Objective(best_of(k), token_sum, reinforce, needs_group=True, on_policy=True)
+    return Objective(best_of(k), token_sum, reinforce, needs_group=True, on_policy=True, of_sets=True)
 
 
 def grpo(
@@ -402,7 +403,7 @@ def make(
         if advantage not in ADVANTAGES:
             raise ValueError(unknown_name_message("advantage", advantage, ADVANTAGES))
         chosen = ADVANTAGES[advantage]
-        objective = objective._replace(advantage=chosen, needs_group=chosen in GROUP_BASELINES, measures=())
+        objective = objective._replace(advantage=chosen, needs_group=chosen in GROUP_BASELINES, measures=(), of_sets=False)
     if negative_scale != 1:
         objective = objective._replace(advantage=scale_negative(objective.advantage, negative_scale))
     if weigh is not None:

@@ -42,6 +42,7 @@ class Sampling(NamedTuple):
     temperature: float
     reward: str  # one of `REWARDS`
     measures: tuple[str, ...] = ()  # those that the objective takes in the place of the reward
+    credit: str = "rollout"  # one of `CREDITS`
 
 
 class Draw(NamedTuple):
@@ -94,7 +95,7 @@ def with_dynamic_sampling(draw: Draw, sampling: Sampling, most: int) -> Draw:
 
     def finish(local, wanted, weights, key):
         sampled = draw.finish(local, wanted, weights, key)
-        while count := missing(sampled.groups, sampling.problems, most, sampling.measures):
+        while count := missing(sampled.groups, sampling.problems, most, sampling.measures, sampling.credit):
             wanted = wanted_groups(sampling, sampled.end, count)
             more = draw.finish(draw.collect(wanted, weights, key), wanted, weights, key)
             spent = SamplingStats(*map(operator.add, sampled.spent, more.spent))  # lists are joined
@@ -104,22 +105,22 @@ def with_dynamic_sampling(draw: Draw, sampling: Sampling, most: int) -> Draw:
     return Draw(draw.collect, finish) if most > 1 else draw
 
 
-def missing(groups: Sequence[Group], problems: int, most: int, measures: Sequence[str] = ()) -> int:
+def missing(groups: Sequence[Group], problems: int, most: int, measures: Sequence[str] = (), credit: str = "rollout") -> int:
     """Estimate how many further problems to draw, at most a batch at a time.
 
     The estimate assumes the rate of mixed rewards so far.
     """
-    drawn, mixed = len(groups), sum(are_mixed(group, measures) for group in groups)
+    drawn, mixed = len(groups), sum(are_mixed(group, measures, credit) for group in groups)
     wanted = math.ceil((problems - mixed) * drawn / max(mixed, 1))
     return max(0, min(wanted, problems, most * problems - drawn))
 
 
-def most_mixed(groups: Sequence[Group], problems: int, measures: Sequence[str] = ()) -> list[Group]:
+def most_mixed(groups: Sequence[Group], problems: int, measures: Sequence[str] = (), credit: str = "rollout") -> list[Group]:
     """Choose `problems` groups: the first with mixed rewards, then the first others.
 
     They keep their order.
     """
-    mixed_first = sorted(range(len(groups)), key=lambda p: not are_mixed(groups[p], measures))
+    mixed_first = sorted(range(len(groups)), key=lambda p: not are_mixed(groups[p], measures, credit))
     return [groups[p] for p in sorted(mixed_first[:problems])]
 
 
