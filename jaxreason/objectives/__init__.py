@@ -106,6 +106,7 @@ class Objective(NamedTuple):
     prepare: tuple[Callable, ...] = ()  # Batch -> {field: value}, each once per batch, before its updates and any split
     needs_entropy: bool = False
     needs_rollouts: bool = False
+    chooses: bool = False  # `prepare` makes `batch.chosen_BT`
     of_sets: bool = False  # the advantage is of sets of rollouts: attempts within one have none of their own
     measures: tuple[str, ...] = ()  # if given, `advantage` takes these measures of the verdicts, reward_PGN, and no reward_PG
 

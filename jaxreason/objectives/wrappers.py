@@ -79,4 +79,5 @@ def with_covariance(objective: Objective, how: str, fraction: float, low: float,
             raise ValueError(f"covariance_coefficient got {coefficient}; allowed: above 0")
         chosen = selection.choose_covariance(fraction)
         token_loss = selection.add_chosen_penalty(objective.token_loss, coefficient)
-    return objective._replace(token_loss=token_loss, prepare=(*objective.prepare, chosen), needs_rollouts=True)
+    prepare = (*objective.prepare, chosen)
+    return objective._replace(token_loss=token_loss, prepare=prepare, needs_rollouts=True, chooses=True)

@@ -90,8 +90,12 @@ def state_of(work: Work):
 def batch_of(work: Work):
     """Make the shapes of a batch of full rows."""
     batch = batching.empty(work.rows, work.length)
-    if work.objective.needs_reference:
-        batch = dataclasses.replace(batch, reference_logp_BT=batch.weight_BT)
+    more = {"reference_logp_BT": batch.weight_BT} if work.objective.needs_reference else {}
+    if work.objective.critic is not None:
+        more |= {"value_BT": batch.weight_BT, "return_BT": batch.weight_BT}
+    if work.objective.chooses:
+        more["chosen_BT"] = batch.weight_BT != 0
+    batch = dataclasses.replace(batch, **more)
     return placed(batch, sharding.rows(meshes_of(work).learn))
 
 
