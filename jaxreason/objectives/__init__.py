@@ -28,6 +28,25 @@ three short lists, so an ablation is their cross product. `corrections`, `penalt
     dppo               centre_group     per_max_length   within_divergence   2602.04879
     sapo               zscore_group     per_sequence     soft_gate           2511.20347
     ppo                rewards, GAE     per_token        clipped, value      1707.06347
+
+Losses `reinforce` get the ratio of learner and sampler, truncated at 2, unless
+`correct` says otherwise. gdpo's advantage takes measures of the verdicts, reward_PGN.
+To any of them can be added:
+
+    field                    what it adds                               arXiv
+    kl_coefficient           KL divergence to the phase's first params  2512.02556
+    kl_in=reward             the same as a reward of each token         2203.02155
+    kl_target                its coefficient adapts to a target         1909.08593
+    entropy_coefficient      a reward for entropy
+    entropy_target           its coefficient adapts to a target         2505.22312
+    entropy_top              only tokens of high entropy are learned    2506.01939
+    covariance               tokens of high covariance are restrained   2505.22617
+    correct, stale_limit     for rollouts of another policy             2512.02556
+    source.credit=attempt    each attempt of `retry` has an advantage
+
+`Objective.prepare` are functions of the whole batch, run before its first update
+(`penalties`, `selection`), and `Objective.controls` state that updates change
+(`controls`).
 """
 
 from __future__ import annotations
