@@ -61,7 +61,7 @@ def sweep(arg: str = "") -> Sweep:
     options = parse(arg, task="chain", updates=1, choices={"task": TASKS, "updates": (1, 4)})
     config, steps, common = TASKS[options.task]
     steps //= options.updates
-    ratio = {"correct": "token", "correct_high": 2.0} if options.updates > 1 else {}
+    ratio = {"correct": "token", "correct_high": 2.0} if options.updates > 1 else {"correct": "none"}
     arms = {name: {"rl.objective": {"name": name, **(ratio if name in ("rloo", "reinforce") else {})}} for name in OBJECTIVES}
     arms["ppo"] |= {"rl.steps": steps * 4 // 5 if options.updates == 1 else steps * 9 // 10, "rl.optimizer.value_lr": 1e-3}
     if options.updates > 1:

@@ -28,6 +28,7 @@ from jaxreason.draw import TEMPERATURES, is_temperature
 from jaxreason.environment import single_turn, verifier_failed
 from jaxreason.learner import name_metrics, new_state
 from jaxreason.model import Model, transformer
+from jaxreason.objectives import controls
 from jaxreason.options import call_with_section, fields, new_name
 from jaxreason.platforms import PLATFORMS
 from jaxreason.rollout import Completer, Request, collect_groups
@@ -280,7 +281,7 @@ def train_step(
     rows, shares = size * len(groups), microbatches * policy.mesh.size
     if microbatches < 1 or rows % shares:
         raise ValueError(f"train_step got microbatches={microbatches} of {rows} rollouts; allowed: a divisor of their number")
-    made, optimizer, step, abstract = compiled_step(policy.model, policy.mesh, microbatches, *learning)
+    made, optimizer, complete, step, abstract = compiled_step(policy.model, policy.mesh, microbatches, *learning)
     if made.needs_group and size < 2:
         raise ValueError(
             f"objective {objective!r} compares the rollouts of a group; got groups of {size}; sample with n=2 or more"
@@ -291,12 +292,15 @@ def train_step(
         "limit": policy.completer.max_tokens,
     }
     batch = batching.from_groups(groups, made, microbatches=microbatches, **limits)
-    jax.eval_shape(step, abstract, batch)  # raises the step's errors before the params are donated
     say_once("compiling the train step", policy.model, policy.mesh, microbatches, learning, batch.tokens_BT.shape)
-    state = policy.state
-    if policy.learning != learning:
-        state = jax.jit(new_state, static_argnums=1, donate_argnums=0)(state.params, optimizer)
-    state, learned = step(state, sharding.put_rows(batch, policy.mesh))
+    state, goes_on = policy.state, policy.learning == learning
+    control = state.control if goes_on else controls.begin(made.controls)
+    batch = complete(sharding.put_rows(batch, policy.mesh), state.params, control=control)
+    jax.eval_shape(step, abstract, batch)  # raises the step's errors before the params are donated
+    if not goes_on:
+        begin = jax.jit(new_state, static_argnums=(1, 2), donate_argnums=0)
+        state = begin(state.params, optimizer, made.controls)
+    state, learned = step(state, batch)
     measured = jax.device_get(name_metrics(learned, sampled=True) | sources.measure(groups))
     reached = {name: pair for name, pair in measured.items() if pair[1] or not name.startswith(learner.MISMATCH_BY_DEPTH)}
     return policy._replace(state=state, learning=learning), metrics.divide(reached)
@@ -363,17 +367,23 @@ def check_groups(groups: Any) -> int:
 
 @functools.lru_cache(maxsize=4)
 def compiled_step(model: Model, mesh, microbatches: int, objective: tuple, optimizer: tuple) -> tuple:
-    """Make the objective, the optimizer, the jitted train step and abstract state."""
+    """Make the objective, the optimizer, what completes a batch, the jitted train step
+    and abstract state.
+    """
     made = call_with_section(objectives.make, dict(objective), "objective")
     if made.needs_reference:
         raise ValueError("train_step keeps no reference policy; allowed: kl_coefficient=0, or a config and `jaxreason.main`")
-    if made.critic is not None:
-        raise ValueError("train_step has no critic; allowed: an objective without values, or a config and `jaxreason.main`")
+    if made.critic is not None and model.value is None:
+        raise ValueError(
+            "train_step got an objective with a critic, and the model has no value head; allowed: load(..., "
+            "model={'value_head': True}), or an objective without values"
+        )
     rule = call_with_section(optimizers.make, dict(optimizer), "optimizer", steps=1)
-    abstract = jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), rule))
+    abstract = jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), rule, made.controls))
     placed = sharding.shardings(abstract, mesh)
     step = learner.compile_train_step(model, made, rule, microbatches=microbatches, state_shardings=placed)
-    return made, rule, step, abstract
+    complete = learner.compile_completion(model, made, microbatches=microbatches, mesh=mesh)
+    return made, rule, complete, step, abstract
 
 
 def _frozen(fields: Mapping[str, Any]) -> tuple:

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxreason.cost import shared_length
 from jaxreason.objectives import Objective
+from jaxreason.objectives import credit as credits
 from jaxreason.types import Batch, Group
 
 
@@ -36,6 +37,7 @@ def from_groups(
     pack: bool = False,
     microbatches: int = 1,
     rollouts_per_prompt: int = 1,
+    credit: str = "rollout",
 ) -> Batch:
     """Make a batch of R / `rollouts_per_prompt` rows from R rollouts in groups of one
     size.
@@ -48,18 +50,28 @@ def from_groups(
     the prompt's last token, which predicts the attempt's first token. With `pack` these
     segments also share rows, and the rows fill one of `microbatches` equal parts after
     the other; `microbatches` must divide the number of rows.
+
+    With the credit "attempt" the tokens of each attempt within a rollout have that
+    attempt's advantage, see `credit.by_attempt`; the weights stay those of rollouts.
+    For a weighting that reads the advantage, a rollout's is that of its attempt that is
+    farthest from 0.
     """
     rollouts = [r for group in groups for r in group.attempts]
-    reward_PG = np.array([[r.verdict.reward for r in group.attempts] for group in groups], np.float64)
     trained = [r.sampled & (objective.learns_cut or r.stop != "limit") for r in rollouts]
-    length_PG = np.array([tokens.sum() for tokens in trained]).reshape(reward_PG.shape)
-    advantage_R, weight_R = advantage_and_weight(objective, reward_PG, length_PG, limit)
+    length_PG = np.array([tokens.sum() for tokens in trained]).reshape(len(groups), -1)
+    if credit == "attempt" and credits.have_several(groups):
+        parts = credits.by_attempt(groups, objective)
+        farthest_PG = np.reshape([x[np.argmax(np.abs(x))] for x, _ in parts], length_PG.shape)
+        _, weight_R = advantage_and_weight(objective._replace(advantage=lambda _: farthest_PG), None, length_PG, limit)
+        advantage_R = [values[index_T] for values, index_T in parts]
+    else:
+        advantage_R, weight_R = advantage_and_weight(objective, credits.of_groups(groups, objective.measures), length_PG, limit)
     count = rollouts_per_prompt
-    parts = [group.attempts[i : i + count] for group in groups for i in range(0, len(group.attempts), count)]
-    lengths = [shared_length(len(attempts[0].prompt), [len(r.tokens) for r in attempts]) for attempts in parts]
+    shares = [group.attempts[i : i + count] for group in groups for i in range(0, len(group.attempts), count)]
+    lengths = [shared_length(len(attempts[0].prompt), [len(r.tokens) for r in attempts]) for attempts in shares]
     batch, spans = lay_out(lengths, buckets, pack, microbatches)
     i = 0  # index of the rollout
-    for attempts, (row, begin, _) in zip(parts, spans, strict=True):
+    for attempts, (row, begin, _) in zip(shares, spans, strict=True):
         prompt = attempts[0].prompt
         start = begin + len(prompt)
         batch.tokens_BT[row, begin:start], batch.temperature_BT[row, begin:start] = prompt, attempts[0].temperature
@@ -79,19 +91,20 @@ def from_groups(
     return batch
 
 
-def advantage_and_weight(objective: Objective, reward_PG, length_PG, limit: int) -> tuple[np.ndarray, np.ndarray]:
+def advantage_and_weight(objective: Objective, reward, length_PG, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the advantage of each rollout and the weight of each of its tokens, [R].
+    `reward` is [P, G], or [P, G, N] for an objective of N measures.
 
     Raises:
       ValueError: a function of the objective, such as a user's own, returns another
         shape.
     """
-    advantage_PG = np.asarray(objective.advantage(reward_PG))
+    advantage_PG = np.asarray(objective.advantage(reward))
     weight_PG = np.asarray(objective.weigh(length_PG, advantage_PG, limit))
     for name, found in (("advantage", advantage_PG), ("weigh", weight_PG)):
-        if found.shape != reward_PG.shape:
+        if found.shape != length_PG.shape:
             raise ValueError(
-                f"the objective's {name} returned the shape {found.shape}; allowed: {reward_PG.shape}, problems x attempts"
+                f"the objective's {name} returned the shape {found.shape}; allowed: {length_PG.shape}, problems x attempts"
             )
     return advantage_PG.reshape(-1), weight_PG.reshape(-1)
 

@@ -19,9 +19,17 @@ from jax.sharding import PartitionSpec as P
 
 from jaxreason import sharding
 from jaxreason.batching import split_rows, used_parts
-from jaxreason.logp import Limits, compile_token_logp, compile_token_values, logits_limits, token_outputs
+from jaxreason.logp import (
+    Limits,
+    compile_token_entropy,
+    compile_token_logp,
+    compile_token_values,
+    logits_limits,
+    token_outputs,
+)
 from jaxreason.model import Model
-from jaxreason.objectives import Objective
+from jaxreason.objectives import Objective, controls
+from jaxreason.objectives.controls import Control
 from jaxreason.objectives.critic import with_values
 from jaxreason.platforms import platform_of
 from jaxreason.types import Batch, TrainState
@@ -97,6 +105,7 @@ def train_step(
     trained, frozen = split_frozen(state.params)
 
     def trained_loss(trained, rows):
+        rows = dataclasses.replace(rows, control=state.control)
         return loss(trained | frozen, rows, model=model, objective=objective, limits=limits)
 
     gradient = jax.value_and_grad(trained_loss, has_aux=True)
@@ -140,9 +149,10 @@ def train_step(
     update_norm = jnp.where(made, jnp.sqrt(squares), 0)
     norms = {"grad_norm": grad_norm, "update_norm": update_norm, "param_norm": optax.global_norm(params)}
     metrics |= {name: (norm, one) for name, norm in ({"loss": value} | norms).items()}
+    control = controls.after(objective.controls, state.control, metrics, finite)
     metrics = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), metrics)  # count nothing if not finite
     metrics["skipped"] = (1 - made.astype(jnp.float32), one)
-    return TrainState(params | frozen, opt_state, state.step + 1), metrics
+    return TrainState(params | frozen, opt_state, state.step + 1, control), metrics
 
 
 def merge(total: dict, metrics: dict) -> dict:
@@ -195,38 +205,54 @@ def compile_train_step(model, objective, optimizer, *, microbatches: int = 1, st
 
 
 def compile_completion(model, objective, *, microbatches: int = 1, mesh=None):
-    """Return `complete(batch, params, reference)`, which adds to a batch what the
-    objective needs beside the rollouts: log-probs of the reference params, and
-    advantages by the values of the current ones.
+    """Return `complete(batch, params, reference, control)`, which adds to a batch what
+    the objective needs beside the rollouts: log-probs of the reference params,
+    advantages by the values of the current ones, and what its `prepare` makes of the
+    whole batch. `control` is that of the train state.
     """
-    reference_logp = compile_token_logp(model, microbatches, mesh)
+    reference_logp = own_logp = compile_token_logp(model, microbatches, mesh)
     if objective.critic is not None:
         values = compile_token_values(model, microbatches, mesh)
         by_values = jax.jit(functools.partial(with_values, objective.critic))
+    if objective.needs_entropy:
+        entropy = compile_token_entropy(model, microbatches, mesh)
+    rows = None if mesh is None else sharding.rows(mesh)
+    prepare = jax.jit(functools.partial(prepared, objective.prepare), out_shardings=rows)
 
-    def complete(batch: Batch, params, reference=None) -> Batch:
+    def complete(batch: Batch, params, reference=None, control=None) -> Batch:
         if reference is not None:
             batch = dataclasses.replace(batch, reference_logp_BT=reference_logp(reference, batch))
         if objective.critic is not None:
-            # `reference_logp` scores a batch by any params.
-            logp_BT = None if objective.critic.trace_clip is None else reference_logp(params, batch)
-            batch = dataclasses.replace(batch, **by_values(values(params, batch), batch, logp_BT))
+            seen = dataclasses.replace(batch, control=control)
+            logp_BT = None if objective.critic.trace_clip is None else own_logp(params, batch)
+            batch = dataclasses.replace(batch, **by_values(values(params, batch), seen, logp_BT))
+        if objective.prepare:
+            entropy_BT = entropy(params, batch) if objective.needs_entropy else None
+            batch = dataclasses.replace(batch, **prepare(dataclasses.replace(batch, entropy_BT=entropy_BT, control=control)))
         return batch
 
     return complete
 
 
+def prepared(functions, batch: Batch) -> dict:
+    """Return the fields of a batch that some functions change, one after the other."""
+    found: dict = {}
+    for function in functions:
+        found |= function(dataclasses.replace(batch, **found))
+    return found
+
+
 # --- the state of a phase ---
 
 
-def new_state(params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Make the state at the start of a phase."""
-    return TrainState(params, optimizer.init(split_frozen(params)[0]), jnp.int32(0))
+def new_state(params, optimizer: optax.GradientTransformation, controls_: tuple[Control, ...] = ()) -> TrainState:
+    """Make the state at the start of a phase; `controls_` are the objective's."""
+    return TrainState(params, optimizer.init(split_frozen(params)[0]), jnp.int32(0), controls.begin(controls_))
 
 
-def state_shapes(model: Model, optimizer: optax.GradientTransformation, mesh) -> tuple[TrainState, TrainState]:
-    """Return the shapes and the shardings of a phase's state."""
-    abstract = jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), optimizer))
+def state_shapes(model: Model, optimizer: optax.GradientTransformation, mesh, controls_: tuple[Control, ...] = ()):
+    """Return the shapes and the shardings of a phase's state, two TrainStates."""
+    abstract = jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), optimizer, controls_))
     return abstract, sharding.shardings(abstract, mesh)
 
 

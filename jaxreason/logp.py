@@ -193,6 +193,14 @@ def compile_token_logp(model, microbatches: int = 1, mesh=None):
     return compile_scores(lambda params, batch: token_outputs(model, params, batch, limits).logp_BT, microbatches, mesh)
 
 
+def compile_token_entropy(model, microbatches: int = 1, mesh=None):
+    """Return the jitted `entropy(params, batch) -> entropy_BT`, as `compile_token_logp`
+    does for log-probs.
+    """
+    limits = logits_limits(mesh)
+    return compile_scores(lambda params, batch: token_outputs(model, params, batch, limits).entropy_BT, microbatches, mesh)
+
+
 def compile_token_values(model, microbatches: int = 1, mesh=None):
     """Return the jitted `values(params, batch) -> value_BT`: of the text before each
     token, 0 in column 0. It makes no logits.

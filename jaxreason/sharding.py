@@ -142,7 +142,7 @@ def shardings(tree, mesh: Mesh):
     def sharding_of(path, leaf):
         name = name_of(path)
         spec = list(rule(name))
-        if name.startswith("opt_state") and len(spec) != len(leaf.shape):
+        if name.startswith(("opt_state", "control")) and len(spec) != len(leaf.shape):
             spec = []
         for axis, mesh_axis in enumerate(spec):
             if mesh_axis is None or leaf.shape[axis] % mesh.shape[mesh_axis] == 0:

@@ -127,10 +127,11 @@ def train(
 def train_phase(run: Run, index: int, params, journal: Journal, found: Found | None, stop: Callable[[], str]):
     """Train one phase from `params` (donated) or its checkpoint; return the params."""
     phase, key = run.phases[index], jax.random.fold_in(jax.random.key(run.seed), index)
-    state, reference, source_state, start = begin_phase(run, phase, params, found)
+    placed = state_shapes(run.model, phase.optimizer, run.mesh, phase.objective.controls)[1]
+    state, reference, source_state, start = begin_phase(phase, placed, params, found)
     if found is not None:
         journal.warm_up(state.params)
-    made, placed = (run.model, phase.objective, phase.optimizer), state_shapes(run.model, phase.optimizer, run.mesh)[1]
+    made = run.model, phase.objective, phase.optimizer
     step_fn = compile_train_step(*made, microbatches=phase.microbatches, state_shardings=placed)
     complete = compile_completion(run.model, phase.objective, microbatches=phase.microbatches, mesh=run.mesh)
     journal.begin_phase(index, start)
@@ -141,7 +142,7 @@ def train_phase(run: Run, index: int, params, journal: Journal, found: Found | N
             memory.trim()  # the sampler's weights and caches are freed
         journal.drew(drawn, source_state)
         batch = sharding.put_rows(drawn.batch, run.mesh)
-        batch = complete(batch, state.params, on_devices(phase, reference))
+        batch = complete(batch, state.params, on_devices(phase, reference), state.control)
         journal.write_if_due()
         learned = {}
         for _ in range(phase.updates_per_batch):
@@ -161,15 +162,17 @@ def train_phase(run: Run, index: int, params, journal: Journal, found: Found | N
     return state.params
 
 
-def begin_phase(run: Run, phase: Phase, params, found: Found | None) -> tuple:
-    """Return a phase's state, reference params, source state and steps done."""
+def begin_phase(phase: Phase, placed, params, found: Found | None) -> tuple:
+    """Return a phase's state, in the shardings `placed`, its reference params, source
+    state and steps done.
+    """
     if found is not None:
         state, reference, source_state, start = found.state, found.reference, found.host["source"], found.host["phase_step"]
     else:
         source_state, start = phase.source.init(), 0
         reference = jax.tree.map(jnp.copy, params) if phase.objective.needs_reference else None
-        placed = state_shapes(run.model, phase.optimizer, run.mesh)[1]
-        state = jax.jit(new_state, static_argnums=1, donate_argnums=0, out_shardings=placed)(params, phase.optimizer)
+        begin = jax.jit(new_state, static_argnums=(1, 2), donate_argnums=0, out_shardings=placed)
+        state = begin(params, phase.optimizer, phase.objective.controls)
     if reference is not None and phase.offload_reference:
         reference = sharding.keep_in(reference, "pinned_host")
     return state, reference, source_state, start

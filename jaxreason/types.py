@@ -62,6 +62,9 @@ class Verdict:
     measures: Mapping[str, float] = field(
         default_factory=dict
     )  # further numbers, such as {"tool_calls": 2}; their means are logged, so a name may not be that of another metric
+    # Of a rollout with several attempts: for each the number of tokens that were
+    # sampled up to its end, and its own reward. () for one attempt.
+    attempts: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,15 +138,32 @@ class Batch:
     reference_logp_BT: jax.Array | None = None  # float32; None where no objective asks for a reference policy
     value_BT: jax.Array | None = None  # float32, by the critic before the update; None without a critic
     return_BT: jax.Array | None = None  # float32, what the critic learns; None without a critic
+    entropy_BT: jax.Array | None = None  # float32, nats, of the policy before the update; None unless a selection asks for it
+    chosen_BT: jax.Array | None = None  # bool, tokens that a selection chose; None without one
+    control: Any = None  # that of the train state, while the objective's functions see the batch
 
 
-@_registered
+@jax.tree_util.register_pytree_with_keys_class
+@dataclass(frozen=True)
 class TrainState:
-    """State that a train step updates."""
+    """State that a train step updates.
+
+    As a pytree it has no `control` where that is None, so that checkpoints of states
+    without one have the same tree in every version.
+    """
 
     params: Any  # its subtree "frozen", if there is one, is never updated
     opt_state: Any
     step: jax.Array  # int32, updates done in this phase
+    control: Any = None  # state of the objective, by name (`objectives.controls`); None for an objective without
+
+    def tree_flatten_with_keys(self):
+        names = ("params", "opt_state", "step") + (("control",) if self.control is not None else ())
+        return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names], names
+
+    @classmethod
+    def tree_unflatten(cls, names, children):
+        return cls(**dict(zip(names, children, strict=True)))
 
 
 class Outputs(NamedTuple):

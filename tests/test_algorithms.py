@@ -17,68 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ragged import LIMIT, G, P, batch_of, kept, on_grid, problem, total
 
-from jaxreason import batching, learner, objectives
-from jaxreason.types import Group, Outputs, Rollout, Task, Verdict
-
-LIMIT = 9
-P, G = 3, 4
-
-
-def problem(seed: int, *, on_policy: bool = False) -> SimpleNamespace:
-    """Draw ragged groups: rewards, log-probs of sampler (`q`) and learner (`p`) per
-    sampled token, and the batch that they make.
-    """
-    rng = np.random.default_rng(seed)
-    reward = rng.integers(0, 2, (P, G)).astype(float)
-    reward[0] = [1, 0, 0, 1]
-    reward[1] = 0.0  # a group of equal rewards
-    length = rng.integers(1, LIMIT, (P, G))
-    forced = [[rng.random(n) < 0.2 for n in row] for row in length]
-    for row in forced:
-        for mask in row:
-            mask[0] = False
-    q = [[rng.uniform(-2.5, -0.05, n) for n in row] for row in length]
-    p = [[np.minimum(x + (0 if on_policy else rng.normal(0, 0.5, len(x))), -0.01) for x in row] for row in q]
-    return SimpleNamespace(reward=reward, forced=forced, q=q, p=p)
-
-
-def batch_of(drawn: SimpleNamespace, objective: objectives.Objective, **layout):
-    groups = [
-        Group(
-            tuple(
-                Rollout(
-                    Task("", ""), i, j, np.array([1, 2, 3]), np.arange(len(q)), q.astype(np.float32), ~forced, "eos", "",
-                    Verdict(float(reward), reward > 0),
-                )
-                for j, (q, forced, reward) in enumerate(zip(*rows, strict=True))
-            )
-        )
-        for i, rows in enumerate(zip(drawn.q, drawn.forced, drawn.reward, strict=True))
-    ]  # fmt: skip
-    return batching.from_groups(groups, objective, buckets=(64,), limit=LIMIT, **layout)
-
-
-def on_grid(values, batch) -> np.ndarray:
-    """Put a value per token of each rollout where the batch has the token."""
-    grid = np.zeros(batch.tokens_BT.shape)
-    for number, rollout in enumerate(itertools.chain.from_iterable(values), start=1):
-        grid[batch.rollout_BT == number] = rollout
-    return grid
-
-
-def total(objective, batch, logp_BT):
-    """Return the loss as the learner sums it."""
-    loss_BT, _ = objective.token_loss(Outputs(logp_BT, jnp.zeros_like(logp_BT)), batch)
-    return jnp.sum(jnp.where(batch.weight_BT != 0, batch.weight_BT * loss_BT, 0.0))
-
+from jaxreason import learner, objectives
+from jaxreason.types import Outputs
 
 # --- the equations ---
-
-
-def kept(drawn, i, j):
-    """Return the positions of the sampled tokens of a rollout."""
-    return [t for t, forced in enumerate(drawn.forced[i][j]) if not forced]
 
 
 def mean(values):
@@ -88,6 +32,26 @@ def mean(values):
 def group_zscore(drawn, i, j):
     row = drawn.reward[i].tolist()
     return 0.0 if len(set(row)) == 1 else (row[j] - mean(row)) / (statistics.pstdev(row) + 1e-6)
+
+
+def two_rewards(weights):
+    """2601.05242: z-scores of each reward in its group, added, then normalised over the
+    batch.
+    """
+
+    def sums(drawn):
+        found = [[0.0] * G for _ in range(P)]
+        for weight, rewards in zip(weights, (drawn.reward, drawn.style), strict=True):
+            for i, j in itertools.product(range(P), range(G)):
+                found[i][j] += weight * group_zscore(SimpleNamespace(reward=rewards), i, j)
+        return found
+
+    def advantage(drawn, i, j):
+        found = sums(drawn)
+        every = [x for row in found for x in row]
+        return (found[i][j] - mean(every)) / (statistics.pstdev(every) + 1e-6)
+
+    return advantage
 
 
 def group_centred(drawn, i, j):
@@ -203,18 +167,30 @@ def corrected(level, how):
     return weight
 
 
+def truncated(drawn, fixed, i, j, t):
+    """The default of objectives without a ratio: that of the token, at most 2."""
+    return min(math.exp(fixed[i][j][t] - drawn.q[i][j][t]), 2.0)
+
+
 def loo(drawn, i, j):
     return group_centred(drawn, i, j) * G / (G - 1)
 
 
 BOUNDS = {"correct_low": 0.5, "correct_high": 1.5}
 REFERENCES = {
-    "reinforce": ("reinforce", {}, score_loss(lambda d, i, j: d.reward[i][j] - d.reward.mean(), "sum")),
+    "reinforce": ("reinforce", {}, score_loss(lambda d, i, j: d.reward[i][j] - d.reward.mean(), "sum", truncated)),
+    "reinforce, none": (
+        "reinforce",
+        {"correct": "none"},
+        score_loss(lambda d, i, j: d.reward[i][j] - d.reward.mean(), "sum"),
+    ),
     "reinforce_pp": ("reinforce_pp", {}, ratio_loss(batch_zscore, "token")),
-    "rloo": ("rloo", {}, score_loss(loo, "sum")),
-    "maxrl": ("maxrl", {}, score_loss(mean_divided, "sum")),
-    "pass_at_k": ("pass_at_k", {"k": 2}, score_loss(best_of_two, "sum")),
+    "rloo": ("rloo", {}, score_loss(loo, "sum", truncated)),
+    "maxrl": ("maxrl", {}, score_loss(mean_divided, "sum", truncated)),
+    "pass_at_k": ("pass_at_k", {"k": 2}, score_loss(best_of_two, "sum", truncated)),
     "grpo": ("grpo", {}, ratio_loss(group_zscore, "sequence")),
+    "gdpo": ("gdpo", {}, ratio_loss(two_rewards((1, 1)), "sequence")),
+    "gdpo, weighted": ("gdpo", {"reward_weights": (1.0, -0.3)}, ratio_loss(two_rewards((1, -0.3)), "sequence")),
     "dr_grpo": ("dr_grpo", {}, ratio_loss(group_centred, "constant")),
     "dapo": ("dapo", {}, ratio_loss(group_zscore, "token", high=0.28)),
     "dapo, eq. 8": ("dapo", {"weigh": "per_prompt"}, ratio_loss(group_zscore, "prompt", high=0.28)),
@@ -291,7 +267,7 @@ def test_packed_rows_and_shared_prompts_change_nothing(name, layout):
 
 # --- identities ---
 
-WITH_RATIO = ("reinforce_pp", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "dppo", "sapo")
+WITH_RATIO = ("reinforce_pp", "grpo", "gdpo", "dr_grpo", "dapo", "gspo", "cispo", "dppo", "sapo")
 
 
 @pytest.mark.parametrize("name", WITH_RATIO)
@@ -306,6 +282,34 @@ def test_on_policy_every_ratio_loss_has_the_gradient_of_reinforce(name):
     if name == "gspo":  # each rollout's gradient is spread over its tokens, which all weigh the same
         assert np.allclose(np.sum(found), np.sum(expected), rtol=1e-5)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "maxrl", "pass_at_k"])
+def test_on_policy_the_default_correction_changes_nothing_but_rounding(name):
+    plain, corrected = objectives.make(name, correct="none"), objectives.make(name)
+    assert plain.on_policy
+    assert not corrected.on_policy
+    drawn = problem(0, on_policy=True)
+    batch = batch_of(drawn, plain)
+    logp_BT = jnp.asarray(on_grid(drawn.q, batch), jnp.float32)
+    found, expected = (jax.value_and_grad(lambda x, o=o: total(o, batch, x))(logp_BT) for o in (corrected, plain))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-6, atol=1e-9)
+    _, statistics_ = corrected.token_loss(Outputs(logp_BT, logp_BT), batch)
+    assert {"ratio", "ratio_squared", "log_ratio_worst", "corrected"} <= statistics_.keys()
+    assert not np.any(statistics_["corrected"])
+
+
+def test_imitation_and_losses_with_a_ratio_are_not_corrected_by_default():
+    for name in ("lm", "sft", "expert_iteration"):
+        assert objectives.make(name).token_loss is objectives.nll
+        assert objectives.make(name, correct="none").token_loss is objectives.nll
+    made = objectives.make("grpo")
+    batch = batch_of(problem(0), made)
+    logp_BT = jnp.asarray(on_grid(problem(0).p, batch), jnp.float32)
+    found, expected = (o.token_loss(Outputs(logp_BT, logp_BT), batch) for o in (made, objectives.grpo()))
+    assert found[1].keys() == expected[1].keys()
+    np.testing.assert_array_equal(found[0], expected[0])
 
 
 def test_gspo_is_grpo_for_rollouts_of_one_token():
@@ -323,7 +327,7 @@ def test_gspo_is_grpo_for_rollouts_of_one_token():
 @pytest.mark.parametrize("name", [name for name in objectives.OBJECTIVES if objectives.make(name).needs_group])
 def test_equal_rewards_give_exactly_no_gradient(name):
     drawn = problem(1)
-    drawn.reward[:] = 0.1
+    drawn.reward[:], drawn.style[:] = 0.1, 0.7
     objective = objectives.make(name)
     batch = batch_of(drawn, objective)
     logp_BT = jnp.asarray(on_grid(drawn.p, batch), jnp.float32)
@@ -446,6 +450,8 @@ def test_a_ratio_that_a_loss_has_itself_is_only_masked():
     ("name", "fields", "message"),
     [
         ("rloo", {"correct": "word"}, "correct got 'word'; allowed: none, token, sequence"),
+        ("sft", {"correct": "token"}, "correct='token', but the objective imitates the tokens of its batch; allowed: None"),
+        ("expert_iteration", {"correct": "sequence", "correct_by": "mask"}, "the objective imitates"),
         ("rloo", {"correct": "token", "correct_by": "drop"}, "correct_by got 'drop'; allowed: truncate, mask"),
         ("rloo", {"correct": "token", "correct_high": 0.5}, "correct_high 0.5; allowed: 0 to 1, and 1 or more"),
         ("grpo", {"negative_scale": -1.0}, "negative_scale got -1.0; allowed: 0 or more"),

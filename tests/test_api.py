@@ -55,6 +55,32 @@ def test_the_example_of_the_readme(checkpoint, capsys):
     assert len(capsys.readouterr().out.splitlines()) >= 3
 
 
+@pytest.mark.parametrize(
+    ("objective", "options", "metric"),
+    [
+        ("gdpo", {"rewards": ("reward_a", "reward_b")}, "train/clip_fraction"),
+        ("grpo", {"entropy_top": 0.5, "covariance": "kl", "covariance_fraction": 0.2}, "train/covariance_chosen"),
+        ("grpo", {"entropy_target": 99.0, "entropy_delta": 0.25}, "train/entropy_coefficient"),
+        ("ppo", {}, "train/value_loss"),
+    ],
+)
+def test_objectives_that_complete_a_batch(checkpoint, objective, options, metric):
+    def verify(words, task):
+        return jr.Verdict(0.0, False, words, measures={"reward_a": len(words) % 2, "reward_b": len(words) % 3})
+
+    policy = jr.load(checkpoint, max_prompt_tokens=64, max_tokens=8, slots=8, model={"value_head": objective == "ppo"})
+    groups, found = jr.sample(policy, ["one", "two"], n=4, verify=verify), []
+    for _ in range(2):
+        policy, metrics = jr.train_step(policy, groups, objective=objective, lr=1e-3, objective_options=options)
+        found.append(metrics)
+    assert all(np.isfinite(metrics[metric]) for metrics in found)
+    if "entropy_target" in options:  # the state of the objective goes on with the policy
+        assert [metrics[metric] for metrics in found] == [0.0, 0.25]
+        assert policy.state.control["entropy"]["coefficient"] == 0.5
+        policy, _ = jr.train_step(policy, groups, objective="grpo", lr=1e-3)
+        assert policy.state.control is None
+
+
 def test_groups_come_in_the_order_of_their_prompts_and_again_with_their_seed(policy):
     groups = jr.sample(policy, ["one", jr.Task("two", "2", id="x")], n=3, seed=5)
     assert [[(r.task.question, r.attempt) for r in group.attempts] for group in groups] == [
@@ -115,6 +141,11 @@ def test_wrong_calls_are_one_line(policy, checkpoint, tmp_path):
         (lambda: jr.train_step(policy, groups, objective="grop", lr=1.0), "did you mean 'grpo'"),
         (lambda: jr.train_step(policy, groups, lr=1.0, optimizer_options={"b3": 1}), "unknown field of optimizer 'b3'"),
         (lambda: jr.train_step(policy, groups, lr=1.0, objective_options={"kl_coefficient": 0.1}), "keeps no reference policy"),
+        (lambda: jr.train_step(policy, groups, lr=1.0, objective="ppo"), r"no value head; allowed: load\(\.\.\., model="),
+        (
+            lambda: jr.train_step(policy, groups, lr=1.0, objective="gdpo"),
+            "no verdict of the batch has the measure 'reward_number'",
+        ),
         (lambda: jr.load(checkpoint, mesh={"dta": 1}), "did you mean 'data'"),
         (lambda: jr.load(checkpoint, model={"widht": 1}), "did you mean 'width'"),
     ]:

@@ -14,14 +14,14 @@ import pytest
 from runs import ROOT, load_config
 
 from jaxreason import learner, train
-from jaxreason.build import build
+from jaxreason.build import VERSION, build
 from jaxreason.main import config_text, default_workdir
 from jaxreason.runtime import files, resume, warm_start, workdir
 from jaxreason.runtime import log as run_log
 from jaxreason.runtime.checkpoint import Damaged, open_checkpoints
 from jaxreason.runtime.compiling import keep_compiled
 
-TEXT = config_text(load_config("tiny", "smoke"))
+TEXT = json.dumps(json.loads(config_text(load_config("tiny", "smoke"))) | {"version": VERSION})
 
 
 def check(folder, resume="auto", text=TEXT):

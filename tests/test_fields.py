@@ -311,7 +311,7 @@ def test_set_fields_reach_the_run():
         ("rl.source.task.size", 2**31, r"size=2147483648, .*allowed: size from 1 to 100,000,000"),
         ("sharding.sampling_tensor", 0, r"sampling_tensor got 0; allowed: 1 or more"),
         ("rl.steps", -1, r"config\.rl\.steps got -1; allowed: 0 \(evaluate only\) or more"),
-        ("version", 7, r"config\.version got 7; allowed: 1"),
+        ("version", 7, r"config\.version got 7; allowed: 2"),
     ],
 )
 def test_types_and_ranges_are_checked_by_the_fields_full_name(path, value, words):
@@ -378,6 +378,9 @@ def test_zero_steps_are_an_evaluation(tmp_path):
 # --- run folders of earlier versions ---
 
 
+UNCORRECTED = {"rl.objective.correct": "none"}  # as rloo was before it had a correction by default
+
+
 def folder(tmp_path, **changes):
     """Make a run folder with a config.json as the version before wrote it: only the
     fields of the config file.
@@ -395,7 +398,7 @@ def check(folder, said=None, **changes):
 
 def test_a_run_of_an_earlier_version_continues_with_defaults_which_is_said_once(tmp_path):
     said = []
-    check(folder(tmp_path), said=said)
+    check(folder(tmp_path), said=said, **UNCORRECTED)
     (line,) = said
     assert "config.json is of an earlier version: " in line
     assert "fields take their defaults: " in line
@@ -407,7 +410,7 @@ def test_a_run_of_an_earlier_version_continues_with_defaults_which_is_said_once(
 
 def test_a_new_field_that_is_not_at_its_default_is_a_change(tmp_path):
     with pytest.raises(ValueError, match=r"another config \(rl\.source\.dynamic_sampling: 1 there, 3 here\)"):
-        check(folder(tmp_path), **{"rl.source.dynamic_sampling": "3"})
+        check(folder(tmp_path), **{"rl.source.dynamic_sampling": "3"} | UNCORRECTED)
 
 
 def test_a_field_that_is_gone_or_renamed_is_refused_by_name(tmp_path, monkeypatch):
@@ -433,14 +436,34 @@ def test_a_default_that_has_changed_since_is_no_silent_change(tmp_path, version)
     """
     there = build.complete(load_config("tiny", "smoke").to_dict())
     there["rl"]["objective"] = {"name": "rloo"} if version == 0 else {**there["rl"]["objective"], "weigh": None}
-    there = {key: value for key, value in there.items() if version or key != "version"}
+    there["rl"]["objective"] |= {} if version == 0 else {"correct": "none"}
+    there = {key: value for key, value in there.items() if key != "version"} | ({"version": version} if version else {})
     (tmp_path / "config.json").write_text(json.dumps(there, default=list))
     if version == 0:
         with pytest.raises(ValueError, match=r"rl\.objective\.weigh: per_sequence there, None here"):
-            check(tmp_path, **{"rl.objective.weigh": "None"})
-        check(tmp_path, **{"rl.objective.weigh": "per_sequence"})
+            check(tmp_path, **{"rl.objective.weigh": "None"} | UNCORRECTED)
+        check(tmp_path, **{"rl.objective.weigh": "per_sequence"} | UNCORRECTED)
     else:
-        check(tmp_path, **{"rl.objective.weigh": "None"})
+        check(tmp_path, **{"rl.objective.weigh": "None"} | UNCORRECTED)
+
+
+@pytest.mark.parametrize("recorded", [{}, {"correct": "none"}])
+def test_a_run_of_before_the_default_correction_continues_without_it(tmp_path, recorded):
+    """Only objectives without a ratio are corrected now: all others continue as they
+    are.
+    """
+    there = build.complete(load_config("tiny", "smoke").to_dict()) | {"version": 1}
+    for name in ("rloo", "grpo"):
+        own = {k: v for k, v in there["rl"]["objective"].items() if k != "correct"} | {"name": name, "weigh": None}
+        there["rl"]["objective"] = own | recorded
+        (tmp_path / "checkpoints" / "4").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "config.json").write_text(json.dumps(there, default=list))
+        asked = {"rl.objective.name": name, "rl.objective.weigh": "None"}
+        if name == "rloo":
+            with pytest.raises(ValueError, match=r"rl\.objective\.correct: none there, None here"):
+                check(tmp_path, **asked)
+            asked["rl.objective.correct"] = "none"
+        check(tmp_path, **asked)
 
 
 def test_a_run_of_a_later_version_is_refused(tmp_path):

@@ -303,6 +303,41 @@ def test_a_reference_policy_in_the_hosts_memory_is_there_only_while_it_scores():
     assert [stage.kinds["reference"] for stage in away] == [0, params]
 
 
+@pytest.fixture
+def here(monkeypatch):
+    """Plan for the devices of this machine, since there may be no compiler for TPUs."""
+    caches = (arrays.meshes_of, arrays.model_of, arrays.state_of, programs.compiled_pass)
+    for module in (arrays, plan_config):
+        monkeypatch.setattr(module, "devices_of", lambda topology: jax.devices()[: chips.chips_of(topology)])
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("objective", "passes"),
+    [
+        ({"name": "grpo"}, []),
+        ({"name": "grpo", "kl_coefficient": 0.1, "kl_in": "reward"}, ["reference log-probs"]),
+        ({"name": "ppo", "entropy_top": 0.2}, ["values", "entropies"]),
+        ({"name": "dapo", "covariance": "clip", "entropy_target": 0.2}, []),
+    ],
+)
+def test_every_pass_of_an_objective_is_counted(here, objective, passes):
+    config = load_config("tiny", **{"model.layers": 1, "model.value_head": True})
+    config.rl.objective = objective
+    work = read(config.to_dict(), SMALL, "rl")
+    names = programs.passes_of(work)
+    assert names == passes
+    assert len(names) == work.objective.passes
+    made = programs.compile_passes(work)
+    assert [one.name.rpartition(",")[0] for one in made] == names
+    assert all(one.program.flops > 0.9 * one.flops > 0 for one in made)
+    programs.compile_train.__wrapped__(work)  # whatever the loss reads of a batch is there
+
+
 @needs_libtpu
 def test_adapters_are_merged_beside_the_base():
     config = load_config("tiny")

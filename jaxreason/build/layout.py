@@ -38,7 +38,7 @@ OPTIONAL = ("init_from", "version", "environment")
 
 
 # Increased when the meaning of a field, or of its absence, changes: see `CHANGED`.
-VERSION = 1
+VERSION = 2
 
 
 def settle(config: dict) -> dict:
@@ -303,7 +303,7 @@ def from_earlier(config: dict) -> tuple[dict, list[str]]:
       ValueError: a field that this version does not have, or that has been renamed.
     """
     config = {name: value for name, value in config.items() if name != "revisions"}  # the commits of the hub that it read
-    config = with_named_kl(with_one_tracker(config))
+    config = with_asked_correction(with_named_kl(with_one_tracker(config)))
     version = config.get("version", 0)
     if not isinstance(version, int) or version > VERSION:
         raise ValueError(f"config.json is of version {version}, made by a later jaxreason; update this one (version {VERSION})")
@@ -342,13 +342,40 @@ def with_named_kl(config: dict) -> dict:
     return config
 
 
+def with_asked_correction(config: dict) -> dict:
+    """Convert `correct` of objectives as versions 0 and 1 understood it: without the
+    field nothing was corrected.
+
+    In an objective that has a ratio or imitates, None means the same today.
+    """
+    config = dict(config)
+    version = config.get("version", 0)
+    for name, section in config.items() if isinstance(version, int) and version < 2 else ():
+        objective = section.get("objective") if isinstance(section, dict) else None
+        if isinstance(objective, dict) and objective.get("correct", "none") == "none":
+            config[name] = section | {"objective": objective | {"correct": "none" if scores_rollouts(objective) else None}}
+    return config
+
+
+def scores_rollouts(objective: dict) -> bool:
+    """Return whether an objective scores rollouts without an importance ratio, so that
+    `correct` None is `token`. A user's own is taken for one.
+    """
+    maker = objectives_.OBJECTIVES.get(objective.get("name"))
+    return maker is None or maker().on_policy
+
+
 # Fields of an objective that nothing reads while another has a value.
-READ_WITH = {
-    "kl_estimator": ("kl_coefficient", 0),
-    "correct_by": ("correct", "none"),
-    "correct_low": ("correct", "none"),
-    "correct_high": ("correct", "none"),
-}
+READ_WITH = (
+    *((name, "kl_coefficient", (0,)) for name in ("kl_estimator", "kl_in", "kl_target")),
+    ("kl_estimator", "kl_in", ("reward",)),
+    ("kl_gain", "kl_target", (None,)),
+    *((name, "entropy_target", (None,)) for name in ("entropy_delta", "entropy_highest")),
+    *((name, "correct", ("none",)) for name in ("correct_by", "correct_low", "correct_high")),
+    ("covariance_fraction", "covariance", ("none",)),
+    *((name, "covariance", ("none", "kl")) for name in ("covariance_low", "covariance_high")),
+    ("covariance_coefficient", "covariance", ("none", "clip")),
+)
 
 
 def check_changes(config: dict, changes: Mapping[str, str]) -> None:
@@ -359,10 +386,13 @@ def check_changes(config: dict, changes: Mapping[str, str]) -> None:
     """
     for phase, values in config.items():
         objective = values.get("objective") if is_phase(phase, values) else None
-        for name, (other, off) in READ_WITH.items() if isinstance(objective, dict) else ():
-            if f"{phase}.objective.{name}" in changes and objective.get(other) == off:
+        for name, other, off in READ_WITH if isinstance(objective, dict) else ():
+            value = objective.get(other)
+            if other == "correct" and value is None and not scores_rollouts(objective):
+                value = "none"
+            if f"{phase}.objective.{name}" in changes and value in off:
                 got = f"config.{phase}.objective.{name} got {objective[name]!r}"
-                raise ValueError(f"{got}, but {other} is {off}, so nothing reads it; set both")
+                raise ValueError(f"{got}, but {other} is {off[off.index(value)]}, so nothing reads it; set both")
         section = values.get("optimizer") if is_phase(phase, values) else None
         for field, (why, default) in optimizer_.ignored(section).items() if isinstance(section, dict) else ():
             where = f"{phase}.optimizer.{field}"

@@ -8,6 +8,7 @@ from jaxreason import batching, data, sources
 from jaxreason import objectives as objectives_
 from jaxreason import optimizer as optimizer_
 from jaxreason.build.environments import make_environment
+from jaxreason.build.objective import check_objective
 from jaxreason.build.sampler import make_filter
 from jaxreason.build.tasks import (
     Parts,
@@ -55,26 +56,17 @@ def make_phase(
         )
     except ValueError as error:
         raise ValueError(f"config.{name}.optimizer: {error}") from None
-    kind, group = source.get("name"), source.get("group", 1)
-    if made_objective.needs_group and (kind in ("corpus", "demonstrations") or group < 2):
-        raise ValueError(
-            f"config.{name}: objective {objective['name']!r} compares the attempts at a problem, but there is "
-            f"{group} of each; set {name}.source.group to 2 or more, or choose reinforce, lm or sft"
-        )
-    if made_objective.critic is not None and parts.model.value is None:
-        raise ValueError(
-            f"config.{name}: objective {objective['name']!r} needs values, and the model has no value head; set "
-            "model.value_head=True, or choose an objective without a critic, such as grpo"
-        )
+    check_objective(
+        made_objective,
+        name=name,
+        what=objective["name"],
+        source=source,
+        updates_per_batch=updates_per_batch,
+        offload_reference=offload_reference,
+        parts=parts,
+    )
     if optimizer.get("value_lr") is not None and parts.model.value is None:
         raise ValueError(f"config.{name}.optimizer.value_lr is for a value head; set model.value_head=True, or leave it None")
-    if made_objective.critic is not None and kind in ("corpus", "demonstrations"):
-        raise ValueError(f"config.{name}: objective {objective['name']!r} needs rewards; allowed with the source rollouts")
-    if offload_reference and not made_objective.needs_reference:
-        raise ValueError(
-            f"config.{name}.offload_reference got True, but the objective has no reference policy; allowed: False, or set "
-            f"{name}.objective.kl_coefficient above 0"
-        )
     arguments = {"parts": parts, "objective": made_objective, "microbatches": microbatches, "steps": steps}
     made_source = call_with_section(make_source, {"name": None} | source, f"config.{name}.source", **arguments)
     if made_source.rows % (parts.devices * microbatches):
@@ -181,6 +173,7 @@ def rollouts(
     temperature: float = 1.0,  # sampling temperature
     max_tokens: int | None = None,  # tokens per attempt; None: sampler.max_tokens
     reward: str = "verdict",  # verdict; majority: the most frequent answer is right; random or format: controls
+    credit: str = "rollout",  # rollout, or attempt: each attempt of environment retry is paid for its own reward
     dynamic_sampling: int = 1,  # draw up to this many times `problems`, until enough have mixed rewards
     lag: int = 0,  # updates between the params that sample and those that learn
     pack: bool = True,  # put several short attempts in a row
@@ -207,11 +200,6 @@ def rollouts(
         raise ValueError(
             f"source.temperature got {temperature}; allowed: finite, above 0 (greedy attempts are all alike), at least "
             f"{LOWEST_TEMPERATURE:g}"
-        )
-    if lag and objective.on_policy:
-        raise ValueError(
-            f"source.lag got {lag}, but the objective has no importance ratio, so its gradient would be biased; allowed: 0, or "
-            "an objective with a ratio: grpo, dr_grpo, dapo"
         )
     completer = parts.completer
     if max_tokens is not None:
@@ -245,6 +233,7 @@ def rollouts(
         buckets=batching.length_buckets(shared_length(longest_prompt, [completer.max_tokens] * share)),
         reward=reward,
         dynamic_sampling=dynamic_sampling,
+        credit=credit,
         pack=pack,
         microbatches=microbatches,
         rollouts_per_prompt=share,

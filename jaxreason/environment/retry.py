@@ -22,6 +22,7 @@ class Retries(NamedTuple):
     task: Task
     inner: Any  # state of the environment inside, new for each attempt
     verdicts: tuple[Verdict, ...] = ()  # of the attempts so far
+    ends: tuple[int | None, ...] = ()  # tokens that were sampled up to the end of each
     begun: bool = False  # whether the model has written in this attempt
 
 
@@ -36,6 +37,7 @@ def retry(
     """Let the model attempt a task up to `attempts` times in one rollout.
 
     The last attempt counts: its reward, times `discount` for each attempt before it.
+    `Verdict.attempts` has the end and the reward of each, with the same factor.
     The verdict's measures are tries; first_try_correct and last_try_correct;
     tries_wrong_then_right and tries_right_then_wrong, each 1 or 0. All other measures,
     such as the tool_calls of tools inside, are those of the last attempt. (What the
@@ -71,14 +73,14 @@ def retry(
 
     def step(state: Retries, turn: Turn) -> tuple[Retries, Step]:
         if state.verdicts and turn.final and not turn.text and not state.begun:  # the message left no room for another attempt
-            return state, Step(verdict=summary(state.verdicts, discount))
+            return state, Step(verdict=summary(state.verdicts, discount, state.ends))
         inner, made = environment.step(state.inner, turn)
         state = state._replace(inner=inner, begun=True)
         if made.verdict is None:
             return state, made
-        state = state._replace(verdicts=(*state.verdicts, made.verdict))
+        state = state._replace(verdicts=(*state.verdicts, made.verdict), ends=(*state.ends, turn.tokens))
         if ended(state, turn):
-            return state, made._replace(verdict=summary(state.verdicts, discount))
+            return state, made._replace(verdict=summary(state.verdicts, discount, state.ends))
         environment.close(state.inner)
         return state._replace(inner=environment.reset(state.task), begun=False), Step(observation=said)
 
@@ -90,8 +92,10 @@ def retry(
     )
 
 
-def summary(verdicts: tuple[Verdict, ...], discount: float) -> Verdict:
-    """Return the last verdict, discounted, with the measures of all attempts."""
+def summary(verdicts: tuple[Verdict, ...], discount: float, ends: tuple[int | None, ...] = ()) -> Verdict:
+    """Return the last verdict, discounted, with the measures of all attempts, and with
+    their ends and rewards if there are several of known ends.
+    """
     first, last = verdicts[0], verdicts[-1]
     measures = {
         "tries": float(len(verdicts)),
@@ -100,5 +104,7 @@ def summary(verdicts: tuple[Verdict, ...], discount: float) -> Verdict:
         "tries_wrong_then_right": float(last.correct and not first.correct),
         "tries_right_then_wrong": float(first.correct and not last.correct),
     }
-    reward = last.reward * discount ** (len(verdicts) - 1) if last.reward > 0 else last.reward
-    return dataclasses.replace(last, reward=reward, measures={**last.measures, **measures})
+    rewards = [v.reward * discount**i if v.reward > 0 else v.reward for i, v in enumerate(verdicts)]
+    known = len(verdicts) > 1 and ends and None not in ends
+    attempts = tuple(zip(ends, rewards, strict=True)) if known else ()
+    return dataclasses.replace(last, reward=rewards[-1], measures={**last.measures, **measures}, attempts=attempts)

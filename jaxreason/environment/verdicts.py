@@ -46,7 +46,27 @@ def checked(verdict: Any) -> Verdict:
     reward = float(verdict.reward)
     if not math.isfinite(reward) or abs(reward) > LARGEST:
         raise ValueError(f"returned a Verdict whose reward is {reward}; allowed: a finite number of at most {LARGEST:g}")
-    return Verdict(reward, bool(verdict.correct), verdict.parsed, verdict.reason, checked_measures(verdict.measures))
+    numbers = checked_measures(verdict.measures), checked_attempts(verdict.attempts)
+    return Verdict(reward, bool(verdict.correct), verdict.parsed, verdict.reason, *numbers)
+
+
+def checked_attempts(attempts: Any) -> tuple[tuple[int, float], ...]:
+    """Return the attempts of a verdict with plain numbers.
+
+    Raises:
+      TypeError, ValueError: not pairs of an end and a finite reward, in order.
+    """
+    try:
+        found = tuple((int(end), float(reward)) for end, reward in attempts)
+    except (TypeError, ValueError):
+        raise TypeError(f"returned a Verdict whose attempts are {attempts!r:.60}; allowed: pairs (end, reward)") from None
+    ends = [end for end, _ in found]
+    if ends != sorted(ends) or min(ends, default=0) < 0 or not all(abs(reward) <= LARGEST for _, reward in found):
+        raise ValueError(
+            f"returned a Verdict whose attempts are {found!r:.60}; allowed: ends that do not fall and finite rewards of at most "
+            f"{LARGEST:g}"
+        )
+    return found
 
 
 def checked_measures(measures: Any) -> dict[str, float]:

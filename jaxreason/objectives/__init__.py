@@ -8,8 +8,8 @@ see the model.
 `batching` calls the first two once, over the whole batch, before any split. The loss of
 a batch is `sum(weight_BT * loss_BT)`. It has no denominator that a micro-batch, a shard
 or a packed row could get wrong. A named algorithm is one line: one entry of each of
-three short lists, so an ablation is their cross product. `corrections` and `penalties`
-wrap any of them.
+three short lists, so an ablation is their cross product. `corrections`, `penalties` and
+`wrappers` wrap any of them.
 
     name               advantage        weight           token loss          arXiv
     lm, sft            ones             per_token        nll
@@ -20,6 +20,7 @@ wrap any of them.
     maxrl              divide_by_mean   token_sum        reinforce           2602.02710
     pass_at_k          best_of(k)       token_sum        reinforce           2505.15201
     grpo               zscore_group     per_sequence     clipped             2402.03300
+    gdpo               normalise_each   per_sequence     clipped             2601.05242
     dr_grpo            centre_group     per_max_length   clipped             2503.20783
     dapo               zscore_group     per_token        clipped (0.28)      2503.14476
     gspo               zscore_group     per_sequence     clipped_sequence    2507.18071
@@ -27,11 +28,31 @@ wrap any of them.
     dppo               centre_group     per_max_length   within_divergence   2602.04879
     sapo               zscore_group     per_sequence     soft_gate           2511.20347
     ppo                rewards, GAE     per_token        clipped, value      1707.06347
+
+Losses `reinforce` get the ratio of learner and sampler, truncated at 2, unless
+`correct` says otherwise. gdpo's advantage takes measures of the verdicts, reward_PGN.
+To any of them can be added:
+
+    field                    what it adds                               arXiv
+    kl_coefficient           KL divergence to the phase's first params  2512.02556
+    kl_in=reward             the same as a reward of each token         2203.02155
+    kl_target                its coefficient adapts to a target         1909.08593
+    entropy_coefficient      a reward for entropy
+    entropy_target           its coefficient adapts to a target         2505.22312
+    entropy_top              only tokens of high entropy are learned    2506.01939
+    covariance               tokens of high covariance are restrained   2505.22617
+    correct, stale_limit     for rollouts of another policy             2512.02556
+    source.credit=attempt    each attempt of `retry` has an advantage
+
+`Objective.prepare` are functions of the whole batch, run before its first update
+(`penalties`, `selection`), and `Objective.controls` state that updates change
+(`controls`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from jaxreason.objectives import corrections, penalties
@@ -46,12 +67,14 @@ from jaxreason.objectives.advantages import (
     divide_by_mean,
     keep_positive,
     leave_one_out,
+    normalise_each,
     ones,
     rewards,
     scale_negative,
     zscore_batch,
     zscore_group,
 )
+from jaxreason.objectives.controls import Control
 from jaxreason.objectives.critic import Critic
 from jaxreason.objectives.losses import (
     clipped,
@@ -64,6 +87,16 @@ from jaxreason.objectives.losses import (
 )
 from jaxreason.objectives.penalties import KL_ESTIMATORS
 from jaxreason.objectives.weights import WEIGHTINGS, per_kept_token, per_max_length, per_sequence, per_token, token_sum
+from jaxreason.objectives.wrappers import (
+    KL_IN,
+    with_covariance,
+    with_entropy_target,
+    with_kl_in_reward,
+    with_top_entropy,
+)
+from jaxreason.objectives.wrappers import (
+    kl_coefficient as adapted,
+)
 from jaxreason.options import call_with_section, find, unknown_name_message
 
 __all__ = ["ADVANTAGES", "EQUAL_REWARDS", "GROUP_BASELINES", "KL_ESTIMATORS", "OBJECTIVES", "WEIGHTINGS", "Objective", "make"]
@@ -74,8 +107,10 @@ class Objective(NamedTuple):
 
     `needs_reference`: the batch must carry log-probs of a reference policy.
     `needs_group`: attempts at one problem are compared, so there must be at least two.
-    `on_policy`: there is no importance ratio, so the rollouts must be the current
-    policy's.
+    `needs_entropy`: `prepare` reads `batch.entropy_BT`, which takes a pass of its own.
+    `needs_rollouts`: log-probs of the policy that sampled are compared with others.
+    `on_policy`: rollouts are scored without an importance ratio, so they must be the
+    current policy's.
     """
 
     advantage: Callable  # reward_PG -> advantage_PG, numpy
@@ -86,10 +121,24 @@ class Objective(NamedTuple):
     on_policy: bool = False
     learns_cut: bool = True  # whether rollouts that were cut off at their limit are trained on
     critic: Critic | None = None  # makes advantages of single tokens from the rewards and the model's values
+    controls: tuple[Control, ...] = ()  # state that the train step updates, and its rules
+    prepare: tuple[Callable, ...] = ()  # Batch -> {field: value}, each once per batch, before its updates and any split
+    needs_entropy: bool = False
+    needs_rollouts: bool = False
+    chooses: bool = False  # `prepare` makes `batch.chosen_BT`
+    of_sets: bool = False  # the advantage is of sets of rollouts: attempts within one have none of their own
+    measures: tuple[str, ...] = ()  # if given, `advantage` takes these measures of the verdicts, reward_PGN, and no reward_PG
+
+    @property
+    def passes(self) -> int:
+        """Number of forward passes over a batch before its updates."""
+        return self.needs_reference + (self.critic is not None) + self.needs_entropy
 
 
-def with_kl(objective: Objective, coefficient: float, estimator: str = "k3_weighted") -> Objective:
-    """Add `coefficient` times the KL divergence to the reference policy, per token."""
+def with_kl(objective: Objective, coefficient: float | Callable, estimator: str = "k3_weighted") -> Objective:
+    """Add `coefficient` times the KL divergence to the reference policy, per token; a
+    function of the batch for a coefficient that is adapted.
+    """
     if estimator not in KL_ESTIMATORS:
         raise ValueError(unknown_name_message("KL estimator", estimator, KL_ESTIMATORS))
     token_loss = penalties.add_kl(objective.token_loss, coefficient, estimator)
@@ -106,15 +155,18 @@ def with_correction(objective: Objective, level: str, how: str = "truncate", low
     `corrections`.
 
     An objective without an importance ratio gets the bounded ratio as a weight. One
-    that has a ratio would count it twice, so tokens can only be masked.
+    that has a ratio would count it twice, so tokens can only be masked. Imitation wants
+    no other policy's gradient, so there is nothing to correct.
 
     Raises:
-      ValueError: an unknown level or way, wrong bounds, or truncation of a ratio that
-        the objective has itself.
+      ValueError: an unknown level or way, wrong bounds, truncation of a ratio that the
+        objective has itself, or an objective that imitates.
     """
     corrections.check(level, how, low, high)
     if level == "none":
         return objective
+    if objective.token_loss is nll:
+        raise ValueError(f"correct={level!r}, but the objective imitates the tokens of its batch; allowed: None or 'none'")
     if objective.on_policy:
         token_loss = corrections.weigh_by_ratio(objective.token_loss, level, how, low, high)
         return objective._replace(token_loss=token_loss, on_policy=False)
@@ -157,7 +209,8 @@ def reinforce_pp(
     2501.03262v2, eq. 10), and a clipped ratio.
 
     The mean is over the tokens of the batch; eq. 1 takes that of each rollout first,
-    which is `weigh=per_sequence`. The KL term in the reward (eq. 8 and 9) is left out.
+    which is `weigh=per_sequence`. Its KL term (eq. 8 and 9) is `kl_in=reward` with a
+    `kl_coefficient`.
     """
     return Objective(zscore_batch, per_token, clipped(clip_low, clip_high))
 
@@ -175,7 +228,7 @@ def pass_at_k(
     """REINFORCE of the best of k attempts (Walder and Karkhanis 2025, arXiv
     2505.15201).
     """
-    return Objective(best_of(k), token_sum, reinforce, needs_group=True, on_policy=True)
+    return Objective(best_of(k), token_sum, reinforce, needs_group=True, on_policy=True, of_sets=True)
 
 
 def grpo(
@@ -189,6 +242,24 @@ def grpo(
     `kl_coefficient=0.04, kl_estimator=k3_reverse` (eq. 4, sec. 4.2).
     """
     return Objective(zscore_group, per_sequence, clipped(clip_low, clip_high, clip_dual), needs_group=True)
+
+
+def gdpo(
+    rewards: Sequence[str] = ("reward_number", "reward_format"),  # measures of the verdict, such as those of verifier weighted
+    reward_weights: Sequence[float] | None = None,  # factor of each of them; None: 1
+    clip_low: float = 0.2,  # clip of the importance ratio below 1: at 1 - clip_low
+    clip_high: float = 0.2,  # clip of the importance ratio above 1: at 1 + clip_high
+):
+    """GRPO with several rewards, each of which is normalised in its group by itself
+    (Liu et al. 2026, arXiv 2601.05242, GDPO).
+    """
+    weights = (1.0,) * len(rewards) if reward_weights is None else tuple(reward_weights)
+    if not rewards or len(set(rewards)) < len(rewards):
+        raise ValueError(f"rewards got {tuple(rewards)}; allowed: one or more different names of measures, such as reward_number")
+    if len(weights) != len(rewards) or not all(math.isfinite(w) for w in weights):
+        raise ValueError(f"reward_weights got {weights} for {len(rewards)} rewards; allowed: a finite number for each, or None")
+    token_loss = clipped(clip_low, clip_high)
+    return Objective(normalise_each(weights), per_sequence, token_loss, needs_group=True, measures=tuple(rewards))
 
 
 def dr_grpo(
@@ -306,6 +377,7 @@ OBJECTIVES = {
     "maxrl": maxrl,
     "pass_at_k": pass_at_k,
     "grpo": grpo,
+    "gdpo": gdpo,
     "dr_grpo": dr_grpo,
     "dapo": dapo,
     "gspo": gspo,
@@ -326,20 +398,35 @@ def make(
     negative_scale: float = 1.0,  # factor of negative advantages: below 1, wrong attempts count less
     weigh: str | None = None,  # replaces the loss aggregation: token_sum, per_sequence, per_token, per_max_length, ...
     cut: str = "in",  # in or out: rollouts that were cut off at their limit; out, they weigh 0 but stay in baselines
-    correct: str = "none",  # none, token or sequence: weigh or mask by the ratio of learner and sampler
+    correct: str | None = None,  # none, token, sequence: weigh or mask by learner / sampler; None: token if the loss has no ratio
     correct_by: str = "truncate",  # truncate or mask ratios outside the bounds
     correct_low: float = 0.0,  # lower bound of the ratio
     correct_high: float = 2.0,  # upper bound of the ratio
     stale_limit: float | None = None,  # mean log(sampler / learner) above which wrong rollouts are left out; None: never
     kl_coefficient: float = 0.0,  # weight of the KL divergence to the params at the start of the phase; 0: none
     kl_estimator: str = "k3_weighted",  # k1, k2, k3_weighted, or k3_reverse as in GRPO, whose gradient is that of KL(q || p)
+    kl_in: str = "loss",  # loss, or reward: of each token, by the log-probs of the policy that sampled
+    kl_target: float | None = None,  # nats per token that the coefficient is adapted to; None: it is constant
+    kl_gain: float = 0.1,  # share of the relative error, within 0.2, by which it changes per update
     entropy_coefficient: float = 0.0,  # reward per nat of entropy
+    entropy_target: float | None = None,  # nats that the coefficient is adapted to; None: it is constant
+    entropy_delta: float = 0.005,  # its change per update
+    entropy_highest: float = 1.0,  # its upper bound
+    entropy_top: float = 1.0,  # fraction of the batch's tokens, those of highest entropy, to learn from; 0.2 in the paper
+    covariance: str = "none",  # none; clip or kl: leave out or restrain tokens with a high covariance of log-prob and advantage
+    covariance_fraction: float = 2e-4,  # fraction of the batch's tokens
+    covariance_low: float = 1.0,  # lower bound of the covariance of tokens that clip leaves out
+    covariance_high: float = 5.0,  # and upper bound
+    covariance_coefficient: float = 1.0,  # weight of the penalty of kl
     **kwargs,
 ) -> Objective:
     """Make a named objective, or a user's `module:maker`.
 
-    `advantage` and `weigh` replace those of the objective by name; `kwargs` are the
-    algorithm's own numbers.
+    `advantage` and `weigh` replace those of the objective by name, and an advantage by
+    name takes the verdict's reward, whatever its measures; `kwargs` are the
+    algorithm's own numbers. `correct` None is `token` for an objective that scores
+    rollouts without an importance ratio (`on_policy`), and `none` for all others:
+    on-policy the ratio is 1 up to rounding, and its inputs are computed anyway.
 
     Raises:
       ValueError: an unknown name or a number out of range.
@@ -351,7 +438,7 @@ def make(
         if advantage not in ADVANTAGES:
             raise ValueError(unknown_name_message("advantage", advantage, ADVANTAGES))
         chosen = ADVANTAGES[advantage]
-        objective = objective._replace(advantage=chosen, needs_group=chosen in GROUP_BASELINES)
+        objective = objective._replace(advantage=chosen, needs_group=chosen in GROUP_BASELINES, measures=(), of_sets=False)
     if negative_scale != 1:
         objective = objective._replace(advantage=scale_negative(objective.advantage, negative_scale))
     if weigh is not None:
@@ -365,13 +452,22 @@ def make(
         raise ValueError(f"kl_coefficient got {kl_coefficient}; allowed: 0 or more")
     if kl_estimator not in KL_ESTIMATORS:
         raise ValueError(unknown_name_message("KL estimator", kl_estimator, KL_ESTIMATORS))
-    objective = with_correction(objective, correct, correct_by, correct_low, correct_high)
+    level = correct if correct is not None else ("token" if objective.on_policy else "none")
+    objective = with_correction(objective, level, correct_by, correct_low, correct_high)
     if stale_limit is not None:
         if stale_limit < 0:
             raise ValueError(f"stale_limit got {stale_limit}; allowed: 0 or more, or None")
         objective = objective._replace(token_loss=corrections.mask_stale_negatives(objective.token_loss, stale_limit))
-    if entropy_coefficient:
+    if kl_in not in KL_IN:
+        raise ValueError(f"kl_in got {kl_in!r}; allowed: {', '.join(KL_IN)}")
+    if entropy_target is not None:
+        objective = with_entropy_target(objective, entropy_coefficient, entropy_target, entropy_delta, entropy_highest)
+    elif entropy_coefficient:
         objective = with_entropy(objective, entropy_coefficient)
-    if kl_coefficient:
-        objective = with_kl(objective, kl_coefficient, kl_estimator)
-    return objective
+    if kl_coefficient or kl_target is not None:
+        objective, coefficient = adapted(objective, kl_coefficient, kl_target, kl_gain)
+        in_loss = kl_in == "loss"
+        objective = with_kl(objective, coefficient, kl_estimator) if in_loss else with_kl_in_reward(objective, coefficient)
+    numbers = covariance_fraction, covariance_low, covariance_high, covariance_coefficient
+    objective = with_covariance(objective, covariance, *numbers)  # of all advantages, so before any is left out
+    return with_top_entropy(objective, entropy_top) if entropy_top != 1 else objective

@@ -4,6 +4,7 @@ problems, G attempts at each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import comb
 
 import numpy as np
@@ -84,6 +85,23 @@ def centre_group_scale_batch(reward_PG, eps: float = 1e-6):
     """
     centred_PG = centre_group(reward_PG)
     return centred_PG / (centred_PG.std() + eps)
+
+
+def normalise_each(weights: Sequence[float]):
+    """Normalise each of N rewards in its group, add them up with `weights`, and divide
+    by the standard deviation of these sums over the batch (Liu et al. 2026, arXiv
+    2601.05242, GDPO). Sums first and normalised then, as `zscore_group` of a weighted
+    reward does, different combinations of rewards get the same advantage.
+
+    The advantage takes [P, G, N]. The sums have mean 0 in each group, so the mean over
+    the batch, which the paper subtracts, is 0.
+    """
+
+    def advantage(reward_PGN, eps: float = 1e-6):
+        sum_PG = sum(weight * zscore_group(reward_PGN[..., n]) for n, weight in enumerate(weights))
+        return sum_PG / (sum_PG.std() + eps)
+
+    return advantage
 
 
 def divide_by_mean(reward_PG):

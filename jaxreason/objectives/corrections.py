@@ -5,7 +5,8 @@ Two choices, as in Yao et al. 2025 ("Your efficient RL framework secretly brings
 off-policy RL training", fengyao.notion.site/off-policy-rl): the ratio of a token or of
 its whole rollout, and ratios outside of two bounds are truncated to them or masked
 (weight 0; for tokens Ling Team 2025, arXiv 2510.18855, IcePop). On-policy all ratios
-are 1 up to rounding, and nothing changes.
+are 1 up to rounding, and nothing changes. So objectives without a ratio of their own
+truncate that of each token at 2 unless told otherwise.
 """
 
 from __future__ import annotations

@@ -6,12 +6,14 @@ forced ones (tool output) are passed over. The reward comes with the last step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxreason.objectives.losses import log_ratio
+from jaxreason.objectives.penalties import kl_rewards
 from jaxreason.types import Outputs
 
 
@@ -22,6 +24,7 @@ class Critic(NamedTuple):
     decay: float = 0.95  # lambda
     normalise: bool = True  # subtract the mean of the batch's advantages and divide by their standard deviation
     trace_clip: float | None = None  # bound of the ratios of V-trace; None: generalised advantages
+    kl_coefficient: float | Callable = 0.0  # of rewards of single tokens (`penalties.kl_rewards`), or a function of the batch
 
 
 def check(critic: Critic) -> None:
@@ -33,7 +36,8 @@ def check(critic: Critic) -> None:
 
 def with_values(critic: Critic, value_BT, batch, logp_BT=None) -> dict:
     """Return the fields of a batch that values determine: `advantage_BT`, `return_BT`
-    and `value_BT`. The batch's `advantage_BT` so far are the rewards.
+    and `value_BT`. The batch's `advantage_BT` so far are the rewards, which come with
+    the last step; with a KL coefficient each step has a reward besides.
 
     Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16):
     the sum over later steps of (discount * decay)^k * delta, with delta = reward +
@@ -54,18 +58,21 @@ def with_values(critic: Critic, value_BT, batch, logp_BT=None) -> dict:
 
     def step(after, now):
         later_error, later_value, later_rollout = after
-        value, reward, trained, rollout, trust = now
+        value, reward, extra, trained, rollout, trust = now
         goes_on = rollout == later_rollout
         target = jnp.where(goes_on, critic.discount * later_value, reward)
         more = jnp.where(goes_on, critic.discount * critic.decay * later_error, 0.0)
-        advantage = target - value + more
+        advantage = extra + target - value + more
         before = (trust * advantage, value, rollout)
         kept = jax.tree.map(lambda new, old: jnp.where(trained, new, old), before, after)
         return kept, jnp.where(trained, advantage, 0.0)
 
-    columns = jax.tree.map(jnp.transpose, (value_BT, batch.advantage_BT, trained_BT, batch.rollout_BT, trust_BT))
+    fixed = not callable(critic.kl_coefficient) and critic.kl_coefficient == 0
+    extra_BT = jnp.zeros_like(value_BT) if fixed else kl_rewards(critic.kl_coefficient, batch)
+    columns = (value_BT, batch.advantage_BT, extra_BT, trained_BT, batch.rollout_BT, trust_BT)
+    columns = jax.tree.map(jnp.transpose, columns)
     nothing_B = jnp.zeros_like(columns[0][0])
-    _, advantage_TB = jax.lax.scan(step, (nothing_B, nothing_B, jnp.full_like(columns[3][0], -1)), columns, reverse=True)
+    _, advantage_TB = jax.lax.scan(step, (nothing_B, nothing_B, jnp.full_like(batch.rollout_BT[:, 0], -1)), columns, reverse=True)
     advantage_BT = advantage_TB.T
     return_BT = jnp.where(trained_BT, trust_BT * advantage_BT + value_BT, 0.0)
     if critic.normalise:

@@ -66,7 +66,9 @@ def nll(outputs, batch):
 
 
 def reinforce(outputs, batch):
-    """Score-function gradient (Williams 1992). On-policy only: no importance ratio."""
+    """Score-function gradient (Williams 1992). It has no importance ratio: for rollouts
+    of another policy see `corrections`.
+    """
     return -batch.advantage_BT * outputs.logp_BT, {}
 
 

@@ -4,9 +4,12 @@ reward for entropy.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
+from jaxreason.objectives.controls import at, statistic
 from jaxreason.objectives.losses import log_ratio
 
 # Estimators: (log p, log q, log r) -> estimate of KL(p || q) from a token of the
@@ -54,20 +57,67 @@ def kl_k3_weighted(logp, reference_logp, log_ratio):
 KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3_reverse": kl_k3_reverse, "k3_weighted": kl_k3_weighted}
 
 
-def add_kl(token_loss, coefficient: float, estimator: str):
+def add_kl(token_loss, coefficient: float | Callable, estimator: str):
     kl = KL_ESTIMATORS[estimator]
 
     def with_kl(outputs, batch):
         loss_BT, statistics = token_loss(outputs, batch)
         kl_BT = kl(outputs.logp_BT, batch.reference_logp_BT, log_ratio(outputs, batch))
-        return loss_BT + coefficient * kl_BT, {**statistics, "kl": kl_BT}
+        statistics = {**statistics, "kl": kl_BT, **statistic("kl_coefficient", coefficient, batch, kl_BT)}
+        return loss_BT + at(coefficient, batch) * kl_BT, statistics
 
     return with_kl
 
 
-def add_entropy(token_loss, coefficient: float):
+def count_kl(token_loss, coefficient: float | Callable):
+    """Measure log p - log q of a loss whose KL divergence is in the reward."""
+
+    def counted(outputs, batch):
+        loss_BT, statistics = token_loss(outputs, batch)
+        kl_BT = jax.lax.stop_gradient(outputs.logp_BT) - batch.reference_logp_BT
+        return loss_BT, {**statistics, "kl": kl_BT, **statistic("kl_coefficient", coefficient, batch, kl_BT)}
+
+    return counted
+
+
+def kl_rewards(coefficient: float | Callable, batch):
+    """Return the reward of each trained token for staying near the reference:
+    `-coefficient` * (log p - log q), p the policy that sampled it.
+    """
+    kl_BT = batch.behaviour_logp_BT - batch.reference_logp_BT
+    return jnp.where(batch.weight_BT != 0, -at(coefficient, batch) * kl_BT, 0.0)
+
+
+def kl_to_go(coefficient: float | Callable):
+    """Make a function of the whole batch that adds to each token's advantage the
+    `kl_rewards` of its rollout from there on.
+    """
+
+    def add(batch) -> dict:
+        return {"advantage_BT": batch.advantage_BT + sum_to_go(kl_rewards(coefficient, batch), batch)}
+
+    return add
+
+
+def sum_to_go(x_BT, batch):
+    """Return the sum of x over each token and the later ones of its rollout, 0 outside
+    of rollouts.
+    """
+
+    def step(after, now):
+        (later, later_rollout), (x, rollout) = after, now
+        total = x + jnp.where(rollout == later_rollout, later, 0.0)
+        return (total, rollout), total
+
+    columns = x_BT.T, batch.rollout_BT.T
+    start = jnp.zeros_like(columns[0][0]), jnp.full_like(columns[1][0], -1)
+    return jnp.where(batch.rollout_BT > 0, jax.lax.scan(step, start, columns, reverse=True)[1].T, 0.0)
+
+
+def add_entropy(token_loss, coefficient: float | Callable):
     def with_entropy(outputs, batch):
         loss_BT, statistics = token_loss(outputs, batch)
-        return loss_BT - coefficient * outputs.entropy_BT, statistics
+        statistics = {**statistics, **statistic("entropy_coefficient", coefficient, batch, loss_BT)}
+        return loss_BT - at(coefficient, batch) * outputs.entropy_BT, statistics
 
     return with_entropy

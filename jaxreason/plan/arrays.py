@@ -83,15 +83,19 @@ def placed(tree, where):
 @functools.cache
 def state_of(work: Work):
     """Make the shapes of the train state."""
-    state = jax.eval_shape(lambda: new_state(model_of(work).init(jax.random.key(0)), work.optimizer))
+    state = jax.eval_shape(lambda: new_state(model_of(work).init(jax.random.key(0)), work.optimizer, work.objective.controls))
     return placed(state, sharding.shardings(state, meshes_of(work).learn))
 
 
 def batch_of(work: Work):
     """Make the shapes of a batch of full rows."""
     batch = batching.empty(work.rows, work.length)
-    if work.objective.needs_reference:
-        batch = dataclasses.replace(batch, reference_logp_BT=batch.weight_BT)
+    more = {"reference_logp_BT": batch.weight_BT} if work.objective.needs_reference else {}
+    if work.objective.critic is not None:
+        more |= {"value_BT": batch.weight_BT, "return_BT": batch.weight_BT}
+    if work.objective.chooses:
+        more["chosen_BT"] = batch.weight_BT != 0
+    batch = dataclasses.replace(batch, **more)
     return placed(batch, sharding.rows(meshes_of(work).learn))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxreason.plan.arrays import completer_of, samples_apart, size_of, slots_of, state_of, weights_of
-from jaxreason.plan.programs import Compiled, compile_decode, compile_prefill, compile_reference, compile_train
+from jaxreason.plan.programs import Compiled, compile_decode, compile_passes, compile_prefill, compile_train, passes_of
 from jaxreason.plan.work import Work
 
 
@@ -66,9 +66,9 @@ def learner_stages(work: Work) -> list[Stage]:
     kinds, compiled = resident(work), compile_train(work)
     kinds["batch"] = max(0.0, compiled.arguments - kinds["params"] - kinds["optimizer"])
     stages = [program_stage("train step", compiled, kinds, "batch")]
-    if work.objective.needs_reference:
-        scoring = kinds | {"reference": kinds["params"]}
-        stages.append(program_stage("reference log-probs", compile_reference(work), scoring, "batch"))
+    for name, scored in zip(passes_of(work), compile_passes(work), strict=True):
+        here = {"reference": kinds["params"]} if name == "reference log-probs" else {}
+        stages.append(program_stage(name, scored, kinds | here, "batch"))
     return stages
 
 

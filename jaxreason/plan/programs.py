@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 import sys
@@ -169,18 +170,43 @@ def compile_train(work: Work) -> Compiled:
     )
 
 
-@once_for(learner_part)
-def compile_reference(work: Work) -> Compiled:
+def passes_of(work: Work) -> list[str]:
+    """Name the forward passes over a batch before its updates, a key of `PASSES`
+    each, in the order in which they run.
+    """
+    objective = work.objective
+    asked = objective.needs_reference, objective.critic is not None, objective.needs_entropy
+    return list(itertools.compress(PASSES, asked))
+
+
+PASSES = {
+    "reference log-probs": logp_.compile_token_logp,
+    "values": logp_.compile_token_values,
+    "entropies": logp_.compile_token_entropy,
+}
+
+
+def compile_passes(work: Work) -> list[Compiled]:
+    return [compile_pass(work, name) for name in passes_of(work)]
+
+
+def compile_pass(work: Work, name: str) -> Compiled:
+    return compiled_pass(learner_part(work), name)
+
+
+@functools.cache
+def compiled_pass(work: Work, name: str) -> Compiled:
     mesh = meshes_of(work).learn
-    logp = logp_.compile_token_logp(model_of(work), work.microbatches, mesh)
+    score = PASSES[name](model_of(work), work.microbatches, mesh)
     plain = work.shape.attention == "xla"
     keys = cost.causal_keys(work.length) if plain else work.length / 2
-    parts = cost.dense_flops(work.shape, work.rows, work.length, keys, work.rows * work.length)
+    logits = 0 if name == "values" else work.rows * work.length
+    parts = cost.dense_flops(work.shape, work.rows, work.length, keys, logits)
     return compile_program(
-        f"reference log-probs, {work.microbatches} micro-batches",
+        f"{name}, {work.microbatches} micro-batches",
         work,
         mesh,
-        lambda: logp.lower(state_of(work).params, batch_of(work)),
+        lambda: score.lower(state_of(work).params, batch_of(work)),
         trips=work.microbatches,
         flops=sum(parts.values()) + cost.adapter_flops(work.shape, work.rows * work.length),
         kernel_flops=0.0 if plain else parts["attention"],
@@ -235,5 +261,4 @@ def problems_each(work: Work) -> int:
 def programs_of(work: Work) -> list[Compiled]:
     """Compile the programs of a step, in the order in which they run."""
     sampling = [compile_prefill(work), compile_decode(work)] if work.sampler is not None else []
-    learning = [*([compile_reference(work)] if work.objective.needs_reference else []), compile_train(work)]
-    return sampling + learning
+    return [*sampling, *compile_passes(work), compile_train(work)]

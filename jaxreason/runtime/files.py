@@ -166,6 +166,7 @@ def rollout_record(rollout: Rollout, decode: Callable[[np.ndarray], str] | None 
         "sampled": int(np.count_nonzero(rollout.sampled)),  # tokens that were not forced
         "temperature": rollout.temperature,
         **({"measures": dict(rollout.verdict.measures)} if rollout.verdict.measures else {}),
+        **({"attempts": [list(pair) for pair in rollout.verdict.attempts]} if rollout.verdict.attempts else {}),
         **({"spans": spans(rollout.author)} if {*rollout.author} - {"m"} else {}),
     }
 

@@ -111,7 +111,7 @@ def restore(run, checkpoints: Checkpoints, step: int) -> Found:
         had, has = host["phase"] + 1, len(run.phases)
         raise ValueError(f"checkpoint {step} is of phase {had}, and the config has {has}; choose another --workdir")
     phase = run.phases[host["phase"]]
-    abstract, placed = state_shapes(run.model, phase.optimizer, run.mesh)
+    abstract, placed = state_shapes(run.model, phase.optimizer, run.mesh, phase.objective.controls)
     wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
     state, _ = checkpoints.restore(step, wanted)
     needed = phase.objective.needs_reference

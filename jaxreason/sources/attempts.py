@@ -14,6 +14,7 @@ import numpy as np
 from jaxreason import batching
 from jaxreason.environment import Environment, count_failures, measured
 from jaxreason.objectives import Objective
+from jaxreason.objectives.credit import CREDITS, are_mixed
 from jaxreason.options import unknown_name_message
 from jaxreason.rollout import Completer
 from jaxreason.sources.interface import NextBatch, Source
@@ -24,7 +25,6 @@ from jaxreason.sources.sampling import (
     Sampling,
     at_once,
     begin,
-    has_mixed_rewards,
     key_of,
     most_mixed,
     one_round,
@@ -53,6 +53,7 @@ def rollouts(
     background: bool = False,
     steps: int | None = None,
     dynamic_sampling: int = 1,
+    credit: str = "rollout",
 ) -> Source:
     """Sample and judge `group` attempts at each of `problems` tasks per batch.
 
@@ -64,27 +65,22 @@ def rollouts(
     `reward` says what is paid: the verdict's reward or, as controls, that reward given
     to another attempt ("random", see `shuffle_rewards`) or 1 for any answer that the
     verifier can read ("format"); "majority" needs no answer key (see `pay_majority`).
+    `credit` says for what: the whole rollout, or each attempt within it (see
+    `objectives.credit`).
 
     Raises:
-      ValueError: an unknown reward, a negative lag, or dynamic sampling that is below 1
-        or for an objective that does not compare attempts.
+      ValueError: an unknown reward or credit, a negative lag, or dynamic sampling that
+        is below 1 or for an objective that does not compare attempts.
     """
-    if reward not in REWARDS:
-        raise ValueError(unknown_name_message("reward", reward, REWARDS))
-    if lag < 0:
-        raise ValueError(f"source.lag got {lag}; allowed: 0 or more updates")
-    if dynamic_sampling < 1 or (dynamic_sampling > 1 and not objective.needs_group):
-        raise ValueError(
-            f"source.dynamic_sampling got {dynamic_sampling}; allowed: 1 (off), or more for an objective that compares the "
-            "attempts at a problem, such as grpo, dr_grpo, dapo, rloo"
-        )
-    sampling = Sampling(tasks, environment, completer, problems, group, temperature, reward)
+    check(objective, reward, credit, lag, dynamic_sampling)
+    learned_from = objective.measures, credit
+    sampling = Sampling(tasks, environment, completer, problems, group, temperature, reward, *learned_from)
     draw = with_dynamic_sampling(one_round(sampling), sampling, dynamic_sampling)
 
     @functools.partial(jax.profiler.annotate_function, name="batch")
     def drawn(sampled: SampledGroups) -> NextBatch:
         """Make the batch and the metrics of sampled groups."""
-        learned = most_mixed(sampled.groups, problems)
+        learned = most_mixed(sampled.groups, problems, *learned_from)
         batch = batching.from_groups(
             learned,
             objective,
@@ -93,9 +89,10 @@ def rollouts(
             pack=pack,
             microbatches=microbatches,
             rollouts_per_prompt=rollouts_per_prompt,
+            credit=credit,
         )
         tokens, spent = float((batch.segment_BT > 0).sum()), sampled.spent
-        metrics = measure(sampled.groups) | {
+        metrics = measure(sampled.groups, *learned_from) | {
             "rollout/oversampling": (float(len(sampled.groups) * group), float(len(learned) * group)),
             "time/sample_s": (spent.sample_s, 1.0),
             "time/verify_s": (spent.verify_s, 1.0),
@@ -116,6 +113,23 @@ def rollouts(
 
     source = Source(lambda: {"position": 0}, next, problems * group // rollouts_per_prompt, samples=True)
     return with_lag(source, draw, drawn, sampling, lag, background=background, steps=steps) if lag else source
+
+
+def check(objective: Objective, reward: str, credit: str, lag: int, dynamic_sampling: int) -> None:
+    """Raise ValueError for arguments of `rollouts` that are not allowed."""
+    if reward not in REWARDS:
+        raise ValueError(unknown_name_message("reward", reward, REWARDS))
+    if credit not in CREDITS:
+        raise ValueError(f"source.credit got {credit!r}; allowed: {', '.join(CREDITS)}")
+    if credit == "attempt" and reward != "verdict":
+        raise ValueError(f"source.credit got 'attempt' and reward {reward!r}, which pays whole rollouts; allowed: 'verdict'")
+    if lag < 0:
+        raise ValueError(f"source.lag got {lag}; allowed: 0 or more updates")
+    if dynamic_sampling < 1 or (dynamic_sampling > 1 and not objective.needs_group):
+        raise ValueError(
+            f"source.dynamic_sampling got {dynamic_sampling}; allowed: 1 (off), or more for an objective that compares the "
+            "attempts at a problem, such as grpo, dr_grpo, dapo, rloo"
+        )
 
 
 def with_lag(
@@ -162,15 +176,18 @@ def with_lag(
     return source._replace(init=lambda: {"position": 0, "begun": 0, "ahead": []}, next=next, save=save, lag=lag)
 
 
-def measure(groups: Sequence[Group]) -> dict:
-    """Measure groups; return (sum, count) pairs."""
+def measure(groups: Sequence[Group], measures: Sequence[str] = (), credit: str = "rollout") -> dict:
+    """Measure groups; return (sum, count) pairs. Groups are informative if their
+    rewards differ, or any of `measures` if those are what an objective learns from, or
+    the rewards of attempts within rollouts if these have the credit.
+    """
     rollouts = [r for group in groups for r in group.attempts]
     R, P = float(len(rollouts)), float(len(groups))
     return {
         "rollout/reward": (float(np.sum([r.verdict.reward for r in rollouts])), R),
         "rollout/correct": (float(sum(r.verdict.correct for r in rollouts)), R),
         "rollout/solved": (float(sum(any(r.verdict.correct for r in group.attempts) for group in groups)), P),
-        "rollout/informative_groups": (float(sum(map(has_mixed_rewards, groups))), P),
+        "rollout/informative_groups": (float(sum(are_mixed(group, measures, credit) for group in groups)), P),
         "rollout/length": (float(sum(len(r.tokens) for r in rollouts)), R),
         "rollout/cut": (float(sum(r.stop == "limit" for r in rollouts)), R),
         **{f"rollout/{name}": (float(n), R) for name, n in count_failures(r.verdict for r in rollouts).items()},

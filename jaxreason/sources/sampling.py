@@ -10,10 +10,9 @@ from concurrent.futures import Future
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from jaxreason.environment import Environment
-from jaxreason.objectives import EQUAL_REWARDS
+from jaxreason.objectives.credit import are_mixed
 from jaxreason.rollout import Completer, LocalGroups, Request, SamplingStats, collect_local, gather_groups
 from jaxreason.sources.rewards import paid
 from jaxreason.types import Group, Prompted
@@ -42,6 +41,8 @@ class Sampling(NamedTuple):
     group: int  # attempts per problem
     temperature: float
     reward: str  # one of `REWARDS`
+    measures: tuple[str, ...] = ()  # those that the objective takes in the place of the reward
+    credit: str = "rollout"  # one of `CREDITS`
 
 
 class Draw(NamedTuple):
@@ -94,7 +95,7 @@ def with_dynamic_sampling(draw: Draw, sampling: Sampling, most: int) -> Draw:
 
     def finish(local, wanted, weights, key):
         sampled = draw.finish(local, wanted, weights, key)
-        while count := missing(sampled.groups, sampling.problems, most):
+        while count := missing(sampled.groups, sampling.problems, most, sampling.measures, sampling.credit):
             wanted = wanted_groups(sampling, sampled.end, count)
             more = draw.finish(draw.collect(wanted, weights, key), wanted, weights, key)
             spent = SamplingStats(*map(operator.add, sampled.spent, more.spent))  # lists are joined
@@ -104,28 +105,23 @@ def with_dynamic_sampling(draw: Draw, sampling: Sampling, most: int) -> Draw:
     return Draw(draw.collect, finish) if most > 1 else draw
 
 
-def missing(groups: Sequence[Group], problems: int, most: int) -> int:
+def missing(groups: Sequence[Group], problems: int, most: int, measures: Sequence[str] = (), credit: str = "rollout") -> int:
     """Estimate how many further problems to draw, at most a batch at a time.
 
     The estimate assumes the rate of mixed rewards so far.
     """
-    drawn, mixed = len(groups), sum(map(has_mixed_rewards, groups))
+    drawn, mixed = len(groups), sum(are_mixed(group, measures, credit) for group in groups)
     wanted = math.ceil((problems - mixed) * drawn / max(mixed, 1))
     return max(0, min(wanted, problems, most * problems - drawn))
 
 
-def most_mixed(groups: Sequence[Group], problems: int) -> list[Group]:
+def most_mixed(groups: Sequence[Group], problems: int, measures: Sequence[str] = (), credit: str = "rollout") -> list[Group]:
     """Choose `problems` groups: the first with mixed rewards, then the first others.
 
     They keep their order.
     """
-    mixed_first = sorted(range(len(groups)), key=lambda p: not has_mixed_rewards(groups[p]))
+    mixed_first = sorted(range(len(groups)), key=lambda p: not are_mixed(groups[p], measures, credit))
     return [groups[p] for p in sorted(mixed_first[:problems])]
-
-
-def has_mixed_rewards(group: Group) -> bool:
-    """Tell whether the attempts of a group earned different rewards."""
-    return np.ptp([r.verdict.reward for r in group.attempts]) >= EQUAL_REWARDS
 
 
 def begin(draw: Draw, submit: Callable, wanted: list[list[Request]], weights, key) -> Callable[[], SampledGroups]:

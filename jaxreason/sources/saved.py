@@ -64,10 +64,15 @@ def unpack(packed: dict, wanted: Sequence[Sequence[Request]]) -> SampledGroups:
             **{name: arrays[name][i] for name in PER_TOKEN},
             stop=packed["stop"][i],
             text=packed["text"][i],
-            verdict=Verdict(*packed["verdict"][i]),
+            verdict=verdict_of(*packed["verdict"][i]),
             temperature=packed["temperature"][i],
             author=packed["author"][i] if "author" in packed else "",  # checkpoints of earlier versions lack it
         )
 
     groups = [Group(tuple(rollout(next(number), request) for request in requests)) for requests in wanted]
     return SampledGroups(packed["start"], groups, SamplingStats(*packed["spent"]))
+
+
+def verdict_of(reward, correct, parsed, reason, measures, attempts=()) -> Verdict:
+    """Restore a verdict from JSON values; those of earlier versions lack `attempts`."""
+    return Verdict(reward, correct, parsed, reason, measures, tuple(map(tuple, attempts)))

@@ -35,6 +35,7 @@ VERIFIERS = {
 BOUNDED = ("math", "reasoning_gym", "format", "code")  # these enforce their own time limit, and wait for busy children
 
 leaves, takes_tokens, never_penalised = combine.leaves, combine.takes_tokens, combine.never_penalised
+reward_measures = combine.reward_measures
 
 
 def uses_children(section: Mapping[str, Any]) -> bool:

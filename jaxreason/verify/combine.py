@@ -141,17 +141,19 @@ def make_parts(name: str, sections: Sequence[Mapping[str, Any]]) -> list[Part]:
 
     if not isinstance(sections, Sequence) or isinstance(sections, str) or not sections:
         raise ValueError(f"verifier {name!r} got of={sections!r}; allowed: one or more sections, such as ({{'name': 'number'}},)")
-    names: list[str] = []
-    made = []
     for section in sections:
         if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
             raise ValueError(
                 f"verifier {name!r} got of={section!r:.80}; allowed: a section with a name, such as {{'name': 'number'}}"
             )
-        names.append(short_name(section["name"]))
-        count = names.count(names[-1])
-        made.append(Part(names[-1] if count == 1 else f"{names[-1]}_{count}", with_tokens(make(**section))))
-    return made
+    return [Part(part, with_tokens(make(**section))) for part, section in zip(part_names(sections), sections, strict=True)]
+
+
+def part_names(sections: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names of parts in measures; the second of one name gets a 2."""
+    names = [short_name(section["name"]) for section in sections]
+    counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
+    return [name if count == 1 else f"{name}_{count}" for name, count in zip(names, counts, strict=True)]
 
 
 def short_name(name: str) -> str:
@@ -224,6 +226,19 @@ def leaves(section: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     if it combines none.
     """
     return (one for one in sections(section) if one.get("name") not in COMBINATORS)
+
+
+def reward_measures(section: Mapping[str, Any]) -> list[str] | None:
+    """Return the measures of a verifier that are rewards of its parts; None if a part
+    is the user's own, which may measure anything.
+    """
+    found: list[str] = []
+    for one in sections(section):
+        if ":" in str(one.get("name")) or one.get("name") == "taskset":
+            return None
+        inside = one.get("of", ()) if one.get("name") in COMBINATORS else ()
+        found += [f"reward_{name}" for name in part_names((inside,) if isinstance(inside, Mapping) else inside)]
+    return list(dict.fromkeys(found))
 
 
 def never_penalised(section: Mapping[str, Any], most_tokens: int) -> Mapping[str, Any] | None:

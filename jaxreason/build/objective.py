@@ -1,0 +1,78 @@
+"""What an objective asks of its phase, checked before anything is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jaxreason import verify
+from jaxreason.build.tasks import Parts
+from jaxreason.objectives import Objective, credit
+
+NO_REWARDS = ("corpus", "demonstrations")  # sources whose tokens nobody judged
+
+
+def check_objective(
+    objective: Objective, *, name: str, what: str, source: Mapping, updates_per_batch: int, offload_reference: bool, parts: Parts
+) -> None:
+    """Check that a phase and its source give an objective what it needs. `name` is that
+    of the phase and `what` that of the objective.
+
+    Raises:
+      ValueError: they do not.
+    """
+    kind, group = source.get("name"), source.get("group", 1)
+    if objective.needs_group and (kind in NO_REWARDS or group < 2):
+        raise ValueError(
+            f"config.{name}: objective {what!r} compares the attempts at a problem, but there is {group} of each; set "
+            f"{name}.source.group to 2 or more, or choose reinforce, lm or sft"
+        )
+    if objective.critic is not None and parts.model.value is None:
+        raise ValueError(
+            f"config.{name}: objective {what!r} needs values, and the model has no value head; set model.value_head=True, or "
+            "choose an objective without a critic, such as grpo"
+        )
+    if objective.critic is not None and kind in NO_REWARDS:
+        raise ValueError(f"config.{name}: objective {what!r} needs rewards; allowed with the source rollouts")
+    if objective.needs_rollouts and kind in NO_REWARDS:
+        raise ValueError(
+            f"config.{name}.objective compares log-probs with those of the policy that sampled (kl_in='reward', covariance), and "
+            f"source {kind!r} samples nothing; allowed: kl_in='loss' and covariance='none', or the source rollouts"
+        )
+    if offload_reference and not objective.needs_reference:
+        raise ValueError(
+            f"config.{name}.offload_reference got True, but the objective has no reference policy; allowed: False, or set "
+            f"{name}.objective.kl_coefficient above 0"
+        )
+    if objective.on_policy and (source.get("lag") or updates_per_batch > 1):
+        got = f"source.lag got {source['lag']}" if source.get("lag") else f"updates_per_batch got {updates_per_batch}"
+        raise ValueError(
+            f"config.{name}.{got}, but the objective has no importance ratio, so its gradient would be biased; allowed: "
+            f"{0 if source.get('lag') else 1}, {name}.objective.correct='token' or 'sequence', or an objective with a ratio: "
+            "grpo, dr_grpo, dapo"
+        )
+    if source.get("credit") == "attempt":
+        try:
+            credit.check_credit(objective, what)
+        except ValueError as error:
+            raise ValueError(f"config.{name}.{error}") from None
+    if objective.measures:
+        check_measures(objective, name, what, source, parts)
+
+
+def check_measures(objective: Objective, name: str, what: str, source: Mapping, parts: Parts) -> None:
+    """Check that the verdicts will have the measures that an objective takes."""
+    paid = source.get("reward", "verdict")
+    if paid != "verdict":
+        raise ValueError(
+            f"config.{name}.source.reward got {paid!r}, but objective {what!r} takes its rewards from the measures of the "
+            "verdicts; allowed: 'verdict'"
+        )
+    there = verify.reward_measures(parts.verifier)
+    environment = (parts.environment or {}).get("name") or ""
+    if there is None or ":" in environment or environment == "openenv":
+        return  # what a user's own code measures is seen only in its verdicts
+    if lost := [measure for measure in objective.measures if measure.startswith("reward_") and measure not in there]:
+        allowed = f"allowed: {', '.join(there)}" if there else "it has no parts; choose verifier 'weighted', with parts in `of`"
+        raise ValueError(
+            f"config.{name}.objective.rewards has {lost[0]!r}, a reward that verifier {parts.verifier['name']!r} lacks; {allowed}"
+        )
