@@ -182,6 +182,9 @@ def rollouts(
     max_tokens: int | None = None,  # tokens per attempt; None: sampler.max_tokens
     reward: str = "verdict",  # verdict; majority: the most frequent answer is right; random or format: controls
     dynamic_sampling: int = 1,  # draw up to this many times `problems`, until enough have mixed rewards
+    replay: int = 0,  # problems per batch that come from earlier batches, with mixed rewards
+    replay_age: int = 4,  # batches; older ones are not replayed
+    curriculum: dict | None = None,  # which tasks to pass over when the stream comes to them again; None: none
     lag: int = 0,  # updates between the params that sample and those that learn
     pack: bool = True,  # put several short attempts in a row
     rollouts_per_prompt: int
@@ -234,6 +237,9 @@ def rollouts(
     prompted = drop_long_prompts(loaded, made.format.prompt, longest_prompt, what, parts.say)
     if made.asks_verifier:
         check_keys([task for task, _ in prompted], parts.verifier, what, parts.say)
+    chosen = None
+    if curriculum is not None:
+        chosen = call_with_section(sources.make_curriculum, {"name": None} | curriculum, "source.curriculum", epoch=len(prompted))
     return sources.rollouts(
         data.shuffled(prompted, seed=parts.seed),
         made.environment,
@@ -245,6 +251,9 @@ def rollouts(
         buckets=batching.length_buckets(shared_length(longest_prompt, [completer.max_tokens] * share)),
         reward=reward,
         dynamic_sampling=dynamic_sampling,
+        replay=replay,
+        replay_age=replay_age,
+        curriculum=chosen,
         pack=pack,
         microbatches=microbatches,
         rollouts_per_prompt=share,

@@ -14,22 +14,28 @@ the processes divide expensive work among them.
     streams     corpus, demonstrations
     attempts    rollouts, and sampling ahead of the learner
     sampling    the groups of a batch, by all processes together
+    replay      groups of earlier batches
+    curriculum  tasks to pass over
     rewards     what is paid for an attempt
     saved       groups as JSON, for checkpoints
 """
 
 from jaxreason.sources.attempts import latency, measure, rollouts
+from jaxreason.sources.curriculum import CURRICULA, SuccessRate, make_curriculum
 from jaxreason.sources.interface import NextBatch, Source
 from jaxreason.sources.rewards import REWARDS, paid, shuffle_rewards
 from jaxreason.sources.streams import corpus, demonstrations
 
 __all__ = [
+    "CURRICULA",
     "REWARDS",
     "NextBatch",
     "Source",
+    "SuccessRate",
     "corpus",
     "demonstrations",
     "latency",
+    "make_curriculum",
     "measure",
     "paid",
     "rollouts",

@@ -5,7 +5,7 @@ those of some updates ago.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -16,22 +16,26 @@ from jaxreason.environment import Environment, count_failures, measured
 from jaxreason.objectives import Objective
 from jaxreason.options import unknown_name_message
 from jaxreason.rollout import Completer
+from jaxreason.sources.curriculum import SuccessRate
 from jaxreason.sources.interface import NextBatch, Source
+from jaxreason.sources.replay import check_replay
 from jaxreason.sources.rewards import REWARDS
 from jaxreason.sources.sampling import (
+    Cursor,
     Draw,
     SampledGroups,
     Sampling,
+    advance,
     at_once,
     begin,
     has_mixed_rewards,
     key_of,
     most_mixed,
+    next_wanted,
     one_round,
-    wanted_groups,
     with_dynamic_sampling,
 )
-from jaxreason.sources.saved import pack_groups, unpack
+from jaxreason.sources.saved import cursor_of, pack_groups, pack_state, state_of, unpack_groups
 from jaxreason.types import Group, Prompted
 
 
@@ -53,21 +57,28 @@ def rollouts(
     background: bool = False,
     steps: int | None = None,
     dynamic_sampling: int = 1,
+    replay: int = 0,
+    replay_age: int = 1,
+    curriculum: SuccessRate | None = None,
 ) -> Source:
     """Sample and judge `group` attempts at each of `problems` tasks per batch.
 
-    The processes divide the problems. The state is the position of the next problem.
-    `lag`, `background` and `steps` are those of `with_lag`; `dynamic_sampling` is
-    `most` of `with_dynamic_sampling`. In the batch `rollouts_per_prompt` attempts at a
-    problem follow one copy of its prompt (see `batching.from_groups`).
+    The processes divide the problems. The state is the position of the next problem,
+    and what `replay` and `curriculum` remember. Up to `replay` of the problems are not
+    sampled: their groups are drawn at random from those with mixed rewards of the last
+    `replay_age` batches, each once per batch. `curriculum` passes over tasks that are
+    too easy or too hard (see `curriculum.SuccessRate`). `lag`, `background` and `steps`
+    are those of `with_lag`; `dynamic_sampling` is `most` of `with_dynamic_sampling`. In
+    the batch `rollouts_per_prompt` attempts at a problem follow one copy of its prompt
+    (see `batching.from_groups`).
 
     `reward` says what is paid: the verdict's reward or, as controls, that reward given
     to another attempt ("random", see `shuffle_rewards`) or 1 for any answer that the
     verifier can read ("format"); "majority" needs no answer key (see `pay_majority`).
 
     Raises:
-      ValueError: an unknown reward, a negative lag, or dynamic sampling that is below 1
-        or for an objective that does not compare attempts.
+      ValueError: an unknown reward, a negative lag, an impossible replay, or dynamic
+        sampling that is below 1 or for an objective that does not compare attempts.
     """
     if reward not in REWARDS:
         raise ValueError(unknown_name_message("reward", reward, REWARDS))
@@ -78,13 +89,15 @@ def rollouts(
             f"source.dynamic_sampling got {dynamic_sampling}; allowed: 1 (off), or more for an objective that compares the "
             "attempts at a problem, such as grpo, dr_grpo, dapo, rloo"
         )
-    sampling = Sampling(tasks, environment, completer, problems, group, temperature, reward)
+    check_replay(replay, replay_age, problems, group, objective)
+    sampling = Sampling(tasks, environment, completer, problems, group, temperature, reward, replay, replay_age, curriculum)
     draw = with_dynamic_sampling(one_round(sampling), sampling, dynamic_sampling)
 
     @functools.partial(jax.profiler.annotate_function, name="batch")
     def drawn(sampled: SampledGroups) -> NextBatch:
         """Make the batch and the metrics of sampled groups."""
-        learned = most_mixed(sampled.groups, problems)
+        learned = most_mixed(sampled.groups, problems - len(sampled.replayed))
+        fresh, learned = len(learned), learned + [one.group for one in sampled.replayed]
         batch = batching.from_groups(
             learned,
             objective,
@@ -96,10 +109,11 @@ def rollouts(
         )
         tokens, spent = float((batch.segment_BT > 0).sum()), sampled.spent
         metrics = measure(sampled.groups) | {
-            "rollout/oversampling": (float(len(sampled.groups) * group), float(len(learned) * group)),
+            "rollout/oversampling": (float(len(sampled.groups) * group), float(fresh * group)),
             "time/sample_s": (spent.sample_s, 1.0),
             "time/verify_s": (spent.verify_s, 1.0),
             **{name: (value, 1.0) for name, value in latency(spent.verdict_s).items()},
+            **remembered(sampling, sampled, len(learned)),
             "train/tokens": (tokens, 1.0),
             "train/packing_efficiency": (tokens, float(batching.computed_tokens(batch, microbatches))),
             "perf/sample_tokens_per_s": (float(spent.tokens), spent.sample_s),
@@ -110,11 +124,19 @@ def rollouts(
         return NextBatch(batch, metrics, sampled_R, [found.get(id(r)) for r in sampled_R])
 
     def next(state, params, key):
-        start, weights = state["position"], completer.sampler.prepare(params)
-        sampled = begin(draw, at_once, wanted_groups(sampling, start, problems), weights, key_of(sampling, start, key))()
-        return {"position": sampled.end}, drawn(sampled)
+        cursor, weights = cursor_of(sampling, state), completer.sampler.prepare(params)
+        wanted = next_wanted(sampling, cursor, key)
+        sampled = begin(draw, at_once, wanted, weights, key_of(sampling, wanted, key))()
+        return state_of(sampling, advance(sampling, cursor, sampled)), drawn(sampled)
 
-    source = Source(lambda: {"position": 0}, next, problems * group // rollouts_per_prompt, samples=True)
+    source = Source(
+        lambda: state_of(sampling, Cursor(0)),
+        next,
+        problems * group // rollouts_per_prompt,
+        samples=True,
+        save=pack_state,
+        replay=replay,
+    )
     return with_lag(source, draw, drawn, sampling, lag, background=background, steps=steps) if lag else source
 
 
@@ -138,28 +160,54 @@ def with_lag(
     """
     submit = ThreadPoolExecutor(1, "sampling").submit if background else at_once
 
-    def saved(packed: dict) -> Callable[[], SampledGroups]:
-        sampled = unpack(packed, wanted_groups(sampling, packed["start"], len(packed["lengths"]) // sampling.group))
-        return lambda: sampled
-
     def next(state, params, key):
-        ahead = [saved(batch) if isinstance(batch, dict) else batch for batch in state.get("ahead", ())]
+        cursor, ahead = cursor_of(sampling, state), batches_ahead(sampling, state)
         begun, weights = state.get("begun", 0), None
         while len(ahead) <= lag and (not ahead or steps is None or begun < steps):
-            # A batch's first position is known when the batch before it is sampled, so
+            # What a batch consists of is known when those before it are sampled, so
             # this waits until the sampler's devices are idle.
-            start = ahead[-1]().end if ahead else state["position"]
+            wanted = next_wanted(sampling, functools.reduce(following, (batch() for batch in ahead), cursor), key)
             weights = sampling.completer.sampler.prepare(params) if weights is None else weights
-            wanted = wanted_groups(sampling, start, sampling.problems)
-            ahead.append(begin(draw, submit, wanted, weights, key_of(sampling, start, key)))
+            ahead.append(begin(draw, submit, wanted, weights, key_of(sampling, wanted, key)))
             begun += 1
         sampled = ahead.pop(0)()
-        return {"position": sampled.end, "begun": begun, "ahead": ahead}, drawn(sampled)
+        return state_of(sampling, following(cursor, sampled)) | {"begun": begun, "ahead": ahead}, drawn(sampled)
 
     def save(state):
-        return state | {"ahead": [pack_groups(batch()) for batch in state["ahead"]]}
+        return pack_state(state) | {"ahead": [pack_groups(batch()) for batch in state["ahead"]]}
 
-    return source._replace(init=lambda: {"position": 0, "begun": 0, "ahead": []}, next=next, save=save, lag=lag)
+    following = functools.partial(advance, sampling)
+    start = state_of(sampling, Cursor(0)) | {"begun": 0, "ahead": []}
+    return source._replace(init=lambda: dict(start), next=next, save=save, lag=lag)
+
+
+def batches_ahead(sampling: Sampling, state: Mapping) -> list[Callable[[], SampledGroups]]:
+    """Return functions that wait for the batches that a state has sampled ahead."""
+    ahead, cursor = [], cursor_of(sampling, state)
+    for batch in state.get("ahead", ()):
+        if isinstance(batch, dict):
+            batch = functools.partial(lambda sampled: sampled, unpack_groups(batch, sampling, cursor))
+            cursor = advance(sampling, cursor, batch())
+        ahead.append(batch)
+    return ahead
+
+
+def remembered(sampling: Sampling, sampled: SampledGroups, learned: int) -> dict:
+    """Return the metrics of replay and curriculum, if they are in use: the shares of
+    replayed groups and of tasks passed over, and the mean age of replayed groups in
+    batches.
+    """
+    found = {}
+    if sampling.replay:
+        found["rollout/replayed"] = (float(len(sampled.replayed)), float(learned))
+    if sampled.replayed:
+        ages = [sampled.batch - one.batch for one in sampled.replayed]
+        found["rollout/replay_age"] = (float(sum(ages)), float(len(ages)))
+    if sampling.curriculum is not None:
+        looked_at, drawn = sampled.end - sampled.start, len(sampled.groups)
+        found["rollout/passed_over"] = (float(looked_at - drawn), float(looked_at))
+        found["rollout/filled"] = (float(sampled.filled), float(drawn))
+    return found
 
 
 def measure(groups: Sequence[Group]) -> dict:
