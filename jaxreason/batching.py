@@ -9,6 +9,7 @@ learner skips.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -201,6 +202,30 @@ def from_windows(tokens_BT: np.ndarray, objective: Objective) -> Batch:
     batch.weight_BT[:, 1:] = weight_B[:, None]
     batch.advantage_BT[:] = advantage_B[:, None]
     return batch
+
+
+def join(batches: Sequence[Batch], *, weights: Sequence[float], imitated: Sequence[bool], length: int) -> Batch:
+    """Join the rows of several batches, padded to `length` tokens.
+
+    The token weights of each batch are multiplied by its entry in `weights`; rollouts
+    are numbered over all. `imitated` says which batches have `imitated_BT`.
+    """
+    names = [f.name for f in dataclasses.fields(Batch) if any(getattr(batch, f.name) is not None for batch in batches)]
+    B = sum(len(batch.tokens_BT) for batch in batches)
+    joined, row = empty(B, length), 0
+    if any(imitated):
+        joined = dataclasses.replace(joined, imitated_BT=np.zeros((B, length), np.bool_))
+    for batch, weight, imitates in zip(batches, weights, imitated, strict=True):
+        (rows, T), numbered = batch.tokens_BT.shape, int(joined.rollout_BT.max(initial=0))
+        there = slice(row, row + rows)
+        for name in names:
+            getattr(joined, name)[there, :T] = getattr(batch, name)
+        joined.weight_BT[there] *= np.float32(weight)
+        joined.rollout_BT[there, :T] = np.where(batch.rollout_BT > 0, batch.rollout_BT + numbered, 0)
+        if imitates:
+            joined.imitated_BT[there] = True
+        row += rows
+    return joined
 
 
 def empty(B: int, T: int) -> Batch:

@@ -135,6 +135,10 @@ class Batch:
     reference_logp_BT: jax.Array | None = None  # float32; None where no objective asks for a reference policy
     value_BT: jax.Array | None = None  # float32, by the critic before the update; None without a critic
     return_BT: jax.Array | None = None  # float32, what the critic learns; None without a critic
+    # bool, whether a token is trained by plain negative log-likelihood, times its
+    # advantage, whatever the objective's token loss: no policy of ours sampled it. None
+    # where no part of a mix asks for it.
+    imitated_BT: jax.Array | None = None
 
 
 @_registered

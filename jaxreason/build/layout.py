@@ -232,7 +232,13 @@ def section_of_phase(values: dict) -> fields.Section:
 
 def section_of_source(values: dict) -> fields.Section:
     given, below = ("parts", "objective", "microbatches", "steps"), {"task": section_of_task, "curriculum": section_of_curriculum}
+    below["of"] = each(section_of_part_of_mix)
     return fields.Section((make_source, *named("source", SOURCES, values)), given, below)
+
+
+def section_of_part_of_mix(values: dict) -> fields.Section:
+    of_source = section_of_source(values)
+    return of_source._replace(sections={**of_source.sections, "objective": section_of_objective})
 
 
 def section_of_curriculum(values: dict) -> fields.Section:

@@ -8,6 +8,7 @@ from jaxreason import batching, data, sources
 from jaxreason import objectives as objectives_
 from jaxreason import optimizer as optimizer_
 from jaxreason.build.environments import make_environment
+from jaxreason.build.mix import make_mix
 from jaxreason.build.sampler import make_filter
 from jaxreason.build.tasks import (
     Parts,
@@ -17,10 +18,12 @@ from jaxreason.build.tasks import (
     drop_long_prompts,
     encode_documents,
     load_trained,
+    parts_of,
 )
 from jaxreason.cost import attempts_behind_a_prompt, shared_length
 from jaxreason.draw import ALL, LOWEST_TEMPERATURE, is_temperature
 from jaxreason.model import ModelConfig
+from jaxreason.objectives import Objective
 from jaxreason.options import call_with_section, find
 from jaxreason.train import Phase
 
@@ -55,21 +58,18 @@ def make_phase(
         )
     except ValueError as error:
         raise ValueError(f"config.{name}.optimizer: {error}") from None
-    kind, group = source.get("name"), source.get("group", 1)
-    if made_objective.needs_group and (kind in ("corpus", "demonstrations") or group < 2):
-        raise ValueError(
-            f"config.{name}: objective {objective['name']!r} compares the attempts at a problem, but there is "
-            f"{group} of each; set {name}.source.group to 2 or more, or choose reinforce, lm or sft"
-        )
-    if made_objective.critic is not None and parts.model.value is None:
-        raise ValueError(
-            f"config.{name}: objective {objective['name']!r} needs values, and the model has no value head; set "
-            "model.value_head=True, or choose an objective without a critic, such as grpo"
-        )
+    for part, section in parts_of(source).items():
+        if section.get("objective") is None and (not part or section.get("name") == "rollouts"):
+            check_objective(
+                made_objective, objective["name"], name, f"{name}.source" + f".of.{part}" * bool(part), section, parts
+            )
     if optimizer.get("value_lr") is not None and parts.model.value is None:
         raise ValueError(f"config.{name}.optimizer.value_lr is for a value head; set model.value_head=True, or leave it None")
-    if made_objective.critic is not None and kind in ("corpus", "demonstrations"):
-        raise ValueError(f"config.{name}: objective {objective['name']!r} needs rewards; allowed with the source rollouts")
+    if made_objective.critic is not None and source.get("name") == "mix":
+        raise ValueError(
+            f"config.{name}: objective {objective['name']!r} makes advantages of values over the whole batch; allowed with the "
+            "source rollouts alone, or an objective without a critic in a mix, such as grpo"
+        )
     if offload_reference and not made_objective.needs_reference:
         raise ValueError(
             f"config.{name}.offload_reference got True, but the objective has no reference policy; allowed: False, or set "
@@ -97,6 +97,28 @@ def make_phase(
     )
 
 
+def check_objective(objective: Objective, what: str, phase: str, where: str, source: dict, parts: Parts) -> None:
+    """Check that a source gives an objective what it needs. `what` is the name of the
+    objective, and `where` that of the source.
+
+    Raises:
+      ValueError: it does not.
+    """
+    kind, group = source.get("name"), source.get("group", 1)
+    if objective.needs_group and (kind in ("corpus", "demonstrations") or group < 2):
+        raise ValueError(
+            f"config.{phase}: objective {what!r} compares the attempts at a problem, but there is "
+            f"{group} of each; set {where}.group to 2 or more, or choose reinforce, lm or sft"
+        )
+    if objective.critic is not None and parts.model.value is None:
+        raise ValueError(
+            f"config.{phase}: objective {what!r} needs values, and the model has no value head; set "
+            "model.value_head=True, or choose an objective without a critic, such as grpo"
+        )
+    if objective.critic is not None and kind in ("corpus", "demonstrations"):
+        raise ValueError(f"config.{phase}: objective {what!r} needs rewards; allowed with the source rollouts")
+
+
 def without_ignored(section: dict, where: str, say: Callable[[str], None]) -> dict:
     """Drop the fields that the section's optimizer does not read, with a warning."""
     unread = optimizer_.ignored(section)
@@ -107,7 +129,7 @@ def without_ignored(section: dict, where: str, say: Callable[[str], None]) -> di
 
 def make_source(
     *,
-    name: str,  # corpus, demonstrations, rollouts, or module:maker of your own
+    name: str,  # corpus, demonstrations, rollouts, mix, or module:maker of your own
     parts: Parts,
     objective,
     microbatches: int,
@@ -237,9 +259,6 @@ def rollouts(
     prompted = drop_long_prompts(loaded, made.format.prompt, longest_prompt, what, parts.say)
     if made.asks_verifier:
         check_keys([task for task, _ in prompted], parts.verifier, what, parts.say)
-    chosen = None
-    if curriculum is not None:
-        chosen = call_with_section(sources.make_curriculum, {"name": None} | curriculum, "source.curriculum", epoch=len(prompted))
     return sources.rollouts(
         data.shuffled(prompted, seed=parts.seed),
         made.environment,
@@ -253,7 +272,7 @@ def rollouts(
         dynamic_sampling=dynamic_sampling,
         replay=replay,
         replay_age=replay_age,
-        curriculum=chosen,
+        curriculum=None if curriculum is None else curriculum_of(curriculum, len(prompted)),
         pack=pack,
         microbatches=microbatches,
         rollouts_per_prompt=share,
@@ -261,6 +280,26 @@ def rollouts(
         background=not set(parts.meshes.sample.devices.flat) & set(parts.meshes.learn.devices.flat),
         steps=steps,
     )
+
+
+def curriculum_of(section: dict, epoch: int) -> sources.SuccessRate:
+    return call_with_section(sources.make_curriculum, {"name": None} | section, "source.curriculum", epoch=epoch)
+
+
+def mix(
+    *,
+    parts: Parts,
+    objective,
+    microbatches: int,
+    steps: int,
+    of: dict,  # parts by name: each a source, with an objective if it is not that of the phase but imitates
+    weights: dict | None = None,  # factor of each part's loss, by name; 1 where it is left out
+) -> sources.Source:
+    """Join the batches of several sources, each with a weight: the loss is the weighted
+    sum of theirs.
+    """
+    keywords = {"parts": parts, "objective": objective, "microbatches": microbatches, "steps": steps}
+    return make_mix(make_source, **keywords, of=of, weights=weights)
 
 
 MOST_ATTEMPTS = 2**20  # attempts per problem, at most
@@ -290,4 +329,4 @@ def choose_rollouts_per_prompt(
     return asked
 
 
-SOURCES = {"corpus": corpus, "demonstrations": demonstrations, "rollouts": rollouts}
+SOURCES = {"corpus": corpus, "demonstrations": demonstrations, "rollouts": rollouts, "mix": mix}

@@ -9,10 +9,12 @@ the processes divide expensive work among them.
     corpus           windows of a token stream          pretraining
     demonstrations   worked solutions                   imitation
     rollouts         its own verified attempts          reinforcement learning
+    mix              batches of several sources, by weight
 
     interface   `Source` and `NextBatch`
     streams     corpus, demonstrations
     attempts    rollouts, and sampling ahead of the learner
+    mixing      mix
     sampling    the groups of a batch, by all processes together
     replay      groups of earlier batches
     curriculum  tasks to pass over
@@ -23,6 +25,7 @@ the processes divide expensive work among them.
 from jaxreason.sources.attempts import latency, measure, rollouts
 from jaxreason.sources.curriculum import CURRICULA, SuccessRate, make_curriculum
 from jaxreason.sources.interface import NextBatch, Source
+from jaxreason.sources.mixing import Part, mix
 from jaxreason.sources.rewards import REWARDS, paid, shuffle_rewards
 from jaxreason.sources.streams import corpus, demonstrations
 
@@ -30,6 +33,7 @@ __all__ = [
     "CURRICULA",
     "REWARDS",
     "NextBatch",
+    "Part",
     "Source",
     "SuccessRate",
     "corpus",
@@ -37,6 +41,7 @@ __all__ = [
     "latency",
     "make_curriculum",
     "measure",
+    "mix",
     "paid",
     "rollouts",
     "shuffle_rewards",

@@ -93,35 +93,9 @@ def rollouts(
     sampling = Sampling(tasks, environment, completer, problems, group, temperature, reward, replay, replay_age, curriculum)
     draw = with_dynamic_sampling(one_round(sampling), sampling, dynamic_sampling)
 
-    @functools.partial(jax.profiler.annotate_function, name="batch")
-    def drawn(sampled: SampledGroups) -> NextBatch:
-        """Make the batch and the metrics of sampled groups."""
-        learned = most_mixed(sampled.groups, problems - len(sampled.replayed))
-        fresh, learned = len(learned), learned + [one.group for one in sampled.replayed]
-        batch = batching.from_groups(
-            learned,
-            objective,
-            buckets=buckets,
-            limit=completer.max_tokens,
-            pack=pack,
-            microbatches=microbatches,
-            rollouts_per_prompt=rollouts_per_prompt,
-        )
-        tokens, spent = float((batch.segment_BT > 0).sum()), sampled.spent
-        metrics = measure(sampled.groups) | {
-            "rollout/oversampling": (float(len(sampled.groups) * group), float(fresh * group)),
-            "time/sample_s": (spent.sample_s, 1.0),
-            "time/verify_s": (spent.verify_s, 1.0),
-            **{name: (value, 1.0) for name, value in latency(spent.verdict_s).items()},
-            **remembered(sampling, sampled, len(learned)),
-            "train/tokens": (tokens, 1.0),
-            "train/packing_efficiency": (tokens, float(batching.computed_tokens(batch, microbatches))),
-            "perf/sample_tokens_per_s": (float(spent.tokens), spent.sample_s),
-            "perf/slot_occupancy": (float(spent.tokens), float(spent.slot_steps)),
-        }
-        found = dict(zip(map(id, (r for group in learned for r in group.attempts)), batching.advantages(batch), strict=True))
-        sampled_R = [r for group in sampled.groups for r in group.attempts]
-        return NextBatch(batch, metrics, sampled_R, [found.get(id(r)) for r in sampled_R])
+    layout = {"buckets": buckets, "limit": completer.max_tokens, "pack": pack, "microbatches": microbatches}
+    layout["rollouts_per_prompt"] = rollouts_per_prompt
+    drawn = functools.partial(make_batch, sampling, objective, layout)
 
     def next(state, params, key):
         cursor, weights = cursor_of(sampling, state), completer.sampler.prepare(params)
@@ -136,8 +110,35 @@ def rollouts(
         samples=True,
         save=pack_state,
         replay=replay,
+        lengths=buckets,
     )
     return with_lag(source, draw, drawn, sampling, lag, background=background, steps=steps) if lag else source
+
+
+@functools.partial(jax.profiler.annotate_function, name="batch")
+def make_batch(sampling: Sampling, objective: Objective, layout: dict, sampled: SampledGroups) -> NextBatch:
+    """Make the batch and the metrics of sampled groups. `layout` has the further
+    arguments of `batching.from_groups`.
+    """
+    group, spent = sampling.group, sampled.spent
+    fresh = most_mixed(sampled.groups, sampling.problems - len(sampled.replayed))
+    learned = fresh + [one.group for one in sampled.replayed]
+    batch = batching.from_groups(learned, objective, **layout)
+    tokens = float((batch.segment_BT > 0).sum())
+    metrics = measure(sampled.groups) | {
+        "rollout/oversampling": (float(len(sampled.groups) * group), float(len(fresh) * group)),
+        "time/sample_s": (spent.sample_s, 1.0),
+        "time/verify_s": (spent.verify_s, 1.0),
+        **{name: (value, 1.0) for name, value in latency(spent.verdict_s).items()},
+        **remembered(sampling, sampled, len(learned)),
+        "train/tokens": (tokens, 1.0),
+        "train/packing_efficiency": (tokens, float(batching.computed_tokens(batch, layout["microbatches"]))),
+        "perf/sample_tokens_per_s": (float(spent.tokens), spent.sample_s),
+        "perf/slot_occupancy": (float(spent.tokens), float(spent.slot_steps)),
+    }
+    found = dict(zip(map(id, (r for group in learned for r in group.attempts)), batching.advantages(batch), strict=True))
+    sampled_R = [r for group in sampled.groups for r in group.attempts]
+    return NextBatch(batch, metrics, sampled_R, [found.get(id(r)) for r in sampled_R])
 
 
 def with_lag(

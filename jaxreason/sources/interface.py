@@ -27,3 +27,4 @@ class Source(NamedTuple):
     save: Callable[[dict], dict] = dict
     lag: int = 0  # updates between the params that sample and those that learn
     replay: int = 0  # problems per batch that come from earlier batches, at most
+    lengths: Sequence[int] = ()  # lengths that rows can have; empty: unknown
