@@ -233,7 +233,13 @@ def section_of_phase(values: dict) -> fields.Section:
 def section_of_source(values: dict) -> fields.Section:
     given, below = ("parts", "objective", "microbatches", "steps"), {"task": section_of_task, "curriculum": section_of_curriculum}
     below["of"] = each(section_of_part_of_mix)
-    return fields.Section((make_source, *named("source", SOURCES, values)), given, below)
+    makers = named("source", SOURCES, values)
+    if SOURCES["kept_rollouts"] in makers:  # which passes the rest on
+        makers, given = (
+            (*makers, SOURCES["rollouts"]),
+            (*given, "replay", "replay_age", "dynamic_sampling", "rollouts_per_prompt"),
+        )
+    return fields.Section((make_source, *makers), (*given, "keep"), below)
 
 
 def section_of_part_of_mix(values: dict) -> fields.Section:

@@ -28,7 +28,7 @@ def make_mix(
     """Make the source `mix`. `make_source` makes each part.
 
     A part has the objective of the phase, or an `objective` of its own that imitates.
-    Parts that do not sample imitate by default.
+    Parts that give demonstrations imitate by default.
 
     Raises:
       ValueError: a part or its weight is impossible.
@@ -82,7 +82,7 @@ def imitating(section: Mapping, objective: Objective, where: str) -> Objective |
     """
     asked = section.get("objective")
     if asked is None:
-        if samples(section) or objective.token_loss is nll:
+        if is_scored(section) or objective.token_loss is nll:
             return None
         return objectives.make("sft")
     made = call_with_section(objectives.make, {"name": None} | dict(asked), f"{where}.objective")
@@ -94,8 +94,8 @@ def imitating(section: Mapping, objective: Objective, where: str) -> Objective |
     return made
 
 
-def samples(section: Mapping) -> bool:
-    """Tell whether the tokens of a source have a sampling policy. A user's own source
-    is taken for one.
+def is_scored(section: Mapping) -> bool:
+    """Tell whether a source gives attempts to be scored, not demonstrations. A user's
+    own is taken for such a source.
     """
-    return section.get("name") not in ("corpus", "demonstrations")
+    return section.get("name") not in ("corpus", "demonstrations", "kept_rollouts")

@@ -129,7 +129,7 @@ def without_ignored(section: dict, where: str, say: Callable[[str], None]) -> di
 
 def make_source(
     *,
-    name: str,  # corpus, demonstrations, rollouts, mix, or module:maker of your own
+    name: str,  # corpus, demonstrations, rollouts, kept_rollouts, mix, or module:maker of your own
     parts: Parts,
     objective,
     microbatches: int,
@@ -138,6 +138,7 @@ def make_source(
 ) -> sources.Source:
     """Make the named source."""
     arguments = {"parts": parts, "objective": objective, "microbatches": microbatches, "steps": steps}
+    arguments |= {"keep": None} if name == "rollouts" else {}  # so it is no field of its section
     made = call_with_section(find("source", name, SOURCES), section, f"source {name!r}", **arguments)
     if not isinstance(made, sources.Source):
         raise ValueError(f"source {name!r} made a {type(made).__name__}; allowed: a sources.Source")
@@ -197,6 +198,7 @@ def rollouts(
     objective,
     microbatches: int,
     steps: int,
+    keep: sources.Keep | None = None,
     task: dict,  # tasks to attempt
     problems: int,  # problems per batch
     group: int,  # attempts per problem
@@ -272,6 +274,7 @@ def rollouts(
         dynamic_sampling=dynamic_sampling,
         replay=replay,
         replay_age=replay_age,
+        keep=keep,
         curriculum=None if curriculum is None else curriculum_of(curriculum, len(prompted)),
         pack=pack,
         microbatches=microbatches,
@@ -280,6 +283,37 @@ def rollouts(
         background=not set(parts.meshes.sample.devices.flat) & set(parts.meshes.learn.devices.flat),
         steps=steps,
     )
+
+
+def kept_rollouts(
+    *,
+    parts: Parts,
+    objective,
+    microbatches: int,
+    steps: int,
+    correct: bool = True,  # keep right attempts only
+    per_problem: int | None = None,  # attempts to keep per problem, at most; None: all
+    distinct: bool = True,  # of equal texts keep only the first
+    **section,
+) -> sources.Source:
+    """Sample attempts as `rollouts` does, and learn from the right ones as
+    demonstrations: rejection sampling.
+
+    It is the inner loop of STaR (Zelikman et al. 2022, arXiv 2203.14465) without its
+    rationalisation, and always with the newest params; STaR begins each round from the
+    first ones. Distinct attempts are those of RFT (Yuan et al. 2023, arXiv 2308.01825),
+    which tells them apart by their equations, here by their texts. A batch may have
+    fewer rows than attempts, or none: then nothing is learned from it.
+    """
+    where = "source 'kept_rollouts'"
+    if objective.needs_group or objective.on_policy:
+        raise ValueError(f"{where} gives demonstrations, which an objective must imitate; allowed: sft, lm, expert_iteration")
+    for field in ("replay", "dynamic_sampling", "rollouts_per_prompt"):
+        if field in section:
+            raise ValueError(f"{where} has no field {field!r}; allowed: with the source rollouts")
+    keywords = {"parts": parts, "objective": objective, "microbatches": microbatches, "steps": steps}
+    keep = sources.Keep(correct, per_problem, distinct)
+    return call_with_section(rollouts, section, where, **keywords, keep=keep, rollouts_per_prompt=1)
 
 
 def curriculum_of(section: dict, epoch: int) -> sources.SuccessRate:
@@ -329,4 +363,4 @@ def choose_rollouts_per_prompt(
     return asked
 
 
-SOURCES = {"corpus": corpus, "demonstrations": demonstrations, "rollouts": rollouts, "mix": mix}
+SOURCES = {"corpus": corpus, "demonstrations": demonstrations, "rollouts": rollouts, "kept_rollouts": kept_rollouts, "mix": mix}

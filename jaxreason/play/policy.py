@@ -64,7 +64,9 @@ def open_game(config: dict, suite: str | None) -> Game:
 
 def of_source(config: dict, parts: Parts) -> tuple[Sequence[Task], Made]:
     for phase in config["phases"]:
-        sampling = [part for part in parts_of(config[phase]["source"]).values() if part.get("name") == "rollouts"]
+        sampling = [
+            part for part in parts_of(config[phase]["source"]).values() if part.get("name") in ("rollouts", "kept_rollouts")
+        ]
         for source in sampling:
             tasks = load_tasks(source["task"], seed=parts.seed)
             return tasks, make_environment(parts.environment, parts.verifier, tasks, parts)

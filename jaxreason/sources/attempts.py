@@ -18,6 +18,7 @@ from jaxreason.options import unknown_name_message
 from jaxreason.rollout import Completer
 from jaxreason.sources.curriculum import SuccessRate
 from jaxreason.sources.interface import NextBatch, Source
+from jaxreason.sources.keeping import Keep, as_groups, check_keep
 from jaxreason.sources.replay import check_replay
 from jaxreason.sources.rewards import REWARDS
 from jaxreason.sources.sampling import (
@@ -60,6 +61,7 @@ def rollouts(
     replay: int = 0,
     replay_age: int = 1,
     curriculum: SuccessRate | None = None,
+    keep: Keep | None = None,
 ) -> Source:
     """Sample and judge `group` attempts at each of `problems` tasks per batch.
 
@@ -67,7 +69,8 @@ def rollouts(
     and what `replay` and `curriculum` remember. Up to `replay` of the problems are not
     sampled: their groups are drawn at random from those with mixed rewards of the last
     `replay_age` batches, each once per batch. `curriculum` passes over tasks that are
-    too easy or too hard (see `curriculum.SuccessRate`). `lag`, `background` and `steps`
+    too easy or too hard (see `curriculum.SuccessRate`). With `keep` only some attempts
+    are learned from, each as a demonstration (see `keeping`). `lag`, `background` and `steps`
     are those of `with_lag`; `dynamic_sampling` is `most` of `with_dynamic_sampling`. In
     the batch `rollouts_per_prompt` attempts at a problem follow one copy of its prompt
     (see `batching.from_groups`).
@@ -90,9 +93,12 @@ def rollouts(
             "attempts at a problem, such as grpo, dr_grpo, dapo, rloo"
         )
     check_replay(replay, replay_age, problems, group, objective)
-    sampling = Sampling(tasks, environment, completer, problems, group, temperature, reward, replay, replay_age, curriculum)
+    words = {"replay": replay, "replay_age": replay_age, "curriculum": curriculum, "keep": keep}
+    sampling = Sampling(tasks, environment, completer, problems, group, temperature, reward, **words)
     draw = with_dynamic_sampling(one_round(sampling), sampling, dynamic_sampling)
 
+    if keep is not None:
+        check_keep(keep)
     layout = {"buckets": buckets, "limit": completer.max_tokens, "pack": pack, "microbatches": microbatches}
     layout["rollouts_per_prompt"] = rollouts_per_prompt
     drawn = functools.partial(make_batch, sampling, objective, layout)
@@ -123,6 +129,8 @@ def make_batch(sampling: Sampling, objective: Objective, layout: dict, sampled: 
     group, spent = sampling.group, sampled.spent
     fresh = most_mixed(sampled.groups, sampling.problems - len(sampled.replayed))
     learned = fresh + [one.group for one in sampled.replayed]
+    if sampling.keep is not None:
+        learned, layout = as_groups(learned, sampling.keep, sampling.reward), layout | {"rows": len(learned) * group}
     batch = batching.from_groups(learned, objective, **layout)
     tokens = float((batch.segment_BT > 0).sum())
     metrics = measure(sampled.groups) | {
@@ -130,7 +138,8 @@ def make_batch(sampling: Sampling, objective: Objective, layout: dict, sampled: 
         "time/sample_s": (spent.sample_s, 1.0),
         "time/verify_s": (spent.verify_s, 1.0),
         **{name: (value, 1.0) for name, value in latency(spent.verdict_s).items()},
-        **remembered(sampling, sampled, len(learned)),
+        **remembered(sampling, sampled),
+        **({} if sampling.keep is None else {"rollout/kept": (float(len(learned)), float(len(fresh) * group))}),
         "train/tokens": (tokens, 1.0),
         "train/packing_efficiency": (tokens, float(batching.computed_tokens(batch, layout["microbatches"]))),
         "perf/sample_tokens_per_s": (float(spent.tokens), spent.sample_s),
@@ -193,14 +202,14 @@ def batches_ahead(sampling: Sampling, state: Mapping) -> list[Callable[[], Sampl
     return ahead
 
 
-def remembered(sampling: Sampling, sampled: SampledGroups, learned: int) -> dict:
+def remembered(sampling: Sampling, sampled: SampledGroups) -> dict:
     """Return the metrics of replay and curriculum, if they are in use: the shares of
     replayed groups and of tasks passed over, and the mean age of replayed groups in
     batches.
     """
     found = {}
     if sampling.replay:
-        found["rollout/replayed"] = (float(len(sampled.replayed)), float(learned))
+        found["rollout/replayed"] = (float(len(sampled.replayed)), float(sampling.problems))
     if sampled.replayed:
         ages = [sampled.batch - one.batch for one in sampled.replayed]
         found["rollout/replay_age"] = (float(sum(ages)), float(len(ages)))

@@ -16,6 +16,7 @@ from jaxreason.environment import Environment
 from jaxreason.objectives import EQUAL_REWARDS
 from jaxreason.rollout import Completer, LocalGroups, Request, SamplingStats, collect_local, gather_groups
 from jaxreason.sources.curriculum import Picked, SuccessRate, measure, pick
+from jaxreason.sources.keeping import Keep
 from jaxreason.sources.replay import Kept, draw_kept, keep
 from jaxreason.sources.rewards import paid
 from jaxreason.types import Group, Prompted
@@ -34,6 +35,7 @@ class Sampling(NamedTuple):
     replay: int = 0  # problems per batch that come from earlier batches
     replay_age: int = 1  # batches; older groups are not replayed
     curriculum: SuccessRate | None = None
+    keep: Keep | None = None  # attempts to learn from; None: all
 
 
 class Cursor(NamedTuple):

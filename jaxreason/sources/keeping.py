@@ -1,0 +1,41 @@
+"""Attempts that are kept as demonstrations for the model itself: rejection sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxreason.types import Group, Rollout
+
+
+class Keep(NamedTuple):
+    """Which attempts to keep."""
+
+    correct: bool = True  # only right ones
+    per_problem: int | None = None  # at most; None: all
+    distinct: bool = True  # of equal texts only the first
+
+
+def kept_attempts(group: Group, keep: Keep, reward: str = "verdict") -> list[Rollout]:
+    """Return the attempts of a group that are kept, in their order.
+
+    An attempt is right if its verdict says so or, for a source that pays another reward
+    than the verdict's, if it was paid.
+    """
+    found: list[Rollout] = []
+    for r in group.attempts:
+        is_right = r.verdict.correct if reward == "verdict" else r.verdict.reward > 0
+        is_new = not keep.distinct or all(r.text != other.text for other in found)
+        if (is_right or not keep.correct) and is_new:
+            found.append(r)
+    return found[: keep.per_problem]
+
+
+def as_groups(groups: Sequence[Group], keep: Keep, reward: str) -> list[Group]:
+    """Return the kept attempts, each as a group of its own."""
+    return [Group((r,)) for group in groups for r in kept_attempts(group, keep, reward)]
+
+
+def check_keep(keep: Keep) -> None:
+    if keep.per_problem is not None and keep.per_problem < 1:
+        raise ValueError(f"source.per_problem got {keep.per_problem}; allowed: 1 or more, or None (all)")
