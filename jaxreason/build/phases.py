@@ -25,6 +25,7 @@ from jaxreason.draw import ALL, LOWEST_TEMPERATURE, is_temperature
 from jaxreason.model import ModelConfig
 from jaxreason.objectives import Objective
 from jaxreason.options import call_with_section, find
+from jaxreason.rollout import Completer
 from jaxreason.train import Phase
 
 
@@ -240,11 +241,7 @@ def rollouts(
             f"source.lag got {lag}, but the objective has no importance ratio, so its gradient would be biased; allowed: 0, or "
             "an objective with a ratio: grpo, dr_grpo, dapo"
         )
-    completer = parts.completer
-    if max_tokens is not None:
-        if not 1 <= max_tokens <= completer.max_tokens:
-            raise ValueError(f"source.max_tokens got {max_tokens}; allowed: 1 to sampler.max_tokens={completer.max_tokens}")
-        completer = completer._replace(max_tokens=max_tokens)
+    completer = parts.completer if max_tokens is None else with_limit(parts.completer, max_tokens)
     longest_prompt = completer.sampler.length - parts.completer.max_tokens
     share = choose_rollouts_per_prompt(
         rollouts_per_prompt,
@@ -283,6 +280,12 @@ def rollouts(
         background=not set(parts.meshes.sample.devices.flat) & set(parts.meshes.learn.devices.flat),
         steps=steps,
     )
+
+
+def with_limit(completer: Completer, max_tokens: int) -> Completer:
+    if not 1 <= max_tokens <= completer.max_tokens:
+        raise ValueError(f"source.max_tokens got {max_tokens}; allowed: 1 to sampler.max_tokens={completer.max_tokens}")
+    return completer._replace(max_tokens=max_tokens)
 
 
 def kept_rollouts(

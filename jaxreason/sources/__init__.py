@@ -27,7 +27,7 @@ the processes divide expensive work among them.
 from jaxreason.sources.attempts import latency, measure, rollouts
 from jaxreason.sources.curriculum import CURRICULA, SuccessRate, make_curriculum
 from jaxreason.sources.interface import NextBatch, Source
-from jaxreason.sources.keeping import Keep, kept_attempts
+from jaxreason.sources.keeping import Keep, choose, kept_attempts
 from jaxreason.sources.mixing import Part, mix
 from jaxreason.sources.rewards import REWARDS, paid, shuffle_rewards
 from jaxreason.sources.streams import corpus, demonstrations
@@ -40,6 +40,7 @@ __all__ = [
     "Part",
     "Source",
     "SuccessRate",
+    "choose",
     "corpus",
     "demonstrations",
     "kept_attempts",

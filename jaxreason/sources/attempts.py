@@ -70,10 +70,10 @@ def rollouts(
     sampled: their groups are drawn at random from those with mixed rewards of the last
     `replay_age` batches, each once per batch. `curriculum` passes over tasks that are
     too easy or too hard (see `curriculum.SuccessRate`). With `keep` only some attempts
-    are learned from, each as a demonstration (see `keeping`). `lag`, `background` and `steps`
-    are those of `with_lag`; `dynamic_sampling` is `most` of `with_dynamic_sampling`. In
-    the batch `rollouts_per_prompt` attempts at a problem follow one copy of its prompt
-    (see `batching.from_groups`).
+    are learned from, each as a demonstration (see `keeping`). `lag`, `background` and
+    `steps` are those of `with_lag`; `dynamic_sampling` is `most` of
+    `with_dynamic_sampling`. In the batch `rollouts_per_prompt` attempts at a problem
+    follow one copy of its prompt (see `batching.from_groups`).
 
     `reward` says what is paid: the verdict's reward or, as controls, that reward given
     to another attempt ("random", see `shuffle_rewards`) or 1 for any answer that the

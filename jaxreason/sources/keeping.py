@@ -22,12 +22,19 @@ def kept_attempts(group: Group, keep: Keep, reward: str = "verdict") -> list[Rol
     An attempt is right if its verdict says so or, for a source that pays another reward
     than the verdict's, if it was paid.
     """
-    found: list[Rollout] = []
-    for r in group.attempts:
-        is_right = r.verdict.correct if reward == "verdict" else r.verdict.reward > 0
-        is_new = not keep.distinct or all(r.text != other.text for other in found)
+    right_G = [r.verdict.correct if reward == "verdict" else r.verdict.reward > 0 for r in group.attempts]
+    return [group.attempts[i] for i in choose(right_G, [r.text for r in group.attempts], keep)]
+
+
+def choose(right_G: Sequence[bool], texts: Sequence[str], keep: Keep) -> list[int]:
+    """Return which attempts at a problem are kept, given which are right, and their
+    texts.
+    """
+    found: list[int] = []
+    for i, (is_right, text) in enumerate(zip(right_G, texts, strict=True)):
+        is_new = not keep.distinct or all(text != texts[other] for other in found)
         if (is_right or not keep.correct) and is_new:
-            found.append(r)
+            found.append(i)
     return found[: keep.per_problem]
 
 
