@@ -230,6 +230,8 @@ def make_and_write(folder: Path, about: dict, opened, suite, format, asked: Aske
     counts = count(ordered, kept, len(suite.tasks))
     write_summary(folder / "about.json", {"done": True, **about, "per_problem": asked.per_problem, "counts": counts})
     say(f"kept {counts['kept']:,} of {counts['attempts']:,} attempts, at {counts['tasks_kept']:,} of {counts['tasks']:,} tasks")
+    if lost := counts["right_lost"]:
+        say(f"{lost:,} right attempts are not kept: a demonstration in the run's own format would show another text")
     if not kept:
         say("warning: no attempt is kept, so there is nothing to train on; look at attempts.jsonl")
     say(f"written: {folder / 'tasks.jsonl'}")

@@ -3,6 +3,7 @@ a new model is trained on the texts that were written.
 """
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,9 +139,10 @@ def tokens_of(tokenizer, said):
     return tokenizer.encode(said, special=False, continues=True)
 
 
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+CHAT = Path(__file__).parent / "golden" / "chat"
+STRIPS = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|start|>user\n{{ m.content }}<|end|>\n{% else %}<|start|>assistant\n"
+    "{{ m.content.strip() }}<|end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 
 
@@ -154,6 +156,32 @@ def test_a_demonstration_has_the_tokens_that_were_written(said):
     format, tokenizer = plain_format()
     rollout = rollout_of(format, tokenizer, [*tokens_of(tokenizer, said), tokenizer.eos_ids[0]])
     assert written_as(rollout, format, completer_of(tokenizer)) == {"written": "exact", "forced": []}
+
+
+@pytest.mark.parametrize(
+    ("template", "said", "written"),
+    [
+        (None, "1 + 1 = 2.\n#### 2", "exact"),
+        (None, " the answer is 2 \n", "exact"),
+        (STRIPS, "1 + 1 = 2.", "exact"),
+        (STRIPS, "1 + 1 = 2. \n", "lost"),  # the template would show another text
+    ],
+)
+def test_a_chat_template_shows_what_was_written_or_it_is_lost(template, said, written):
+    tokenizer = text.load(CHAT)
+    format = text.chat(tokenizer, text.load_template(CHAT) if template is None else template)
+    rollout = rollout_of(format, tokenizer, [*tokens_of(tokenizer, said), tokenizer.eos_ids[0]])
+    assert written_as(rollout, format, completer_of(tokenizer))["written"] == written
+
+
+def test_other_tokens_of_the_same_text_are_told():
+    """A model may write a word in other tokens than a tokenizer does."""
+    tokenizer = text.load(CHAT)
+    format = text.chat(tokenizer, text.load_template(CHAT))
+    tokens = [i for char in "3 plus 4" for i in tokens_of(tokenizer, char)]
+    assert tokens != tokens_of(tokenizer, "3 plus 4")
+    rollout = rollout_of(format, tokenizer, [*tokens, tokenizer.eos_ids[0]])
+    assert written_as(rollout, format, completer_of(tokenizer))["written"] == "text"
 
 
 @pytest.mark.parametrize("special", [0, 1])
