@@ -9,6 +9,7 @@ learner skips.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -38,9 +39,10 @@ def from_groups(
     microbatches: int = 1,
     rollouts_per_prompt: int = 1,
     credit: str = "rollout",
+    rows: int | None = None,
 ) -> Batch:
     """Make a batch of R / `rollouts_per_prompt` rows from R rollouts in groups of one
-    size.
+    size, or of `rows` rows, some of them empty.
 
     Only sampled tokens are trained on, and those of rollouts that were cut off only if
     the objective learns from these. `limit` is the longest completion, the divisor
@@ -56,6 +58,8 @@ def from_groups(
     For a weighting that reads the advantage, a rollout's is that of its attempt that is
     farthest from 0.
     """
+    if not groups:
+        return empty(rows, buckets[0])
     rollouts = [r for group in groups for r in group.attempts]
     trained = [r.sampled & (objective.learns_cut or r.stop != "limit") for r in rollouts]
     length_PG = np.array([tokens.sum() for tokens in trained]).reshape(len(groups), -1)
@@ -69,7 +73,7 @@ def from_groups(
     count = rollouts_per_prompt
     shares = [group.attempts[i : i + count] for group in groups for i in range(0, len(group.attempts), count)]
     lengths = [shared_length(len(attempts[0].prompt), [len(r.tokens) for r in attempts]) for attempts in shares]
-    batch, spans = lay_out(lengths, buckets, pack, microbatches)
+    batch, spans = lay_out(lengths, buckets, pack, microbatches, rows)
     i = 0  # index of the rollout
     for attempts, (row, begin, _) in zip(shares, spans, strict=True):
         prompt = attempts[0].prompt
@@ -114,7 +118,7 @@ def advantages(batch: Batch) -> list[float]:
     numbers.
     """
     inside_BT = batch.rollout_BT > 0
-    advantage_R = np.zeros(batch.rollout_BT.max(), np.float32)
+    advantage_R = np.zeros(batch.rollout_BT.max(initial=0), np.float32)
     advantage_R[batch.rollout_BT[inside_BT] - 1] = batch.advantage_BT[inside_BT]
     return advantage_R.tolist()
 
@@ -141,30 +145,34 @@ def from_demonstrations(
 
 
 def lay_out(
-    lengths: Sequence[int], buckets: Sequence[int], pack: bool, microbatches: int
+    lengths: Sequence[int], buckets: Sequence[int], pack: bool, microbatches: int, rows: int | None = None
 ) -> tuple[Batch, list[tuple[int, int, int]]]:
-    """Make an empty batch with one row per sequence, and place each sequence.
+    """Make an empty batch with one row per sequence, or `rows` if that is given, and
+    place each sequence.
 
     Return (row, first column, end column) of each. Packing is first-fit, longest
     sequence first: it uses at most 11/9 of the fewest rows, plus 2/3 of a row (Dosa
     2007).
     """
     R, T = len(lengths), next(b for b in buckets if b >= max(lengths))
-    batch = empty(R, T)
-    rows = [[i] for i in range(R)]
+    B = R if rows is None else rows
+    batch = empty(B, T)
+    filled = [[i] for i in range(R)]
     if pack:
-        rows, room = [], []
+        filled, room = [], []
         for i in sorted(range(R), key=lambda i: -lengths[i]):
-            row = next((row for row, free in enumerate(room) if free >= lengths[i]), len(rows))
-            if row == len(rows):
-                rows.append([])
+            row = next((row for row, free in enumerate(room) if free >= lengths[i]), len(filled))
+            if row == len(filled):
+                filled.append([])
                 room.append(T)
-            rows[row].append(i)
+            filled[row].append(i)
             room[row] -= lengths[i]
     spans: dict[int, tuple[int, int, int]] = {}
-    for row, members in enumerate(rows):
-        if pack:  # fill one micro-batch after the other: `split_rows` puts every `microbatches`-th row in the same one
-            row = row % (R // microbatches) * microbatches + row // (R // microbatches)
+    for row, members in enumerate(filled):
+        # Fill one micro-batch after the other, so that those left empty are the last:
+        # `split_rows` puts every `microbatches`-th row in the same one.
+        if pack or rows is not None:
+            row = row % (B // microbatches) * microbatches + row // (B // microbatches)
         begin = 0
         for segment, i in enumerate(members, start=1):
             stop = begin + lengths[i]
@@ -214,6 +222,30 @@ def from_windows(tokens_BT: np.ndarray, objective: Objective) -> Batch:
     batch.weight_BT[:, 1:] = weight_B[:, None]
     batch.advantage_BT[:] = advantage_B[:, None]
     return batch
+
+
+def join(batches: Sequence[Batch], *, weights: Sequence[float], imitated: Sequence[bool], length: int) -> Batch:
+    """Join the rows of several batches, padded to `length` tokens.
+
+    The token weights of each batch are multiplied by its entry in `weights`; rollouts
+    are numbered over all. `imitated` says which batches have `imitated_BT`.
+    """
+    names = [f.name for f in dataclasses.fields(Batch) if any(getattr(batch, f.name) is not None for batch in batches)]
+    B = sum(len(batch.tokens_BT) for batch in batches)
+    joined, row = empty(B, length), 0
+    if any(imitated):
+        joined = dataclasses.replace(joined, imitated_BT=np.zeros((B, length), np.bool_))
+    for batch, weight, imitates in zip(batches, weights, imitated, strict=True):
+        (rows, T), numbered = batch.tokens_BT.shape, int(joined.rollout_BT.max(initial=0))
+        there = slice(row, row + rows)
+        for name in names:
+            getattr(joined, name)[there, :T] = getattr(batch, name)
+        joined.weight_BT[there] *= np.float32(weight)
+        joined.rollout_BT[there, :T] = np.where(batch.rollout_BT > 0, batch.rollout_BT + numbered, 0)
+        if imitates:
+            joined.imitated_BT[there] = True
+        row += rows
+    return joined
 
 
 def empty(B: int, T: int) -> Batch:

@@ -31,6 +31,7 @@ from jaxreason.model import Model
 from jaxreason.objectives import Objective, controls
 from jaxreason.objectives.controls import Control
 from jaxreason.objectives.critic import with_values
+from jaxreason.objectives.losses import nll_where_imitated
 from jaxreason.platforms import platform_of
 from jaxreason.types import Batch, TrainState
 
@@ -43,18 +44,20 @@ MISMATCH_BY_DEPTH = f"{MISMATCH}/"
 def loss(params, batch: Batch, *, model: Model, objective: Objective, limits: Limits | None = None):
     """Return `sum(weight_BT * loss_BT)` and metrics over the tokens with a weight.
 
-    Metrics are (sum, count) pairs; of a name that ends in `WORST`, the largest value
-    and 1.
+    Tokens of `imitated_BT` have the loss `nll`, and count in no metric of the
+    objective, or of sampler and learner. Metrics are (sum, count) pairs; of a name that
+    ends in `WORST`, the largest value and 1.
     """
     outputs = token_outputs(model, params, batch, limits)
-    loss_BT, stats = objective.token_loss(outputs, batch)
-    trained_BT = batch.weight_BT != 0
-    count = jnp.sum(trained_BT, dtype=jnp.float32)
+    trained_BT = scored_BT = batch.weight_BT != 0
+    if batch.imitated_BT is None:
+        loss_BT, stats = objective.token_loss(outputs, batch)
+    else:
+        scored_BT = trained_BT & ~batch.imitated_BT
+        batch, loss_BT, stats = nll_where_imitated(objective.token_loss, outputs, batch)
     value = jnp.sum(jnp.where(trained_BT, batch.weight_BT * loss_BT, 0.0))
     gap_BT = outputs.logp_BT - batch.behaviour_logp_BT
     stats = {
-        "entropy": outputs.entropy_BT,
-        "nll": -outputs.logp_BT,
         "behaviour_gap": jnp.abs(gap_BT),  # on-policy: the disagreement of sampler and learner, which should be rounding
         "behaviour_kl": jnp.exp(gap_BT) - 1 - gap_BT,  # KL(sampler || learner) on-policy, by the k3 estimator
         # The same by k1, which other libraries report. It is far noisier: over 400
@@ -62,9 +65,17 @@ def loss(params, batch: Batch, *, model: Model, objective: Objective, limits: Li
         "behaviour_kl_k1": -gap_BT,
         **stats,
     }
-    trained = {name: jnp.where(trained_BT, x, 0.0) for name, x in stats.items()}
-    metrics = {name: (jnp.max(x), jnp.float32(1)) if name.endswith(WORST) else (jnp.sum(x), count) for name, x in trained.items()}
-    return value, metrics | by_depth("behaviour_kl", stats["behaviour_kl"], trained_BT, batch.position_BT)
+    metrics = averaged({"entropy": outputs.entropy_BT, "nll": -outputs.logp_BT}, trained_BT) | averaged(stats, scored_BT)
+    if batch.imitated_BT is not None:
+        metrics |= averaged({"imitation_nll": -outputs.logp_BT}, trained_BT & batch.imitated_BT)
+    return value, metrics | by_depth("behaviour_kl", stats["behaviour_kl"], scored_BT, batch.position_BT)
+
+
+def averaged(stats: dict, counted_BT) -> dict:
+    """Return (sum, count) of each statistic over some tokens, or (largest, 1)."""
+    count = jnp.sum(counted_BT, dtype=jnp.float32)
+    counted = {name: jnp.where(counted_BT, x, 0.0) for name, x in stats.items()}
+    return {name: (jnp.max(x), jnp.float32(1)) if name.endswith(WORST) else (jnp.sum(x), count) for name, x in counted.items()}
 
 
 def by_depth(name: str, x_BT, counted_BT, position_BT) -> dict:

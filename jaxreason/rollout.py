@@ -200,7 +200,7 @@ def collect_local(
 
     `wanted` has the groups of all processes.
     """
-    mine = [i for i, requests in enumerate(wanted) if requests[0].problem % jax.process_count() == jax.process_index()]
+    mine = range(jax.process_index(), len(wanted), jax.process_count())
     groups, spent = collect_groups(completer, weights, [wanted[i] for i in mine], environment, **options)
     return LocalGroups(dict(zip(mine, groups, strict=True)), spent)
 

@@ -141,6 +141,10 @@ class Batch:
     entropy_BT: jax.Array | None = None  # float32, nats, of the policy before the update; None unless a selection asks for it
     chosen_BT: jax.Array | None = None  # bool, tokens that a selection chose; None without one
     control: Any = None  # that of the train state, while the objective's functions see the batch
+    # bool, whether a token is trained by plain negative log-likelihood, times its
+    # advantage, whatever the objective's token loss: no policy of ours sampled it. None
+    # where no part of a mix asks for it.
+    imitated_BT: jax.Array | None = None
 
 
 @jax.tree_util.register_pytree_with_keys_class

@@ -88,19 +88,27 @@ def test_groups_matter_to_objectives_that_compare_their_attempts(needs_group, na
     assert [warning["name"] for warning in journal.progress.warnings] == names
 
 
-def journal_of(needs_group=True, lag=0, updates=1):
-    objective, source = SimpleNamespace(needs_group=needs_group), SimpleNamespace(lag=lag)
+def journal_of(needs_group=True, lag=0, updates=1, replay=0):
+    objective, source = SimpleNamespace(needs_group=needs_group), SimpleNamespace(lag=lag, replay=replay)
     phase = SimpleNamespace(objective=objective, source=source, updates_per_batch=updates)
     progress, log = SimpleNamespace(warnings=[]), SimpleNamespace(say=lambda line: None)
     return SimpleNamespace(phase=phase, alarms=Alarms(), progress=progress, log=log)
 
 
 @pytest.mark.parametrize(
-    ("lag", "updates", "kl", "names"),
-    [(0, 1, 0.05, ["mismatch"]), (2, 1, 0.05, []), (0, 4, 0.05, []), (2, 1, 0.5, ["stale"]), (0, 4, 0.5, ["stale"])],
+    ("made", "kl", "names"),
+    [
+        ({}, 0.05, ["mismatch"]),
+        ({"lag": 2}, 0.05, []),
+        ({"updates": 4}, 0.05, []),
+        ({"replay": 3}, 0.05, []),
+        ({"lag": 2}, 0.5, ["stale"]),
+        ({"updates": 4}, 0.5, ["stale"]),
+        ({"replay": 3}, 0.5, ["stale"]),
+    ],
 )
-def test_older_params_that_sample_on_purpose_are_no_mismatch(lag, updates, kl, names):
-    journal = journal_of(lag=lag, updates=updates)
+def test_older_params_that_sample_on_purpose_are_no_mismatch(made, kl, names):
+    journal = journal_of(**made)
     for step in range(IN_A_ROW):
         Journal.warn(journal, step, "rl", HEALTHY | {"rollout/kl_sampler_learner": kl})
     assert [warning["name"] for warning in journal.progress.warnings] == names

@@ -29,7 +29,7 @@ FLOORS = (
     "launch.fleets",
     "build train options.command look.chart look.report_charts look.report_tables look.paired look.report look.view",
     "launch.gcloud launch.launch launch.remote launch.source launch.state launch.target launch.write",
-    "main evaluate play report view api export sweep launch launch.__main__ plan bench look look.curves lab __main__",
+    "main evaluate generate play report view api export sweep launch launch.__main__ plan bench look look.curves lab __main__",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 DOORS = FLOORS[-1].split()

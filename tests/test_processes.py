@@ -33,19 +33,29 @@ def get_config(arg=""):
     source = {"name": "demonstrations", "task": task, "rows": 16, "max_tokens": 48}
     config.sft = {"source": source, "objective": {"name": "sft"}, "optimizer": {"lr": 1e-3}, "steps": 3, "microbatches": 2}
     config.rl.objective = {"name": "dapo", "kl_coefficient": 0.1, "entropy_coefficient": 0.01}
-    config.rl.source.problems, config.rl.steps = 8, 3
+    config.rl.source.problems, config.rl.steps, config.rl.source.task.size = 8, 3, 12
+    config.rl.source.replay, config.rl.source.curriculum = 3, {"name": "success_rate", "most": 0.8}
+    config.verifier = {"name": "odd_texts:make"}
     for phase in config.phases:
         config[phase].optimizer.eps = 1e-4  # else Adam makes whole steps of gradients that are rounding
     config.evaluate.texts = {"solutions": {"task": task, "length": 32, "rows": 16}}
     return config
 """
+VERIFIER = """
+from jaxreason.types import Verdict
+
+def make():
+    return lambda text, task: Verdict(float(len(text) % 2), len(text) % 2 == 1, text)
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.process
-def test_two_processes_train_as_one(tmp_path):
+def test_two_processes_train_as_one(tmp_path, monkeypatch):
     path = tmp_path / "all.py"
     path.write_text(CONFIG)
+    (tmp_path / "odd_texts.py").write_text(VERIFIER)
+    monkeypatch.syspath_prepend(tmp_path)
     started = start(train_command(str(path), tmp_path / "two"), 2, 4)
     run_config(runpy.run_path(str(path))["get_config"](), tmp_path / "one")
     for code, stderr, _ in finish(started):
@@ -61,6 +71,7 @@ def test_two_processes_train_as_one(tmp_path):
     assert sum("suite" not in line for line in two_lines) == 3 * 16  # of each step so many are kept
     for a, b in zip(two_lines, one_lines, strict=True):
         assert {k: v for k, v in a.items() if k != "logp_sum"} == {k: v for k, v in b.items() if k != "logp_sum"}
+    assert any(line.get("rollout/replayed", 0) > 0 for line in read_lines(tmp_path / "two" / "metrics.jsonl"))
 
 
 WARM = """
@@ -72,6 +83,12 @@ def get_config(arg=""):
     config.phases, config.evaluate.suites = ("prior",), {}
     config.prior.optimizer.lr = 0.02 if arg == "trained" else 1e-30  # which moves no float
     return config
+"""
+VERIFIER = """
+from jaxreason.types import Verdict
+
+def make():
+    return lambda text, task: Verdict(float(len(text) % 2), len(text) % 2 == 1, text)
 """
 
 

@@ -14,7 +14,8 @@ points:
     evaluation, summary, phase               before an evaluation, before the summary is written, between phases
 
 Some points run by default, all with -m slow. At none of them was anything lost or done
-twice. The same holds for batches sampled ahead on separate devices, and at fifty random
+twice. The same holds for batches sampled ahead on separate devices, with replay and a
+curriculum or without, and at fifty random
 times for each of the two (-m soak): 2026-11-26, 100 kills, 41 finished runs, all equal;
 14 minutes on one core.
 
@@ -71,15 +72,27 @@ def get_config(arg=""):
     config.evaluate.suites = {{"chain": config.evaluate.suites.chain.to_dict()}}
     config.checkpoint.every_steps = 4
     config.environment = {environment}
+    config.rl.source.replay, config.rl.source.curriculum = {replay}, {curriculum}
+    config.verifier = {{"name": "odd_texts:make"}}
     return config
+"""
+# Answers of a model that has learned nothing earn something, so that groups differ.
+VERIFIER = """
+from jaxreason.types import Verdict
+
+def make():
+    return lambda text, task: Verdict(float(len(text) % 2), len(text) % 2 == 1, text)
 """
 STEPS = 30
 AGAIN = {"name": "retry", "attempts": 3, "message": "?"}
 TURNS = {"name": "with_tools", "tools": ("calculator",), "dialect": "brackets", "inside": AGAIN}
+NEITHER = {"replay": 0, "curriculum": None}
+BOTH = {"replay": 2, "curriculum": {"name": "success_rate", "least": 0.3, "most": 0.7, "revisit": 2}}
 KINDS = {
-    "lag 0": {"lag": 0, "sampling_devices": 0, "environment": None},
-    "lag 1": {"lag": 1, "sampling_devices": 1, "environment": None},
-    "turns, lag 1": {"lag": 1, "sampling_devices": 1, "environment": TURNS},
+    "lag 0": {"lag": 0, "sampling_devices": 0, "environment": None, **NEITHER},
+    "lag 1": {"lag": 1, "sampling_devices": 1, "environment": None, **NEITHER},
+    "turns, lag 1": {"lag": 1, "sampling_devices": 1, "environment": TURNS, **NEITHER},
+    "replay, lag 1": {"lag": 1, "sampling_devices": 1, "environment": None, **BOTH},
 }
 # In the order in which a run comes to them; each process gets further than the one
 # before.
@@ -105,7 +118,7 @@ ALL = [
 
 
 def begin(config: Path, workdir: Path, point: str = "none", count: int = 0) -> subprocess.Popen:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(config.parent)])
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(2), "PYTHONPATH": paths}
     return subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "killed_run.py"), str(config), str(workdir), point, str(count)],
@@ -123,6 +136,7 @@ def whole(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     config = folder / "config.py"
     config.write_text(CONFIG.format(**KINDS[request.param]))
+    (folder / "odd_texts.py").write_text(VERIFIER)
     process = begin(config, folder / "run")
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
@@ -137,6 +151,9 @@ def assert_same_run(workdir: Path, whole: Path) -> None:
     if "environment = {" in (whole.parent / "config.py").read_text():
         assert any(letter == "t" for r in read_lines(whole / "rollouts.jsonl") for letter, _ in r.get("spans", ()))
     assert maths(workdir) == maths(whole)
+    if "success_rate" in (whole.parent / "config.py").read_text():
+        values = read_lines(whole / "metrics.jsonl")
+        assert all(any(line.get(f"rollout/{name}", 0) > 0 for line in values) for name in ("replayed", "passed_over"))
     found, wanted = (json.loads((folder / "summary.json").read_text()) for folder in (workdir, whole))
     assert found["evaluations"] == wanted["evaluations"]
     amounts, expected = (
@@ -151,6 +168,7 @@ def assert_same_run(workdir: Path, whole: Path) -> None:
     [
         pytest.param("lag 1", SOME, id="lag 1, some"),
         pytest.param("turns, lag 1", BETWEEN_TURNS, id="turns"),
+        pytest.param("replay, lag 1", SOME, id="replay"),
         pytest.param("lag 0", ALL, id="lag 0, all", marks=pytest.mark.slow),
         pytest.param("lag 1", ALL, id="lag 1, all", marks=pytest.mark.slow),
     ],

@@ -91,8 +91,8 @@ def make_evaluate(
         )
         work = ledger.sampling(config, rollouts)
         work["flops"] += reading_flops
-        source = parts.trained.get(phase)
-        trained = [name for name, section in suites.items() if source is not None and in_distribution(section, source)]
+        learned = [task for name, task in parts.trained.items() if name.partition(".")[0] == phase]
+        trained = [name for name, section in suites.items() if any(in_distribution(section, task) for task in learned)]
         return evaluation.Result(evaluations, rollouts, nll, work, trained)
 
     return evaluate, filter if suites else None

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from jaxreason import objectives as objectives_
 from jaxreason import optimizer as optimizer_
-from jaxreason import sharding, tasks, text, tools, verify
+from jaxreason import sharding, sources, tasks, text, tools, verify
 from jaxreason.build import environments
 from jaxreason.build.environments import SECTIONS as ENVIRONMENTS
 from jaxreason.build.evaluation import attempted, held_out_text, make_evaluate, make_log
@@ -231,8 +231,24 @@ def section_of_phase(values: dict) -> fields.Section:
 
 
 def section_of_source(values: dict) -> fields.Section:
-    given = ("parts", "objective", "microbatches", "steps")
-    return fields.Section((make_source, *named("source", SOURCES, values)), given, {"task": section_of_task})
+    given, below = ("parts", "objective", "microbatches", "steps"), {"task": section_of_task, "curriculum": section_of_curriculum}
+    below["of"] = each(section_of_part_of_mix)
+    makers = named("source", SOURCES, values)
+    if SOURCES["kept_rollouts"] in makers:  # which passes the rest on
+        makers, given = (
+            (*makers, SOURCES["rollouts"]),
+            (*given, "replay", "replay_age", "dynamic_sampling", "rollouts_per_prompt"),
+        )
+    return fields.Section((make_source, *makers), (*given, "keep"), below)
+
+
+def section_of_part_of_mix(values: dict) -> fields.Section:
+    of_source = section_of_source(values)
+    return of_source._replace(sections={**of_source.sections, "objective": section_of_objective})
+
+
+def section_of_curriculum(values: dict) -> fields.Section:
+    return fields.Section((sources.make_curriculum, *named("curriculum", sources.CURRICULA, values)), ("epoch",))
 
 
 def section_of_objective(values: dict) -> fields.Section:

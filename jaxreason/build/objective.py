@@ -12,10 +12,10 @@ NO_REWARDS = ("corpus", "demonstrations")  # sources whose tokens nobody judged
 
 
 def check_objective(
-    objective: Objective, *, name: str, what: str, source: Mapping, updates_per_batch: int, offload_reference: bool, parts: Parts
+    objective: Objective, *, name: str, what: str, where: str, source: Mapping, updates_per_batch: int, parts: Parts
 ) -> None:
     """Check that a phase and its source give an objective what it needs. `name` is that
-    of the phase and `what` that of the objective.
+    of the phase, `what` that of the objective and `where` that of the source's section.
 
     Raises:
       ValueError: they do not.
@@ -24,7 +24,7 @@ def check_objective(
     if objective.needs_group and (kind in NO_REWARDS or group < 2):
         raise ValueError(
             f"config.{name}: objective {what!r} compares the attempts at a problem, but there is {group} of each; set "
-            f"{name}.source.group to 2 or more, or choose reinforce, lm or sft"
+            f"{where}.group to 2 or more, or choose reinforce, lm or sft"
         )
     if objective.critic is not None and parts.model.value is None:
         raise ValueError(
@@ -38,15 +38,10 @@ def check_objective(
             f"config.{name}.objective compares log-probs with those of the policy that sampled (kl_in='reward', covariance), and "
             f"source {kind!r} samples nothing; allowed: kl_in='loss' and covariance='none', or the source rollouts"
         )
-    if offload_reference and not objective.needs_reference:
-        raise ValueError(
-            f"config.{name}.offload_reference got True, but the objective has no reference policy; allowed: False, or set "
-            f"{name}.objective.kl_coefficient above 0"
-        )
     if objective.on_policy and (source.get("lag") or updates_per_batch > 1):
-        got = f"source.lag got {source['lag']}" if source.get("lag") else f"updates_per_batch got {updates_per_batch}"
+        got = f"{where}.lag got {source['lag']}" if source.get("lag") else f"{name}.updates_per_batch got {updates_per_batch}"
         raise ValueError(
-            f"config.{name}.{got}, but the objective has no importance ratio, so its gradient would be biased; allowed: "
+            f"config.{got}, but the objective has no importance ratio, so its gradient would be biased; allowed: "
             f"{0 if source.get('lag') else 1}, {name}.objective.correct='token' or 'sequence', or an objective with a ratio: "
             "grpo, dr_grpo, dapo"
         )

@@ -8,6 +8,7 @@ from jaxreason import batching, data, sources
 from jaxreason import objectives as objectives_
 from jaxreason import optimizer as optimizer_
 from jaxreason.build.environments import make_environment
+from jaxreason.build.mix import make_mix
 from jaxreason.build.objective import check_objective
 from jaxreason.build.sampler import make_filter
 from jaxreason.build.tasks import (
@@ -18,11 +19,13 @@ from jaxreason.build.tasks import (
     drop_long_prompts,
     encode_documents,
     load_trained,
+    parts_of,
 )
 from jaxreason.cost import attempts_behind_a_prompt, shared_length
 from jaxreason.draw import ALL, LOWEST_TEMPERATURE, is_temperature
 from jaxreason.model import ModelConfig
 from jaxreason.options import call_with_section, find
+from jaxreason.rollout import Completer
 from jaxreason.train import Phase
 
 
@@ -56,17 +59,29 @@ def make_phase(
         )
     except ValueError as error:
         raise ValueError(f"config.{name}.optimizer: {error}") from None
-    check_objective(
-        made_objective,
-        name=name,
-        what=objective["name"],
-        source=source,
-        updates_per_batch=updates_per_batch,
-        offload_reference=offload_reference,
-        parts=parts,
-    )
+    for part, section in parts_of(source).items():
+        if section.get("objective") is None and (not part or section.get("name") == "rollouts"):
+            check_objective(
+                made_objective,
+                name=name,
+                what=objective["name"],
+                where=f"{name}.source" + f".of.{part}" * bool(part),
+                source=section,
+                updates_per_batch=updates_per_batch,
+                parts=parts,
+            )
     if optimizer.get("value_lr") is not None and parts.model.value is None:
         raise ValueError(f"config.{name}.optimizer.value_lr is for a value head; set model.value_head=True, or leave it None")
+    if made_objective.critic is not None and source.get("name") == "mix":
+        raise ValueError(
+            f"config.{name}: objective {objective['name']!r} makes advantages of values over the whole batch; allowed with the "
+            "source rollouts alone, or an objective without a critic in a mix, such as grpo"
+        )
+    if offload_reference and not made_objective.needs_reference:
+        raise ValueError(
+            f"config.{name}.offload_reference got True, but the objective has no reference policy; allowed: False, or set "
+            f"{name}.objective.kl_coefficient above 0"
+        )
     arguments = {"parts": parts, "objective": made_objective, "microbatches": microbatches, "steps": steps}
     made_source = call_with_section(make_source, {"name": None} | source, f"config.{name}.source", **arguments)
     if made_source.rows % (parts.devices * microbatches):
@@ -99,7 +114,7 @@ def without_ignored(section: dict, where: str, say: Callable[[str], None]) -> di
 
 def make_source(
     *,
-    name: str,  # corpus, demonstrations, rollouts, or module:maker of your own
+    name: str,  # corpus, demonstrations, rollouts, kept_rollouts, mix, or module:maker of your own
     parts: Parts,
     objective,
     microbatches: int,
@@ -108,6 +123,7 @@ def make_source(
 ) -> sources.Source:
     """Make the named source."""
     arguments = {"parts": parts, "objective": objective, "microbatches": microbatches, "steps": steps}
+    arguments |= {"keep": None} if name == "rollouts" else {}  # so it is no field of its section
     made = call_with_section(find("source", name, SOURCES), section, f"source {name!r}", **arguments)
     if not isinstance(made, sources.Source):
         raise ValueError(f"source {name!r} made a {type(made).__name__}; allowed: a sources.Source")
@@ -167,6 +183,7 @@ def rollouts(
     objective,
     microbatches: int,
     steps: int,
+    keep: sources.Keep | None = None,
     task: dict,  # tasks to attempt
     problems: int,  # problems per batch
     group: int,  # attempts per problem
@@ -175,6 +192,9 @@ def rollouts(
     reward: str = "verdict",  # verdict; majority: the most frequent answer is right; random or format: controls
     credit: str = "rollout",  # rollout, or attempt: each attempt of environment retry is paid for its own reward
     dynamic_sampling: int = 1,  # draw up to this many times `problems`, until enough have mixed rewards
+    replay: int = 0,  # problems per batch that come from earlier batches, with mixed rewards
+    replay_age: int = 4,  # batches; older ones are not replayed
+    curriculum: dict | None = None,  # which tasks to pass over when the stream comes to them again; None: none
     lag: int = 0,  # updates between the params that sample and those that learn
     pack: bool = True,  # put several short attempts in a row
     rollouts_per_prompt: int
@@ -201,11 +221,7 @@ def rollouts(
             f"source.temperature got {temperature}; allowed: finite, above 0 (greedy attempts are all alike), at least "
             f"{LOWEST_TEMPERATURE:g}"
         )
-    completer = parts.completer
-    if max_tokens is not None:
-        if not 1 <= max_tokens <= completer.max_tokens:
-            raise ValueError(f"source.max_tokens got {max_tokens}; allowed: 1 to sampler.max_tokens={completer.max_tokens}")
-        completer = completer._replace(max_tokens=max_tokens)
+    completer = parts.completer if max_tokens is None else with_limit(parts.completer, max_tokens)
     longest_prompt = completer.sampler.length - parts.completer.max_tokens
     share = choose_rollouts_per_prompt(
         rollouts_per_prompt,
@@ -234,6 +250,10 @@ def rollouts(
         reward=reward,
         dynamic_sampling=dynamic_sampling,
         credit=credit,
+        replay=replay,
+        replay_age=replay_age,
+        keep=keep,
+        curriculum=None if curriculum is None else curriculum_of(curriculum, len(prompted)),
         pack=pack,
         microbatches=microbatches,
         rollouts_per_prompt=share,
@@ -241,6 +261,63 @@ def rollouts(
         background=not set(parts.meshes.sample.devices.flat) & set(parts.meshes.learn.devices.flat),
         steps=steps,
     )
+
+
+def with_limit(completer: Completer, max_tokens: int) -> Completer:
+    if not 1 <= max_tokens <= completer.max_tokens:
+        raise ValueError(f"source.max_tokens got {max_tokens}; allowed: 1 to sampler.max_tokens={completer.max_tokens}")
+    return completer._replace(max_tokens=max_tokens)
+
+
+def kept_rollouts(
+    *,
+    parts: Parts,
+    objective,
+    microbatches: int,
+    steps: int,
+    correct: bool = True,  # keep right attempts only
+    per_problem: int | None = None,  # attempts to keep per problem, at most; None: all
+    distinct: bool = True,  # of equal texts keep only the first
+    **section,
+) -> sources.Source:
+    """Sample attempts as `rollouts` does, and learn from the right ones as
+    demonstrations: rejection sampling.
+
+    It is the inner loop of STaR (Zelikman et al. 2022, arXiv 2203.14465) without its
+    rationalisation, and always with the newest params; STaR begins each round from the
+    first ones. Distinct attempts are those of RFT (Yuan et al. 2023, arXiv 2308.01825),
+    which tells them apart by their equations, here by their texts. A batch may have
+    fewer rows than attempts, or none: then nothing is learned from it.
+    """
+    where = "source 'kept_rollouts'"
+    if objective.needs_group or objective.on_policy:
+        raise ValueError(f"{where} gives demonstrations, which an objective must imitate; allowed: sft, lm, expert_iteration")
+    for field in ("replay", "dynamic_sampling", "rollouts_per_prompt"):
+        if field in section:
+            raise ValueError(f"{where} has no field {field!r}; allowed: with the source rollouts")
+    keywords = {"parts": parts, "objective": objective, "microbatches": microbatches, "steps": steps}
+    keep = sources.Keep(correct, per_problem, distinct)
+    return call_with_section(rollouts, section, where, **keywords, keep=keep, rollouts_per_prompt=1)
+
+
+def curriculum_of(section: dict, epoch: int) -> sources.SuccessRate:
+    return call_with_section(sources.make_curriculum, {"name": None} | section, "source.curriculum", epoch=epoch)
+
+
+def mix(
+    *,
+    parts: Parts,
+    objective,
+    microbatches: int,
+    steps: int,
+    of: dict,  # parts by name: each a source, with an objective if it is not that of the phase but imitates
+    weights: dict | None = None,  # factor of each part's loss, by name; 1 where it is left out
+) -> sources.Source:
+    """Join the batches of several sources, each with a weight: the loss is the weighted
+    sum of theirs.
+    """
+    keywords = {"parts": parts, "objective": objective, "microbatches": microbatches, "steps": steps}
+    return make_mix(make_source, **keywords, of=of, weights=weights)
 
 
 MOST_ATTEMPTS = 2**20  # attempts per problem, at most
@@ -270,4 +347,4 @@ def choose_rollouts_per_prompt(
     return asked
 
 
-SOURCES = {"corpus": corpus, "demonstrations": demonstrations, "rollouts": rollouts}
+SOURCES = {"corpus": corpus, "demonstrations": demonstrations, "rollouts": rollouts, "kept_rollouts": kept_rollouts, "mix": mix}

@@ -20,7 +20,7 @@ from jaxreason.build.layout import from_earlier, settle
 from jaxreason.build.model import check_size, init_params, read_model_and_text, reword, start_from
 from jaxreason.build.phases import make_phase
 from jaxreason.build.sampler import decoding_of, make_completer, warm_up
-from jaxreason.build.tasks import Parts, load_tasks, trained_sections
+from jaxreason.build.tasks import Parts, load_tasks, trained_sections, trained_tasks
 from jaxreason.draw import ALL
 from jaxreason.model import attention, transformer
 from jaxreason.model import config as model_config
@@ -84,7 +84,7 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
         loaded=list(trained_before(config.get("init_from"), say)),
         environments=[],
         environment=config.get("environment"),
-        trained={name: task for name in phase_names if isinstance(task := config[name]["source"].get("task"), dict)},
+        trained=trained_tasks(config),
     )
     phases = [call_with_section(make_phase, config[name], f"config.{name}", name=name, parts=parts) for name in phase_names]
     evaluate, filter = call_with_section(make_evaluate, config["evaluate"], "config.evaluate", parts=parts)

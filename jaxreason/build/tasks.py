@@ -93,10 +93,29 @@ def load_held_out(section: dict, parts: Parts, what: str, allow_overlap: bool, *
     return items
 
 
+def trained_tasks(config: dict) -> dict[str, dict]:
+    """Return the task sections of all phases that are run, by the phase's name or, in a
+    mix, PHASE.PART.
+    """
+    found = {}
+    for phase in config["phases"]:
+        for part, source in parts_of(config[phase]["source"]).items():
+            if isinstance(task := source.get("task"), dict):
+                found[f"{phase}.{part}" if part else phase] = task
+    return found
+
+
+def parts_of(source: dict) -> dict[str, dict]:
+    """Return the parts of a mix by name; any other source alone, under ""."""
+    of = source.get("of")
+    if source.get("name") != "mix" or not isinstance(of, dict):
+        return {"": source}
+    return {name: part for name, part in of.items() if isinstance(part, dict)}
+
+
 def trained_sections(config: dict) -> list[dict]:
     """Return the task sections of the sources of all phases that are run."""
-    sections = [config[name]["source"].get("task") for name in config["phases"]]
-    return [section for section in sections if isinstance(section, dict)]
+    return list(trained_tasks(config).values())
 
 
 def held_out_sections(suites: dict | None = None, texts: dict | None = None, **_) -> list[dict]:

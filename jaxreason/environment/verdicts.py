@@ -94,6 +94,7 @@ def checked_measures(measures: Any) -> dict[str, float]:
 # Metrics of rollouts and of suites, which a measure of the same name would replace.
 TAKEN = {
     *("reward", "correct", "solved", "informative_groups", "cut", "oversampling"),
+    *("replayed", "replay_age", "passed_over", "filled", "kept"),
     *("accuracy", "answered", "cut_off", "length", "length_p50", "length_p90", "length_p99"),
     *("sampling_share", "majority_share", "calibration_error", *COUNTED),
 }

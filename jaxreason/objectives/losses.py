@@ -10,6 +10,8 @@ largest of them.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -63,6 +65,19 @@ def ratio_statistics(log_ratio_BT, batch) -> dict:
 def nll(outputs, batch):
     """Negative log-likelihood, times the advantage."""
     return -batch.advantage_BT * outputs.logp_BT, {}
+
+
+def nll_where_imitated(token_loss, outputs, batch):
+    """Return the batch, loss and statistics with the tokens of `imitated_BT` trained by
+    `nll` and all others by `token_loss`.
+
+    For `token_loss` it is as if the learner had sampled the imitated tokens: their
+    ratio is 1.
+    """
+    own_BT = jax.lax.stop_gradient(outputs.logp_BT)
+    batch = dataclasses.replace(batch, behaviour_logp_BT=jnp.where(batch.imitated_BT, own_BT, batch.behaviour_logp_BT))
+    loss_BT, statistics = token_loss(outputs, batch)
+    return batch, jnp.where(batch.imitated_BT, nll(outputs, batch)[0], loss_BT), statistics
 
 
 def reinforce(outputs, batch):

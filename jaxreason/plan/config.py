@@ -66,12 +66,19 @@ def read(config: dict, topology: str, phase: str | None) -> Work:
     return work
 
 
+SIZED = ("corpus", "demonstrations", "rollouts")
+
+
 def read_source(*, name: str, sampler: dict, shape, multiple: int, **section) -> dict:
     """Read the sizes of a source: rows per batch, longest row, and the problems, group
     size and new tokens that it samples.
     """
     if name not in build.SOURCES:
         raise ValueError(unknown_name_message("source", name, build.SOURCES))
+    if name not in SIZED:
+        raise ValueError(
+            f"the source {name!r} can't be planned; allowed: {', '.join(SIZED)}; plan a config with its largest part"
+        )
     allowed = inspect.signature(build.SOURCES[name]).parameters
     for key in section:
         if key not in allowed:

@@ -14,7 +14,7 @@ from jaxreason.build.environments import Made, make_environment
 from jaxreason.build.evaluation import attempted
 from jaxreason.build.layout import settle
 from jaxreason.build.model import read_model_and_text, reword
-from jaxreason.build.tasks import Parts, load_tasks
+from jaxreason.build.tasks import Parts, load_tasks, parts_of
 from jaxreason.environment import Environment, Playing, Step, Turn, end_of_turn
 from jaxreason.options import unknown_name_message
 from jaxreason.runtime.terminal import visible
@@ -64,8 +64,10 @@ def open_game(config: dict, suite: str | None) -> Game:
 
 def of_source(config: dict, parts: Parts) -> tuple[Sequence[Task], Made]:
     for phase in config["phases"]:
-        source = config[phase]["source"]
-        if source.get("name") == "rollouts":
+        sampling = [
+            part for part in parts_of(config[phase]["source"]).values() if part.get("name") in ("rollouts", "kept_rollouts")
+        ]
+        for source in sampling:
             tasks = load_tasks(source["task"], seed=parts.seed)
             return tasks, make_environment(parts.environment, parts.verifier, tasks, parts)
     raise ValueError(f"no phase of the config samples rollouts; give --suite, one of: {', '.join(config['evaluate']['suites'])}")

@@ -41,7 +41,7 @@ class Traits(NamedTuple):
     """Facts about a phase that the warnings depend on."""
 
     needs_group: bool = True  # attempts at a problem are compared, so equal rewards are a loss
-    stale: bool = False  # some updates are from attempts of older params: `lag`, or several updates per batch
+    stale: bool = False  # some updates are from attempts of older params: `lag`, `replay`, or several updates per batch
     trained: Sequence[str] = ()  # suites whose tasks are like those of the source
 
 

@@ -276,7 +276,7 @@ class Journal:
         """
         traits = Traits(trained=trained)
         if self.phase is not None:
-            stale = self.phase.source.lag > 0 or self.phase.updates_per_batch > 1
+            stale = self.phase.source.lag + self.phase.source.replay > 0 or self.phase.updates_per_batch > 1
             traits = traits._replace(needs_group=self.phase.objective.needs_group, stale=stale)
         for warning in self.alarms.hear(step, phase, values, traits):
             self.progress.warnings.append(warning._asdict())

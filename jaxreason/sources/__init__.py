@@ -9,28 +9,45 @@ the processes divide expensive work among them.
     corpus           windows of a token stream          pretraining
     demonstrations   worked solutions                   imitation
     rollouts         its own verified attempts          reinforcement learning
+    kept_rollouts    its own right attempts             rejection sampling, STaR
+    mix              batches of several sources, by weight
 
     interface   `Source` and `NextBatch`
     streams     corpus, demonstrations
     attempts    rollouts, and sampling ahead of the learner
+    mixing      mix
     sampling    the groups of a batch, by all processes together
+    replay      groups of earlier batches
+    curriculum  tasks to pass over
+    keeping     attempts that become demonstrations
     rewards     what is paid for an attempt
     saved       groups as JSON, for checkpoints
 """
 
 from jaxreason.sources.attempts import latency, measure, rollouts
+from jaxreason.sources.curriculum import CURRICULA, SuccessRate, make_curriculum
 from jaxreason.sources.interface import NextBatch, Source
+from jaxreason.sources.keeping import Keep, choose, kept_attempts
+from jaxreason.sources.mixing import Part, mix
 from jaxreason.sources.rewards import REWARDS, paid, shuffle_rewards
 from jaxreason.sources.streams import corpus, demonstrations
 
 __all__ = [
+    "CURRICULA",
     "REWARDS",
+    "Keep",
     "NextBatch",
+    "Part",
     "Source",
+    "SuccessRate",
+    "choose",
     "corpus",
     "demonstrations",
+    "kept_attempts",
     "latency",
+    "make_curriculum",
     "measure",
+    "mix",
     "paid",
     "rollouts",
     "shuffle_rewards",

@@ -26,3 +26,5 @@ class Source(NamedTuple):
     samples: bool = False  # whether it samples from the params that it is given
     save: Callable[[dict], dict] = dict
     lag: int = 0  # updates between the params that sample and those that learn
+    replay: int = 0  # problems per batch that come from earlier batches, at most
+    lengths: Sequence[int] = ()  # lengths that rows can have; empty: unknown

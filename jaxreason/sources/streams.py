@@ -19,13 +19,14 @@ def corpus(batches: Sequence, objective: Objective, *, rows: int) -> Source:
 
     `batches[i]`, for any i, is an int array of shape [rows, T].
     """
+    lengths = (np.shape(batches[0])[1],)
 
     def next(state, params, key):
         tokens_BT = np.asarray(batches[state["position"]], np.int32)
         metrics = {"train/tokens": (float(tokens_BT.size), 1.0)}
         return {"position": state["position"] + 1}, NextBatch(batching.from_windows(tokens_BT, objective), metrics)
 
-    return Source(lambda: {"position": 0}, next, rows)
+    return Source(lambda: {"position": 0}, next, rows, lengths=lengths)
 
 
 def demonstrations(
@@ -57,4 +58,4 @@ def demonstrations(
         }
         return {"position": start + rows}, NextBatch(batch, metrics)
 
-    return Source(lambda: {"position": 0}, next, rows)
+    return Source(lambda: {"position": 0}, next, rows, lengths=buckets)

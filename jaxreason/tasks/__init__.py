@@ -13,7 +13,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxreason.options import call_with_section, find
-from jaxreason.tasks import corpus, gsm8k, hub, jsonl, openenv, procedural, programs, reasoning_gym, splits, taskset, twins
+from jaxreason.tasks import (
+    corpus,
+    generated,
+    gsm8k,
+    hub,
+    jsonl,
+    openenv,
+    procedural,
+    programs,
+    reasoning_gym,
+    splits,
+    taskset,
+    twins,
+)
 from jaxreason.types import Task
 
 TASKS = {
@@ -26,6 +39,7 @@ TASKS = {
     "twins": twins.twins,
     "gsm8k": gsm8k.gsm8k,
     "jsonl": jsonl.jsonl,
+    "generated": generated.generated,
     "hub": hub.hub,
     "svamp": hub.svamp,
     "asdiv": hub.asdiv,

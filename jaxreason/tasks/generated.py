@@ -1,0 +1,39 @@
+"""Tasks with worked solutions that a model wrote: a folder of `jaxreason.generate`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxreason.tasks.jsonl import read_rows
+from jaxreason.types import Task
+
+
+def generated(
+    path: str,  # the folder of a data set of jaxreason.generate
+    limit: int | None = None,  # maximum number of tasks
+) -> Sequence[Task]:
+    """Load the right attempts that `python -m jaxreason.generate` wrote, each a worked
+    solution as the model wrote it, white space included.
+
+    Raises:
+      FileNotFoundError: no such data set.
+      ValueError: a damaged line, or no tasks.
+    """
+    file = Path(os.path.expanduser(path)) / "tasks.jsonl"
+    if not file.is_file():
+        raise FileNotFoundError(f"task 'generated': no file {str(file)!r}; make it with python -m jaxreason.generate --out=...")
+    tasks = []
+    for number, row in read_rows(file):
+        if limit is not None and len(tasks) >= limit:
+            break
+        for name in ("question", "answer", "solution"):
+            if not isinstance(row.get(name), str):
+                raise ValueError(f"{file}:{number}: field {name!r} got {row.get(name)!r}; allowed: text; make the data set anew")
+        data = {name: tuple(value) if isinstance(value, list) else value for name, value in row.get("data", {}).items()}
+        data |= {"forced": tuple(map(tuple, row["forced"]))} if row.get("forced") else {}
+        tasks.append(Task(row["question"], row["answer"], row["solution"], f"{row.get('task')}/{number}", data))
+    if not tasks:
+        raise ValueError(f"{file} has no tasks: no attempt was kept; look at {file.with_name('about.json')}")
+    return tasks
