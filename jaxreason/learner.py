@@ -19,7 +19,16 @@ from jax.sharding import PartitionSpec as P
 
 from jaxreason import sharding
 from jaxreason.batching import split_rows, used_parts
-from jaxreason.logp import Limits, compile_token_logp, compile_token_values, logits_limits, token_outputs
+from jaxreason.logp import (
+    Limits,
+    Reference,
+    compile_hidden,
+    compile_token_logp,
+    compile_token_values,
+    head_of,
+    logits_limits,
+    token_outputs,
+)
 from jaxreason.model import Model
 from jaxreason.objectives import Objective
 from jaxreason.objectives.critic import with_values
@@ -32,13 +41,30 @@ MISMATCH = "rollout/kl_sampler_learner"
 MISMATCH_BY_DEPTH = f"{MISMATCH}/"
 
 
-def loss(params, batch: Batch, *, model: Model, objective: Objective, limits: Limits | None = None):
+def loss(
+    params,
+    batch: Batch,
+    head=None,
+    *,
+    model: Model,
+    objective: Objective,
+    limits: Limits | None = None,
+    teacher: Model | None = None,
+):
     """Return `sum(weight_BT * loss_BT)` and metrics over the tokens with a weight.
+
+    `teacher` is the reference policy's model if it is another one, and `head` its
+    unembedding, for an objective with a divergence. Without a head the reference has
+    that of the params.
 
     Metrics are (sum, count) pairs; of a name that ends in `WORST`, the largest value
     and 1.
     """
-    outputs = token_outputs(model, params, batch, limits)
+    reference = None
+    if objective.divergence is not None:
+        head = jax.lax.stop_gradient(head_of(model, params)) if head is None else head
+        reference = Reference(objective.divergence, (teacher or model).unembed, head)
+    outputs = token_outputs(model, params, batch, limits, reference)
     loss_BT, stats = objective.token_loss(outputs, batch)
     trained_BT = batch.weight_BT != 0
     count = jnp.sum(trained_BT, dtype=jnp.float32)
@@ -78,14 +104,18 @@ def by_depth(name: str, x_BT, counted_BT, position_BT) -> dict:
 def train_step(
     state: TrainState,
     batch: Batch,
+    head=None,
     *,
     model: Model,
     objective: Objective,
     optimizer: optax.GradientTransformation,
     microbatches: int = 1,
     limits: Limits | None = None,
+    teacher: Model | None = None,
 ) -> tuple[TrainState, dict]:
     """Make one update from one batch, in `microbatches` equal parts of its rows.
+
+    `head` and `teacher` are those of `loss`.
 
     Metrics are (sum, count) pairs. Micro-batches after the last one with a weight are
     skipped at no cost; packing leaves such parts empty. If the loss or the gradient is
@@ -97,7 +127,7 @@ def train_step(
     trained, frozen = split_frozen(state.params)
 
     def trained_loss(trained, rows):
-        return loss(trained | frozen, rows, model=model, objective=objective, limits=limits)
+        return loss(trained | frozen, rows, head, model=model, objective=objective, limits=limits, teacher=teacher)
 
     gradient = jax.value_and_grad(trained_loss, has_aux=True)
 
@@ -173,10 +203,11 @@ def split_frozen(params) -> tuple[dict, dict]:
     return {k: v for k, v in params.items() if k != "frozen"}, {k: v for k, v in params.items() if k == "frozen"}
 
 
-def compile_train_step(model, objective, optimizer, *, microbatches: int = 1, state_shardings=None):
-    """Return the jitted `step(state, batch) -> (state, metrics)`.
+def compile_train_step(model, objective, optimizer, *, microbatches: int = 1, state_shardings=None, teacher=None):
+    """Return the jitted `step(state, batch, head=None) -> (state, metrics)`.
 
-    The state is donated and returned in the same shardings.
+    The state is donated and returned in the same shardings. `head` is given if the
+    objective has a divergence, unless the reference is the state's own params.
     """
     step = functools.partial(
         train_step,
@@ -184,6 +215,7 @@ def compile_train_step(model, objective, optimizer, *, microbatches: int = 1, st
         objective=objective,
         optimizer=optimizer,
         microbatches=microbatches,
+        teacher=teacher,
         limits=logits_limits(None if state_shardings is None else jax.tree.leaves(state_shardings)[0].mesh),
     )
     if state_shardings is None:
@@ -194,19 +226,26 @@ def compile_train_step(model, objective, optimizer, *, microbatches: int = 1, st
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, everywhere), compiler_options=options)
 
 
-def compile_completion(model, objective, *, microbatches: int = 1, mesh=None):
+def compile_completion(model, objective, *, microbatches: int = 1, mesh=None, teacher=None):
     """Return `complete(batch, params, reference)`, which adds to a batch what the
-    objective needs beside the rollouts: log-probs of the reference params, and
-    advantages by the values of the current ones.
+    objective needs beside the rollouts: log-probs or hidden states by the reference
+    params, which are those of the model `teacher` if there is one, and advantages by
+    the values of the current params.
     """
-    reference_logp = compile_token_logp(model, microbatches, mesh)
+    reference_logp = compile_token_logp(teacher or model, microbatches, mesh)
+    reference_hidden = compile_hidden(teacher or model, microbatches, mesh)
     if objective.critic is not None:
         values = compile_token_values(model, microbatches, mesh)
         by_values = jax.jit(functools.partial(with_values, objective.critic))
 
     def complete(batch: Batch, params, reference=None) -> Batch:
         if reference is not None:
-            batch = dataclasses.replace(batch, reference_logp_BT=reference_logp(reference, batch))
+            needed = {}
+            if objective.needs_reference:
+                needed["reference_logp_BT"] = reference_logp(reference, batch)
+            if objective.divergence is not None:
+                needed["reference_hidden_BTD"] = reference_hidden(reference, batch)
+            batch = dataclasses.replace(batch, **needed)
         if objective.critic is not None:
             batch = dataclasses.replace(batch, **by_values(values(params, batch), batch))
         return batch

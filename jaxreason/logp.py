@@ -1,4 +1,5 @@
-"""Log-probs and entropies of the tokens of a batch, without keeping all logits.
+"""Log-probs and entropies of the tokens of a batch, and divergences from a reference,
+without keeping all logits.
 
 Logits are made in chunks and, when there are many, recomputed in the backward pass.
 """
@@ -6,13 +7,15 @@ Logits are made in chunks and, when there are many, recomputed in the backward p
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxreason import sharding
 from jaxreason.batching import split_rows, used_parts
+from jaxreason.divergence import Divergence, measure
 from jaxreason.model import Model
 from jaxreason.platforms import platform_of
 from jaxreason.types import Batch, Outputs
@@ -31,17 +34,39 @@ def logits_limits(mesh=None) -> Limits:
     return Limits(platform.logits_at_once * devices, platform.logits_kept * devices)
 
 
-def token_outputs(model: Model, params, batch: Batch, limits: Limits | None = None) -> Outputs:
+class Reference(NamedTuple):
+    """The distributions that a divergence is measured from."""
+
+    divergence: Divergence
+    unembed: Callable  # (head, hidden) -> logits
+    head: Any  # params that `unembed` reads
+
+
+def token_outputs(
+    model: Model, params, batch: Batch, limits: Limits | None = None, reference: Reference | None = None
+) -> Outputs:
     """Score every token of a batch that has a weight, given the tokens before it.
 
     Each log-prob is at the temperature at which the token was sampled. Logits are made
     for a few positions at a time and recomputed in the backward pass if there are more
     than may be kept, so a large `[B, T, V]` array never exists. Scored tokens are moved
-    to the front of each row, so that chunks without any are skipped.
+    to the front of each row, so that chunks without any are skipped. With a reference
+    the divergence from it is measured as well, from the batch's `reference_hidden_BTD`
+    and at the same temperature; it has no gradient by the reference.
+    """
+    hidden_BTD, _ = model.apply(params, batch.tokens_BT, batch.position_BT, batch.segment_BT)
+    unembed = functools.partial(model.unembed, params)
+    logp_BT, entropy_BT, *divergence = score_hidden(unembed, model.config.vocab_size, hidden_BTD, batch, limits, reference)
+    value = None if model.value is None else align(model.value(params, hidden_BTD))
+    return Outputs(align(logp_BT), align(entropy_BT), value, *map(align, divergence))
+
+
+def score_hidden(unembed, V: int, hidden_BTD, batch: Batch, limits: Limits | None = None, reference: Reference | None = None):
+    """Return log-probs, entropies and divergences, if there is a reference, of what
+    each position predicts.
     """
     limits = limits or logits_limits()
     B, T = batch.tokens_BT.shape
-    hidden_BTD, _ = model.apply(params, batch.tokens_BT, batch.position_BT, batch.segment_BT)
     # Token t is predicted at position t - 1; position T - 1 predicts nothing and is
     # rolled to the front.
     wanted_BT, target_BT, temperature_BT = (
@@ -49,19 +74,27 @@ def token_outputs(model: Model, params, batch: Batch, limits: Limits | None = No
     )
     wanted_BT = wanted_BT.at[:, -1].set(False)
 
-    logits = B * T * model.config.vocab_size
+    logits = B * T * V * (1 if reference is None else 2)
     # At least two chunks: if half of a batch is prompts, one of them is skipped.
     cut, uncut = chunks(wanted_BT, max(2, -(-logits // limits.at_once)))
     arrays = map(cut, (wanted_BT, hidden_BTD, target_BT, temperature_BT))
-    found = logp_and_entropy(functools.partial(model.unembed, params), logits <= limits.kept, *arrays)
-    logp_BT, entropy_BT = (jnp.where(wanted_BT, uncut(x), 0.0) for x in found)
-
-    value = None if model.value is None else align(model.value(params, hidden_BTD))
-    return Outputs(align(logp_BT), align(entropy_BT), value)
+    other = None if reference is None else cut(jnp.roll(batch.reference_hidden_BTD, -1, axis=1))
+    found = logp_and_entropy(unembed, logits <= limits.kept, *arrays, reference, other)
+    return [jnp.where(wanted_BT, uncut(x), 0.0) for x in found]
 
 
-def logp_and_entropy(unembed, keep: bool, wanted_CBT, hidden_CBTD, target_CBT, temperature_CBT):
-    """Return log-probs of targets and entropies over the vocabulary, chunk by chunk.
+def logp_and_entropy(
+    unembed,
+    keep: bool,
+    wanted_CBT,
+    hidden_CBTD,
+    target_CBT,
+    temperature_CBT,
+    reference: Reference | None = None,
+    reference_hidden_CBTD=None,
+):
+    """Return log-probs of targets and entropies over the vocabulary, chunk by chunk,
+    and divergences from a reference if there is one.
 
     Chunks without a wanted token return 0. The gradient is written by hand: the
     gradient of a scan would keep one copy of the weight gradient per chunk, zeros for
@@ -70,34 +103,52 @@ def logp_and_entropy(unembed, keep: bool, wanted_CBT, hidden_CBTD, target_CBT, t
     """
     flat = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), (wanted_CBT, hidden_CBTD, target_CBT, temperature_CBT))
     unembed, weights = jax.closure_convert(unembed, flat[1][0])
-    return [x.reshape(wanted_CBT.shape) for x in scored(unembed, keep, weights, *flat)]
+    how, referred = Scoring(unembed, keep), None
+    if reference is not None:
+        C, *_, E = reference_hidden_CBTD.shape
+        how = how._replace(divergence=reference.divergence, refer=reference.unembed)
+        referred = (reference.head, reference_hidden_CBTD.reshape(C, -1, E))
+    return [x.reshape(wanted_CBT.shape) for x in scored(how, weights, *flat, referred)]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def scored(unembed, keep: bool, *inputs):
-    """Return log-probs and entropies [C, R].
+class Scoring(NamedTuple):
+    """The static arguments of `scored`."""
 
-    The inputs are weights, wanted_CR, hidden_CRD, target_CR and temperature_CR.
+    unembed: Callable  # (hidden, *weights) -> logits
+    keep: bool  # keep the logits for the backward pass
+    divergence: Divergence | None = None
+    refer: Callable | None = None  # (head, hidden) -> logits of the reference
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scored(how: Scoring, *inputs):
+    """Return log-probs and entropies [C, R], and divergences if they are asked for.
+
+    The inputs are weights, wanted_CR, hidden_CRD, target_CR, temperature_CR and either
+    None or (head, hidden states) of the reference.
     """
-    return score_chunks(unembed, False, *inputs)[0]
+    return score_chunks(how._replace(keep=False), *inputs)[0]
 
 
-def scored_forward(unembed, keep: bool, *inputs):
-    found, kept = score_chunks(unembed, keep, *inputs)
+def scored_forward(how: Scoring, *inputs):
+    found, kept = score_chunks(how, *inputs)
     return found, (inputs, kept)
 
 
-def scored_backward(unembed, keep: bool, kept, gradients):
-    (weights, wanted_CR, hidden_CRD, target_CR, temperature_CR), (entropy_CR, (log_total_CR, *logits)) = kept
-    by_logp_CR, by_entropy_CR = gradients
+def scored_backward(how: Scoring, kept, gradients):
+    (weights, wanted_CR, hidden_CRD, target_CR, temperature_CR, referred), (entropy_CR, (log_total_CR, *logits)) = kept
+    by_logp_CR, by_entropy_CR, *by_divergence = gradients
 
     def gradient(i):
-        again_RV, back = jax.vjp(lambda weights, hidden_RD: unembed(hidden_RD, *weights), weights, hidden_CRD[i])
-        all_logp_RV = (logits[0][i] if keep else again_RV / temperature_CR[i, :, None]) - log_total_CR[i, :, None]
+        again_RV, back = jax.vjp(lambda weights, hidden_RD: how.unembed(hidden_RD, *weights), weights, hidden_CRD[i])
+        all_logp_RV = (logits[0][i] if how.keep else again_RV / temperature_CR[i, :, None]) - log_total_CR[i, :, None]
         p_RV = jnp.exp(all_logp_RV)
         chosen_RV = jnp.arange(p_RV.shape[-1]) == target_CR[i, :, None]
         by_logits_RV = by_logp_CR[i, :, None] * (chosen_RV - p_RV)
         by_logits_RV -= by_entropy_CR[i, :, None] * p_RV * (all_logp_RV + entropy_CR[i, :, None])
+        if referred is not None:
+            logq_RV = logits[1][i] if how.keep else reference_logp(how, referred, temperature_CR, i)
+            by_logits_RV += by_divergence[0][i, :, None] * measure(how.divergence, all_logp_RV, logq_RV)[1]
         return back(by_logits_RV / temperature_CR[i, :, None])
 
     def add(i, state):
@@ -110,22 +161,30 @@ def scored_backward(unembed, keep: bool, kept, gradients):
     by_weights, by_hidden_RD = gradient(0)
     state = by_weights, jnp.zeros_like(hidden_CRD).at[0].set(by_hidden_RD)
     by_weights, by_hidden_CRD = each_chunk(1, wanted_CR, add, state)
-    return by_weights, None, by_hidden_CRD, None, None
+    return by_weights, None, by_hidden_CRD, None, None, None
 
 
 scored.defvjp(scored_forward, scored_backward)
 
 
-def score_chunks(unembed, keep: bool, weights, wanted_CR, hidden_CRD, target_CR, temperature_CR):
-    """Return log-probs and entropies, and the values that the backward pass needs.
+def reference_logp(how: Scoring, referred, temperature_CR, i):
+    """Return the log-probs of all tokens under the reference, of chunk i."""
+    head, hidden_CRE = referred
+    return jax.nn.log_softmax(how.refer(head, hidden_CRE[i]) / temperature_CR[i, :, None])
 
-    These include the logits if `keep`.
+
+def score_chunks(how: Scoring, weights, wanted_CR, hidden_CRD, target_CR, temperature_CR, referred):
+    """Return log-probs, entropies and divergences, and the values that the backward
+    pass needs.
+
+    These include the logits if they are kept.
     """
     C, R = wanted_CR.shape
-    V = jax.eval_shape(unembed, hidden_CRD[0], *weights).shape[-1]
+    V = jax.eval_shape(how.unembed, hidden_CRD[0], *weights).shape[-1]
+    measures = how.divergence is not None
 
     def score(i, state):
-        logits_RV = unembed(hidden_CRD[i], *weights) / temperature_CR[i, :, None]
+        logits_RV = how.unembed(hidden_CRD[i], *weights) / temperature_CR[i, :, None]
         # Summing over the vocabulary without making all its log-probs takes about half
         # the time.
         most_R1 = jnp.max(logits_RV, axis=-1, keepdims=True)
@@ -134,13 +193,17 @@ def score_chunks(unembed, keep: bool, weights, wanted_CR, hidden_CRD, target_CR,
         log_total_R = jnp.log(total_R) + most_R1[:, 0]
         logp_R = jnp.take_along_axis(logits_RV, target_CR[i, :, None], axis=-1)[:, 0] - log_total_R
         entropy_R = log_total_R - jnp.sum(odds_RV * logits_RV, axis=-1) / total_R
-        found = (logp_R, entropy_R, log_total_R, logits_RV)
-        return jax.tree.map(lambda all, x: all.at[i].set(x), state, found[: len(state)])
+        found, kept = (logp_R, entropy_R), (log_total_R, logits_RV)
+        if measures:
+            logq_RV = reference_logp(how, referred, temperature_CR, i)
+            found += (measure(how.divergence, logits_RV - log_total_R[:, None], logq_RV)[0],)
+            kept += (logq_RV,)
+        return jax.tree.map(lambda all, x: all.at[i].set(x), state, (*found, *kept)[: len(state)])
 
-    zeros = jnp.zeros((C, R), jnp.float32)
-    kept = [jnp.zeros((C, R, V), jnp.float32)] if keep else []
-    logp_CR, entropy_CR, *rest = each_chunk(0, wanted_CR, score, (zeros, zeros, zeros, *kept))
-    return (logp_CR, entropy_CR), (entropy_CR, rest)
+    zeros, numbers = jnp.zeros((C, R), jnp.float32), 2 + measures
+    kept = [jnp.zeros((C, R, V), jnp.float32)] * (1 + measures) if how.keep else []
+    found = each_chunk(0, wanted_CR, score, (*[zeros] * (numbers + 1), *kept))
+    return found[:numbers], (found[1], found[numbers:])
 
 
 def each_chunk(first: int, wanted_CR, function, state):
@@ -193,6 +256,23 @@ def compile_token_logp(model, microbatches: int = 1, mesh=None):
     return compile_scores(lambda params, batch: token_outputs(model, params, batch, limits).logp_BT, microbatches, mesh)
 
 
+def compile_hidden(model, microbatches: int = 1, mesh=None):
+    """Return the jitted `hidden(params, batch) -> hidden_BTD`: the hidden states that
+    predict each token, 0 in column 0, from which a head makes the distributions.
+    """
+
+    def hidden(params, batch):
+        return align(model.apply(params, batch.tokens_BT, batch.position_BT, batch.segment_BT)[0])
+
+    return compile_scores(hidden, microbatches, mesh)
+
+
+def head_of(model: Model, params):
+    """Return the params that make logits of hidden states."""
+    base, name = params.get("frozen", params), "embed" if model.config.tied_embeddings else "unembed"
+    return {name: base[name]}
+
+
 def compile_token_values(model, microbatches: int = 1, mesh=None):
     """Return the jitted `values(params, batch) -> value_BT`: of the text before each
     token, 0 in column 0. It makes no logits.
@@ -211,8 +291,8 @@ def align(x_BT):
 
 
 def compile_scores(scores, microbatches: int, mesh):
-    """Return the jitted `scores(params, batch) -> [B, T]`, computed in micro-batches of
-    which it skips the same ones as `train_step`.
+    """Return the jitted `scores(params, batch) -> [B, T, ...]`, computed in
+    micro-batches of which it skips the same ones as `train_step`.
     """
 
     def whole(params, batch):
@@ -223,7 +303,8 @@ def compile_scores(scores, microbatches: int, mesh):
         def part(i, found_PBT):
             return found_PBT.at[i].set(scores(params, jax.tree.map(lambda x: x[i], parts)))
 
-        found_PBT = jax.lax.fori_loop(0, used_parts(parts), part, jnp.zeros(parts.weight_BT.shape, jnp.float32))
-        return found_PBT.swapaxes(0, 1).reshape(batch.tokens_BT.shape)
+        made = jax.eval_shape(scores, params, jax.tree.map(lambda x: x[0], parts))
+        found_PBT = jax.lax.fori_loop(0, used_parts(parts), part, jnp.zeros((microbatches, *made.shape), made.dtype))
+        return found_PBT.swapaxes(0, 1).reshape(*batch.tokens_BT.shape, *made.shape[2:])
 
     return jax.jit(whole, out_shardings=None if mesh is None else sharding.rows(mesh))

@@ -20,7 +20,7 @@ FLOORS = (
     "runtime.bucket runtime.workdir runtime.mirror runtime.files runtime.terminal runtime.live runtime.trackers runtime.log"
     " runtime.hub runtime.processes runtime.compiling runtime.memory runtime.energy runtime.peak runtime.alarms"
     " runtime.profile sandbox",
-    "platforms chips model text tasks verify tools objectives estimators sharding optimizer data draw metrics cost"
+    "platforms chips model text tasks verify tools divergence objectives estimators sharding optimizer data draw metrics cost"
     " runtime.checkpoint",
     "learner sampler logp environment batching runtime.warm_start runtime.ledger",
     "rollout sources runtime.preemption",

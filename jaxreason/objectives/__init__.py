@@ -27,6 +27,8 @@ wrap any of them.
     dppo               centre_group     per_max_length   within_divergence   2602.04879
     sapo               zscore_group     per_sequence     soft_gate           2511.20347
     ppo                rewards, GAE     per_token        clipped, value      1707.06347
+    distil             ones             per_token        distilled           2306.13649
+    self_distil        ones             per_token        distilled           2601.19897
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxreason.objectives import corrections, penalties
+from jaxreason.divergence import Divergence
+from jaxreason.objectives import corrections, distillation, penalties
 from jaxreason.objectives import critic as critics
 from jaxreason.objectives.advantages import (
     ADVANTAGES,
@@ -73,6 +76,8 @@ class Objective(NamedTuple):
     """Three pure functions and their requirements.
 
     `needs_reference`: the batch must carry log-probs of a reference policy.
+    `divergence`: that from a reference policy over the vocabulary, which the outputs
+    must carry; the batch then has the reference's hidden states.
     `needs_group`: attempts at one problem are compared, so there must be at least two.
     `on_policy`: there is no importance ratio, so the rollouts must be the current
     policy's.
@@ -86,12 +91,29 @@ class Objective(NamedTuple):
     on_policy: bool = False
     learns_cut: bool = True  # whether rollouts that were cut off at their limit are trained on
     critic: Critic | None = None  # makes advantages of single tokens from the rewards and the model's values
+    divergence: Divergence | None = None
+    distils: bool = False  # whether the loss is the distance from the reference, and not of the rewards
+    needs_hint: bool = False  # whether the reference must be shown more than the policy
+    reference: str = "start"  # the reference policy of a phase that names none: "start" or "current"
+
+    @property
+    def refers(self) -> bool:
+        """Whether there is a reference policy."""
+        return self.needs_reference or self.divergence is not None
 
 
 def with_kl(objective: Objective, coefficient: float, estimator: str = "k3_weighted") -> Objective:
     """Add `coefficient` times the KL divergence to the reference policy, per token."""
     if estimator not in KL_ESTIMATORS:
         raise ValueError(unknown_name_message("KL estimator", estimator, KL_ESTIMATORS))
+    if estimator == "exact":
+        if objective.divergence is not None:
+            raise ValueError(
+                "kl_estimator got 'exact', but the objective is itself a divergence from the reference; allowed: "
+                f"{', '.join(penalties.OF_TOKEN)}, or kl_coefficient=0"
+            )
+        token_loss = penalties.add_exact_kl(objective.token_loss, coefficient)
+        return objective._replace(token_loss=token_loss, divergence=Divergence("reverse_kl"))
     token_loss = penalties.add_kl(objective.token_loss, coefficient, estimator)
     return objective._replace(token_loss=token_loss, needs_reference=True)
 
@@ -282,6 +304,46 @@ def expert_iteration():
     return Objective(keep_positive, per_kept_token, nll)
 
 
+def distil(
+    divergence: str = "reverse_kl",  # reverse_kl: KL(policy || reference), forward_kl: KL(reference || policy), or jensen_shannon
+    beta: float = 0.5,  # weight of the reference in a jensen_shannon
+    top_k: int = 0,  # tokens of the reference that count one by one, all others as one; 0: the whole vocabulary
+    over: str = "vocabulary",  # vocabulary: all tokens that could follow; token: the sampled one, a noisier estimate
+):
+    """Distillation of a teacher, the phase's reference policy, on the policy's own
+    attempts (Agarwal et al. 2024, arXiv 2306.13649) or on demonstrations.
+
+    No reward is used, but with `advantage` each attempt's divergence counts times its
+    advantage: with keep_positive, only right attempts are learned from. With
+    over=vocabulary the divergence of each token is exact, but the texts before it are
+    those of the sampling policy, which have no gradient. With over=token the loss is
+    the score-function estimate of reverse_kl, with the advantage log q - log p of the
+    token and discount 0.
+    """
+    how = Divergence(divergence, beta, top_k)
+    distillation.check(how, over)
+    if over == "vocabulary":
+        return Objective(ones, per_token, distillation.distilled, divergence=how, distils=True)
+    return Objective(ones, per_token, distillation.distilled_token, needs_reference=True, on_policy=True, distils=True)
+
+
+def self_distil(
+    divergence: str = "reverse_kl",  # reverse_kl: KL(policy || reference), forward_kl: KL(reference || policy), or jensen_shannon
+    beta: float = 0.5,  # weight of the reference in a jensen_shannon
+    top_k: int = 0,  # tokens of the reference that count one by one, all others as one; 0: the whole vocabulary
+    over: str = "vocabulary",  # vocabulary: all tokens that could follow; token: the sampled one, a noisier estimate
+):
+    """Distillation of the same model, shown a hint that the policy does not see
+    (Shenfeld et al. 2026, arXiv 2601.19897, SDFT; Huebotter et al. 2026, arXiv
+    2601.20802, SDPO). The source's `hint` says which.
+
+    Both papers' teachers are moving averages of the policy; here the reference is
+    "current", the params themselves, or "start".
+    """
+    made = distil(divergence, beta, top_k, over)
+    return made._replace(needs_hint=True, reference="current")
+
+
 OBJECTIVES = {
     "lm": lm,
     "sft": sft,
@@ -299,6 +361,8 @@ OBJECTIVES = {
     "dppo": dppo,
     "sapo": sapo,
     "ppo": ppo,
+    "distil": distil,
+    "self_distil": self_distil,
 }
 
 
@@ -317,8 +381,8 @@ def make(
     correct_low: float = 0.0,  # lower bound of the ratio
     correct_high: float = 2.0,  # upper bound of the ratio
     stale_limit: float | None = None,  # mean log(sampler / learner) above which wrong rollouts are left out; None: never
-    kl_coefficient: float = 0.0,  # weight of the KL divergence to the params at the start of the phase; 0: none
-    kl_estimator: str = "k3_weighted",  # k1, k2, k3_weighted, or k3_reverse as in GRPO, whose gradient is that of KL(q || p)
+    kl_coefficient: float = 0.0,  # weight of the KL divergence to the reference policy (see the phase's `reference`); 0: none
+    kl_estimator: str = "k3_weighted",  # k1, k2, k3_weighted, k3_reverse as in GRPO (gradient of KL(q || p)), or exact
     entropy_coefficient: float = 0.0,  # reward per nat of entropy
     **kwargs,
 ) -> Objective:
