@@ -25,7 +25,6 @@ from jaxreason.logp import (
     compile_hidden,
     compile_token_logp,
     compile_token_values,
-    head_of,
     logits_limits,
     token_outputs,
 )
@@ -62,7 +61,7 @@ def loss(
     """
     reference = None
     if objective.divergence is not None:
-        head = jax.lax.stop_gradient(head_of(model, params)) if head is None else head
+        head = jax.lax.stop_gradient(model.head(params)) if head is None else head
         reference = Reference(objective.divergence, (teacher or model).unembed, head)
     outputs = token_outputs(model, params, batch, limits, reference)
     loss_BT, stats = objective.token_loss(outputs, batch)

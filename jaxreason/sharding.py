@@ -12,6 +12,7 @@ import collections
 import functools
 import math
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -211,6 +212,36 @@ def gather_backward(whole, split, _, gradient):
 
 
 gather.defvjp(gather_forward, gather_backward)
+
+
+# --- inside a shard_map over data and fsdp ---
+
+
+def over_fsdp(tree):
+    """Return the specs of a tree of params by the axis fsdp alone."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: P(*("fsdp" if axis == "fsdp" else None for axis in rule(name_of(path)))), tree
+    )
+
+
+def gather_over_fsdp(tree):
+    """Gather params of which each device has a part."""
+    return where_split(lambda x, axis: jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True), tree)
+
+
+def scatter_over_fsdp(tree):
+    """Sum gradients of whole params over the devices; each keeps its part."""
+    return where_split(lambda x, axis: jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True), tree)
+
+
+def where_split(function: Callable, tree):
+    """Apply function(x, axis) to the leaves of which `axis` is split over fsdp."""
+
+    def leaf(path, x):
+        axes = list(rule(name_of(path)))
+        return function(x, axes.index("fsdp")) if "fsdp" in axes else x
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
 def gathered(tree, mesh: Mesh):

@@ -89,10 +89,12 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
         if in_decode_layout(params) and not config.scan_layers:
             kernel_VD = params["embed"]["embedding"] if config.tied_embeddings else params["unembed"]["kernel"]
             return from_left(hidden, kernel_VD.astype(hidden.dtype), jnp.float32)
-        name = "embed" if config.tied_embeddings else "unembed"
-        used = sharding.gather_weights(params[name], mesh, name)
-        kernel = used["embedding"].T if config.tied_embeddings else used["kernel"]
+        kernel = params["embed"]["embedding"].T if config.tied_embeddings else params["unembed"]["kernel"]
         return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+    def head(params):
+        name = "embed" if config.tied_embeddings else "unembed"
+        return {name: params.get("frozen", params)[name]}
 
     def value(params, hidden):
         return hidden.astype(jnp.float32) @ params["value"]["kernel"].astype(jnp.float32)
@@ -113,12 +115,14 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
         init=functools.partial(init_params, config),
         apply=apply,
         unembed=unembed,
+        head=head,
         value=value if config.value_head else None,
         merge=functools.partial(lora.merge, lora=config.lora),
         by_layer=by_layer,
         cast=functools.partial(cast_used, config),
         init_cache=init_cache,
         decode_layout=functools.partial(decode_layout, config),
+        mesh=mesh,
     )
 
 
