@@ -26,6 +26,9 @@ def define_flags() -> None:
     flags.DEFINE_float("efficiency", 0.5, "Share of the roofline that is supposed to be reached.", 0.01, 1.0)
     flags.DEFINE_string("prices", None, 'JSON file of dollars a chip and hour, as {"v5e": 1.2}.')
     flags.DEFINE_boolean("search", True, "If it does not fit, compile more to say what does.")
+    flags.DEFINE_string(
+        "compare", None, "A file with compiled HLO for the topology: count it as the train step; with --config, of the same work."
+    )
     flags.DEFINE_boolean("json", False, "Print one JSON object and no tables.")
 
 
@@ -35,13 +38,17 @@ def plan() -> bool:
     """
     from jaxreason.plan.arrays import devices_of
     from jaxreason.plan.config import read
-    from jaxreason.plan.report import describe, read_prices, show, verdict
+    from jaxreason.plan.report import compare, describe, read_prices, show, show_compared, verdict
     from jaxreason.plan.search import find_fitting, larger_topology
     from jaxreason.plan.work import flags_for
 
     prices = read_prices(FLAGS.prices)
     if FLAGS.topology is None:
         raise ValueError("no --topology given; for example --topology=v5e:4x8, and --topology=list shows what is known")
+    if FLAGS.config is None:
+        told = compare(FLAGS.compare, FLAGS.topology, None)
+        print(json.dumps(told)) if FLAGS.json else show_compared(FLAGS.compare, told)
+        return True
     devices_of(FLAGS.topology)
     work = read(FLAGS.config.to_dict(), FLAGS.topology, FLAGS.phase)
     found = describe(work, FLAGS.efficiency, prices)
@@ -50,10 +57,14 @@ def plan() -> bool:
         found["larger_topology"] = larger_topology(work)
     if other is not None:
         found["fits_with"] = {"flags": flags_for(work, other), **describe(other, FLAGS.efficiency, prices)}
+    if FLAGS.compare is not None:
+        found["compared"] = compare(FLAGS.compare, FLAGS.topology, found)
     if FLAGS.json:
         print(json.dumps(found))
         return found["fits"]
     show(found)
+    if FLAGS.compare is not None:
+        show_compared(FLAGS.compare, found["compared"])
     print(verdict(found))
     if other is not None:
         print(f"\nfits with: {' '.join(found['fits_with']['flags'])}\n")
@@ -79,7 +90,7 @@ def parse_flags(argv):
             raise ValueError(
                 f"got the arguments {' '.join(rest[1:])!r}; options of a config follow a colon: configs/tiny.py:smoke"
             )
-        if FLAGS.config is None and FLAGS.topology != "list":
+        if FLAGS.config is None and FLAGS.topology != "list" and FLAGS.compare is None:
             raise ValueError("no --config given; for example --config=configs/gsm8k.py:model=qwen3_8b")
         return rest
     except (flags.Error, ValueError, OSError) as error:

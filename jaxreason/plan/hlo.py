@@ -179,7 +179,7 @@ class Walk:
                 flops, moved = flops + times * inner[0], moved + times * inner[1]
                 add(sent, inner[2], times)
             elif i.op == "conditional":
-                inner = max((self.of(branch, False) for branch in branches(i)), key=lambda x: x[:2])
+                inner = self.of(self.dearest(i), False)
                 flops, moved = flops + inner[0], moved + inner[1]
                 add(sent, inner[2], 1)
             elif i.op in ("fusion", "call", "async-start"):
@@ -209,6 +209,10 @@ class Walk:
             for key, value in chained.items():
                 add(sent, {key[:2]: value}, 1)
         return flops, moved, sent
+
+    def dearest(self, conditional: Instruction) -> str:
+        """Return the branch of a conditional with the most work."""
+        return max(branches(conditional), key=lambda branch: self.of(branch, False)[:2])
 
     # --- loops ---
 

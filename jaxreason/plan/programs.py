@@ -25,11 +25,13 @@ from jaxreason.plan.arrays import (
     model_of,
     number,
     processes_of,
+    size_of,
     slot_devices,
     slots_of,
     state_of,
     weights_of,
 )
+from jaxreason.plan.lines import Line, lines_of
 from jaxreason.plan.work import Work
 from jaxreason.sampler import MAX_SLOTS_PER_PROMPT
 
@@ -49,10 +51,24 @@ class Compiled(NamedTuple):
     program: hlo.Program | None = None  # None: the compiler refused it
     flops: float = 0.0  # per device, by formula
     times: int = 1  # runs per step
+    lines: tuple[Line, ...] = ()  # of `program`
+    kernel_flops: float = 0.0  # per device, of custom kernels by formula
+    floor_bytes: float = 0.0  # of a decode program: the weights and the cache, read once per token
+    model_flops: float = 0.0  # per device, of forward and backward pass without anything computed twice; 0: not a train step
 
 
 def compile_program(
-    name: str, work: Work, mesh: Mesh, lower: Callable, *, trips: int, flops: float, kernel_flops: float, times: int
+    name: str,
+    work: Work,
+    mesh: Mesh,
+    lower: Callable,
+    *,
+    trips: int,
+    flops: float,
+    kernel_flops: float,
+    times: int,
+    model_flops: float = 0.0,
+    floor_bytes: float = 0.0,
 ) -> Compiled:
     """Lower, compile and read one program of a mesh. `flops` and `kernel_flops` are
     summed over all its devices; `trips` is the trip count of loops whose length is
@@ -67,7 +83,9 @@ def compile_program(
             raise
         return Compiled(name, time.perf_counter() - started_s, needed(str(error)))
     memory = compiled.memory_analysis()
-    program = hlo.program_cost(compiled.as_text(), unknown_trips=trips, devices=mesh.size)
+    text, sizes = compiled.as_text(), {"unknown_trips": trips, "devices": mesh.size}
+    program = hlo.program_cost(text, **sizes)
+    lines = lines_of(text, **sizes, kernel_flops=kernel_flops / mesh.size)
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
         name=name,
@@ -80,6 +98,10 @@ def compile_program(
         program=program._replace(flops=program.flops + kernel_flops / mesh.size),
         flops=flops / mesh.size,
         times=times,
+        lines=tuple(lines),
+        kernel_flops=kernel_flops / mesh.size,
+        model_flops=model_flops / mesh.size,
+        floor_bytes=floor_bytes,
     )
 
 
@@ -143,6 +165,7 @@ def compile_train(work: Work) -> Compiled:
         flops=cost.train_flops(c, work.rows, work.length, remade),
         kernel_flops=0.0 if c.attention == "xla" else cost.flash_flops(c, work.rows, work.length),
         times=work.updates,
+        model_flops=3 * cost.forward_flops(c, [(0, work.length)] * work.rows),
     )
 
 
@@ -184,7 +207,7 @@ def compile_prefill(work: Work) -> Compiled:
 
 @once_for(decode_part)
 def compile_decode(work: Work) -> Compiled:
-    completer, (weights, _, _) = completer_of(work), weights_of(work)
+    completer, (weights, _, weight_bytes) = completer_of(work), weights_of(work)
     sampler = completer.sampler
     steps = -(-problems_each(work) * work.group // sampler.slots) * work.new_tokens  # in waves of `slots` attempts
     one = sum(cost.dense_flops(work.shape, sampler.slots, 1, sampler.length, sampler.slots).values())
@@ -200,6 +223,7 @@ def compile_decode(work: Work) -> Compiled:
         flops=sampler.chunk_tokens * one,
         kernel_flops=0.0,
         times=-(-steps // sampler.chunk_tokens),
+        floor_bytes=sampler.chunk_tokens * (weight_bytes + size_of(slots_of(work).cache)),
     )
 
 

@@ -4,6 +4,7 @@ collectives, and the time and price of a step.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -18,10 +19,12 @@ from rich.table import Table
 
 from jaxreason.model.config import count_parameters
 from jaxreason.options import unknown_name_message
-from jaxreason.plan import chips
+from jaxreason.plan import chips, traffic
 from jaxreason.plan.arrays import devices_of, processes_of
+from jaxreason.plan.lines import lines_of
 from jaxreason.plan.memory import KINDS, Stage, fits, stages_of
 from jaxreason.plan.programs import Compiled, programs_of
+from jaxreason.plan.traffic import short
 from jaxreason.plan.work import Work
 
 # --- time and price ---
@@ -102,7 +105,7 @@ def describe(work: Work, efficiency: float, prices: dict[str, float]) -> dict:
         "hbm_bytes": chip.hbm_bytes,
         "peak_bytes": finite(max(stage.bytes for stage in stages)),
         "stages": {stage.name: describe_stage(stage) for stage in stages},
-        "programs": {p.name: describe_program(p, chip) for p in programs},
+        "programs": {p.name: describe_program(p, chip, tokens_of(p, work)) for p in programs},
         "efficiency": efficiency,
         "usd_per_chip_hour": usd,
         "price_source": "--prices" if kind in prices else chip.price_source,
@@ -120,13 +123,21 @@ def finite(size: float) -> float | None:
     return size if math.isfinite(size) else None
 
 
-def describe_program(p: Compiled, chip: chips.Chip) -> dict:
+def tokens_of(p: Compiled, work: Work) -> float:
+    """Count the tokens of a run of a program per chip of the mesh."""
+    if p.model_flops or p.name.startswith("reference"):
+        return work.rows * work.length / math.prod(dict(work.mesh).values())
+    return 0.0
+
+
+def describe_program(p: Compiled, chip: chips.Chip, tokens: float) -> dict:
     line, sent = chips.roofline(p.program, chip), sorted(p.program.sent.items())
     return {
         "compile_s": p.compile_s,
         "times_a_step": p.times,
         "flops": p.program.flops,
         "flops_by_formula": p.flops,
+        "kernel_flops": p.kernel_flops,
         "bytes": p.program.bytes,
         "sent": {f"{kind} of {n}": {"bytes": size, "times": times} for (kind, n), (size, times) in sent},
         "loops": p.program.loops,
@@ -134,20 +145,52 @@ def describe_program(p: Compiled, chip: chips.Chip) -> dict:
         **line._asdict(),
         "seconds": line.seconds,
         "bound": line.bound,
+        **traffic.describe(p.lines, chip, tokens, p.model_flops, p.floor_bytes),
     }
+
+
+def make_console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 130, highlight=False)
+
+
+def print_table(console: Console, title: str, names: Sequence[str], rows) -> None:
+    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for at, name in enumerate(names):
+        made.add_column(name, justify="right" if at else "left", no_wrap=True)
+    for row in rows:
+        made.add_row(*row)
+    console.print(made)
+
+
+def compare(path: str, topology: str, found: dict | None) -> dict:
+    """Describe the program in an HLO file, as a chip of a topology would run it.
+
+    `found` is the plan of a config whose train step does the same work; it gives tokens
+    and FLOPs of the model.
+
+    Raises:
+      ValueError: the file has no compiled module.
+    """
+    if topology not in chips.topology_names():
+        raise ValueError(unknown_name_message("topology", topology, chips.topology_names()))
+    text = Path(os.path.expanduser(path)).read_text()
+    if not text.startswith("HloModule") or "is_scheduled=true" not in text:
+        raise ValueError(f"--compare got {path}, which is no compiled HLO module; allowed: the text of compiled.as_text()")
+    chip, devices = chips.CHIPS[topology.partition(":")[0]], chips.chips_of(topology)
+    ours = next((p for p in (found or {"programs": {}})["programs"].values() if "model_flops" in p), {})
+    sizes = {"devices": devices, "unknown_trips": (found or {}).get("microbatches", 1)}
+    lines = lines_of(text, **sizes, kernel_flops=ours.get("kernel_flops", 0.0))
+    return traffic.describe(lines, chip, ours.get("tokens", 0.0), ours.get("model_flops", 0.0))
+
+
+def show_compared(path: str, described: dict) -> None:
+    traffic.show(Path(path).name, described, functools.partial(print_table, make_console()))
 
 
 def show(found: dict) -> None:
     """Print what `describe` returned as tables."""
-    console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
-
-    def table(title: str, names: Sequence[str], rows) -> None:
-        made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-        for at, name in enumerate(names):
-            made.add_column(name, justify="right" if at else "left", no_wrap=True)
-        for row in rows:
-            made.add_row(*row)
-        console.print(made)
+    console = make_console()
+    table = functools.partial(print_table, console)
 
     def gib(size: float | None) -> str:
         if not size:
@@ -176,11 +219,6 @@ def show(found: dict) -> None:
         show_prediction(found, console)
 
 
-def short(x: float) -> str:
-    """Format a number with three digits or more."""
-    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
-
-
 def show_programs(found: dict, table: Callable) -> None:
     rows = []
     for name, p in found["programs"].items():
@@ -197,6 +235,9 @@ def show_programs(found: dict, table: Callable) -> None:
     ]
     if rows:
         table("Collectives of a run, those above a thousandth", ["program", "kind", "times", "MB sent by a chip"], rows)
+    for name, p in found["programs"].items():
+        if "model_flops" in p or p.get("floor_bytes"):
+            traffic.show(name, p, table)
 
 
 def show_prediction(found: dict, console) -> None:
