@@ -253,7 +253,7 @@ def train_step(
     Args:
       policy: as returned by `load` or `train_step`.
       groups: as returned by `sample`, all of one size.
-      objective: a name in `objectives.OBJECTIVES`, without a KL to a reference policy.
+      objective: a name in `objectives.OBJECTIVES`, without a reference policy.
       lr: the learning rate, constant.
       microbatches: parts to accumulate the gradient over, to save memory.
       objective_options: further fields of a config's `objective` section.
@@ -365,8 +365,11 @@ def check_groups(groups: Any) -> int:
 def compiled_step(model: Model, mesh, microbatches: int, objective: tuple, optimizer: tuple) -> tuple:
     """Make the objective, the optimizer, the jitted train step and abstract state."""
     made = call_with_section(objectives.make, dict(objective), "objective")
-    if made.needs_reference:
-        raise ValueError("train_step keeps no reference policy; allowed: kl_coefficient=0, or a config and `jaxreason.main`")
+    if made.refers:
+        raise ValueError(
+            "train_step keeps no reference policy; allowed: an objective without one (kl_coefficient=0, no distillation), or a "
+            "config and `jaxreason.main`"
+        )
     if made.critic is not None:
         raise ValueError("train_step has no critic; allowed: an objective without values, or a config and `jaxreason.main`")
     rule = call_with_section(optimizers.make, dict(optimizer), "optimizer", steps=1)

@@ -53,7 +53,7 @@ def measure(divergence: Divergence, logp_RV, logq_RV):
     if not 0 < divergence.top_k < logq_RV.shape[-1]:
         value_R = jnp.sum(share_RV, axis=-1)
         return value_R, slope_RV - p_RV * jnp.sum(slope_RV, axis=-1, keepdims=True)
-    alone_RV = logq_RV >= jax.lax.top_k(logq_RV, divergence.top_k)[0][:, -1:]
+    alone_RV = among_highest(logq_RV, divergence.top_k)
     # Sum the others instead of subtracting from 1, which would leave only rounding
     # errors of a small bucket.
     log_bucket_R1 = [
@@ -65,6 +65,25 @@ def measure(divergence: Divergence, logp_RV, logq_RV):
     # All tokens of the bucket have the g of the bucket.
     slope_RV = jnp.where(alone_RV, slope_RV, slope_R1 * jnp.exp(logp_RV - log_bucket_R1[0]))
     return value_R, slope_RV - p_RV * jnp.sum(slope_RV, axis=-1, keepdims=True)
+
+
+def among_highest(x_RV, k: int):
+    """Tell which values are among the k highest of their row, or equal to the k-th.
+
+    The k-th is found bit by bit, from counts of the values above a bound, since XLA
+    gathers the whole array on each device for `lax.top_k`.
+    """
+    bits_RV = jax.lax.bitcast_convert_type(x_RV.astype(jnp.float32), jnp.uint32)
+    # Unsigned numbers in the order of the values: those of negative ones are reversed.
+    order_RV = jnp.where(bits_RV >> 31 == 1, ~bits_RV, bits_RV | jnp.uint32(1 << 31))
+
+    def add_bit(i, bound_R):
+        higher_R = bound_R | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        enough_R = jnp.sum(order_RV >= higher_R[:, None], axis=-1) >= k
+        return jnp.where(enough_R, higher_R, bound_R)
+
+    bound_R = jax.lax.fori_loop(0, 32, add_bit, jnp.zeros(len(x_RV), jnp.uint32))
+    return order_RV >= bound_R[:, None]
 
 
 def terms(divergence: Divergence, logp, logq):

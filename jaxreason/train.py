@@ -1,8 +1,8 @@
 """The training loop: draw a batch, make a train step, log; evaluate and save when due.
 
 A recipe is a list of phases, each one `Source x Objective x steps`. Each phase starts
-from the params of the one before; its reference policy, if any, is the params at its
-start. A run is a folder: started again, it continues bit for bit from its newest
+from the params of the one before, which are its reference policy unless it names
+another (`teacher`). A run is a folder: started again, it continues bit for bit from its newest
 complete checkpoint (`runtime.resume`). `runtime.journal` writes all records.
 """
 
@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jaxreason import metrics as m
-from jaxreason import sharding
+from jaxreason import sharding, teacher
 from jaxreason.evaluation import Result
 from jaxreason.learner import compile_completion, compile_train_step, new_state, state_shapes
 from jaxreason.model import Model
@@ -47,6 +46,7 @@ class Phase(NamedTuple):
     log_every: int = 1  # steps per line of metrics
     offload_reference: bool = False  # keep the reference params in host memory while they are not used
     max_skipped: int = 5  # stop the run after this many consecutive batches without a finite update
+    reference: str | teacher.Teacher = "start"  # the reference policy: the params at the start, "current" ones, or a teacher
 
 
 class Run(NamedTuple):
@@ -131,8 +131,9 @@ def train_phase(run: Run, index: int, params, journal: Journal, found: Found | N
     if found is not None:
         journal.warm_up(state.params)
     made, placed = (run.model, phase.objective, phase.optimizer), state_shapes(run.model, phase.optimizer, run.mesh)[1]
-    step_fn = compile_train_step(*made, microbatches=phase.microbatches, state_shardings=placed)
-    complete = compile_completion(run.model, phase.objective, microbatches=phase.microbatches, mesh=run.mesh)
+    other = {"microbatches": phase.microbatches, "teacher": teacher.model_of(phase)}
+    step_fn = compile_train_step(*made, state_shardings=placed, **other)
+    complete = compile_completion(run.model, phase.objective, mesh=run.mesh, **other)
     journal.begin_phase(index, start)
     for step in range(start + 1, phase.steps + 1):
         journal.begin_step()
@@ -141,11 +142,15 @@ def train_phase(run: Run, index: int, params, journal: Journal, found: Found | N
             memory.trim()  # the sampler's weights and caches are freed
         journal.drew(drawn, source_state)
         batch = sharding.put_rows(drawn.batch, run.mesh)
-        batch = complete(batch, state.params, on_devices(phase, reference))
+        used = teacher.in_use(phase, reference, state.params)
+        batch, head = complete(batch, state.params, used), teacher.head_for_step(phase, run.model, used)
+        del used  # an offloaded reference leaves the devices
         journal.write_if_due()
         learned = {}
-        for _ in range(phase.updates_per_batch):
-            state, metrics = step_fn(state, batch)
+        for update in range(phase.updates_per_batch):
+            if update and phase.reference == "current":
+                batch = complete(batch, state.params, state.params)
+            state, metrics = step_fn(state, batch, *head)
             learned = m.merge(learned, metrics)
         if phase.source.samples:
             jax.block_until_ready(state)  # book this time under the update; the next draw would wait anyway
@@ -155,7 +160,7 @@ def train_phase(run: Run, index: int, params, journal: Journal, found: Found | N
         if last or (phase.evaluate_every and step % phase.evaluate_every == 0):
             journal.evaluate(state.params, final=last)
         if last or stopping or journal.save_due():
-            journal.save(state, on_devices(phase, reference))
+            journal.save(state, teacher.in_use(phase, reference, None) if teacher.is_saved(phase) else None)
         if stopping:
             end(journal, stopping)
     return state.params
@@ -163,20 +168,12 @@ def train_phase(run: Run, index: int, params, journal: Journal, found: Found | N
 
 def begin_phase(run: Run, phase: Phase, params, found: Found | None) -> tuple:
     """Return a phase's state, reference params, source state and steps done."""
+    reference = teacher.begin(phase, params, None if found is None else found.reference)
     if found is not None:
-        state, reference, source_state, start = found.state, found.reference, found.host["source"], found.host["phase_step"]
-    else:
-        source_state, start = phase.source.init(), 0
-        reference = jax.tree.map(jnp.copy, params) if phase.objective.needs_reference else None
-        placed = state_shapes(run.model, phase.optimizer, run.mesh)[1]
-        state = jax.jit(new_state, static_argnums=1, donate_argnums=0, out_shardings=placed)(params, phase.optimizer)
-    if reference is not None and phase.offload_reference:
-        reference = sharding.keep_in(reference, "pinned_host")
-    return state, reference, source_state, start
-
-
-def on_devices(phase: Phase, reference):
-    return sharding.keep_in(reference, "device") if reference is not None and phase.offload_reference else reference
+        return found.state, reference, found.host["source"], found.host["phase_step"]
+    placed = state_shapes(run.model, phase.optimizer, run.mesh)[1]
+    state = jax.jit(new_state, static_argnums=1, donate_argnums=0, out_shardings=placed)(params, phase.optimizer)
+    return state, reference, phase.source.init(), 0
 
 
 def first_params(run: Run, journal: Journal):

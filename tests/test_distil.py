@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -15,11 +17,14 @@ import numpy as np
 import optax
 import pytest
 from compare import assert_trees_close
+from runs import Killed, killed_after, load_config, maths, run_config
 from tiny_batch import B, T, random_batch, whole_logits
 
 from jaxreason import divergence, learner, logp, objectives, platforms, sharding
+from jaxreason.build import build
 from jaxreason.divergence import Divergence
 from jaxreason.model import transformer
+from jaxreason.runtime.resume import NotResumable
 from jaxreason.types import Outputs
 
 V = 24
@@ -71,6 +76,16 @@ def test_a_divergence_and_its_gradient_against_slow_loops(kind, top_k):
     expected = [slow_gradient(how, *rows) for rows in zip(logits_RV, logq_RV, strict=True)]
     np.testing.assert_allclose(by_logits_RV, expected, atol=1e-8)
     assert np.abs(expected).max() > 0.01
+
+
+def test_the_highest_values_of_a_row():
+    rng = np.random.default_rng(0)
+    x_RV = np.concatenate([rng.normal(size=(3, 9)), -np.exp(rng.normal(size=(3, 9)) * 9)]).astype(np.float32)
+    x_RV[1, 2] = x_RV[1, 5] = x_RV[1].max()
+    x_RV[2, :2] = 0.0, 1e-38
+    for k in range(1, 10):
+        expected = x_RV >= np.sort(x_RV, axis=1)[:, -k][:, None]
+        np.testing.assert_array_equal(divergence.among_highest(jnp.asarray(x_RV), k), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -290,3 +305,107 @@ def test_wrong_numbers_of_distillation_are_refused(fields, message):
     for name in ("distil", "self_distil"):
         with pytest.raises(ValueError, match=message):
             objectives.make(name, **fields)
+
+
+# --- teachers, in runs ---
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """Train a teacher of another width for some steps; return the folder of its run."""
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    fields = {"model.width": 24, "model.layers": 2, "rl.steps": 0, "prior.steps": 3, "checkpoint.every_steps": 2}
+    summary = run_config(load_config("tiny", "smoke", **fields), folder)
+    (folder / "config.json").write_text(json.dumps(summary["config"]))
+    return folder
+
+
+def distil_config(reference, objective=None, **fields):
+    config = load_config("tiny", "smoke", **{"rl.steps": 4, "checkpoint.every_steps": 1, **fields})
+    config.rl.objective = objective or {"name": "distil"}
+    if reference is not None:
+        config.rl.reference = reference
+    return config
+
+
+def with_distillation(folder) -> list[dict]:
+    return [line for line in maths(folder) if line["phase"] == "rl" and "train/loss" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.parametrize("objective", [{"divergence": "jensen_shannon", "top_k": 5}, {"over": "token"}])
+def test_a_run_with_a_teacher_continues_bit_for_bit(teachers, tmp_path, monkeypatch, objective):
+    def config():
+        return distil_config(
+            str(teachers), {"name": "distil", **objective}, **{"rl.updates_per_batch": 2, "rl.offload_reference": True}
+        )
+
+    run_config(config(), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        killed_after(patch, 6)
+        with pytest.raises(Killed):
+            run_config(config(), tmp_path / "cut")
+    assert not list((tmp_path / "cut" / "checkpoints").glob("*/reference"))  # it is read again
+    run_config(config(), tmp_path / "cut")
+    assert maths(tmp_path / "cut") == maths(tmp_path / "whole")
+    logged = with_distillation(tmp_path / "whole")
+    assert len(logged) == 4
+    assert all(np.isfinite(line["train/divergence"]) for line in logged)
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_a_teacher_that_has_changed_is_noticed(teachers, tmp_path):
+    mine = tmp_path / "teacher"
+    shutil.copytree(teachers, mine)
+    run_config(distil_config(str(mine), **{"rl.steps": 1}), tmp_path / "run")
+    shutil.rmtree(mine / "checkpoints" / "3")
+    with pytest.raises(NotResumable, match="it was step 3 and is step 2; name the checkpoint"):
+        run_config(distil_config(str(mine), **{"rl.steps": 2}), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("reference", "objective", "fields", "message"),
+    [
+        ("TEACHER", {"name": "rloo"}, {}, "reference got .* but the objective has no reference policy; allowed: None"),
+        ("start", {"name": "rloo"}, {}, "reference got 'start', but the objective has no reference policy"),
+        ("TEACHER", {"name": "rloo", "kl_coefficient": 0.0}, {}, "or rl.objective.kl_coefficient above 0"),
+        (
+            "current",
+            {"name": "rloo", "kl_coefficient": 0.1},
+            {},
+            "'current' without a hint.*allowed: a checkpoint, start",
+        ),
+        ("current", {"name": "distil"}, {}, "'current' without a hint.*gradient of their distance is zero"),
+        (None, {"name": "distil"}, {}, "'start' without a hint.*at the first update.*allowed: a checkpoint, or a hint"),
+        ("nowhere", {"name": "distil"}, {}, "config.rl.reference got 'nowhere': no folder"),
+        ("TEACHER/checkpoints/7", {"name": "distil"}, {}, "has no checkpoint of step 7"),
+        ("TEACHER", {"name": "distil"}, {"text.alphabet": "abcdefghij"}, "config.rl.reference got"),
+        ("TEACHER", {"name": "distil"}, {"model.vocab_size": 64}, "it has vocab_size=.* and the model here 64; allowed"),
+        (
+            None,
+            {"name": "rloo"},
+            {"rl.offload_reference": True},
+            "offload_reference got True, but the objective has no",
+        ),
+        (
+            "TEACHER",
+            {"name": "distil", "over": "token"},
+            {"rl.source.lag": 1},
+            "source.lag got 1, but the objective has",
+        ),
+        (None, {"name": "self_distil"}, {}, "objective 'self_distil' needs a hint for its teacher; set rl.source.hint"),
+    ],
+)
+def test_what_a_reference_needs_is_said_before_the_run(teachers, reference, objective, fields, message):
+    reference = reference and reference.replace("TEACHER", str(teachers))
+    with pytest.raises(ValueError, match=message):
+        build(distil_config(reference, objective, **fields))
+
+
+def test_a_token_of_the_teacher_needs_tokens_of_the_policy(teachers):
+    config = load_config("tiny", "smoke")
+    config.prior.objective, config.prior.reference = {"name": "distil", "over": "token"}, str(teachers)
+    with pytest.raises(ValueError, match="over='token' estimates the divergence from tokens that the policy sampled"):
+        build(config)

@@ -181,7 +181,7 @@ class Journal:
         and learned from in the second.
         """
         config, phase, devices = self.run.model.config, self.phase, self.run.mesh.size
-        passes = phase.objective.needs_reference + (phase.objective.critic is not None)
+        passes = phase.objective.refers + (phase.objective.critic is not None)
         learned = ledger.learning(config, self.drawn.batch, updates=phase.updates_per_batch, passes=passes)
         learn_j = self.meter.lap()
         if not phase.source.samples:
