@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxreason import sharding
-from jaxreason.logp import head_of
 from jaxreason.model import Model
 
 
@@ -68,4 +67,4 @@ def head_for_step(phase, model: Model, reference) -> tuple:
     """
     if phase.objective.divergence is None or phase.reference == "current":
         return ()
-    return (head_of(model_of(phase) or model, reference),)
+    return ((model_of(phase) or model).head(reference),)

@@ -171,7 +171,7 @@ def test_a_teacher_of_another_width_in_chunks(tiny, monkeypatch, kind, chunks, k
     assert batch.reference_hidden_BTD.shape == (B, T, 24)
     set_limit(monkeypatch, logits_at_once=2 * B * T * V // chunks, logits_kept=kept)
     gradient_of.cache_clear()
-    (value, _), gradient = gradient_of(model, objective, teacher)(params, batch, logp.head_of(teacher, reference))
+    (value, _), gradient = gradient_of(model, objective, teacher)(params, batch, teacher.head(reference))
     expected_value, expected = by_whole_logits(KINDS[kind], model, params, batch, teacher, reference)
     np.testing.assert_allclose(value, expected_value, rtol=1e-5)
     assert_trees_close(gradient, expected)
@@ -189,7 +189,7 @@ def test_no_gradient_reaches_the_reference(tiny):
             other, dataclasses.replace(batch, reference_hidden_BTD=hidden_BTD), head, model=tiny(layers=2)[0], objective=objective
         )[0]
 
-    gradient = jax.grad(total, argnums=(0, 1))(logp.head_of(model, params), batch.reference_hidden_BTD)
+    gradient = jax.grad(total, argnums=(0, 1))(model.head(params), batch.reference_hidden_BTD)
     assert not any(jnp.any(x) for x in jax.tree.leaves(gradient))
 
 
@@ -198,7 +198,7 @@ def test_a_policy_does_not_diverge_from_itself(tiny):
     for kind in KINDS:
         objective = distilling(KINDS[kind])
         batch = with_reference(random_batch(temperature=0.7), model, objective, None, params)
-        for head in (None, logp.head_of(model, params)):  # without one, that of the params is used
+        for head in (None, model.head(params)):  # without one, that of the params is used
             (value, _), gradient = gradient_of(model, objective, None)(params, batch, head)
             np.testing.assert_allclose(value, 0, atol=1e-6)
             assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient)) < 1e-6
@@ -223,7 +223,7 @@ def test_micro_batches_and_devices_change_nothing(tiny, top_k):
         step = learner.compile_train_step(
             here, objective, optimizer, microbatches=microbatches, state_shardings=placed, teacher=there
         )
-        state, metrics = step(state, complete(batch, state.params, head), logp.head_of(teacher, head))
+        state, metrics = step(state, complete(batch, state.params, head), teacher.head(head))
         found.append(jax.device_get((state.params, metrics["loss"])))
     for other in found[1:]:
         assert_trees_close(other, found[0])
@@ -236,7 +236,7 @@ def test_a_step_with_a_divergence_compiles_once(tiny):
     step = learner.compile_train_step(model, objective, optimizer)
     state = learner.new_state(jax.tree.map(jnp.copy, params), optimizer)
     for seed in range(3):
-        state, _ = step(state, complete(random_batch(seed), state.params, params), logp.head_of(model, params))
+        state, _ = step(state, complete(random_batch(seed), state.params, params), model.head(params))
     assert step._cache_size() == 1
 
 
@@ -250,7 +250,7 @@ def test_the_exact_kl_adds_coefficient_times_divergence(tiny):
     assert exact.refers
     assert not exact.needs_reference
     batch = with_reference(random_batch(), model, exact, None, reference)
-    head = logp.head_of(model, reference)
+    head = model.head(reference)
     (value, metrics), gradient = gradient_of(model, exact, None)(params, batch, head)
     pieces = objectives.make("grpo"), distilling(KINDS["reverse_kl"])
     parts = [gradient_of(model, objective, None)(params, batch, head) for objective in pieces]
