@@ -254,7 +254,7 @@ def train_step(
     Args:
       policy: as returned by `load` or `train_step`.
       groups: as returned by `sample`, all of one size.
-      objective: a name in `objectives.OBJECTIVES`, without a KL to a reference policy.
+      objective: a name in `objectives.OBJECTIVES`, without a reference policy.
       lr: the learning rate, constant.
       microbatches: parts to accumulate the gradient over, to save memory.
       objective_options: further fields of a config's `objective` section.
@@ -371,8 +371,11 @@ def compiled_step(model: Model, mesh, microbatches: int, objective: tuple, optim
     and abstract state.
     """
     made = call_with_section(objectives.make, dict(objective), "objective")
-    if made.needs_reference:
-        raise ValueError("train_step keeps no reference policy; allowed: kl_coefficient=0, or a config and `jaxreason.main`")
+    if made.refers:
+        raise ValueError(
+            "train_step keeps no reference policy; allowed: an objective without one (kl_coefficient=0, no distillation), or a "
+            "config and `jaxreason.main`"
+        )
     if made.critic is not None and model.value is None:
         raise ValueError(
             "train_step got an objective with a critic, and the model has no value head; allowed: load(..., "

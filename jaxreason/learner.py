@@ -21,6 +21,8 @@ from jaxreason import sharding
 from jaxreason.batching import split_rows, used_parts
 from jaxreason.logp import (
     Limits,
+    Reference,
+    compile_hidden,
     compile_token_entropy,
     compile_token_logp,
     compile_token_values,
@@ -41,14 +43,31 @@ MISMATCH = "rollout/kl_sampler_learner"
 MISMATCH_BY_DEPTH = f"{MISMATCH}/"
 
 
-def loss(params, batch: Batch, *, model: Model, objective: Objective, limits: Limits | None = None):
+def loss(
+    params,
+    batch: Batch,
+    head=None,
+    *,
+    model: Model,
+    objective: Objective,
+    limits: Limits | None = None,
+    teacher: Model | None = None,
+):
     """Return `sum(weight_BT * loss_BT)` and metrics over the tokens with a weight.
+
+    `teacher` is the reference policy's model if it is another one, and `head` its
+    unembedding, for an objective with a divergence. Without a head the reference has
+    that of the params.
 
     Tokens of `imitated_BT` have the loss `nll`, and count in no metric of the
     objective, or of sampler and learner. Metrics are (sum, count) pairs; of a name that
     ends in `WORST`, the largest value and 1.
     """
-    outputs = token_outputs(model, params, batch, limits)
+    reference = None
+    if objective.divergence is not None:
+        head = jax.lax.stop_gradient(model.head(params)) if head is None else head
+        reference = Reference(objective.divergence, (teacher or model).unembed, head)
+    outputs = token_outputs(model, params, batch, limits, reference)
     trained_BT = scored_BT = batch.weight_BT != 0
     if batch.imitated_BT is None:
         loss_BT, stats = objective.token_loss(outputs, batch)
@@ -97,14 +116,18 @@ def by_depth(name: str, x_BT, counted_BT, position_BT) -> dict:
 def train_step(
     state: TrainState,
     batch: Batch,
+    head=None,
     *,
     model: Model,
     objective: Objective,
     optimizer: optax.GradientTransformation,
     microbatches: int = 1,
     limits: Limits | None = None,
+    teacher: Model | None = None,
 ) -> tuple[TrainState, dict]:
     """Make one update from one batch, in `microbatches` equal parts of its rows.
+
+    `head` and `teacher` are those of `loss`.
 
     Metrics are (sum, count) pairs. Micro-batches after the last one with a weight are
     skipped at no cost; packing leaves such parts empty. If the loss or the gradient is
@@ -117,7 +140,7 @@ def train_step(
 
     def trained_loss(trained, rows):
         rows = dataclasses.replace(rows, control=state.control)
-        return loss(trained | frozen, rows, model=model, objective=objective, limits=limits)
+        return loss(trained | frozen, rows, head, model=model, objective=objective, limits=limits, teacher=teacher)
 
     gradient = jax.value_and_grad(trained_loss, has_aux=True)
 
@@ -194,10 +217,11 @@ def split_frozen(params) -> tuple[dict, dict]:
     return {k: v for k, v in params.items() if k != "frozen"}, {k: v for k, v in params.items() if k == "frozen"}
 
 
-def compile_train_step(model, objective, optimizer, *, microbatches: int = 1, state_shardings=None):
-    """Return the jitted `step(state, batch) -> (state, metrics)`.
+def compile_train_step(model, objective, optimizer, *, microbatches: int = 1, state_shardings=None, teacher=None):
+    """Return the jitted `step(state, batch, head=None) -> (state, metrics)`.
 
-    The state is donated and returned in the same shardings.
+    The state is donated and returned in the same shardings. `head` is given if the
+    objective has a divergence, unless the reference is the state's own params.
     """
     step = functools.partial(
         train_step,
@@ -205,6 +229,7 @@ def compile_train_step(model, objective, optimizer, *, microbatches: int = 1, st
         objective=objective,
         optimizer=optimizer,
         microbatches=microbatches,
+        teacher=teacher,
         limits=logits_limits(None if state_shardings is None else jax.tree.leaves(state_shardings)[0].mesh),
     )
     if state_shardings is None:
@@ -215,13 +240,33 @@ def compile_train_step(model, objective, optimizer, *, microbatches: int = 1, st
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, everywhere), compiler_options=options)
 
 
-def compile_completion(model, objective, *, microbatches: int = 1, mesh=None):
-    """Return `complete(batch, params, reference, control)`, which adds to a batch what
-    the objective needs beside the rollouts: log-probs of the reference params,
-    advantages by the values of the current ones, and what its `prepare` makes of the
-    whole batch. `control` is that of the train state.
+def compile_references(model, objective, *, microbatches: int = 1, mesh=None, teacher=None):
+    """Return `refer(batch, reference)`, which adds to a batch the log-probs or hidden
+    states by the reference params that the objective needs. They are those of the model
+    `teacher` if there is one.
     """
-    reference_logp = own_logp = compile_token_logp(model, microbatches, mesh)
+    reference_logp = compile_token_logp(teacher or model, microbatches, mesh)
+    reference_hidden = compile_hidden(teacher or model, microbatches, mesh)
+
+    def refer(batch: Batch, reference) -> Batch:
+        needed = {}
+        if objective.needs_reference:
+            needed["reference_logp_BT"] = reference_logp(reference, batch)
+        if objective.divergence is not None:
+            needed["reference_hidden_BTD"] = reference_hidden(reference, batch)
+        return dataclasses.replace(batch, **needed)
+
+    return refer
+
+
+def compile_completion(model, objective, *, microbatches: int = 1, mesh=None, teacher=None):
+    """Return `complete(batch, params, reference, control)`, which adds to a batch what
+    the objective needs beside the rollouts: what `compile_references` adds, advantages
+    by the values of the current params, and what its `prepare` makes of the whole
+    batch. `control` is that of the train state.
+    """
+    refer = compile_references(model, objective, microbatches=microbatches, mesh=mesh, teacher=teacher)
+    logp = compile_token_logp(model, microbatches, mesh)
     if objective.critic is not None:
         values = compile_token_values(model, microbatches, mesh)
         by_values = jax.jit(functools.partial(with_values, objective.critic))
@@ -232,10 +277,10 @@ def compile_completion(model, objective, *, microbatches: int = 1, mesh=None):
 
     def complete(batch: Batch, params, reference=None, control=None) -> Batch:
         if reference is not None:
-            batch = dataclasses.replace(batch, reference_logp_BT=reference_logp(reference, batch))
+            batch = refer(batch, reference)
         if objective.critic is not None:
             seen = dataclasses.replace(batch, control=control)
-            logp_BT = None if objective.critic.trace_clip is None else own_logp(params, batch)
+            logp_BT = None if objective.critic.trace_clip is None else logp(params, batch)
             batch = dataclasses.replace(batch, **by_values(values(params, batch), seen, logp_BT))
         if objective.prepare:
             entropy_BT = entropy(params, batch) if objective.needs_entropy else None

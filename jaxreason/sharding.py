@@ -12,9 +12,11 @@ import collections
 import functools
 import math
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
@@ -211,6 +213,46 @@ def gather_backward(whole, split, _, gradient):
 
 
 gather.defvjp(gather_forward, gather_backward)
+
+
+# --- inside a shard_map over data and fsdp ---
+
+
+def over_fsdp(tree):
+    """Return the specs of a tree of params by the axis fsdp alone."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: P(*("fsdp" if axis == "fsdp" else None for axis in rule(name_of(path)))), tree
+    )
+
+
+def gather_over_fsdp(tree):
+    """Gather params of which each device has a part."""
+    return where_split(lambda x, axis: jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True), tree)
+
+
+def scatter_over_fsdp(tree):
+    """Sum gradients of whole params over the devices; each keeps its part.
+
+    The parts are moved to the first axis: a TPU's compiler makes an all-reduce, which
+    sends twice as much, of a reduce-scatter over the last axis.
+    """
+    parts = jax.lax.axis_size("fsdp")
+
+    def scatter(x, axis):
+        split = x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
+        return jax.lax.psum_scatter(jnp.moveaxis(split, axis, 0), "fsdp", scatter_dimension=0)
+
+    return where_split(scatter, tree)
+
+
+def where_split(function: Callable, tree):
+    """Apply function(x, axis) to the leaves of which `axis` is split over fsdp."""
+
+    def leaf(path, x):
+        axes = list(rule(name_of(path)))
+        return function(x, axes.index("fsdp")) if "fsdp" in axes else x
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
 def gathered(tree, mesh: Mesh):

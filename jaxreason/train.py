@@ -1,9 +1,9 @@
 """The training loop: draw a batch, make a train step, log; evaluate and save when due.
 
 A recipe is a list of phases, each one `Source x Objective x steps`. Each phase starts
-from the params of the one before; its reference policy, if any, is the params at its
-start. A run is a folder: started again, it continues bit for bit from its newest
-complete checkpoint (`runtime.resume`). `runtime.journal` writes all records.
+from the params of the one before, which are its reference policy unless it names
+another (`teacher`). A run is a folder: started again, it continues bit for bit from its
+newest complete checkpoint (`runtime.resume`). `runtime.journal` writes all records.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jaxreason import metrics as m
-from jaxreason import sharding
+from jaxreason import sharding, teacher
 from jaxreason.evaluation import Result
-from jaxreason.learner import compile_completion, compile_train_step, new_state, state_shapes
+from jaxreason.learner import compile_completion, compile_references, compile_train_step, new_state, state_shapes
 from jaxreason.model import Model
 from jaxreason.objectives import Objective
 from jaxreason.runtime import memory, resume
@@ -47,6 +46,7 @@ class Phase(NamedTuple):
     log_every: int = 1  # steps per line of metrics
     offload_reference: bool = False  # keep the reference params in host memory while they are not used
     max_skipped: int = 5  # stop the run after this many consecutive batches without a finite update
+    reference: str | teacher.Teacher = "start"  # the reference policy: the params at the start, "current" ones, or a teacher
 
 
 class Run(NamedTuple):
@@ -131,9 +131,9 @@ def train_phase(run: Run, index: int, params, journal: Journal, found: Found | N
     state, reference, source_state, start = begin_phase(phase, placed, params, found)
     if found is not None:
         journal.warm_up(state.params)
-    made = run.model, phase.objective, phase.optimizer
-    step_fn = compile_train_step(*made, microbatches=phase.microbatches, state_shardings=placed)
-    complete = compile_completion(run.model, phase.objective, microbatches=phase.microbatches, mesh=run.mesh)
+    made, other = (run.model, phase.objective), {"microbatches": phase.microbatches, "teacher": teacher.model_of(phase)}
+    step_fn = compile_train_step(*made, phase.optimizer, state_shardings=placed, **other)
+    complete, refer = (make(*made, mesh=run.mesh, **other) for make in (compile_completion, compile_references))
     journal.begin_phase(index, start)
     for step in range(start + 1, phase.steps + 1):
         journal.begin_step()
@@ -142,11 +142,15 @@ def train_phase(run: Run, index: int, params, journal: Journal, found: Found | N
             memory.trim()  # the sampler's weights and caches are freed
         journal.drew(drawn, source_state)
         batch = sharding.put_rows(drawn.batch, run.mesh)
-        batch = complete(batch, state.params, on_devices(phase, reference), state.control)
+        used = teacher.in_use(phase, reference, state.params)
+        batch, head = complete(batch, state.params, used, state.control), teacher.head_for_step(phase, run.model, used)
+        del used  # an offloaded reference leaves the devices
         journal.write_if_due()
         learned = {}
-        for _ in range(phase.updates_per_batch):
-            state, metrics = step_fn(state, batch)
+        for update in range(phase.updates_per_batch):
+            if update and phase.reference == "current":
+                batch = refer(batch, state.params)
+            state, metrics = step_fn(state, batch, *head)
             learned = m.merge(learned, metrics)
         if phase.source.samples:
             jax.block_until_ready(state)  # book this time under the update; the next draw would wait anyway
@@ -156,7 +160,7 @@ def train_phase(run: Run, index: int, params, journal: Journal, found: Found | N
         if last or (phase.evaluate_every and step % phase.evaluate_every == 0):
             journal.evaluate(state.params, final=last)
         if last or stopping or journal.save_due():
-            journal.save(state, on_devices(phase, reference))
+            journal.save(state, teacher.in_use(phase, reference, None) if teacher.is_saved(phase) else None)
         if stopping:
             end(journal, stopping)
     return state.params
@@ -166,20 +170,11 @@ def begin_phase(phase: Phase, placed, params, found: Found | None) -> tuple:
     """Return a phase's state, in the shardings `placed`, its reference params, source
     state and steps done.
     """
+    reference = teacher.begin(phase, params, None if found is None else found.reference)
     if found is not None:
-        state, reference, source_state, start = found.state, found.reference, found.host["source"], found.host["phase_step"]
-    else:
-        source_state, start = phase.source.init(), 0
-        reference = jax.tree.map(jnp.copy, params) if phase.objective.needs_reference else None
-        begin = jax.jit(new_state, static_argnums=(1, 2), donate_argnums=0, out_shardings=placed)
-        state = begin(params, phase.optimizer, phase.objective.controls)
-    if reference is not None and phase.offload_reference:
-        reference = sharding.keep_in(reference, "pinned_host")
-    return state, reference, source_state, start
-
-
-def on_devices(phase: Phase, reference):
-    return sharding.keep_in(reference, "device") if reference is not None and phase.offload_reference else reference
+        return found.state, reference, found.host["source"], found.host["phase_step"]
+    begin = jax.jit(new_state, static_argnums=(1, 2), donate_argnums=0, out_shardings=placed)
+    return begin(params, phase.optimizer, phase.objective.controls), reference, phase.source.init(), 0
 
 
 def first_params(run: Run, journal: Journal):

@@ -136,6 +136,9 @@ class Batch:
     # a rollout never crosses rows. Prompts of rollouts and padding have 0.
     rollout_BT: jax.Array
     reference_logp_BT: jax.Array | None = None  # float32; None where no objective asks for a reference policy
+    # [B, T, width of the reference]: its hidden states that predict token t; None where
+    # no divergence over the vocabulary is asked for.
+    reference_hidden_BTD: jax.Array | None = None
     value_BT: jax.Array | None = None  # float32, by the critic before the update; None without a critic
     return_BT: jax.Array | None = None  # float32, what the critic learns; None without a critic
     entropy_BT: jax.Array | None = None  # float32, nats, of the policy before the update; None unless a selection asks for it
@@ -176,6 +179,7 @@ class Outputs(NamedTuple):
     logp_BT: jax.Array  # of token t given the tokens before it, at the batch's temperature; 0 in column 0
     entropy_BT: jax.Array  # of the distribution of token t, nats
     value_BT: jax.Array | None = None  # of the tokens before token t; None without a value head
+    divergence_BT: jax.Array | None = None  # of the distribution of token t from the reference's, nats; None unless asked for
 
 
 class Evaluation(NamedTuple):

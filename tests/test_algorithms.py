@@ -243,8 +243,10 @@ def test_every_algorithm_has_its_equation():
         "lm",
         "sft",
         "expert_iteration",
-        "ppo",
-    }  # tests/test_critic.py
+        "ppo",  # tests/test_critic.py
+        "distil",  # tests/test_distil.py
+        "self_distil",
+    }
 
 
 # --- the same numbers in any layout ---

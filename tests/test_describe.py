@@ -92,9 +92,16 @@ def test_list_names_every_member():
             assert any(line.split()[:1] == [name] for line in lines)
     for family in ("models", "optimizers", "environments", "tokenizers", "formats", "advantages", "weightings", "kl_estimators"):
         assert f"{family}:" in lines
-    for name in (*objectives.ADVANTAGES, *objectives.WEIGHTINGS, *objectives.KL_ESTIMATORS, *optimizer.OPTIMIZERS):
-        (line,) = [line for line in lines if line.split()[:1] == [name]]
-        assert len(line.split()) > 3, name
+    described = {
+        "advantages": objectives.ADVANTAGES,
+        "weightings": objectives.WEIGHTINGS,
+        "kl_estimators": objectives.KL_ESTIMATORS,
+        "optimizers": optimizer.OPTIMIZERS,
+    }
+    for family, members in described.items():
+        for name in members:
+            (line,) = [line for line in list_families(family) if line.split()[:1] == [name]]
+            assert len(line.split()) > 3, name
     assert [line for line in list_families("verifiers") if line.endswith(":")] == ["verifiers:"]
     with pytest.raises(ValueError, match=r"unknown family 'verifier' \(did you mean 'verifiers'\?\)"):
         list_families("verifier")

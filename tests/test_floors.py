@@ -22,7 +22,7 @@ FLOORS = (
     " runtime.profile sandbox",
     "platforms chips model text tasks verify tools objectives estimators sharding optimizer data draw metrics cost"
     " runtime.checkpoint",
-    "learner sampler logp environment batching runtime.warm_start runtime.ledger",
+    "learner sampler logp teacher environment batching runtime.warm_start runtime.ledger",
     "rollout sources runtime.preemption",
     "evaluation recovery runtime.resume runtime.journal look.figures look.page look.runs look.comparison",
     "launch.shell launch.machines",

@@ -103,7 +103,7 @@ def bench(cores: int, whole: bool) -> None:
     if R // share % multiple:
         raise ValueError(f"{R // share} rows do not divide over {microbatches} micro-batches; set --microbatches")
     placed = sharding.shardings(jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), made)), mesh)
-    reference = jax.tree.map(jax.numpy.copy, params) if objective.needs_reference else None
+    reference = jax.tree.map(jax.numpy.copy, params) if objective.refers else None
     state = jax.jit(new_state, static_argnums=1, donate_argnums=0, out_shardings=placed)(params, made)
     step = learner.compile_train_step(model, objective, made, microbatches=microbatches, state_shardings=placed)
     reference_logp = compile_token_logp(model, microbatches, mesh)

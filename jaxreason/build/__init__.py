@@ -10,6 +10,7 @@ before anything is compiled.
     tasks        tasks of sources and suites, and their judges
     environments tools and further attempts around a judge
     phases       sources, objectives, optimizers
+    teacher      reference policies
     evaluation   held-out tasks and texts; the options of the log
     run          `build`: all of these together
     start        `open_run`: build a run, lock its folder, open its checkpoints

@@ -21,9 +21,11 @@ from jaxreason.build.tasks import (
     load_trained,
     parts_of,
 )
+from jaxreason.build.teacher import make_reference
 from jaxreason.cost import attempts_behind_a_prompt, shared_length
 from jaxreason.draw import ALL, LOWEST_TEMPERATURE, is_temperature
 from jaxreason.model import ModelConfig
+from jaxreason.objectives import Objective
 from jaxreason.options import call_with_section, find
 from jaxreason.rollout import Completer
 from jaxreason.train import Phase
@@ -43,6 +45,7 @@ def make_phase(
     log_every: int = 1,  # steps per line of metrics
     offload_reference: bool = False,  # keep the reference params in host memory while they are not used
     max_skipped: int = 5,  # stop the run after this many consecutive batches without a finite update
+    reference: str | None = None,  # reference policy: start, current, or a checkpoint (its teacher); None: the objective's, start
 ) -> Phase:
     """Make one phase: `Source x Objective x steps`."""
     if steps < 0:
@@ -77,11 +80,16 @@ def make_phase(
             f"config.{name}: objective {objective['name']!r} makes advantages of values over the whole batch; allowed with the "
             "source rollouts alone, or an objective without a critic in a mix, such as grpo"
         )
-    if offload_reference and not made_objective.needs_reference:
+    if offload_reference and not made_objective.refers:
         raise ValueError(
             f"config.{name}.offload_reference got True, but the objective has no reference policy; allowed: False, or set "
             f"{name}.objective.kl_coefficient above 0"
         )
+    check_distillation(name, objective, made_objective, source)
+    hinted = source.get("hint", "none") != "none"
+    made_reference = make_reference(reference, made_objective, hinted, name, parts)
+    if offload_reference and made_reference == "current":
+        raise ValueError(f"config.{name}.offload_reference got True, but the reference is the current params; allowed: False")
     arguments = {"parts": parts, "objective": made_objective, "microbatches": microbatches, "steps": steps}
     made_source = call_with_section(make_source, {"name": None} | source, f"config.{name}.source", **arguments)
     if made_source.rows % (parts.devices * microbatches):
@@ -101,7 +109,30 @@ def make_phase(
         log_every,
         offload_reference,
         max_skipped,
+        made_reference,
     )
+
+
+def check_distillation(name: str, section: dict, objective: Objective, source: dict) -> None:
+    """Check that the source gives what an objective that distils needs, and that no
+    other objective gets a hint.
+    """
+    kind, hint = source.get("name"), source.get("hint", "none")
+    if objective.needs_hint and hint == "none":
+        raise ValueError(
+            f"config.{name}: objective {section['name']!r} needs a hint for its teacher; set {name}.source.hint (of the source "
+            "rollouts), or choose distil with a checkpoint as its reference"
+        )
+    if hint != "none" and not objective.distils:
+        raise ValueError(
+            f"config.{name}.source.hint got {hint!r}, but objective {section['name']!r} does not learn from a teacher; allowed: "
+            "none, or the objectives self_distil and distil"
+        )
+    if objective.distils and objective.on_policy and kind in ("corpus", "demonstrations"):
+        raise ValueError(
+            f"config.{name}: over='token' estimates the divergence from tokens that the policy sampled, not those of {kind}; "
+            "allowed: over='vocabulary', or the source rollouts"
+        )
 
 
 def without_ignored(section: dict, where: str, say: Callable[[str], None]) -> dict:

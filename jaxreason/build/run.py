@@ -21,14 +21,17 @@ from jaxreason.build.model import check_size, init_params, read_model_and_text, 
 from jaxreason.build.phases import make_phase
 from jaxreason.build.sampler import decoding_of, make_completer, warm_up
 from jaxreason.build.tasks import Parts, load_tasks, trained_sections, trained_tasks
+from jaxreason.build.teacher import NAMES as REFERENCES
 from jaxreason.draw import ALL
 from jaxreason.model import attention, transformer
 from jaxreason.model import config as model_config
 from jaxreason.model import weights as weights_
 from jaxreason.options import call_with_section
 from jaxreason.runtime import hub, warm_start
+from jaxreason.runtime.bucket import is_url
 from jaxreason.runtime.checkpoint import open_checkpoints
-from jaxreason.train import Run
+from jaxreason.teacher import Teacher
+from jaxreason.train import Phase, Run
 
 
 def build(
@@ -81,7 +84,7 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
         devices=sharding.row_devices(meshes.learn),
         say=say,
         reword=functools.partial(reword, config["text"], folder),
-        loaded=list(trained_before(config.get("init_from"), say)),
+        loaded=[data for path in ancestors(config) for data in trained_before(path, say)],
         environments=[],
         environment=config.get("environment"),
         trained=trained_tasks(config),
@@ -107,13 +110,31 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
         **logged,
         token_pieces=functools.partial(text.pieces, tokenizer) if with_tokens else None,
         open_checkpoints=functools.partial(call_with_section, open_checkpoints, config["checkpoint"], "config.checkpoint"),
-        provenance={"config": json.loads(json.dumps(config, default=list)), **made_with},
+        provenance={"config": json.loads(json.dumps(config, default=list)), **made_with, **teachers(phases)},
         description={
             "config": config,
             "parameters": model_config.count_parameters(shape),
             "environment": {**made_with, "devices": describe_devices(meshes)},
         },
     )
+
+
+def ancestors(config: dict) -> Iterator[str]:
+    """Yield the checkpoints from which a run's params or its teachers' are read, except
+    those of the hub.
+    """
+    if config.get("init_from"):
+        yield config["init_from"]
+    for name in config["phases"]:
+        path = config[name].get("reference")
+        if path not in (None, *REFERENCES) and (is_url(path) or Path(path).expanduser().exists()):
+            yield path
+
+
+def teachers(phases: Sequence[Phase]) -> dict:
+    """Return what tells the teachers of phases from others, for the checkpoints."""
+    found = {phase.name: phase.reference.identity for phase in phases if isinstance(phase.reference, Teacher)}
+    return {"teachers": found} if found else {}
 
 
 def trained_before(init_from: str | None, say: Callable[[str], None]) -> Iterator[tuple[str, Sequence]]:

@@ -53,7 +53,8 @@ def in_decode_layout(params) -> bool:
     """Return whether params have the layout of `decode_layout`: one tree per layer,
     projections of the same input fused.
     """
-    return isinstance(params["layers"], tuple) and "qkv" in params["layers"][0]["attention"]
+    layers = params.get("layers")  # an unembedding alone has none
+    return isinstance(layers, tuple) and "qkv" in layers[0]["attention"]
 
 
 def for_few_rows(block: Block) -> Block:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxreason.model.config import ModelConfig
 
@@ -26,6 +26,8 @@ class Model(NamedTuple):
     """
     unembed: Callable
     """`unembed(params, hidden) -> logits`, float32. Separate from `apply`, so that `[B, T, V]` is never needed as a whole."""
+    head: Callable
+    """`head(params)` -> the part of the params that `unembed` reads, which it also accepts."""
     value: Callable | None
     """`value(params, hidden_BTD) -> value_BT`, float32; None without a value head."""
     merge: Callable
@@ -52,3 +54,5 @@ class Model(NamedTuple):
     `apply` and `unembed` accept both layouts, except that a stacked cache needs stacked params. Don't jit it as a whole: it is
     several small programs.
     """
+    mesh: Any = None
+    """The mesh whose devices share the rows of a batch; None: not known here."""

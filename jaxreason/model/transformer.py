@@ -90,9 +90,7 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
         if in_decode_layout(params) and not config.scan_layers:
             kernel_VD = params["embed"]["embedding"] if config.tied_embeddings else params["unembed"]["kernel"]
             return from_left(hidden, kernel_VD.astype(hidden.dtype), jnp.float32, head_precision)
-        name = "embed" if config.tied_embeddings else "unembed"
-        used = sharding.gather_weights(params[name], mesh, name)
-        kernel = used["embedding"].T if config.tied_embeddings else used["kernel"]
+        kernel = params["embed"]["embedding"].T if config.tied_embeddings else params["unembed"]["kernel"]
         kernel = kernel.astype(hidden.dtype)
         return jnp.matmul(hidden, kernel, precision=head_precision, preferred_element_type=jnp.float32)
 
@@ -115,12 +113,14 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
         init=functools.partial(init_params, config),
         apply=apply,
         unembed=unembed,
+        head=functools.partial(head_params, config),
         value=value if config.value_head else None,
         merge=functools.partial(lora.merge, lora=config.lora),
         by_layer=by_layer,
         cast=functools.partial(cast_used, config),
         init_cache=init_cache,
         decode_layout=functools.partial(decode_layout, config),
+        mesh=mesh,
     )
 
 
@@ -131,6 +131,12 @@ def head_of(config: ModelConfig) -> tuple:
     a TPU would multiply float32 in bfloat16, and a GPU in TF32.
     """
     return jnp.dtype(config.head_dtype or config.dtype), "highest" if config.head_dtype == "float32" else None
+
+
+def head_params(config: ModelConfig, params):
+    """Return the part of the params that makes logits."""
+    name = "embed" if config.tied_embeddings else "unembed"
+    return {name: params.get("frozen", params)[name]}
 
 
 def init_params(config: ModelConfig, key):

@@ -28,13 +28,15 @@ three short lists, so an ablation is their cross product. `corrections`, `penalt
     dppo               centre_group     per_max_length   within_divergence   2602.04879
     sapo               zscore_group     per_sequence     soft_gate           2511.20347
     ppo                rewards, GAE     per_token        clipped, value      1707.06347
+    distil             ones             per_token        distilled           2306.13649
+    self_distil        ones             per_token        distilled           2601.19897
 
 Losses `reinforce` get the ratio of learner and sampler, truncated at 2, unless
 `correct` says otherwise. gdpo's advantage takes measures of the verdicts, reward_PGN.
 To any of them can be added:
 
     field                    what it adds                               arXiv
-    kl_coefficient           KL divergence to the phase's first params  2512.02556
+    kl_coefficient           KL divergence to the reference policy      2512.02556
     kl_in=reward             the same as a reward of each token         2203.02155
     kl_target                its coefficient adapts to a target         1909.08593
     entropy_coefficient      a reward for entropy
@@ -55,7 +57,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from jaxreason.objectives import corrections, penalties
+from jaxreason.objectives import corrections, distillation, penalties
 from jaxreason.objectives import critic as critics
 from jaxreason.objectives.advantages import (
     ADVANTAGES,
@@ -76,6 +78,7 @@ from jaxreason.objectives.advantages import (
 )
 from jaxreason.objectives.controls import Control
 from jaxreason.objectives.critic import Critic
+from jaxreason.objectives.divergence import Divergence
 from jaxreason.objectives.losses import (
     clipped,
     clipped_sequence,
@@ -106,6 +109,8 @@ class Objective(NamedTuple):
     """Three pure functions and their requirements.
 
     `needs_reference`: the batch must carry log-probs of a reference policy.
+    `divergence`: that from a reference policy over the vocabulary, which the outputs
+    must carry; the batch then has the reference's hidden states.
     `needs_group`: attempts at one problem are compared, so there must be at least two.
     `needs_entropy`: `prepare` reads `batch.entropy_BT`, which takes a pass of its own.
     `needs_rollouts`: log-probs of the policy that sampled are compared with others.
@@ -121,6 +126,10 @@ class Objective(NamedTuple):
     on_policy: bool = False
     learns_cut: bool = True  # whether rollouts that were cut off at their limit are trained on
     critic: Critic | None = None  # makes advantages of single tokens from the rewards and the model's values
+    divergence: Divergence | None = None
+    distils: bool = False  # whether the loss is the distance from the reference, and not of the rewards
+    needs_hint: bool = False  # whether the reference must be shown more than the policy
+    reference: str = "start"  # the reference policy of a phase that names none: "start" or "current"
     controls: tuple[Control, ...] = ()  # state that the train step updates, and its rules
     prepare: tuple[Callable, ...] = ()  # Batch -> {field: value}, each once per batch, before its updates and any split
     needs_entropy: bool = False
@@ -130,9 +139,14 @@ class Objective(NamedTuple):
     measures: tuple[str, ...] = ()  # if given, `advantage` takes these measures of the verdicts, reward_PGN, and no reward_PG
 
     @property
+    def refers(self) -> bool:
+        """Whether there is a reference policy."""
+        return self.needs_reference or self.divergence is not None
+
+    @property
     def passes(self) -> int:
         """Number of forward passes over a batch before its updates."""
-        return self.needs_reference + (self.critic is not None) + self.needs_entropy
+        return self.refers + (self.critic is not None) + self.needs_entropy
 
 
 def with_kl(objective: Objective, coefficient: float | Callable, estimator: str = "k3_weighted") -> Objective:
@@ -141,6 +155,14 @@ def with_kl(objective: Objective, coefficient: float | Callable, estimator: str 
     """
     if estimator not in KL_ESTIMATORS:
         raise ValueError(unknown_name_message("KL estimator", estimator, KL_ESTIMATORS))
+    if estimator == "exact":
+        if objective.divergence is not None:
+            raise ValueError(
+                "kl_estimator got 'exact', but the objective is itself a divergence from the reference; allowed: "
+                f"{', '.join(penalties.OF_TOKEN)}, or kl_coefficient=0"
+            )
+        token_loss = penalties.add_exact_kl(objective.token_loss, coefficient)
+        return objective._replace(token_loss=token_loss, divergence=Divergence("reverse_kl"))
     token_loss = penalties.add_kl(objective.token_loss, coefficient, estimator)
     return objective._replace(token_loss=token_loss, needs_reference=True)
 
@@ -367,6 +389,46 @@ def expert_iteration():
     return Objective(keep_positive, per_kept_token, nll)
 
 
+def distil(
+    divergence: str = "reverse_kl",  # reverse_kl: KL(policy || reference), forward_kl: KL(reference || policy), or jensen_shannon
+    beta: float = 0.5,  # weight of the reference in a jensen_shannon
+    top_k: int = 0,  # tokens of the reference that count one by one, all others as one; 0: the whole vocabulary
+    over: str = "vocabulary",  # vocabulary: all tokens that could follow; token: the sampled one, a noisier estimate
+):
+    """Distillation of a teacher, the phase's reference policy, on the policy's own
+    attempts (Agarwal et al. 2024, arXiv 2306.13649) or on demonstrations.
+
+    No reward is used, but with `advantage` each attempt's divergence counts times its
+    advantage: with keep_positive, only right attempts are learned from. With
+    over=vocabulary the divergence of each token is exact, but the texts before it are
+    those of the sampling policy, which have no gradient. With over=token the loss is
+    the score-function estimate of reverse_kl, with the advantage log q - log p of the
+    token and discount 0.
+    """
+    how = Divergence(divergence, beta, top_k)
+    distillation.check(how, over)
+    if over == "vocabulary":
+        return Objective(ones, per_token, distillation.distilled, divergence=how, distils=True)
+    return Objective(ones, per_token, distillation.distilled_token, needs_reference=True, on_policy=True, distils=True)
+
+
+def self_distil(
+    divergence: str = "reverse_kl",  # reverse_kl: KL(policy || reference), forward_kl: KL(reference || policy), or jensen_shannon
+    beta: float = 0.5,  # weight of the reference in a jensen_shannon
+    top_k: int = 0,  # tokens of the reference that count one by one, all others as one; 0: the whole vocabulary
+    over: str = "vocabulary",  # vocabulary: all tokens that could follow; token: the sampled one, a noisier estimate
+):
+    """Distillation of the same model, shown a hint that the policy does not see
+    (Shenfeld et al. 2026, arXiv 2601.19897, SDFT; Huebotter et al. 2026, arXiv
+    2601.20802, SDPO). The source's `hint` says which.
+
+    Both papers' teachers are moving averages of the policy; here the reference is
+    "current", the params themselves, or "start".
+    """
+    made = distil(divergence, beta, top_k, over)
+    return made._replace(needs_hint=True, reference="current")
+
+
 OBJECTIVES = {
     "lm": lm,
     "sft": sft,
@@ -385,6 +447,8 @@ OBJECTIVES = {
     "dppo": dppo,
     "sapo": sapo,
     "ppo": ppo,
+    "distil": distil,
+    "self_distil": self_distil,
 }
 
 
@@ -403,8 +467,8 @@ def make(
     correct_low: float = 0.0,  # lower bound of the ratio
     correct_high: float = 2.0,  # upper bound of the ratio
     stale_limit: float | None = None,  # mean log(sampler / learner) above which wrong rollouts are left out; None: never
-    kl_coefficient: float = 0.0,  # weight of the KL divergence to the params at the start of the phase; 0: none
-    kl_estimator: str = "k3_weighted",  # k1, k2, k3_weighted, or k3_reverse as in GRPO, whose gradient is that of KL(q || p)
+    kl_coefficient: float = 0.0,  # weight of the KL divergence to the reference policy (see the phase's `reference`); 0: none
+    kl_estimator: str = "k3_weighted",  # k1, k2, k3_weighted, k3_reverse as in GRPO (gradient of KL(q || p)), or exact
     kl_in: str = "loss",  # loss, or reward: of each token, by the log-probs of the policy that sampled
     kl_target: float | None = None,  # nats per token that the coefficient is adapted to; None: it is constant
     kl_gain: float = 0.1,  # share of the relative error, within 0.2, by which it changes per update
@@ -460,6 +524,8 @@ def make(
         objective = objective._replace(token_loss=corrections.mask_stale_negatives(objective.token_loss, stale_limit))
     if kl_in not in KL_IN:
         raise ValueError(f"kl_in got {kl_in!r}; allowed: {', '.join(KL_IN)}")
+    if kl_in == "reward" and kl_estimator == "exact":
+        raise ValueError("kl_estimator got 'exact' with kl_in='reward', which is of sampled tokens; allowed: kl_in='loss'")
     if entropy_target is not None:
         objective = with_entropy_target(objective, entropy_coefficient, entropy_target, entropy_delta, entropy_highest)
     elif entropy_coefficient:

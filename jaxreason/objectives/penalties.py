@@ -54,15 +54,38 @@ def kl_k3_weighted(logp, reference_logp, log_ratio):
     return jnp.exp(log_ratio) * kl_k3_reverse(logp, reference_logp, log_ratio)
 
 
-KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3_reverse": kl_k3_reverse, "k3_weighted": kl_k3_weighted}
+OF_TOKEN = {"k1": kl_k1, "k2": kl_k2, "k3_reverse": kl_k3_reverse, "k3_weighted": kl_k3_weighted}
 
 
 def add_kl(token_loss, coefficient: float | Callable, estimator: str):
-    kl = KL_ESTIMATORS[estimator]
+    kl = OF_TOKEN[estimator]
 
     def with_kl(outputs, batch):
         loss_BT, statistics = token_loss(outputs, batch)
         kl_BT = kl(outputs.logp_BT, batch.reference_logp_BT, log_ratio(outputs, batch))
+        statistics = {**statistics, "kl": kl_BT, **statistic("kl_coefficient", coefficient, batch, kl_BT)}
+        return loss_BT + at(coefficient, batch) * kl_BT, statistics
+
+    return with_kl
+
+
+def kl_exact(outputs):
+    """Compute KL(p || q) over the vocabulary, of each token's distribution.
+
+    Value and gradient are exact whoever sampled the tokens, without noise. The texts
+    that a token follows are still those of the sampling policy: their distribution has
+    no gradient, on-policy or not (nor has it with the estimators, of single tokens).
+    """
+    return outputs.divergence_BT
+
+
+KL_ESTIMATORS = {**OF_TOKEN, "exact": kl_exact}
+
+
+def add_exact_kl(token_loss, coefficient: float | Callable):
+    def with_kl(outputs, batch):
+        loss_BT, statistics = token_loss(outputs, batch)
+        kl_BT = kl_exact(outputs)
         statistics = {**statistics, "kl": kl_BT, **statistic("kl_coefficient", coefficient, batch, kl_BT)}
         return loss_BT + at(coefficient, batch) * kl_BT, statistics
 

@@ -91,6 +91,9 @@ def batch_of(work: Work):
     """Make the shapes of a batch of full rows."""
     batch = batching.empty(work.rows, work.length)
     more = {"reference_logp_BT": batch.weight_BT} if work.objective.needs_reference else {}
+    if work.objective.divergence is not None:
+        hidden = jax.ShapeDtypeStruct((work.rows, work.length, work.shape.width), work.shape.head_dtype or work.shape.dtype)
+        more["reference_hidden_BTD"] = hidden
     if work.objective.critic is not None:
         more |= {"value_BT": batch.weight_BT, "return_BT": batch.weight_BT}
     if work.objective.chooses:

@@ -34,7 +34,7 @@ def resident(work: Work) -> dict[str, float]:
     return {
         "params": params,
         "optimizer": size_of(state.opt_state),
-        "reference": params if work.objective.needs_reference and not work.offload_reference else 0.0,
+        "reference": params if work.objective.refers and not work.offload_reference else 0.0,
     }
 
 

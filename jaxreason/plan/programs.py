@@ -155,13 +155,14 @@ def compile_train(work: Work) -> Compiled:
     step = learner.compile_train_step(
         model_of(work), work.objective, work.optimizer, microbatches=work.microbatches, state_shardings=where
     )
-    # The decision of `logp.token_outputs`.
+    head = () if work.objective.divergence is None else (model_of(work).head(state.params),)
+    # The decision of `logp.score`.
     remade = work.rows // work.microbatches * work.length * c.vocab_size > logp_.logits_limits(mesh).kept
     return compile_program(
         f"train step, {work.microbatches} micro-batches",
         work,
         mesh,
-        lambda: step.lower(state, batch_of(work)),
+        lambda: step.lower(state, batch_of(work), *head),
         trips=work.microbatches,
         flops=cost.train_flops(c, work.rows, work.length, remade),
         kernel_flops=0.0 if c.attention == "xla" else cost.flash_flops(c, work.rows, work.length),
@@ -175,12 +176,16 @@ def passes_of(work: Work) -> list[str]:
     each, in the order in which they run.
     """
     objective = work.objective
-    asked = objective.needs_reference, objective.critic is not None, objective.needs_entropy
+    asked = (
+        *(objective.needs_reference, objective.divergence is not None),
+        *(objective.critic is not None, objective.needs_entropy),
+    )
     return list(itertools.compress(PASSES, asked))
 
 
 PASSES = {
     "reference log-probs": logp_.compile_token_logp,
+    "reference hidden states": logp_.compile_hidden,
     "values": logp_.compile_token_values,
     "entropies": logp_.compile_token_entropy,
 }
@@ -200,7 +205,7 @@ def compiled_pass(work: Work, name: str) -> Compiled:
     score = PASSES[name](model_of(work), work.microbatches, mesh)
     plain = work.shape.attention == "xla"
     keys = cost.causal_keys(work.length) if plain else work.length / 2
-    logits = 0 if name == "values" else work.rows * work.length
+    logits = 0 if name in ("values", "reference hidden states") else work.rows * work.length
     parts = cost.dense_flops(work.shape, work.rows, work.length, keys, logits)
     return compile_program(
         f"{name}, {work.microbatches} micro-batches",

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxreason import teacher
 from jaxreason.learner import state_shapes
 from jaxreason.runtime import files, ledger
 from jaxreason.runtime.checkpoint import Checkpoints, Damaged
@@ -114,8 +115,22 @@ def restore(run, checkpoints: Checkpoints, step: int) -> Found:
     abstract, placed = state_shapes(run.model, phase.optimizer, run.mesh, phase.objective.controls)
     wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
     state, _ = checkpoints.restore(step, wanted)
-    needed = phase.objective.needs_reference
-    return Found(step, host, state, checkpoints.restore_reference(step, wanted.params) if needed else None)
+    check_teacher(phase, host)
+    reference = checkpoints.restore_reference(step, wanted.params) if teacher.is_saved(phase) else None
+    return Found(step, host, state, reference)
+
+
+def check_teacher(phase, host: Mapping[str, Any]) -> None:
+    """Raise ValueError if a phase's teacher is not the one that the checkpoint had."""
+    had = host.get("teachers", {}).get(phase.name)
+    if had is None or not isinstance(phase.reference, teacher.Teacher) or had == phase.reference.identity:
+        return
+    (was, _), (now, _) = (tuple(identity.values()) for identity in (had, phase.reference.identity))
+    steps = f"it was step {was} and is step {now}" if was != now else "its files have changed"
+    raise ValueError(
+        f"config.{phase.name}.reference is not what it was when the run began: {steps}; name the checkpoint "
+        "(RUN/checkpoints/STEP), bring it back, or choose another --workdir"
+    )
 
 
 def changed_versions(found: Found, provenance: Mapping[str, Any]) -> list[str]:
