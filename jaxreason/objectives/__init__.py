@@ -87,6 +87,12 @@ class Objective(NamedTuple):
     learns_cut: bool = True  # whether rollouts that were cut off at their limit are trained on
     critic: Critic | None = None  # makes advantages of single tokens from the rewards and the model's values
 
+    @property
+    def passes(self) -> int:
+        """Count the forward passes over a batch that come before its first update."""
+        by_values = self.critic is not None
+        return self.needs_reference + by_values + (by_values and self.critic.trace_clip is not None)
+
 
 def with_kl(objective: Objective, coefficient: float, estimator: str = "k3_weighted") -> Objective:
     """Add `coefficient` times the KL divergence to the reference policy, per token."""

@@ -181,8 +181,8 @@ class Journal:
         and learned from in the second.
         """
         config, phase, devices = self.run.model.config, self.phase, self.run.mesh.size
-        passes = phase.objective.needs_reference + (phase.objective.critic is not None)
-        learned = ledger.learning(config, self.drawn.batch, updates=phase.updates_per_batch, passes=passes)
+        updates, passes = phase.updates_per_batch, phase.objective.passes
+        learned = ledger.learning(config, self.drawn.batch, updates=updates, passes=passes)
         learn_j = self.meter.lap()
         if not phase.source.samples:
             compile_s = draw_compile_s + learn_compile_s
