@@ -13,6 +13,7 @@ is configs/tiny.py, prior included. Not yet run on an accelerator, nor to the en
     mean inside each prompt, then over prompts          weigh=per_mixed_prompt
     prompts of equal rewards dropped, not replaced      the same
     advantage over the std of all in the batch          centre_group_scale_batch
+    prompts solved in 9 of 10 attempts not drawn again  source.curriculum
     truncated attempts left out (A.15)                  cut=out
     output projection in float32, both sides            model.head_dtype=float32
     PipelineRL, at most 8 updates behind                lag=8
@@ -24,9 +25,8 @@ What differs: their sampler gets new params in the middle of an attempt, ours at
 start of a batch, so with `lag=8` every batch is eight updates old. Their rewards are
 +1 and -1, which centring and scaling make the same as 1 and 0. Their standard deviation
 may not count the dropped prompts; ours does. They force the end of thinking at 12,000
-tokens: `--config.sampler.thinking_tokens=N`, for a model that writes <think>. Prompts
-whose success rate has reached 0.9 are not sampled again there; here they are. Adam's
-other numbers are not given.
+tokens: `--config.sampler.thinking_tokens=N`, for a model that writes <think>. Adam's other
+numbers are not given.
 """
 
 import runpy
@@ -60,6 +60,7 @@ def get_config(arg: str = "") -> ConfigDict:
     adapted = "lora" in config.model
     config.rl.optimizer = {**OPTIMIZER, "lr": 3e-4 if chain else 1e-5 if adapted else 5e-7, "warmup_steps": 10 if chain else 100}
     config.rl.source.lag = 8
+    config.rl.source.curriculum = {"name": "success_rate", "most": 0.9}
     if options.smoke:
         config.rl.source.lag, config.rl.optimizer.warmup_steps = 1, 0
         return config

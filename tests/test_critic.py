@@ -273,6 +273,14 @@ def test_what_a_critic_needs_is_said_before_the_run(fields, message):
         build(config)
 
 
+def test_forward_passes_before_an_update_are_counted():
+    made = [
+        objectives.make(name, **fields)
+        for name, fields in (("grpo", {}), ("grpo", {"kl_coefficient": 0.1}), ("ppo", {}), ("ppo", {"trace_clip": 1.0}))
+    ]
+    assert [objective.passes for objective in made] == [0, 1, 1, 2]
+
+
 def test_a_reward_is_the_advantage_until_values_are_there():
     reward_PG = np.array([[1.0, 0.0], [0.5, -2.0]])
     np.testing.assert_array_equal(objectives.make("ppo").advantage(reward_PG), reward_PG)

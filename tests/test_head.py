@@ -115,6 +115,19 @@ def test_tensor_parallel_logits_and_gradients_are_those_of_one_device(tied):
     np.testing.assert_allclose(found[0][1], found[1][1], atol=0.05 * np.abs(found[0][1]).max())  # layers compute in bfloat16
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_tensor_parallel_sampler_has_the_head_of_the_learner(tied):
+    model, params = t.make_model(tied_embeddings=tied, scan_layers=True, **FULL)
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+    completer = t.make_completer(model, slots=16, prompt_rows=8, rows=8, mesh=mesh)
+    weights = completer.sampler.prepare(params)
+    kernel = weights.decode["embed"]["embedding"] if tied else weights.decode["unembed"]["kernel"]
+    assert kernel.dtype == jnp.float32
+    assert kernel.sharding.shard_shape(kernel.shape) == ((6, 16) if tied else (16, 6))
+    rollouts = t.roll(completer, params, t.make_requests(8, 2), JUDGE)
+    assert t.largest_gap(model, params, rollouts) < 0.1
+
+
 def test_adapters_on_a_bfloat16_base_get_a_float32_head(tiny):
     lora = Lora(rank=2, targets=("q", "down"), base_dtype="bfloat16")
     model, params = tiny(lora=lora, **FULL)

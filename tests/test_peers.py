@@ -10,7 +10,7 @@ float32). Where they differ, a test records by how much:
 | `centre_group_scale_batch` | std of centred rewards | TRL `batch`: std of the rewards, sample | ours: 2510.13786, sec. 4 |
 | divisor of `dr_grpo` | longest allowed completion | Tunix: width of the padded batch | a constant: ours and TRL's |
 | rollouts left out (`cut="out"`) | count in the mean over rollouts | as ours in TRL; not in Tunix | open |
-| gradient of KL k1 | that of KL(p, q) | Tunix `kl`: 1 per token, expectation 0 | ours: 2512.02556, sec. 3.1 |
+| gradient of KL k1 | that of KL(p, q) | Tunix `kl`: 1 per token, expectation 0 | ours: the mean of grad log p is 0 |
 | upper bound of `cispo` | 1 + clip_high | TRL: epsilon_high itself | both: another name |
 | `rloo` off-policy | refused, or weighed by `correct` | TRL: PPO's clip of the rollout's ratio | ours: 2402.14740 has no ratio |
 | std of normalised GAE | population, + 1e-6 | Tunix: sample, variance + 1e-8 | open |

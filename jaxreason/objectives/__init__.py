@@ -148,6 +148,12 @@ class Objective(NamedTuple):
         """Number of forward passes over a batch before its updates."""
         return self.refers + (self.critic is not None) + self.needs_entropy
 
+    @property
+    def passes(self) -> int:
+        """Count the forward passes over a batch that come before its first update."""
+        by_values = self.critic is not None
+        return self.needs_reference + by_values + (by_values and self.critic.trace_clip is not None)
+
 
 def with_kl(objective: Objective, coefficient: float | Callable, estimator: str = "k3_weighted") -> Objective:
     """Add `coefficient` times the KL divergence to the reference policy, per token; a

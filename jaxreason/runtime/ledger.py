@@ -190,7 +190,8 @@ def decode_bytes(decoding: Decoding, rollouts: Iterable[Rollout]) -> float:
 
 def learning(c, batch: Batch, *, updates: int, passes: int = 0) -> dict[str, float]:
     """Count tokens and FLOPs of `updates` updates from a batch, and of `passes` forward
-    passes over it: for log-probs of a reference policy, or values of a critic.
+    passes over it: for log-probs of a reference policy, or values of a critic (see
+    `Objective.passes`).
 
     The backward pass costs two forward passes, or one if the base is frozen: its
     weights then have no gradient.

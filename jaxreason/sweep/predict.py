@@ -86,8 +86,7 @@ def phase_flops(shape, phase: Mapping, sampler: Mapping, where: str) -> float | 
     else:
         return None
     passes = 3 * phase["updates_per_batch"] + (source["dynamic_sampling"] if source["name"] == "rollouts" else 0)
-    objective = call_with_section(objectives.make, phase["objective"], f"{where}.objective")
-    passes += objective.passes
+    passes += call_with_section(objectives.make, phase["objective"], f"{where}.objective").passes
     return phase["steps"] * passes * rows * (forward_flops(shape, [row]) + adapter_flops(shape, sum(row)))
 
 
