@@ -8,6 +8,7 @@ from jaxreason import batching, data, sources
 from jaxreason import objectives as objectives_
 from jaxreason import optimizer as optimizer_
 from jaxreason.build.environments import make_environment
+from jaxreason.build.hints import make_hints
 from jaxreason.build.sampler import make_filter
 from jaxreason.build.tasks import (
     Parts,
@@ -217,6 +218,9 @@ def rollouts(
     pack: bool = True,  # put several short attempts in a row
     rollouts_per_prompt: int
     | None = None,  # attempts per copy of the prompt in the learner; None: the number with the least work
+    hint: str = "none",  # what a teacher is shown beside the prompt: answer, solution, verdict or attempt (see sources.hints)
+    hint_text: str | None = None,  # its question: text with {question} and {hint}; None: that of the kind
+    hint_tokens: int | None = None,  # tokens that a hint may add to a prompt; None: as many as needed, or as an attempt may have
     top_k: int = 0,  # refused in training unless 0: the importance ratio would be biased
     top_p: float = 1.0,  # refused in training unless 1
     min_p: float = 0.0,  # refused in training unless 0
@@ -265,6 +269,8 @@ def rollouts(
     prompted = drop_long_prompts(loaded, made.format.prompt, longest_prompt, what, parts.say)
     if made.asks_verifier:
         check_keys([task for task, _ in prompted], parts.verifier, what, parts.say)
+    sizes = {"longest_prompt": longest_prompt, "completion": completer.max_tokens, "share": share}
+    hints = make_hints(hint, hint_text, hint_tokens, tasks=prompted, prompt=made.format.prompt, **sizes)
     return sources.rollouts(
         data.shuffled(prompted, seed=parts.seed),
         made.environment,
@@ -280,6 +286,7 @@ def rollouts(
         microbatches=microbatches,
         rollouts_per_prompt=share,
         lag=lag,
+        hints=hints,
         background=not set(parts.meshes.sample.devices.flat) & set(parts.meshes.learn.devices.flat),
         steps=steps,
     )

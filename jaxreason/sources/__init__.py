@@ -15,6 +15,7 @@ the processes divide expensive work among them.
     attempts    rollouts, and sampling ahead of the learner
     sampling    the groups of a batch, by all processes together
     rewards     what is paid for an attempt
+    hints       what a teacher is shown beside the prompt
     saved       groups as JSON, for checkpoints
 """
 

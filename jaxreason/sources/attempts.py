@@ -16,6 +16,7 @@ from jaxreason.environment import Environment, count_failures, measured
 from jaxreason.objectives import Objective
 from jaxreason.options import unknown_name_message
 from jaxreason.rollout import Completer
+from jaxreason.sources.hints import Hints, hinted_prompts
 from jaxreason.sources.interface import NextBatch, Source
 from jaxreason.sources.rewards import REWARDS
 from jaxreason.sources.sampling import (
@@ -53,6 +54,7 @@ def rollouts(
     background: bool = False,
     steps: int | None = None,
     dynamic_sampling: int = 1,
+    hints: Hints | None = None,
 ) -> Source:
     """Sample and judge `group` attempts at each of `problems` tasks per batch.
 
@@ -64,6 +66,7 @@ def rollouts(
     `reward` says what is paid: the verdict's reward or, as controls, that reward given
     to another attempt ("random", see `shuffle_rewards`) or 1 for any answer that the
     verifier can read ("format"); "majority" needs no answer key (see `pay_majority`).
+    `hints` make the rows of a teacher that is shown more than the policy.
 
     Raises:
       ValueError: an unknown reward, a negative lag, or dynamic sampling that is below 1
@@ -85,6 +88,7 @@ def rollouts(
     def drawn(sampled: SampledGroups) -> NextBatch:
         """Make the batch and the metrics of sampled groups."""
         learned = most_mixed(sampled.groups, problems)
+        hinted = None if hints is None else hinted_prompts(hints, learned)
         batch = batching.from_groups(
             learned,
             objective,
@@ -93,6 +97,8 @@ def rollouts(
             pack=pack,
             microbatches=microbatches,
             rollouts_per_prompt=rollouts_per_prompt,
+            hinted=hinted,
+            hint_columns=0 if hints is None else hints.columns,
         )
         tokens, spent = float((batch.segment_BT > 0).sum()), sampled.spent
         metrics = measure(sampled.groups) | {
@@ -105,6 +111,8 @@ def rollouts(
             "perf/sample_tokens_per_s": (float(spent.tokens), spent.sample_s),
             "perf/slot_occupancy": (float(spent.tokens), float(spent.slot_steps)),
         }
+        if hinted is not None:
+            metrics["rollout/hinted"] = (float(sum(prompt is not None for prompt in hinted)), float(len(hinted)))
         found = dict(zip(map(id, (r for group in learned for r in group.attempts)), batching.advantages(batch), strict=True))
         sampled_R = [r for group in sampled.groups for r in group.attempts]
         return NextBatch(batch, metrics, sampled_R, [found.get(id(r)) for r in sampled_R])
