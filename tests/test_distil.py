@@ -364,7 +364,9 @@ def hinted_config(hint="answer", objective=None, **fields):
 
 @pytest.mark.slow
 @pytest.mark.process
-@pytest.mark.parametrize(("hint", "fields"), [("answer", {"rl.updates_per_batch": 2}), ("verdict", {"rl.source.lag": 1})])
+@pytest.mark.parametrize(
+    ("hint", "fields"), [("answer", {"rl.updates_per_batch": 2}), ("answer", {"rl.source.lag": 1}), ("verdict", {})]
+)
 def test_a_run_that_distils_itself_continues_bit_for_bit(tmp_path, monkeypatch, hint, fields):
     steps, compile_train_step = [], learner.compile_train_step
 
@@ -383,8 +385,12 @@ def test_a_run_that_distils_itself_continues_bit_for_bit(tmp_path, monkeypatch, 
     assert maths(tmp_path / "cut") == maths(tmp_path / "whole")
     logged = with_distillation(tmp_path / "whole")
     assert len(logged) == 4
-    assert all(line["train/divergence"] > 0 for line in logged)
-    assert all(line["rollout/hinted"] == (1.0 if hint == "answer" else pytest.approx(0.5, abs=0.5)) for line in logged)
+    if hint == "answer":
+        assert all(line["train/divergence"] > 0 for line in logged)
+        assert all(line["rollout/hinted"] == 1 for line in logged)
+    else:  # this tokenizer has no letters for the reasons, so nobody has a hint
+        assert all(line["train/divergence"] is None for line in logged)
+        assert all(line["rollout/hinted"] == 0 for line in logged)
 
 
 @pytest.mark.slow
