@@ -25,8 +25,8 @@ What differs: their sampler gets new params in the middle of an attempt, ours at
 start of a batch, so with `lag=8` every batch is eight updates old. Their rewards are
 +1 and -1, which centring and scaling make the same as 1 and 0. Their standard deviation
 may not count the dropped prompts; ours does. They force the end of thinking at 12,000
-tokens: `--config.sampler.thinking_tokens=N`, for a model that writes <think>. Adam's other
-numbers are not given.
+tokens: `--config.sampler.thinking_tokens=N`, for a model that writes <think>. Adam's
+other numbers are not given.
 """
 
 import runpy

@@ -18,7 +18,7 @@ import numpy as np
 from jaxreason.cost import shared_length
 from jaxreason.objectives import Objective
 from jaxreason.objectives import credit as credits
-from jaxreason.types import Batch, Group
+from jaxreason.types import Batch, Group, Hinted, Rollout
 
 
 def length_buckets(longest: int, count: int = 4, multiple: int = 8) -> tuple[int, ...]:
@@ -40,6 +40,8 @@ def from_groups(
     rollouts_per_prompt: int = 1,
     credit: str = "rollout",
     rows: int | None = None,
+    hinted: Sequence[np.ndarray | None] | None = None,
+    hint_columns: int = 0,
 ) -> Batch:
     """Make a batch of R / `rollouts_per_prompt` rows from R rollouts in groups of one
     size, or of `rows` rows, some of them empty.
@@ -57,6 +59,11 @@ def from_groups(
     attempt's advantage, see `credit.by_attempt`; the weights stay those of rollouts.
     For a weighting that reads the advantage, a rollout's is that of its attempt that is
     farthest from 0.
+
+    `hinted` are prompts that a teacher reads in the place of those of the rollouts, in
+    rows of `hint_columns` more columns (`types.Hinted`); these must hold what hints add
+    to a row of `rollouts_per_prompt` attempts. A rollout whose hinted prompt is None
+    weighs 0, but its tokens count in the weights of the others.
     """
     if not groups:
         return empty(rows, buckets[0])
@@ -73,7 +80,8 @@ def from_groups(
     count = rollouts_per_prompt
     shares = [group.attempts[i : i + count] for group in groups for i in range(0, len(group.attempts), count)]
     lengths = [shared_length(len(attempts[0].prompt), [len(r.tokens) for r in attempts]) for attempts in shares]
-    batch, spans = lay_out(lengths, buckets, pack, microbatches, rows)
+    needed = None if hinted is None else hinted_lengths(rollouts, hinted, count)
+    batch, spans = lay_out(lengths, buckets, pack, microbatches, rows, needed, hint_columns)
     i = 0  # index of the rollout
     for attempts, (row, begin, _) in zip(shares, spans, strict=True):
         prompt = attempts[0].prompt
@@ -92,7 +100,43 @@ def from_groups(
             batch.behaviour_logp_BT[row, start:stop] = r.logp
             batch.temperature_BT[row, start - 1 : stop] = r.temperature
             start, i = stop, i + 1
-    return batch
+    return batch if hinted is None else add_hinted(batch, rollouts, hinted, hint_columns)
+
+
+def hinted_lengths(rollouts: Sequence[Rollout], hinted: Sequence[np.ndarray | None], count: int) -> list[int]:
+    """Count the teacher's columns of each `count` rollouts."""
+    each = [0 if prompt is None else len(prompt) + len(r.tokens) for r, prompt in zip(rollouts, hinted, strict=True)]
+    return [sum(each[i : i + count]) for i in range(0, len(each), count)]
+
+
+def add_hinted(batch: Batch, rollouts: Sequence[Rollout], hinted: Sequence[np.ndarray | None], columns: int) -> Batch:
+    """Add the teacher's rows to a batch, and take the weight of rollouts without a
+    hint.
+
+    A rollout is in the same row for both, so rows can be sharded.
+    """
+    B, T = batch.tokens_BT.shape
+    U = T + columns
+    tokens_BU, position_BU, segment_BU = (np.zeros((B, U), np.int32) for _ in range(3))
+    column_BT, end_B, segments_B = np.zeros((B, T), np.int32), np.zeros(B, int), np.zeros(B, int)
+    position_BU[:] = np.arange(U)
+    row_R = np.zeros(len(rollouts) + 1, int)
+    rows, columns_ = np.nonzero(batch.rollout_BT)
+    row_R[batch.rollout_BT[rows, columns_]] = rows
+    for number, (r, prompt) in enumerate(zip(rollouts, hinted, strict=True), start=1):
+        row = row_R[number]
+        here_T = batch.rollout_BT[row] == number
+        if prompt is None:
+            batch.weight_BT[row, here_T] = 0.0
+            continue
+        begin, middle = end_B[row], end_B[row] + len(prompt)
+        stop = end_B[row] = middle + len(r.tokens)
+        segments_B[row] += 1
+        tokens_BU[row, begin:middle], tokens_BU[row, middle:stop] = prompt, r.tokens
+        position_BU[row, begin:stop] = np.arange(stop - begin)
+        segment_BU[row, begin:stop] = segments_B[row]
+        column_BT[row, here_T] = np.arange(middle, stop)
+    return dataclasses.replace(batch, hinted=Hinted(tokens_BU, position_BU, segment_BU, column_BT))
 
 
 def advantage_and_weight(objective: Objective, reward, length_PG, limit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -145,12 +189,20 @@ def from_demonstrations(
 
 
 def lay_out(
-    lengths: Sequence[int], buckets: Sequence[int], pack: bool, microbatches: int, rows: int | None = None
+    lengths: Sequence[int],
+    buckets: Sequence[int],
+    pack: bool,
+    microbatches: int,
+    rows: int | None = None,
+    hinted: Sequence[int] | None = None,
+    hint_columns: int = 0,
 ) -> tuple[Batch, list[tuple[int, int, int]]]:
     """Make an empty batch with one row per sequence, or `rows` if that is given, and
     place each sequence.
 
-    Return (row, first column, end column) of each. Packing is first-fit, longest
+    Return (row, first column, end column) of each. With `hinted`, the lengths that a
+    teacher reads, the sequences of a row also fit its row there, which has
+    `hint_columns` more columns. Packing is first-fit, longest
     sequence first: it uses at most 11/9 of the fewest rows, plus 2/3 of a row (Dosa
     2007).
     """
@@ -160,13 +212,14 @@ def lay_out(
     filled = [[i] for i in range(R)]
     if pack:
         filled, room = [], []
+        sizes_R2 = np.array([lengths, [0] * R if hinted is None else hinted]).T
         for i in sorted(range(R), key=lambda i: -lengths[i]):
-            row = next((row for row, free in enumerate(room) if free >= lengths[i]), len(filled))
+            row = next((row for row, free in enumerate(room) if (free >= sizes_R2[i]).all()), len(filled))
             if row == len(filled):
                 filled.append([])
-                room.append(T)
+                room.append(np.array([T, T + hint_columns]))
             filled[row].append(i)
-            room[row] -= lengths[i]
+            room[row] -= sizes_R2[i]
     spans: dict[int, tuple[int, int, int]] = {}
     for row, members in enumerate(filled):
         # Fill one micro-batch after the other, so that those left empty are the last:

@@ -283,12 +283,20 @@ def chunks(wanted_BT, count: int):
 def compile_token_logp(model, microbatches: int = 1, mesh=None):
     """Return the jitted `logp(params, batch) -> logp_BT`.
 
-    It serves reference policies and checks of the sampler. It scores the tokens that
-    have a weight, in as many micro-batches as `train_step`, and skips the same ones.
+    It serves reference policies, which may read hints, and checks of the sampler. It
+    scores the tokens that have a weight, in as many micro-batches as `train_step`, and
+    skips the same ones.
     """
 
     limits = logits_limits(mesh)
-    return compile_scores(lambda params, batch: token_outputs(model, params, batch, limits).logp_BT, microbatches, mesh)
+
+    def logp(params, batch):
+        if batch.hinted is None:
+            return token_outputs(model, params, batch, limits).logp_BT
+        hidden_BTD = jnp.roll(predicting(model, params, batch), -1, axis=1)
+        return align(score_hidden(model, params, hidden_BTD, batch, limits)[0])
+
+    return compile_scores(logp, microbatches, mesh)
 
 
 def compile_token_entropy(model, microbatches: int = 1, mesh=None):
@@ -300,14 +308,19 @@ def compile_token_entropy(model, microbatches: int = 1, mesh=None):
 
 
 def compile_hidden(model, microbatches: int = 1, mesh=None):
-    """Return the jitted `hidden(params, batch) -> hidden_BTD`: the hidden states that
-    predict each token, 0 in column 0, from which a head makes the distributions.
+    """Return the jitted `hidden(params, batch) -> hidden_BTD` of `predicting`."""
+    return compile_scores(functools.partial(predicting, model), microbatches, mesh)
+
+
+def predicting(model: Model, params, batch: Batch):
+    """Return the hidden states that predict each token, from which a head makes the
+    distributions. With hints they are those of the teacher's rows.
     """
-
-    def hidden(params, batch):
+    rows = batch.hinted
+    if rows is None:
         return align(model.apply(params, batch.tokens_BT, batch.position_BT, batch.segment_BT)[0])
-
-    return compile_scores(hidden, microbatches, mesh)
+    hidden_BUD, _ = model.apply(params, rows.tokens_BU, rows.position_BU, rows.segment_BU)
+    return jnp.take_along_axis(hidden_BUD, jnp.maximum(rows.column_BT - 1, 0)[..., None], axis=1)
 
 
 def compile_token_values(model, microbatches: int = 1, mesh=None):

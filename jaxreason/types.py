@@ -120,6 +120,18 @@ def _registered(cls):
 
 
 @_registered
+class Hinted:
+    """Rows that a teacher reads in the place of a batch's: prompts with hints, each
+    followed by the completion that the batch has. U columns, fixed by the batch's T.
+    """
+
+    tokens_BU: jax.Array  # int32
+    position_BU: jax.Array  # int32, from 0 in each segment
+    segment_BU: jax.Array  # int32, 0 is padding
+    column_BT: jax.Array  # int32, column of the batch's token t in the same row here; 0: it is not here
+
+
+@_registered
 class Batch:
     """Input of one train step. The loss is `sum(weight_BT * token_loss_BT)`: every
     normalisation is in the weights.
@@ -139,6 +151,7 @@ class Batch:
     # [B, T, width of the reference]: its hidden states that predict token t; None where
     # no divergence over the vocabulary is asked for.
     reference_hidden_BTD: jax.Array | None = None
+    hinted: Hinted | None = None  # None: the reference policy reads the same rows
     value_BT: jax.Array | None = None  # float32, by the critic before the update; None without a critic
     return_BT: jax.Array | None = None  # float32, what the critic learns; None without a critic
     entropy_BT: jax.Array | None = None  # float32, nats, of the policy before the update; None unless a selection asks for it

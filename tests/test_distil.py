@@ -20,13 +20,15 @@ from compare import assert_trees_close
 from runs import Killed, killed_after, load_config, maths, run_config
 from tiny_batch import B, T, random_batch, whole_logits
 
-from jaxreason import learner, objectives, platforms, sharding
+from jaxreason import batching, learner, objectives, platforms, sharding, text, train
 from jaxreason.build import build
 from jaxreason.model import transformer
 from jaxreason.objectives import divergence
 from jaxreason.objectives.divergence import Divergence
 from jaxreason.runtime.resume import NotResumable
-from jaxreason.types import Outputs
+from jaxreason.sources import hints
+from jaxreason.tasks.procedural import ALPHABET
+from jaxreason.types import Group, Outputs, Rollout, Task, Verdict
 
 V = 24
 KINDS = {
@@ -355,6 +357,43 @@ def test_a_run_with_a_teacher_continues_bit_for_bit(teachers, tmp_path, monkeypa
     assert all(np.isfinite(line["train/divergence"]) for line in logged)
 
 
+def hinted_config(hint="answer", objective=None, **fields):
+    config = distil_config(None, objective or {"name": "self_distil"}, **fields)
+    config.rl.source.hint, config.rl.source.hint_text = hint, "{question}{hint};"
+    return config
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("hint", "fields"), [("answer", {"rl.updates_per_batch": 2}), ("answer", {"rl.source.lag": 1}), ("verdict", {})]
+)
+def test_a_run_that_distils_itself_continues_bit_for_bit(tmp_path, monkeypatch, hint, fields):
+    steps, compile_train_step = [], learner.compile_train_step
+
+    def compiled(*args, **kwargs):
+        steps.append(compile_train_step(*args, **kwargs))
+        return steps[-1]
+
+    monkeypatch.setattr(train, "compile_train_step", compiled)
+    run_config(hinted_config(hint, **fields), tmp_path / "whole")
+    assert steps[-1]._cache_size() <= 2  # one for each length of rows
+    with monkeypatch.context() as patch:
+        killed_after(patch, 6)
+        with pytest.raises(Killed):
+            run_config(hinted_config(hint, **fields), tmp_path / "cut")
+    run_config(hinted_config(hint, **fields), tmp_path / "cut")
+    assert maths(tmp_path / "cut") == maths(tmp_path / "whole")
+    logged = with_distillation(tmp_path / "whole")
+    assert len(logged) == 4
+    if hint == "answer":
+        assert all(line["train/divergence"] > 0 for line in logged)
+        assert all(line["rollout/hinted"] == 1 for line in logged)
+    else:  # this tokenizer has no letters for the reasons, so nobody has a hint
+        assert all(line["train/divergence"] is None for line in logged)
+        assert all(line["rollout/hinted"] == 0 for line in logged)
+
+
 @pytest.mark.slow
 @pytest.mark.process
 def test_a_teacher_that_has_changed_is_noticed(teachers, tmp_path):
@@ -382,7 +421,7 @@ def test_a_teacher_that_has_changed_is_noticed(teachers, tmp_path):
         (None, {"name": "distil"}, {}, "'start' without a hint.*at the first update.*allowed: a checkpoint, or a hint"),
         ("nowhere", {"name": "distil"}, {}, "config.rl.reference got 'nowhere': no folder"),
         ("TEACHER/checkpoints/7", {"name": "distil"}, {}, "has no checkpoint of step 7"),
-        ("TEACHER", {"name": "distil"}, {"text.alphabet": "abcdefghij"}, "config.rl.reference got"),
+        ("TEACHER", {"name": "distil"}, {"text.alphabet": ALPHABET[::-1]}, "its tokenizer is another one"),
         ("TEACHER", {"name": "distil"}, {"model.vocab_size": 64}, "it has vocab_size=.* and the model here 64; allowed"),
         (
             None,
@@ -392,7 +431,7 @@ def test_a_teacher_that_has_changed_is_noticed(teachers, tmp_path):
         ),
         (
             "TEACHER",
-            {"name": "distil", "over": "token"},
+            {"name": "distil", "over": "token", "correct": "none"},
             {"rl.source.lag": 1},
             "source.lag got 1, but the objective has",
         ),
@@ -405,8 +444,186 @@ def test_what_a_reference_needs_is_said_before_the_run(teachers, reference, obje
         build(distil_config(reference, objective, **fields))
 
 
+@pytest.mark.parametrize(
+    ("hint", "objective", "fields", "message"),
+    [
+        ("answer", {"name": "rloo"}, {}, "source.hint got 'answer', but objective 'rloo' does not learn from a teacher"),
+        ("truth", {"name": "self_distil"}, {}, "unknown hint 'truth'.*answer, attempt, none, solution, verdict"),
+        (
+            "solution",
+            {"name": "self_distil"},
+            {},
+            "'solution', but no task has one; allowed: answer, verdict, attempt",
+        ),
+        ("answer", {"name": "self_distil"}, {"hint_text": "{hint}"}, "it must contain {question} and {hint}"),
+        ("answer", {"name": "self_distil"}, {"hint_text": "{question}! {hint}"}, "which the tokenizer can't encode"),
+        ("answer", {"name": "self_distil"}, {"hint_tokens": 0}, "hint_tokens got 0; allowed: 1 or more, or None"),
+        ("none", {"name": "self_distil"}, {}, "objective 'self_distil' needs a hint for its teacher"),
+        ("answer", {"name": "self_distil"}, {"offload_reference": True}, "the reference is the current params; allowed: False"),
+        ("answer", {"name": "self_distil", "over": "token", "correct": "none"}, {"lag": 1}, "source.lag got 1"),
+    ],
+)
+def test_what_a_hint_needs_is_said_before_the_run(hint, objective, fields, message):
+    config = hinted_config(hint, objective)
+    for name, value in fields.items():
+        (config.rl if name == "offload_reference" else config.rl.source)[name] = value
+    with pytest.raises(ValueError, match=message):
+        build(config)
+
+
+def test_fields_of_a_hint_need_one(teachers):
+    config = distil_config(str(teachers), **{"rl.source.hint_tokens": 5})
+    with pytest.raises(ValueError, match="hint_tokens=5 without a hint; allowed: None"):
+        build(config)
+
+
 def test_a_token_of_the_teacher_needs_tokens_of_the_policy(teachers):
     config = load_config("tiny", "smoke")
     config.prior.objective, config.prior.reference = {"name": "distil", "over": "token"}, str(teachers)
     with pytest.raises(ValueError, match="over='token' estimates the divergence from tokens that the policy sampled"):
         build(config)
+
+
+# --- hints ---
+
+P, G = 4, 4
+
+
+def attempts(seed=0):
+    """Draw groups of rollouts of a model with V tokens."""
+    rng = np.random.default_rng(seed)
+
+    def attempt(p, g, prompt):
+        n = int(rng.integers(1, 7))
+        forced = rng.random(n) < 0.2
+        forced[0] = False
+        tokens, task = rng.integers(1, V, n).astype(np.int32), Task(f"q{p}", str(p), f"s{p}")
+        verdict = Verdict(float(g % 2), g % 2 == 1, reason=f"r{g}" if g else "")
+        return Rollout(task, p, g, prompt, tokens, np.zeros(n, np.float32), ~forced, "eos", f" t{p}{g} ", verdict, 0.8)
+
+    prompts = [rng.integers(1, V, int(rng.integers(2, 5))).astype(np.int32) for _ in range(P)]
+    return [Group(tuple(attempt(p, g, prompts[p]) for g in range(G))) for p in range(P)]
+
+
+def longer(groups, seed=1, without=()) -> list:
+    """Draw a prompt with a hint for each rollout, of 0 to 4 tokens."""
+    rng = np.random.default_rng(seed)
+    rollouts = [r for group in groups for r in group.attempts]
+    made = [np.append(r.prompt, rng.integers(1, V, int(rng.integers(0, 5)))).astype(np.int32) for r in rollouts]
+    return [None if i in without else prompt for i, prompt in enumerate(made)]
+
+
+def laid_out(groups, objective, hinted, **layout):
+    share = layout.get("rollouts_per_prompt", 1)
+    columns = (share - 1) * 8 + share * 4
+    return batching.from_groups(groups, objective, buckets=(16, 32), limit=8, hinted=hinted, hint_columns=columns, **layout)
+
+
+LAYOUTS = (
+    {},
+    {"pack": True},
+    {"rollouts_per_prompt": 2},
+    {"rollouts_per_prompt": 4, "pack": True},
+    {"pack": True, "microbatches": 4},
+)
+
+
+@pytest.mark.parametrize("over", ["vocabulary", "token"])
+def test_a_hint_means_the_same_in_any_layout(tiny, over):
+    """Also to a teacher that reads each rollout with its hint alone."""
+    model, params = tiny(layers=1)
+    teacher, reference = tiny(layers=2, width=24)
+    objective, groups = objectives.make("self_distil", over=over), attempts()
+    hinted, head = longer(groups, without=(3, 8)), teacher.head(reference)
+    rollouts, found = [r for group in groups for r in group.attempts], []
+    for layout in LAYOUTS:
+        batch, count = laid_out(groups, objective, hinted, **layout), layout.get("microbatches", 1)
+        batch = with_reference(batch, model, objective, teacher, reference, count)
+        step = learner.compile_train_step(model, objective, optax.sgd(0.1), microbatches=count, teacher=teacher)
+        state = learner.new_state(jax.tree.map(jnp.copy, params), optax.sgd(0.1))
+        state, metrics = step(state, batch, *([head] if objective.divergence else []))
+        found.append(jax.device_get((state.params, metrics["loss"], metrics["divergence"])))
+    for other in found[1:]:
+        assert_trees_close(other, found[0])
+    total = 0.0
+    for r, prompt in zip(rollouts, hinted, strict=True):
+        if prompt is None:
+            continue
+        shown, places = dataclasses.replace(r, prompt=prompt), np.arange(len(r.tokens))
+        alone = [batching.from_groups([Group((x,))], objective, buckets=(16,), limit=8) for x in (r, shown)]
+        logits = whole_logits(model)(params, alone[0])[0], whole_logits(teacher)(reference, alone[1])[0]
+        starts = len(r.prompt) - 1, len(prompt) - 1
+        rows = [jax.nn.log_softmax(x[start + places] / 0.8) for x, start in zip(logits, starts, strict=True)]
+        of_token = (rows[0] - rows[1])[places, r.tokens]
+        value = divergence.measure(Divergence(), *rows)[0] if over == "vocabulary" else of_token
+        total += float(np.sum(np.where(r.sampled, value, 0.0)))
+    np.testing.assert_allclose(found[0][2][0], total, rtol=1e-4)
+    assert found[0][2][1] == sum(r.sampled.sum() for r, prompt in zip(rollouts, hinted, strict=True) if prompt is not None)
+
+
+@pytest.mark.parametrize("over", ["vocabulary", "token"])
+def test_an_empty_hint_teaches_nothing(tiny, over):
+    model, params = tiny(layers=1)
+    objective, groups = objectives.make("self_distil", over=over), attempts()
+    same = [r.prompt for group in groups for r in group.attempts]
+    for layout in LAYOUTS[:4]:
+        batch = with_reference(laid_out(groups, objective, same, **layout), model, objective, None, params)
+        (value, metrics), gradient = gradient_of(model, objective, None)(params, batch, None)
+        np.testing.assert_allclose([value, np.divide(*metrics["divergence"])], 0, atol=1e-6)
+        assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient)) < 1e-6
+    batch = with_reference(laid_out(groups, objective, longer(groups)), model, objective, None, params)
+    gradient = gradient_of(model, objective, None)(params, batch, None)[1]
+    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient)) > 1e-4
+
+
+def test_a_rollout_without_a_hint_weighs_nothing_but_is_counted():
+    objective, groups = objectives.make("self_distil"), attempts()
+    batch = laid_out(groups, objective, longer(groups, without=(2, 5)))
+    trained = np.concatenate([r.sampled for group in groups for r in group.attempts]).sum()
+    for number in range(1, P * G + 1):
+        weights = batch.weight_BT[batch.rollout_BT == number]
+        assert set(weights.tolist()) <= ({0.0} if number in (3, 6) else {0.0, float(np.float32(1 / trained))})
+    assert not batch.hinted.column_BT[np.isin(batch.rollout_BT, (0, 3, 6))].any()
+
+
+def test_a_teacher_reads_the_same_tokens():
+    objective, groups = objectives.make("self_distil"), attempts()
+    hinted = longer(groups)
+    for layout in LAYOUTS:
+        batch = laid_out(groups, objective, hinted, **layout)
+        rows = batch.hinted
+        assert rows.tokens_BU.shape[1] - batch.tokens_BT.shape[1] in (4, 16, 40)
+        b, t = np.nonzero(batch.rollout_BT)
+        np.testing.assert_array_equal(rows.tokens_BU[b, rows.column_BT[b, t]], batch.tokens_BT[b, t])
+        for number, prompt in enumerate(hinted, start=1):
+            b, t = np.argwhere(batch.rollout_BT == number)[0]
+            begin = rows.column_BT[b, t] - len(prompt)
+            np.testing.assert_array_equal(rows.tokens_BU[b, begin : begin + len(prompt)], prompt)
+            np.testing.assert_array_equal(rows.position_BU[b, begin : begin + len(prompt)], np.arange(len(prompt)))
+
+
+def test_hints_of_each_kind():
+    group = attempts()[2]
+    assert [hints.hint_for("answer", group, i) for i in range(G)] == ["2"] * G
+    assert [hints.hint_for("solution", group, i) for i in range(G)] == ["s2"] * G
+    assert [hints.hint_for("verdict", group, i) for i in range(G)] == ["", "r1", "r2", "r3"]
+    assert [hints.hint_for("attempt", group, i) for i in range(G)] == ["t21", "t23", "t23", "t21"]  # of another one
+    wrong = [dataclasses.replace(r, verdict=Verdict(0.0, False)) for r in group.attempts]
+    assert hints.hint_for("attempt", Group(tuple(wrong)), 0) == ""
+    alone = Group((*wrong[:3], group.attempts[3]))
+    assert [hints.hint_for("attempt", alone, i) for i in range(G)] == ["t23"] * G  # its own, if no other is right
+
+
+def test_prompts_with_hints():
+    tokenizer = text.make("characters", alphabet="qrs0123{hint}: ")
+    format, groups = text.plain(tokenizer, "{question}:"), attempts()
+    made = hints.Hints("verdict", format.prompt, "{question} {hint}", 5, 0)
+    found = hints.hinted_prompts(made, groups)
+    assert [None if x is None else tokenizer.decode(x[1:].tolist()) for x in found[:G]] == [None, "q0 r1:", "q0 r2:", "q0 r3:"]
+    odd = dataclasses.replace(groups[0].attempts[1], verdict=Verdict(0.0, False, reason="{question}"))
+    same = dataclasses.replace(odd, task=Task("{hint}", "1"), verdict=Verdict(0.0, False, reason="t"))
+    unknown = dataclasses.replace(odd, verdict=Verdict(0.0, False, reason="éé"))
+    long = dataclasses.replace(odd, verdict=Verdict(0.0, False, reason="tttttttt"))
+    for r, expected in ((same, "{hint} t:"), (unknown, None), (long, None)):
+        (got,) = hints.hinted_prompts(made._replace(tokens=8), [Group((r,))])
+        assert (None if got is None else tokenizer.decode(got[1:].tolist())) == expected

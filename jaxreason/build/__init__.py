@@ -11,6 +11,7 @@ before anything is compiled.
     environments tools and further attempts around a judge
     phases       sources, objectives, optimizers
     teacher      reference policies
+    hints        what a teacher is shown beside the prompt
     evaluation   held-out tasks and texts; the options of the log
     run          `build`: all of these together
     start        `open_run`: build a run, lock its folder, open its checkpoints

@@ -71,3 +71,27 @@ def check_measures(objective: Objective, name: str, what: str, source: Mapping, 
         raise ValueError(
             f"config.{name}.objective.rewards has {lost[0]!r}, a reward that verifier {parts.verifier['name']!r} lacks; {allowed}"
         )
+
+
+def check_distillation(name: str, section: Mapping, objective: Objective, source: Mapping) -> None:
+    """Check that the source gives what an objective that distils needs, and that no
+    other objective gets a hint.
+    """
+    kind, hint = source.get("name"), source.get("hint", "none")
+    if objective.needs_hint and hint == "none":
+        raise ValueError(
+            f"config.{name}: objective {section['name']!r} needs a hint for its teacher; set {name}.source.hint (of the source "
+            "rollouts), or choose distil with a checkpoint as its reference"
+        )
+    if kind == "mix" and any(part.get("hint", "none") != "none" for part in source.get("of", {}).values()):
+        raise ValueError(f"config.{name}.source.of has a part with a hint, which a mix can't show; allowed: hint='none'")
+    if hint != "none" and not objective.distils:
+        raise ValueError(
+            f"config.{name}.source.hint got {hint!r}, but objective {section['name']!r} does not learn from a teacher; allowed: "
+            "none, or the objectives self_distil and distil"
+        )
+    if objective.distils and objective.divergence is None and kind in NO_REWARDS:
+        raise ValueError(
+            f"config.{name}: over='token' estimates the divergence from tokens that the policy sampled, not those of {kind}; "
+            "allowed: over='vocabulary', or the source rollouts"
+        )

@@ -8,8 +8,9 @@ from jaxreason import batching, data, sources
 from jaxreason import objectives as objectives_
 from jaxreason import optimizer as optimizer_
 from jaxreason.build.environments import make_environment
+from jaxreason.build.hints import make_hints
 from jaxreason.build.mix import make_mix
-from jaxreason.build.objective import check_objective
+from jaxreason.build.objective import check_distillation, check_objective
 from jaxreason.build.sampler import make_filter
 from jaxreason.build.tasks import (
     Parts,
@@ -25,7 +26,6 @@ from jaxreason.build.teacher import make_reference
 from jaxreason.cost import attempts_behind_a_prompt, shared_length
 from jaxreason.draw import ALL, LOWEST_TEMPERATURE, is_temperature
 from jaxreason.model import ModelConfig
-from jaxreason.objectives import Objective
 from jaxreason.options import call_with_section, find
 from jaxreason.rollout import Completer
 from jaxreason.train import Phase
@@ -111,28 +111,6 @@ def make_phase(
         max_skipped,
         made_reference,
     )
-
-
-def check_distillation(name: str, section: dict, objective: Objective, source: dict) -> None:
-    """Check that the source gives what an objective that distils needs, and that no
-    other objective gets a hint.
-    """
-    kind, hint = source.get("name"), source.get("hint", "none")
-    if objective.needs_hint and hint == "none":
-        raise ValueError(
-            f"config.{name}: objective {section['name']!r} needs a hint for its teacher; set {name}.source.hint (of the source "
-            "rollouts), or choose distil with a checkpoint as its reference"
-        )
-    if hint != "none" and not objective.distils:
-        raise ValueError(
-            f"config.{name}.source.hint got {hint!r}, but objective {section['name']!r} does not learn from a teacher; allowed: "
-            "none, or the objectives self_distil and distil"
-        )
-    if objective.distils and objective.on_policy and kind in ("corpus", "demonstrations"):
-        raise ValueError(
-            f"config.{name}: over='token' estimates the divergence from tokens that the policy sampled, not those of {kind}; "
-            "allowed: over='vocabulary', or the source rollouts"
-        )
 
 
 def without_ignored(section: dict, where: str, say: Callable[[str], None]) -> dict:
@@ -230,6 +208,9 @@ def rollouts(
     pack: bool = True,  # put several short attempts in a row
     rollouts_per_prompt: int
     | None = None,  # attempts per copy of the prompt in the learner; None: the number with the least work
+    hint: str = "none",  # what a teacher is shown beside the prompt: answer, solution, verdict or attempt (see sources.hints)
+    hint_text: str | None = None,  # its question: text with {question} and {hint}; None: that of the kind
+    hint_tokens: int | None = None,  # tokens that a hint may add to a prompt; None: as many as needed, or as an attempt may have
     top_k: int = 0,  # refused in training unless 0: the importance ratio would be biased
     top_p: float = 1.0,  # refused in training unless 1
     min_p: float = 0.0,  # refused in training unless 0
@@ -269,6 +250,8 @@ def rollouts(
     prompted = drop_long_prompts(loaded, made.format.prompt, longest_prompt, what, parts.say)
     if made.asks_verifier:
         check_keys([task for task, _ in prompted], parts.verifier, what, parts.say)
+    sizes = {"longest_prompt": longest_prompt, "completion": completer.max_tokens, "share": share}
+    hints = make_hints(hint, hint_text, hint_tokens, tasks=prompted, prompt=made.format.prompt, **sizes)
     return sources.rollouts(
         data.shuffled(prompted, seed=parts.seed),
         made.environment,
@@ -289,6 +272,7 @@ def rollouts(
         microbatches=microbatches,
         rollouts_per_prompt=share,
         lag=lag,
+        hints=hints,
         background=not set(parts.meshes.sample.devices.flat) & set(parts.meshes.learn.devices.flat),
         steps=steps,
     )

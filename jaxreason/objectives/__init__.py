@@ -145,14 +145,9 @@ class Objective(NamedTuple):
 
     @property
     def passes(self) -> int:
-        """Number of forward passes over a batch before its updates."""
-        return self.refers + (self.critic is not None) + self.needs_entropy
-
-    @property
-    def passes(self) -> int:
-        """Count the forward passes over a batch that come before its first update."""
-        by_values = self.critic is not None
-        return self.needs_reference + by_values + (by_values and self.critic.trace_clip is not None)
+        """Number of forward passes over a batch before its first update."""
+        by_trace = self.critic is not None and self.critic.trace_clip is not None
+        return self.refers + (self.critic is not None) + by_trace + self.needs_entropy
 
 
 def with_kl(objective: Objective, coefficient: float | Callable, estimator: str = "k3_weighted") -> Objective:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreason import metrics as m
+from jaxreason import teacher
 from jaxreason.environment import VerifierFailed, count_failures, verifier_failed
 from jaxreason.learner import MISMATCH, MISMATCH_BY_DEPTH, name_metrics
 from jaxreason.runtime import compiling, energy, files, ledger, peak, processes, resume, terminal
@@ -181,8 +182,11 @@ class Journal:
         and learned from in the second.
         """
         config, phase, devices = self.run.model.config, self.phase, self.run.mesh.size
-        passes = phase.objective.passes
-        learned = ledger.learning(config, self.drawn.batch, updates=phase.updates_per_batch, passes=passes)
+        updates, objective = phase.updates_per_batch, phase.objective
+        learned = ledger.learning(config, self.drawn.batch, updates=updates, passes=objective.passes - objective.refers)
+        if objective.refers:
+            times = updates if phase.reference == "current" else 1
+            learned["flops"] += times * ledger.referring((teacher.model_of(phase) or self.run.model).config, self.drawn.batch)
         learn_j = self.meter.lap()
         if not phase.source.samples:
             compile_s = draw_compile_s + learn_compile_s

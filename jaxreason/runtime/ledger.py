@@ -21,6 +21,7 @@ of a killed run is done again on resume, and counts once.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -190,8 +191,7 @@ def decode_bytes(decoding: Decoding, rollouts: Iterable[Rollout]) -> float:
 
 def learning(c, batch: Batch, *, updates: int, passes: int = 0) -> dict[str, float]:
     """Count tokens and FLOPs of `updates` updates from a batch, and of `passes` forward
-    passes over it: for log-probs of a reference policy, or values of a critic (see
-    `Objective.passes`).
+    passes over it (see `Objective.passes`); those of a reference are `referring`.
 
     The backward pass costs two forward passes, or one if the base is frozen: its
     weights then have no gradient.
@@ -200,6 +200,18 @@ def learning(c, batch: Batch, *, updates: int, passes: int = 0) -> dict[str, flo
     adapters = adapter_flops(c, tokens)
     update = (3 if c.lora is None else 2) * forward + 3 * adapters
     return {"tokens": tokens * updates, "flops": updates * update + passes * (forward + adapters)}
+
+
+def referring(c, batch: Batch) -> float:
+    """Count FLOPs of a pass of a reference policy over the rows that it reads."""
+    hinted = batch.hinted
+    if hinted is not None:
+        scored_BU = np.zeros(hinted.tokens_BU.shape, np.float32)
+        rows, columns = np.nonzero(batch.weight_BT)
+        scored_BU[rows, hinted.column_BT[rows, columns]] = 1.0
+        rows_ = {"position_BT": hinted.position_BU, "segment_BT": hinted.segment_BU, "weight_BT": scored_BU}
+        batch = dataclasses.replace(batch, **rows_)
+    return reading(c, [batch]) + adapter_flops(c, float((batch.segment_BT > 0).sum()))
 
 
 def reading(c, batches: Sequence[Batch]) -> float:

@@ -21,6 +21,7 @@ the processes divide expensive work among them.
     curriculum  tasks to pass over
     keeping     attempts that become demonstrations
     rewards     what is paid for an attempt
+    hints       what a teacher is shown beside the prompt
     saved       groups as JSON, for checkpoints
 """
 

@@ -18,6 +18,7 @@ from jaxreason.objectives.credit import CREDITS, are_mixed
 from jaxreason.options import unknown_name_message
 from jaxreason.rollout import Completer
 from jaxreason.sources.curriculum import SuccessRate
+from jaxreason.sources.hints import Hints, hinted_prompts
 from jaxreason.sources.interface import NextBatch, Source
 from jaxreason.sources.keeping import Keep, as_groups, check_keep
 from jaxreason.sources.replay import check_replay
@@ -63,6 +64,7 @@ def rollouts(
     replay_age: int = 1,
     curriculum: SuccessRate | None = None,
     keep: Keep | None = None,
+    hints: Hints | None = None,
 ) -> Source:
     """Sample and judge `group` attempts at each of `problems` tasks per batch.
 
@@ -81,6 +83,7 @@ def rollouts(
     verifier can read ("format"); "majority" needs no answer key (see `pay_majority`).
     `credit` says for what: the whole rollout, or each attempt within it (see
     `objectives.credit`).
+    `hints` make the rows of a teacher that is shown more than the policy.
 
     Raises:
       ValueError: an unknown reward or credit, a negative lag, an impossible replay, or
@@ -98,7 +101,7 @@ def rollouts(
         check_keep(keep)
     layout = {"buckets": buckets, "limit": completer.max_tokens, "pack": pack, "microbatches": microbatches}
     layout |= {"rollouts_per_prompt": rollouts_per_prompt, "credit": credit}
-    drawn = functools.partial(make_batch, sampling, objective, layout)
+    drawn = functools.partial(make_batch, sampling, objective, layout, hints)
 
     def next(state, params, key):
         cursor, weights = cursor_of(sampling, state), completer.sampler.prepare(params)
@@ -136,7 +139,7 @@ def check(objective: Objective, reward: str, credit: str, lag: int, dynamic_samp
 
 
 @functools.partial(jax.profiler.annotate_function, name="batch")
-def make_batch(sampling: Sampling, objective: Objective, layout: dict, sampled: SampledGroups) -> NextBatch:
+def make_batch(sampling: Sampling, objective: Objective, layout: dict, hints: Hints | None, sampled: SampledGroups) -> NextBatch:
     """Make the batch and the metrics of sampled groups. `layout` has the further
     arguments of `batching.from_groups`.
     """
@@ -145,6 +148,8 @@ def make_batch(sampling: Sampling, objective: Objective, layout: dict, sampled: 
     learned = fresh + [one.group for one in sampled.replayed]
     if sampling.keep is not None:
         learned, layout = as_groups(learned, sampling.keep, sampling.reward), layout | {"rows": len(learned) * group}
+    if hints is not None:
+        layout = layout | {"hinted": hinted_prompts(hints, learned), "hint_columns": hints.columns}
     batch = batching.from_groups(learned, objective, **layout)
     tokens = float((batch.segment_BT > 0).sum())
     metrics = measure(sampled.groups, sampling.measures, sampling.credit) | {
@@ -154,6 +159,7 @@ def make_batch(sampling: Sampling, objective: Objective, layout: dict, sampled: 
         **{name: (value, 1.0) for name, value in latency(spent.verdict_s).items()},
         **remembered(sampling, sampled),
         **({} if sampling.keep is None else {"rollout/kept": (float(len(learned)), float(len(fresh) * group))}),
+        **({} if hints is None else {"rollout/hinted": count_hinted(layout["hinted"])}),
         "train/tokens": (tokens, 1.0),
         "train/packing_efficiency": (tokens, float(batching.computed_tokens(batch, layout["microbatches"]))),
         "perf/sample_tokens_per_s": (float(spent.tokens), spent.sample_s),
@@ -214,6 +220,10 @@ def batches_ahead(sampling: Sampling, state: Mapping) -> list[Callable[[], Sampl
             cursor = advance(sampling, cursor, batch())
         ahead.append(batch)
     return ahead
+
+
+def count_hinted(prompts: Sequence) -> tuple[float, float]:
+    return float(sum(prompt is not None for prompt in prompts)), float(len(prompts))
 
 
 def remembered(sampling: Sampling, sampled: SampledGroups) -> dict:
