@@ -38,7 +38,10 @@ def make_model(**fields):
     """
     shape = {"vocab_size": len(ALPHABET), "width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_size": 8, "feed_forward": 32}
     made = transformer(ModelConfig(**shape | fields))
-    model = made._replace(unembed=lambda params, hidden: made.unembed(params, hidden) + params["bias"])
+    model = made._replace(
+        unembed=lambda params, hidden: made.unembed(params, hidden) + params["bias"],
+        head=lambda params: {**made.head(params), "bias": params["bias"]},
+    )
     rng = np.random.default_rng(0)
 
     def draw(path, x):
