@@ -82,7 +82,6 @@ def bench(cores: int, whole: bool) -> None:
     from jaxreason import batching, learner, objectives, optimizer, sharding
     from jaxreason.build import choose_rollouts_per_prompt
     from jaxreason.learner import new_state
-    from jaxreason.logp import compile_token_logp
     from jaxreason.options import call_with_section
     from jaxreason.runtime import ledger, memory
 
@@ -102,11 +101,12 @@ def bench(cores: int, whole: bool) -> None:
     share = choose_rollouts_per_prompt(FLAGS.rollouts_per_prompt, c, **sizes)
     if R // share % multiple:
         raise ValueError(f"{R // share} rows do not divide over {microbatches} micro-batches; set --microbatches")
-    placed = sharding.shardings(jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), made)), mesh)
+    placed = learner.state_shapes(model, made, mesh, objective.controls)[1]
     reference = jax.tree.map(jax.numpy.copy, params) if objective.needs_reference else None
-    state = jax.jit(new_state, static_argnums=1, donate_argnums=0, out_shardings=placed)(params, made)
+    begin = jax.jit(new_state, static_argnums=(1, 2), donate_argnums=0, out_shardings=placed)
+    state = begin(params, made, objective.controls)
     step = learner.compile_train_step(model, objective, made, microbatches=microbatches, state_shardings=placed)
-    reference_logp = compile_token_logp(model, microbatches, mesh)
+    complete = learner.compile_completion(model, objective, microbatches=microbatches, mesh=mesh)
     to_batch = functools.partial(
         batching.from_groups,
         objective=objective,
@@ -135,9 +135,7 @@ def bench(cores: int, whole: bool) -> None:
         times.append(time.perf_counter())
         host = to_batch(groups)
         batch = sharding.put_rows(host, mesh)
-        if reference is not None:
-            logp = jax.block_until_ready(reference_logp(reference, batch))
-            batch = dataclasses.replace(batch, reference_logp_BT=logp)
+        batch = jax.block_until_ready(complete(batch, state.params, reference, state.control))
         times.append(time.perf_counter())
         state, _ = step(state, batch)
         jax.block_until_ready(state)
