@@ -9,8 +9,9 @@ sampling, a whole RL step.
 
 The flags that define the work are those of `bench sampler`. `learner` trains on random
 tokens, `step` on sampled ones. Objective, optimizer and micro-batches come from the
-last phase of the config; `--kl` and `--microbatches` replace two of its fields. A
-reference policy is scored if there is a KL coefficient. An update ends when the new
+last phase of the config; `--kl` and `--microbatches` replace two of its fields. The
+passes that the objective needs before an update, such as the log-probs of a reference
+policy with a KL coefficient, are timed as `reference`. An update ends when the new
 params are ready.
 
 The floor is the time of the unavoidable matrix products at the best rate measured here:
@@ -148,8 +149,8 @@ def bench(cores: int, whole: bool) -> None:
     floor = [ledger.reading(c, [host]) / ceiling.flops_per_s for _, host in found]
     efficiency = [(host.segment_BT > 0).sum() / batching.computed_tokens(host, microbatches) for _, host in found]
     show("packing efficiency", efficiency, "")
-    for name, passes in (("reference", 1), ("update", 3)):
-        if name == "update" or reference is not None:
+    for name, passes in (("reference", objective.passes), ("update", 3)):
+        if passes:
             show(name, parts[name], "s")
             show(f"{name}, tokens", [n / s for n, s in zip(tokens, parts[name], strict=True)], "tokens/s")
             share = [passes * least / s for least, s in zip(floor, parts[name], strict=True)]
