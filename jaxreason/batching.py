@@ -158,8 +158,8 @@ def advantage_and_weight(objective: Objective, reward, length_PG, limit: int) ->
 
 
 def advantages(batch: Batch) -> list[float]:
-    """Return the advantage of each rollout of a batch, in the order of their
-    numbers.
+    """Return the advantage of each rollout of a batch, in the order of their numbers;
+    that of its last attempt where attempts have their own.
     """
     inside_BT = batch.rollout_BT > 0
     advantage_R = np.zeros(batch.rollout_BT.max(initial=0), np.float32)

@@ -5,6 +5,8 @@ metrics, its cost, and what is refused without it.
 from __future__ import annotations
 
 import dataclasses
+import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -35,6 +37,14 @@ def test_rollouts_of_another_policy_need_a_correction(name, fields, message):
         made(correct="none")
     assert not made().phases[1].objective.on_policy
     made(correct="sequence", correct_by="mask")
+
+
+def test_a_users_own_objective_without_a_ratio_is_corrected_too(monkeypatch):
+    monkeypatch.setitem(sys.modules, "my_objective", SimpleNamespace(mine=objectives.rloo, clipped=objectives.grpo))
+    assert objectives.make("my_objective:mine", correct="none").on_policy
+    assert not objectives.make("my_objective:mine").on_policy
+    own, named = objectives.make("my_objective:clipped"), objectives.make("grpo")
+    assert own.token_loss.__qualname__ == named.token_loss.__qualname__  # not wrapped
 
 
 def test_a_step_without_lag_is_as_before_and_tells_the_effective_sample_size(tiny):

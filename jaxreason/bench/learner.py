@@ -9,8 +9,9 @@ sampling, a whole RL step.
 
 The flags that define the work are those of `bench sampler`. `learner` trains on random
 tokens, `step` on sampled ones. Objective, optimizer and micro-batches come from the
-last phase of the config; `--kl` and `--microbatches` replace two of its fields. A
-reference policy is scored if there is a KL coefficient. An update ends when the new
+last phase of the config; `--kl` and `--microbatches` replace two of its fields. The
+passes that the objective needs before an update, such as the log-probs of a reference
+policy with a KL coefficient, are timed as `reference`. An update ends when the new
 params are ready.
 
 The floor is the time of the unavoidable matrix products at the best rate measured here:
@@ -82,7 +83,6 @@ def bench(cores: int, whole: bool) -> None:
     from jaxreason import batching, learner, objectives, optimizer, sharding
     from jaxreason.build import choose_rollouts_per_prompt
     from jaxreason.learner import new_state
-    from jaxreason.logp import compile_token_logp
     from jaxreason.options import call_with_section
     from jaxreason.runtime import ledger, memory
 
@@ -102,11 +102,18 @@ def bench(cores: int, whole: bool) -> None:
     share = choose_rollouts_per_prompt(FLAGS.rollouts_per_prompt, c, **sizes)
     if R // share % multiple:
         raise ValueError(f"{R // share} rows do not divide over {microbatches} micro-batches; set --microbatches")
+<<<<<<< HEAD
     placed = sharding.shardings(jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), made)), mesh)
     reference = jax.tree.map(jax.numpy.copy, params) if objective.refers else None
     state = jax.jit(new_state, static_argnums=1, donate_argnums=0, out_shardings=placed)(params, made)
+=======
+    placed = learner.state_shapes(model, made, mesh, objective.controls)[1]
+    reference = jax.tree.map(jax.numpy.copy, params) if objective.needs_reference else None
+    begin = jax.jit(new_state, static_argnums=(1, 2), donate_argnums=0, out_shardings=placed)
+    state = begin(params, made, objective.controls)
+>>>>>>> w/parts
     step = learner.compile_train_step(model, objective, made, microbatches=microbatches, state_shardings=placed)
-    reference_logp = compile_token_logp(model, microbatches, mesh)
+    complete = learner.compile_completion(model, objective, microbatches=microbatches, mesh=mesh)
     to_batch = functools.partial(
         batching.from_groups,
         objective=objective,
@@ -135,9 +142,7 @@ def bench(cores: int, whole: bool) -> None:
         times.append(time.perf_counter())
         host = to_batch(groups)
         batch = sharding.put_rows(host, mesh)
-        if reference is not None:
-            logp = jax.block_until_ready(reference_logp(reference, batch))
-            batch = dataclasses.replace(batch, reference_logp_BT=logp)
+        batch = jax.block_until_ready(complete(batch, state.params, reference, state.control))
         times.append(time.perf_counter())
         state, _ = step(state, batch)
         jax.block_until_ready(state)
@@ -150,8 +155,8 @@ def bench(cores: int, whole: bool) -> None:
     floor = [ledger.reading(c, [host]) / ceiling.flops_per_s for _, host in found]
     efficiency = [(host.segment_BT > 0).sum() / batching.computed_tokens(host, microbatches) for _, host in found]
     show("packing efficiency", efficiency, "")
-    for name, passes in (("reference", 1), ("update", 3)):
-        if name == "update" or reference is not None:
+    for name, passes in (("reference", objective.passes), ("update", 3)):
+        if passes:
             show(name, parts[name], "s")
             show(f"{name}, tokens", [n / s for n, s in zip(tokens, parts[name], strict=True)], "tokens/s")
             share = [passes * least / s for least, s in zip(floor, parts[name], strict=True)]

@@ -37,7 +37,8 @@ def retry(
     """Let the model attempt a task up to `attempts` times in one rollout.
 
     The last attempt counts: its reward, times `discount` for each attempt before it.
-    `Verdict.attempts` has the end and the reward of each, with the same factor.
+    `Verdict.attempts` has the end and the reward of each, with the same factor, from
+    which `source.credit=attempt` makes an advantage for each.
     The verdict's measures are tries; first_try_correct and last_try_correct;
     tries_wrong_then_right and tries_right_then_wrong, each 1 or 0. All other measures,
     such as the tool_calls of tools inside, are those of the last attempt. (What the
