@@ -13,7 +13,7 @@ from runs import ROOT, load_config, open_browser, read_lines, run_config
 
 from jaxreason import text
 from jaxreason.look.page import shown
-from jaxreason.look.view import choose, make_view, read_rollouts
+from jaxreason.look.view import choose, group_sizes, make_view, read_rollouts
 
 HOSTILE = '<script>window.bad = 1</script><img src=x onerror="window.bad = 1"> \x1b[31mred \u202egnp.exe \u2066 </script>'
 LARGE = 10**9
@@ -459,3 +459,19 @@ def test_page_and_script_hide_the_same_characters(driver, tmp_path):
     # The browser and Python may know other versions of Unicode, so unassigned ones may differ.
     differ = {c for c in range(0x110000) if (c in hidden) == shown(chr(c))}
     assert {c for c in differ if unicodedata.category(chr(c)) != "Cn"} == set()
+
+
+@pytest.mark.parametrize(
+    ("source", "size"),
+    [
+        ({"name": "rollouts", "group": 8}, 8),
+        ({"name": "corpus", "rows": 8}, None),
+        ({"name": "mix", "of": {"rl": {"name": "rollouts", "group": 4}, "demos": {"name": "demonstrations"}}}, 4),
+        ({"name": "mix", "of": {"a": {"name": "rollouts", "group": 4}, "b": {"name": "rollouts", "group": 8}}}, None),
+        ({"name": "mix", "of": None}, None),
+        (None, None),
+    ],
+)
+def test_the_size_of_groups_is_that_of_the_source(tmp_path, source, size):
+    (tmp_path / "config.json").write_text(json.dumps({"seed": 0, "rl": {"source": source}}))
+    assert group_sizes(tmp_path) == ({} if size is None else {"rl": size})

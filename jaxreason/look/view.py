@@ -154,8 +154,13 @@ def group_sizes(folder: Path) -> dict[str, int]:
     """Return the number of attempts at a problem in each phase of a run's config."""
     config = json_object(folder / "config.json") or {}
     sources = {phase: fields.get("source") for phase, fields in config.items() if isinstance(fields, dict)}
-    sizes = {phase: source.get("group") for phase, source in sources.items() if isinstance(source, dict)}
-    return {phase: size for phase, size in sizes.items() if isinstance(size, int)}
+    found = {}
+    for phase, source in sources.items():
+        parts = [source, *of.values()] if isinstance(source, dict) and isinstance(of := source.get("of"), dict) else [source]
+        sizes = {part.get("group") for part in parts if isinstance(part, dict)} - {None}
+        if len(sizes) == 1 and isinstance(size := sizes.pop(), int):  # the parts of a mix may differ
+            found[phase] = size
+    return found
 
 
 def bytes_of(record: Mapping[str, Any]) -> int:
