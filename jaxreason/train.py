@@ -2,8 +2,9 @@
 
 A recipe is a list of phases, each one `Source x Objective x steps`. Each phase starts
 from the params of the one before. These are also its reference policy, if it has one
-and names no other (`teacher`). A run is a folder: started again, it continues bit for bit from its newest
-complete checkpoint (`runtime.resume`). `runtime.journal` writes all records.
+and names no other (`teacher`). A run is a folder: started again, it continues bit for
+bit from its newest complete checkpoint (`runtime.resume`). `runtime.journal` writes all
+records.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def bench(cores: int, whole: bool) -> None:
     from jaxreason import batching, learner, objectives, optimizer, sharding
     from jaxreason.build import choose_rollouts_per_prompt
     from jaxreason.learner import new_state
-    from jaxreason.logp import compile_token_logp
+    from jaxreason.logp import head_of
     from jaxreason.options import call_with_section
     from jaxreason.runtime import ledger, memory
 
@@ -103,10 +103,11 @@ def bench(cores: int, whole: bool) -> None:
     if R // share % multiple:
         raise ValueError(f"{R // share} rows do not divide over {microbatches} micro-batches; set --microbatches")
     placed = sharding.shardings(jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), made)), mesh)
-    reference = jax.tree.map(jax.numpy.copy, params) if objective.needs_reference else None
+    reference = jax.tree.map(jax.numpy.copy, params) if objective.refers else None
     state = jax.jit(new_state, static_argnums=1, donate_argnums=0, out_shardings=placed)(params, made)
     step = learner.compile_train_step(model, objective, made, microbatches=microbatches, state_shardings=placed)
-    reference_logp = compile_token_logp(model, microbatches, mesh)
+    complete = learner.compile_completion(model, objective, microbatches=microbatches, mesh=mesh)
+    head = () if objective.divergence is None else (head_of(model, reference),)
     to_batch = functools.partial(
         batching.from_groups,
         objective=objective,
@@ -136,10 +137,9 @@ def bench(cores: int, whole: bool) -> None:
         host = to_batch(groups)
         batch = sharding.put_rows(host, mesh)
         if reference is not None:
-            logp = jax.block_until_ready(reference_logp(reference, batch))
-            batch = dataclasses.replace(batch, reference_logp_BT=logp)
+            batch = jax.block_until_ready(complete(batch, state.params, reference))
         times.append(time.perf_counter())
-        state, _ = step(state, batch)
+        state, _ = step(state, batch, *head)
         jax.block_until_ready(state)
         times.append(time.perf_counter())
         if number >= FLAGS.warmup:

@@ -92,6 +92,10 @@ def batch_of(work: Work):
     batch = batching.empty(work.rows, work.length)
     if work.objective.needs_reference:
         batch = dataclasses.replace(batch, reference_logp_BT=batch.weight_BT)
+    if work.objective.divergence is not None:
+        shape = (work.rows, work.length, work.shape.width)
+        hidden = jax.ShapeDtypeStruct(shape, work.shape.dtype)
+        batch = dataclasses.replace(batch, reference_hidden_BTD=hidden)
     return placed(batch, sharding.rows(meshes_of(work).learn))
 
 

@@ -34,7 +34,7 @@ def resident(work: Work) -> dict[str, float]:
     return {
         "params": params,
         "optimizer": size_of(state.opt_state),
-        "reference": params if work.objective.needs_reference and not work.offload_reference else 0.0,
+        "reference": params if work.objective.refers and not work.offload_reference else 0.0,
     }
 
 
@@ -66,7 +66,7 @@ def learner_stages(work: Work) -> list[Stage]:
     kinds, compiled = resident(work), compile_train(work)
     kinds["batch"] = max(0.0, compiled.arguments - kinds["params"] - kinds["optimizer"])
     stages = [program_stage("train step", compiled, kinds, "batch")]
-    if work.objective.needs_reference:
+    if work.objective.refers:
         scoring = kinds | {"reference": kinds["params"]}
         stages.append(program_stage("reference log-probs", compile_reference(work), scoring, "batch"))
     return stages

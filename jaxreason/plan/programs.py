@@ -132,13 +132,15 @@ def compile_train(work: Work) -> Compiled:
     step = learner.compile_train_step(
         model_of(work), work.objective, work.optimizer, microbatches=work.microbatches, state_shardings=where
     )
-    # The decision of `logp.token_outputs`.
-    remade = work.rows // work.microbatches * work.length * c.vocab_size > logp_.logits_limits(mesh).kept
+    refers = work.objective.divergence is not None
+    # The decision of `logp.score_hidden`.
+    logits = work.rows // work.microbatches * work.length * c.vocab_size * (2 if refers else 1)
+    remade = logits > logp_.logits_limits(mesh).kept
     return compile_program(
         f"train step, {work.microbatches} micro-batches",
         work,
         mesh,
-        lambda: step.lower(state, batch_of(work)),
+        lambda: step.lower(state, batch_of(work), *([logp_.head_of(model_of(work), state.params)] if refers else [])),
         trips=work.microbatches,
         flops=cost.train_flops(c, work.rows, work.length, remade),
         kernel_flops=0.0 if c.attention == "xla" else cost.flash_flops(c, work.rows, work.length),
@@ -149,7 +151,8 @@ def compile_train(work: Work) -> Compiled:
 @once_for(learner_part)
 def compile_reference(work: Work) -> Compiled:
     mesh = meshes_of(work).learn
-    logp = logp_.compile_token_logp(model_of(work), work.microbatches, mesh)
+    compile = logp_.compile_token_logp if work.objective.needs_reference else logp_.compile_hidden
+    score = compile(model_of(work), work.microbatches, mesh)
     plain = work.shape.attention == "xla"
     keys = cost.causal_keys(work.length) if plain else work.length / 2
     parts = cost.dense_flops(work.shape, work.rows, work.length, keys, work.rows * work.length)
@@ -157,7 +160,7 @@ def compile_reference(work: Work) -> Compiled:
         f"reference log-probs, {work.microbatches} micro-batches",
         work,
         mesh,
-        lambda: logp.lower(state_of(work).params, batch_of(work)),
+        lambda: score.lower(state_of(work).params, batch_of(work)),
         trips=work.microbatches,
         flops=sum(parts.values()) + cost.adapter_flops(work.shape, work.rows * work.length),
         kernel_flops=0.0 if plain else parts["attention"],
@@ -211,5 +214,5 @@ def problems_each(work: Work) -> int:
 def programs_of(work: Work) -> list[Compiled]:
     """Compile the programs of a step, in the order in which they run."""
     sampling = [compile_prefill(work), compile_decode(work)] if work.sampler is not None else []
-    learning = [*([compile_reference(work)] if work.objective.needs_reference else []), compile_train(work)]
+    learning = [*([compile_reference(work)] if work.objective.refers else []), compile_train(work)]
     return sampling + learning
