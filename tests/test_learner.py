@@ -615,8 +615,8 @@ def test_reference_costs_nothing_when_off(tiny):
     model, params = tiny()
     batch = random_batch()
     assert batch.reference_logp_BT is None
-    assert batch.value_BT is batch.return_BT is None
-    assert len(jax.tree.leaves(batch)) == len(dataclasses.fields(Batch)) - 3
+    assert batch.reference_hidden_BTD is batch.hinted is batch.value_BT is batch.return_BT is None
+    assert len(jax.tree.leaves(batch)) == len(dataclasses.fields(Batch)) - 5
 
     def program(objective):
         one = functools.partial(learner.loss, model=model, objective=objective)
