@@ -24,6 +24,7 @@ from jaxreason import batching, divergence, learner, logp, objectives, platforms
 from jaxreason.build import build
 from jaxreason.divergence import Divergence
 from jaxreason.model import transformer
+from jaxreason.runtime import ledger
 from jaxreason.runtime.resume import NotResumable
 from jaxreason.sources import hints
 from jaxreason.tasks.procedural import ALPHABET
@@ -626,3 +627,16 @@ def test_prompts_with_hints():
     for r, expected in ((same, "{hint} t:"), (unknown, None), (long, None)):
         (got,) = hints.hinted_prompts(made._replace(tokens=8), [Group((r,))])
         assert (None if got is None else tokenizer.decode(got[1:].tolist())) == expected
+
+
+def test_the_pass_of_a_teacher_is_counted_over_its_own_rows(tiny):
+    teacher, groups, objective = tiny(width=24)[0].config, attempts(), objectives.make("self_distil")
+    hinted = longer(groups)
+    rollouts = [r for group in groups for r in group.attempts]
+    shown = [dataclasses.replace(r, prompt=prompt) for r, prompt in zip(rollouts, hinted, strict=True)]
+    alone = [batching.from_groups([Group((r,))], objective, buckets=(32,), limit=8) for r in shown]
+    expected = ledger.reading(teacher, alone)
+    for layout in LAYOUTS:
+        np.testing.assert_allclose(ledger.referring(teacher, laid_out(groups, objective, hinted, **layout)), expected)
+    plain = batching.from_groups(groups, objective, buckets=(32,), limit=8)
+    assert ledger.referring(teacher, plain) == ledger.reading(teacher, [plain]) < expected
