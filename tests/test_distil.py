@@ -396,6 +396,17 @@ def test_a_run_that_distils_itself_continues_bit_for_bit(tmp_path, monkeypatch, 
 
 @pytest.mark.slow
 @pytest.mark.process
+def test_a_teacher_can_be_learned_from_on_given_texts(teachers, tmp_path):
+    config = load_config("tiny", "smoke", **{"rl.steps": 0, "prior.log_every": 1})
+    config.prior.objective, config.prior.reference = {"name": "distil", "divergence": "forward_kl"}, str(teachers)
+    run_config(config, tmp_path)
+    losses = [line["train/divergence"] for line in maths(tmp_path) if "train/divergence" in line]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.process
 def test_a_teacher_that_has_changed_is_noticed(teachers, tmp_path):
     mine = tmp_path / "teacher"
     shutil.copytree(teachers, mine)
