@@ -25,6 +25,7 @@ from jaxreason.build import build
 from jaxreason.model import transformer
 from jaxreason.objectives import divergence
 from jaxreason.objectives.divergence import Divergence
+from jaxreason.runtime import ledger
 from jaxreason.runtime.resume import NotResumable
 from jaxreason.sources import hints
 from jaxreason.tasks.procedural import ALPHABET
@@ -396,6 +397,17 @@ def test_a_run_that_distils_itself_continues_bit_for_bit(tmp_path, monkeypatch, 
 
 @pytest.mark.slow
 @pytest.mark.process
+def test_a_teacher_can_be_learned_from_on_given_texts(teachers, tmp_path):
+    config = load_config("tiny", "smoke", **{"rl.steps": 0, "prior.log_every": 1})
+    config.prior.objective, config.prior.reference = {"name": "distil", "divergence": "forward_kl"}, str(teachers)
+    run_config(config, tmp_path)
+    losses = [line["train/divergence"] for line in maths(tmp_path) if "train/divergence" in line]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.process
 def test_a_teacher_that_has_changed_is_noticed(teachers, tmp_path):
     mine = tmp_path / "teacher"
     shutil.copytree(teachers, mine)
@@ -627,3 +639,16 @@ def test_prompts_with_hints():
     for r, expected in ((same, "{hint} t:"), (unknown, None), (long, None)):
         (got,) = hints.hinted_prompts(made._replace(tokens=8), [Group((r,))])
         assert (None if got is None else tokenizer.decode(got[1:].tolist())) == expected
+
+
+def test_the_pass_of_a_teacher_is_counted_over_its_own_rows(tiny):
+    teacher, groups, objective = tiny(width=24)[0].config, attempts(), objectives.make("self_distil")
+    hinted = longer(groups)
+    rollouts = [r for group in groups for r in group.attempts]
+    shown = [dataclasses.replace(r, prompt=prompt) for r, prompt in zip(rollouts, hinted, strict=True)]
+    alone = [batching.from_groups([Group((r,))], objective, buckets=(32,), limit=8) for r in shown]
+    expected = ledger.reading(teacher, alone)
+    for layout in LAYOUTS:
+        np.testing.assert_allclose(ledger.referring(teacher, laid_out(groups, objective, hinted, **layout)), expected)
+    plain = batching.from_groups(groups, objective, buckets=(32,), limit=8)
+    assert ledger.referring(teacher, plain) == ledger.reading(teacher, [plain]) < expected

@@ -102,18 +102,13 @@ def bench(cores: int, whole: bool) -> None:
     share = choose_rollouts_per_prompt(FLAGS.rollouts_per_prompt, c, **sizes)
     if R // share % multiple:
         raise ValueError(f"{R // share} rows do not divide over {microbatches} micro-batches; set --microbatches")
-<<<<<<< HEAD
-    placed = sharding.shardings(jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), made)), mesh)
-    reference = jax.tree.map(jax.numpy.copy, params) if objective.refers else None
-    state = jax.jit(new_state, static_argnums=1, donate_argnums=0, out_shardings=placed)(params, made)
-=======
     placed = learner.state_shapes(model, made, mesh, objective.controls)[1]
-    reference = jax.tree.map(jax.numpy.copy, params) if objective.needs_reference else None
+    reference = jax.tree.map(jax.numpy.copy, params) if objective.refers else None
     begin = jax.jit(new_state, static_argnums=(1, 2), donate_argnums=0, out_shardings=placed)
     state = begin(params, made, objective.controls)
->>>>>>> w/parts
     step = learner.compile_train_step(model, objective, made, microbatches=microbatches, state_shardings=placed)
     complete = learner.compile_completion(model, objective, microbatches=microbatches, mesh=mesh)
+    head = () if objective.divergence is None else (model.head(reference),)
     to_batch = functools.partial(
         batching.from_groups,
         objective=objective,
@@ -144,7 +139,7 @@ def bench(cores: int, whole: bool) -> None:
         batch = sharding.put_rows(host, mesh)
         batch = jax.block_until_ready(complete(batch, state.params, reference, state.control))
         times.append(time.perf_counter())
-        state, _ = step(state, batch)
+        state, _ = step(state, batch, *head)
         jax.block_until_ready(state)
         times.append(time.perf_counter())
         if number >= FLAGS.warmup:

@@ -423,8 +423,8 @@ def self_distil(
     (Shenfeld et al. 2026, arXiv 2601.19897, SDFT; Huebotter et al. 2026, arXiv
     2601.20802, SDPO). The source's `hint` says which.
 
-    Both papers' teachers are moving averages of the policy; here the reference is
-    "current", the params themselves, or "start".
+    In both papers the teacher is an average of the policy over updates (in SDPO, or
+    mixed with the initial one); here it has the current params, or those of the start.
     """
     made = distil(divergence, beta, top_k, over)
     return made._replace(needs_hint=True, reference="current")

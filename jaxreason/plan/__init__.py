@@ -5,7 +5,8 @@ its speed, and what it costs.
         --topology=v5e:4x8 --config.sharding.mesh.fsdp=8 \
         --config.sharding.mesh.tensor=4 --config.sharding.mesh.data=1
 
-libtpu compiles the train step, the log-probs of a reference policy (if there is one),
+libtpu compiles the train step, the pass of a reference policy (if there is one; it is
+taken to have the model's own shape and rows, which a teacher or a hint may change),
 prefill and decode for the topology. The plan reads memory, FLOPs, HBM traffic and
 collectives from the compiled programs. Nothing is downloaded and no task is loaded: a
 named size comes from our own table, any other model from a folder with a config.json.

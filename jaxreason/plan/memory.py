@@ -67,7 +67,7 @@ def learner_stages(work: Work) -> list[Stage]:
     kinds["batch"] = max(0.0, compiled.arguments - kinds["params"] - kinds["optimizer"])
     stages = [program_stage("train step", compiled, kinds, "batch")]
     for name, scored in zip(passes_of(work), compile_passes(work), strict=True):
-        here = {"reference": kinds["params"]} if name == "reference log-probs" else {}
+        here = {"reference": kinds["params"]} if name.startswith("reference") else {}
         stages.append(program_stage(name, scored, kinds | here, "batch"))
     return stages
 

@@ -155,9 +155,11 @@ def compile_train(work: Work) -> Compiled:
     step = learner.compile_train_step(
         model_of(work), work.objective, work.optimizer, microbatches=work.microbatches, state_shardings=where
     )
-    head = () if work.objective.divergence is None else (model_of(work).head(state.params),)
+    refers = work.objective.divergence is not None
+    head = (model_of(work).head(state.params),) if refers else ()
     # The decision of `logp.score`.
-    remade = work.rows // work.microbatches * work.length * c.vocab_size > logp_.logits_limits(mesh).kept
+    logits = work.rows // work.microbatches * work.length * c.vocab_size * (2 if refers else 1)
+    remade = logits > logp_.logits_limits(mesh).kept
     return compile_program(
         f"train step, {work.microbatches} micro-batches",
         work,

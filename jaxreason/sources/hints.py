@@ -4,7 +4,8 @@
     solution   the task's worked solution (Shenfeld et al. 2026, arXiv 2601.19897, SDFT)
     verdict    the reason of the attempt's own verdict, such as an error (Huebotter et
                al. 2026, arXiv 2601.20802, SDPO)
-    attempt    a right attempt of the same group (SDPO)
+    attempt    a right attempt of the same group (SDPO, whose code shows the verdict
+               with it, and can leave out attempts that have no other right one)
 
 The hint becomes a part of the question, and so of the user's turn in a chat. An attempt
 may have none: an empty answer or reason, no right attempt in its group, a text that the

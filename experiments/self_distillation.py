@@ -1,0 +1,139 @@
+r"""What does a teacher's distribution buy over rewards and over demonstrations?
+
+    python -m jaxreason.sweep --experiment=experiments/self_distillation.py[:smoke]
+
+**Hypothesis.** On-policy distillation from a teacher that RL has trained ends near the
+teacher, above RL with the same FLOPs: it learns from every token, and RL from one bit
+per attempt. Imitation of the demonstrations that made the prior adds little; of the
+right ones alone more. A model that has never read a hint can't use one, so being its
+own teacher with the answer or a right attempt in its prompt teaches it nothing.
+
+**Set-up.** The task is `chain` of configs/tiny.py: 2,000 steps of prior, then 80 steps
+of RL (rloo) on chains of 2 to 5 operations, evaluated on 512 held-out chains of 5 at
+temperature 1. Seeds 0 to 4, paired; the prior of a seed is trained once. The other arms
+have as many steps as cost about the same FLOPs: 64 with a teacher, whose pass adds a
+quarter; 56 with hints, which make the teacher's rows longer; 106 of imitation, which
+samples nothing. The teacher of a seed is a run of its own, with the seed's prior and
+160 steps of RL; its FLOPs are not counted.
+
+**Arms.** `rl`: rloo (baseline). `sft_human`: imitation of the prior's demonstrations,
+with slips and guesses. `sft_right`: of those whose answer is right. `distil`: reverse
+KL over the vocabulary from the teacher, on the policy's own attempts. `distil_token`:
+the same from the sampled token alone. `self_answer` and `self_attempt`: `self_distil`
+with the answer, or a right attempt of the same group, in front of the question.
+
+**Decision rule**, written before the run (2026-11-28). Differences are paired over
+seeds, with corrected p as in the report.
+
+0. The arms are compared if the mean FLOPs of each phase `rl` (in the ledger) are within
+   10 % of the baseline's; otherwise the steps are changed and all arms are run again.
+1. "A teacher's distribution teaches faster than rewards" is shown if `distil` ends
+   above `rl` with p below 0.05.
+2. "The vocabulary teaches more than the token" is shown if `distil` ends above
+   `distil_token` with p below 0.05.
+3. "Imitation does not reach it" is shown if both arms of imitation end below `rl` with
+   p below 0.05, and "being right matters" if `sft_right` ends above `sft_human`.
+4. "A hint teaches nothing to a model that never read one" is shown if the intervals of
+   both `self_` arms, less the accuracy before RL, contain 0 or are below it.
+
+**Findings**: not yet run.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from jaxreason.estimators import mean_interval
+from jaxreason.options import parse
+from jaxreason.sweep import Sweep
+
+STEPS = {"rl": 80, "sft": 106, "distil": 64, "self": 56}
+OF_TEACHER = 160  # steps of RL
+METRIC = "eval/chain/t1/accuracy"
+TEACHER = "{folder}/teachers/seed{seed}"
+HINT = "{hint};{question}"  # in the tokenizer's few characters
+PRIOR = {  # the demonstrations of the prior
+    "name": "chain",
+    "ops": (2, 5),
+    "size": 20_000,
+    "guess": 0.55,
+    "stop_early": 0.15,
+    "slip": 0.1,
+}
+COMMON = {"evaluate.temperatures": (1.0,), "log.tracker": "none"}
+
+
+def sweep(arg: str = "") -> Sweep:
+    options = parse(arg, smoke=False)
+    steps = dict.fromkeys(STEPS, 2) if options.smoke else STEPS
+
+    def imitation(demonstrations: str) -> dict:
+        source = {"name": "demonstrations", "task": PRIOR | {"demonstrations": demonstrations}, "rows": 256, "max_tokens": 56}
+        return {"rl.source": source, "rl.objective": {"name": "sft"}, "rl.steps": steps["sft"]}
+
+    def hinted(hint: str) -> dict:
+        source = {"rl.source.hint": hint, "rl.source.hint_text": HINT}
+        return {"rl.objective": {"name": "self_distil"}, "rl.steps": steps["self"], **source}
+
+    taught = {"rl.reference": TEACHER, "rl.steps": steps["distil"]}
+    arms = {
+        "rl": {"rl.steps": steps["rl"]},
+        "sft_human": imitation("human"),
+        "sft_right": imitation("verified"),
+        "distil": {"rl.objective": {"name": "distil"}, **taught},
+        "distil_token": {"rl.objective": {"name": "distil", "over": "token"}, **taught},
+        "self_answer": hinted("answer"),
+        "self_attempt": hinted("attempt"),
+    }
+    common = COMMON | {"rl.evaluate_every": 1 if options.smoke else 8}
+    return Sweep(config_of(options.smoke), list(arms.values()), names=list(arms), common=common, metric=METRIC)
+
+
+def config_of(smoke: bool) -> str:
+    return "configs/tiny.py:smoke" if smoke else "configs/tiny.py"
+
+
+def prepare(folder: Path, seeds) -> None:
+    """Train the teacher of each seed; one that is finished is kept."""
+    smoke = folder.name.startswith("self_distillation-smoke")
+    for seed in seeds:
+        run = folder / "teachers" / f"seed{seed}"
+        if (run / "summary.json").is_file() and json.loads((run / "summary.json").read_text())["done"]:
+            continue
+        steps = [] if smoke else [f"--config.rl.steps={OF_TEACHER}"]
+        words = [f"--config={config_of(smoke)}", f"--workdir={run}", f"--config.seed={seed}", *steps]
+        subprocess.run([sys.executable, "-m", "jaxreason.main", *words], check=True, stdout=subprocess.DEVNULL)
+
+
+def figures(folder: Path, report) -> None:
+    """Print the numbers of the decision rule; draw the accuracy of each arm over the
+    steps of its second phase.
+    """
+    from jaxreason.look.figures import COLORS, new_axes, save
+
+    axes, told = new_axes(), {}
+    for i, arm in enumerate(report.arms):
+        summaries = [json.loads((folder / "runs" / arm.name / f"seed{seed}" / "summary.json").read_text()) for seed in arm.seeds]
+        found = [[e for e in summary["evaluations"] if e["suite"] == "chain" and e["phase"] != "start"] for summary in summaries]
+        value_SK = np.array([[e["accuracy"] for e in each] for each in found])
+        steps = np.array([e["step"] for e in found[0]])
+        axes.plot(steps - steps[0], value_SK.mean(axis=0), color=COLORS[i % len(COLORS)], label=arm.name)
+        axes.fill_between(
+            steps - steps[0], value_SK.min(axis=0), value_SK.max(axis=0), color=COLORS[i % len(COLORS)], alpha=0.15, linewidth=0
+        )
+        flops = [sum(kind["flops"] for name, kind in s["ledger"].items() if name in ("sample", "learn")) for s in summaries]
+        told[arm.name] = {
+            "before": value_SK[:, 0],
+            "gain": mean_interval(value_SK[:, -1] - value_SK[:, 0]),
+            "flops of all phases": flops,
+        }
+    text = json.dumps(told, indent=2, default=lambda value: np.round(value, 4).tolist())
+    (folder / "self_distillation.json").write_text(text)
+    print(text)
+    axes.set(xlabel="step after the prior", ylabel="accuracy at temperature 1")
+    save(axes, folder / "figures" / "self_distillation.png")
