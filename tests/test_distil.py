@@ -652,3 +652,22 @@ def test_the_pass_of_a_teacher_is_counted_over_its_own_rows(tiny):
         np.testing.assert_allclose(ledger.referring(teacher, laid_out(groups, objective, hinted, **layout)), expected)
     plain = batching.from_groups(groups, objective, buckets=(32,), limit=8)
     assert ledger.referring(teacher, plain) == ledger.reading(teacher, [plain]) < expected
+
+
+def test_hints_on_several_devices_change_nothing(tiny):
+    model, params = tiny(layers=1)
+    objective, groups, optimizer = objectives.make("self_distil", top_k=5), attempts(), optax.sgd(0.1)
+    whole = laid_out(groups, objective, longer(groups, without=(3, 8)), pack=True)
+    found = []
+    for mesh in (None, sharding.make_mesh(fsdp=4, tensor=2)):
+        here, state, placed, batch = model, learner.new_state(jax.tree.map(jnp.copy, params), optimizer), None, whole
+        if mesh is not None:
+            here, placed = transformer(model.config, mesh), sharding.shardings(state, mesh)
+            state, batch = jax.device_put(state, placed), sharding.put_rows(whole, mesh)
+        other = jax.tree.map(lambda x: 1.5 * x, state.params)
+        batch = learner.compile_completion(here, objective, mesh=mesh)(batch, state.params, other)
+        step = learner.compile_train_step(here, objective, optimizer, state_shardings=placed)
+        state, metrics = step(state, batch, logp.head_of(here, other))
+        found.append(jax.device_get((state.params, metrics["loss"], metrics["divergence"])))
+    assert_trees_close(found[1], found[0])
+    assert found[0][1][0] > 0.01
