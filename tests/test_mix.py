@@ -233,7 +233,10 @@ def test_a_mix_trains_from_a_config(tmp_path):
             r"objective 'dapo' compares the attempts at a problem, but there is 1 of each; set "
             r"rl.source.of.rl.group to 2 or more",
         ),
-        ({"rl.objective.name": "ppo", "model.value_head": True}, r"'ppo' makes advantages of values over the whole batch"),
+        (
+            {"rl.objective.name": "ppo", "model.value_head": True},
+            r"'ppo' makes advantages of values, or chooses tokens, over the whole batch",
+        ),
         (
             {"sharding.mesh.data": 8, "rl.microbatches": 4},
             r"config.rl has 48 rows a batch, which do not divide over 8 devices x 4",

@@ -75,10 +75,10 @@ def make_phase(
             )
     if optimizer.get("value_lr") is not None and parts.model.value is None:
         raise ValueError(f"config.{name}.optimizer.value_lr is for a value head; set model.value_head=True, or leave it None")
-    if made_objective.critic is not None and source.get("name") == "mix":
+    if source.get("name") == "mix" and (made_objective.critic is not None or made_objective.prepare):
         raise ValueError(
-            f"config.{name}: objective {objective['name']!r} makes advantages of values over the whole batch; allowed with the "
-            "source rollouts alone, or an objective without a critic in a mix, such as grpo"
+            f"config.{name}: objective {objective['name']!r} makes advantages of values, or chooses tokens, over the whole batch; "
+            "allowed with the source rollouts alone, or an objective without these in a mix, such as grpo"
         )
     if offload_reference and not made_objective.refers:
         raise ValueError(
@@ -305,9 +305,9 @@ def kept_rollouts(
     fewer rows than attempts, or none: then nothing is learned from it.
     """
     where = "source 'kept_rollouts'"
-    if objective.needs_group or objective.on_policy:
+    if objective.token_loss is not nll:
         raise ValueError(f"{where} gives demonstrations, which an objective must imitate; allowed: sft, lm, expert_iteration")
-    for field in ("replay", "dynamic_sampling", "rollouts_per_prompt"):
+    for field in ("replay", "dynamic_sampling", "rollouts_per_prompt", "credit", "hint", "hint_text", "hint_tokens"):
         if field in section:
             raise ValueError(f"{where} has no field {field!r}; allowed: with the source rollouts")
     keywords = {"parts": parts, "objective": objective, "microbatches": microbatches, "steps": steps}
