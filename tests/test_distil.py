@@ -667,7 +667,7 @@ def test_hints_on_several_devices_change_nothing(tiny):
         other = jax.tree.map(lambda x: 1.5 * x, state.params)
         batch = learner.compile_completion(here, objective, mesh=mesh)(batch, state.params, other)
         step = learner.compile_train_step(here, objective, optimizer, state_shardings=placed)
-        state, metrics = step(state, batch, logp.head_of(here, other))
+        state, metrics = step(state, batch, here.head(other))
         found.append(jax.device_get((state.params, metrics["loss"], metrics["divergence"])))
     assert_trees_close(found[1], found[0])
     assert found[0][1][0] > 0.01

@@ -235,7 +235,7 @@ def test_a_mix_trains_from_a_config(tmp_path):
         ),
         (
             {"rl.objective.name": "ppo", "model.value_head": True},
-            r"'ppo' makes advantages of values, or chooses tokens, over the whole batch",
+            r"'ppo' makes advantages of values, or chooses tokens, over a whole batch",
         ),
         (
             {"sharding.mesh.data": 8, "rl.microbatches": 4},

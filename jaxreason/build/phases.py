@@ -26,6 +26,7 @@ from jaxreason.build.teacher import make_reference
 from jaxreason.cost import attempts_behind_a_prompt, shared_length
 from jaxreason.draw import ALL, LOWEST_TEMPERATURE, is_temperature
 from jaxreason.model import ModelConfig
+from jaxreason.objectives.losses import nll
 from jaxreason.options import call_with_section, find
 from jaxreason.rollout import Completer
 from jaxreason.train import Phase
@@ -77,7 +78,7 @@ def make_phase(
         raise ValueError(f"config.{name}.optimizer.value_lr is for a value head; set model.value_head=True, or leave it None")
     if source.get("name") == "mix" and (made_objective.critic is not None or made_objective.prepare):
         raise ValueError(
-            f"config.{name}: objective {objective['name']!r} makes advantages of values, or chooses tokens, over the whole batch; "
+            f"config.{name}: objective {objective['name']!r} makes advantages of values, or chooses tokens, over a whole batch; "
             "allowed with the source rollouts alone, or an objective without these in a mix, such as grpo"
         )
     if offload_reference and not made_objective.refers:
