@@ -17,6 +17,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxreason import metrics as metrics_
 from jaxreason import sharding
 from jaxreason.batching import split_rows, used_parts
 from jaxreason.logp import (
@@ -29,6 +30,7 @@ from jaxreason.logp import (
     logits_limits,
     token_outputs,
 )
+from jaxreason.metrics import WORST
 from jaxreason.model import Model
 from jaxreason.objectives import Objective, controls
 from jaxreason.objectives.controls import Control
@@ -38,7 +40,6 @@ from jaxreason.platforms import platform_of
 from jaxreason.types import Batch, TrainState
 
 DEPTHS = (0, 64, 256, 1024, 4096)  # positions at which `by_depth` cuts
-WORST = "_worst"  # ends the name of a statistic whose largest value counts, not its mean
 MISMATCH = "rollout/kl_sampler_learner"
 MISMATCH_BY_DEPTH = f"{MISMATCH}/"
 
@@ -148,7 +149,7 @@ def train_step(
 
     def accumulate(i, total):
         (value, metrics), grads = gradient(by_layer, jax.tree.map(lambda x: x[i], parts))
-        return total[0] + value, merge(total[1], metrics), add_up(total[2], grads)
+        return total[0] + value, metrics_.merge(total[1], metrics), add_up(total[2], grads)
 
     if microbatches == 1:
         (value, metrics), grads = gradient(trained, batch)
@@ -187,11 +188,6 @@ def train_step(
     metrics = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), metrics)  # count nothing if not finite
     metrics["skipped"] = (1 - made.astype(jnp.float32), one)
     return TrainState(params | frozen, opt_state, state.step + 1, control), metrics
-
-
-def merge(total: dict, metrics: dict) -> dict:
-    """Add metrics of a micro-batch to those before it."""
-    return {name: tuple(map(jnp.maximum if name.endswith(WORST) else jnp.add, total[name], metrics[name])) for name in metrics}
 
 
 def add_up(total: dict, grads: dict) -> dict:

@@ -572,3 +572,20 @@ def test_tensorboard_gets_histograms_and_texts_as_text(tmp_path):
     assert (step, histogram.histo.num, histogram.histo.max) == (3, 3, 30)
     (text,) = [value for tag, (_, value) in found.items() if tag.startswith("eval/x")]
     assert text.tensor.string_val[0] == b"    <script>\n    \\x1b[31m"
+
+
+def test_the_first_metrics_are_taken_as_they_are_and_later_ones_added_in_one_program():
+    arrays = {f"m{i}": (jnp.float32(i), jnp.float32(1)) for i in range(40)}
+    first = metrics.merge({}, arrays)
+    assert all(first[name] is pair for name, pair in arrays.items()), "nothing is added to 0"
+    before = metrics.add_arrays._cache_size()
+    twice = metrics.merge(first, arrays, {"host": (2.0, 1.0)}, {"host": (3.0, 1.0)})
+    assert metrics.add_arrays._cache_size() == before + 1
+    assert float(twice["m7"][0]) == 14.0
+    assert twice["host"] == (5.0, 2.0)
+
+
+def test_the_worst_value_stays_the_worst():
+    a, b = {"x_worst": (jnp.float32(3), jnp.float32(1)), "n_worst": (1.0, 1.0)}, {"x_worst": (jnp.float32(2), jnp.float32(1))}
+    merged = metrics.merge(a, b, {"n_worst": (4.0, 1.0)})
+    assert metrics.divide(merged) == {"x_worst": 3.0, "n_worst": 4.0}
