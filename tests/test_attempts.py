@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import statistics
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -20,12 +21,10 @@ from jaxreason.build import build
 from jaxreason.environment import Turn, retry, single_turn
 from jaxreason.environment.verdicts import checked
 from jaxreason.objectives import credit
-from jaxreason.rollout import SamplingStats
 from jaxreason.runtime.files import rollout_record
 from jaxreason.sources import sampling
-from jaxreason.sources.sampling import SampledGroups
-from jaxreason.sources.saved import pack_groups, unpack
-from jaxreason.types import Group, Rollout, Task, Verdict
+from jaxreason.sources.saved import pack, unpack
+from jaxreason.types import Group, Prompted, Rollout, Task, Verdict
 
 # --- what the environment tells ---
 
@@ -173,16 +172,16 @@ def test_attempts_with_other_rewards_make_a_group_informative():
 
 
 def test_saved_groups_keep_the_attempts_and_those_of_earlier_versions_load():
-    made = SampledGroups(0, groups(), SamplingStats(0.0, 0.0, 0, 0, 0, []))
-    packed = json.loads(json.dumps(pack_groups(made)))
-    again = unpack(packed, [list(group.attempts) for group in made.groups])
-    pairs = [(a, b) for x, y in zip(again.groups, made.groups, strict=True) for a, b in zip(x.attempts, y.attempts, strict=True)]
+    made = groups()
+    stream = SimpleNamespace(tasks=[Prompted(group.task, group.prompt) for group in made], group=len(made[0].attempts))
+    packed = json.loads(json.dumps(pack(made)))
+    pairs = [
+        (a, b) for x, y in zip(unpack(packed, stream), made, strict=True) for a, b in zip(x.attempts, y.attempts, strict=True)
+    ]
     assert all(a.verdict == b.verdict for a, b in pairs)
     assert any(a.verdict.attempts for a, _ in pairs)
     old = packed | {"verdict": [values[:5] for values in packed["verdict"]]}
-    assert all(
-        r.verdict.attempts == () for group in unpack(old, [g.attempts for g in made.groups]).groups for r in group.attempts
-    )
+    assert all(r.verdict.attempts == () for group in unpack(old, stream) for r in group.attempts)
 
 
 def test_a_record_lists_the_attempts_of_a_rollout():
