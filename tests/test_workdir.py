@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from runs import ROOT, Killed, killed_after, load_config, maths, params_of, read_lines, run_config, xla_flags
 
+from jaxreason.build.layout import VERSION
 from jaxreason.main import config_text
 from jaxreason.runtime import checkpoint, files, preemption, resume, workdir
 from jaxreason.runtime import log as run_log
@@ -211,7 +212,9 @@ def test_a_folder_that_is_read_only_is_one_line_before_anything_is_compiled(tmp_
     for name in ("checkpoints", "tensorboard"):
         (tmp_path / name).mkdir()
     (tmp_path / "lock").touch()
-    (tmp_path / "config.json").write_text(config_text(load_config("tiny", "smoke")))
+    config = load_config("tiny", "smoke")
+    config.version = VERSION
+    (tmp_path / "config.json").write_text(config_text(config))
     path = tmp_path / shut
     path.chmod(mode)
     command = [sys.executable, "-c", WITHOUT_RIGHTS, "--config=configs/tiny.py:smoke", f"--workdir={tmp_path}"]
