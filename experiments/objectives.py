@@ -1,6 +1,7 @@
 r"""Does it matter which policy-gradient objective is used?
 
-    python -m jaxreason.sweep --experiment=experiments/objectives.py[:task=search][,updates=4]
+    python -m jaxreason.sweep \
+        --experiment=experiments/objectives.py[:task=search][,updates=4]
 
 **Hypothesis.** With one update per batch all these objectives have the gradient of
 REINFORCE with some baseline and some length normalisation, so they end alike; which
@@ -11,10 +12,11 @@ fall behind.
 of 2 to 5 operations, evaluated on 5), and `search`, the trial and error of
 self_correction.py (`inverse_chain`, 3,000 steps of prior). RL has 80 steps (chain) or
 120 (search) of 32 problems x 8 attempts; ppo has four fifths of them, since the pass of
-its critic adds a quarter to the FLOPs of a step (with `updates=4` a tenth). Each objective has its own published
-aggregation and clips. The learning rate is that of the task's other experiments for all
-of them (3e-4 and 5e-4), so none is tuned; that of ppo's value head is 1e-3. Seeds 0 to
-4, paired; the prior of a seed is trained once. 512 held-out problems, temperature 1.
+its critic adds a quarter to the FLOPs of a step (with `updates=4` a tenth). Each
+objective has its own published aggregation and clips. The learning rate is that of the
+task's other experiments for all of them (3e-4 and 5e-4), so none is tuned; that of
+ppo's value head is 1e-3. Seeds 0 to 4, paired; the prior of a seed is trained once. 512
+held-out problems, temperature 1.
 
 **Arms.** rloo (baseline), reinforce, grpo, dr_grpo, dapo, gspo, cispo, ppo; and rloo
 with random rewards, and with a reward for any answer that can be read.
@@ -61,7 +63,7 @@ minutes; `updates=4` was not run):
 Exploratory, from the attempts per rollout on search: from the weakest prior (seed 0)
 the objectives that weigh each rollout by its length (`per_sequence`: grpo, gspo) end at
 5.3 and 5.2 attempts per rollout, all others at 1.0 to 1.7, and none is more accurate
-for it (0.19 to 0.24). On the other four seeds all eight end at 3 to 6. This is the
+for it (0.19 to 0.24). On the other four seeds all eight end at 3.2 to 6.2. This is the
 known bias towards long wrong rollouts (arXiv 2503.20783). Figures:
 experiments/figures/objectives_chain.png, objectives_inverse_chain.png.
 """

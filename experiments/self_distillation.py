@@ -1,4 +1,4 @@
-r"""What does a teacher's distribution buy over rewards and over demonstrations?
+r"""Does a teacher's distribution buy more than rewards, and than demonstrations?
 
     python -m jaxreason.sweep --experiment=experiments/self_distillation.py[:smoke]
 

@@ -1,4 +1,6 @@
-"""What an objective asks of its phase, checked before anything is compiled."""
+"""Checks that a phase gives its objective all that it needs, before anything is
+compiled.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What a program moves beside what its products need, and how fast it can be at most:
-as a dictionary, and as tables.
+"""Bytes that a program moves beside those that its products need, and its speed at
+most: as a dictionary, and as tables.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a source is, and the batches that it gives."""
+"""Sources as pairs of functions, and the batches that they give."""
 
 from __future__ import annotations
 

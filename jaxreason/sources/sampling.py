@@ -51,7 +51,7 @@ class Cursor(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What a batch consists of: the problems to sample, and groups to replay."""
+    """Contents of a batch: the problems to sample, and groups to replay."""
 
     cursor: Cursor
     requests: list[list[Request]]  # of each group
