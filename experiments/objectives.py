@@ -63,8 +63,9 @@ minutes; `updates=4` was not run):
 Exploratory, from the attempts per rollout on search: from the weakest prior (seed 0)
 the objectives that weigh each rollout by its length (`per_sequence`: grpo, gspo) end at
 5.3 and 5.2 attempts per rollout, all others at 1.0 to 1.7, and none is more accurate
-for it (0.19 to 0.24). On the other four seeds all eight end at 3.2 to 6.2. This is the
-known bias towards long wrong rollouts (arXiv 2503.20783). Figures:
+for it (0.19 to 0.24). On the other four seeds all eight end at 3.2 to 6.2. One seed
+shows nothing, but it agrees with the known bias of that weight towards long wrong
+rollouts (arXiv 2503.20783). Figures:
 experiments/figures/objectives_chain.png, objectives_inverse_chain.png.
 """
 
