@@ -211,15 +211,15 @@ def lay_out(
     batch = empty(B, T)
     filled = [[i] for i in range(R)]
     if pack:
-        filled, room = [], []
+        filled = []
         sizes_R2 = np.array([lengths, [0] * R if hinted is None else hinted]).T
+        room_R2 = np.full((R, 2), (T, T + hint_columns))  # one row per sequence always suffices
         for i in sorted(range(R), key=lambda i: -lengths[i]):
-            row = next((row for row, free in enumerate(room) if (free >= sizes_R2[i]).all()), len(filled))
+            row = int(np.argmax((room_R2[: len(filled) + 1] >= sizes_R2[i]).all(axis=1)))
             if row == len(filled):
                 filled.append([])
-                room.append(np.array([T, T + hint_columns]))
             filled[row].append(i)
-            room[row] -= sizes_R2[i]
+            room_R2[row] -= sizes_R2[i]
     spans: dict[int, tuple[int, int, int]] = {}
     for row, members in enumerate(filled):
         # Fill one micro-batch after the other, so that those left empty are the last:
