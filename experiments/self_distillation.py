@@ -11,9 +11,9 @@ own teacher with the answer or a right attempt in its prompt teaches it nothing.
 **Set-up.** The task is `chain` of configs/tiny.py: 2,000 steps of prior, then 80 steps
 of RL (rloo) on chains of 2 to 5 operations, evaluated on 512 held-out chains of 5 at
 temperature 1. Seeds 0 to 4, paired; the prior of a seed is trained once. The other arms
-have as many steps as cost about the same FLOPs: 64 with a teacher, whose pass adds a
-quarter; 56 with hints, which make the teacher's rows longer; 106 of imitation, which
-samples nothing. The teacher of a seed is a run of its own, with the seed's prior and
+have as many steps as cost about the same FLOPs (`STEPS`): fewer with a teacher, whose pass
+adds a quarter; more of imitation, which samples nothing, and with hints, whose attempts
+became short. The teacher of a seed is a run of its own, with the seed's prior and
 160 steps of RL; its FLOPs are not counted.
 
 **Arms.** `rl`: rloo (baseline). `sft_human`: imitation of the prior's demonstrations,
@@ -52,7 +52,7 @@ from jaxreason.estimators import mean_interval
 from jaxreason.options import parse
 from jaxreason.sweep import Sweep
 
-STEPS = {"rl": 80, "sft": 106, "distil": 64, "self": 56}
+STEPS = {"rl": 80, "sft_human": 139, "sft_right": 117, "distil": 64, "self_answer": 130, "self_attempt": 142}
 OF_TEACHER = 160  # steps of RL
 METRIC = "eval/chain/t1/accuracy"
 TEACHER = "{folder}/teachers/seed{seed}"
@@ -72,23 +72,23 @@ def sweep(arg: str = "") -> Sweep:
     options = parse(arg, smoke=False)
     steps = dict.fromkeys(STEPS, 2) if options.smoke else STEPS
 
-    def imitation(demonstrations: str) -> dict:
+    def imitation(demonstrations: str, steps: int) -> dict:
         source = {"name": "demonstrations", "task": PRIOR | {"demonstrations": demonstrations}, "rows": 256, "max_tokens": 56}
-        return {"rl.source": source, "rl.objective": {"name": "sft"}, "rl.steps": steps["sft"]}
+        return {"rl.source": source, "rl.objective": {"name": "sft"}, "rl.steps": steps}
 
-    def hinted(hint: str) -> dict:
+    def hinted(hint: str, steps: int) -> dict:
         source = {"rl.source.hint": hint, "rl.source.hint_text": HINT}
-        return {"rl.objective": {"name": "self_distil"}, "rl.steps": steps["self"], **source}
+        return {"rl.objective": {"name": "self_distil"}, "rl.steps": steps, **source}
 
     taught = {"rl.reference": TEACHER, "rl.steps": steps["distil"]}
     arms = {
         "rl": {"rl.steps": steps["rl"]},
-        "sft_human": imitation("human"),
-        "sft_right": imitation("verified"),
+        "sft_human": imitation("human", steps["sft_human"]),
+        "sft_right": imitation("verified", steps["sft_right"]),
         "distil": {"rl.objective": {"name": "distil"}, **taught},
         "distil_token": {"rl.objective": {"name": "distil", "over": "token"}, **taught},
-        "self_answer": hinted("answer"),
-        "self_attempt": hinted("attempt"),
+        "self_answer": hinted("answer", steps["self_answer"]),
+        "self_attempt": hinted("attempt", steps["self_attempt"]),
     }
     common = COMMON | {"rl.evaluate_every": 1 if options.smoke else 8}
     return Sweep(config_of(options.smoke), list(arms.values()), names=list(arms), common=common, metric=METRIC)
@@ -126,14 +126,22 @@ def figures(folder: Path, report) -> None:
         axes.fill_between(
             steps - steps[0], value_SK.min(axis=0), value_SK.max(axis=0), color=COLORS[i % len(COLORS)], alpha=0.15, linewidth=0
         )
-        flops = [sum(kind["flops"] for name, kind in s["ledger"].items() if name in ("sample", "learn")) for s in summaries]
+        flops = [of_phase(folder / "runs" / arm.name / f"seed{seed}") for seed in arm.seeds]
         told[arm.name] = {
             "before": value_SK[:, 0],
             "gain": mean_interval(value_SK[:, -1] - value_SK[:, 0]),
-            "flops of all phases": flops,
+            "FLOPs of the phase": flops,
         }
     text = json.dumps(told, indent=2, default=lambda value: np.round(value, 4).tolist())
     (folder / "self_distillation.json").write_text(text)
     print(text)
     axes.set(xlabel="step after the prior", ylabel="accuracy at temperature 1")
     save(axes, folder / "figures" / "self_distillation.png")
+
+
+def of_phase(run: Path) -> float:
+    """Return the FLOPs of sampling and learning after the prior."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    ledgers = [line for line in lines if "ledger/learn_flops" in line]  # at evaluations
+    total = {line["phase"]: line["ledger/sample_flops"] + line["ledger/learn_flops"] for line in ledgers}
+    return total["rl"] - total["prior"]

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from lab_client import ASKED, ROOT, SMALL, Refused, connected, converse, ended
 
+from jaxreason import objectives
 from jaxreason.lab import __main__ as door
 from jaxreason.lab import audit, budget, cost, gate, rollouts, supervisor
 from jaxreason.lab.sweeps import Lab
@@ -189,11 +190,20 @@ def test_a_name_that_is_no_name_is_refused_before_it_is_looked_up(field, value):
         request(fields={field: value})
 
 
+def of_objective(name):
+    """Return the fields of tiny with an objective, its defaults included."""
+    return gate.settings(str(ROOT / "configs/tiny.py"), {"rl.objective": repr({"name": name})})[0]
+
+
 def test_every_choice_computes_and_every_pattern_is_used():
     """A name of a module, file or host is no choice, and no pattern is out of date."""
     found = {}
     for config in gate.catalogue(ROOT)["configs"]:
         found |= gate.settings(str(ROOT / f"configs/{config}.py"), {})[0]
+    for name in objectives.OBJECTIVES:
+        found |= (named := of_objective(name))
+        closed = [path for path, s in named.items() if not s.closed and "str" in str(s.type) and not s.choices]
+        assert not [path for path in closed if path.startswith("rl.objective.") and path != "rl.objective.rewards"]
     for pattern, names in gate.choices().items():
         assert all(gate.PLAIN.fullmatch(name) for name in names)
         assert any(gate.re.fullmatch(pattern, path) for path in found), pattern

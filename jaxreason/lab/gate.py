@@ -137,17 +137,30 @@ def choices() -> dict[str, tuple[str, ...]]:
     functions of this package that compute, and neither read nor write anything.
     """
     from jaxreason import objectives, optimizer
+    from jaxreason.build.teacher import NAMES
+    from jaxreason.objectives import corrections, credit, distillation, divergence, losses, selection, wrappers
+    from jaxreason.sources import hints, rewards
 
     return {
         r"\w+\.objective\.name": tuple(objectives.OBJECTIVES),
         r"\w+\.objective\.advantage": tuple(objectives.ADVANTAGES),
         r"\w+\.objective\.weigh": tuple(objectives.WEIGHTINGS),
         r"\w+\.objective\.kl_estimator": tuple(objectives.KL_ESTIMATORS),
+        r"\w+\.objective\.kl_in": wrappers.KL_IN,
+        r"\w+\.objective\.cut": objectives.CUT,
+        r"\w+\.objective\.correct": corrections.LEVELS,
+        r"\w+\.objective\.correct_by": corrections.HOWS,
+        r"\w+\.objective\.covariance": selection.COVARIANCES,
+        r"\w+\.objective\.divergence": (*divergence.KINDS, *losses.DIVERGENCES),
+        r"\w+\.objective\.over": distillation.OVER,
         r"\w+\.optimizer\.name": tuple(optimizer.OPTIMIZERS),
         r"\w+\.optimizer\.schedule_kind": optimizer.SCHEDULES,
         r"\w+\.optimizer\.state_dtype": DTYPES,
         r"\w+\.optimizer\.muon_scale": ("rms", "width"),
-        r"\w+\.source\.reward": ("verdict", "random"),
+        r"\w+\.source\.reward": rewards.REWARDS,
+        r"\w+\.source\.credit": credit.CREDITS,
+        r"\w+\.source\.hint": hints.KINDS,
+        r"\w+\.reference": NAMES,
         r"\w+\.source\.task\.demonstrations": ("none", "human", "verified", "expert"),
         r"model\.(param_|head_)?dtype": DTYPES,
         r"model\.remat": ("none", "full", "dots"),
