@@ -88,6 +88,7 @@ def loss(
     metrics = averaged({"entropy": outputs.entropy_BT, "nll": -outputs.logp_BT}, trained_BT) | averaged(stats, scored_BT)
     if batch.imitated_BT is not None:
         metrics |= averaged({"imitation_nll": -outputs.logp_BT}, trained_BT & batch.imitated_BT)
+        metrics |= averaged({"scored_entropy": outputs.entropy_BT}, scored_BT)
     return value, metrics | by_depth("behaviour_kl", stats["behaviour_kl"], scored_BT, batch.position_BT)
 
 
@@ -184,7 +185,8 @@ def train_step(
     update_norm = jnp.where(made, jnp.sqrt(squares), 0)
     norms = {"grad_norm": grad_norm, "update_norm": update_norm, "param_norm": optax.global_norm(params)}
     metrics |= {name: (norm, one) for name, norm in ({"loss": value} | norms).items()}
-    control = controls.after(objective.controls, state.control, metrics, finite)
+    seen = {"scored_entropy": metrics["entropy"], **metrics}
+    control = controls.after(objective.controls, state.control, seen, finite)
     metrics = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), metrics)  # count nothing if not finite
     metrics["skipped"] = (1 - made.astype(jnp.float32), one)
     return TrainState(params | frozen, opt_state, state.step + 1, control), metrics
