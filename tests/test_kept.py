@@ -144,6 +144,11 @@ def test_kept_rollouts_train_from_a_config(tmp_path):
         ),
         ({"rl.source.replay": 1}, "has no field 'replay'; allowed: with the source rollouts"),
         ({"rl.source.keep": True}, "'keep'"),
+        ({"rl.source.steps": 3}, "unknown field of .* 'steps'"),
+        (
+            {"rl.objective": {"name": "sft", "advantage": "leave_one_out"}},
+            "each demonstration of .* 'kept_rollouts' is alone",
+        ),
         ({"rl.source.name": "rollouts"}, "unknown field of source 'rollouts' '(per_problem|correct)'"),
         ({"rl.source.distnct": True}, "'distnct' \\(did you mean 'distinct'\\?\\)|'distnct'"),
     ],

@@ -63,6 +63,7 @@ from jaxreason.objectives.advantages import (
     ADVANTAGES,
     EQUAL_REWARDS,
     GROUP_BASELINES,
+    NEVER_NEGATIVE,
     best_of,
     centre_batch,
     centre_group,
@@ -89,7 +90,15 @@ from jaxreason.objectives.losses import (
     within_divergence,
 )
 from jaxreason.objectives.penalties import KL_ESTIMATORS
-from jaxreason.objectives.weights import WEIGHTINGS, per_kept_token, per_max_length, per_sequence, per_token, token_sum
+from jaxreason.objectives.weights import (
+    READ_ADVANTAGES,
+    WEIGHTINGS,
+    per_kept_token,
+    per_max_length,
+    per_sequence,
+    per_token,
+    token_sum,
+)
 from jaxreason.objectives.wrappers import (
     KL_IN,
     with_covariance,
@@ -165,7 +174,8 @@ def with_kl(objective: Objective, coefficient: float | Callable, estimator: str 
         token_loss = penalties.add_exact_kl(objective.token_loss, coefficient)
         return objective._replace(token_loss=token_loss, divergence=Divergence("reverse_kl"))
     token_loss = penalties.add_kl(objective.token_loss, coefficient, estimator)
-    return objective._replace(token_loss=token_loss, needs_reference=True)
+    needs_rollouts = objective.needs_rollouts or estimator == "k3_weighted"
+    return objective._replace(token_loss=token_loss, needs_reference=True, needs_rollouts=needs_rollouts)
 
 
 def with_entropy(objective: Objective, coefficient: float) -> Objective:
@@ -505,10 +515,18 @@ def make(
         chosen = ADVANTAGES[advantage]
         objective = objective._replace(advantage=chosen, needs_group=chosen in GROUP_BASELINES, measures=(), of_sets=False)
     if negative_scale != 1:
+        if objective.critic is not None or objective.advantage in NEVER_NEGATIVE:
+            why = "whose advantages a critic makes" if objective.critic is not None else "which has no negative advantages"
+            raise ValueError(f"negative_scale got {negative_scale} with objective {name!r}, {why}; allowed: 1")
         objective = objective._replace(advantage=scale_negative(objective.advantage, negative_scale))
     if weigh is not None:
         if weigh not in WEIGHTINGS:
             raise ValueError(unknown_name_message("weighting", weigh, WEIGHTINGS))
+        if objective.critic is not None and WEIGHTINGS[weigh] in READ_ADVANTAGES:
+            raise ValueError(
+                f"weigh got {weigh!r}, which leaves out advantages of 0, with objective {name!r}, whose advantages a critic "
+                "makes later; allowed: per_token, per_sequence, per_prompt, per_max_length, token_sum"
+            )
         objective = objective._replace(weigh=WEIGHTINGS[weigh])
     if cut not in CUT:
         raise ValueError(f"cut got {cut!r}; allowed: {', '.join(CUT)}")
@@ -519,6 +537,8 @@ def make(
         raise ValueError(unknown_name_message("KL estimator", kl_estimator, KL_ESTIMATORS))
     level = correct if correct is not None else ("token" if objective.on_policy else "none")
     objective = with_correction(objective, level, correct_by, correct_low, correct_high)
+    if correct not in (None, "none") or stale_limit is not None:
+        objective = objective._replace(needs_rollouts=True)
     if stale_limit is not None:
         if stale_limit < 0:
             raise ValueError(f"stale_limit got {stale_limit}; allowed: 0 or more, or None")

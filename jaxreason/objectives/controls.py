@@ -95,8 +95,8 @@ def kl_control(start: float, target: float, gain: float) -> Control:
     """
     if not (target > 0 and 0 < gain < 5 and start > 0):
         raise ValueError(
-            f"got kl_target={target}, kl_gain={gain}, kl_coefficient={start}; allowed: above 0, and a gain below 5, since an error "
-            "of -0.2 would else make the coefficient 0 or negative"
+            f"got kl_target={target}, kl_gain={gain}, kl_coefficient={start}; allowed: above 0, and a gain below 5, since 5 "
+            "would make the coefficient 0 where the KL is too low"
         )
 
     def update(value, metrics):
