@@ -211,6 +211,36 @@ def with_correction(objective: Objective, level: str, how: str = "truncate", low
     return objective._replace(token_loss=corrections.mask_by_ratio(objective.token_loss, level, low, high))
 
 
+def with_parts(objective: Objective, name: str, advantage: str | None, negative_scale: float, weigh: str | None) -> Objective:
+    """Replace the advantage and the weights of an objective by others, if any are
+    given by name, and scale negative advantages.
+
+    Raises:
+      ValueError: an unknown name, or one that would change nothing or read advantages
+        that are not there yet.
+    """
+    if advantage is not None:
+        if advantage not in ADVANTAGES:
+            raise ValueError(unknown_name_message("advantage", advantage, ADVANTAGES))
+        chosen = ADVANTAGES[advantage]
+        objective = objective._replace(advantage=chosen, needs_group=chosen in GROUP_BASELINES, measures=(), of_sets=False)
+    if negative_scale != 1:
+        if objective.critic is not None or objective.advantage in NEVER_NEGATIVE:
+            why = "whose advantages a critic makes" if objective.critic is not None else "which has no negative advantages"
+            raise ValueError(f"negative_scale got {negative_scale} with objective {name!r}, {why}; allowed: 1")
+        objective = objective._replace(advantage=scale_negative(objective.advantage, negative_scale))
+    if weigh is not None:
+        if weigh not in WEIGHTINGS:
+            raise ValueError(unknown_name_message("weighting", weigh, WEIGHTINGS))
+        if objective.critic is not None and WEIGHTINGS[weigh] in READ_ADVANTAGES:
+            raise ValueError(
+                f"weigh got {weigh!r}, which leaves out advantages of 0, with objective {name!r}, whose advantages a critic "
+                "makes later; allowed: per_token, per_sequence, per_prompt, per_max_length, token_sum"
+            )
+        objective = objective._replace(weigh=WEIGHTINGS[weigh])
+    return objective
+
+
 # --- the named algorithms ---
 
 
@@ -509,25 +539,7 @@ def make(
     objective = call_with_section(find("objective", name, OBJECTIVES), kwargs, f"objective {name!r}")
     if not isinstance(objective, Objective):
         raise ValueError(f"objective {name!r} made a {type(objective).__name__}; allowed: an objectives.Objective")
-    if advantage is not None:
-        if advantage not in ADVANTAGES:
-            raise ValueError(unknown_name_message("advantage", advantage, ADVANTAGES))
-        chosen = ADVANTAGES[advantage]
-        objective = objective._replace(advantage=chosen, needs_group=chosen in GROUP_BASELINES, measures=(), of_sets=False)
-    if negative_scale != 1:
-        if objective.critic is not None or objective.advantage in NEVER_NEGATIVE:
-            why = "whose advantages a critic makes" if objective.critic is not None else "which has no negative advantages"
-            raise ValueError(f"negative_scale got {negative_scale} with objective {name!r}, {why}; allowed: 1")
-        objective = objective._replace(advantage=scale_negative(objective.advantage, negative_scale))
-    if weigh is not None:
-        if weigh not in WEIGHTINGS:
-            raise ValueError(unknown_name_message("weighting", weigh, WEIGHTINGS))
-        if objective.critic is not None and WEIGHTINGS[weigh] in READ_ADVANTAGES:
-            raise ValueError(
-                f"weigh got {weigh!r}, which leaves out advantages of 0, with objective {name!r}, whose advantages a critic "
-                "makes later; allowed: per_token, per_sequence, per_prompt, per_max_length, token_sum"
-            )
-        objective = objective._replace(weigh=WEIGHTINGS[weigh])
+    objective = with_parts(objective, name, advantage, negative_scale, weigh)
     if cut not in CUT:
         raise ValueError(f"cut got {cut!r}; allowed: {', '.join(CUT)}")
     objective = objective._replace(learns_cut=cut == "in")
