@@ -93,10 +93,13 @@ def loss(
 
 
 def averaged(stats: dict, counted_BT) -> dict:
-    """Return (sum, count) of each statistic over some tokens, or (largest, 1)."""
+    """Return (sum, count) of each statistic over some tokens, or (largest, 1), or with
+    the count 0 if there is none of them.
+    """
     count = jnp.sum(counted_BT, dtype=jnp.float32)
     counted = {name: jnp.where(counted_BT, x, 0.0) for name, x in stats.items()}
-    return {name: (jnp.max(x), jnp.float32(1)) if name.endswith(WORST) else (jnp.sum(x), count) for name, x in counted.items()}
+    any_ = jnp.minimum(count, 1)
+    return {name: (jnp.max(x), any_) if name.endswith(WORST) else (jnp.sum(x), count) for name, x in counted.items()}
 
 
 def by_depth(name: str, x_BT, counted_BT, position_BT) -> dict:
