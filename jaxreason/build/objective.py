@@ -13,6 +13,7 @@ from jaxreason.build.tasks import Parts
 from jaxreason.objectives import Objective, credit
 from jaxreason.objectives.losses import nll
 
+PROBED = 2**10  # attempts at a problem, above which an advantage is not tried: it may compare all pairs
 NO_REWARDS = ("corpus", "demonstrations")  # sources whose tokens nobody judged
 
 
@@ -57,6 +58,8 @@ def check_objective(
             credit.check_credit(objective, what)
         except ValueError as error:
             raise ValueError(f"config.{name}.{error}") from None
+    if kind == "rollouts" and 1 <= group <= PROBED and not objective.measures:
+        objective.advantage(np.zeros((1, group)))  # raises if it needs more attempts, as pass_at_k does
     if objective.measures:
         check_measures(objective, name, what, source, parts)
 

@@ -319,8 +319,9 @@ def gdpo(
     weights = (1.0,) * len(rewards) if reward_weights is None else tuple(reward_weights)
     if not rewards or len(set(rewards)) < len(rewards):
         raise ValueError(f"rewards got {tuple(rewards)}; allowed: one or more different names of measures, such as reward_number")
-    if len(weights) != len(rewards) or not all(math.isfinite(w) for w in weights):
-        raise ValueError(f"reward_weights got {weights} for {len(rewards)} rewards; allowed: a finite number for each, or None")
+    if len(weights) != len(rewards) or not all(math.isfinite(w) for w in weights) or not any(weights):
+        allowed = "a finite number for each, not all 0, or None"
+        raise ValueError(f"reward_weights got {weights} for {len(rewards)} rewards; allowed: {allowed}")
     token_loss = clipped(clip_low, clip_high)
     return Objective(normalise_each(weights), per_sequence, token_loss, needs_group=True, measures=tuple(rewards))
 
