@@ -6,10 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from jaxreason import verify
 from jaxreason.build.tasks import Parts
 from jaxreason.objectives import Objective, credit
+from jaxreason.objectives.losses import nll
 
+PROBED = 2**10  # attempts at a problem, above which an advantage is not tried: it may compare all pairs
 NO_REWARDS = ("corpus", "demonstrations")  # sources whose tokens nobody judged
 
 
@@ -37,9 +41,11 @@ def check_objective(
         raise ValueError(f"config.{name}: objective {what!r} needs rewards; allowed with the source rollouts")
     if objective.needs_rollouts and kind in NO_REWARDS:
         raise ValueError(
-            f"config.{name}.objective compares log-probs with those of the policy that sampled (kl_in='reward', covariance), and "
-            f"source {kind!r} samples nothing; allowed: kl_in='loss' and covariance='none', or the source rollouts"
+            f"config.{name}.objective compares log-probs with those of the policy that sampled (kl_in='reward', kl_estimator="
+            f"'k3_weighted', covariance, correct, stale_limit), and source {kind!r} samples nothing; allowed: none of these "
+            "(kl_estimator='exact', kl_in='loss'), or the source rollouts"
         )
+    check_demonstrations(objective, what=what, where=f"config.{name}", source=source)
     if objective.on_policy and (source.get("lag") or updates_per_batch > 1):
         got = f"{where}.lag got {source['lag']}" if source.get("lag") else f"{name}.updates_per_batch got {updates_per_batch}"
         raise ValueError(
@@ -52,8 +58,34 @@ def check_objective(
             credit.check_credit(objective, what)
         except ValueError as error:
             raise ValueError(f"config.{name}.{error}") from None
+    if kind == "rollouts" and 1 <= group <= PROBED and not objective.measures:
+        objective.advantage(np.zeros((1, group)))  # raises if it needs more attempts, as pass_at_k does
     if objective.measures:
         check_measures(objective, name, what, source, parts)
+
+
+def check_demonstrations(objective: Objective, *, what: str, where: str, source: Mapping) -> None:
+    """Check that something is learned from demonstrations, each of which is a group of
+    its own with the reward 1. `where` names the objective.
+
+    Raises:
+      ValueError: the advantage compares them with each other.
+    """
+    kind = source.get("name")
+    if kind in (*NO_REWARDS, "kept_rollouts") and objective.needs_group and objective.token_loss is nll:
+        raise ValueError(
+            f"{where}: objective {what!r} has an advantage that compares the attempts at a problem, but each demonstration of "
+            f"source {kind!r} is alone; allowed: advantage=None"
+        )
+    if kind not in NO_REWARDS or objective.critic is not None or objective.needs_group or objective.measures:
+        return
+    if not objective.learns_cut:
+        raise ValueError(f"{where}: cut got 'out', but source {kind!r} has no attempts that were cut off; allowed: 'in'")
+    if not np.all(objective.advantage(np.ones((2, 1)))):
+        raise ValueError(
+            f"{where}: objective {what!r} learns from differences between rewards, but source {kind!r} has none, so nothing "
+            "would be learned; allowed: lm, sft or distil, without another advantage, or the source rollouts"
+        )
 
 
 def check_measures(objective: Objective, name: str, what: str, source: Mapping, parts: Parts) -> None:

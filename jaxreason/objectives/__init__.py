@@ -63,6 +63,7 @@ from jaxreason.objectives.advantages import (
     ADVANTAGES,
     EQUAL_REWARDS,
     GROUP_BASELINES,
+    NEVER_NEGATIVE,
     best_of,
     centre_batch,
     centre_group,
@@ -89,7 +90,15 @@ from jaxreason.objectives.losses import (
     within_divergence,
 )
 from jaxreason.objectives.penalties import KL_ESTIMATORS
-from jaxreason.objectives.weights import WEIGHTINGS, per_kept_token, per_max_length, per_sequence, per_token, token_sum
+from jaxreason.objectives.weights import (
+    READ_ADVANTAGES,
+    WEIGHTINGS,
+    per_kept_token,
+    per_max_length,
+    per_sequence,
+    per_token,
+    token_sum,
+)
 from jaxreason.objectives.wrappers import (
     KL_IN,
     with_covariance,
@@ -165,7 +174,8 @@ def with_kl(objective: Objective, coefficient: float | Callable, estimator: str 
         token_loss = penalties.add_exact_kl(objective.token_loss, coefficient)
         return objective._replace(token_loss=token_loss, divergence=Divergence("reverse_kl"))
     token_loss = penalties.add_kl(objective.token_loss, coefficient, estimator)
-    return objective._replace(token_loss=token_loss, needs_reference=True)
+    needs_rollouts = objective.needs_rollouts or estimator == "k3_weighted"
+    return objective._replace(token_loss=token_loss, needs_reference=True, needs_rollouts=needs_rollouts)
 
 
 def with_entropy(objective: Objective, coefficient: float) -> Objective:
@@ -199,6 +209,36 @@ def with_correction(objective: Objective, level: str, how: str = "truncate", low
             "correct_by='mask', or correct='none'"
         )
     return objective._replace(token_loss=corrections.mask_by_ratio(objective.token_loss, level, low, high))
+
+
+def with_parts(objective: Objective, name: str, advantage: str | None, negative_scale: float, weigh: str | None) -> Objective:
+    """Replace the advantage and the weights of an objective by others, if any are
+    given by name, and scale negative advantages.
+
+    Raises:
+      ValueError: an unknown name, or one that would change nothing or read advantages
+        that are not there yet.
+    """
+    if advantage is not None:
+        if advantage not in ADVANTAGES:
+            raise ValueError(unknown_name_message("advantage", advantage, ADVANTAGES))
+        chosen = ADVANTAGES[advantage]
+        objective = objective._replace(advantage=chosen, needs_group=chosen in GROUP_BASELINES, measures=(), of_sets=False)
+    if negative_scale != 1:
+        if objective.critic is not None or objective.advantage in NEVER_NEGATIVE:
+            why = "whose advantages a critic makes" if objective.critic is not None else "which has no negative advantages"
+            raise ValueError(f"negative_scale got {negative_scale} with objective {name!r}, {why}; allowed: 1")
+        objective = objective._replace(advantage=scale_negative(objective.advantage, negative_scale))
+    if weigh is not None:
+        if weigh not in WEIGHTINGS:
+            raise ValueError(unknown_name_message("weighting", weigh, WEIGHTINGS))
+        if objective.critic is not None and WEIGHTINGS[weigh] in READ_ADVANTAGES:
+            raise ValueError(
+                f"weigh got {weigh!r}, which leaves out advantages of 0, with objective {name!r}, whose advantages a critic "
+                "makes later; allowed: per_token, per_sequence, per_prompt, per_max_length, token_sum"
+            )
+        objective = objective._replace(weigh=WEIGHTINGS[weigh])
+    return objective
 
 
 # --- the named algorithms ---
@@ -279,8 +319,9 @@ def gdpo(
     weights = (1.0,) * len(rewards) if reward_weights is None else tuple(reward_weights)
     if not rewards or len(set(rewards)) < len(rewards):
         raise ValueError(f"rewards got {tuple(rewards)}; allowed: one or more different names of measures, such as reward_number")
-    if len(weights) != len(rewards) or not all(math.isfinite(w) for w in weights):
-        raise ValueError(f"reward_weights got {weights} for {len(rewards)} rewards; allowed: a finite number for each, or None")
+    if len(weights) != len(rewards) or not all(math.isfinite(w) for w in weights) or not any(weights):
+        allowed = "a finite number for each, not all 0, or None"
+        raise ValueError(f"reward_weights got {weights} for {len(rewards)} rewards; allowed: {allowed}")
     token_loss = clipped(clip_low, clip_high)
     return Objective(normalise_each(weights), per_sequence, token_loss, needs_group=True, measures=tuple(rewards))
 
@@ -499,17 +540,7 @@ def make(
     objective = call_with_section(find("objective", name, OBJECTIVES), kwargs, f"objective {name!r}")
     if not isinstance(objective, Objective):
         raise ValueError(f"objective {name!r} made a {type(objective).__name__}; allowed: an objectives.Objective")
-    if advantage is not None:
-        if advantage not in ADVANTAGES:
-            raise ValueError(unknown_name_message("advantage", advantage, ADVANTAGES))
-        chosen = ADVANTAGES[advantage]
-        objective = objective._replace(advantage=chosen, needs_group=chosen in GROUP_BASELINES, measures=(), of_sets=False)
-    if negative_scale != 1:
-        objective = objective._replace(advantage=scale_negative(objective.advantage, negative_scale))
-    if weigh is not None:
-        if weigh not in WEIGHTINGS:
-            raise ValueError(unknown_name_message("weighting", weigh, WEIGHTINGS))
-        objective = objective._replace(weigh=WEIGHTINGS[weigh])
+    objective = with_parts(objective, name, advantage, negative_scale, weigh)
     if cut not in CUT:
         raise ValueError(f"cut got {cut!r}; allowed: {', '.join(CUT)}")
     objective = objective._replace(learns_cut=cut == "in")
@@ -519,6 +550,8 @@ def make(
         raise ValueError(unknown_name_message("KL estimator", kl_estimator, KL_ESTIMATORS))
     level = correct if correct is not None else ("token" if objective.on_policy else "none")
     objective = with_correction(objective, level, correct_by, correct_low, correct_high)
+    if correct not in (None, "none") or stale_limit is not None:
+        objective = objective._replace(needs_rollouts=True)
     if stale_limit is not None:
         if stale_limit < 0:
             raise ValueError(f"stale_limit got {stale_limit}; allowed: 0 or more, or None")
