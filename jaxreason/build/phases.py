@@ -10,7 +10,7 @@ from jaxreason import optimizer as optimizer_
 from jaxreason.build.environments import make_environment
 from jaxreason.build.hints import make_hints
 from jaxreason.build.mix import make_mix
-from jaxreason.build.objective import check_distillation, check_objective
+from jaxreason.build.objective import check_distillation, check_objective, check_own
 from jaxreason.build.sampler import make_filter
 from jaxreason.build.tasks import (
     Parts,
@@ -74,6 +74,9 @@ def make_phase(
                 updates_per_batch=updates_per_batch,
                 parts=parts,
             )
+            if ":" in objective["name"]:
+                group = section.get("group", 1)
+                check_own(made_objective, where=f"config.{name}", what=objective["name"], group=group)
     if optimizer.get("value_lr") is not None and parts.model.value is None:
         raise ValueError(f"config.{name}.optimizer.value_lr is for a value head; set model.value_head=True, or leave it None")
     if source.get("name") == "mix" and (made_objective.critic is not None or made_objective.prepare):
