@@ -207,7 +207,7 @@ def rollouts(
     dynamic_sampling: int = 1,  # draw up to this many times `problems`, until enough have mixed rewards
     replay: int = 0,  # problems per batch that come from earlier batches, with mixed rewards
     replay_age: int = 4,  # batches; older ones are not replayed
-    curriculum: dict | None = None,  # which tasks to pass over when the stream comes to them again; None: none
+    curriculum: dict | None = None,  # {'name': 'success_rate'}: which tasks to pass over when they come again; None: none
     lag: int = 0,  # updates between the params that sample and those that learn
     pack: bool = True,  # put several short attempts in a row
     rollouts_per_prompt: int
