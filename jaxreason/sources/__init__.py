@@ -14,8 +14,8 @@ the processes divide expensive work among them.
 
 Your own is `module:maker` in `rl.source.name`. Its maker takes `parts` (tokenizer,
 sampler and so on, `build.tasks.Parts`), `objective`, `microbatches` and `steps` by
-name, and then the fields of its section; it returns a `Source`. `jaxreason.batching` makes a
-batch of demonstrations, of windows or of groups. A mix, with its parts by name:
+name, and then the fields of its section; it returns a `Source`. `jaxreason.batching`
+makes a batch of demonstrations, of windows or of groups. A mix, with its parts by name:
 
     {"name": "mix", "weights": {"solved": 0.1}, "of": {
         "own": {"name": "rollouts", "task": ..., "problems": 8, "group": 8},
