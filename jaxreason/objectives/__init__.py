@@ -469,7 +469,7 @@ def make(
     correct_high: float = 2.0,  # upper bound of the ratio
     stale_limit: float | None = None,  # mean log(sampler / learner) above which wrong rollouts are left out; None: never
     kl_coefficient: float = 0.0,  # weight of the KL divergence to the reference policy (see the phase's `reference`); 0: none
-    kl_estimator: str = "k3_weighted",  # k1, k2, k3_weighted, k3_reverse as in GRPO (gradient of KL(reference || policy)), or exact
+    kl_estimator: str = "k3_weighted",  # k1, k2, k3_weighted, k3_reverse as in GRPO (gradient of KL(reference, policy)), exact
     kl_in: str = "loss",  # loss, or reward: of each token, by the log-probs of the policy that sampled
     kl_target: float | None = None,  # nats per token that the coefficient is adapted to; None: it is constant
     kl_gain: float = 0.1,  # share of the relative error, within 0.2, by which it changes per update
