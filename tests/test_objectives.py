@@ -455,6 +455,7 @@ def test_numbers_of_an_algorithm_reach_its_loss(name, fields, up, down):
         ("grpo", {"advantage": "z_score"}, r"unknown advantage 'z_score'.*zscore_group"),
         ("grpo", {"weigh": "per_word"}, r"unknown weighting 'per_word'.*per_token"),
         ("grpo", {"kl_coefficient": 0.1, "kl_estimator": "k4"}, r"unknown KL estimator 'k4'.*k1, k2, k3_reverse"),
+        ("grpo", {"kl_coefficient": 0.1, "kl_estimator": "k3"}, r"unknown KL estimator 'k3'.*GRPO, TRL and verl is k3_reverse"),
         ("dapo", {"clip": 0.2}, r"unknown field of objective 'dapo' 'clip'.*clip_high, clip_low"),
         ("sft", {"lr": 0.2}, r"unknown field of objective 'sft' 'lr'.*none"),
         ("sft", {"negative_scale": 0.5}, r"negative_scale got 0.5 with objective 'sft', which has no negative advantages"),

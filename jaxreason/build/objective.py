@@ -6,12 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxreason import verify
+from jaxreason import batching, verify
 from jaxreason.build.tasks import Parts
-from jaxreason.objectives import Objective, credit
+from jaxreason.objectives import Objective, controls, credit
 from jaxreason.objectives.losses import nll
+from jaxreason.options import lines_of
+from jaxreason.types import Batch, Outputs
 
 PROBED = 2**10  # attempts at a problem, above which an advantage is not tried: it may compare all pairs
 NO_REWARDS = ("corpus", "demonstrations")  # sources whose tokens nobody judged
@@ -86,6 +90,52 @@ def check_demonstrations(objective: Objective, *, what: str, where: str, source:
             f"{where}: objective {what!r} learns from differences between rewards, but source {kind!r} has none, so nothing "
             "would be learned; allowed: lm, sft or distil, without another advantage, or the source rollouts"
         )
+
+
+def check_own(objective: Objective, *, where: str, what: str, group: int) -> None:
+    """Try a user's own objective on two groups and on a row of abstract tokens, so that
+    a mistake in it ends the command at once and not after the phases before it.
+
+    Raises:
+      ValueError: one of its functions raises, or returns another shape.
+    """
+    reward = np.arange(2 * group, dtype=np.float32).reshape(2, group) % 2
+    if objective.measures:
+        reward = np.repeat(reward[..., None], len(objective.measures), -1)
+    found = f"{where}: objective {what!r}"
+    with lines_of(f"{found}: advantage or weigh"):
+        batching.advantage_and_weight(objective, reward, np.full((2, group), 4), 8)
+    outputs, batch = abstract_batch(objective, 2, 8)
+    with lines_of(f"{found}: token_loss"):
+        result = jax.eval_shape(objective.token_loss, outputs, batch)
+    allowed = "allowed: a pair of loss_BT, shape [B, T], and a dict of statistics {name: value_BT}, which may be empty"
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+        got = "one array" if isinstance(result, jax.ShapeDtypeStruct) else f"a {type(result).__name__} of another form"
+        raise ValueError(f"{found}: token_loss returned {got}; {allowed}")
+    if (shape := getattr(result[0], "shape", None)) != batch.tokens_BT.shape:
+        raise ValueError(f"{found}: token_loss returned a loss of shape {shape} for tokens of {batch.tokens_BT.shape}; {allowed}")
+
+
+def abstract_batch(objective: Objective, B: int, T: int) -> tuple[Outputs, Batch]:
+    """Return shapes and dtypes of what the token loss of an objective is given."""
+    x_BT = jax.ShapeDtypeStruct((B, T), jnp.float32)
+    number_BT = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    refers, values = objective.needs_reference or None, objective.critic is not None or None
+    outputs = Outputs(x_BT, x_BT, value_BT=values and x_BT, divergence_BT=x_BT if objective.divergence is not None else None)
+    batch = Batch(
+        number_BT,
+        number_BT,
+        number_BT,
+        *[x_BT] * 4,
+        rollout_BT=number_BT,
+        reference_logp_BT=refers and x_BT,
+        value_BT=values and x_BT,
+        return_BT=values and x_BT,
+        entropy_BT=x_BT if objective.needs_entropy else None,
+        chosen_BT=jax.ShapeDtypeStruct((B, T), bool) if objective.chooses else None,
+        control=controls.begin(objective.controls),
+    )
+    return outputs, batch
 
 
 def check_measures(objective: Objective, name: str, what: str, source: Mapping, parts: Parts) -> None:

@@ -10,7 +10,7 @@ from jaxreason import optimizer as optimizer_
 from jaxreason.build.environments import make_environment
 from jaxreason.build.hints import make_hints
 from jaxreason.build.mix import make_mix
-from jaxreason.build.objective import check_distillation, check_objective
+from jaxreason.build.objective import check_distillation, check_objective, check_own
 from jaxreason.build.sampler import make_filter
 from jaxreason.build.tasks import (
     Parts,
@@ -74,6 +74,9 @@ def make_phase(
                 updates_per_batch=updates_per_batch,
                 parts=parts,
             )
+            if ":" in objective["name"]:
+                group = section.get("group", 1)
+                check_own(made_objective, where=f"config.{name}", what=objective["name"], group=group)
     if optimizer.get("value_lr") is not None and parts.model.value is None:
         raise ValueError(f"config.{name}.optimizer.value_lr is for a value head; set model.value_head=True, or leave it None")
     if source.get("name") == "mix" and (made_objective.critic is not None or made_objective.prepare):
@@ -204,7 +207,7 @@ def rollouts(
     dynamic_sampling: int = 1,  # draw up to this many times `problems`, until enough have mixed rewards
     replay: int = 0,  # problems per batch that come from earlier batches, with mixed rewards
     replay_age: int = 4,  # batches; older ones are not replayed
-    curriculum: dict | None = None,  # which tasks to pass over when the stream comes to them again; None: none
+    curriculum: dict | None = None,  # {'name': 'success_rate'}: which tasks to pass over when they come again; None: none
     lag: int = 0,  # updates between the params that sample and those that learn
     pack: bool = True,  # put several short attempts in a row
     rollouts_per_prompt: int

@@ -510,7 +510,7 @@ def make(
     correct_high: float = 2.0,  # upper bound of the ratio
     stale_limit: float | None = None,  # mean log(sampler / learner) above which wrong rollouts are left out; None: never
     kl_coefficient: float = 0.0,  # weight of the KL divergence to the reference policy (see the phase's `reference`); 0: none
-    kl_estimator: str = "k3_weighted",  # k1, k2, k3_weighted, k3_reverse as in GRPO (gradient of KL(q || p)), or exact
+    kl_estimator: str = "k3_weighted",  # k1, k2, k3_weighted, k3_reverse as in GRPO (gradient of KL(reference, policy)), exact
     kl_in: str = "loss",  # loss, or reward: of each token, by the log-probs of the policy that sampled
     kl_target: float | None = None,  # nats per token that the coefficient is adapted to; None: it is constant
     kl_gain: float = 0.1,  # share of the relative error, within 0.2, by which it changes per update
@@ -547,7 +547,8 @@ def make(
     if kl_coefficient < 0:
         raise ValueError(f"kl_coefficient got {kl_coefficient}; allowed: 0 or more")
     if kl_estimator not in KL_ESTIMATORS:
-        raise ValueError(unknown_name_message("KL estimator", kl_estimator, KL_ESTIMATORS))
+        which = "; the k3 of GRPO, TRL and verl is k3_reverse" if kl_estimator == "k3" else ""
+        raise ValueError(unknown_name_message("KL estimator", kl_estimator, KL_ESTIMATORS) + which)
     level = correct if correct is not None else ("token" if objective.on_policy else "none")
     objective = with_correction(objective, level, correct_by, correct_low, correct_high)
     if correct not in (None, "none") or stale_limit is not None:

@@ -257,7 +257,7 @@ def line_of(error: BaseException) -> str:
     while traceback is not None:
         lines.append((traceback.tb_frame.f_code.co_filename, traceback.tb_lineno))
         traceback = traceback.tb_next
-    ours = str(Path(__file__).parent)
+    ours = str(Path(__file__).parents[1])
     if lines and lines[-1][0].startswith(ours) and isinstance(error, ValueError):
         return ""
     library = (ours, *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), "<")
