@@ -19,6 +19,7 @@ from jaxreason.build.tasks import (
     check_solutions,
     drop_long_prompts,
     encode_documents,
+    equivalence_of,
     load_trained,
     parts_of,
 )
@@ -65,6 +66,9 @@ def make_phase(
         raise ValueError(f"config.{name}.optimizer: {error}") from None
     for part, section in parts_of(source).items():
         if section.get("objective") is None and (not part or section.get("name") == "rollouts"):
+            if ":" in objective["name"]:
+                group = section.get("group", 1)
+                check_own(made_objective, where=f"config.{name}", what=objective["name"], group=group)
             check_objective(
                 made_objective,
                 name=name,
@@ -74,9 +78,6 @@ def make_phase(
                 updates_per_batch=updates_per_batch,
                 parts=parts,
             )
-            if ":" in objective["name"]:
-                group = section.get("group", 1)
-                check_own(made_objective, where=f"config.{name}", what=objective["name"], group=group)
     if optimizer.get("value_lr") is not None and parts.model.value is None:
         raise ValueError(f"config.{name}.optimizer.value_lr is for a value head; set model.value_head=True, or leave it None")
     if source.get("name") == "mix" and (made_objective.critic is not None or made_objective.prepare):
@@ -266,6 +267,7 @@ def rollouts(
         temperature=temperature,
         buckets=batching.length_buckets(shared_length(longest_prompt, [completer.max_tokens] * share)),
         reward=reward,
+        same=equivalence_of(parts.verifier) if reward == "majority" else None,
         dynamic_sampling=dynamic_sampling,
         credit=credit,
         replay=replay,
