@@ -250,7 +250,7 @@ def rollouts(
         completion=completer.max_tokens,
     )
     loaded, what = load_trained(task, parts), f"task {task['name']!r}"
-    made, same = make_environment(parts.environment, parts.verifier, loaded, parts), equivalence_of(parts.verifier)
+    made = make_environment(parts.environment, parts.verifier, loaded, parts)
     prompted = drop_long_prompts(loaded, made.format.prompt, longest_prompt, what, parts.say)
     if made.asks_verifier:
         check_keys([task for task, _ in prompted], parts.verifier, what, parts.say)
@@ -266,7 +266,7 @@ def rollouts(
         temperature=temperature,
         buckets=batching.length_buckets(shared_length(longest_prompt, [completer.max_tokens] * share)),
         reward=reward,
-        same=same,
+        same=equivalence_of(parts.verifier) if reward == "majority" else None,  # it makes a judge
         dynamic_sampling=dynamic_sampling,
         credit=credit,
         replay=replay,

@@ -1,4 +1,4 @@
-"""What an objective is: functions of a batch, and what they need."""
+"""The interface of objectives: functions of a batch, and their requirements."""
 
 from __future__ import annotations
 
