@@ -138,8 +138,18 @@ def test_chunks_without_a_wanted_token_are_skipped(tiny):
     logp, entropy = logp_.scored(how, model.head(params), rows, None)
     jax.effects_barrier()
     assert sum(computed) == rows.wanted.sum() * tiles_of(V, 8).count
-    assert not np.any(np.where(rows.wanted, 0, logp))
-    assert not np.any(np.where(rows.wanted, 0, entropy))
+    for found in (logp, entropy):
+        assert np.isfinite(found).all()
+        assert not np.any(np.where(rows.wanted, 0, found))
+
+
+def test_rows_that_nobody_wants_have_no_gradient(tiny):
+    """Their first chunk is computed all the same; its logits are too large for exp."""
+    model, params = tiny(vocab_size=V)
+    rows = rows_of(model, 1e4)
+    rows = rows._replace(wanted=jnp.zeros_like(rows.wanted))
+    for x in jax.tree.leaves(scored_by(model, (7, 8), model.head(params), rows)):
+        assert not x.any()
 
 
 def test_a_logit_that_is_no_number_is_not_hidden(tiny):

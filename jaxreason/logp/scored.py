@@ -18,7 +18,7 @@ def scored(how: Scoring, head, rows: Rows, referred):
     """Return log-probs of targets and entropies [B, T], and divergences if they are
     asked for. `referred` is None or (head, hidden states) of the reference.
 
-    They are made chunk by chunk; in chunks without a wanted token they are 0. The
+    They are made chunk by chunk; where no token is wanted they mean nothing. The
     gradient is written by hand: that of a scan would keep one copy of the head's
     gradient per chunk, zeros for skipped chunks included. It needs the logits again:
     they are stored if there are few, and otherwise made again.

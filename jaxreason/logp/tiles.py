@@ -3,9 +3,13 @@ the vocabulary.
 
 A tile of logits fits in the fast memory of a TPU, so that logits are never written to
 its HBM. The normaliser is summed over the tiles beside a running maximum (Milakov and
-Gimelshein 2018, arXiv 1805.02867). Tiles of the vocabulary are the outer
-loop and chunks of tokens the inner one: the float32 gradient of the head, the largest
-array, is then updated once per tile instead of once per chunk.
+Gimelshein 2018, arXiv 1805.02867). Tiles of the vocabulary are the outer loop and
+chunks of tokens the inner one: the float32 gradient of the head, the largest array, is
+then updated once per tile instead of once per chunk.
+
+On a mesh each device gathers the part of the head that makes the next tile, while it
+computes the first chunk of this one. That chunk is therefore computed even if nobody
+wants it: a compiler moves no collective beside a loop or a condition.
 """
 
 from __future__ import annotations
@@ -78,10 +82,11 @@ def score(how: Scoring, head, rows: Rows):
     entropies in chunks.
     """
     cut, uncut, _ = in_chunks(how, rows)
-    head, rows, tiles = whole(how, head), jax.tree.map(cut, rows), tiles_of(how.vocabulary, how.tile.symbols)
+    rows, tiles = jax.tree.map(cut, rows), tiles_of(how.vocabulary, how.tile.symbols)
 
     def score_tile(t, state):
-        part, (symbols_V, own_V) = tiles.part(head, t), tiles.symbols(t)
+        (part, sums), (symbols_V, own_V) = state, tiles.symbols(t)
+        following = whole(how, tiles.part(head, t + 1))
 
         def score_chunk(i, state):
             most_R, total_R, product_R, chosen_R = (all_CR[i] for all_CR in state)
@@ -96,12 +101,12 @@ def score(how: Scoring, head, rows: Rows):
             sums = higher_R, total_R, product_R, chosen_R
             return tuple(all_CR.at[i].set(x_R) for all_CR, x_R in zip(state, sums, strict=True))
 
-        return each_chunk(0, rows.wanted, score_chunk, state)
+        return following, each_chunk(1, rows.wanted, score_chunk, score_chunk(0, sums))
 
     zeros_CR = jnp.zeros(rows.wanted.shape, jnp.float32)
-    state = zeros_CR - jnp.inf, zeros_CR, zeros_CR, zeros_CR
-    most_CR, total_CR, product_CR, chosen_CR = jax.lax.fori_loop(0, tiles.count, score_tile, state)
-    scored_C1 = jnp.any(rows.wanted, axis=-1, keepdims=True)
+    state = whole(how, tiles.part(head, 0)), (zeros_CR - jnp.inf, zeros_CR, zeros_CR, zeros_CR)
+    _, (most_CR, total_CR, product_CR, chosen_CR) = jax.lax.fori_loop(0, tiles.count, score_tile, state)
+    scored_C1 = jnp.any(rows.wanted, axis=-1, keepdims=True).at[0].set(True)
     total_CR = jnp.where(scored_C1, total_CR, 1.0)
     log_total_CR = jnp.log(total_CR) + jnp.where(scored_C1, most_CR, 0.0)
     logp_CR, entropy_CR = chosen_CR - log_total_CR, log_total_CR - product_CR / total_CR
@@ -113,14 +118,15 @@ def gradient(how: Scoring, saved, gradients):
 
     Sums over tiles, chunks and devices are float32; the products cast their factors.
     """
-    given, rows, _, (log_total_CR, entropy_CR, _) = saved
+    head, rows, _, (log_total_CR, entropy_CR, _) = saved
     cut, uncut, _ = in_chunks(how, rows)
     # Columns that fill up the last chunk get no gradient.
     by_logp_CR, by_entropy_CR = (cut(x, "constant") for x in gradients)
-    head, rows, tiles = whole(how, given), jax.tree.map(cut, rows), tiles_of(how.vocabulary, how.tile.symbols)
+    rows, tiles = jax.tree.map(cut, rows), tiles_of(how.vocabulary, how.tile.symbols)
 
     def add_tile(t, state):
-        part, (symbols_V, own_V) = tiles.part(head, t), tiles.symbols(t)
+        (part, by_head, by_hidden_CRD), (symbols_V, own_V) = state, tiles.symbols(t)
+        following = whole(how, tiles.part(head, t + 1))
 
         def add_chunk(i, state):
             by_part, by_hidden_CRD = state
@@ -133,15 +139,16 @@ def gradient(how: Scoring, saved, gradients):
             more, by_hidden_RD = back(jnp.where(own_V, by_logits_RV / temperature_R1, 0.0))
             return jax.tree.map(jnp.add, by_part, more), by_hidden_CRD.at[i].add(by_hidden_RD)
 
-        by_head, by_hidden_CRD = state
         # The sum over chunks starts from 0, not from the head's gradient: where that is
         # not needed, as with adapters, the compiler can then drop it.
-        by_part, by_hidden_CRD = each_chunk(0, rows.wanted, add_chunk, (zeros_like(part), by_hidden_CRD))
-        return tiles.add(by_head, by_part, t), by_hidden_CRD
+        sums = add_chunk(0, (zeros_like(part), by_hidden_CRD))
+        by_part, by_hidden_CRD = each_chunk(1, rows.wanted, add_chunk, sums)
+        by_part = sharding.scatter_over_fsdp(by_part) if how.on_mesh else by_part
+        return following, tiles.add(by_head, by_part, t), by_hidden_CRD
 
-    by_head, by_hidden_CRD = jax.lax.fori_loop(0, tiles.count, add_tile, (zeros_like(head), zeros_like(rows.hidden)))
-    by_head = sharding.scatter_over_fsdp(by_head) if how.on_mesh else by_head
-    by_head = jax.tree.map(lambda g, x: g.astype(x.dtype), by_head, given)
+    state = whole(how, tiles.part(head, 0)), zeros_like(head), zeros_like(rows.hidden)
+    _, by_head, by_hidden_CRD = jax.lax.fori_loop(0, tiles.count, add_tile, state)
+    by_head = jax.tree.map(lambda g, x: g.astype(x.dtype), by_head, head)
     return by_head, Rows(None, uncut(by_hidden_CRD.astype(rows.hidden.dtype)), None, None)
 
 
