@@ -143,12 +143,13 @@ def test_chunks_without_a_wanted_token_are_skipped(tiny):
         assert not np.any(np.where(rows.wanted, 0, found))
 
 
-def test_rows_that_nobody_wants_have_no_gradient(tiny):
+@pytest.mark.parametrize("tile", [(7, 8), None], ids=str)
+def test_rows_that_nobody_wants_have_no_gradient(tiny, tile):
     """Their first chunk is computed all the same; its logits are too large for exp."""
     model, params = tiny(vocab_size=V)
     rows = rows_of(model, 1e4)
     rows = rows._replace(wanted=jnp.zeros_like(rows.wanted))
-    for x in jax.tree.leaves(scored_by(model, (7, 8), model.head(params), rows)):
+    for x in jax.tree.leaves(scored_by(model, tile, model.head(params), rows)):
         assert not x.any()
 
 

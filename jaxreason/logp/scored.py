@@ -12,6 +12,8 @@ from jaxreason.logp import tiles
 from jaxreason.logp.chunks import Rows, Scoring, each_chunk, in_chunks, whole
 from jaxreason.objectives.divergence import measure
 
+UNSCORED = 1e30  # normaliser of chunks that are not scored, under which no token has any probability
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def scored(how: Scoring, head, rows: Rows, referred):
@@ -103,7 +105,10 @@ def score(how: Scoring, head, rows: Rows, referred, *, keep: bool):
         return jax.tree.map(lambda all, x: all.at[i].set(x), state, (*found, *kept)[: len(state)])
 
     numbers = 3 + measures
-    zeros = [jnp.zeros(rows.wanted.shape, jnp.float32)] * numbers
+    # The backward pass always computes the first chunk. Without a normaliser its odds
+    # could be infinite, and infinity times a weight of 0 is no number.
+    zeros_CR = jnp.zeros(rows.wanted.shape, jnp.float32)
+    zeros = [zeros_CR + UNSCORED, *[zeros_CR] * (numbers - 1)]
     kept = [jnp.zeros((*rows.wanted.shape, how.vocabulary), jnp.float32)] * (1 + measures) if keep else []
     log_total_CR, *found = each_chunk(0, rows.wanted, score_chunk, (*zeros, *kept))
     found, kept = found[: numbers - 1], found[numbers - 1 :]
