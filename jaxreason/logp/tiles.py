@@ -86,7 +86,7 @@ def score(how: Scoring, head, rows: Rows):
 
     def score_tile(t, state):
         (part, sums), (symbols_V, own_V) = state, tiles.symbols(t)
-        following = whole(how, tiles.part(head, t + 1))
+        following = whole_part(how, tiles, head, t + 1)
 
         def score_chunk(i, state):
             most_R, total_R, product_R, chosen_R = (all_CR[i] for all_CR in state)
@@ -104,7 +104,7 @@ def score(how: Scoring, head, rows: Rows):
         return following, each_chunk(1, rows.wanted, score_chunk, score_chunk(0, sums))
 
     zeros_CR = jnp.zeros(rows.wanted.shape, jnp.float32)
-    state = whole(how, tiles.part(head, 0)), (zeros_CR - jnp.inf, zeros_CR, zeros_CR, zeros_CR)
+    state = whole_part(how, tiles, head, 0), (zeros_CR - jnp.inf, zeros_CR, zeros_CR, zeros_CR)
     _, (most_CR, total_CR, product_CR, chosen_CR) = jax.lax.fori_loop(0, tiles.count, score_tile, state)
     scored_C1 = jnp.any(rows.wanted, axis=-1, keepdims=True).at[0].set(True)
     total_CR = jnp.where(scored_C1, total_CR, 1.0)
@@ -126,7 +126,7 @@ def gradient(how: Scoring, saved, gradients):
 
     def add_tile(t, state):
         (part, by_head, by_hidden_CRD), (symbols_V, own_V) = state, tiles.symbols(t)
-        following = whole(how, tiles.part(head, t + 1))
+        following = whole_part(how, tiles, head, t + 1)
 
         def add_chunk(i, state):
             by_part, by_hidden_CRD = state
@@ -146,10 +146,17 @@ def gradient(how: Scoring, saved, gradients):
         by_part = sharding.scatter_over_fsdp(by_part) if how.on_mesh else by_part
         return following, tiles.add(by_head, by_part, t), by_hidden_CRD
 
-    state = whole(how, tiles.part(head, 0)), zeros_like(head), zeros_like(rows.hidden)
+    state = whole_part(how, tiles, head, 0), zeros_like(head), zeros_like(rows.hidden)
     _, by_head, by_hidden_CRD = jax.lax.fori_loop(0, tiles.count, add_tile, state)
     by_head = jax.tree.map(lambda g, x: g.astype(x.dtype), by_head, head)
     return by_head, Rows(None, uncut(by_hidden_CRD.astype(rows.hidden.dtype)), None, None)
+
+
+def whole_part(how: Scoring, tiles: Tiles, head, t):
+    """Return the part of the head of tile t, whole on each device and in the dtype of
+    its products.
+    """
+    return whole(how, jax.tree.map(lambda x: x.astype(how.dtype), tiles.part(head, t)))
 
 
 def in_float32(tree):
