@@ -147,13 +147,16 @@ def advantage_and_weight(objective: Objective, reward, length_PG, limit: int) ->
       ValueError: a function of the objective, such as a user's own, returns another
         shape.
     """
-    advantage_PG = np.asarray(objective.advantage(reward))
-    weight_PG = np.asarray(objective.weigh(length_PG, advantage_PG, limit))
-    for name, found in (("advantage", advantage_PG), ("weigh", weight_PG)):
-        if found.shape != length_PG.shape:
+
+    def checked(name: str, found) -> np.ndarray:
+        if np.shape(found) != length_PG.shape:
             raise ValueError(
-                f"the objective's {name} returned the shape {found.shape}; allowed: {length_PG.shape}, problems x attempts"
+                f"the objective's {name} returned the shape {np.shape(found)}; allowed: {length_PG.shape}, problems x attempts"
             )
+        return np.asarray(found)
+
+    advantage_PG = checked("advantage", objective.advantage(reward))
+    weight_PG = checked("weigh", objective.weigh(length_PG, advantage_PG, limit))
     return advantage_PG.reshape(-1), weight_PG.reshape(-1)
 
 

@@ -22,6 +22,7 @@ from jaxreason.rollout import SAMPLING_LOCK, Completer, Request, collect_local, 
 from jaxreason.sampler import Weights
 from jaxreason.tasks import behaviour
 from jaxreason.types import Batch, Evaluation, Group, Prompted, Rollout, Verdict
+from jaxreason.verify import canonical_answers
 
 EVALUATION = 2**31  # folded into the seed's key; training folds in the index of the phase
 
@@ -311,16 +312,6 @@ def means_at(
             else:
                 values.append(estimators.best_of_k([o.logp for o in outcomes], correct, k))
     return {k: float(np.mean(values)) for k, values in found.items()}
-
-
-def canonical_answers(answers: Sequence[str | None], same: Callable[[str, str], bool] | None) -> list[str | None]:
-    """Replace each answer by the first one that is equivalent to it."""
-    first: dict[str, str] = {}
-    for answer in answers:
-        if answer is not None and answer not in first:
-            classes = dict.fromkeys(first.values())
-            first[answer] = next((other for other in classes if same is not None and same(other, answer)), answer)
-    return [None if answer is None else first[answer] for answer in answers]
 
 
 def majorities(

@@ -64,7 +64,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("attempts", 4, "Attempts at each task.", lower_bound=1)
     flags.DEFINE_integer("per_problem", 1, "Right attempts to write per task, at most; equal texts count once.", lower_bound=1)
     flags.DEFINE_float("temperature", 1.0, "Sampling temperature; 0 is greedy, with one attempt at each task.")
-    flags.DEFINE_integer("max_tokens", None, "Tokens of a completion, at most. Default: as in the run.", lower_bound=1)
+    flags.DEFINE_integer(
+        "max_tokens", None, "Tokens of a completion, at most. Default: sampler.max_tokens of the run.", lower_bound=1
+    )
     flags.DEFINE_string("verifier", None, "Judge: a name or module:maker. Default: that of the run.")
     flags.DEFINE_integer("slots", None, "Completions sampled at the same time.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of the samples.", lower_bound=0)

@@ -88,14 +88,18 @@ def loss(
     metrics = averaged({"entropy": outputs.entropy_BT, "nll": -outputs.logp_BT}, trained_BT) | averaged(stats, scored_BT)
     if batch.imitated_BT is not None:
         metrics |= averaged({"imitation_nll": -outputs.logp_BT}, trained_BT & batch.imitated_BT)
+        metrics |= averaged({"scored_entropy": outputs.entropy_BT}, scored_BT)
     return value, metrics | by_depth("behaviour_kl", stats["behaviour_kl"], scored_BT, batch.position_BT)
 
 
 def averaged(stats: dict, counted_BT) -> dict:
-    """Return (sum, count) of each statistic over some tokens, or (largest, 1)."""
+    """Return (sum, count) of each statistic over some tokens, or (largest, 1), or with
+    the count 0 if there is none of them.
+    """
     count = jnp.sum(counted_BT, dtype=jnp.float32)
     counted = {name: jnp.where(counted_BT, x, 0.0) for name, x in stats.items()}
-    return {name: (jnp.max(x), jnp.float32(1)) if name.endswith(WORST) else (jnp.sum(x), count) for name, x in counted.items()}
+    any_ = jnp.minimum(count, 1)
+    return {name: (jnp.max(x), any_) if name.endswith(WORST) else (jnp.sum(x), count) for name, x in counted.items()}
 
 
 def by_depth(name: str, x_BT, counted_BT, position_BT) -> dict:
@@ -184,7 +188,8 @@ def train_step(
     update_norm = jnp.where(made, jnp.sqrt(squares), 0)
     norms = {"grad_norm": grad_norm, "update_norm": update_norm, "param_norm": optax.global_norm(params)}
     metrics |= {name: (norm, one) for name, norm in ({"loss": value} | norms).items()}
-    control = controls.after(objective.controls, state.control, metrics, finite)
+    seen = {"scored_entropy": metrics["entropy"], **metrics}
+    control = controls.after(objective.controls, state.control, seen, finite)
     metrics = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), metrics)  # count nothing if not finite
     metrics["skipped"] = (1 - made.astype(jnp.float32), one)
     return TrainState(params | frozen, opt_state, state.step + 1, control), metrics

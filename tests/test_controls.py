@@ -38,7 +38,7 @@ def test_the_entropy_coefficient_follows_the_papers_rule():
     for entropy in (0.1, 0.2, 0.24, 0.1, 0.5, 0.6, 0.26, 0.1, 0.25, 0.2):
         batch = dataclasses.replace(Batch(*[None] * 8), control={"entropy": state})
         np.testing.assert_allclose(in_force(batch), c if last <= target else 0.0, atol=1e-6)
-        state = control.update(state, {"entropy": pair(entropy)})
+        state = control.update(state, {"scored_entropy": pair(entropy)})
         c = min(max(c + (delta if entropy < target else -delta if entropy > target else 0.0), 0.0), highest)
         last = entropy
         np.testing.assert_allclose(state["coefficient"], c, atol=1e-6)
@@ -96,6 +96,31 @@ def test_a_skipped_update_leaves_the_state_of_the_objective(tiny):
     assert logged[0]["skipped"] == 1
     found = jax.device_get(state.control)
     assert found == {"entropy": {"coefficient": np.float32(0.02), "entropy": 0}, "kl": {"coefficient": np.float32(0.1)}}
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_a_batch_that_nothing_is_learned_from_leaves_the_state_of_the_objective(tiny, microbatches):
+    """Such as groups of equal rewards with per_mixed_prompt: no token has a weight."""
+    model, params = tiny(layers=1)
+    batch = dataclasses.replace(random_batch(), reference_logp_BT=np.full((8, 12), -2.5, np.float32))
+    empty = dataclasses.replace(batch, weight_BT=np.zeros_like(batch.weight_BT))
+    objective = objectives.make("grpo", **ADAPTED)
+    state, logged = trained(model, params, objective, empty, updates=2, microbatches=microbatches)
+    assert "entropy" not in logged[0]
+    found = jax.device_get(state.control)
+    assert found == {"entropy": {"coefficient": np.float32(0.02), "entropy": 0}, "kl": {"coefficient": np.float32(0.1)}}
+
+
+def test_tokens_that_are_imitated_do_not_count_in_the_entropy_that_is_aimed_at(tiny):
+    """They get no reward for entropy, so theirs must not decide its coefficient."""
+    model, params = tiny(layers=1)
+    batch = dataclasses.replace(random_batch(), reference_logp_BT=np.full((8, 12), -2.5, np.float32))
+    objective, imitated_BT = objectives.make("grpo", **ADAPTED), np.zeros(batch.weight_BT.shape, bool)
+    imitated_BT[:4] = True
+    alone = dataclasses.replace(batch, weight_BT=np.where(imitated_BT, 0, batch.weight_BT))
+    mixed = dataclasses.replace(batch, imitated_BT=imitated_BT)
+    expected, found = (trained(model, params, objective, each, updates=1)[0].control for each in (alone, mixed))
+    assert found["entropy"]["entropy"] == pytest.approx(float(expected["entropy"]["entropy"]), rel=1e-5)
 
 
 def test_a_state_without_a_control_has_the_tree_of_earlier_versions():
@@ -168,6 +193,7 @@ def test_a_run_with_adapted_coefficients_continues_bit_for_bit(tmp_path, monkeyp
         ({"entropy_target": 0.2, "entropy_coefficient": 2.0}, "entropy_coefficient=2.0, entropy_highest=1.0; allowed"),
         ({"kl_target": 0.1}, "got kl_target=0.1, kl_gain=0.1, kl_coefficient=0.0; allowed: above 0"),
         ({"kl_target": -1.0, "kl_coefficient": 0.1}, "got kl_target=-1.0, .*allowed: above 0"),
+        ({"kl_target": 1.0, "kl_coefficient": 0.1, "kl_gain": 5.0}, "kl_gain=5.0, .*allowed: .* a gain below 5"),
     ],
 )
 def test_wrong_targets_are_refused(fields, message):

@@ -266,3 +266,17 @@ def test_a_folder_without_a_data_set_is_named(tmp_path):
     (tmp_path / "tasks.jsonl").write_text('{"question": "1+1"}\n')
     with pytest.raises(ValueError, match=r"tasks.jsonl:1: field 'answer' got None; allowed: text; make the data set anew"):
         tasks.load("generated", path=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("data", value) for value in (None, [1], "x")),
+        *(("forced", value) for value in ([1, 2], "ab", {"a": 1}, [[0, 99]], [[-1, 1]], [[0, 1, 1]], [["a", "b"]], [[1, 0]])),
+    ],
+)
+def test_a_field_of_another_form_is_named(tmp_path, field, value):
+    row = {"question": "1+1", "answer": "2", "solution": "2", "data": {}, "forced": [[0, 1]]}
+    (tmp_path / "tasks.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {field: value}) + "\n")
+    with pytest.raises(ValueError, match=rf"tasks.jsonl:2: field '{field}' got .*; allowed: .*; make the data set anew"):
+        tasks.load("generated", path=str(tmp_path))

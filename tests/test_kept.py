@@ -144,6 +144,11 @@ def test_kept_rollouts_train_from_a_config(tmp_path):
         ),
         ({"rl.source.replay": 1}, "has no field 'replay'; allowed: with the source rollouts"),
         ({"rl.source.keep": True}, "'keep'"),
+        ({"rl.source.steps": 3}, "unknown field of .* 'steps'"),
+        (
+            {"rl.objective": {"name": "sft", "advantage": "leave_one_out"}},
+            "each demonstration of .* 'kept_rollouts' is alone",
+        ),
         ({"rl.source.name": "rollouts"}, "unknown field of source 'rollouts' '(per_problem|correct)'"),
         ({"rl.source.distnct": True}, "'distnct' \\(did you mean 'distinct'\\?\\)|'distnct'"),
     ],
@@ -151,3 +156,10 @@ def test_kept_rollouts_train_from_a_config(tmp_path):
 def test_impossible_kept_rollouts_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         build(kept_config(**fields), say=lambda line: None)
+
+
+def test_more_attempts_than_there_are_is_said_before_the_run():
+    with pytest.raises(ValueError, match=r"k got 9 with 8 attempts at a problem; allowed: 2 to 8"):
+        build(load_config("tiny", "smoke", **{"rl.objective": {"name": "pass_at_k", "k": 9}}), say=lambda line: None)
+    with pytest.raises(ValueError, match=r"reward_weights got .* not all 0"):
+        objectives.gdpo(rewards=("reward_number",), reward_weights=(0.0,))

@@ -158,3 +158,33 @@ def test_a_reward_needs_rollouts():
     config.prior.objective = {"name": "reinforce", "kl_coefficient": 0.1, "kl_in": "reward"}
     with pytest.raises(ValueError, match=r"^config\.prior\.objective compares .*source 'corpus' samples nothing"):
         build(config, say=[].append)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"name": "sft", "kl_coefficient": 0.1},
+        {"name": "lm", "stale_limit": 0.1},
+        {"name": "reinforce_pp", "correct": "token", "correct_by": "mask"},
+    ],
+)
+def test_ratios_need_tokens_that_were_sampled(fields):
+    """k3_weighted would multiply the KL of each token by its probability."""
+    config = load_config("tiny", "smoke")
+    config.prior.objective = fields
+    with pytest.raises(ValueError, match=r"^config\.prior\.objective compares .*source 'corpus' samples nothing"):
+        build(config, say=[].append)
+
+
+def test_the_exact_kl_to_the_start_needs_none():
+    config = load_config("tiny", "smoke")
+    config.prior.objective = {"name": "sft", "kl_coefficient": 0.1, "kl_estimator": "exact"}
+    build(config, say=[].append)
+
+
+@pytest.mark.parametrize(("name", "advantage"), [("reinforce", None), ("reinforce_pp", None), ("sft", "centre_batch")])
+def test_demonstrations_have_no_rewards_to_compare(name, advantage):
+    config = load_config("tiny", "smoke")
+    config.prior.objective = {"name": name, "advantage": advantage}
+    with pytest.raises(ValueError, match=r"learns from differences between rewards, but source 'corpus' has none"):
+        build(config, say=[].append)

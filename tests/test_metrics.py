@@ -394,6 +394,9 @@ def test_the_disagreement_of_sampler_and_learner_is_told_beside_what_is_usual():
     )
     assert by_depth == "  at positions 0 to 63: 0.0001, 4096 on: 0.5"
     assert len(terminal.mismatch({name: 2e-4})) == 1
+    (unknown,) = terminal.mismatch({name: float("nan")})
+    assert "not known" in unknown
+    assert "nan" not in unknown
 
 
 # --- trackers ---

@@ -13,6 +13,7 @@ from runs import load_config, read_lines, run_config
 from jaxreason import batching, learner, objectives, sources
 from jaxreason import metrics as m
 from jaxreason.build import build
+from jaxreason.build.mix import imitating
 from jaxreason.environment import single_turn
 from jaxreason.sources.mixing import key_of_part
 from jaxreason.types import Prompted, Task
@@ -204,8 +205,12 @@ def test_a_mix_trains_from_a_config(tmp_path):
             {"rl.source.weights": {"demo": 1.0}},
             r"unknown part in source.weights 'demo' \(did you mean 'demos'\?\); one of: demos, rl",
         ),
-        ({"rl.source.weights": {"demos": -1.0}}, r"source.weights.demos got -1.0; allowed: finite, 0 or more"),
-        ({"rl.source.weights": {"demos": float("nan")}}, r"source.weights.demos got nan; allowed: finite, 0 or more"),
+        ({"rl.source.weights": {"demos": -1.0}}, r"source.weights.demos got -1.0; allowed: a finite number, 0 or more"),
+        ({"rl.source.weights": {"demos": float("nan")}}, r"source.weights.demos got nan; allowed: a finite number, 0 or more"),
+        ({"rl.source.weights": {"demos": "x"}}, r"source.weights.demos got 'x'; allowed: a finite number, 0 or more"),
+        ({"rl.source.weights": {"demos": 10**400}}, r"source.weights.demos got 10*; allowed: a finite number, 0 or more"),
+        ({"rl.source.weights": {"demos": 1e39}}, r"source.weights.demos got 1e\+39; allowed: a finite number, 0 or more"),
+        ({"rl.source.weights": {"demos": 0.0, "rl": 0.0}}, r"so nothing is learned; allowed: a weight above 0 for some part"),
         ({"rl.source.of": {}}, r"source.of of a mix is empty; allowed: one or more parts by name, each a source"),
         (
             {"rl.source.of": {"train": {"name": "corpus"}}},
@@ -228,6 +233,20 @@ def test_a_mix_trains_from_a_config(tmp_path):
         ({"rl.source.of.demos.objective.name": "sfft"}, r"unknown objective 'sfft' \(did you mean 'sft'\?\)"),
         ({"rl.source.of.demos.objective.nam": "sft"}, r"unknown field of objective 'sft' 'nam'"),
         ({"rl.source.of.rl.lagg": 1}, r"'lagg'"),
+        ({"rl.source.of.rl.steps": 3}, r"source.of.rl: unknown field of source.of.rl 'steps'"),
+        (
+            {"rl.source.of.demos.objective": {"name": "sft", "entropy_top": 0.2}},
+            r"source.of.demos.objective got 'sft'; allowed: .* without a penalty or a choice of tokens",
+        ),
+        (
+            {"rl.source.of.demos.objective": {"name": "sft", "advantage": "leave_one_out"}},
+            r"'sft' has an advantage that compares the attempts at a problem, but each demonstration of",
+        ),
+        (
+            {"rl.source.of.demos.objective": {"name": "sft", "advantage": "centre_batch"}},
+            r"'sft' learns from differences between rewards, but source 'demonstrations' has none",
+        ),
+        ({"rl.source.of.demos.objective": {"name": "sft", "cut": "out"}}, r"cut got 'out', but source 'demonstrations' has no"),
         (
             {"rl.source.of.rl.group": 1},
             r"objective 'dapo' compares the attempts at a problem, but there is 1 of each; set "
@@ -246,6 +265,20 @@ def test_a_mix_trains_from_a_config(tmp_path):
 def test_an_impossible_mix_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         build(mixed_config(**fields), say=lambda line: None)
+
+
+@pytest.mark.parametrize("asked", ["sft", 3, ["sft"]])
+def test_an_objective_of_a_part_that_is_no_section_is_refused(asked):
+    section = {"name": "demonstrations", "objective": asked}
+    with pytest.raises(ValueError, match=r"source.of.x.objective got .*; allowed: None, or a section, such as"):
+        imitating(section, objectives.make("grpo"), "source.of.x")
+
+
+def test_tokens_that_nobody_sampled_are_not_compared_with_the_sampler():
+    """Not with an objective that imitates everything, either."""
+    sft = objectives.make("sft")
+    assert imitating({"name": "corpus"}, sft, "") is sft
+    assert imitating({"name": "kept_rollouts"}, sft, "") is None
 
 
 def test_the_tasks_of_a_mix_are_training_data():

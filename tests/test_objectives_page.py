@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import sys
 
 import pytest
 from runs import ROOT
@@ -45,3 +46,15 @@ def test_the_flags_of_a_row_select_its_objective(name):
 @pytest.mark.parametrize("fields", re.findall(r"\{'name': [^}]*\}", " ".join(NAMED.split("ScaleRL")[-1].split())))
 def test_combinations_on_the_page_are_objectives(fields):
     assert objectives.make(**ast.literal_eval(fields)).needs_group
+
+
+def test_the_objective_of_ones_own_on_the_page_is_built(tmp_path, monkeypatch):
+    section = PAGE.split("## Your own")[1]
+    (tmp_path / "mine.py").write_text(section.split("```python\n")[1].split("```")[0])
+    (tmp_path / "tiny.py").write_text((ROOT / "configs/tiny.py").read_text())
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    words = command.split(["main", f"--config={tmp_path / 'tiny.py'}:smoke", *flags_of(section)])
+    run = build(command.read(words.config, words.changes | {"rl.objective.kl_coefficient": "0.1"}))
+    assert run.phases[1].objective.needs_reference
+    sys.modules.pop("mine", None)

@@ -59,6 +59,26 @@ def mine(clip: float = 0.1):
     return objectives.Objective(objectives.centre_group, objectives.per_token, objectives.clipped(clip, clip), needs_group=True)
 
 
+def no_statistics():
+    return mine()._replace(token_loss=lambda outputs, batch: -batch.advantage_BT * outputs.logp_BT)
+
+
+def one_loss_per_row():
+    return mine()._replace(token_loss=lambda outputs, batch: (outputs.logp_BT.sum(1), {}))
+
+
+def needs_no_reference():
+    return mine()._replace(token_loss=lambda outputs, batch: (outputs.logp_BT - batch.reference_logp_BT, {}))
+
+
+def one_advantage_per_group():
+    return mine()._replace(advantage=lambda reward_PG: reward_PG.mean(1))
+
+
+def broken_advantage():
+    return mine()._replace(advantage=lambda reward_PG: reward_PG.median(1))
+
+
 def shorter(*, parts, objective, microbatches, steps, task: dict, rows: int = 8):
     from jaxreason import build
     return build.corpus(parts=parts, objective=objective, microbatches=microbatches, steps=steps, task=task, rows=rows, length=8)
@@ -135,7 +155,12 @@ def test_a_task_an_objective_and_a_source_of_the_users(own):
         ),
         ({"rl.source.task": "{'name': 'my_rewards:brevity'}"}, r"task 'my_rewards:brevity' made function; allowed: a sequence"),
         ({"rl.objective": "{'name': 'my_rewards:brevity'}"}, r"made a function; allowed: an objectives\.Objective"),
-        ({"rl.objective": "{'name': 'my_rewards:mine', 'clip': 9.0}"}, r"clip got 9\.0 below 1"),
+        ({"rl.objective": "{'name': 'my_rewards:mine', 'clip': 9.0}"}, r"^[^/]*clip got 9\.0 below 1"),
+        ({"rl.objective": "{'name': 'my_rewards:no_statistics'}"}, r"token_loss returned one array; allowed: a pair of loss_BT"),
+        ({"rl.objective": "{'name': 'my_rewards:one_loss_per_row'}"}, r"a loss of shape \(2,\) for tokens of \(2, 8\)"),
+        ({"rl.objective": "{'name': 'my_rewards:needs_no_reference'}"}, r"token_loss: .*my_rewards\.py:\d+: TypeError"),
+        ({"rl.objective": "{'name': 'my_rewards:one_advantage_per_group'}"}, r"advantage returned the shape \(2,\)"),
+        ({"rl.objective": "{'name': 'my_rewards:broken_advantage'}"}, r"weigh: .*my_rewards\.py:\d+: AttributeError"),
         ({"prior.source": "{'name': 'my_rewards:shorter'}"}, r"source needs task=|needs task="),
     ],
 )

@@ -95,6 +95,17 @@ def test_the_highest_covariances_against_a_sorted_list(fraction, layout):
     assert int(np.sum(found)) == count
 
 
+@pytest.mark.parametrize("advantage", [0.0, 0.1, 0.7])
+def test_equal_advantages_have_no_covariance(advantage):
+    """Such as those of a batch without a right attempt: rounding of the mean, or ties,
+    must not restrain every token.
+    """
+    batch = batch_of(problem(1), objectives.make("grpo"))
+    batch = dataclasses.replace(batch, advantage_BT=np.full_like(batch.advantage_BT, advantage))
+    assert not selection.choose_covariance(0.02)(batch)["chosen_BT"].any()
+    assert not selection.clip_covariance(0.02, 0.0, 1.0)(batch)["chosen_BT"].any()
+
+
 def mixed(x: int) -> int:
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) % 2**32
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) % 2**32

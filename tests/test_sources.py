@@ -12,7 +12,7 @@ import pytest
 import tiny_completer as t
 from runs import grouped
 
-from jaxreason import objectives, sources
+from jaxreason import objectives, sources, verify
 from jaxreason.environment import single_turn
 from jaxreason.types import Group, Prompted, Rollout, Task, Verdict
 
@@ -243,6 +243,11 @@ def test_a_format_reward_pays_any_answer(completer, params):
     assert drawn.metrics["rollout/correct"] == honest.metrics["rollout/correct"]
 
 
+def vote(answer):
+    verdict = Verdict(0.25, answer == "5", answer)
+    return Rollout(Task("", "5"), 0, 0, np.array([1]), np.array([2]), np.zeros(1), np.ones(1, bool), "eos", "", verdict)
+
+
 @pytest.mark.parametrize(
     ("answers", "paid"),
     [
@@ -253,14 +258,17 @@ def test_a_format_reward_pays_any_answer(completer, params):
     ],
 )
 def test_a_majority_is_paid_and_no_key_is_read(answers, paid):
-    def rollout(answer):
-        verdict = Verdict(0.25, answer == "5", answer)
-        return Rollout(Task("", "5"), 0, 0, np.array([1]), np.array([2]), np.zeros(1), np.ones(1, bool), "eos", "", verdict)
-
-    group = Group(tuple(map(rollout, answers)))
+    group = Group(tuple(map(vote, answers)))
     (found,) = sources.paid([group], "majority", jax.random.key(0))
     assert [r.verdict.reward for r in found.attempts] == paid
     assert [r.verdict.correct for r in found.attempts] == [answer == "5" for answer in answers]
+
+
+def test_votes_for_equivalent_answers_are_counted_together():
+    same = verify.equivalence(name="countdown")
+    groups = [Group(tuple(vote(answer) for answer in ("1+3", "5", "3+1", "5", "4")))]
+    assert [r.verdict.reward for r in sources.paid(groups, "majority", jax.random.key(0))[0].attempts] == [0, 1, 0, 1, 0]
+    assert [r.verdict.reward for r in sources.paid(groups, "majority", jax.random.key(0), same)[0].attempts] == [1, 0, 1, 0, 1]
 
 
 def test_an_unknown_reward_is_refused(completer):

@@ -11,12 +11,12 @@ from jaxreason import objectives as objectives_
 from jaxreason.build.environments import make_environment
 from jaxreason.build.sampler import make_filter
 from jaxreason.build.tasks import (
-    OF_ENVIRONMENT,
     Parts,
     check_keys,
     check_positive,
     drop_long_prompts,
     encode_documents,
+    equivalence_of,
     in_distribution,
     judge,
     load_held_out,
@@ -154,7 +154,7 @@ def make_suite(name: str, section: dict, parts: Parts, n: int, allow_overlap: bo
         samples=samples,
         temperatures=own["temperatures"],
         max_tokens=own["max_tokens"],
-        same=verify.equivalence(**{k: v for k, v in verifier.items() if k not in OF_ENVIRONMENT}),
+        same=equivalence_of(verifier),
         parser=behaviour.of_task((task["of"] if task["name"] == "twins" else task)["name"], correct),
     )
 

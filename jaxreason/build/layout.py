@@ -266,6 +266,7 @@ def families() -> dict[str, dict[str, str]]:
         "weightings": objectives_.WEIGHTINGS,
         "kl_estimators": objectives_.KL_ESTIMATORS,
         "sources": SOURCES,
+        "curricula": sources.CURRICULA,
         "environments": ENVIRONMENTS,
         "tools": tools.TOOLS,
         "dialects": DIALECTS,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 
 from jaxreason import objectives, sources
+from jaxreason.build.objective import NO_REWARDS, check_demonstrations
 from jaxreason.build.tasks import Parts
 from jaxreason.objectives import Objective
 from jaxreason.objectives.losses import nll
 from jaxreason.options import call_with_section, unknown_name_message
+from jaxreason.options import fields as fields_
 
 TAKEN = ("eval", "perf", "rollout", "time", "train")  # first parts of the names of metrics
 
@@ -39,8 +40,8 @@ def make_mix(
     for name, section in of.items():
         where = f"source.of.{name}"
         weight = weights.get(name, 1.0)
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"source.weights.{name} got {weight}; allowed: finite, 0 or more")
+        if not fields_.fits(weight, float) or weight < 0:
+            raise ValueError(f"source.weights.{name} got {weight!r:.60}; allowed: a finite number, 0 or more")
         own = imitating(section, objective, where)
         given = {"parts": parts, "objective": objective if own is None else own, "microbatches": microbatches, "steps": steps}
         fields = {"name": None} | {field: value for field, value in section.items() if field != "objective"}
@@ -54,6 +55,8 @@ def make_mix(
                 "rows, or problems x group, or the phase's microbatches"
             )
         made[name] = sources.Part(source, float(weight), own is not None)
+    if not any(part.weight for part in made.values()):
+        raise ValueError(f"source.weights got {dict(weights)}, so nothing is learned; allowed: a weight above 0 for some part")
     return sources.mix(made, microbatches=microbatches)
 
 
@@ -77,20 +80,26 @@ def check_names(of: Mapping[str, dict], weights: Mapping[str, float]) -> None:
 
 
 def imitating(section: Mapping, objective: Objective, where: str) -> Objective | None:
-    """Return the objective of a part if it is another one than that of the phase: one
-    that imitates.
+    """Return the objective of a part whose tokens are imitated, or None if it has the
+    token loss of the phase.
     """
     asked = section.get("objective")
     if asked is None:
-        if is_scored(section) or objective.token_loss is nll:
+        if is_scored(section):
             return None
+        if objective.token_loss is nll:  # tokens that nobody sampled count in no comparison with the sampler
+            return objective if section.get("name") in NO_REWARDS else None
         return objectives.make("sft")
+    if not isinstance(asked, Mapping):
+        raise ValueError(f"{where}.objective got {asked!r:.60}; allowed: None, or a section, such as {{'name': 'sft'}}")
     made = call_with_section(objectives.make, {"name": None} | dict(asked), f"{where}.objective")
-    if made.token_loss is not nll:
+    if made.token_loss is not nll or made.prepare:
         raise ValueError(
             f"{where}.objective got {asked.get('name')!r}; allowed: None (the objective of the phase), or one that imitates, "
-            "without a penalty: sft, lm, expert_iteration. A batch has one token loss besides that of imitation"
+            "without a penalty or a choice of tokens: sft, lm, expert_iteration. A batch has one token loss besides that of "
+            "imitation"
         )
+    check_demonstrations(made, what=asked.get("name"), where=f"{where}.objective", source=section)
     return made
 
 

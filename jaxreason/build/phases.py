@@ -10,7 +10,7 @@ from jaxreason import optimizer as optimizer_
 from jaxreason.build.environments import make_environment
 from jaxreason.build.hints import make_hints
 from jaxreason.build.mix import make_mix
-from jaxreason.build.objective import check_distillation, check_objective
+from jaxreason.build.objective import check_distillation, check_objective, check_own
 from jaxreason.build.sampler import make_filter
 from jaxreason.build.tasks import (
     Parts,
@@ -19,6 +19,7 @@ from jaxreason.build.tasks import (
     check_solutions,
     drop_long_prompts,
     encode_documents,
+    equivalence_of,
     load_trained,
     parts_of,
 )
@@ -65,6 +66,9 @@ def make_phase(
         raise ValueError(f"config.{name}.optimizer: {error}") from None
     for part, section in parts_of(source).items():
         if section.get("objective") is None and (not part or section.get("name") == "rollouts"):
+            if ":" in objective["name"]:
+                group = section.get("group", 1)
+                check_own(made_objective, where=f"config.{name}", what=objective["name"], group=group)
             check_objective(
                 made_objective,
                 name=name,
@@ -204,7 +208,7 @@ def rollouts(
     dynamic_sampling: int = 1,  # draw up to this many times `problems`, until enough have mixed rewards
     replay: int = 0,  # problems per batch that come from earlier batches, with mixed rewards
     replay_age: int = 4,  # batches; older ones are not replayed
-    curriculum: dict | None = None,  # which tasks to pass over when the stream comes to them again; None: none
+    curriculum: dict | None = None,  # {'name': 'success_rate'}: which tasks to pass over when they come again; None: none
     lag: int = 0,  # updates between the params that sample and those that learn
     pack: bool = True,  # put several short attempts in a row
     rollouts_per_prompt: int
@@ -245,9 +249,8 @@ def rollouts(
         longest_prompt=longest_prompt,
         completion=completer.max_tokens,
     )
-    loaded = load_trained(task, parts)
-    what = f"task {task['name']!r}"
-    made = make_environment(parts.environment, parts.verifier, loaded, parts)
+    loaded, what = load_trained(task, parts), f"task {task['name']!r}"
+    made, same = make_environment(parts.environment, parts.verifier, loaded, parts), equivalence_of(parts.verifier)
     prompted = drop_long_prompts(loaded, made.format.prompt, longest_prompt, what, parts.say)
     if made.asks_verifier:
         check_keys([task for task, _ in prompted], parts.verifier, what, parts.say)
@@ -263,6 +266,7 @@ def rollouts(
         temperature=temperature,
         buckets=batching.length_buckets(shared_length(longest_prompt, [completer.max_tokens] * share)),
         reward=reward,
+        same=same,
         dynamic_sampling=dynamic_sampling,
         credit=credit,
         replay=replay,

@@ -223,6 +223,13 @@ def make_judge(
     return single_turn(verify.make(name, **section), must_finish, name=name, **own)
 
 
+def equivalence_of(section: Mapping) -> Callable[[str, str], bool] | None:
+    """Return whether two answers are equivalent for the verifier of a section, see
+    `verify.equivalence`.
+    """
+    return verify.equivalence(**{key: value for key, value in section.items() if key not in OF_ENVIRONMENT})
+
+
 KEYS_TRIED = 20_000  # at most; a verifier checks about ten thousand keys per second
 
 

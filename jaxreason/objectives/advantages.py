@@ -176,3 +176,4 @@ ADVANTAGES = {
     "rewards": rewards,
 }
 GROUP_BASELINES = (centre_group, leave_one_out, zscore_group, centre_group_scale_batch, divide_by_mean)
+NEVER_NEGATIVE = (ones, keep_positive)

@@ -3,7 +3,7 @@
 
 A token loss finds the current values in `batch.control`, by the control's name. After
 each update they follow from the metrics of the whole batch, (sum, count) pairs, unless
-the update was skipped because its gradient was not finite.
+the update was skipped because its gradient was not finite, or no token was measured.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ class Control(NamedTuple):
     name: str
     init: Callable[[], Any]  # () -> value, a small pytree of arrays
     update: Callable[[Any, dict], Any]  # (value, metrics of the train step) -> value
+    reads: str | None = None  # metric without whose tokens the value stays; None: it changes with every update
 
 
 def begin(controls: tuple[Control, ...]) -> dict | None:
@@ -29,11 +30,21 @@ def begin(controls: tuple[Control, ...]) -> dict | None:
 
 
 def after(controls: tuple[Control, ...], state: dict | None, metrics: dict, finite) -> dict | None:
-    """Return the state after an update; the same if the gradient was not `finite`."""
+    """Return the state after an update; the same if the gradient was not `finite`.
+
+    The mean over no tokens is not 0: a batch that nothing is learned from, such as one
+    without a right attempt, moves no coefficient.
+    """
     if not controls:
         return state
-    found = {control.name: control.update(state[control.name], metrics) for control in controls}
-    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), found, state)
+    found = {}
+    for control in controls:
+        old, changes = state[control.name], finite
+        if control.reads is not None:
+            changes = finite & (metrics[control.reads][1] > 0)
+        new = control.update(old, metrics)
+        found[control.name] = jax.tree.map(lambda new, old, changes=changes: jnp.where(changes, new, old), new, old)
+    return found
 
 
 def mean_of(metrics: dict, name: str):
@@ -43,8 +54,8 @@ def mean_of(metrics: dict, name: str):
 
 def entropy_control(start: float, target: float, delta: float, highest: float) -> Control:
     """Make the coefficient of a reward for entropy that keeps the mean entropy of the
-    trained tokens at `target` nats or above (He et al. 2025, arXiv 2505.22312, sec.
-    3.2.5, adaptive entropy control).
+    trained tokens, those that are imitated left out, at `target` nats or above (He et
+    al. 2025, arXiv 2505.22312, sec. 3.2.5, adaptive entropy control).
 
     After each update the coefficient grows by `delta` if the entropy was below the
     target and falls by `delta` if it was above, within 0 and `highest`; it is in force
@@ -58,11 +69,11 @@ def entropy_control(start: float, target: float, delta: float, highest: float) -
         )
 
     def update(value, metrics):
-        entropy = mean_of(metrics, "entropy")
+        entropy = mean_of(metrics, "scored_entropy")
         moved = value["coefficient"] + delta * jnp.sign(target - entropy)
         return {"coefficient": jnp.clip(moved, 0.0, highest), "entropy": entropy}
 
-    return Control("entropy", lambda: {"coefficient": jnp.float32(start), "entropy": jnp.float32(0)}, update)
+    return Control("entropy", lambda: {"coefficient": jnp.float32(start), "entropy": jnp.float32(0)}, update, "scored_entropy")
 
 
 def entropy_coefficient(target: float):
@@ -82,14 +93,17 @@ def kl_control(start: float, target: float, gain: float) -> Control:
 
     The paper's KL is that of a whole rollout.
     """
-    if not (target > 0 and gain > 0 and start > 0):
-        raise ValueError(f"got kl_target={target}, kl_gain={gain}, kl_coefficient={start}; allowed: above 0")
+    if not (target > 0 and 0 < gain < 5 and start > 0):
+        raise ValueError(
+            f"got kl_target={target}, kl_gain={gain}, kl_coefficient={start}; allowed: above 0, and a gain below 5, since 5 "
+            "would make the coefficient 0 where the KL is too low"
+        )
 
     def update(value, metrics):
         error = jnp.clip(mean_of(metrics, "kl") / target - 1.0, -0.2, 0.2)
         return {"coefficient": value["coefficient"] * (1.0 + gain * error)}
 
-    return Control("kl", lambda: {"coefficient": jnp.float32(start)}, update)
+    return Control("kl", lambda: {"coefficient": jnp.float32(start)}, update, "kl")
 
 
 def kl_coefficient(batch):

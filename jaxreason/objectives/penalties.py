@@ -17,7 +17,7 @@ from jaxreason.objectives.losses import log_ratio
 
 
 def kl_k1(logp, reference_logp, log_ratio):
-    """Estimate the KL by log p - log q (k1), with a gradient added.
+    """Estimate the KL by log p - log q, q the reference (k1), with a gradient added.
 
     Its value is unbiased. Its own gradient through a loss has expectation zero, so the
     score term is added: the value stays k1, and on-policy the expected gradient is that
@@ -28,7 +28,7 @@ def kl_k1(logp, reference_logp, log_ratio):
 
 
 def kl_k2(logp, reference_logp, log_ratio):
-    """Estimate the KL by (log p - log q)^2 / 2 (Schulman 2020,
+    """Estimate the KL by (log p - log q)^2 / 2, q the reference (Schulman 2020,
     http://joschu.net/blog/kl-approx.html): a biased value, but on-policy the exact KL
     gradient.
     """
@@ -36,18 +36,20 @@ def kl_k2(logp, reference_logp, log_ratio):
 
 
 def kl_k3_reverse(logp, reference_logp, log_ratio):
-    """Estimate the KL by q/p - 1 - log q/p, as GRPO does (arXiv 2402.03300, eq. 4).
+    """Estimate the KL by q/p - 1 - log q/p, q the reference, as GRPO does (the k3 of
+    arXiv 2402.03300, eq. 4), with the gradient of KL(q || p).
 
-    On-policy its value is unbiased, and never negative; its gradient is that of the
-    *reverse* direction, KL(q || p).
+    On-policy its value, of KL(p || q), is unbiased, and never negative; only its
+    gradient is that of the other direction.
     """
     log_q_over_p = reference_logp - logp
     return jnp.exp(log_q_over_p) - 1.0 - log_q_over_p
 
 
 def kl_k3_weighted(logp, reference_logp, log_ratio):
-    """Estimate the KL by r times (q/p - 1 - log q/p), with a gradient through r as well
-    (DeepSeek-AI 2025, arXiv 2512.02556, sec. 3.1).
+    """Estimate the KL by r times (q/p - 1 - log q/p), q the reference and r = p over
+    the sampling policy, with a gradient through r as well (DeepSeek-AI 2025, arXiv
+    2512.02556, sec. 3.1).
 
     Value and gradient are those of KL(p || q), for tokens of any sampling policy.
     """
@@ -70,7 +72,8 @@ def add_kl(token_loss, coefficient: float | Callable, estimator: str):
 
 
 def kl_exact(outputs):
-    """Compute KL(p || q) over the vocabulary, of each token's distribution.
+    """Compute KL(p || q), q the reference, over the vocabulary, of each token's
+    distribution.
 
     Value and gradient are exact whoever sampled the tokens, without noise. The texts
     that a token follows are still those of the sampling policy: their distribution has

@@ -13,6 +13,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxreason.objectives.advantages import EQUAL_REWARDS
+
 COVARIANCES = ("none", "clip", "kl")
 
 
@@ -61,12 +63,15 @@ def clip_covariance(fraction: float, low: float, high: float):
 def choose_covariance(fraction: float):
     """Choose the `fraction` of the trained tokens with the highest covariance, for a
     penalty of their own (Cui et al. 2025, arXiv 2505.22617, KL-Cov).
+
+    Only covariances above 0 count. Where all advantages are equal, such as 0 because no
+    attempt was right, the authors' code chooses any tokens of that number; here none.
     """
     check(fraction, 0.0, 1.0)
 
     def select(batch) -> dict:
-        trained_BT = batch.weight_BT != 0
-        return {"chosen_BT": highest(covariance(batch), trained_BT, count_of(fraction, trained_BT))}
+        trained_BT, covariance_BT = batch.weight_BT != 0, covariance(batch)
+        return {"chosen_BT": highest(covariance_BT, trained_BT & (covariance_BT > 0), count_of(fraction, trained_BT))}
 
     return select
 
@@ -81,7 +86,8 @@ def check(fraction: float, low: float, high: float) -> None:
 
 def covariance(batch):
     """Return each token's part of the covariance of log-prob and advantage over the
-    trained tokens of the batch: the product of their differences from the means.
+    trained tokens of the batch: the product of their differences from the means; 0 if
+    all advantages are equal, since rounding must not choose tokens.
     """
     trained_BT = batch.weight_BT != 0
     count = jnp.maximum(jnp.sum(trained_BT), 1)
@@ -89,7 +95,9 @@ def covariance(batch):
     def centred(x_BT):
         return x_BT - jnp.sum(jnp.where(trained_BT, x_BT, 0.0)) / count
 
-    return centred(batch.advantage_BT) * centred(batch.behaviour_logp_BT)
+    least, most = (jnp.max(jnp.where(trained_BT, sign * batch.advantage_BT, -jnp.inf), initial=-jnp.inf) for sign in (-1, 1))
+    differ = least + most > EQUAL_REWARDS
+    return jnp.where(differ, centred(batch.advantage_BT) * centred(batch.behaviour_logp_BT), 0.0)
 
 
 def count_of(fraction: float, trained_BT):

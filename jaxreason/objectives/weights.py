@@ -78,3 +78,4 @@ WEIGHTINGS = {
     "per_kept_token": per_kept_token,
     "per_max_length": per_max_length,
 }
+READ_ADVANTAGES = (per_mixed_prompt, per_kept_token)

@@ -1,19 +1,103 @@
-"""Parts that are added to an objective: adapted coefficients, the KL divergence in the
-reward, and selections of tokens.
+"""Parts that are added to an objective: another advantage or weight, KL divergences,
+rewards for entropy, corrections of the sampler, and selections of tokens.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
-from jaxreason.objectives import controls, penalties, selection
+from jaxreason.objectives import controls, corrections, penalties, selection
+from jaxreason.objectives.advantages import ADVANTAGES, GROUP_BASELINES, NEVER_NEGATIVE, scale_negative
+from jaxreason.objectives.divergence import Divergence
+from jaxreason.objectives.interface import Objective
 from jaxreason.objectives.losses import nll
+from jaxreason.objectives.penalties import KL_ESTIMATORS
+from jaxreason.objectives.weights import READ_ADVANTAGES, WEIGHTINGS
 from jaxreason.options import unknown_name_message
 
-if TYPE_CHECKING:
-    from jaxreason.objectives import Objective
-
 KL_IN = ("loss", "reward")
+
+
+def with_kl(objective: Objective, coefficient: float | Callable, estimator: str = "k3_weighted") -> Objective:
+    """Add `coefficient` times the KL divergence to the reference policy, per token; a
+    function of the batch for a coefficient that is adapted.
+    """
+    if estimator not in KL_ESTIMATORS:
+        raise ValueError(unknown_name_message("KL estimator", estimator, KL_ESTIMATORS))
+    if estimator == "exact":
+        if objective.divergence is not None:
+            raise ValueError(
+                "kl_estimator got 'exact', but the objective is itself a divergence from the reference; allowed: "
+                f"{', '.join(penalties.OF_TOKEN)}, or kl_coefficient=0"
+            )
+        token_loss = penalties.add_exact_kl(objective.token_loss, coefficient)
+        return objective._replace(token_loss=token_loss, divergence=Divergence("reverse_kl"))
+    token_loss = penalties.add_kl(objective.token_loss, coefficient, estimator)
+    needs_rollouts = objective.needs_rollouts or estimator == "k3_weighted"
+    return objective._replace(token_loss=token_loss, needs_reference=True, needs_rollouts=needs_rollouts)
+
+
+def with_entropy(objective: Objective, coefficient: float) -> Objective:
+    """Reward entropy with `coefficient` per nat (Williams and Peng 1991)."""
+    return objective._replace(token_loss=penalties.add_entropy(objective.token_loss, coefficient))
+
+
+def with_correction(objective: Objective, level: str, how: str = "truncate", low: float = 0.0, high: float = 2.0) -> Objective:
+    """Correct for rollouts of another policy than the one that learns: see
+    `corrections`.
+
+    An objective without an importance ratio gets the bounded ratio as a weight. One
+    that has a ratio would count it twice, so tokens can only be masked. Imitation wants
+    no other policy's gradient, so there is nothing to correct.
+
+    Raises:
+      ValueError: an unknown level or way, wrong bounds, truncation of a ratio that the
+        objective has itself, or an objective that imitates.
+    """
+    corrections.check(level, how, low, high)
+    if level == "none":
+        return objective
+    if objective.token_loss is nll:
+        raise ValueError(f"correct={level!r}, but the objective imitates the tokens of its batch; allowed: None or 'none'")
+    if objective.on_policy:
+        token_loss = corrections.weigh_by_ratio(objective.token_loss, level, how, low, high)
+        return objective._replace(token_loss=token_loss, on_policy=False)
+    if how != "mask":
+        raise ValueError(
+            f"correct={level!r} with correct_by={how!r}, but the objective has an importance ratio already; allowed: "
+            "correct_by='mask', or correct='none'"
+        )
+    return objective._replace(token_loss=corrections.mask_by_ratio(objective.token_loss, level, low, high))
+
+
+def with_parts(objective: Objective, name: str, advantage: str | None, negative_scale: float, weigh: str | None) -> Objective:
+    """Replace the advantage and the weights of an objective by others, if any are
+    given by name, and scale negative advantages.
+
+    Raises:
+      ValueError: an unknown name, or one that would change nothing or read advantages
+        that are not there yet.
+    """
+    if advantage is not None:
+        if advantage not in ADVANTAGES:
+            raise ValueError(unknown_name_message("advantage", advantage, ADVANTAGES))
+        chosen = ADVANTAGES[advantage]
+        objective = objective._replace(advantage=chosen, needs_group=chosen in GROUP_BASELINES, measures=(), of_sets=False)
+    if negative_scale != 1:
+        if objective.critic is not None or objective.advantage in NEVER_NEGATIVE:
+            why = "whose advantages a critic makes" if objective.critic is not None else "which has no negative advantages"
+            raise ValueError(f"negative_scale got {negative_scale} with objective {name!r}, {why}; allowed: 1")
+        objective = objective._replace(advantage=scale_negative(objective.advantage, negative_scale))
+    if weigh is not None:
+        if weigh not in WEIGHTINGS:
+            raise ValueError(unknown_name_message("weighting", weigh, WEIGHTINGS))
+        if objective.critic is not None and WEIGHTINGS[weigh] in READ_ADVANTAGES:
+            raise ValueError(
+                f"weigh got {weigh!r}, which leaves out advantages of 0, with objective {name!r}, whose advantages a critic "
+                "makes later; allowed: per_token, per_sequence, per_prompt, per_max_length, token_sum"
+            )
+        objective = objective._replace(weigh=WEIGHTINGS[weigh])
+    return objective
 
 
 def with_entropy_target(objective: Objective, start: float, target: float, delta: float, highest: float) -> Objective:
@@ -25,7 +109,7 @@ def with_entropy_target(objective: Objective, start: float, target: float, delta
     return objective._replace(token_loss=token_loss, controls=(*objective.controls, control))
 
 
-def kl_coefficient(objective: Objective, start: float, target: float | None, gain: float) -> tuple:
+def adapt_kl(objective: Objective, start: float, target: float | None, gain: float) -> tuple:
     """Return the objective and the coefficient of its KL divergence: a number or, with
     a target, a function of the batch whose state the objective has.
     """

@@ -140,10 +140,10 @@ def call_with_section(function: Callable, section: Mapping[str, Any], where: str
     """
     parameters = inspect.signature(function).parameters
     allowed = [n for n, p in parameters.items() if n not in given and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        for name in section:
-            if name not in allowed:
-                raise ValueError(renamed(where, name) or unknown_name_message(f"field of {where}", name, allowed))
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name in section:
+        if name in given or (name not in allowed and not passes_on):
+            raise ValueError(renamed(where, name) or unknown_name_message(f"field of {where}", name, allowed))
     for name in allowed:
         if parameters[name].default is inspect.Parameter.empty and name not in section:
             raise ValueError(f"{where} needs {name}=...")
@@ -257,7 +257,7 @@ def line_of(error: BaseException) -> str:
     while traceback is not None:
         lines.append((traceback.tb_frame.f_code.co_filename, traceback.tb_lineno))
         traceback = traceback.tb_next
-    ours = str(Path(__file__).parent)
+    ours = str(Path(__file__).parents[1])
     if lines and lines[-1][0].startswith(ours) and isinstance(error, ValueError):
         return ""
     library = (ours, *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), "<")

@@ -29,7 +29,7 @@ def give_back(after_s: float = 1.0) -> None:
     # off, for the trim threshold too, so both are set. A lower threshold would be
     # slower: the kernel clears returned pages when they are needed again, soon for the
     # scratch memory of matrix products (jaxreason/bench/README.md).
-    LIBC.mallopt(M_MMAP_THRESHOLD, 2**23)
+    LIBC.mallopt(M_MMAP_THRESHOLD, 2**25)
     LIBC.mallopt(M_TRIM_THRESHOLD, 2**26)
 
     def compiled(event: str, seconds: float, **_) -> None:

@@ -138,6 +138,8 @@ def mismatch(values: Mapping[str, float]) -> list[str]:
     name = "rollout/kl_sampler_learner"
     if name not in values:
         return []
+    if math.isnan(values[name]):
+        return ["KL of sampler and learner per token: not known; the last logged step trained on no token of a rollout"]
     k1 = f" (k1: {values[f'{name}_k1']:.2g})" if f"{name}_k1" in values else ""
     low, high = USUAL_KL
     usual = f"usual in bfloat16: {low:g} to {high:g}, less in float32; training is stable below {STABLE_KL:g}"

@@ -12,6 +12,15 @@ the processes divide expensive work among them.
     kept_rollouts    its own right attempts             rejection sampling, STaR
     mix              batches of several sources, by weight
 
+Your own is `module:maker` in `rl.source.name`. Its maker takes `parts` (tokenizer,
+sampler and so on, `build.tasks.Parts`), `objective`, `microbatches` and `steps` by
+name, and then the fields of its section; it returns a `Source`. `jaxreason.batching`
+makes a batch of demonstrations, of windows or of groups. A mix, with its parts by name:
+
+    {"name": "mix", "weights": {"solved": 0.1}, "of": {
+        "own": {"name": "rollouts", "task": ..., "problems": 8, "group": 8},
+        "solved": {"name": "demonstrations", "task": ..., "rows": 8, "max_tokens": 64}}}
+
     interface   `Source` and `NextBatch`
     streams     corpus, demonstrations
     attempts    rollouts, and sampling ahead of the learner

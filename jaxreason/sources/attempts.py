@@ -52,6 +52,7 @@ def rollouts(
     temperature: float,
     buckets: Sequence[int],
     reward: str = "verdict",
+    same: Callable[[str, str], bool] | None = None,
     pack: bool = False,
     microbatches: int = 1,
     rollouts_per_prompt: int = 1,
@@ -80,7 +81,8 @@ def rollouts(
 
     `reward` says what is paid: the verdict's reward or, as controls, that reward given
     to another attempt ("random", see `shuffle_rewards`) or 1 for any answer that the
-    verifier can read ("format"); "majority" needs no answer key (see `pay_majority`).
+    verifier can read ("format"); "majority" needs no answer key (see `pay_majority`);
+    `same` tells whether two answers of a vote are equivalent.
     `credit` says for what: the whole rollout, or each attempt within it (see
     `objectives.credit`).
     `hints` make the rows of a teacher that is shown more than the policy.
@@ -93,7 +95,7 @@ def rollouts(
     check(objective, reward, credit, lag, dynamic_sampling)
     check_replay(replay, replay_age, problems, group, objective)
     words = {"replay": replay, "replay_age": replay_age, "curriculum": curriculum, "keep": keep}
-    words |= {"measures": objective.measures, "credit": credit}
+    words |= {"measures": objective.measures, "credit": credit, "same": same}
     sampling = Sampling(tasks, environment, completer, problems, group, temperature, reward, **words)
     draw = with_dynamic_sampling(one_round(sampling), sampling, dynamic_sampling)
 

@@ -31,6 +31,7 @@ class Sampling(NamedTuple):
     group: int  # attempts per problem
     temperature: float
     reward: str  # one of `REWARDS`
+    same: Callable[[str, str], bool] | None = None  # whether two answers are equivalent, for votes
     measures: tuple[str, ...] = ()  # those that the objective takes in the place of the reward
     credit: str = "rollout"  # one of `CREDITS`
     replay: int = 0  # problems per batch that come from earlier batches
@@ -93,7 +94,7 @@ def one_round(sampling: Sampling) -> Draw:
 
     def finish(local, wanted, weights, key):
         groups, spent = gather_groups(local, wanted.requests)
-        groups = paid(groups, sampling.reward, key)
+        groups = paid(groups, sampling.reward, key, sampling.same)
         cursor = wanted.cursor
         return SampledGroups(cursor.batch, cursor.position, wanted.end, groups, spent, wanted.filled, wanted.replayed)
 

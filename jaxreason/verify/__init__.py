@@ -82,6 +82,16 @@ def equivalence(name: str, **kwargs) -> Callable[[str, str], bool] | None:
     return countdown.same_value if name == "countdown" else None
 
 
+def canonical_answers(answers: Sequence[str | None], same: Callable[[str, str], bool] | None) -> list[str | None]:
+    """Replace each answer by the first one that is equivalent to it."""
+    first: dict[str, str] = {}
+    for answer in answers:
+        if answer is not None and answer not in first:
+            classes = dict.fromkeys(first.values())
+            first[answer] = next((other for other in classes if same is not None and same(other, answer)), answer)
+    return [None if answer is None else first[answer] for answer in answers]
+
+
 def bad_keys(verify: Callable[[str, Task], Verdict], tasks: Sequence[Task]) -> list[Task]:
     """Return the tasks whose keys a verifier of this package can't judge."""
     return [task for task in tasks if verify("", task).reason == BAD_KEY]
