@@ -17,6 +17,7 @@ class Platform(NamedTuple):
 
     logits_at_once: int  # logits on a device at one time, at most
     logits_kept: int  # logits per micro-batch kept for the backward pass; more are recomputed
+    logits_tile: tuple[int, int] | None  # tokens x symbols of which more logits than may be kept are computed; None: no tiles
     prefill_tokens: int  # tokens that a device prefills at one time
     share_prompts_from: int  # slots share prompts if max_prompt_tokens is at least this
     scan_layers: bool  # scan over layers instead of unrolling them
@@ -33,6 +34,7 @@ PLATFORMS = {
     "cpu": Platform(
         logits_at_once=2**23,
         logits_kept=2**26,
+        logits_tile=None,
         prefill_tokens=128,
         share_prompts_from=512,
         scan_layers=False,
@@ -42,8 +44,10 @@ PLATFORMS = {
     ),
     # Smaller matrix products would leave an accelerator idle, and each program takes
     # long to compile.
-    "gpu": Platform(2**27, 2**27, 1024, 0, True, False, "bfloat16", None),
-    "tpu": Platform(2**27, 2**27, 1024, 0, True, False, "bfloat16", None),
+    "gpu": Platform(2**27, 2**27, None, 1024, 0, True, False, "bfloat16", None),
+    # A tile of float32 logits fits in the vector memory (128 MiB on a v5e), so that
+    # logits are neither written to HBM nor read from it.
+    "tpu": Platform(2**27, 2**27, (4096, 4096), 1024, 0, True, False, "bfloat16", None),
 }
 LARGE_GPU_BYTES = 48 * 2**30  # GPUs with this much memory get four times the limits on logits
 

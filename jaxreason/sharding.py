@@ -161,6 +161,11 @@ def shardings(tree, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(sharding_of, tree)
 
 
+def vocabulary_axis(path) -> int:
+    """Return the axis of the vocabulary in a leaf of the head."""
+    return list(rule(name_of(path))).index("tensor")
+
+
 # --- inside a program: constraints where the compiler would choose badly ---
 
 

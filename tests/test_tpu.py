@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from jaxreason import batching
+from jaxreason import batching, logp
 from jaxreason.draw import Filter
 from jaxreason.learner import compile_train_step
 from jaxreason.model import ModelConfig, transformer
 from jaxreason.objectives import dapo
+from jaxreason.plan import hlo
 from jaxreason.plan.arrays import devices_of, layout_of, placed
 from jaxreason.sampler import Weights, compile_sampler
 from jaxreason.sharding import gathered, make_mesh, rows, shardings
@@ -72,6 +73,25 @@ def test_the_train_step_compiles(topology):
     scores = f"{T},{T}]"  # no other array has T twice in its shape
     assert scores in xla.as_text()
     assert scores not in splash.as_text()
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_logits_stay_on_the_chip(topology):
+    """Log-probs and their gradient move fewer bytes than writing the logits once."""
+    mesh, V, T = make_mesh(data=1, fsdp=8, devices=devices_of(topology)), 2**15, 2**13
+    model = transformer(dataclasses.replace(CONFIG, vocab_size=V), mesh)
+    batch, limits = batching.empty(8, T), logp.logits_limits(mesh)
+
+    def loss(head, hidden_BTD, batch):
+        logp_BT, entropy_BT = logp.score_hidden(model, head, hidden_BTD, batch, limits)
+        return jnp.sum(batch.weight_BT * (logp_BT + entropy_BT))
+
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    head = model.head(placed(params, shardings(params, mesh)))
+    hidden_BTD = jax.ShapeDtypeStruct((8, T, CONFIG.width), jnp.bfloat16)
+    rest = placed((hidden_BTD, batch), rows(mesh))
+    text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(head, *rest).compile().as_text()
+    assert hlo.program_cost(text, devices=8).bytes < 4 * T * V
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
