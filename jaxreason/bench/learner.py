@@ -133,7 +133,7 @@ def bench(cores: int, whole: bool) -> None:
         if whole:
             groups, _ = sampling.batch(completer, completer.sampler.prepare(state.params), wanted, number)
             groups = list(map(paid_alternately, groups))
-            memory.trim()
+            memory.trim_soon()
         times.append(time.perf_counter())
         host = to_batch(groups)
         batch = sharding.put_rows(host, mesh)
