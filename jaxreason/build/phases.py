@@ -98,6 +98,7 @@ def make_phase(
         raise ValueError(f"config.{name}.offload_reference got True, but the reference is the current params; allowed: False")
     if microbatches is None:
         microbatches = microbatches_of(source, parts)
+        parts.say(f"{name}: {microbatches} micro-batches, chosen for this machine; --config.{name}.microbatches changes it")
     arguments = {"parts": parts, "objective": made_objective, "microbatches": microbatches, "steps": steps}
     made_source = call_with_section(make_source, {"name": None} | source, f"config.{name}.source", **arguments)
     if made_source.rows % (parts.devices * microbatches):
