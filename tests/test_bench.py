@@ -235,7 +235,12 @@ def test_choices_of_the_cache_are_measured():
     ("arguments", "message"),
     [
         (["samplr"], "unknown benchmark 'samplr' (did you mean 'sampler'?)"),
-        (["sampler"], "needed: --config=FILE"),
+        (["sampler"], "error: needed: --config=FILE"),
+        (["step", "configs/tiny.py"], "got the arguments 'configs/tiny.py'; needed: --config=FILE"),
+        (["cache", "--slots=16,many"], "allowed: integers of 1 or more, separated by commas"),
+        (["cache", "--layer=2"], "Did you mean: layers ?"),
+        (["cache", "--config=configs/tiny.py"], "this command has no --config"),
+        (["sandbox", "--repeat=2"], "Did you mean: repeats ?"),
         (["sampler", *TINY, "--model=widht=3"], "unknown field of config.model 'widht'"),
         (["sampler", *TINY, "--questions=/nowhere.jsonl"], "/nowhere.jsonl"),
         (
