@@ -202,6 +202,7 @@ def test_the_learner_is_measured(name):
 @pytest.mark.process
 def test_lookup_is_measured(tmp_path):
     rows = [{"prompt": "12+34=", "text": "46;12+34=46"}, {"prompt": "1+1=", "text": "2"}, {"prompt": "3", "text": ""}]
+    rows.append({"prompt": "<bos>3", "text": "<pad>4"})  # an early model samples special tokens
     (tmp_path / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = [f"--rollouts={tmp_path / 'rollouts.jsonl'}", "--slots=2", "--guesses=1,3", "--repeats=1"]
     code, lines, err = bench("lookup", "--config=configs/tiny.py:smoke", *found)

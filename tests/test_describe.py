@@ -174,6 +174,15 @@ def test_help_of_a_benchmark_says_what_it_measures_and_lists_its_flags(name, nam
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("module", ["report", "look.curves", "verify.audit", "view", "export", "generate"])
+def test_an_unknown_flag_is_one_line(module):
+    words = [sys.executable, "-m", f"jaxreason.{module}", "--nonesuch=1"]
+    got = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (got.returncode, got.stdout) == (1, "")
+    assert got.stderr == "error: Unknown command line flag 'nonesuch'\n"
+
+
+@pytest.mark.process
 @pytest.mark.parametrize("module", ["main", "plan", "sweep", "play", "launch"])
 def test_help_lists_the_config(module):
     assert "  --config: " in help_of(f"jaxreason.{module}")

@@ -21,6 +21,7 @@ has done so since 2026-11-26, by rows of prompts that slots point to
 from __future__ import annotations
 
 import statistics
+import sys
 
 from absl import app, flags, logging
 
@@ -136,6 +137,7 @@ def bench(cores: int) -> None:
                     f"write and attend, {name}, {S} slots x {C} columns", median_ms(over_layers(of_layer), q, caches), "ms a step"
                 )
         if S % G:
+            sys.stderr.write(f"prompts are not timed in {S} slots, which do not divide into groups of {G}: --group\n")
             continue
         for prompt in map(int, FLAGS.prompts):
             own = int(FLAGS.columns[0])

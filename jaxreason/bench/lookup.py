@@ -101,7 +101,8 @@ def bench(cores: int) -> None:
     config = FLAGS.config.to_dict()
     _, tokenizer, _, shape, load = build.read_model_and_text(config["model"], config["text"])
     lines = [json.loads(line) for line in Path(os.path.expanduser(FLAGS.rollouts)).read_text().splitlines()]
-    texts = [(tokenizer.encode(r["prompt"]), tokenizer.encode(r["text"], special=False, continues=True)) for r in lines]
+    # A special token in a rollout's text was sampled as one.
+    texts = [(tokenizer.encode(r["prompt"]), tokenizer.encode(r["text"], continues=True)) for r in lines]
     texts = [(prompt, completion) for prompt, completion in texts if completion]
     show = machine.printer(f"{FLAGS.config.model.name}: look-up in {len(texts)} rollouts", cores)
 
@@ -125,7 +126,7 @@ def bench(cores: int) -> None:
 def main(argv) -> None:
     logging.set_verbosity(logging.WARNING)
     if len(argv) > 1 or FLAGS.config is None or FLAGS.rollouts is None:
-        machine.refuse(argv, "--config=FILE --rollouts=RUN/rollouts.jsonl")
+        machine.refuse(argv, "--config=FILE --rollouts=FILE, as RUN/rollouts.jsonl")
     cores = machine.pin(FLAGS.cores)
     try:
         bench(cores)
