@@ -1,5 +1,13 @@
-"""Entry point of the plan: its flags and its output. It starts without importing
-jax.
+r"""Entry point: say whether a config fits on a TPU slice, what bounds its speed and
+what a run costs, without a TPU.
+
+    python -m jaxreason.plan --config=configs/gsm8k.py:size=8b --topology=v5e:2x4 \
+        [--config.sharding.mesh.fsdp=8] [--prices=FILE.json] [--json]
+    python -m jaxreason.plan --topology=list
+    python -m jaxreason.plan --topology=v5e:2x4 --compare=FILE.hlo
+
+It needs libtpu (`pip install -e '.[tpu]'`) and downloads nothing. The exit code is 0 if
+the config fits and 1 if not. jaxreason/plan/README.md explains the tables.
 """
 
 from __future__ import annotations
@@ -23,11 +31,11 @@ def define_flags() -> None:
     command.define("As of jaxreason.main; --config.rl.microbatches=64 changes a field.")
     flags.DEFINE_string("topology", None, "As v5e:4x8; 'list' shows what is known.")
     flags.DEFINE_string("phase", None, "The phase to plan; default: the last.")
-    flags.DEFINE_float("efficiency", 0.5, "Share of the roofline that is supposed to be reached.", 0.01, 1.0)
-    flags.DEFINE_string("prices", None, 'JSON file of dollars a chip and hour, as {"v5e": 1.2}.')
+    flags.DEFINE_float("efficiency", 0.5, "Fraction of the roofline that the predicted time assumes; a guess.", 0.01, 1.0)
+    flags.DEFINE_string("prices", None, 'JSON file of dollars per chip and hour, as {"v5e": 1.2}; default: list prices.')
     flags.DEFINE_boolean("search", True, "If it does not fit, compile more to say what does.")
     flags.DEFINE_string(
-        "compare", None, "A file with compiled HLO for the topology: count it as the train step; with --config, of the same work."
+        "compare", None, "Text of a compiled program, compiled.as_text(): count it; with --config, per token of that train step."
     )
     flags.DEFINE_boolean("json", False, "Print one JSON object and no tables.")
 
@@ -38,13 +46,15 @@ def plan() -> bool:
     """
     from jaxreason.plan.arrays import devices_of
     from jaxreason.plan.config import read
-    from jaxreason.plan.report import compare, describe, read_prices, show, show_compared, verdict
+    from jaxreason.plan.report import compare, describe, read_hlo, read_prices, show, show_compared, verdict
     from jaxreason.plan.search import find_fitting, larger_topology
     from jaxreason.plan.work import flags_for
 
-    prices = read_prices(FLAGS.prices)
     if FLAGS.topology is None:
         raise ValueError("no --topology given; for example --topology=v5e:4x8, and --topology=list shows what is known")
+    prices = read_prices(FLAGS.prices)
+    if FLAGS.compare is not None:
+        read_hlo(FLAGS.compare)  # fail before anything is compiled
     if FLAGS.config is None:
         told = compare(FLAGS.compare, FLAGS.topology, None)
         print(json.dumps(told)) if FLAGS.json else show_compared(FLAGS.compare, told)
@@ -78,12 +88,14 @@ def plan() -> bool:
 
 def fail(error: Exception) -> None:
     """Exit with one line that says which input was bad, without a traceback."""
-    sys.exit(f"error: {' '.join(str(error.args[0] if error.args else error).split())}")
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error  # a KeyError would quote it
+    sys.exit(f"error: {' '.join(str(message).split())}")
 
 
 def parse_flags(argv):
     define_flags()
     os.environ["JAX_PLATFORMS"] = "cpu"  # even on a machine with a TPU, which may be in use
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a program for a TPU that is not here is kept but never read
     try:
         rest = command.parse(argv)
         if len(rest) > 1:
@@ -115,10 +127,10 @@ def main(argv) -> None:
         show_topologies()
         return
     try:
-        drop_long_prompts = plan()
-    except (ValueError, KeyError, FileNotFoundError) as error:
+        fits = plan()
+    except (ValueError, KeyError, OSError) as error:
         fail(error)
-    sys.exit(0 if drop_long_prompts else 1)
+    sys.exit(0 if fits else 1)
 
 
 if __name__ == "__main__":
