@@ -102,9 +102,12 @@ def make_phase(
     arguments = {"parts": parts, "objective": made_objective, "microbatches": microbatches, "steps": steps}
     made_source = call_with_section(make_source, {"name": None} | source, f"config.{name}.source", **arguments)
     if made_source.rows % (parts.devices * microbatches):
+        each, more = divmod(made_source.rows, parts.devices)
+        allowed = [] if more or source["name"] == "mix" else [n for n in range(1, each + 1) if each % n == 0]
+        instead = f"microbatches may be {', '.join(map(str, allowed))}, or None to choose; or " if allowed else ""
         raise ValueError(
             f"config.{name} has {made_source.rows} rows a batch, which do not divide over {parts.devices} devices x "
-            f"{microbatches} micro-batches; change rows, problems x group, source.rollouts_per_prompt or microbatches"
+            f"{microbatches} micro-batches; {instead}change rows, problems x group or source.rollouts_per_prompt"
         )
     return Phase(
         name,
