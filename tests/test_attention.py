@@ -12,8 +12,9 @@ import pytest
 
 from jaxreason.model import ModelConfig, attention, transformer
 from jaxreason.model import cache as kv
+from jaxreason.model.cpu import product
 from jaxreason.model.layers import Seen, attend, rotate
-from jaxreason.model.tpu import rotate_by_product
+from jaxreason.model.tpu import product_by_head, rotate_by_product
 from jaxreason.sharding import make_mesh
 
 B, N, K, H = 4, 4, 2, 8
@@ -68,6 +69,19 @@ def test_a_rotation_by_a_product_is_a_rotation(dtype):
         rtol=1e-6 if dtype == "float32" else 2**-7,
         atol=1e-6,
     )
+
+
+def test_a_product_by_head_is_a_product():
+    rng = np.random.default_rng(0)
+    x_BTD, kernel_DNH = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((B, 9, 16), (16, N, H)))
+    weight = jnp.asarray(rng.normal(size=(B, 9, N, H)), jnp.float32)
+
+    def plain(x_BTD, kernel_DNH):
+        return product(x_BTD, kernel_DNH.reshape(16, -1)).reshape(B, 9, N, H)
+
+    (expected, back), (got, got_back) = (jax.vjp(f, x_BTD, kernel_DNH) for f in (plain, product_by_head))
+    for x, y in zip((got, *got_back(weight)), (expected, *back(weight)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("segmented", [False, True])
@@ -153,11 +167,11 @@ def test_a_kernel_runs_on_each_device_of_a_mesh(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize(("scan_layers", "remat"), [(False, "full"), (True, "full"), (True, "dots")])
 @pytest.mark.parametrize("name", ANYWHERE)
-def test_a_model_is_the_same_under_each_kernel(tiny, monkeypatch, name, scan_layers):
+def test_a_model_is_the_same_under_each_kernel(tiny, monkeypatch, name, scan_layers, remat):
     monkeypatch.setitem(attention.KERNELS, name, ANYWHERE[name])
-    fields = {"remat": "full", "scan_layers": scan_layers, "dtype": "bfloat16"}
+    fields = {"remat": remat, "scan_layers": scan_layers, "dtype": "bfloat16", "qk_norm": True}
     xla, params = tiny(**fields)
     other = transformer(dataclasses.replace(xla.config, attention=name), make_mesh(data=2, fsdp=2))
     tokens_BT = np.random.default_rng(0).integers(0, 24, (B, 9))

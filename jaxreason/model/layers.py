@@ -47,6 +47,7 @@ class Projection(nnx.Module):
     def __init__(self, inputs: tuple, outputs: tuple, *, gain: float = 1.0, bias: bool = False, rngs: nnx.Rngs):
         fan_in = math.prod(inputs)
         self.inputs, self.outputs, self.product = inputs, outputs, product
+        self.by_head = None  # a product that takes the kernel [D, N, H] as it is, instead of `product`
         self.scale = 0.0  # scale of the adapters a and b, if they are added
         self.kernel = nnx.Param(gain * fan_in**-0.5 * jax.random.normal(rngs.params(), (*inputs, *outputs)))
         # A bias starts at zero, as in every published model with biases; its gradient
@@ -56,10 +57,13 @@ class Projection(nnx.Module):
     def __call__(self, x):
         lead = x.shape[: x.ndim - len(self.inputs)]
         kernel = self.kernel[...].astype(x.dtype)
-        if kernel.ndim > 2:
-            kernel = kernel.reshape(math.prod(self.inputs), -1)
-        y = self.product(x.reshape(*lead, -1), kernel)[..., : math.prod(self.outputs)]  # the kernel's rows may be padded
-        y = y.reshape(*lead, *self.outputs)
+        if self.by_head is not None:
+            y = self.by_head(x, kernel)
+        else:
+            if kernel.ndim > 2:
+                kernel = kernel.reshape(math.prod(self.inputs), -1)
+            y = self.product(x.reshape(*lead, -1), kernel)[..., : math.prod(self.outputs)]  # the kernel's rows may be padded
+            y = y.reshape(*lead, *self.outputs)
         if self.scale:
             y += self.scale * self.b(self.a(x))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)

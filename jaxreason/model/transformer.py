@@ -20,7 +20,7 @@ from flax import nnx
 from jaxreason import sharding
 from jaxreason.model import cache as kv
 from jaxreason.model import lora
-from jaxreason.model.attention import KERNELS
+from jaxreason.model.attention import ATTENDED, KERNELS
 from jaxreason.model.config import LORA_TARGETS, Lora, ModelConfig, rope_frequencies
 from jaxreason.model.cpu import from_left
 from jaxreason.model.decode_layout import cast_used, decode_layout, for_few_rows, in_decode_layout
@@ -30,7 +30,11 @@ from jaxreason.model.layers import Block, Norm, Projection, Seen
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # A flash kernel's result takes less memory than those of the projections, and costs
+    # more to compute again.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(ATTENDED)
+    ),
 }
 
 
@@ -42,13 +46,13 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
     dtype, (head_dtype, head_precision) = jnp.dtype(config.dtype), head_of(config)
     # Keep only the structure of the modules, without arrays; `apply` merges it with
     # params.
-    block = nnx.graphdef(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
-    adapted_block = nnx.graphdef(nnx.eval_shape(lambda: adapted(Block(config, rngs=nnx.Rngs(0)), config.lora)))
+    kernel = KERNELS[config.attention](config, mesh)
+    block = nnx.graphdef(nnx.eval_shape(lambda: by_head(Block(config, rngs=nnx.Rngs(0)), kernel.project)))
+    adapted_block = nnx.eval_shape(lambda: by_head(adapted(Block(config, rngs=nnx.Rngs(0)), config.lora), kernel.project))
+    adapted_block = nnx.graphdef(adapted_block)
     decode_block = nnx.eval_shape(lambda: Block(config, fused=True, rngs=nnx.Rngs(0)))
     decode_block = nnx.graphdef(decode_block if config.scan_layers else for_few_rows(decode_block))
     final_norm = nnx.graphdef(nnx.eval_shape(lambda: Norm(config.width, config.norm_eps)))
-
-    kernel = KERNELS[config.attention](config, mesh)
 
     def run(block, x_BTD, layer, rotations, seen, cache):
         if cache is None:
@@ -198,6 +202,16 @@ def adapted(block: Block, adapters: Lora | None) -> Block:
         module.scale = adapters.scale
         module.a = Projection(module.inputs, (adapters.rank,), rngs=nnx.Rngs(0))
         module.b = Projection((adapters.rank,), module.outputs, rngs=nnx.Rngs(0))
+    return block
+
+
+def by_head(block: Block, project) -> Block:
+    """Make the projections of queries, keys and values use `project`, if it is not
+    None.
+    """
+    for _, module in nnx.iter_graph(block):
+        if isinstance(module, Projection) and len(module.outputs) == 2:
+            module.by_head = project
     return block
 
 
