@@ -220,6 +220,30 @@ def gather_backward(whole, split, _, gradient):
 gather.defvjp(gather_forward, gather_backward)
 
 
+def look_up(embed, tokens_BT, dtype, mesh: Mesh | None):
+    """Return the embeddings of tokens in `dtype`, [B, T, D], split by rows.
+
+    On a mesh each device looks the tokens of all devices up in its own part of D and
+    sends every device its tokens' parts. That sends less than gathering the table if a
+    device has fewer tokens than the table has rows.
+    """
+    table_VD, devices = embed["embedding"], 1 if mesh is None else row_devices(mesh)
+    B, T = tokens_BT.shape
+    apart = mesh is not None and mesh.shape["fsdp"] > 1 and B % devices == 0 and table_VD.shape[1] % mesh.shape["fsdp"] == 0
+    if not apart or B // devices * T >= len(table_VD):
+        table_VD = gather_weights(embed, mesh, "embed")["embedding"]
+        return keep_rows(table_VD[tokens_BT].astype(dtype), mesh)
+
+    def parts(table_VD, tokens_BT):
+        all_BTD = table_VD[jax.lax.all_gather(tokens_BT, "fsdp", tiled=True)].astype(dtype)
+        return jax.lax.all_to_all(all_BTD, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+
+    specs = P(None, "fsdp"), ROWS
+    return jax.shard_map(parts, mesh=mesh, in_specs=specs, out_specs=ROWS, axis_names={"data", "fsdp"}, check_vma=False)(
+        table_VD, tokens_BT
+    )
+
+
 # --- inside a shard_map over data and fsdp ---
 
 

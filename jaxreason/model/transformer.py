@@ -73,9 +73,7 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
     def apply(params, tokens_BT, position_BT, segment_BT=None, cache=None, prefix=None):
         run_block, adapters = (run_adapted, params["lora"]) if "lora" in params else (run_plain, None)
         params = params.get("frozen", params)
-        embed = params["embed"] if cache is not None else sharding.gather_weights(params["embed"], mesh, "embed")
-        x_BTD = embed["embedding"][tokens_BT].astype(dtype)
-        x_BTD = x_BTD if cache is not None else sharding.keep_rows(x_BTD, mesh)
+        x_BTD = sharding.look_up(params["embed"], tokens_BT, dtype, mesh if cache is None else None)
         rotations = rotation(config, position_BT)
         seen = kernel.see(position_BT, segment_BT) if cache is None else Seen(*cache_positions(position_BT, prefix))
         layers = params["layers"] if adapters is None else lora.beside(params["layers"], adapters)
