@@ -39,6 +39,26 @@ def work_of(topology=SMALL, name="tiny", options="", **fields):
     return read(config, topology, None)
 
 
+def test_the_persistent_cache_is_off_only_while_a_plan_compiles(tmp_path):
+    changed = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in changed}
+
+    def compiled(factor):
+        jax.jit(lambda x: factor * x).lower(1.0).compile()
+        return len(list(tmp_path.iterdir())) > 0
+
+    try:
+        for name, value in changed.items():
+            jax.config.update(name, value)
+        with arrays.without_cache():
+            assert not compiled(2)
+        assert compiled(3)
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        arrays.compilation_cache.reset_cache()
+
+
 @pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from jaxreason.learner import compile_train_step
 from jaxreason.model import ModelConfig, transformer
 from jaxreason.objectives import dapo
 from jaxreason.plan import hlo
-from jaxreason.plan.arrays import devices_of, layout_of, placed
+from jaxreason.plan.arrays import devices_of, layout_of, placed, without_cache
 from jaxreason.sampler import Weights, compile_sampler
 from jaxreason.sharding import gathered, make_mesh, rows, shardings
 from jaxreason.types import TrainState
@@ -43,6 +43,12 @@ CONFIG = ModelConfig(
     scan_layers=True,
     remat="full",
 )
+
+
+@pytest.fixture(autouse=True)
+def no_cache():
+    with without_cache():
+        yield
 
 
 @functools.cache
