@@ -256,7 +256,8 @@ def over_fsdp(tree):
 
 def gather_over_fsdp(tree):
     """Gather params of which each device has a part."""
-    return where_split(lambda x, axis: jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True), tree)
+    gathered = functools.partial(where_split, lambda x, axis: jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True))
+    return apart_over_tensor(gathered, tree)
 
 
 def scatter_over_fsdp(tree):
@@ -271,7 +272,27 @@ def scatter_over_fsdp(tree):
         split = x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
         return jax.lax.psum_scatter(jnp.moveaxis(split, axis, 0), "fsdp", scatter_dimension=0)
 
-    return where_split(scatter, tree)
+    return apart_over_tensor(functools.partial(where_split, scatter), tree)
+
+
+def apart_over_tensor(function: Callable, tree):
+    """Apply function(tree) on each device along tensor to its part of the params.
+
+    Left to itself, the compiler gathers them over tensor before a collective over
+    another axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    size = dict(mesh.shape).get("tensor", 1)
+    if size == 1:
+        return function(tree)
+
+    def spec(path, x):
+        return P(
+            *("tensor" if axis == "tensor" and x.shape[i] % size == 0 else None for i, axis in enumerate(rule(name_of(path))))
+        )
+
+    specs = jax.tree_util.tree_map_with_path(spec, tree)
+    return jax.shard_map(function, in_specs=(specs,), out_specs=specs, axis_names={"tensor"}, check_vma=False)(tree)
 
 
 def where_split(function: Callable, tree):

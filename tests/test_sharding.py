@@ -3,6 +3,7 @@ kind of model, and its optimizer state.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -209,6 +210,21 @@ def test_embeddings_are_looked_up_apart_if_that_sends_less(axes, tokens):
     np.testing.assert_allclose(found["embedding"], expected["embedding"], rtol=1e-5, atol=1e-6)
     assert y_BTD.sharding.is_equivalent_to(sharding.rows(mesh), 3)
     assert ("all_to_all" in str(jax.make_jaxpr(lambda e: looked_up(e, mesh))(embed))) == (tokens == 3)
+
+
+def test_a_head_split_over_tensor_is_never_whole():
+    """Neither its parts nor their gradients are gathered over tensor."""
+    V, D = 96, 64
+    shape = {"vocab_size": V, "width": D, "layers": 1, "heads": 4, "kv_heads": 4, "head_size": 32, "feed_forward": 128}
+    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=4)
+    model = transformer(ModelConfig(**shape, scan_layers=True), mesh)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    place = functools.partial(jax.tree.map, lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s))
+    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.rows(mesh)), batching.empty(8, 128))
+    gradient = jax.jit(jax.grad(functools.partial(loss, model=model, objective=lm()), has_aux=True))
+    text = gradient.lower(place(params, sharding.shardings(params, mesh)), rows).compile().as_text()
+    assert re.search(rf"f32\[{D},{V // 4}\]", text)
+    assert not re.search(rf"f32\[(\d+,)*{V}(,\d+)*\]\S* (all-gather|all-reduce|reduce-scatter)\(", text)
 
 
 @pytest.mark.slow
