@@ -22,6 +22,7 @@ class Platform(NamedTuple):
     share_prompts_from: int  # slots share prompts if max_prompt_tokens is at least this
     scan_layers: bool  # scan over layers instead of unrolling them
     fine_buckets: bool  # compile decode steps for more cache lengths
+    write_after: bool  # a decode step writes its key and value after attending
     dtype: str  # of the computation, if a model names none
     compiler_options: Mapping[str, Any] | None  # of the train step
 
@@ -39,15 +40,16 @@ PLATFORMS = {
         share_prompts_from=512,
         scan_layers=False,
         fine_buckets=True,
+        write_after=False,
         dtype="float32",
         compiler_options={"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
     ),
     # Smaller matrix products would leave an accelerator idle, and each program takes
     # long to compile.
-    "gpu": Platform(2**27, 2**27, None, 1024, 0, True, False, "bfloat16", None),
+    "gpu": Platform(2**27, 2**27, None, 1024, 0, True, False, False, "bfloat16", None),
     # A tile of float32 logits fits in the vector memory (128 MiB on a v5e), so that
     # logits are neither written to HBM nor read from it.
-    "tpu": Platform(2**27, 2**27, (4096, 4096), 1024, 0, True, False, "bfloat16", None),
+    "tpu": Platform(2**27, 2**27, (4096, 4096), 1024, 0, True, False, True, "bfloat16", None),
 }
 # A v5p's compiler keeps no tile of logits in vector memory. Larger tiles then move
 # fewer bytes: the head's gradient is read and written once per chunk of tokens.

@@ -13,7 +13,7 @@ import pytest
 from jaxreason.model import ModelConfig, attention, transformer
 from jaxreason.model import cache as kv
 from jaxreason.model.cpu import product
-from jaxreason.model.layers import Seen, attend, rotate
+from jaxreason.model.layers import Seen, attend, read, read_then_write, rotate
 from jaxreason.model.tpu import product_by_head, rotate_by_product
 from jaxreason.sharding import make_mesh
 
@@ -224,6 +224,7 @@ def test_wrong_kernels_are_refused_early():
 
 READERS = {
     "xla": (attention.xla, None),
+    "written after": (lambda *given: attention.xla(*given)._replace(read=read_then_write), None),
     "kernel": (functools.partial(attention.cudnn, implementation="xla"), None),
     "kernel on a mesh": (functools.partial(attention.cudnn, implementation="xla"), {"data": 2, "tensor": 2}),
 }
@@ -272,3 +273,22 @@ def test_a_decode_step_reads_prompts_and_columns_that_are_there(reader, shares):
     for b, column in enumerate(cache_position_B[:7]):
         wanted["k"][b, ..., column], wanted["v"][b, :, column] = new[0][b, 0], new[1][b, 0]
     jax.tree.map(np.testing.assert_array_equal, after, wanted)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_keys_may_be_written_after_they_are_read(tokens, dtype):
+    """A step also attends to its own key as the cache will hold it."""
+    rng, C = np.random.default_rng(0), 9
+    own = jax.tree.map(lambda x: x[0], kv.make(B, C, K, H, dtype, stacked=1))
+    at_BT = jnp.asarray([0, 4, C - tokens, -1])[:, None] + jnp.arange(tokens) * jnp.asarray([1, 1, 1, 0])[:, None]
+
+    def draw(n, T=tokens):
+        return jnp.asarray(rng.normal(size=(B, T, n, H)), jnp.float32)
+
+    _, own = read(draw(N, C), draw(K, C), draw(K, C), own, None, Seen(jnp.broadcast_to(jnp.arange(C), (B, C)), None))
+    given = draw(N), draw(K), draw(K), own, None, Seen(at_BT, None)
+    (expected, before), (mixed, after) = (jax.jit(f)(*given) for f in (read, read_then_write))
+    np.testing.assert_allclose(mixed[:3], expected[:3], atol=2e-6)
+    assert np.isfinite(mixed).all()
+    jax.tree.map(np.testing.assert_array_equal, after, before)

@@ -150,3 +150,17 @@ def test_the_sampler_compiles(topology, cache_dtype):
     for name, lowered in programs.items():
         text = lowered.compile().as_text()
         assert "splash" not in text, name
+        assert not re.search(r"\[256,512\]\S* (copy|reshape)\(", text), f"{name} copies gate_up"
+
+
+def test_a_decode_step_writes_its_key_after_attending_on_a_tpu_alone():
+    def has_barriers(mesh, tokens):
+        model = transformer(CONFIG, mesh)
+        params, cache = (jax.eval_shape(f) for f in (lambda: model.init(jax.random.key(0)), lambda: model.init_cache(4, 8)))
+        tokens_BT = jnp.zeros((4, tokens), jnp.int32)
+        traced = jax.make_jaxpr(lambda params, cache: model.apply(params, tokens_BT, tokens_BT, cache=cache))(params, cache)
+        return "optimization_barrier" in str(traced)
+
+    assert has_barriers(mesh_of("v5e:2x4"), 1)
+    assert not has_barriers(mesh_of("v5e:2x4"), 2)
+    assert not has_barriers(make_mesh(), 1)

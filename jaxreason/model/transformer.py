@@ -25,7 +25,9 @@ from jaxreason.model.config import LORA_TARGETS, Lora, ModelConfig, rope_frequen
 from jaxreason.model.cpu import from_left
 from jaxreason.model.decode_layout import cast_used, decode_layout, for_few_rows, in_decode_layout
 from jaxreason.model.interface import Model
-from jaxreason.model.layers import Block, Norm, Projection, Seen
+from jaxreason.model.layers import Block, Norm, Projection, Seen, read, read_then_write
+from jaxreason.model.tpu import contract
+from jaxreason.platforms import platform_of
 
 REMAT = {
     "none": None,
@@ -47,11 +49,13 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
     # Keep only the structure of the modules, without arrays; `apply` merges it with
     # params.
     kernel = KERNELS[config.attention](config, mesh)
-    block = nnx.graphdef(nnx.eval_shape(lambda: by_head(Block(config, rngs=nnx.Rngs(0)), kernel.project)))
-    adapted_block = nnx.eval_shape(lambda: by_head(adapted(Block(config, rngs=nnx.Rngs(0)), config.lora), kernel.project))
+    if platform_of(mesh).write_after and kernel.read is read:
+        kernel = kernel._replace(read=read_then_write)
+    block = nnx.graphdef(nnx.eval_shape(lambda: contracted(Block(config, rngs=nnx.Rngs(0)), kernel.project)))
+    adapted_block = nnx.eval_shape(lambda: contracted(adapted(Block(config, rngs=nnx.Rngs(0)), config.lora), kernel.project))
     adapted_block = nnx.graphdef(adapted_block)
     decode_block = nnx.eval_shape(lambda: Block(config, fused=True, rngs=nnx.Rngs(0)))
-    decode_block = nnx.graphdef(decode_block if config.scan_layers else for_few_rows(decode_block))
+    decode_block = nnx.graphdef(contracted(decode_block, contract) if config.scan_layers else for_few_rows(decode_block))
     final_norm = nnx.graphdef(nnx.eval_shape(lambda: Norm(config.width, config.norm_eps)))
 
     def run(block, x_BTD, layer, rotations, seen, cache):
@@ -203,13 +207,13 @@ def adapted(block: Block, adapters: Lora | None) -> Block:
     return block
 
 
-def by_head(block: Block, project) -> Block:
-    """Make the projections of queries, keys and values use `project`, if it is not
+def contracted(block: Block, product) -> Block:
+    """Make the projections to several axes, as of heads, use `product`, if it is not
     None.
     """
     for _, module in nnx.iter_graph(block):
-        if isinstance(module, Projection) and len(module.outputs) == 2:
-            module.by_head = project
+        if isinstance(module, Projection) and len(module.outputs) > 1:
+            module.contract = product
     return block
 
 
