@@ -53,7 +53,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "weight_decay": 0.01,
         },
         "steps": 2000,
-        "microbatches": 2,
+        "microbatches": config_dict.placeholder(int),  # None: as many as suit the machine
         "log_every": 20,
     }
     config.rl = {
@@ -70,7 +70,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "objective": {"name": "rloo", "weigh": "per_token", "kl_coefficient": 0.0, "entropy_coefficient": 0.0},
         "optimizer": {"lr": 3e-4, "schedule_kind": "linear", "final_fraction": 0.1, "warmup_steps": 10, "weight_decay": 0.0},
         "steps": 160,
-        "microbatches": 16,
+        "microbatches": config_dict.placeholder(int),
         "evaluate_every": 40,
     }
     config.evaluate = {"n": 128, "final_n": 512, "temperatures": (0.0, 1.0), "suites": held_out}

@@ -6,7 +6,9 @@ The measurements behind the rows are in `jaxreason/bench/README.md`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +20,7 @@ class Platform(NamedTuple):
     logits_at_once: int  # logits on a device at one time, at most
     logits_kept: int  # logits per micro-batch kept for the backward pass; more are recomputed
     logits_tile: tuple[int, int] | None  # tokens x symbols of which more logits than may be kept are computed; None: no tiles
+    tokens_at_once: int | None  # of a micro-batch on a device, if it may be chosen; None: by the size of the cache
     prefill_tokens: int  # tokens that a device prefills at one time
     share_prompts_from: int  # slots share prompts if max_prompt_tokens is at least this
     scan_layers: bool  # scan over layers instead of unrolling them
@@ -36,6 +39,7 @@ PLATFORMS = {
         logits_at_once=2**23,
         logits_kept=2**26,
         logits_tile=None,
+        tokens_at_once=None,
         prefill_tokens=128,
         share_prompts_from=512,
         scan_layers=False,
@@ -46,10 +50,10 @@ PLATFORMS = {
     ),
     # Smaller matrix products would leave an accelerator idle, and each program takes
     # long to compile.
-    "gpu": Platform(2**27, 2**27, None, 1024, 0, True, False, False, "bfloat16", None),
+    "gpu": Platform(2**27, 2**27, None, 2**13, 1024, 0, True, False, False, "bfloat16", None),
     # A tile of float32 logits fits in the vector memory (128 MiB on a v5e), so that
     # logits are neither written to HBM nor read from it.
-    "tpu": Platform(2**27, 2**27, (4096, 4096), 1024, 0, True, False, True, "bfloat16", None),
+    "tpu": Platform(2**27, 2**27, (4096, 4096), 2**13, 1024, 0, True, False, True, "bfloat16", None),
 }
 # A v5p's compiler keeps no tile of logits in vector memory. Larger tiles then move
 # fewer bytes: the head's gradient is read and written once per chunk of tokens.
@@ -77,3 +81,32 @@ def platform_of(mesh=None) -> Platform:
     if name == "tpu" and kind_of(mesh) == V5P:
         return row._replace(logits_tile=TILE_OF_V5P)
     return row
+
+
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")  # of Linux
+UNKNOWN_CACHE_BYTES = 2**24
+SHARE_OF_LAST_LEVEL = 32  # times the cache of one core, at most: many cores may share the last level
+
+
+@functools.cache
+def cache_bytes() -> int:
+    """Return the bytes of a CPU's last cache, or of a part of it if it is large.
+
+    Processes of one run get the same number, whatever their machines: their programs
+    must be alike.
+    """
+    if jax.process_count() > 1:
+        return UNKNOWN_CACHE_BYTES
+    found = {int(read(level)): in_bytes(read(level.with_name("size"))) for level in CACHES.glob("index*/level")}
+    if 3 not in found:
+        return found.get(2, UNKNOWN_CACHE_BYTES)
+    return min(found[3], SHARE_OF_LAST_LEVEL * found.get(2, found[3]))
+
+
+def read(path: Path) -> str:
+    return path.read_text().strip()
+
+
+def in_bytes(size: str) -> int:
+    """Return the bytes of a size such as 1024K or 32M."""
+    return int(size.rstrip("KMG")) * {"K": 2**10, "M": 2**20, "G": 2**30}.get(size[-1], 1)

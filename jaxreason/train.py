@@ -140,7 +140,7 @@ def train_phase(run: Run, index: int, params, journal: Journal, found: Found | N
         journal.begin_step()
         source_state, drawn = phase.source.next(source_state, state.params, key)
         if phase.source.samples:
-            memory.trim()  # the sampler's weights and caches are freed
+            memory.trim_soon()  # the sampler's weights and caches are freed
         journal.drew(drawn, source_state)
         batch = sharding.put_rows(drawn.batch, run.mesh)
         used = teacher.in_use(phase, reference, state.params)

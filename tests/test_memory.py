@@ -7,7 +7,7 @@ import pytest
 
 # All blocks but the last are freed, so that glibc can't lower the end of its heap.
 PROGRAM = """
-import ctypes, os
+import ctypes, os, time
 import jax
 from jaxreason.runtime import memory
 
@@ -34,7 +34,13 @@ jax.monitoring.record_event_duration_secs(memory.COMPILED, 0.1)
 short = mib()
 jax.monitoring.record_event_duration_secs(memory.COMPILED, 2.0)
 long = mib()
-print(round(before - start), *(round(x - before) for x in (small, short, long)))
+memory.trim_soon(0.5)
+leave_free(60_000, 2_000)
+late = mib()
+waits = time.monotonic() + 60
+while mib() - before > 20 and time.monotonic() < waits:
+    time.sleep(0.1)
+print(round(before - start), *(round(x - before) for x in (small, short, long, late, mib())))
 """
 
 
@@ -43,8 +49,10 @@ print(round(before - start), *(round(x - before) for x in (small, short, long)))
 def test_memory_of_compilers_and_large_arrays_is_given_back():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120)
     assert not done.returncode, done.stderr
-    large, small, short, long = map(int, done.stdout.split())
+    large, small, short, long, late, soon = map(int, done.stdout.split())
     assert large < 40 + 34 + 34  # the last block of each is not freed, the other five of 34 MiB are
     assert small > 100  # kept by glibc: else this test tests nothing
     assert short > 100  # a short compilation leaves little, and trimming takes time
     assert long < 20
+    assert late > 100  # freed after the call
+    assert soon < 20  # and returned by it

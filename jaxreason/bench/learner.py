@@ -76,6 +76,16 @@ def paid_alternately(group):
     return Group(tuple(dataclasses.replace(r, verdict=Verdict(float(r.attempt % 2), False)) for r in group.attempts))
 
 
+def microbatches_for(shape, completer, mesh) -> int:
+    """Choose the number of micro-batches as a run does whose config names none."""
+    from jaxreason import build, platforms, sharding
+
+    source = {"name": "rollouts", "problems": FLAGS.prompts, "group": FLAGS.group}
+    source["rollouts_per_prompt"] = FLAGS.rollouts_per_prompt
+    limits = build.Attempts(completer.max_tokens, completer.sampler.length - completer.max_tokens)
+    return build.choose_microbatches([source], shape, limits, sharding.row_devices(mesh), platforms.platform_of(mesh))
+
+
 def bench(cores: int, whole: bool) -> None:
     """Measure the learner (with `whole`, also sampling) and print the times."""
     import jax
@@ -93,10 +103,10 @@ def bench(cores: int, whole: bool) -> None:
     section = phase["objective"] | ({} if FLAGS.kl is None else {"kl_coefficient": FLAGS.kl})
     objective = call_with_section(objectives.make, section, "objective")
     made = call_with_section(optimizer.make, phase["optimizer"] | {"warmup_steps": 0}, "optimizer", steps=phase["steps"])
-    microbatches = FLAGS.microbatches or phase["microbatches"]
     mesh = call_with_section(sharding.make_mesh, config["sharding"]["mesh"], "config.sharding.mesh")
-    R, multiple = len(wanted) * FLAGS.group, microbatches * sharding.row_devices(mesh)
     longest_prompt = completer.sampler.length - completer.max_tokens
+    microbatches = FLAGS.microbatches or phase.get("microbatches") or microbatches_for(c, completer, mesh)
+    R, multiple = len(wanted) * FLAGS.group, microbatches * sharding.row_devices(mesh)
     sizes = {"group": FLAGS.group, "rows": R, "multiple": multiple}
     sizes |= {"longest_prompt": longest_prompt, "completion": completer.max_tokens}
     share = choose_rollouts_per_prompt(FLAGS.rollouts_per_prompt, c, **sizes)
@@ -133,7 +143,7 @@ def bench(cores: int, whole: bool) -> None:
         if whole:
             groups, _ = sampling.batch(completer, completer.sampler.prepare(state.params), wanted, number)
             groups = list(map(paid_alternately, groups))
-            memory.trim()
+            memory.trim_soon()
         times.append(time.perf_counter())
         host = to_batch(groups)
         batch = sharding.put_rows(host, mesh)
@@ -166,7 +176,7 @@ def run(whole: bool = False) -> None:
     """Define the flags and run the benchmark."""
     sampling.define_flags()
     flags.DEFINE_float("kl", None, "KL coefficient, in the place of the config's.", lower_bound=0.0)
-    flags.DEFINE_integer("microbatches", 0, "0: those of the config.", lower_bound=0)
+    flags.DEFINE_integer("microbatches", 0, "0: those of the config; if it has none, as suits the machine.", lower_bound=0)
     flags.DEFINE_integer(
         "rollouts_per_prompt", None, "Attempts behind one copy of a prompt; default: as many as pay.", lower_bound=1
     )

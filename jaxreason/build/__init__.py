@@ -10,6 +10,7 @@ before anything is compiled.
     tasks        tasks of sources and suites, and their judges
     environments tools and further attempts around a judge
     phases       sources, objectives, optimizers
+    batches      rows, attempts behind a prompt, micro-batches
     teacher      reference policies
     hints        what a teacher is shown beside the prompt
     evaluation   held-out tasks and texts; the options of the log
@@ -17,6 +18,7 @@ before anything is compiled.
     start        `open_run`: build a run, lock its folder, open its checkpoints
 """
 
+from jaxreason.build.batches import Attempts, batch_size, choose_microbatches, choose_rollouts_per_prompt
 from jaxreason.build.evaluation import make_log
 from jaxreason.build.layout import (
     OPTIONAL,
@@ -47,7 +49,7 @@ from jaxreason.build.model import (
     read_shape,
     reword,
 )
-from jaxreason.build.phases import SOURCES, choose_rollouts_per_prompt, corpus, demonstrations, rollouts
+from jaxreason.build.phases import SOURCES, corpus, demonstrations, rollouts
 from jaxreason.build.run import build
 from jaxreason.build.sampler import make_completer
 from jaxreason.build.tasks import check_keys, judge, make_judge
@@ -57,11 +59,14 @@ __all__ = [
     "SECTIONS",
     "SOURCES",
     "VERSION",
+    "Attempts",
     "ModelAndText",
+    "batch_size",
     "build",
     "check_changes",
     "check_keys",
     "check_size",
+    "choose_microbatches",
     "choose_rollouts_per_prompt",
     "complete",
     "corpus",

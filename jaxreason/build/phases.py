@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jaxreason import batching, data, sources
+from jaxreason import batching, data, platforms, sources
 from jaxreason import objectives as objectives_
 from jaxreason import optimizer as optimizer_
+from jaxreason.build.batches import Attempts, choose_microbatches, choose_rollouts_per_prompt
 from jaxreason.build.environments import make_environment
 from jaxreason.build.hints import make_hints
 from jaxreason.build.mix import make_mix
@@ -24,9 +25,8 @@ from jaxreason.build.tasks import (
     parts_of,
 )
 from jaxreason.build.teacher import make_reference
-from jaxreason.cost import attempts_behind_a_prompt, shared_length
+from jaxreason.cost import shared_length
 from jaxreason.draw import ALL, LOWEST_TEMPERATURE, is_temperature
-from jaxreason.model import ModelConfig
 from jaxreason.objectives.losses import nll
 from jaxreason.options import call_with_section, find
 from jaxreason.rollout import Completer
@@ -41,7 +41,7 @@ def make_phase(
     objective: dict,  # training objective
     optimizer: dict,  # update rule of the params
     steps: int,  # batches to train on; 0: evaluate only
-    microbatches: int = 1,  # parts of a batch to accumulate gradients over
+    microbatches: int | None = None,  # parts of a batch to accumulate gradients over; None: as many as suit this machine
     updates_per_batch: int = 1,  # train steps per batch
     evaluate_every: int = 0,  # steps between evaluations; 0: only at the end of the phase
     log_every: int = 1,  # steps per line of metrics
@@ -52,8 +52,9 @@ def make_phase(
     """Make one phase: `Source x Objective x steps`."""
     if steps < 0:
         raise ValueError(f"config.{name}.steps got {steps}; allowed: 0 (evaluate only) or more")
-    positive = {"microbatches": microbatches, "updates_per_batch": updates_per_batch, "max_skipped": max_skipped}
-    check_positive(f"config.{name}", **positive, log_every=log_every)
+    positive = {} if microbatches is None else {"microbatches": microbatches}
+    positive |= {"updates_per_batch": updates_per_batch, "max_skipped": max_skipped, "log_every": log_every}
+    check_positive(f"config.{name}", **positive)
     if evaluate_every < 0:
         raise ValueError(f"config.{name}.evaluate_every got {evaluate_every}; allowed: 0 (at the end only) or more")
     made_objective = call_with_section(objectives_.make, objective, f"config.{name}.objective")
@@ -95,6 +96,8 @@ def make_phase(
     made_reference = make_reference(reference, made_objective, hinted, name, parts)
     if offload_reference and made_reference == "current":
         raise ValueError(f"config.{name}.offload_reference got True, but the reference is the current params; allowed: False")
+    if microbatches is None:
+        microbatches = microbatches_of(source, parts)
     arguments = {"parts": parts, "objective": made_objective, "microbatches": microbatches, "steps": steps}
     made_source = call_with_section(make_source, {"name": None} | source, f"config.{name}.source", **arguments)
     if made_source.rows % (parts.devices * microbatches):
@@ -116,6 +119,13 @@ def make_phase(
         max_skipped,
         made_reference,
     )
+
+
+def microbatches_of(source: dict, parts: Parts) -> int:
+    """Choose the number of micro-batches of a source's batches for this machine."""
+    limits = Attempts(parts.completer.max_tokens, parts.completer.sampler.length - parts.completer.max_tokens)
+    platform = platforms.platform_of(parts.meshes.learn)
+    return choose_microbatches(parts_of(source).values(), parts.model.config, limits, parts.devices, platform)
 
 
 def without_ignored(section: dict, where: str, say: Callable[[str], None]) -> dict:
@@ -338,33 +348,6 @@ def mix(
     """
     keywords = {"parts": parts, "objective": objective, "microbatches": microbatches, "steps": steps}
     return make_mix(make_source, **keywords, of=of, weights=weights)
-
-
-MOST_ATTEMPTS = 2**20  # attempts per problem, at most
-
-
-def choose_rollouts_per_prompt(
-    asked: int | None, shape: ModelConfig, *, group: int, rows: int, multiple: int, longest_prompt: int, completion: int
-) -> int:
-    """Choose the number of attempts at a problem that follow one copy of its prompt.
-
-    None asks for the number with the least work, for a typical prompt of half the
-    longest one and the longest `completion`. The number of rows must stay a multiple of
-    `multiple`: devices x micro-batches.
-    """
-    if not 1 <= group <= MOST_ATTEMPTS:
-        raise ValueError(f"source.group got {group}; allowed: 1 to {MOST_ATTEMPTS:,}")
-    alone = shape.attention != "xla"  # other kernels support segments, but not branches of a segment
-    if asked is None:
-        choices = [n for n in range(1, group + 1) if group % n == 0 and rows // n % multiple == 0]
-        return 1 if alone else attempts_behind_a_prompt(shape, choices or [1], longest_prompt // 2, completion)
-    if asked < 1 or group % asked:
-        raise ValueError(f"source.rollouts_per_prompt got {asked}; allowed: a divisor of group={group}, or None to choose")
-    if asked > 1 and alone:
-        raise ValueError(
-            f"source.rollouts_per_prompt got {asked} with attention={shape.attention!r}; allowed: 1, or attention='xla'"
-        )
-    return asked
 
 
 SOURCES = {"corpus": corpus, "demonstrations": demonstrations, "rollouts": rollouts, "kept_rollouts": kept_rollouts, "mix": mix}

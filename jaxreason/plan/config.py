@@ -7,11 +7,11 @@ from __future__ import annotations
 import inspect
 
 from jaxreason import build, objectives, optimizer, sharding
-from jaxreason.cost import shared_length
 from jaxreason.model import attention
 from jaxreason.options import call_with_section, fields, unknown_name_message
 from jaxreason.plan.arrays import completer_of, devices_of, state_of, weights_of
 from jaxreason.plan.work import Work, microbatch_choices
+from jaxreason.platforms import PLATFORMS
 
 PREFILL_TOKENS = 1024  # the sampler's default on an accelerator
 
@@ -41,8 +41,11 @@ def read(config: dict, topology: str, phase: str | None) -> Work:
     objective = call_with_section(objectives.make, section["objective"], f"config.{phase}.objective")
     updates, steps = section.get("updates_per_batch", 1), section["steps"]
     source = section["source"]
-    microbatches = section.get("microbatches", 1)
-    keywords = {"sampler": config["sampler"], "shape": shape, "multiple": mesh["data"] * mesh["fsdp"] * microbatches}
+    devices, microbatches = mesh["data"] * mesh["fsdp"], section.get("microbatches")
+    if microbatches is None:
+        limits = build.Attempts(config["sampler"]["max_tokens"], config["sampler"]["max_prompt_tokens"])
+        microbatches = build.choose_microbatches([source], shape, limits, devices, PLATFORMS["tpu"])
+    keywords = {"sampler": config["sampler"], "shape": shape, "multiple": devices * microbatches}
     sizes = call_with_section(read_source, {"name": None} | source, f"config.{phase}.source", **keywords)
     evaluated = bool(config["evaluate"].get("suites"))
     sampler = {key: tuple(v) if isinstance(v, list) else v for key, v in config["sampler"].items()}
@@ -83,27 +86,17 @@ def read_source(*, name: str, sampler: dict, shape, multiple: int, **section) ->
     for key in section:
         if key not in allowed:
             raise ValueError(unknown_name_message("field of the source", key, allowed))
-    new_tokens = sampler["max_tokens"]
-    if name != "rollouts":
-        return {
-            "rows": section["rows"],
-            "length": section["max_tokens" if name == "demonstrations" else "length"],
-            "problems": 0,
-            "group": 0,
-            "new_tokens": new_tokens,
-        }
-    if section.get("max_tokens") is not None:
-        new_tokens = section["max_tokens"]
-    problems, group, longest_prompt = section["problems"], section["group"], sampler["max_prompt_tokens"]
-    sizes = {"group": group, "rows": problems * group, "multiple": multiple}
-    sizes |= {"longest_prompt": longest_prompt, "completion": new_tokens}
-    share = build.choose_rollouts_per_prompt(section.get("rollouts_per_prompt"), shape, **sizes)
+    limits = build.Attempts(sampler["max_tokens"], sampler["max_prompt_tokens"])
+    size = build.batch_size({"name": name, **section}, shape, limits, multiple)
+    if size is None:
+        raise ValueError(f"the source {name!r} lacks a size; needed: rows and length, rows and max_tokens, or problems and group")
+    samples = name == "rollouts"
     return {
-        "rows": problems * group // share,
-        "length": shared_length(longest_prompt, [new_tokens] * share),
-        "problems": problems,
-        "group": group,
-        "new_tokens": new_tokens,
+        "rows": size.rows,
+        "length": size.length,
+        "problems": section["problems"] if samples else 0,
+        "group": section["group"] if samples else 0,
+        "new_tokens": (samples and section.get("max_tokens")) or limits.completion,
     }
 
 

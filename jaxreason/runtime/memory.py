@@ -8,6 +8,7 @@ lower (jaxreason/bench/README.md).
 from __future__ import annotations
 
 import ctypes
+import threading
 
 import jax
 
@@ -40,8 +41,18 @@ def give_back(after_s: float = 1.0) -> None:
 
 
 def trim() -> None:
-    """Return all memory that is free now. Call it after a large release, such as of the
-    sampler's weights.
-    """
+    """Return all memory that is free now."""
     if hasattr(LIBC, "malloc_trim"):
         LIBC.malloc_trim(0)
+
+
+def trim_soon(after_s: float = 0.1) -> None:
+    """Return all memory that is free a moment from now, in the background. Call it
+    after a large release, such as of the sampler's weights.
+
+    XLA frees the arrays that a program has read on a thread of its own, after the
+    program's results are ready, so a trim at once may come too early.
+    """
+    timer = threading.Timer(after_s, trim)
+    timer.daemon = True
+    timer.start()
