@@ -33,7 +33,7 @@ def define_flags() -> None:
     flags.DEFINE_string("phase", None, "The phase to plan; default: the last.")
     flags.DEFINE_float("efficiency", 0.5, "Fraction of the roofline that the predicted time assumes; a guess.", 0.01, 1.0)
     flags.DEFINE_string("prices", None, 'JSON file of dollars per chip and hour, as {"v5e": 1.2}; default: list prices.')
-    flags.DEFINE_boolean("search", True, "If it does not fit, compile more to say what does.")
+    flags.DEFINE_boolean("search", True, "Compile more to say what fits, or how the network bounds the train step no longer.")
     flags.DEFINE_string(
         "compare", None, "Text of a compiled program, compiled.as_text(): count it; with --config, per token of that train step."
     )
@@ -44,41 +44,46 @@ def plan() -> bool:
     """Plan the config and topology of the flags, print the plan, and return whether it
     fits.
     """
+    from jaxreason.plan import report
     from jaxreason.plan.arrays import devices_of
     from jaxreason.plan.config import read
-    from jaxreason.plan.report import compare, describe, read_hlo, read_prices, show, show_compared, verdict
-    from jaxreason.plan.search import find_fitting, larger_topology
+    from jaxreason.plan.search import fewer_microbatches, find_fitting, larger_topology
     from jaxreason.plan.work import flags_for
 
     if FLAGS.topology is None:
         raise ValueError("no --topology given; for example --topology=v5e:4x8, and --topology=list shows what is known")
-    prices = read_prices(FLAGS.prices)
+    prices = report.read_prices(FLAGS.prices)
     if FLAGS.compare is not None:
-        read_hlo(FLAGS.compare)  # fail before anything is compiled
+        report.read_hlo(FLAGS.compare)  # fail before anything is compiled
     if FLAGS.config is None:
-        told = compare(FLAGS.compare, FLAGS.topology, None)
-        print(json.dumps(told)) if FLAGS.json else show_compared(FLAGS.compare, told)
+        told = report.compare(FLAGS.compare, FLAGS.topology, None)
+        print(json.dumps(told)) if FLAGS.json else report.show_compared(FLAGS.compare, told)
         return True
     devices_of(FLAGS.topology)
     work = read(FLAGS.config.to_dict(), FLAGS.topology, FLAGS.phase)
-    found = describe(work, FLAGS.efficiency, prices)
+    found = report.describe(work, FLAGS.efficiency, prices)
     other = find_fitting(work) if not found["fits"] and FLAGS.search else None
     if not found["fits"] and FLAGS.search and other is None:
         found["larger_topology"] = larger_topology(work)
     if other is not None:
-        found["fits_with"] = {"flags": flags_for(work, other), **describe(other, FLAGS.efficiency, prices)}
+        found["fits_with"] = {"flags": flags_for(work, other), **report.describe(other, FLAGS.efficiency, prices)}
+    fewer = fewer_microbatches(work) if found["fits"] and FLAGS.search else None
+    if fewer is not None:
+        found["not_bound_by_network"] = report.describe_fewer(work, fewer)
     if FLAGS.compare is not None:
-        found["compared"] = compare(FLAGS.compare, FLAGS.topology, found)
+        found["compared"] = report.compare(FLAGS.compare, FLAGS.topology, found)
     if FLAGS.json:
         print(json.dumps(found))
         return found["fits"]
-    show(found)
+    report.show(found)
     if FLAGS.compare is not None:
-        show_compared(FLAGS.compare, found["compared"])
-    print(verdict(found))
+        report.show_compared(FLAGS.compare, found["compared"])
+    print(report.verdict(found))
+    if fewer is not None:
+        print(report.faster(found["not_bound_by_network"]))
     if other is not None:
         print(f"\nfits with: {' '.join(found['fits_with']['flags'])}\n")
-        show(found["fits_with"])
+        report.show(found["fits_with"])
     elif not found["fits"] and FLAGS.search:
         larger = found["larger_topology"]
         hint = f"; params, optimizer and the sampler's weights would fit on {larger}, with another mesh" if larger else ""
