@@ -52,9 +52,9 @@ def make_phase(
     """Make one phase: `Source x Objective x steps`."""
     if steps < 0:
         raise ValueError(f"config.{name}.steps got {steps}; allowed: 0 (evaluate only) or more")
-    positive = {} if microbatches is None else {"microbatches": microbatches}
-    positive |= {"updates_per_batch": updates_per_batch, "max_skipped": max_skipped, "log_every": log_every}
-    check_positive(f"config.{name}", **positive)
+    if microbatches is not None and microbatches < 1:
+        raise ValueError(f"config.{name}.microbatches got {microbatches}; allowed: 1 or more, or None to choose")
+    check_positive(f"config.{name}", updates_per_batch=updates_per_batch, max_skipped=max_skipped, log_every=log_every)
     if evaluate_every < 0:
         raise ValueError(f"config.{name}.evaluate_every got {evaluate_every}; allowed: 0 (at the end only) or more")
     made_objective = call_with_section(objectives_.make, objective, f"config.{name}.objective")
