@@ -111,8 +111,9 @@ def train_flops(c, rows: int, length: int, remade: bool) -> float:
 def flash_flops(c, rows: int, length: int) -> float:
     """Count the FLOPs of a flash attention kernel in a train step.
 
-    The forward pass counts once, once more with `remat`, and the backward pass 2.5
-    times. The kernel skips the masked half of the scores and recomputes scores in its
-    backward pass (Dao 2023, arXiv 2307.08691).
+    The forward pass counts once, once more with `remat`, except "dots" with splash,
+    and the backward pass 2.5 times. The kernel skips the masked half of the scores and
+    recomputes scores in its backward pass (Dao 2023, arXiv 2307.08691).
     """
-    return dense_flops(c, rows, length, length, 0)["attention"] / 2 * (3.5 + (c.remat != "none"))
+    again = c.remat == "full" or (c.remat == "dots" and c.attention != "splash")
+    return dense_flops(c, rows, length, length, 0)["attention"] / 2 * (3.5 + again)

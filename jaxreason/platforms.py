@@ -26,6 +26,7 @@ class Platform(NamedTuple):
     share_prompts_from: int  # slots share prompts if max_prompt_tokens is at least this
     scan_layers: bool  # scan over layers instead of unrolling them
     fine_buckets: bool  # compile decode steps for more cache lengths
+    write_after: bool  # a decode step writes its key and value after attending
     dtype: str  # of the computation, if a model names none
     compiler_options: Mapping[str, Any] | None  # of the train step
 
@@ -44,16 +45,45 @@ PLATFORMS = {
         share_prompts_from=512,
         scan_layers=False,
         fine_buckets=True,
+        write_after=False,
         dtype="float32",
         compiler_options={"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
     ),
     # Smaller matrix products would leave an accelerator idle, and each program takes
     # long to compile.
-    "gpu": Platform(2**27, 2**27, None, 2**13, 1024, 0, True, False, "bfloat16", None),
+    "gpu": Platform(
+        logits_at_once=2**27,
+        logits_kept=2**27,
+        logits_tile=None,
+        tokens_at_once=2**13,
+        prefill_tokens=1024,
+        share_prompts_from=0,
+        scan_layers=True,
+        fine_buckets=False,
+        write_after=False,
+        dtype="bfloat16",
+        compiler_options=None,
+    ),
     # A tile of float32 logits fits in the vector memory (128 MiB on a v5e), so that
     # logits are neither written to HBM nor read from it.
-    "tpu": Platform(2**27, 2**27, (4096, 4096), 2**13, 1024, 0, True, False, "bfloat16", None),
+    "tpu": Platform(
+        logits_at_once=2**27,
+        logits_kept=2**27,
+        logits_tile=(4096, 4096),
+        tokens_at_once=2**13,
+        prefill_tokens=1024,
+        share_prompts_from=0,
+        scan_layers=True,
+        fine_buckets=False,
+        write_after=True,
+        dtype="bfloat16",
+        compiler_options=None,
+    ),
 }
+# A v5p's compiler keeps no tile of logits in vector memory. Larger tiles then move
+# fewer bytes: the head's gradient is read and written once per chunk of tokens.
+TILE_OF_V5P = (8192, 8192)
+V5P = ("TPU v5", "TPU v5p")  # its device kinds; a v5e is a "TPU v5 lite"
 LARGE_GPU_BYTES = 48 * 2**30  # GPUs with this much memory get four times the limits on logits
 
 
@@ -62,12 +92,19 @@ def name_of(mesh=None) -> str:
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
+def kind_of(mesh=None) -> str:
+    """Return the kind of a mesh's devices; None means the default device."""
+    return (jax.devices() if mesh is None else mesh.devices.flat)[0].device_kind
+
+
 def platform_of(mesh=None) -> Platform:
     """Return the table row of a mesh; None means that of the default device."""
     name = name_of(mesh)
     row = PLATFORMS[name]
     if name == jax.default_backend() == "gpu" and jax.local_devices()[0].memory_stats()["bytes_limit"] >= LARGE_GPU_BYTES:
         return row._replace(logits_at_once=4 * row.logits_at_once, logits_kept=4 * row.logits_kept)
+    if name == "tpu" and kind_of(mesh) in V5P:
+        return row._replace(logits_tile=TILE_OF_V5P)
     return row
 
 

@@ -220,6 +220,30 @@ def gather_backward(whole, split, _, gradient):
 gather.defvjp(gather_forward, gather_backward)
 
 
+def look_up(embed, tokens_BT, dtype, mesh: Mesh | None):
+    """Return the embeddings of tokens in `dtype`, [B, T, D], split by rows.
+
+    On a mesh each device looks the tokens of all devices up in its own part of D and
+    sends every device its tokens' parts. That sends less than gathering the table if a
+    device has fewer tokens than the table has rows.
+    """
+    table_VD, devices = embed["embedding"], 1 if mesh is None else row_devices(mesh)
+    B, T = tokens_BT.shape
+    apart = mesh is not None and mesh.shape["fsdp"] > 1 and B % devices == 0 and table_VD.shape[1] % mesh.shape["fsdp"] == 0
+    if not apart or B // devices * T >= len(table_VD):
+        table_VD = gather_weights(embed, mesh, "embed")["embedding"]
+        return keep_rows(table_VD[tokens_BT].astype(dtype), mesh)
+
+    def parts(table_VD, tokens_BT):
+        all_BTD = table_VD[jax.lax.all_gather(tokens_BT, "fsdp", tiled=True)].astype(dtype)
+        return jax.lax.all_to_all(all_BTD, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+
+    specs = P(None, "fsdp"), ROWS
+    return jax.shard_map(parts, mesh=mesh, in_specs=specs, out_specs=ROWS, axis_names={"data", "fsdp"}, check_vma=False)(
+        table_VD, tokens_BT
+    )
+
+
 # --- inside a shard_map over data and fsdp ---
 
 
@@ -232,7 +256,8 @@ def over_fsdp(tree):
 
 def gather_over_fsdp(tree):
     """Gather params of which each device has a part."""
-    return where_split(lambda x, axis: jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True), tree)
+    gathered = functools.partial(where_split, lambda x, axis: jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True))
+    return apart_over_tensor(gathered, tree)
 
 
 def scatter_over_fsdp(tree):
@@ -247,7 +272,27 @@ def scatter_over_fsdp(tree):
         split = x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
         return jax.lax.psum_scatter(jnp.moveaxis(split, axis, 0), "fsdp", scatter_dimension=0)
 
-    return where_split(scatter, tree)
+    return apart_over_tensor(functools.partial(where_split, scatter), tree)
+
+
+def apart_over_tensor(function: Callable, tree):
+    """Apply function(tree) on each device along tensor to its part of the params.
+
+    Left to itself, the compiler gathers them over tensor before a collective over
+    another axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    size = dict(mesh.shape).get("tensor", 1)
+    if size == 1:
+        return function(tree)
+
+    def spec(path, x):
+        return P(
+            *("tensor" if axis == "tensor" and x.shape[i] % size == 0 else None for i, axis in enumerate(rule(name_of(path))))
+        )
+
+    specs = jax.tree_util.tree_map_with_path(spec, tree)
+    return jax.shard_map(function, in_specs=(specs,), out_specs=specs, axis_names={"tensor"}, check_vma=False)(tree)
 
 
 def where_split(function: Callable, tree):

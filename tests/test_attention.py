@@ -12,8 +12,9 @@ import pytest
 
 from jaxreason.model import ModelConfig, attention, transformer
 from jaxreason.model import cache as kv
-from jaxreason.model.layers import Seen, attend, rotate
-from jaxreason.model.tpu import rotate_by_product
+from jaxreason.model.cpu import product
+from jaxreason.model.layers import Seen, attend, read, read_then_write, rotate
+from jaxreason.model.tpu import product_by_head, rotate_by_product
 from jaxreason.sharding import make_mesh
 
 B, N, K, H = 4, 4, 2, 8
@@ -68,6 +69,19 @@ def test_a_rotation_by_a_product_is_a_rotation(dtype):
         rtol=1e-6 if dtype == "float32" else 2**-7,
         atol=1e-6,
     )
+
+
+def test_a_product_by_head_is_a_product():
+    rng = np.random.default_rng(0)
+    x_BTD, kernel_DNH = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((B, 9, 16), (16, N, H)))
+    weight = jnp.asarray(rng.normal(size=(B, 9, N, H)), jnp.float32)
+
+    def plain(x_BTD, kernel_DNH):
+        return product(x_BTD, kernel_DNH.reshape(16, -1)).reshape(B, 9, N, H)
+
+    (expected, back), (got, got_back) = (jax.vjp(f, x_BTD, kernel_DNH) for f in (plain, product_by_head))
+    for x, y in zip((got, *got_back(weight)), (expected, *back(weight)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("segmented", [False, True])
@@ -153,11 +167,11 @@ def test_a_kernel_runs_on_each_device_of_a_mesh(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize(("scan_layers", "remat"), [(False, "full"), (True, "full"), (True, "dots")])
 @pytest.mark.parametrize("name", ANYWHERE)
-def test_a_model_is_the_same_under_each_kernel(tiny, monkeypatch, name, scan_layers):
+def test_a_model_is_the_same_under_each_kernel(tiny, monkeypatch, name, scan_layers, remat):
     monkeypatch.setitem(attention.KERNELS, name, ANYWHERE[name])
-    fields = {"remat": "full", "scan_layers": scan_layers, "dtype": "bfloat16"}
+    fields = {"remat": remat, "scan_layers": scan_layers, "dtype": "bfloat16", "qk_norm": True}
     xla, params = tiny(**fields)
     other = transformer(dataclasses.replace(xla.config, attention=name), make_mesh(data=2, fsdp=2))
     tokens_BT = np.random.default_rng(0).integers(0, 24, (B, 9))
@@ -210,6 +224,7 @@ def test_wrong_kernels_are_refused_early():
 
 READERS = {
     "xla": (attention.xla, None),
+    "written after": (lambda *given: attention.xla(*given)._replace(read=read_then_write), None),
     "kernel": (functools.partial(attention.cudnn, implementation="xla"), None),
     "kernel on a mesh": (functools.partial(attention.cudnn, implementation="xla"), {"data": 2, "tensor": 2}),
 }
@@ -258,3 +273,22 @@ def test_a_decode_step_reads_prompts_and_columns_that_are_there(reader, shares):
     for b, column in enumerate(cache_position_B[:7]):
         wanted["k"][b, ..., column], wanted["v"][b, :, column] = new[0][b, 0], new[1][b, 0]
     jax.tree.map(np.testing.assert_array_equal, after, wanted)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_keys_may_be_written_after_they_are_read(tokens, dtype):
+    """A step also attends to its own key as the cache will hold it."""
+    rng, C = np.random.default_rng(0), 9
+    own = jax.tree.map(lambda x: x[0], kv.make(B, C, K, H, dtype, stacked=1))
+    at_BT = jnp.asarray([0, 4, C - tokens, -1])[:, None] + jnp.arange(tokens) * jnp.asarray([1, 1, 1, 0])[:, None]
+
+    def draw(n, T=tokens):
+        return jnp.asarray(rng.normal(size=(B, T, n, H)), jnp.float32)
+
+    _, own = read(draw(N, C), draw(K, C), draw(K, C), own, None, Seen(jnp.broadcast_to(jnp.arange(C), (B, C)), None))
+    given = draw(N), draw(K), draw(K), own, None, Seen(at_BT, None)
+    (expected, before), (mixed, after) = (jax.jit(f)(*given) for f in (read, read_then_write))
+    np.testing.assert_allclose(mixed[:3], expected[:3], atol=2e-6)
+    assert np.isfinite(mixed).all()
+    jax.tree.map(np.testing.assert_array_equal, after, before)

@@ -39,6 +39,26 @@ def work_of(topology=SMALL, name="tiny", options="", **fields):
     return read(config, topology, None)
 
 
+def test_the_persistent_cache_is_off_only_while_a_plan_compiles(tmp_path):
+    changed = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in changed}
+
+    def compiled(factor):
+        jax.jit(lambda x: factor * x).lower(1.0).compile()
+        return len(list(tmp_path.iterdir())) > 0
+
+    try:
+        for name, value in changed.items():
+            jax.config.update(name, value)
+        with arrays.without_cache():
+            assert not compiled(2)
+        assert compiled(3)
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        arrays.compilation_cache.reset_cache()
+
+
 @pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.parametrize(
@@ -227,6 +247,28 @@ def test_a_config_that_does_not_fit_gets_smaller_microbatches_and_fewer_slots(mo
     assert f"--config.rl.microbatches={other.microbatches}" in changed
     assert 1 <= other.microbatches <= 4
     assert other.slots >= 64
+
+
+@needs_libtpu
+def test_a_train_step_bound_by_the_network_gets_fewer_microbatches(monkeypatch):
+    """Each micro-batch gathers the params and sums their gradient."""
+    work = work_of(**{"sharding.mesh.fsdp": 8, "sharding.mesh.data": 1, "rl.microbatches": 8, "rl.source.problems": 32})
+    steps = {n: programs.compile_train(work._replace(microbatches=n)).program for n in (1, 8)}
+    assert steps[8].sent_bytes > 2 * steps[1].sent_bytes
+
+    def with_network(bytes_per_s):
+        monkeypatch.setitem(chips.CHIPS, "v5e", chips.CHIPS["v5e"]._replace(ici_bytes_per_s=bytes_per_s))
+        return search.fewer_microbatches(work)
+
+    at_peak = {n: max(chips.roofline(p, work.chip)[:2]) for n, p in steps.items()}
+    assert with_network(2 * steps[8].sent_bytes / at_peak[8]) is None  # nor is this work bound by it
+    assert with_network(steps[1].sent_bytes / at_peak[1] / 2) is None  # even one micro-batch is
+    other = with_network(1.1 * steps[1].sent_bytes / at_peak[1])
+    assert other.microbatches < 8
+    told = report.describe_fewer(work, other)
+    assert told["flags"] == [f"--config.rl.microbatches={other.microbatches}"]
+    assert told["bound"] != "network"
+    assert f"--config.rl.microbatches={other.microbatches} {told['bound']} does" in report.faster(told)
 
 
 @needs_libtpu

@@ -3,6 +3,7 @@ kind of model, and its optimizer state.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -189,6 +190,41 @@ def test_a_train_step_sends_its_params_and_not_its_activations(axes, most):
     found = hlo.program_cost(step.lower(state, rows).compile().as_text(), unknown_trips=2, devices=8)
     params_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
     assert 3 < found.sent_bytes / params_bytes < most
+
+
+@pytest.mark.parametrize("tokens", [3, 6])  # per row: fewer on a device than the table has rows, and as many
+@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_embeddings_are_looked_up_apart_if_that_sends_less(axes, tokens):
+    mesh, rng = sharding.make_mesh(**{"data": 1} | axes), np.random.default_rng(0)
+    each = 2 * sharding.row_devices(mesh)
+    embed = {"embedding": jnp.asarray(rng.normal(size=(12, 16)), jnp.float32)}
+    tokens_BT, weight = rng.integers(0, 12, (each, tokens)), jnp.asarray(rng.normal(size=(each, tokens, 16)), jnp.bfloat16)
+
+    def looked_up(embed, mesh=None):
+        x_BTD = sharding.look_up(embed, tokens_BT, jnp.bfloat16, mesh)
+        return jnp.sum((x_BTD * weight).astype(jnp.float32)), x_BTD
+
+    gradient = jax.jit(jax.grad(looked_up, has_aux=True), static_argnums=1)
+    (expected, x_BTD), (found, y_BTD) = gradient(embed), gradient(embed, mesh)
+    np.testing.assert_array_equal(y_BTD, x_BTD)
+    np.testing.assert_allclose(found["embedding"], expected["embedding"], rtol=1e-5, atol=1e-6)
+    assert y_BTD.sharding.is_equivalent_to(sharding.rows(mesh), 3)
+    assert ("all_to_all" in str(jax.make_jaxpr(lambda e: looked_up(e, mesh))(embed))) == (tokens == 3)
+
+
+def test_a_head_split_over_tensor_is_never_whole():
+    """Neither its parts nor their gradients are gathered over tensor."""
+    V, D = 96, 64
+    shape = {"vocab_size": V, "width": D, "layers": 1, "heads": 4, "kv_heads": 4, "head_size": 32, "feed_forward": 128}
+    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=4)
+    model = transformer(ModelConfig(**shape, scan_layers=True), mesh)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    place = functools.partial(jax.tree.map, lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s))
+    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.rows(mesh)), batching.empty(8, 128))
+    gradient = jax.jit(jax.grad(functools.partial(loss, model=model, objective=lm()), has_aux=True))
+    text = gradient.lower(place(params, sharding.shardings(params, mesh)), rows).compile().as_text()
+    assert re.search(rf"f32\[{D},{V // 4}\]", text)
+    assert not re.search(rf"f32\[(\d+,)*{V}(,\d+)*\]\S* (all-gather|all-reduce|reduce-scatter)\(", text)
 
 
 @pytest.mark.slow

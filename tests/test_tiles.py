@@ -198,6 +198,22 @@ def test_a_step_with_tiles_is_that_without(tiny, monkeypatch, axes, tied):
     assert re.findall(r"f32\[\d+,6\] = exp", tiled)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_small_head_is_gathered_once_for_both_passes(tiny, monkeypatch, tied):
+    model, params = tiny(vocab_size=V, layers=1, tied_embeddings=tied)
+    expected, _ = gradient_of(model.config, params)
+    gathers, axes, of_head = {}, {"data": 1, "fsdp": 2}, re.compile(r":f32\[6,16\] = all_gather|:f32\[16,6\] = all_gather")
+    for kept in (1000, 400):  # the head has 464 numbers
+        set_tile(monkeypatch, (4, 6), kept)
+        found, _ = gradient_of(model.config, params, axes)
+        assert_trees_close(found, expected, rtol=1e-5, atol=5e-7)
+        mesh = sharding.make_mesh(**axes)
+        loss = functools.partial(learner.loss, model=transformer(model.config, mesh), objective=make("grpo"))
+        text = str(jax.make_jaxpr(jax.grad(loss, has_aux=True))(params, batch=random_batch()))
+        gathers[kept] = len(of_head.findall(text))
+    assert gathers == {1000: 2, 400: 4}  # of the first tile, and of the next one
+
+
 def test_few_logits_a_divided_vocabulary_and_a_reference_have_no_tiles(tiny):
     model, _ = tiny()
     tile = logp_.Tile(4, 6)

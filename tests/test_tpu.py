@@ -7,6 +7,7 @@ has passed all the compiler's checks of shapes, layouts and memory; it has not r
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jaxreason.learner import compile_train_step
 from jaxreason.model import ModelConfig, transformer
 from jaxreason.objectives import dapo
 from jaxreason.plan import hlo
-from jaxreason.plan.arrays import devices_of, layout_of, placed
+from jaxreason.plan.arrays import devices_of, layout_of, placed, without_cache
 from jaxreason.sampler import Weights, compile_sampler
 from jaxreason.sharding import gathered, make_mesh, rows, shardings
 from jaxreason.types import TrainState
@@ -44,14 +45,20 @@ CONFIG = ModelConfig(
 )
 
 
+@pytest.fixture(autouse=True)
+def no_cache():
+    with without_cache():
+        yield
+
+
 @functools.cache
 def mesh_of(topology: str):
     return make_mesh(data=2, fsdp=2, tensor=2, devices=devices_of(topology))
 
 
-def compiled_train_step(topology: str, attention: str):
+def compiled_train_step(topology: str, attention: str, **changes):
     mesh = mesh_of(topology)
-    model = transformer(dataclasses.replace(CONFIG, attention=attention), mesh)
+    model = transformer(dataclasses.replace(CONFIG, attention=attention, **changes), mesh)
     optimizer = optax.adamw(1e-3)
 
     def new_state(key):
@@ -76,6 +83,14 @@ def test_the_train_step_compiles(topology):
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_the_remat_dots_keeps_attention_and_copies_no_float32_heads(topology):
+    text = compiled_train_step(topology, "splash", remat="dots").as_text()
+    calls = re.findall(r"%splash_mha_([a-z]+)\S* = .* custom-call\(", text)
+    assert sorted(calls) == ["dkv", "dq", "fwd"], calls
+    assert not re.findall(rf"= f32\[\d+,{T},\d,{CONFIG.head_size}\]\S* copy\(", text)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_logits_stay_on_the_chip(topology):
     """Log-probs and their gradient move fewer bytes than writing the logits once."""
     mesh, V, T = make_mesh(data=1, fsdp=8, devices=devices_of(topology)), 2**15, 2**13
@@ -92,6 +107,11 @@ def test_logits_stay_on_the_chip(topology):
     rest = placed((hidden_BTD, batch), rows(mesh))
     text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(head, *rest).compile().as_text()
     assert hlo.program_cost(text, devices=8).bytes < 4 * T * V
+
+
+def test_a_v5p_has_larger_tiles_of_logits():
+    limits = [logp.logits_limits(make_mesh(devices=devices_of(topology))) for topology in ("v5e:2x4", "v5p:2x2x1")]
+    assert [limit.tile for limit in limits] == [(4096, 4096), (8192, 8192)]
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
@@ -130,3 +150,17 @@ def test_the_sampler_compiles(topology, cache_dtype):
     for name, lowered in programs.items():
         text = lowered.compile().as_text()
         assert "splash" not in text, name
+        assert not re.search(r"\[256,512\]\S* (copy|reshape)\(", text), f"{name} copies gate_up"
+
+
+def test_a_decode_step_writes_its_key_after_attending_on_a_tpu_alone():
+    def has_barriers(mesh, tokens):
+        model = transformer(CONFIG, mesh)
+        params, cache = (jax.eval_shape(f) for f in (lambda: model.init(jax.random.key(0)), lambda: model.init_cache(4, 8)))
+        tokens_BT = jnp.zeros((4, tokens), jnp.int32)
+        traced = jax.make_jaxpr(lambda params, cache: model.apply(params, tokens_BT, tokens_BT, cache=cache))(params, cache)
+        return "optimization_barrier" in str(traced)
+
+    assert has_barriers(mesh_of("v5e:2x4"), 1)
+    assert not has_barriers(mesh_of("v5e:2x4"), 2)
+    assert not has_barriers(make_mesh(), 1)

@@ -32,7 +32,7 @@ def scored(how: Scoring, head, rows: Rows, referred):
 
 def scored_forward(how: Scoring, head, rows: Rows, referred):
     tiled = how.tile is not None
-    found, kept = tiles.score(how, head, rows) if tiled else score(how, head, rows, referred, keep=True)
+    found, kept = tiles.score(how, head, rows, keep=True) if tiled else score(how, head, rows, referred, keep=True)
     return found, (head, rows, referred, kept)
 
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxreason import sharding
 from jaxreason.logp.chunks import Rows, Scoring, each_chunk, in_chunks, whole
 
+FLOAT32_BYTES = 4
 LANES = 128  # of a TPU's registers; the size of a tile is a multiple of it
 
 
@@ -77,16 +78,18 @@ def tiles_of(vocabulary: int, most: int) -> Tiles:
     return Tiles(vocabulary, size, -(-vocabulary // size))
 
 
-def score(how: Scoring, head, rows: Rows):
+def score(how: Scoring, head, rows: Rows, *, keep: bool = False):
     """Return log-probs and entropies, and what the backward pass needs: normalisers and
-    entropies in chunks.
+    entropies in chunks, and if `keep` the gathered parts of a head that is not too
+    large.
     """
     cut, uncut, _ = in_chunks(how, rows)
     rows, tiles = jax.tree.map(cut, rows), tiles_of(how.vocabulary, how.tile.symbols)
 
     def score_tile(t, state):
-        (part, sums), (symbols_V, own_V) = state, tiles.symbols(t)
+        (part, sums, kept), (symbols_V, own_V) = state, tiles.symbols(t)
         following = whole_part(how, tiles, head, t + 1)
+        kept = None if kept is None else jax.tree.map(lambda all, x: all.at[t].set(x), kept, part)
 
         def score_chunk(i, state):
             most_R, total_R, product_R, chosen_R = (all_CR[i] for all_CR in state)
@@ -101,16 +104,25 @@ def score(how: Scoring, head, rows: Rows):
             sums = higher_R, total_R, product_R, chosen_R
             return tuple(all_CR.at[i].set(x_R) for all_CR, x_R in zip(state, sums, strict=True))
 
-        return following, each_chunk(1, rows.wanted, score_chunk, score_chunk(0, sums))
+        return following, each_chunk(1, rows.wanted, score_chunk, score_chunk(0, sums)), kept
 
-    zeros_CR = jnp.zeros(rows.wanted.shape, jnp.float32)
-    state = whole_part(how, tiles, head, 0), (zeros_CR - jnp.inf, zeros_CR, zeros_CR, zeros_CR)
-    _, (most_CR, total_CR, product_CR, chosen_CR) = jax.lax.fori_loop(0, tiles.count, score_tile, state)
+    zeros_CR, part = jnp.zeros(rows.wanted.shape, jnp.float32), whole_part(how, tiles, head, 0)
+    kept = jax.tree.map(lambda x: jnp.zeros((tiles.count, *x.shape), x.dtype), part) if keep and keeps(how, head) else None
+    state = part, (zeros_CR - jnp.inf, zeros_CR, zeros_CR, zeros_CR), kept
+    _, (most_CR, total_CR, product_CR, chosen_CR), kept = jax.lax.fori_loop(0, tiles.count, score_tile, state)
     scored_C1 = jnp.any(rows.wanted, axis=-1, keepdims=True).at[0].set(True)
     total_CR = jnp.where(scored_C1, total_CR, 1.0)
     log_total_CR = jnp.log(total_CR) + jnp.where(scored_C1, most_CR, 0.0)
     logp_CR, entropy_CR = chosen_CR - log_total_CR, log_total_CR - product_CR / total_CR
-    return [uncut(logp_CR), uncut(entropy_CR)], (log_total_CR, entropy_CR, [])
+    return [uncut(logp_CR), uncut(entropy_CR)], (log_total_CR, entropy_CR, kept)
+
+
+def keeps(how: Scoring, head) -> bool:
+    """Tell whether the backward pass keeps the gathered head instead of gathering it
+    again: if it takes no more memory than logits that are kept.
+    """
+    numbers = sum(x.size for x in jax.tree.leaves(head)) * jax.lax.axis_size("fsdp") if how.on_mesh else 0
+    return how.on_mesh and jax.lax.axis_size("fsdp") > 1 and numbers * how.dtype.itemsize <= how.limits.kept * FLOAT32_BYTES
 
 
 def gradient(how: Scoring, saved, gradients):
@@ -118,15 +130,18 @@ def gradient(how: Scoring, saved, gradients):
 
     Sums over tiles, chunks and devices are float32; the products cast their factors.
     """
-    head, rows, _, (log_total_CR, entropy_CR, _) = saved
+    head, rows, _, (log_total_CR, entropy_CR, kept) = saved
     cut, uncut, _ = in_chunks(how, rows)
     # Columns that fill up the last chunk get no gradient.
     by_logp_CR, by_entropy_CR = (cut(x, "constant") for x in gradients)
     rows, tiles = jax.tree.map(cut, rows), tiles_of(how.vocabulary, how.tile.symbols)
 
+    def part_of(t):
+        return whole_part(how, tiles, head, t) if kept is None else jax.tree.map(lambda all: all[t], kept)
+
     def add_tile(t, state):
         (part, by_head, by_hidden_CRD), (symbols_V, own_V) = state, tiles.symbols(t)
-        following = whole_part(how, tiles, head, t + 1)
+        following = part_of(t + 1)
 
         def add_chunk(i, state):
             by_part, by_hidden_CRD = state
@@ -146,7 +161,7 @@ def gradient(how: Scoring, saved, gradients):
         by_part = sharding.scatter_over_fsdp(by_part) if how.on_mesh else by_part
         return following, tiles.add(by_head, by_part, t), by_hidden_CRD
 
-    state = whole_part(how, tiles, head, 0), zeros_like(head), zeros_like(rows.hidden)
+    state = part_of(0), zeros_like(head), zeros_like(rows.hidden)
     _, by_head, by_hidden_CRD = jax.lax.fori_loop(0, tiles.count, add_tile, state)
     by_head = jax.tree.map(lambda g, x: g.astype(x.dtype), by_head, head)
     return by_head, Rows(None, uncut(by_hidden_CRD.astype(rows.hidden.dtype)), None, None)

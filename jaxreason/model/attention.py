@@ -38,11 +38,12 @@ from jax.sharding import PartitionSpec as P
 from jaxreason.model import decode_attention
 from jaxreason.model.config import ModelConfig
 from jaxreason.model.layers import MASKED, by_key_head, by_token, for_each_query, read, rotate
-from jaxreason.model.tpu import rotate_by_product
+from jaxreason.model.tpu import product_by_head, rotate_by_product
 from jaxreason.sharding import ROWS
 
 LANES = 128  # block sizes of a TPU kernel are multiples of this
 PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
+ATTENDED = "attended"  # checkpoint name of what splash returns, which the remat "dots" keeps
 
 
 class Kernel(NamedTuple):
@@ -54,6 +55,8 @@ class Kernel(NamedTuple):
     """`attend(q_BTNH, k_BTKH, v_BTKH, seen) -> mixed_BTNH`."""
     rotate: Callable = rotate
     """`rotate(x_BTNH, cos_BTH, sin_BTH) -> x_BTNH`, without a cache."""
+    project: Callable | None = None
+    """`project(x_BTD, kernel_DNH) -> x_BTNH`, without a cache; None: as every projection."""
     read: Callable = read
     """`read(q_BTNH, k_BTKH, v_BTKH, own, prompts, seen) -> (mixed_BTNH, own)`, with a cache; see `layers.read`."""
 
@@ -200,6 +203,7 @@ def splash(config: ModelConfig, mesh=None, *, interpret: bool = False) -> Kernel
             block_sizes=kernels.BlockSizes(*[block] * 8),  # forward and both backward passes
             head_shards=1,
             q_seq_shards=1,
+            residual_checkpoint_name=ATTENDED,
             interpret=interpret,
         )
         segments = None
@@ -208,7 +212,10 @@ def splash(config: ModelConfig, mesh=None, *, interpret: bool = False) -> Kernel
             segments = kernels.SegmentIds(segment_BT, segment_BT)
         return jax.vmap(kernel)(q, k, v, segments).swapaxes(1, 2)[:, :T]
 
-    return Kernel(lambda position_BT, segment_BT: segment_BT, split(attend_splash, config, mesh), rotate=rotate_by_product)
+    def see(position_BT, segment_BT):
+        return segment_BT
+
+    return Kernel(see, split(attend_splash, config, mesh), rotate=rotate_by_product, project=product_by_head)
 
 
 KERNELS = {"xla": xla, "cudnn": cudnn, "splash": splash}

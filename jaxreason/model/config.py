@@ -124,7 +124,7 @@ class ModelConfig:
     head_dtype: str | None = None  # dtype of the final norm and the output projection; None: dtype
     param_dtype: str = "float32"  # dtype in which params are stored
     scan_layers: bool = False  # lax.scan over layers: compile time independent of depth, but slower on a CPU
-    remat: str = "none"  # recomputed in the backward pass: none: nothing, full: whole layers, dots: all but matrix products
+    remat: str = "none"  # recomputed in the backward pass: none: nothing, full: whole layers, dots: all but products and splash
     attention: str = "xla"  # attention kernel: cudnn on NVIDIA GPUs, splash on TPUs, xla anywhere
 
     def __post_init__(self):

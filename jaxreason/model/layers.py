@@ -47,6 +47,7 @@ class Projection(nnx.Module):
     def __init__(self, inputs: tuple, outputs: tuple, *, gain: float = 1.0, bias: bool = False, rngs: nnx.Rngs):
         fan_in = math.prod(inputs)
         self.inputs, self.outputs, self.product = inputs, outputs, product
+        self.contract = None  # a product that takes the kernel [D, ...] as it is, instead of `product`
         self.scale = 0.0  # scale of the adapters a and b, if they are added
         self.kernel = nnx.Param(gain * fan_in**-0.5 * jax.random.normal(rngs.params(), (*inputs, *outputs)))
         # A bias starts at zero, as in every published model with biases; its gradient
@@ -56,10 +57,13 @@ class Projection(nnx.Module):
     def __call__(self, x):
         lead = x.shape[: x.ndim - len(self.inputs)]
         kernel = self.kernel[...].astype(x.dtype)
-        if kernel.ndim > 2:
-            kernel = kernel.reshape(math.prod(self.inputs), -1)
-        y = self.product(x.reshape(*lead, -1), kernel)[..., : math.prod(self.outputs)]  # the kernel's rows may be padded
-        y = y.reshape(*lead, *self.outputs)
+        if self.contract is not None:
+            y = self.contract(x, kernel)
+        else:
+            if kernel.ndim > 2:
+                kernel = kernel.reshape(math.prod(self.inputs), -1)
+            y = self.product(x.reshape(*lead, -1), kernel)[..., : math.prod(self.outputs)]  # the kernel's rows may be padded
+            y = y.reshape(*lead, *self.outputs)
         if self.scale:
             y += self.scale * self.b(self.a(x))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
@@ -153,11 +157,17 @@ def attend_part(q_BKQH, cache: dict, visible) -> Part:
     return Part(jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32), highest, total)
 
 
-def merge(a: Part, b: Part):
-    """Return the attention over the keys of both parts."""
+def join(a: Part, b: Part) -> Part:
+    """Return the attention over the keys of both parts, as a part."""
     highest = jnp.maximum(a.highest, b.highest)
     to_a, to_b = jnp.exp(a.highest - highest), jnp.exp(b.highest - highest)
-    return (a.mixed * to_a + b.mixed * to_b) / (a.total * to_a + b.total * to_b)
+    return Part(a.mixed * to_a + b.mixed * to_b, highest, a.total * to_a + b.total * to_b)
+
+
+def merge(a: Part, b: Part):
+    """Return the attention over the keys of both parts."""
+    both = join(a, b)
+    return both.mixed / both.total
 
 
 class Seen(NamedTuple):
@@ -178,18 +188,37 @@ def read(q_BTNH, k_BTKH, v_BTKH, own: dict, prompts: dict | None, seen: Seen) ->
     visible_BTC = jnp.arange(own["v"].shape[2]) <= seen.cache_position_BT[..., None]
     if prompts is None:
         return attend(q_BTNH, own["k"], own["v"], visible_BTC, own.get("k_scale"), own.get("v_scale")), own
-    q_BKQH, members = by_key_head(q_BTNH, own["v"].shape[1]), seen.members
+    q_BKQH = by_key_head(q_BTNH, own["v"].shape[1])
     near = attend_part(q_BKQH, own, for_each_query(visible_BTC, q_BKQH))
-    far = attend_prompts(members.gather(q_BKQH), prompts, members.length_R)
+    mixed = merge(near, attend_prompts(q_BKQH, prompts, seen.members))
+    return by_token(mixed.astype(q_BTNH.dtype), q_BTNH.shape), own
+
+
+def read_then_write(q_BTNH, k_BTKH, v_BTKH, own: dict, prompts: dict | None, seen: Seen) -> tuple:
+    """Do as `read`, but write the key and value of a decode step after attending to the
+    cache, and to them apart.
+
+    A TPU's compiler loads a layer's keys into vector memory to attend to them. If the
+    step's key is written there, all keys are copied back (jaxreason/plan/README.md).
+    """
+    if q_BTNH.shape[1] > 1:
+        return read(q_BTNH, k_BTKH, v_BTKH, own, prompts, seen)
+    C, q_BKQH, at_BT = own["v"].shape[2], by_key_head(q_BTNH, own["v"].shape[1]), seen.cache_position_BT
+    new = {name: x.swapaxes(1, 2) if name == "v" else x.transpose(0, 2, 3, 1) for name, x in entries(own, k_BTKH, v_BTKH).items()}
+    near = attend_part(q_BKQH, own, for_each_query(jnp.arange(C) < at_BT[..., None], q_BKQH))
+    near = join(near, attend_part(q_BKQH, new, for_each_query(((at_BT >= 0) & (at_BT < C))[..., None], q_BKQH)))
+    mixed = near.mixed / near.total if prompts is None else merge(near, attend_prompts(q_BKQH, prompts, seen.members))
+    mixed, own, k_BTKH, v_BTKH = jax.lax.optimization_barrier((mixed, own, k_BTKH, v_BTKH))
+    return by_token(mixed.astype(q_BTNH.dtype), q_BTNH.shape), write(own, k_BTKH, v_BTKH, at_BT)
+
+
+def attend_prompts(q_BKQH, prompts: dict, members: Members) -> Part:
+    """Attend to the prompts that rows continue."""
+    count_B = members.length_R
+    far = attend_part(members.gather(q_BKQH), prompts, jnp.arange(prompts["v"].shape[2]) < count_B[:, None, None, None])
     far = Part(*(members.scatter(x) for x in far))
     # Rows without a shared prompt gathered an arbitrary prompt's scores; mask them out.
-    far = far._replace(highest=jnp.where(members.belongs_B[:, None, None, None], far.highest, MASKED))
-    return by_token(merge(near, far).astype(q_BTNH.dtype), q_BTNH.shape), own
-
-
-def attend_prompts(q_BKQH, cache: dict, count_B) -> Part:
-    """Attend to the first `count_B` cache positions of each row."""
-    return attend_part(q_BKQH, cache, jnp.arange(cache["v"].shape[2]) < count_B[:, None, None, None])
+    return far._replace(highest=jnp.where(members.belongs_B[:, None, None, None], far.highest, MASKED))
 
 
 class Attention(nnx.Module):
@@ -238,17 +267,23 @@ def write(cache: dict, k_BTKH, v_BTKH, cache_position_BT) -> dict:
     C = cache["v"].shape[2]
     row_B1 = jnp.arange(len(cache_position_BT))[:, None]
     cache_position_BT = jnp.where(cache_position_BT < 0, C, cache_position_BT)  # negative indices would wrap; C is dropped
-    new = {"k": k_BTKH, "v": v_BTKH}
-    if "k_scale" in cache:
-        new["k"], new["k_scale"] = quantise(k_BTKH)
-        new["v"], new["v_scale"] = quantise(v_BTKH)
+    new = entries(cache, k_BTKH, v_BTKH)
 
     def write_array(name):
         into = cache[name]
         at = into.at[row_B1, :, cache_position_BT] if name == "v" else into.at[row_B1, :, :, cache_position_BT]
-        return at.set(new[name].astype(into.dtype), mode="drop")
+        return at.set(new[name], mode="drop")
 
     return {name: write_array(name) for name in cache}
+
+
+def entries(cache: dict, k_BTKH, v_BTKH) -> dict:
+    """Return keys and values as a cache holds them, with their scales if it is int8."""
+    new = {"k": k_BTKH, "v": v_BTKH}
+    if "k_scale" in cache:
+        new["k"], new["k_scale"] = quantise(k_BTKH)
+        new["v"], new["v_scale"] = quantise(v_BTKH)
+    return {name: x.astype(cache[name].dtype) for name, x in new.items()}
 
 
 def quantise(x_BTKH):

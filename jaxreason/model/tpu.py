@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 
 @jax.custom_vjp
@@ -34,3 +35,20 @@ def rotate_by_product_backward(kept, gradient):
 
 
 rotate_by_product.defvjp(rotate_by_product_forward, rotate_by_product_backward)
+
+
+def contract(x, kernel):
+    """Return `x @ kernel` for a kernel [D, ...] of several axes, which are not
+    flattened: for that a TPU copies the kernel.
+    """
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def product_by_head(x_BTD, kernel_DNH):
+    """Return `x @ kernel`, [B, T, N, H], laid out head by head, as attention kernels
+    read queries, keys and values.
+
+    Left to itself, the compiler makes positions the fastest axis for the sums of the QK
+    norm, and then copies float32 arrays (jaxreason/plan/README.md).
+    """
+    return with_layout_constraint(contract(x_BTD, kernel_DNH), Layout((0, 2, 1, 3)))

@@ -20,17 +20,23 @@ from flax import nnx
 from jaxreason import sharding
 from jaxreason.model import cache as kv
 from jaxreason.model import lora
-from jaxreason.model.attention import KERNELS
+from jaxreason.model.attention import ATTENDED, KERNELS
 from jaxreason.model.config import LORA_TARGETS, Lora, ModelConfig, rope_frequencies
 from jaxreason.model.cpu import from_left
 from jaxreason.model.decode_layout import cast_used, decode_layout, for_few_rows, in_decode_layout
 from jaxreason.model.interface import Model
-from jaxreason.model.layers import Block, Norm, Projection, Seen
+from jaxreason.model.layers import Block, Norm, Projection, Seen, read, read_then_write
+from jaxreason.model.tpu import contract
+from jaxreason.platforms import platform_of
 
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # A flash kernel's result takes less memory than those of the projections, and costs
+    # more to compute again.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(ATTENDED)
+    ),
 }
 
 
@@ -42,13 +48,15 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
     dtype, (head_dtype, head_precision) = jnp.dtype(config.dtype), head_of(config)
     # Keep only the structure of the modules, without arrays; `apply` merges it with
     # params.
-    block = nnx.graphdef(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
-    adapted_block = nnx.graphdef(nnx.eval_shape(lambda: adapted(Block(config, rngs=nnx.Rngs(0)), config.lora)))
-    decode_block = nnx.eval_shape(lambda: Block(config, fused=True, rngs=nnx.Rngs(0)))
-    decode_block = nnx.graphdef(decode_block if config.scan_layers else for_few_rows(decode_block))
-    final_norm = nnx.graphdef(nnx.eval_shape(lambda: Norm(config.width, config.norm_eps)))
-
     kernel = KERNELS[config.attention](config, mesh)
+    if platform_of(mesh).write_after and kernel.read is read:
+        kernel = kernel._replace(read=read_then_write)
+    block = nnx.graphdef(nnx.eval_shape(lambda: contracted(Block(config, rngs=nnx.Rngs(0)), kernel.project)))
+    adapted_block = nnx.eval_shape(lambda: contracted(adapted(Block(config, rngs=nnx.Rngs(0)), config.lora), kernel.project))
+    adapted_block = nnx.graphdef(adapted_block)
+    decode_block = nnx.eval_shape(lambda: Block(config, fused=True, rngs=nnx.Rngs(0)))
+    decode_block = nnx.graphdef(contracted(decode_block, contract) if config.scan_layers else for_few_rows(decode_block))
+    final_norm = nnx.graphdef(nnx.eval_shape(lambda: Norm(config.width, config.norm_eps)))
 
     def run(block, x_BTD, layer, rotations, seen, cache):
         if cache is None:
@@ -69,9 +77,7 @@ def transformer(config: ModelConfig, mesh=None) -> Model:
     def apply(params, tokens_BT, position_BT, segment_BT=None, cache=None, prefix=None):
         run_block, adapters = (run_adapted, params["lora"]) if "lora" in params else (run_plain, None)
         params = params.get("frozen", params)
-        embed = params["embed"] if cache is not None else sharding.gather_weights(params["embed"], mesh, "embed")
-        x_BTD = embed["embedding"][tokens_BT].astype(dtype)
-        x_BTD = x_BTD if cache is not None else sharding.keep_rows(x_BTD, mesh)
+        x_BTD = sharding.look_up(params["embed"], tokens_BT, dtype, mesh if cache is None else None)
         rotations = rotation(config, position_BT)
         seen = kernel.see(position_BT, segment_BT) if cache is None else Seen(*cache_positions(position_BT, prefix))
         layers = params["layers"] if adapters is None else lora.beside(params["layers"], adapters)
@@ -198,6 +204,16 @@ def adapted(block: Block, adapters: Lora | None) -> Block:
         module.scale = adapters.scale
         module.a = Projection(module.inputs, (adapters.rank,), rngs=nnx.Rngs(0))
         module.b = Projection((adapters.rank,), module.outputs, rngs=nnx.Rngs(0))
+    return block
+
+
+def contracted(block: Block, product) -> Block:
+    """Make the projections to several axes, as of heads, use `product`, if it is not
+    None.
+    """
+    for _, module in nnx.iter_graph(block):
+        if isinstance(module, Projection) and len(module.outputs) > 1:
+            module.contract = product
     return block
 
 

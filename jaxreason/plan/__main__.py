@@ -25,7 +25,7 @@ def define_flags() -> None:
     flags.DEFINE_string("phase", None, "The phase to plan; default: the last.")
     flags.DEFINE_float("efficiency", 0.5, "Share of the roofline that is supposed to be reached.", 0.01, 1.0)
     flags.DEFINE_string("prices", None, 'JSON file of dollars a chip and hour, as {"v5e": 1.2}.')
-    flags.DEFINE_boolean("search", True, "If it does not fit, compile more to say what does.")
+    flags.DEFINE_boolean("search", True, "Compile more to say what fits, or how the network bounds the train step no longer.")
     flags.DEFINE_string(
         "compare", None, "A file with compiled HLO for the topology: count it as the train step; with --config, of the same work."
     )
@@ -38,8 +38,8 @@ def plan() -> bool:
     """
     from jaxreason.plan.arrays import devices_of
     from jaxreason.plan.config import read
-    from jaxreason.plan.report import compare, describe, read_prices, show, show_compared, verdict
-    from jaxreason.plan.search import find_fitting, larger_topology
+    from jaxreason.plan.report import compare, describe, describe_fewer, faster, read_prices, show, show_compared, verdict
+    from jaxreason.plan.search import fewer_microbatches, find_fitting, larger_topology
     from jaxreason.plan.work import flags_for
 
     prices = read_prices(FLAGS.prices)
@@ -57,6 +57,9 @@ def plan() -> bool:
         found["larger_topology"] = larger_topology(work)
     if other is not None:
         found["fits_with"] = {"flags": flags_for(work, other), **describe(other, FLAGS.efficiency, prices)}
+    fewer = fewer_microbatches(work) if found["fits"] and FLAGS.search else None
+    if fewer is not None:
+        found["not_bound_by_network"] = describe_fewer(work, fewer)
     if FLAGS.compare is not None:
         found["compared"] = compare(FLAGS.compare, FLAGS.topology, found)
     if FLAGS.json:
@@ -66,6 +69,8 @@ def plan() -> bool:
     if FLAGS.compare is not None:
         show_compared(FLAGS.compare, found["compared"])
     print(verdict(found))
+    if fewer is not None:
+        print(faster(found["not_bound_by_network"]))
     if other is not None:
         print(f"\nfits with: {' '.join(found['fits_with']['flags'])}\n")
         show(found["fits_with"])

@@ -4,6 +4,7 @@ train state, batch, sampler's weights, slots. None of these devices has to exist
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -12,6 +13,7 @@ import os
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxreason import batching, build, sharding, text
 from jaxreason.learner import new_state
@@ -42,6 +44,21 @@ def devices_of(topology: str):
     on_one_host = {"1x1": (1, 1, 1), "2x4": (2, 4, 1)}.get(topology.partition(":")[2])
     bounds = {} if on_one_host is None else {"chips_per_host_bounds": on_one_host}
     return topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds).devices
+
+
+@contextlib.contextmanager
+def without_cache():
+    """Turn jax's persistent cache off: it stores programs for a topology, but can't
+    load them without a device.
+    """
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # jax decides only once whether the cache is used
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def processes_of(work: Work) -> int:
@@ -152,7 +169,8 @@ def layout_of(sent) -> dict:
     shapes of params that were already sent there, and return the shapes of the result.
     """
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype, sharding=x.sharding), sent["layers"])
-    layer = decode_layer.lower(one, False).compile()
+    with without_cache():
+        layer = decode_layer.lower(one, False).compile()
     count = sent["layers"]["attention_norm"]["scale"].shape[0]
     return {**sent, "layers": (placed(layer.out_info, layer.output_shardings),) * count}
 
@@ -175,4 +193,6 @@ def slots_of(work: Work, cache_length: int | None = None):
     """
     sampler = completer_of(work).sampler
     slots = jax.eval_shape(lambda: sampler.resize(sampler.empty(), cache_length or sampler.length))
-    return placed(slots, sampler.empty.lower().compile().output_shardings)
+    with without_cache():
+        empty = sampler.empty.lower().compile()
+    return placed(slots, empty.output_shardings)

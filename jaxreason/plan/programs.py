@@ -31,6 +31,7 @@ from jaxreason.plan.arrays import (
     slots_of,
     state_of,
     weights_of,
+    without_cache,
 )
 from jaxreason.plan.lines import Line, lines_of
 from jaxreason.plan.work import Work
@@ -78,7 +79,8 @@ def compile_program(
     started_s = time.perf_counter()
     say(f"compiling {name} for {work.topology}, mesh {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())} ...")
     try:
-        compiled = lower().compile()
+        with without_cache():
+            compiled = lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -22,10 +22,10 @@ from jaxreason.options import unknown_name_message
 from jaxreason.plan import chips, traffic
 from jaxreason.plan.arrays import devices_of, processes_of
 from jaxreason.plan.lines import lines_of
-from jaxreason.plan.memory import KINDS, Stage, fits, stages_of
-from jaxreason.plan.programs import Compiled, programs_of
+from jaxreason.plan.memory import KINDS, Stage, fits, learner_stages, stages_of
+from jaxreason.plan.programs import Compiled, compile_train, programs_of
 from jaxreason.plan.traffic import short
-from jaxreason.plan.work import Work
+from jaxreason.plan.work import Work, flags_for
 
 # --- time and price ---
 
@@ -111,6 +111,30 @@ def describe(work: Work, efficiency: float, prices: dict[str, float]) -> dict:
         "price_source": "--prices" if kind in prices else chip.price_source,
         "prediction": predict(work, programs, efficiency, usd)._asdict() if whole else None,
     }
+
+
+def describe_fewer(work: Work, fewer: Work) -> dict:
+    """Describe the train step with fewer micro-batches than `work` has, which the
+    network does not bound.
+    """
+    before, after = (chips.roofline(compile_train(w).program, w.chip) for w in (work, fewer))
+    peak = max(stage.bytes for stage in learner_stages(fewer))
+    return {
+        "flags": flags_for(work, fewer),
+        "bound": after.bound,
+        "seconds": after.seconds,
+        "seconds_before": before.seconds,
+        "peak_bytes": peak,
+    }
+
+
+def faster(fewer: dict) -> str:
+    """Say in one line what `describe_fewer` found."""
+    return (
+        f"the network bounds the train step; with {' '.join(fewer['flags'])} {fewer['bound']} does: at the chip's peak "
+        f"{short(1e3 * fewer['seconds'])} ms instead of {short(1e3 * fewer['seconds_before'])}, in "
+        f"{fewer['peak_bytes'] / chips.GIB:.2f} GiB"
+    )
 
 
 def describe_stage(stage: Stage) -> dict:

@@ -1,5 +1,6 @@
 """Search for a plan that fits when the given one does not: smaller micro-batches, fewer
-slots, another mesh, a larger topology.
+slots, another mesh, a larger topology. And for fewer micro-batches of a train step that
+the network bounds.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from collections.abc import Callable, Sequence
 from jaxreason.plan import chips
 from jaxreason.plan.arrays import devices_of, slot_devices
 from jaxreason.plan.memory import fits, learner_stages, sampler_stages, still_stages
+from jaxreason.plan.programs import compile_train
 from jaxreason.plan.work import Work, microbatch_choices
 
 MESHES = 3  # at most so many other meshes are tried
+TRIES = 2  # at most so many smaller numbers of micro-batches are tried
 
 
 def find_fitting(work: Work) -> Work | None:
@@ -31,6 +34,31 @@ def find_fitting(work: Work) -> Work | None:
         sampler = first_that_fits(slot_choices(learner), lambda w: fits(sampler_stages(w), w))
         if sampler is not None:
             return sampler
+    return None
+
+
+def fewer_microbatches(work: Work) -> Work | None:
+    """Find a smaller number of micro-batches that fits and whose train step the network
+    does not bound, with at most `TRIES` compiled; None if there is none, or the work's
+    own step is not bound by the network.
+
+    Each micro-batch gathers the weights and sums their gradient, so the bytes sent grow
+    with the number.
+    """
+    count, tried = work.microbatches, work
+    for _ in range(1 + TRIES):
+        program = compile_train(tried).program
+        if program is None or not fits(learner_stages(tried), tried):
+            return None
+        line = chips.roofline(program, work.chip)
+        if line.bound != "network":
+            return None if tried is work else tried
+        most = min(count / 2, count * max(line.compute_s, line.memory_s) / line.network_s)
+        fewer = [w.microbatches for w in microbatch_choices(work._replace(microbatches=1)) if w.microbatches < count]
+        if not fewer:
+            return None
+        count = max([n for n in fewer if n <= most] or fewer[:1])
+        tried = work._replace(microbatches=count)
     return None
 
 
