@@ -17,6 +17,8 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
+from jaxreason.options import command
+
 
 def default_out(runs: list[Path]) -> Path:
     return runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
@@ -47,4 +49,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "HTML file to write. Default: RUN/report.html, or report.html for several runs.")
     flags.DEFINE_boolean("png", False, "Also write each chart as a PNG file.")
     logging.set_verbosity(logging.WARNING)  # at INFO matplotlib reports its search for fonts
-    app.run(main)
+    app.run(main, flags_parser=command.parse_or_exit)

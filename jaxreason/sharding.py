@@ -58,7 +58,10 @@ def make_mesh(
         raise ValueError(f"mesh got {sizes}; allowed: positive sizes, at most one of them -1")
     known = math.prod(n for n in sizes.values() if n != -1)
     if len(devices) % known or (-1 not in sizes.values() and known > len(devices)):
-        raise ValueError(f"mesh got {sizes}, which needs a multiple of {known} devices; there are {len(devices)}")
+        raise ValueError(
+            f"mesh got {sizes}, which needs a multiple of {known} devices; there are {len(devices)}; "
+            "choose data, fsdp and tensor whose product divides that number, or -1 for one of them"
+        )
     sizes = {axis: len(devices) // known if n == -1 else n for axis, n in sizes.items()}
     shape = tuple(sizes.values())
     # A mesh axis may be part of an axis of the torus, which jax.make_mesh allows only

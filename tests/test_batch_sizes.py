@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from runs import load_config
 
 from jaxreason import build, platforms
 from jaxreason.build import batches
@@ -99,6 +100,15 @@ def test_the_number_divides_the_rows_of_each_device(monkeypatch, source, platfor
 def test_accelerators_get_as_many_tokens_as_their_row_says(monkeypatch):
     assert choose(monkeypatch, [CORPUS | {"rows": 64, "length": 1024}], platform="tpu") == 8
     assert choose(monkeypatch, [CORPUS | {"rows": 64, "length": 1024}], platform="tpu", devices=8) == 1
+
+
+def test_a_run_records_the_numbers_that_were_chosen(monkeypatch, capsys):
+    monkeypatch.setattr(batches, "cache_bytes", lambda: 2**16)
+    made = build.build(load_config("tiny", "smoke", **{"rl.microbatches": 1, "sharding.mesh.data": 1}))
+    chosen = {phase.name: phase.microbatches for phase in made.phases}
+    assert chosen["prior"] > chosen["rl"] == 1
+    assert made.description["environment"]["microbatches"] == chosen
+    assert f"prior: {chosen['prior']} micro-batches, chosen for this machine" in capsys.readouterr().out
 
 
 def test_parts_of_a_mix_divide_alike(monkeypatch):

@@ -202,6 +202,7 @@ def test_the_learner_is_measured(name):
 @pytest.mark.process
 def test_lookup_is_measured(tmp_path):
     rows = [{"prompt": "12+34=", "text": "46;12+34=46"}, {"prompt": "1+1=", "text": "2"}, {"prompt": "3", "text": ""}]
+    rows.append({"prompt": "<bos>3", "text": "<pad>4"})  # an early model samples special tokens
     (tmp_path / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = [f"--rollouts={tmp_path / 'rollouts.jsonl'}", "--slots=2", "--guesses=1,3", "--repeats=1"]
     code, lines, err = bench("lookup", "--config=configs/tiny.py:smoke", *found)
@@ -235,7 +236,12 @@ def test_choices_of_the_cache_are_measured():
     ("arguments", "message"),
     [
         (["samplr"], "unknown benchmark 'samplr' (did you mean 'sampler'?)"),
-        (["sampler"], "needed: --config=FILE"),
+        (["sampler"], "error: needed: --config=FILE"),
+        (["step", "configs/tiny.py"], "got the arguments 'configs/tiny.py'; needed: --config=FILE"),
+        (["cache", "--slots=16,many"], "allowed: integers of 1 or more, separated by commas"),
+        (["cache", "--layer=2"], "Did you mean: layers ?"),
+        (["cache", "--config=configs/tiny.py"], "this command has no --config"),
+        (["sandbox", "--repeat=2"], "Did you mean: repeats ?"),
         (["sampler", *TINY, "--model=widht=3"], "unknown field of config.model 'widht'"),
         (["sampler", *TINY, "--questions=/nowhere.jsonl"], "/nowhere.jsonl"),
         (

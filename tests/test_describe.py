@@ -119,6 +119,11 @@ def test_the_command_describes_and_ends():
     assert "clip_high " in out
 
 
+def help_of(*words):
+    """Return the output of `--help`; absl ends with 1."""
+    return subprocess.run([sys.executable, "-m", *words, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
+
+
 def python_m(*words):
     got = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert got.returncode == 0, got.stderr
@@ -146,6 +151,41 @@ def test_bench_help_says_what_each_measures():
     out = python_m("jaxreason.bench", "--help")
     for name in BENCHMARKS:
         assert f"  {name}" in out
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [
+        ("sampler", ("config", "prompts", "questions")),
+        ("learner", ("config", "prompts", "kl")),
+        ("step", ("config", "prompts", "kl")),
+        ("lookup", ("config", "rollouts", "guesses")),
+        ("cache", ("layers", "slots")),
+        ("sandbox", ("backend", "repeats")),
+    ],
+)
+def test_help_of_a_benchmark_says_what_it_measures_and_lists_its_flags(name, names):
+    out = help_of("jaxreason.bench", name)
+    assert out.startswith(("Measure", "Test", "Time"))
+    for flag in names:
+        assert f"  --{flag}: " in out
+    assert " --v: " not in out  # of absl's logging, as others of --helpfull
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("module", ["report", "look.curves", "verify.audit", "view", "export", "generate"])
+def test_an_unknown_flag_is_one_line(module):
+    words = [sys.executable, "-m", f"jaxreason.{module}", "--nonesuch=1"]
+    got = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (got.returncode, got.stdout) == (1, "")
+    assert got.stderr == "error: Unknown command line flag 'nonesuch'\n"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("module", ["main", "plan", "sweep", "play", "launch"])
+def test_help_lists_the_config(module):
+    assert "  --config: " in help_of(f"jaxreason.{module}")
 
 
 def test_sentences_of_the_list_are_whole():

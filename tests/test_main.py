@@ -71,6 +71,11 @@ def changed(changes):
         ({"rl.source.dynamic_sampling": 0}, r"source.dynamic_sampling got 0; allowed: 1 \(off\), or more for an objective"),
         ({"log.watts": -1.0}, r"config.log.watts got -1.0; allowed: None, or the watts of a busy device, above 0"),
         ({"rl.source.problems": 3}, r"24 rows a batch, which do not divide over 8 devices x 2 micro-batches"),
+        (
+            {"rl.source.problems": 32, "rl.source.rollouts_per_prompt": 1, "rl.microbatches": 7},
+            r"256 rows a batch, .* 7 micro-batches; microbatches may be 1, 2, 4, 8, 16, 32, or None to choose; or change rows",
+        ),
+        ({"rl.microbatches": 0}, r"config.rl.microbatches got 0; allowed: 1 or more, or None to choose"),
         ({"rl.source.rollouts_per_prompt": 3}, r"source.rollouts_per_prompt got 3; allowed: a divisor of group=8, or None"),
         ({"rl.source.rollouts_per_prompt": 4}, r"8 rows a batch, which do not divide over 8 devices x 2 micro-batches"),
         ({"rl.source.temperature": 0.0}, r"source.temperature got 0.0; allowed: finite, above 0"),

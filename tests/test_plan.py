@@ -71,6 +71,9 @@ def test_the_persistent_cache_is_off_only_while_a_plan_compiles(tmp_path):
         (["--config=configs/tiny.py", "loose"], ["loose"]),
         (["--config=configs/tiny.py", "--efficiency=2"], ["efficiency"]),
         (["--config=configs/tiny.py", "--config.rl.stepz=3"], ["stepz"]),
+        (["--config=configs/tiny.py", "--topology=v5e:1x1", "--prices=/nowhere.json"], ["No such file", "/nowhere.json"]),
+        (["--config=configs/tiny.py", "--topology=v5e:1x1", "--compare=/nowhere.hlo"], ["No such file", "/nowhere.hlo"]),
+        (["--config=configs/tiny.py", "--topology=v5e:1x1", "--compare=README.md"], ["README.md, which is no compiled HLO"]),
     ],
 )
 def test_a_mistyped_command_is_one_line(arguments, words):
@@ -101,6 +104,7 @@ def test_prices_are_checked(tmp_path):
         '{"v5f": 1}': r"did you mean 'v5p'",
         '{"v5e": "1"}': "allowed: a number",
         "[1]": "needed: an object",
+        "v5e: 1": r"prices\.json, which is no JSON .*; needed: an object such as",
     }.items():
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -370,7 +374,7 @@ def test_a_reference_policy_in_the_hosts_memory_is_there_only_while_it_scores():
 def here(monkeypatch):
     """Plan for the devices of this machine, since there may be no compiler for TPUs."""
     caches = (arrays.meshes_of, arrays.model_of, arrays.state_of, programs.compiled_pass)
-    for module in (arrays, plan_config):
+    for module in (arrays, plan_config, report):
         monkeypatch.setattr(module, "devices_of", lambda topology: jax.devices()[: chips.chips_of(topology)])
     for cached in caches:
         cached.cache_clear()
@@ -398,7 +402,9 @@ def test_every_pass_of_an_objective_is_counted(here, objective, passes):
     made = programs.compile_passes(work)
     assert [one.name.rpartition(",")[0] for one in made] == names
     assert all(one.program.flops > 0.9 * one.flops > 0 for one in made)
-    programs.compile_train.__wrapped__(work)  # whatever the loss reads of a batch is there
+    made.append(programs.compile_train.__wrapped__(work))  # whatever the loss reads of a batch is there
+    seconds = [chips.roofline(one.program, work.chip).seconds for one in made]
+    assert report.predict(work, made, 1.0, None).learning_s == pytest.approx(sum(seconds))
 
 
 @needs_libtpu

@@ -121,16 +121,23 @@ def test_flops_of_kernels_are_spread_over_them():
     assert [line.needed for line in found] == [48.0, 64.0]
 
 
-def test_another_program_is_counted_in_the_same_way(tmp_path):
+def test_another_program_is_counted_in_the_same_way(tmp_path, capsys):
     path = tmp_path / "other.hlo"
     path.write_text(MODULE.replace("LIMIT", "7"))
     told = report.compare(str(path), "v5e:2x4", None)
     assert told == traffic.describe(lines.lines_of(path.read_text(), devices=8), CHIP, 0.0, 0.0)
     assert "mfu_in_turn" not in told
+    report.show_compared(str(path), told)
+    shown = capsys.readouterr().out
+    assert "of products" in shown
+    assert not any(word in shown for word in ("?", "kB per token", "MFU")), "no column for what is not known"
     ours = {"programs": {"train step": {"model_flops": 1e6, "tokens": 2.0, "kernel_flops": 0.0}}, "microbatches": 1}
     told = report.compare(str(path), "v5e:2x4", ours)
     assert told["mfu_in_turn"] == pytest.approx(1e6 / CHIP.flops_per_s / told["in_turn_s"])
     report.show_compared(str(path), told)
+    shown = capsys.readouterr().out
+    assert "kB per token" in shown
+    assert "MFU at most" in shown
     path.write_text("HloModule x, entry_computation_layout={}")
     with pytest.raises(ValueError, match=r"other\.hlo, which is no compiled HLO module; allowed"):
         report.compare(str(path), "v5e:2x4", None)

@@ -36,7 +36,9 @@ def main() -> None:
             f"error: {unknown_name_message('benchmark', name, BENCHMARKS)}; for example: python -m jaxreason.bench sampler --help"
         )
     sys.argv[:2] = [f"python -m jaxreason.bench {name}"]
-    importlib.import_module(BENCHMARKS[name]).run()
+    module = importlib.import_module(BENCHMARKS[name])
+    sys.modules["__main__"].__doc__ = f"{module.__doc__}\n"  # `--help` prints it, and the flags of sys.argv[0]
+    module.run()
 
 
 if __name__ == "__main__":

@@ -26,8 +26,10 @@ import sys
 from absl import app, flags, logging
 
 from jaxreason.bench import machine
+from jaxreason.options import command
 
 FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # they belong to the command, whose --help shows them
 STEPS = 8  # decode steps per timed call
 
 
@@ -135,6 +137,7 @@ def bench(cores: int) -> None:
                     f"write and attend, {name}, {S} slots x {C} columns", median_ms(over_layers(of_layer), q, caches), "ms a step"
                 )
         if S % G:
+            sys.stderr.write(f"prompts are not timed in {S} slots, which do not divide into groups of {G}: --group\n")
             continue
         for prompt in map(int, FLAGS.prompts):
             own = int(FLAGS.columns[0])
@@ -156,7 +159,7 @@ def bench(cores: int) -> None:
 def main(argv) -> None:
     logging.set_verbosity(logging.WARNING)
     if len(argv) > 1:
-        sys.exit(f"error: got the arguments {argv[1:]}; allowed: flags, see --help")
+        machine.refuse(argv, "flags alone; --help lists them")
     bench(machine.pin(FLAGS.cores))
 
 
@@ -167,8 +170,8 @@ def run() -> None:
     flags.DEFINE_integer("kv_heads", 3, "Key heads.", lower_bound=1)
     flags.DEFINE_integer("head_size", 64, "Size of a head.", lower_bound=1)
     flags.DEFINE_integer("group", 8, "Attempts at a problem.", lower_bound=1)
-    flags.DEFINE_list("slots", ["16", "64"], "Numbers of slots.")
-    flags.DEFINE_list("columns", ["128", "512"], "Columns of the cache; the first is also that of the attempts' own.")
-    flags.DEFINE_list("prompts", ["64", "256", "1024"], "Lengths of the shared prompt.")
+    machine.define_numbers("slots", ["16", "64"], "Numbers of slots.")
+    machine.define_numbers("columns", ["128", "512"], "Positions of the cache; the first is also that of the attempts' own.")
+    machine.define_numbers("prompts", ["64", "256", "1024"], "Lengths of the shared prompt.")
     flags.DEFINE_integer("cores", 0, "Cores of a CPU to use; 0: all that this process may.", lower_bound=0)
-    app.run(main)
+    app.run(main, flags_parser=command.parse_or_exit)

@@ -37,6 +37,7 @@ from jaxreason.cost import shared_length
 from jaxreason.options import command
 
 FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # they belong to the command, whose --help shows them
 
 
 def random_groups(wanted, vocab_size: int):
@@ -185,7 +186,7 @@ def run(whole: bool = False) -> None:
     def main(argv) -> None:
         logging.set_verbosity(logging.WARNING)
         if len(argv) > 1 or FLAGS.config is None:
-            sys.exit(f"error: got the arguments {argv[1:]}; needed: --config=FILE, for example --config=configs/tiny.py")
+            machine.refuse(argv, "--config=FILE, for example --config=configs/tiny.py")
         cores = machine.pin(FLAGS.cores)
         try:
             bench(cores, whole)

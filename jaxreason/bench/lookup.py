@@ -31,6 +31,7 @@ from jaxreason.bench import machine
 from jaxreason.options import command
 
 FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # they belong to the command, whose --help shows them
 
 
 NGRAMS = (3, 2)  # lengths to look up; the longest with an earlier occurrence is used
@@ -100,7 +101,8 @@ def bench(cores: int) -> None:
     config = FLAGS.config.to_dict()
     _, tokenizer, _, shape, load = build.read_model_and_text(config["model"], config["text"])
     lines = [json.loads(line) for line in Path(os.path.expanduser(FLAGS.rollouts)).read_text().splitlines()]
-    texts = [(tokenizer.encode(r["prompt"]), tokenizer.encode(r["text"], special=False, continues=True)) for r in lines]
+    # A special token in a rollout's text was sampled as one.
+    texts = [(tokenizer.encode(r["prompt"]), tokenizer.encode(r["text"], continues=True)) for r in lines]
     texts = [(prompt, completion) for prompt, completion in texts if completion]
     show = machine.printer(f"{FLAGS.config.model.name}: look-up in {len(texts)} rollouts", cores)
 
@@ -124,7 +126,7 @@ def bench(cores: int) -> None:
 def main(argv) -> None:
     logging.set_verbosity(logging.WARNING)
     if len(argv) > 1 or FLAGS.config is None or FLAGS.rollouts is None:
-        sys.exit(f"error: got the arguments {argv[1:]}; needed: --config=FILE --rollouts=FILE")
+        machine.refuse(argv, "--config=FILE --rollouts=FILE, as RUN/rollouts.jsonl")
     cores = machine.pin(FLAGS.cores)
     try:
         bench(cores)
@@ -138,9 +140,9 @@ def run() -> None:
     """
     command.define("As of jaxreason.main; its model and its tokenizer are used.")
     flags.DEFINE_string("rollouts", None, "JSONL file with the fields 'prompt' and 'text', as a run writes it.")
-    flags.DEFINE_list("guesses", ["1", "3", "7"], "Tokens that are proposed at a time.")
-    flags.DEFINE_list("slots", ["1", "4", "16", "64"], "Numbers of slots to time.")
-    flags.DEFINE_integer("columns", 256, "Columns of the cache.", lower_bound=16)
+    machine.define_numbers("guesses", ["1", "3", "7"], "Tokens that are proposed at a time.")
+    machine.define_numbers("slots", ["1", "4", "16", "64"], "Numbers of slots to time.")
+    flags.DEFINE_integer("columns", 256, "Positions of the cache.", lower_bound=16)
     flags.DEFINE_integer("repeats", 5, "Timings of each.", lower_bound=1)
     flags.DEFINE_integer("cores", 0, "Cores of a CPU to use; 0: all that this process may.", lower_bound=0)
     app.run(main, flags_parser=command.parse_or_exit)

@@ -6,10 +6,30 @@ import datetime
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
+
+from absl import flags
+
+flags.disclaim_key_flags()  # they belong to the command, whose --help shows them
+
+
+def define_numbers(name: str, default: list[str], help: str) -> None:
+    """Define a flag that takes positive integers, separated by commas."""
+    flags.DEFINE_list(name, default, help)
+    allowed = "allowed: integers of 1 or more, separated by commas"
+    flags.register_validator(name, lambda given: given and all(x.isdecimal() and int(x) > 0 for x in given), allowed)
+
+
+def refuse(argv: Sequence[str], needed: str) -> NoReturn:
+    """Exit with a line that names the arguments that are not flags, and the needed
+    flags.
+    """
+    got = f"got the arguments {' '.join(argv[1:])!r}; " if argv[1:] else ""
+    sys.exit(f"error: {got}needed: {needed}")
 
 
 class Ceiling(NamedTuple):

@@ -41,6 +41,7 @@ from jaxreason.cost import layer_weights
 from jaxreason.options import command
 
 FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # they belong to the command, whose --help shows them
 
 STARTED_S = time.perf_counter()
 
@@ -269,7 +270,7 @@ def time_prefill(completer, weights, requests) -> tuple[list[float], int]:
 def main(argv) -> None:
     logging.set_verbosity(logging.WARNING)  # at INFO jax lists the backends that it did not find
     if len(argv) > 1 or FLAGS.config is None:
-        sys.exit(f"error: got the arguments {argv[1:]}; needed: --config=FILE, for example --config=configs/tiny.py")
+        machine.refuse(argv, "--config=FILE, for example --config=configs/tiny.py")
     cores = machine.pin(FLAGS.cores)
     try:
         first_batch() if FLAGS.only_first else bench(cores)

@@ -16,9 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 from absl import app, flags
 
+from jaxreason.bench import machine
+from jaxreason.options import command
 from jaxreason.sandbox import Sandbox
 
 FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # they belong to the command, whose --help shows them
 DEADLINE_S = 0.5
 
 
@@ -56,7 +59,7 @@ def measure(box: Sandbox, repeats: int, threads: int) -> Iterator[dict]:
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}; flags begin with --")
+        machine.refuse(argv, "flags alone; --help lists them")
     try:
         box = Sandbox(FLAGS.backend)
     except ValueError as error:
@@ -70,4 +73,4 @@ def run() -> None:
     flags.DEFINE_string("backend", "bwrap", "bwrap or rlimits.")
     flags.DEFINE_integer("repeats", 50, "Timed starts and runs; calls are ten times as many.", lower_bound=1)
     flags.DEFINE_integer("threads", 4, "Threads that run programs at the same time.", lower_bound=1)
-    app.run(main)
+    app.run(main, flags_parser=command.parse_or_exit)

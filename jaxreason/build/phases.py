@@ -52,9 +52,9 @@ def make_phase(
     """Make one phase: `Source x Objective x steps`."""
     if steps < 0:
         raise ValueError(f"config.{name}.steps got {steps}; allowed: 0 (evaluate only) or more")
-    positive = {} if microbatches is None else {"microbatches": microbatches}
-    positive |= {"updates_per_batch": updates_per_batch, "max_skipped": max_skipped, "log_every": log_every}
-    check_positive(f"config.{name}", **positive)
+    if microbatches is not None and microbatches < 1:
+        raise ValueError(f"config.{name}.microbatches got {microbatches}; allowed: 1 or more, or None to choose")
+    check_positive(f"config.{name}", updates_per_batch=updates_per_batch, max_skipped=max_skipped, log_every=log_every)
     if evaluate_every < 0:
         raise ValueError(f"config.{name}.evaluate_every got {evaluate_every}; allowed: 0 (at the end only) or more")
     made_objective = call_with_section(objectives_.make, objective, f"config.{name}.objective")
@@ -101,9 +101,12 @@ def make_phase(
     arguments = {"parts": parts, "objective": made_objective, "microbatches": microbatches, "steps": steps}
     made_source = call_with_section(make_source, {"name": None} | source, f"config.{name}.source", **arguments)
     if made_source.rows % (parts.devices * microbatches):
+        each, more = divmod(made_source.rows, parts.devices)
+        allowed = [] if more or source["name"] == "mix" else [n for n in range(1, each + 1) if each % n == 0]
+        instead = f"microbatches may be {', '.join(map(str, allowed))}, or None to choose; or " if allowed else ""
         raise ValueError(
             f"config.{name} has {made_source.rows} rows a batch, which do not divide over {parts.devices} devices x "
-            f"{microbatches} micro-batches; change rows, problems x group, source.rollouts_per_prompt or microbatches"
+            f"{microbatches} micro-batches; {instead}change rows, problems x group or source.rollouts_per_prompt"
         )
     if chosen:
         parts.say(f"{name}: microbatches={microbatches}, chosen for this machine; --config.{name}.microbatches changes it")

@@ -95,6 +95,7 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
 
     logged = call_with_section(make_log, config["log"], "config.log")
     with_tokens = logged.pop("rollout_tokens")
+    parts_of_batches = {phase.name: phase.microbatches for phase in phases}  # some were chosen for this machine
     return Run(
         model=model,
         init=functools.partial(init_params, model, load, config["seed"], meshes.learn),
@@ -114,7 +115,7 @@ def build_noted(config, resumes: bool, say: Callable[[str], None]) -> Run:
         description={
             "config": config,
             "parameters": model_config.count_parameters(shape),
-            "environment": {**made_with, "devices": describe_devices(meshes)},
+            "environment": {**made_with, "devices": describe_devices(meshes), "microbatches": parts_of_batches},
         },
     )
 

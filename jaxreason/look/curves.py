@@ -21,6 +21,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from jaxreason.look.figures import draw, read_curve
+from jaxreason.options import command
 
 
 def read_groups(arguments: Sequence[str], metric: str, phase: str | None) -> dict[str, list[dict[int, float]]]:
@@ -62,4 +63,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("metric", None, "Name in metrics.jsonl, as eval/chain/greedy/accuracy.")
     flags.DEFINE_string("phase", None, "Draw this phase only, and count steps from its start.")
     logging.set_verbosity(logging.WARNING)  # at INFO matplotlib reports its search for fonts
-    app.run(main)
+    app.run(main, flags_parser=command.parse_or_exit)

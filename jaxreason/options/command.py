@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from jaxreason import options
 
 FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # `--help` shows an entry point's own flags: --config is one of them
 
 
 class Words(NamedTuple):
@@ -87,6 +88,8 @@ def parse(argv: list[str]) -> list[str]:
     """
     words = split(argv)
     if words.config is not None:
+        if "config" not in FLAGS:
+            raise ValueError("this command has no --config; --help lists its flags")
         find_file(words.config)  # fail before anything slow
     rest = FLAGS(words.rest)
     if words.config is None and words.changes:

@@ -1,5 +1,13 @@
-"""Entry point of the plan: its flags and its output. It starts without importing
-jax.
+r"""Entry point: say whether a config fits on a TPU slice, what bounds its speed and
+what a run costs, without a TPU.
+
+    python -m jaxreason.plan --config=configs/gsm8k.py:size=8b --topology=v5e:2x4 \
+        [--config.sharding.mesh.fsdp=8] [--prices=FILE.json] [--json]
+    python -m jaxreason.plan --topology=list
+    python -m jaxreason.plan --topology=v5e:2x4 --compare=FILE.hlo
+
+It needs libtpu (`pip install -e '.[tpu]'`) and downloads nothing. The exit code is 0 if
+the config fits and 1 if not. jaxreason/plan/README.md explains the tables.
 """
 
 from __future__ import annotations
@@ -23,11 +31,11 @@ def define_flags() -> None:
     command.define("As of jaxreason.main; --config.rl.microbatches=64 changes a field.")
     flags.DEFINE_string("topology", None, "As v5e:4x8; 'list' shows what is known.")
     flags.DEFINE_string("phase", None, "The phase to plan; default: the last.")
-    flags.DEFINE_float("efficiency", 0.5, "Share of the roofline that is supposed to be reached.", 0.01, 1.0)
-    flags.DEFINE_string("prices", None, 'JSON file of dollars a chip and hour, as {"v5e": 1.2}.')
+    flags.DEFINE_float("efficiency", 0.5, "Fraction of the roofline that the predicted time assumes; a guess.", 0.01, 1.0)
+    flags.DEFINE_string("prices", None, 'JSON file of dollars per chip and hour, as {"v5e": 1.2}; default: list prices.')
     flags.DEFINE_boolean("search", True, "Compile more to say what fits, or how the network bounds the train step no longer.")
     flags.DEFINE_string(
-        "compare", None, "A file with compiled HLO for the topology: count it as the train step; with --config, of the same work."
+        "compare", None, "Text of a compiled program, compiled.as_text(): count it; with --config, per token of that train step."
     )
     flags.DEFINE_boolean("json", False, "Print one JSON object and no tables.")
 
@@ -36,44 +44,46 @@ def plan() -> bool:
     """Plan the config and topology of the flags, print the plan, and return whether it
     fits.
     """
+    from jaxreason.plan import report
     from jaxreason.plan.arrays import devices_of
     from jaxreason.plan.config import read
-    from jaxreason.plan.report import compare, describe, describe_fewer, faster, read_prices, show, show_compared, verdict
     from jaxreason.plan.search import fewer_microbatches, find_fitting, larger_topology
     from jaxreason.plan.work import flags_for
 
-    prices = read_prices(FLAGS.prices)
     if FLAGS.topology is None:
         raise ValueError("no --topology given; for example --topology=v5e:4x8, and --topology=list shows what is known")
+    prices = report.read_prices(FLAGS.prices)
+    if FLAGS.compare is not None:
+        report.read_hlo(FLAGS.compare)  # fail before anything is compiled
     if FLAGS.config is None:
-        told = compare(FLAGS.compare, FLAGS.topology, None)
-        print(json.dumps(told)) if FLAGS.json else show_compared(FLAGS.compare, told)
+        told = report.compare(FLAGS.compare, FLAGS.topology, None)
+        print(json.dumps(told)) if FLAGS.json else report.show_compared(FLAGS.compare, told)
         return True
     devices_of(FLAGS.topology)
     work = read(FLAGS.config.to_dict(), FLAGS.topology, FLAGS.phase)
-    found = describe(work, FLAGS.efficiency, prices)
+    found = report.describe(work, FLAGS.efficiency, prices)
     other = find_fitting(work) if not found["fits"] and FLAGS.search else None
     if not found["fits"] and FLAGS.search and other is None:
         found["larger_topology"] = larger_topology(work)
     if other is not None:
-        found["fits_with"] = {"flags": flags_for(work, other), **describe(other, FLAGS.efficiency, prices)}
+        found["fits_with"] = {"flags": flags_for(work, other), **report.describe(other, FLAGS.efficiency, prices)}
     fewer = fewer_microbatches(work) if found["fits"] and FLAGS.search else None
     if fewer is not None:
-        found["not_bound_by_network"] = describe_fewer(work, fewer)
+        found["not_bound_by_network"] = report.describe_fewer(work, fewer)
     if FLAGS.compare is not None:
-        found["compared"] = compare(FLAGS.compare, FLAGS.topology, found)
+        found["compared"] = report.compare(FLAGS.compare, FLAGS.topology, found)
     if FLAGS.json:
         print(json.dumps(found))
         return found["fits"]
-    show(found)
+    report.show(found)
     if FLAGS.compare is not None:
-        show_compared(FLAGS.compare, found["compared"])
-    print(verdict(found))
+        report.show_compared(FLAGS.compare, found["compared"])
+    print(report.verdict(found))
     if fewer is not None:
-        print(faster(found["not_bound_by_network"]))
+        print(report.faster(found["not_bound_by_network"]))
     if other is not None:
         print(f"\nfits with: {' '.join(found['fits_with']['flags'])}\n")
-        show(found["fits_with"])
+        report.show(found["fits_with"])
     elif not found["fits"] and FLAGS.search:
         larger = found["larger_topology"]
         hint = f"; params, optimizer and the sampler's weights would fit on {larger}, with another mesh" if larger else ""
@@ -83,12 +93,14 @@ def plan() -> bool:
 
 def fail(error: Exception) -> None:
     """Exit with one line that says which input was bad, without a traceback."""
-    sys.exit(f"error: {' '.join(str(error.args[0] if error.args else error).split())}")
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error  # a KeyError would quote it
+    sys.exit(f"error: {' '.join(str(message).split())}")
 
 
 def parse_flags(argv):
     define_flags()
     os.environ["JAX_PLATFORMS"] = "cpu"  # even on a machine with a TPU, which may be in use
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a program for a TPU that is not here is kept but never read
     try:
         rest = command.parse(argv)
         if len(rest) > 1:
@@ -120,10 +132,10 @@ def main(argv) -> None:
         show_topologies()
         return
     try:
-        drop_long_prompts = plan()
-    except (ValueError, KeyError, FileNotFoundError) as error:
+        fits = plan()
+    except (ValueError, KeyError, OSError) as error:
         fail(error)
-    sys.exit(0 if drop_long_prompts else 1)
+    sys.exit(0 if fits else 1)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,10 @@ from jaxreason.plan.work import Work, flags_for
 
 def read_prices(path: str | None) -> dict[str, float]:
     """Read a JSON file of dollars per chip-hour by chip name."""
-    prices = {} if path is None else json.loads(Path(os.path.expanduser(path)).read_text())
+    try:
+        prices = {} if path is None else json.loads(Path(os.path.expanduser(path)).read_text())
+    except ValueError as error:
+        raise ValueError(f'--prices got {path}, which is no JSON ({error}); needed: an object such as {{"v5e": 1.2}}') from None
     if not isinstance(prices, dict):
         raise ValueError(f'{path} holds a {type(prices).__name__}; needed: an object such as {{"v5e": 1.2}}')
     for name, price in prices.items():
@@ -60,7 +63,7 @@ def predict(work: Work, programs: Sequence[Compiled], efficiency: float, usd_per
     """Predict the time of a step. `usd_per_hour` is the price of one chip."""
     seconds = {p.name: p.times * chips.roofline(p.program, work.chip).seconds / efficiency for p in programs}
     sampling = sum(s for name, s in seconds.items() if work.samples and name.startswith(("prefill", "decode")))
-    learning = sum(s for name, s in seconds.items() if name.startswith(("train", "reference")))
+    learning = sum(s for name, s in seconds.items() if not name.startswith(("prefill", "decode")))
     step_s = sampling + learning
     devices = len(devices_of(work.topology))  # all of them are paid for, even those outside the mesh
     hours = 1000 * step_s / 3600
@@ -84,7 +87,6 @@ def describe(work: Work, efficiency: float, prices: dict[str, float]) -> dict:
     """Describe one work's plan in a JSON-serialisable dictionary."""
     kind, chip = work.topology.partition(":")[0], work.chip
     stages = stages_of(work)
-    drop_long_prompts = fits(stages, work)
     compiled = any(stage.name == "train step" for stage in stages)
     programs = [p for p in (programs_of(work) if compiled else []) if p.program is not None]
     usd = prices.get(kind, chip.usd_per_hour)
@@ -101,7 +103,7 @@ def describe(work: Work, efficiency: float, prices: dict[str, float]) -> dict:
         "row_tokens": work.length,
         "microbatches": work.microbatches,
         "slots": work.slots if work.sampler is not None else None,
-        "fits": drop_long_prompts,
+        "fits": fits(stages, work),
         "hbm_bytes": chip.hbm_bytes,
         "peak_bytes": finite(max(stage.bytes for stage in stages)),
         "stages": {stage.name: describe_stage(stage) for stage in stages},
@@ -149,9 +151,9 @@ def finite(size: float) -> float | None:
 
 def tokens_of(p: Compiled, work: Work) -> float:
     """Count the tokens of a run of a program per chip of the mesh."""
-    if p.model_flops or p.name.startswith("reference"):
-        return work.rows * work.length / math.prod(dict(work.mesh).values())
-    return 0.0
+    if p.name.startswith(("prefill", "decode")):
+        return 0.0
+    return work.rows * work.length / math.prod(dict(work.mesh).values())
 
 
 def describe_program(p: Compiled, chip: chips.Chip, tokens: float) -> dict:
@@ -186,6 +188,18 @@ def print_table(console: Console, title: str, names: Sequence[str], rows) -> Non
     console.print(made)
 
 
+def read_hlo(path: str) -> str:
+    """Read the text of a compiled HLO module.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    text = Path(os.path.expanduser(path)).read_text(errors="replace")
+    if not text.startswith("HloModule") or "is_scheduled=true" not in text:
+        raise ValueError(f"--compare got {path}, which is no compiled HLO module; allowed: the text of compiled.as_text()")
+    return text
+
+
 def compare(path: str, topology: str, found: dict | None) -> dict:
     """Describe the program in an HLO file, as a chip of a topology would run it.
 
@@ -197,9 +211,7 @@ def compare(path: str, topology: str, found: dict | None) -> dict:
     """
     if topology not in chips.topology_names():
         raise ValueError(unknown_name_message("topology", topology, chips.topology_names()))
-    text = Path(os.path.expanduser(path)).read_text()
-    if not text.startswith("HloModule") or "is_scheduled=true" not in text:
-        raise ValueError(f"--compare got {path}, which is no compiled HLO module; allowed: the text of compiled.as_text()")
+    text = read_hlo(path)
     chip, devices = chips.CHIPS[topology.partition(":")[0]], chips.chips_of(topology)
     ours = next((p for p in (found or {"programs": {}})["programs"].values() if "model_flops" in p), {})
     sizes = {"devices": devices, "unknown_trips": (found or {}).get("microbatches", 1)}
@@ -223,10 +235,10 @@ def show(found: dict) -> None:
 
     mesh = ", ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
     console.print(
-        f"{found['parameters'] / 1e9:.2f} G parameters on {found['topology']} ({found['chips']} chips), mesh {mesh}"
+        f"{short(found['parameters'] / 1e6)} M parameters on {found['topology']} ({counted(found['chips'], 'chip')}), mesh {mesh}"
         + (f", each of {found['processes']} processes sampling on its own chips" if found["processes"] > 1 else "")
         + f"; phase {found['phase']}: {found['rows']} rows of {found['row_tokens']} tokens "
-        + f"in {found['microbatches']} micro-batches"
+        + f"in {counted(found['microbatches'], 'micro-batch')}"
         + (f", {found['slots']} slots" if found["slots"] else "")
         + ("" if math.prod(found["mesh"].values()) == found["devices"] else "; the mesh leaves devices idle")
     )
@@ -241,6 +253,10 @@ def show(found: dict) -> None:
         show_programs(found, table)
     if found["prediction"]:
         show_prediction(found, console)
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'es' if what.endswith('ch') else 's'}" if number != 1 else f"1 {what}"
 
 
 def show_programs(found: dict, table: Callable) -> None:

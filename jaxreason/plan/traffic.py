@@ -40,19 +40,21 @@ def show(name: str, p: dict, table: Callable) -> None:
     """Print what `describe` returned; `table` prints a title, heads and rows."""
 
     def moved(what: str, size: float, needed: float | None = None) -> list[str]:
-        each = short(size / p["tokens"] / 1e3) if p["tokens"] else "?"
-        return [what, short(size / 1e9), "" if needed is None else short(needed / 1e9), each]
+        each = [short(size / p["tokens"] / 1e3)] if p["tokens"] else []
+        return [what, short(size / 1e9), "" if needed is None else short(needed / 1e9), *each]
 
     rows = [moved("HBM", p["hbm_bytes"], p["needed_bytes"]), moved("network", p["sent_bytes"])]
     rows.append(moved("of it, while nothing else runs", p["waiting_bytes"]))
     if "floor_bytes" in p:
         rows.append(moved("weights and cache once per token", p["floor_bytes"]))
-    table(f"Bytes of a chip, {name}", ["", "GB", "of products", "kB per token"], rows)
+    table(f"Bytes of a chip, {name}", ["", "GB", "of products", *(["kB per token"] if p["tokens"] else [])], rows)
     rows = [
-        [what, short(1e3 * p[f"{kind}_s"]), f"{p[f'mfu_{kind}']:.2f}" if "model_flops" in p else "?"]
+        [what, short(1e3 * p[f"{kind}_s"]), *([f"{p[f'mfu_{kind}']:.2f}"] if "model_flops" in p else [])]
         for what, kind in (("if all overlaps", "together"), ("one instruction after the other", "in_turn"))
     ]
-    table(f"Least time of {p['counted_flops'] / 1e12:,.1f} TFLOP, and MFU at most", ["", "ms", "MFU"], rows)
+    mfu = "model_flops" in p
+    title = f"Least time of {short(p['counted_flops'] / 1e12)} TFLOP{', and MFU at most' if mfu else ''}"
+    table(title, ["", "ms", *(["MFU"] if mfu else [])], rows)
     heads = ["line", "operation", "runs", "HBM GB", "not of products", "sent GB"]
     rows = [
         [cut(line["source"], 44), cut(line["op"], 30), f"{line['times']:,.0f}", *map(short, gigabytes(line))]

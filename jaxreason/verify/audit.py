@@ -271,6 +271,13 @@ def read_verifier(text: str | None) -> str | dict | None:
     return section
 
 
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
 def main(argv: Sequence[str]) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a character of a case
     try:
@@ -290,4 +297,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)
