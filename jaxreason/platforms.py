@@ -6,6 +6,7 @@ The measurements behind the rows are in `jaxreason/bench/README.md`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -121,7 +122,11 @@ def cache_bytes() -> int:
     """
     if jax.process_count() > 1:
         return UNKNOWN_CACHE_BYTES
-    found = {int(read(level)): in_bytes(read(level.with_name("size"))) for level in CACHES.glob("index*/level")}
+    found = {}
+    for level in CACHES.glob("index*/level"):
+        with contextlib.suppress(OSError, ValueError):  # a virtual machine may leave files out, or empty
+            if (size := in_bytes(read(level.with_name("size")))) > 0:
+                found[int(read(level))] = size
     if 3 not in found:
         return found.get(2, UNKNOWN_CACHE_BYTES)
     return min(found[3], SHARE_OF_LAST_LEVEL * found.get(2, found[3]))

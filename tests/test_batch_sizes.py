@@ -19,6 +19,10 @@ MACHINES = {  # cache by level -> bytes that are counted on
     "many cores": ({2: "2048K", 3: "504M"}, 2**26),
     "no third level": ({1: "64K", 2: "12M"}, 12 * 2**20),
     "nothing told": ({}, 2**24),
+    "a size of 0": ({2: "1024K", 3: "0K"}, 2**20),
+    "empty files": ({2: "", 3: ""}, 2**24),
+    "no number": ({2: "512K", 3: "<unknown>"}, 2**19),
+    "a size without a unit": ({3: "33554432"}, 2**25),
 }
 
 
@@ -38,6 +42,19 @@ def test_the_cache_is_read_from_the_machine(monkeypatch, tmp_path, machine):
             (folder / "size").write_text(f"{size}\n")
     monkeypatch.setattr(platforms, "CACHES", tmp_path)
     assert platforms.cache_bytes.__wrapped__() == expected
+
+
+def test_a_cache_without_a_readable_file_is_passed_over(monkeypatch, tmp_path):
+    for index, files in enumerate([{"level": "3"}, {"size": "64K"}, {"level": "", "size": "1M"}, {"level": "2", "size": "256K"}]):
+        folder = tmp_path / f"index{index}"
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / name).write_text(text)
+    (tmp_path / "index9" / "level").mkdir(parents=True)
+    (tmp_path / "index8" / "size").mkdir(parents=True)
+    (tmp_path / "index8" / "level").write_bytes(b"\xff\xfe")
+    monkeypatch.setattr(platforms, "CACHES", tmp_path)
+    assert platforms.cache_bytes.__wrapped__() == 2**18
 
 
 def test_processes_of_one_run_count_on_the_same_cache(monkeypatch):
@@ -102,7 +119,23 @@ def test_parts_of_a_mix_divide_alike(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "source", [{"name": "mine:maker", "rows": 64}, {"name": "corpus"}, CORPUS | {"rows": 7}, CORPUS | {"rows": -8}]
+    "source",
+    [
+        *[{"name": "mine:maker", "rows": 64}, {"name": "corpus"}, CORPUS | {"rows": 7}, CORPUS | {"rows": -8}],
+        *[CORPUS | {"length": -160}, {"name": "demonstrations", "rows": 8, "max_tokens": -100}],
+        {"name": "rollouts", "problems": 8, "group": 4, "rollouts_per_prompt": 3},
+        {"name": "rollouts", "problems": 8, "group": -4},
+        *[{"name": name, "problems": 8, "group": 2, "max_tokens": -100} for name in ("rollouts", "kept_rollouts")],
+    ],
 )
 def test_a_source_that_does_not_say_its_size_is_not_cut(monkeypatch, source):
     assert choose(monkeypatch, [CORPUS, source], devices=2) == 1
+
+
+def test_no_source_at_all_is_one_batch(monkeypatch):
+    assert choose(monkeypatch, []) == 1
+
+
+@pytest.mark.parametrize("number", [1, 2, 16, 36, 97, 360])
+def test_divisors(number):
+    assert batches.divisors(number) == [n for n in range(1, number + 1) if number % n == 0]

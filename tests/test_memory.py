@@ -2,8 +2,12 @@
 
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
+
+from jaxreason.runtime import memory
 
 # All blocks but the last are freed, so that glibc can't lower the end of its heap.
 PROGRAM = """
@@ -56,3 +60,55 @@ def test_memory_of_compilers_and_large_arrays_is_given_back():
     assert long < 20
     assert late > 100  # freed after the call
     assert soon < 20  # and returned by it
+
+
+def wait_until(condition):
+    waits = time.monotonic() + 60
+    while not condition() and time.monotonic() < waits:
+        time.sleep(0.01)
+    assert condition()
+
+
+@pytest.fixture
+def trims(monkeypatch):
+    """Let trims wait for the event `may`, and count them."""
+    done, may = [], threading.Event()
+    monkeypatch.setattr(memory, "SOON", memory.Soon())
+    monkeypatch.setattr(memory, "trim", lambda: done.append(may.wait(60)))
+    yield done, may
+    may.set()
+
+
+@pytest.mark.skipif(not hasattr(memory.LIBC, "malloc_trim"), reason="glibc")
+def test_trims_of_many_short_steps_share_a_thread(trims):
+    done, may = trims
+    before = threading.active_count()
+    for _ in range(50):
+        memory.trim_soon(0.0)
+    assert threading.active_count() <= before + 1
+    may.set()
+    wait_until(lambda: not memory.SOON.working)
+    assert 1 <= len(done) <= 2
+
+
+@pytest.mark.skipif(not hasattr(memory.LIBC, "malloc_trim"), reason="glibc")
+def test_a_release_during_a_trim_is_followed_by_another(trims, monkeypatch):
+    done, may = trims
+    begun = threading.Event()
+    monkeypatch.setattr(memory, "trim", lambda: (begun.set(), done.append(may.wait(60))))
+    memory.trim_soon(0.0)
+    assert begun.wait(60)
+    memory.trim_soon(0.0)
+    may.set()
+    wait_until(lambda: not memory.SOON.working)
+    assert len(done) == 2
+    memory.trim_soon(0.0)  # a new thread, as the other has ended
+    wait_until(lambda: not memory.SOON.working)
+    assert len(done) == 3
+
+
+def test_without_glibc_no_thread_is_started(trims, monkeypatch):
+    monkeypatch.setattr(memory, "LIBC", object())
+    before = threading.active_count()
+    memory.trim_soon(60.0)
+    assert threading.active_count() == before

@@ -227,6 +227,10 @@ def test_a_mix_trains_from_a_config(tmp_path):
         ({"rl.source.of.demos.rows": 15}, r"source.of.demos has 15 rows a batch, which do not divide over 2 micro-batches"),
         ({"rl.source.of.demos.rows": 0}, r"source.of.demos: source.rows got 0; allowed: 1 or more"),
         (
+            {"rl.source.of.rl.rollouts_per_prompt": 3, "rl.microbatches": None},
+            r"source.of.rl: source.rollouts_per_prompt got 3; allowed: a divisor",
+        ),
+        (
             {"rl.source.of.demos.objective.name": "grpo"},
             r"source.of.demos.objective got 'grpo'; allowed: None \(the objective of the",
         ),

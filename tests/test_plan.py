@@ -16,7 +16,7 @@ from runs import ROOT, load_config
 from jaxreason import sharding
 from jaxreason.plan import arrays, chips, memory, programs, report, search
 from jaxreason.plan import config as plan_config
-from jaxreason.plan.config import read
+from jaxreason.plan.config import check_sizes, read
 from jaxreason.plan.work import flags_for
 
 needs_libtpu = pytest.mark.skipif(
@@ -152,12 +152,33 @@ def test_every_topology_that_is_listed_exists(topology):
         ({"sampler.slots": 12}, r"12 slots, which do not divide over 8 devices"),
         ({"model.name": "tinny"}, r"unknown model 'tinny' \(did you mean 'tiny'\?\)"),
         ({"rl.objective.name": "grop"}, r"did you mean 'grpo'"),
+        ({"rl.microbatches": 0}, r"config.rl.microbatches got 0; allowed: 1 or more"),
+        ({"rl.source.max_tokens": -100}, r"config.rl.source.max_tokens got -100; allowed: 1 or more"),
     ],
 )
 def test_a_bad_config_is_refused_before_anything_is_compiled(fields, message, monkeypatch):
     monkeypatch.setattr(programs, "compile_program", None)
     with pytest.raises(ValueError, match=message):
         work_of(**fields)
+
+
+@pytest.mark.parametrize(
+    ("source", "microbatches", "message"),
+    [
+        ({"name": "corpus", "rows": -4, "length": 64}, None, r"config.rl.source.rows got -4; allowed: 1 or more"),
+        ({"name": "corpus", "rows": 4, "length": 0}, None, r"config.rl.source.length got 0; allowed: 1 or more"),
+        ({"name": "rollouts", "problems": -4, "group": 8}, 1, r"config.rl.source.problems got -4; allowed: 1 or more"),
+        ({"name": "rollouts", "problems": 4, "group": 8}, 0, r"config.rl.microbatches got 0; allowed: 1 or more"),
+        (
+            {"name": "rollouts", "problems": 4, "group": 8, "max_tokens": 73},
+            1,
+            r"config.rl.source.max_tokens got 73; allowed: 1 to config.sampler.max_tokens=72",
+        ),
+    ],
+)
+def test_a_size_that_no_run_can_have_is_refused(source, microbatches, message):
+    with pytest.raises(ValueError, match=message):
+        check_sizes({"source": source, "microbatches": microbatches}, 72, "config.rl")
 
 
 @needs_libtpu

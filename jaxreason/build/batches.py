@@ -75,15 +75,25 @@ def batch_size(source: dict, shape: ModelConfig, limits: Attempts, multiple: int
 def choose_microbatches(sources: Iterable[dict], shape: ModelConfig, limits: Attempts, devices: int, platform: Platform) -> int:
     """Choose the number of micro-batches for a batch with a part from each of `sources`
     (sections of a config): the divisor of the rows of all parts with which a device
-    computes about `tokens_at_once` tokens. It is 1 if a source does not say its size.
+    computes about `tokens_at_once` tokens. It is 1 if a source does not say its size,
+    or says one that can't be.
     """
-    found = [batch_size(source, shape, limits, devices) for source in sources]
-    if not all(found) or any(size.rows < 1 or size.rows % devices for size in found):
-        return 1  # making the source says what is wrong with its rows
+    try:
+        found = [batch_size(source, shape, limits, devices) for source in sources]
+    except ValueError:  # making the source says it too, with the name of the part
+        return 1
+    if not found or not all(found) or any(size.length < 1 or size.rows < 1 or size.rows % devices for size in found):
+        return 1  # making the source says what is wrong with its size
     rows = math.gcd(*(size.rows for size in found)) // devices
     tokens = sum(size.rows * size.length for size in found) / devices
     wanted = tokens / tokens_at_once(shape, platform)
-    return min((n for n in range(1, rows + 1) if rows % n == 0), key=lambda n: abs(math.log(n / wanted)))
+    return min(divisors(rows), key=lambda n: abs(math.log(n / wanted)))
+
+
+def divisors(number: int) -> list[int]:
+    """Return all divisors, in about sqrt(number) steps."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return small + [number // n for n in reversed(small) if n * n != number]
 
 
 def tokens_at_once(shape: ModelConfig, platform: Platform) -> int:

@@ -96,9 +96,8 @@ def make_phase(
     made_reference = make_reference(reference, made_objective, hinted, name, parts)
     if offload_reference and made_reference == "current":
         raise ValueError(f"config.{name}.offload_reference got True, but the reference is the current params; allowed: False")
-    if microbatches is None:
-        microbatches = microbatches_of(source, parts)
-        parts.say(f"{name}: {microbatches} micro-batches, chosen for this machine; --config.{name}.microbatches changes it")
+    chosen = microbatches is None
+    microbatches = microbatches_of(source, parts) if chosen else microbatches
     arguments = {"parts": parts, "objective": made_objective, "microbatches": microbatches, "steps": steps}
     made_source = call_with_section(make_source, {"name": None} | source, f"config.{name}.source", **arguments)
     if made_source.rows % (parts.devices * microbatches):
@@ -109,6 +108,8 @@ def make_phase(
             f"config.{name} has {made_source.rows} rows a batch, which do not divide over {parts.devices} devices x "
             f"{microbatches} micro-batches; {instead}change rows, problems x group or source.rollouts_per_prompt"
         )
+    if chosen:
+        parts.say(f"{name}: microbatches={microbatches}, chosen for this machine; --config.{name}.microbatches changes it")
     return Phase(
         name,
         made_source,

@@ -7,6 +7,7 @@ from __future__ import annotations
 import inspect
 
 from jaxreason import build, objectives, optimizer, sharding
+from jaxreason.build.tasks import check_positive
 from jaxreason.model import attention
 from jaxreason.options import call_with_section, fields, unknown_name_message
 from jaxreason.plan.arrays import completer_of, devices_of, state_of, weights_of
@@ -42,6 +43,7 @@ def read(config: dict, topology: str, phase: str | None) -> Work:
     updates, steps = section.get("updates_per_batch", 1), section["steps"]
     source = section["source"]
     devices, microbatches = mesh["data"] * mesh["fsdp"], section.get("microbatches")
+    check_sizes(section, config["sampler"]["max_tokens"], f"config.{phase}")
     if microbatches is None:
         limits = build.Attempts(config["sampler"]["max_tokens"], config["sampler"]["max_prompt_tokens"])
         microbatches = build.choose_microbatches([source], shape, limits, devices, PLATFORMS["tpu"])
@@ -67,6 +69,18 @@ def read(config: dict, topology: str, phase: str | None) -> Work:
     )
     check(work)
     return work
+
+
+def check_sizes(section: dict, most_tokens: int, where: str) -> None:
+    """Raise ValueError for a size of a phase that no run can have."""
+    source = section["source"]
+    sizes = {f"source.{name}": source.get(name) for name in ("rows", "length", "problems", "group", "max_tokens")}
+    sizes["microbatches"] = section.get("microbatches")
+    check_positive(where, **{name: size for name, size in sizes.items() if size is not None})
+    if source.get("name") == "rollouts" and 0 < most_tokens < (source.get("max_tokens") or 1):
+        raise ValueError(
+            f"{where}.source.max_tokens got {source['max_tokens']}; allowed: 1 to config.sampler.max_tokens={most_tokens}"
+        )
 
 
 SIZED = ("corpus", "demonstrations", "rollouts")

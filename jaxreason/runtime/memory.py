@@ -8,7 +8,9 @@ lower (jaxreason/bench/README.md).
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
+import time
 
 import jax
 
@@ -51,8 +53,42 @@ def trim_soon(after_s: float = 0.1) -> None:
     after a large release, such as of the sampler's weights.
 
     XLA frees the arrays that a program has read on a thread of its own, after the
-    program's results are ready, so a trim at once may come too early.
+    program's results are ready, so a trim at once may come too early. Calls before the
+    trim of an earlier one share its thread, which then trims once more: steps may be
+    shorter than a trim.
     """
-    timer = threading.Timer(after_s, trim)
-    timer.daemon = True
-    timer.start()
+    if hasattr(LIBC, "malloc_trim") and SOON.ask():
+        threading.Thread(target=trim_while_asked, args=(after_s,), name="trim", daemon=True).start()
+
+
+class Soon:
+    """Whether memory is to be returned, and whether a thread does so."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.asked = self.working = False
+
+    def ask(self) -> bool:
+        """Ask for a trim; tell whether a thread must be started for it."""
+        with self.lock:
+            self.asked, idle, self.working = True, not self.working, True
+            return idle
+
+    def take(self) -> bool:
+        """Take what was asked for; tell whether there was anything. If not, the thread
+        ends.
+        """
+        with self.lock:
+            self.asked, self.working = False, self.asked
+            return self.working
+
+
+SOON = Soon()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=SOON.__init__)  # a forked process has no thread but the one that forked
+
+
+def trim_while_asked(after_s: float) -> None:
+    while SOON.take():
+        time.sleep(after_s)
+        trim()
