@@ -108,7 +108,7 @@ def test_a_run_records_the_numbers_that_were_chosen(monkeypatch, capsys):
     chosen = {phase.name: phase.microbatches for phase in made.phases}
     assert chosen["prior"] > chosen["rl"] == 1
     assert made.description["environment"]["microbatches"] == chosen
-    assert f"prior: {chosen['prior']} micro-batches, chosen for this machine" in capsys.readouterr().out
+    assert f"prior: microbatches={chosen['prior']}, chosen for this machine" in capsys.readouterr().out
 
 
 def test_parts_of_a_mix_divide_alike(monkeypatch):

@@ -100,14 +100,7 @@ def make_phase(
     microbatches = microbatches_of(source, parts) if chosen else microbatches
     arguments = {"parts": parts, "objective": made_objective, "microbatches": microbatches, "steps": steps}
     made_source = call_with_section(make_source, {"name": None} | source, f"config.{name}.source", **arguments)
-    if made_source.rows % (parts.devices * microbatches):
-        each, more = divmod(made_source.rows, parts.devices)
-        allowed = [] if more or source["name"] == "mix" else [n for n in range(1, each + 1) if each % n == 0]
-        instead = f"microbatches may be {', '.join(map(str, allowed))}, or None to choose; or " if allowed else ""
-        raise ValueError(
-            f"config.{name} has {made_source.rows} rows a batch, which do not divide over {parts.devices} devices x "
-            f"{microbatches} micro-batches; {instead}change rows, problems x group or source.rollouts_per_prompt"
-        )
+    check_rows(name, made_source.rows, parts.devices, microbatches, of_parts=source["name"] == "mix")
     if chosen:
         parts.say(f"{name}: microbatches={microbatches}, chosen for this machine; --config.{name}.microbatches changes it")
     return Phase(
@@ -123,6 +116,22 @@ def make_phase(
         offload_reference,
         max_skipped,
         made_reference,
+    )
+
+
+def check_rows(name: str, rows: int, devices: int, microbatches: int, of_parts: bool) -> None:
+    """Raise ValueError if the rows of a batch do not divide over devices x
+    micro-batches. It names the numbers that do, except for a mix (`of_parts`), whose
+    parts must divide as well.
+    """
+    if rows % (devices * microbatches) == 0:
+        return
+    each, more = divmod(rows, devices)
+    allowed = [] if more or of_parts else [n for n in range(1, each + 1) if each % n == 0]
+    instead = f"microbatches may be {', '.join(map(str, allowed))}, or None to choose; or " if allowed else ""
+    raise ValueError(
+        f"config.{name} has {rows} rows a batch, which do not divide over {devices} devices x {microbatches} micro-batches; "
+        f"{instead}change rows, problems x group or source.rollouts_per_prompt"
     )
 
 
