@@ -7,7 +7,7 @@ from collections.abc import Callable
 from jaxreason import batching, data, platforms, sources
 from jaxreason import objectives as objectives_
 from jaxreason import optimizer as optimizer_
-from jaxreason.build.batches import Attempts, choose_microbatches, choose_rollouts_per_prompt
+from jaxreason.build.batches import Attempts, choose_microbatches, choose_rollouts_per_prompt, divisors
 from jaxreason.build.environments import make_environment
 from jaxreason.build.hints import make_hints
 from jaxreason.build.mix import make_mix
@@ -127,7 +127,7 @@ def check_rows(name: str, rows: int, devices: int, microbatches: int, of_parts: 
     if rows % (devices * microbatches) == 0:
         return
     each, more = divmod(rows, devices)
-    allowed = [] if more or of_parts else [n for n in range(1, each + 1) if each % n == 0]
+    allowed = [] if more or of_parts else divisors(each)
     instead = f"microbatches may be {', '.join(map(str, allowed))}, or None to choose; or " if allowed else ""
     raise ValueError(
         f"config.{name} has {rows} rows a batch, which do not divide over {devices} devices x {microbatches} micro-batches; "
