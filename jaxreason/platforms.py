@@ -31,6 +31,21 @@ class Platform(NamedTuple):
     compiler_options: Mapping[str, Any] | None  # of the train step
 
 
+# Smaller matrix products would leave an accelerator idle, and each program takes long
+# to compile.
+ACCELERATOR = Platform(
+    logits_at_once=2**27,
+    logits_kept=2**27,
+    logits_tile=None,
+    tokens_at_once=2**13,
+    prefill_tokens=1024,
+    share_prompts_from=0,
+    scan_layers=True,
+    fine_buckets=False,
+    write_after=False,
+    dtype="bfloat16",
+    compiler_options=None,
+)
 PLATFORMS = {
     # 32 MiB of float32 logits may fit in a processor cache, and 256 MiB are faster to
     # keep than to recompute. Sharing pays only for long prompts, because prompt rows
@@ -49,36 +64,10 @@ PLATFORMS = {
         dtype="float32",
         compiler_options={"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
     ),
-    # Smaller matrix products would leave an accelerator idle, and each program takes
-    # long to compile.
-    "gpu": Platform(
-        logits_at_once=2**27,
-        logits_kept=2**27,
-        logits_tile=None,
-        tokens_at_once=2**13,
-        prefill_tokens=1024,
-        share_prompts_from=0,
-        scan_layers=True,
-        fine_buckets=False,
-        write_after=False,
-        dtype="bfloat16",
-        compiler_options=None,
-    ),
+    "gpu": ACCELERATOR,
     # A tile of float32 logits fits in the vector memory (128 MiB on a v5e), so that
     # logits are neither written to HBM nor read from it.
-    "tpu": Platform(
-        logits_at_once=2**27,
-        logits_kept=2**27,
-        logits_tile=(4096, 4096),
-        tokens_at_once=2**13,
-        prefill_tokens=1024,
-        share_prompts_from=0,
-        scan_layers=True,
-        fine_buckets=False,
-        write_after=True,
-        dtype="bfloat16",
-        compiler_options=None,
-    ),
+    "tpu": ACCELERATOR._replace(logits_tile=(4096, 4096), write_after=True),
 }
 # A v5p's compiler keeps no tile of logits in vector memory. Larger tiles then move
 # fewer bytes: the head's gradient is read and written once per chunk of tokens.

@@ -100,7 +100,6 @@ def fail(error: Exception) -> None:
 def parse_flags(argv):
     define_flags()
     os.environ["JAX_PLATFORMS"] = "cpu"  # even on a machine with a TPU, which may be in use
-    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a program for a TPU that is not here is kept but never read
     try:
         rest = command.parse(argv)
         if len(rest) > 1:
